@@ -1,0 +1,394 @@
+"""Every option of a run: its type, default, unit, limits, and what it does.
+
+This is the page to read first and the only place where options are added. It imports no torch,
+so `--help` and a config error answer at once. Sections are frozen and strictly checked; a component
+receives its own section, never the root, and so works in a notebook or a test without a run.
+
+`type:` picks one variant of a union (mixer, feed-forward, optimizer, schedule, source, tokenizer).
+A dict beside the implementations says which code answers for which variant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+
+
+def option(default: Any, doc: str, *, unit: str | None = None, **limits: Any) -> Any:
+    """One option: its default, what it does in a line, its unit, its limits (`ge`, `gt`, `le`, ...)."""
+    return Field(default, description=doc, json_schema_extra={"unit": unit} if unit else None, **limits)
+
+
+class Section(BaseModel):
+    """A group of options: frozen, no unknown keys, no silent conversion of types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        """Yield (option below this section, what is wrong with it) for rules between options."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> Section:
+        if problems := list(self.rules()):
+            text = "; ".join(f"{path}: {message}" for path, message in problems)
+            raise PydanticCustomError("rules", "{text}", {"text": text, "problems": problems})
+        return self
+
+
+def one_of(*variants: type[Section]) -> Any:
+    """A union told apart by `type:`; where that is left out, the first variant is meant."""
+    names = [variant.model_fields["type"].default for variant in variants]
+
+    def name_of(value: Any) -> Any:
+        return value.get("type", names[0]) if isinstance(value, dict) else getattr(value, "type", None)
+
+    tagged = tuple(Annotated[variant, Tag(name)] for variant, name in zip(variants, names, strict=True))
+    return Annotated[Union[tagged], Discriminator(name_of)]
+
+
+# --- model -----------------------------------------------------------------------------------------
+
+Activation = Literal["gelu_tanh", "gelu", "relu2", "silu"]
+
+
+class AttentionConfig(Section):
+    """Causal multi-head self-attention."""
+
+    type: Literal["attention"] = "attention"
+    qk_norm: bool = option(False, "normalise each head's queries and keys (RMSNorm) before their product")
+
+
+class MLPConfig(Section):
+    """Dense feed-forward layer."""
+
+    type: Literal["mlp"] = "mlp"
+    hidden: int | None = option(None, "hidden width; null: 4 x n_embd", unit="channels", ge=1)
+    activation: Activation = option("gelu_tanh", "nonlinearity (gelu_tanh is GPT-2's gelu_new)")
+    gated: bool = option(False, "multiply by a second projection (with silu: SwiGLU)")
+
+
+class MoEConfig(Section):
+    """Mixture of experts: each token goes to its top_k experts; no token is ever dropped."""
+
+    type: Literal["moe"] = "moe"
+    n_experts: int = option(8, "experts in the layer", unit="experts", ge=1)
+    top_k: int = option(2, "experts that each token is sent to", unit="experts", ge=1)
+    hidden: int | None = option(None, "hidden width of one expert; null: 4 x n_embd", unit="channels", ge=1)
+    activation: Activation = option("gelu_tanh", "nonlinearity inside the experts")
+    gated: bool = option(False, "multiply by a second projection (with silu: SwiGLU)")
+    renormalize: bool = option(True, "scale the chosen experts' weights to sum to one")
+    balance: Literal["bias", "switch", "both", "none"] = option(
+        "bias", "keep experts evenly used: selection bias (arXiv:2408.15664), Switch loss (arXiv:2101.03961)"
+    )
+    bias_rate: float = option(1e-3, "change of an expert's selection bias per step", gt=0)
+    switch_weight: float = option(0.01, "weight of the Switch loss, where `balance` asks for it", gt=0)
+    z_loss_weight: float = option(1e-3, "weight of the router z-loss (arXiv:2202.08906 eq. 5); 0: none", ge=0)
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        if self.top_k > self.n_experts:
+            yield "top_k", f"{self.top_k} is more than n_experts {self.n_experts}"
+
+
+Mixer = AttentionConfig
+FeedForward = one_of(MLPConfig, MoEConfig)
+
+
+class BlockConfig(Section):
+    """One transformer block: a token mixer, then a feed-forward layer."""
+
+    repeat: int = option(1, "times this entry is used in a row within the pattern", unit="layers", ge=1)
+    mixer: Mixer = option(AttentionConfig(), "how tokens see each other")
+    ffn: FeedForward = option(MLPConfig(), "what each token does by itself")
+
+
+class ModelConfig(Section):
+    """The network. Sizes carry the names of Transformers' `GPT2Config`; the defaults are GPT-2 124M."""
+
+    n_layer: int = option(12, "blocks", unit="layers", ge=1)
+    n_head: int = option(12, "attention heads", unit="heads", ge=1)
+    n_embd: int = option(768, "width of the residual stream", unit="channels", ge=1)
+    n_positions: int = option(1024, "context: length of a training sample", unit="tokens", ge=1)
+    vocab_size: int | None = option(
+        None, "rows of the embedding; null: the tokenizer's size rounded up to a multiple of 64", unit="tokens", ge=2
+    )
+    position: Literal["learned", "rope"] = option("learned", "learned table (GPT-2) or rotary embedding")
+    rope_theta: float = option(10000.0, "base of the rotary frequencies, where position is rope", gt=0)
+    norm: Literal["layernorm", "rmsnorm"] = option("layernorm", "normalisation before each sub-layer and the head")
+    norm_eps: float = option(1e-5, "epsilon of the normalisation", gt=0)
+    bias: bool = option(True, "biases in linear layers and LayerNorm")
+    tie_head: bool = option(True, "use the token embedding as the output projection")
+    blocks: Annotated[tuple[BlockConfig, ...], Field(strict=False)] = option(
+        (BlockConfig(),), "pattern of blocks, repeated until there are n_layer", min_length=1
+    )
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        if self.n_embd % self.n_head:
+            yield "n_head", f"{self.n_head} heads do not divide n_embd {self.n_embd}"
+        elif self.position == "rope" and (self.n_embd // self.n_head) % 2:
+            yield "n_head", f"rope needs an even head width, not {self.n_embd // self.n_head}"
+        period = sum(block.repeat for block in self.blocks)
+        if period > self.n_layer:
+            yield "blocks", f"the pattern is {period} layers long, more than n_layer {self.n_layer}"
+
+    def layers(self) -> list[BlockConfig]:
+        """The block of every layer: the pattern written out to `n_layer` entries."""
+        pattern = [block for block in self.blocks for _ in range(block.repeat)]
+        return [pattern[i % len(pattern)] for i in range(self.n_layer)]
+
+
+# --- data ------------------------------------------------------------------------------------------
+
+WEIGHT_DOC = "share of the samples drawn from here; null everywhere: in proportion to size"
+
+
+class StdlibSource(Section):
+    """The source of Python's own standard library, without its tests: about 11 MB on every machine."""
+
+    type: Literal["stdlib"] = "stdlib"
+    weight: float | None = option(None, WEIGHT_DOC, gt=0)
+
+
+class FilesSource(Section):
+    """Local files: .txt .md .py are a document each, .jsonl .parquet a document a row; .gz .bz2 .xz .zst too."""
+
+    type: Literal["files"] = "files"
+    paths: Annotated[tuple[str, ...], Field(strict=False)] = option(
+        ..., "files, folders (searched through) or globs", min_length=1
+    )
+    text_column: str = option("text", "column of .jsonl and .parquet that holds the text")
+    weight: float | None = option(None, WEIGHT_DOC, gt=0)
+
+
+class HuggingFaceSource(Section):
+    """A Hugging Face data set, by name on the hub or by a local folder."""
+
+    type: Literal["huggingface"] = "huggingface"
+    name: str = option(..., "name on the hub, or a folder written by `save_to_disk`", min_length=1)
+    config: str | None = option(None, "the data set's configuration (subset)")
+    split: str = option("train", "the data set's split")
+    text_column: str = option("text", "column that holds the text")
+    streaming: bool = option(False, "read while downloading instead of downloading first")
+    weight: float | None = option(None, WEIGHT_DOC, gt=0)
+
+
+class BPETokenizer(Section):
+    """A byte-level BPE trained here, on the training documents."""
+
+    type: Literal["bpe"] = "bpe"
+    vocab_size: int = option(8192, "tokens, the end-of-text token included", unit="tokens", ge=257)
+    max_bytes: int = option(50_000_000, "text that the merges are learned from", unit="bytes", ge=1)
+
+
+class ByteTokenizer(Section):
+    """The 256 bytes and an end-of-text token; nothing is trained."""
+
+    type: Literal["byte"] = "byte"
+
+
+class FileTokenizer(Section):
+    """A tokenizer on disk."""
+
+    type: Literal["file"] = "file"
+    path: str = option(..., "a tokenizer.json, or a folder with one or with vocab.json and merges.txt", min_length=1)
+
+
+class HuggingFaceTokenizer(Section):
+    """A tokenizer by its name on the Hugging Face hub."""
+
+    type: Literal["huggingface"] = "huggingface"
+    name: str = option(..., "name on the hub, such as openai-community/gpt2", min_length=1)
+
+
+class TiktokenTokenizer(Section):
+    """A tokenizer by its tiktoken name."""
+
+    type: Literal["tiktoken"] = "tiktoken"
+    name: str = option(..., "name of the encoding, such as gpt2 or cl100k_base", min_length=1)
+
+
+Source = one_of(FilesSource, StdlibSource, HuggingFaceSource)
+Tokenizer = one_of(BPETokenizer, ByteTokenizer, FileTokenizer, HuggingFaceTokenizer, TiktokenTokenizer)
+
+
+class DataConfig(Section):
+    """What the model reads. Text is tokenized once, into memory-mapped shards under `cache_dir`."""
+
+    sources: Annotated[tuple[Source, ...], Field(strict=False)] = option(..., "where the text comes from", min_length=1)
+    val_sources: Annotated[tuple[Source, ...], Field(strict=False)] = option(
+        (), "where the validation text comes from; empty: held out from `sources`"
+    )
+    val_fraction: float = option(
+        0.02, "share of the documents held out, chosen by a hash, where val_sources is empty", gt=0, lt=1
+    )
+    tokenizer: Tokenizer = option(BPETokenizer(), "how text becomes tokens")
+    cache_dir: str = option("data_cache", "folder of the token shards", min_length=1)
+    workers: int | None = option(None, "processes that tokenize; null: one a core", unit="processes", ge=1)
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        for name, sources in (("sources", self.sources), ("val_sources", self.val_sources)):
+            if len({source.weight is None for source in sources}) > 1:
+                yield name, "give every source a weight, or none"
+
+
+# --- optimizer and schedule ------------------------------------------------------------------------
+
+
+class AdamWConfig(Section):
+    """AdamW for everything; weight decay on matrices only (not on biases, norms and embeddings)."""
+
+    type: Literal["adamw"] = "adamw"
+    learning_rate: float = option(6e-4, "peak learning rate", gt=0)
+    embedding_learning_rate: float | None = option(None, "peak rate of embeddings and head; null: learning_rate", gt=0)
+    beta1: float = option(0.9, "decay of the gradient's running mean", ge=0, lt=1)
+    beta2: float = option(0.95, "decay of the squared gradient's running mean", ge=0, lt=1)
+    eps: float = option(1e-8, "added to the denominator", gt=0)
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices", ge=0)
+    grad_clip: float | None = option(1.0, "largest global gradient norm; null: no clipping", gt=0)
+
+
+class MuonConfig(AdamWConfig):
+    """Muon for the blocks' matrices (each expert its own); AdamW at `learning_rate` for the rest."""
+
+    type: Literal["muon"] = "muon"
+    muon_learning_rate: float = option(0.02, "peak learning rate of the matrices", gt=0)
+    momentum: float = option(0.95, "Nesterov momentum of the matrices' gradients", ge=0, lt=1)
+    ns_steps: int = option(5, "Newton-Schulz iterations", unit="iterations", ge=1)
+
+
+Optim = one_of(AdamWConfig, MuonConfig)
+
+
+class CosineSchedule(Section):
+    """Linear warm-up, then half a cosine down to the end of the run."""
+
+    type: Literal["cosine"] = "cosine"
+    warmup_steps: int = option(100, "linear warm-up from zero", unit="steps", ge=0)
+    final_ratio: float = option(0.1, "last learning rate over the peak", ge=0, le=1)
+
+
+class LinearSchedule(CosineSchedule):
+    """Linear warm-up, then a straight line down to the end of the run."""
+
+    type: Literal["linear"] = "linear"
+
+
+class WSDSchedule(CosineSchedule):
+    """Warm-up, stable at the peak, then a straight line down over the last `decay_steps`."""
+
+    type: Literal["wsd"] = "wsd"
+    decay_steps: int = option(..., "length of the final decay", unit="steps", ge=1)
+    final_ratio: float = option(0.0, "last learning rate over the peak", ge=0, le=1)
+
+
+class ConstantSchedule(Section):
+    """Linear warm-up, then the peak to the end."""
+
+    type: Literal["constant"] = "constant"
+    warmup_steps: int = option(100, "linear warm-up from zero", unit="steps", ge=0)
+
+
+Schedule = one_of(CosineSchedule, LinearSchedule, WSDSchedule, ConstantSchedule)
+
+
+# --- carrying it out, watching it, keeping it ------------------------------------------------------
+
+
+class ParallelConfig(Section):
+    """How the run is carried out. Nothing here changes what is computed, beyond the order of sums."""
+
+    device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "where to compute; auto: the first there is")
+    attention: Literal["auto", "flash", "sdpa", "reference"] = option(
+        "auto", "attention kernel; auto: the first that really runs here, forward and backward"
+    )
+    experts: Literal["auto", "grouped", "loop"] = option(
+        "auto", "kernel of the experts; auto: the first that really runs here, forward and backward"
+    )
+    compile: bool = option(False, "compile the blocks with torch.compile")
+
+
+class CheckpointConfig(Section):
+    """When the run is saved. The end of the run, SIGTERM and SIGINT always save."""
+
+    every: int | None = option(500, "save every so many steps; null: not by steps", unit="steps", ge=1)
+    every_minutes: float | None = option(10.0, "save after so long; null: not by time", unit="minutes", gt=0)
+    keep: int = option(2, "newest checkpoints that are kept", unit="checkpoints", ge=1)
+    keep_best: bool = option(True, "keep the one with the lowest validation loss as well")
+
+
+class EvalConfig(Section):
+    """Evaluation over a fixed validation set, and samples of generated text."""
+
+    every: int | None = option(
+        200, "evaluate every so many steps, and at the end; null: at the end", unit="steps", ge=1
+    )
+    tokens: int | None = option(1_000_000, "validation tokens used; null: all of them", unit="tokens", ge=1)
+    prompts: Annotated[tuple[str, ...], Field(strict=False)] = option((), "texts to continue at each evaluation")
+    sample_tokens: int = option(64, "length of a continuation", unit="tokens", ge=1)
+    temperature: float = option(0.8, "sampling temperature; 0: always the likeliest token", ge=0)
+    top_k: int | None = option(50, "sample among the so many likeliest; null: among all", unit="tokens", ge=1)
+
+
+class WandbConfig(Section):
+    """Weights & Biases."""
+
+    project: str = option("training", "project that the run is logged to", min_length=1)
+    entity: str | None = option(None, "user or team; null: your default")
+    mode: Literal["online", "offline"] = option("online", "send at once, or keep on disk for `wandb sync`")
+
+
+class LoggingConfig(Section):
+    """Where progress is written, beside metrics.jsonl, which always is."""
+
+    every: int = option(
+        10, "console line, and fetching of metrics from the device, every so many steps", unit="steps", ge=1
+    )
+    tensorboard: bool = option(True, "write TensorBoard events")
+    histogram_every: int = option(100, "TensorBoard images of expert load every so many steps", unit="steps", ge=1)
+    wandb: WandbConfig | None = option(None, "log to Weights & Biases; null: no")
+
+
+class Config(Section):
+    """A run."""
+
+    name: str = option("gpt2", "the run's name: its folder below out_dir", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    out_dir: str = option("runs", "folder that holds the runs", min_length=1)
+    seed: int = option(0, "seed of initial weights, data order and samples", ge=0, lt=2**32)
+    steps: int = option(1000, "optimizer steps of the whole run", unit="steps", ge=1)
+    batch_tokens: int = option(524_288, "tokens per optimizer step, over all devices", unit="tokens", ge=1)
+    micro_batch: int = option(
+        8, "samples per forward and backward; only memory and speed depend on it", unit="samples", ge=1
+    )
+    precision: Literal["bf16", "fp16", "fp32"] = option("bf16", "type of the matrix products; weights are always fp32")
+    model: ModelConfig = option(ModelConfig(), "the network")
+    data: DataConfig = option(..., "what it reads")
+    optim: Optim = option(AdamWConfig(), "the optimizer")
+    schedule: Schedule = option(CosineSchedule(), "learning rate over the run")
+    parallel: ParallelConfig = option(ParallelConfig(), "how it is carried out")
+    checkpoint: CheckpointConfig = option(CheckpointConfig(), "when it is saved")
+    eval: EvalConfig = option(EvalConfig(), "how it is judged")
+    logging: LoggingConfig = option(LoggingConfig(), "how it is watched")
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        if self.batch_tokens % self.model.n_positions:
+            yield (
+                "batch_tokens",
+                f"{self.batch_tokens} is not a multiple of model.n_positions {self.model.n_positions}",
+            )
+        if self.schedule.warmup_steps >= self.steps:
+            yield "schedule.warmup_steps", f"{self.schedule.warmup_steps} is not below steps {self.steps}"
+        decay = getattr(self.schedule, "decay_steps", 0)
+        if decay and self.schedule.warmup_steps + decay > self.steps:
+            yield (
+                "schedule.decay_steps",
+                f"warm-up {self.schedule.warmup_steps} and decay {decay} are longer than steps {self.steps}",
+            )
+
+
+# What a restart may change: how the run is carried out, watched and kept, never what it computes.
+MAY_CHANGE = frozenset(
+    {"name", "out_dir", "micro_batch", "parallel", "checkpoint", "eval", "logging", "data.cache_dir", "data.workers"}
+)
