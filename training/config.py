@@ -47,7 +47,7 @@ def one_of(*variants: type[Section]) -> Any:
         return value.get("type", names[0]) if isinstance(value, dict) else getattr(value, "type", None)
 
     tagged = tuple(Annotated[variant, Tag(name)] for variant, name in zip(variants, names, strict=True))
-    return Annotated[Union[tagged], Discriminator(name_of)]
+    return Annotated[Union[tagged], Discriminator(name_of)]  # noqa: UP007 (a tuple of types)
 
 
 # --- model -----------------------------------------------------------------------------------------
@@ -322,9 +322,7 @@ class CheckpointConfig(Section):
 class EvalConfig(Section):
     """Evaluation over a fixed validation set, and samples of generated text."""
 
-    every: int | None = option(
-        200, "evaluate every so many steps, and at the end; null: at the end", unit="steps", ge=1
-    )
+    every: int | None = option(200, "evaluate every so many steps and at the end; null: at the end", unit="steps", ge=1)
     tokens: int | None = option(1_000_000, "validation tokens used; null: all of them", unit="tokens", ge=1)
     prompts: Annotated[tuple[str, ...], Field(strict=False)] = option((), "texts to continue at each evaluation")
     sample_tokens: int = option(64, "length of a continuation", unit="tokens", ge=1)
@@ -344,7 +342,7 @@ class LoggingConfig(Section):
     """Where progress is written, beside metrics.jsonl, which always is."""
 
     every: int = option(
-        10, "console line, and fetching of metrics from the device, every so many steps", unit="steps", ge=1
+        10, "console line, and metrics fetched from the device, every so many steps", unit="steps", ge=1
     )
     tensorboard: bool = option(True, "write TensorBoard events")
     histogram_every: int = option(100, "TensorBoard images of expert load every so many steps", unit="steps", ge=1)
@@ -360,7 +358,7 @@ class Config(Section):
     steps: int = option(1000, "optimizer steps of the whole run", unit="steps", ge=1)
     batch_tokens: int = option(524_288, "tokens per optimizer step, over all devices", unit="tokens", ge=1)
     micro_batch: int = option(
-        8, "samples per forward and backward; only memory and speed depend on it", unit="samples", ge=1
+        8, "samples per forward and backward; changes memory and speed only", unit="samples", ge=1
     )
     precision: Literal["bf16", "fp16", "fp32"] = option("bf16", "type of the matrix products; weights are always fp32")
     model: ModelConfig = option(ModelConfig(), "the network")
