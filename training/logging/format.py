@@ -1,0 +1,31 @@
+"""How numbers are said to a person."""
+
+from __future__ import annotations
+
+import math
+
+
+def count(n: float) -> str:
+    """Four figures or fewer: 512, 9.80k, 124.4M, 1.20B."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            scaled = n / size
+            return f"{scaled:.2f}{unit}" if scaled < 10 else f"{scaled:.1f}{unit}"
+    return f"{n:.0f}"
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds: 1:02:03."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}"
+
+
+def share(ratio: float | None) -> str:
+    """A ratio in per cent; "unknown" where there is none."""
+    return "unknown" if ratio is None else f"{100 * ratio:.1f} %"
+
+
+def number(value: float | None, spec: str = ".4f") -> str:
+    """A measured number, or "nan" where a row has null for what was not finite."""
+    return "nan" if value is None or math.isnan(value) else format(value, spec)

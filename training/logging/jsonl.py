@@ -1,0 +1,74 @@
+"""metrics.jsonl: one JSON object a step, each step exactly once, whatever restarts the run had."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from training.errors import UserError
+from training.logging import Run
+from training.logging.files import write_atomically, writing
+
+
+class JSONLSink:
+    """Appends rows to `run.dir / "metrics.jsonl"`, after dropping what is past `run.start_step`."""
+
+    def __init__(self, run: Run) -> None:
+        self.path = run.dir / "metrics.jsonl"
+        text = _text(self.path)
+        kept = "".join(f"{line}\n" for line, row in _rows(self.path, text) if row["step"] <= run.start_step)
+        if kept != text:
+            write_atomically(self.path, kept)
+
+    def write(self, rows: list[dict]) -> None:
+        """Append the rows, durably: rows that a checkpoint relies on survive a power cut as it does."""
+        lines = "".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows)
+        with writing(self.path), self.path.open("ab") as file:
+            file.write(lines.encode("utf-8", "backslashreplace"))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self, summary: dict | None) -> None:
+        """Nothing is held open."""
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl, also of one that is being written; none where there is no file.
+
+    Raises `UserError` for a line, other than an unfinished last one, that is no row.
+    """
+    return [row for _, row in _rows(path, _text(path))]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _rows(path: Path, text: str) -> list[tuple[str, dict]]:
+    """Every complete line with its row. A line is complete when it ends in a newline."""
+    *lines, _torn = text.split("\n")
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise UserError(f"{path} line {number} is not a row of metrics: remove the line to go on")
+        found.append((line, row))
+    return found
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities as null, since JSON has no word for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

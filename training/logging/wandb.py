@@ -1,0 +1,85 @@
+"""Weights & Biases, where it is asked for. The local process sends; training never waits for the network."""
+
+from __future__ import annotations
+
+import json
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+from training.config import WandbConfig
+from training.errors import UserError
+from training.logging import Run, scalars
+from training.logging.files import write_atomically
+
+FINISH_TIMEOUT_S = 120  # what is not sent by then stays on disk for `wandb sync`
+
+
+class WandbSink:
+    """Logs to one W&B run over all restarts; what it holds of a step it never logs again."""
+
+    def __init__(self, run: Run, config: WandbConfig) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                "logging.wandb needs Weights & Biases: pip install wandb, or remove logging.wandb"
+            ) from error
+        self.wandb = wandb
+        self.marker = run.dir / "wandb.json"
+        self.state = _state(self.marker, run.name)
+        settings = wandb.Settings(silent=True, console="off", finish_timeout=FINISH_TIMEOUT_S)
+        wandb.setup(settings=wandb.Settings(silent=True))
+        self.run = _init(wandb, config, run, id=self.state["id"], settings=settings)
+        self.state["step"] = max(self.state["step"], self.run.step - 1)
+
+    def write(self, rows: list[dict]) -> None:
+        new = [row for row in rows if row["step"] > self.state["step"]]
+        for row in new:
+            self.run.log(self._values(row), step=row["step"])
+        if new:
+            self.state["step"] = new[-1]["step"]
+            write_atomically(self.marker, json.dumps(self.state) + "\n")
+
+    def close(self, summary: dict | None) -> None:
+        if summary is not None:
+            self.run.summary.update({key: value for key, value in summary.items() if key != "next"})
+        self.run.finish(exit_code=0 if summary is not None else 1)
+
+    def _values(self, row: dict) -> dict[str, Any]:
+        values: dict[str, Any] = dict(scalars(row))
+        if row.get("samples"):
+            data = [[row["step"], sample["prompt"], sample["text"]] for sample in row["samples"]]
+            values["samples"] = self.wandb.Table(columns=["step", "prompt", "text"], data=data)
+        return values
+
+
+def _state(marker: Path, name: str) -> dict:
+    """The run's id and the last step logged; new ones are made and kept, since a folder's name may be used again."""
+    if not marker.exists():
+        write_atomically(marker, json.dumps({"id": f"{name[:32]}-{uuid.uuid4().hex[:8]}", "step": 0}) + "\n")
+    return json.loads(marker.read_text(encoding="utf-8"))
+
+
+def _init(wandb: Any, config: WandbConfig, run: Run, **options: Any) -> Any:
+    """Start or resume the W&B run, offline where the network does not answer.
+
+    Raises `UserError` where there is no key, or the key is refused.
+    """
+    options |= {"project": config.project, "entity": config.entity, "name": run.name, "resume": "allow"}
+    options |= {"dir": str(run.dir), "config": run.config}
+    try:
+        return wandb.init(mode=config.mode, **options)
+    except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+        raise UserError(
+            f"Weights & Biases: {str(error).splitlines()[0]} Run `wandb login`, set WANDB_API_KEY, "
+            "or pass --logging.wandb.mode offline"
+        ) from error
+    except wandb.errors.CommError as error:
+        reason, kept = str(error).splitlines()[0], run.dir / "wandb"
+        print(
+            f"Weights & Biases does not answer ({reason}); the run is kept in {kept}: send it with `wandb sync`",
+            file=sys.stderr,
+        )
+        return wandb.init(mode="offline", **options)
