@@ -1,0 +1,71 @@
+"""The kernels: each file is a dict of functions of one signature, one of them a readable reference.
+
+Which one is used is found by running it, forward and backward, on a tiny input of the run's type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from training.config import ParallelConfig
+from training.errors import UserError
+from training.kernels.attention import ATTENTION
+from training.kernels.experts import EXPERTS
+from training.kernels.loss import LOSS
+
+__all__ = ["ATTENTION", "EXPERTS", "LOSS", "Kernels", "choose"]
+
+
+class Kernels(NamedTuple):
+    """The functions a model computes with. The defaults run everywhere."""
+
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor] = ATTENTION["sdpa"]
+    experts: Callable[[Tensor, Tensor, Tensor], Tensor] = EXPERTS["loop"]
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor] = LOSS["chunked"]
+
+
+def _failure(kernel: Callable[..., Tensor], differentiable: list[Tensor], *rest: Tensor) -> str | None:
+    """Run the kernel forward and backward; None if it worked, else the first line of what went wrong."""
+    try:
+        inputs = [x.requires_grad_() for x in differentiable]
+        y = kernel(*inputs, *rest)
+        finite = [y, *torch.autograd.grad(y, inputs, torch.ones_like(y))]
+        ok = all(bool(t.isfinite().all()) for t in finite)
+        return None if ok else "its result is not finite"
+    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+
+
+def _first_that_runs(name: str, asked: str, kernels: dict, differentiable: list[Tensor], *rest: Tensor) -> tuple:
+    """(kernel, its name and the reason) for `--parallel.<name> asked`."""
+    refused = []
+    for candidate in kernels if asked == "auto" else [asked]:
+        problem = _failure(kernels[candidate], [x.clone() for x in differentiable], *rest)
+        if problem is None:
+            reason = "; ".join(refused) or ("asked for" if asked != "auto" else "ran forward and backward")
+            return kernels[candidate], f"{candidate} ({reason})"
+        refused.append(f"{candidate} does not run here: {problem}")
+    raise UserError(f"parallel.{name}: {'; '.join(refused)}; use auto")
+
+
+def choose(
+    config: ParallelConfig, *, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> tuple[Kernels, dict[str, str]]:
+    """The kernels for this device, type and head width, and for each the reason, in words.
+
+    Raises UserError where the kernel that was asked for does not run.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    qkv = [random(1, 2, 16, head_dim) for _ in range(3)]
+    attention, attention_why = _first_that_runs("attention", config.attention, ATTENTION, qkv)
+    matrices, count_E = [random(32, 32), random(2, 16, 32)], torch.tensor([20, 12], device=device)
+    experts, experts_why = _first_that_runs("experts", config.experts, EXPERTS, matrices, count_E)
+    return Kernels(attention, experts), {"attention": attention_why, "experts": experts_why}

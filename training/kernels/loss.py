@@ -1,0 +1,73 @@
+"""Cross-entropy of the output projection, in functions of one signature.
+
+Shapes: N tokens, C channels, V vocabulary. Each takes x_NC, w_VC and targets_N (int64; -1 is
+not counted) and returns the sum of the tokens' losses in nats, a float32 scalar.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_LOGITS = 2**22  # logits that exist at a time: 16 MiB in float32
+
+
+def reference(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor) -> Tensor:
+    """All logits at once, in float32."""
+    logits_NV = F.linear(x_NC, w_VC).float()
+    return F.cross_entropy(logits_NV, targets_N, ignore_index=-1, reduction="sum")
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Loss and both gradients in one pass over chunks of tokens, so that all logits never exist at once.
+
+    The loss is a sum, so its gradients are known up to the scalar that arrives in backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x_NC: Tensor, w_VC: Tensor, targets_N: Tensor) -> Tensor:
+        needs_x, needs_w, _ = ctx.needs_input_grad
+        total = torch.zeros((), dtype=torch.float32, device=x_NC.device)
+        grad_x_NC = torch.empty_like(x_NC) if needs_x else None
+        grad_w_VC = torch.zeros_like(w_VC, dtype=torch.float32) if needs_w else None
+        size = max(1, CHUNK_LOGITS // len(w_VC))
+        for start in range(0, len(x_NC), size):
+            rows = slice(start, start + size)
+            x_nC, target_n1 = x_NC[rows], targets_N[rows, None]
+            counted_n1 = target_n1 >= 0
+            target_n1 = target_n1.clamp(min=0)
+            p_nV = F.linear(x_nC, w_VC).float()
+            p_nV -= p_nV.amax(dim=1, keepdim=True)
+            right_n1 = p_nV.gather(1, target_n1)
+            sum_n1 = p_nV.exp_().sum(dim=1, keepdim=True)
+            total += ((sum_n1.log() - right_n1) * counted_n1).sum()
+            if not (needs_x or needs_w):
+                continue
+            p_nV *= counted_n1 / sum_n1
+            p_nV.scatter_add_(1, target_n1, -counted_n1.to(p_nV.dtype))
+            grad_nV = p_nV.to(x_NC.dtype)
+            if needs_x:
+                torch.mm(grad_nV, w_VC, out=grad_x_NC[rows])
+            if needs_w:
+                grad_w_VC += grad_nV.t() @ x_nC
+        ctx.save_for_backward(grad_x_NC, grad_w_VC)
+        ctx.w_dtype = w_VC.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_x_NC, grad_w_VC = ctx.saved_tensors
+        return (
+            None if grad_x_NC is None else grad_x_NC * grad.to(grad_x_NC.dtype),
+            None if grad_w_VC is None else (grad_w_VC * grad).to(ctx.w_dtype),
+            None,
+        )
+
+
+def chunked(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor) -> Tensor:
+    """The logits of a few tokens at a time, in float32; gradients are computed on the way."""
+    return _ChunkedCrossEntropy.apply(x_NC, w_VC, targets_N)
+
+
+LOSS = {"chunked": chunked, "reference": reference}

@@ -1,0 +1,5 @@
+"""The network, one file a mechanism; `gpt.GPT` puts them together from the configuration's block pattern."""
+
+from training.model.gpt import FEED_FORWARDS, GPT, MIXERS, Cache, Kind
+
+__all__ = ["FEED_FORWARDS", "GPT", "MIXERS", "Cache", "Kind"]

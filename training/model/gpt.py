@@ -1,0 +1,178 @@
+"""GPT-2, dense or Mixture-of-Experts: an embedding, a pattern of blocks, a head.
+
+Shapes: B batch, T tokens, C channels, V vocabulary, N = B x T tokens.
+The contract with the loop is a value: `loss, metrics = model(tokens_BT, targets_BT, n_targets)`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.config import AttentionConfig, BlockConfig, MLPConfig, ModelConfig, MoEConfig
+from training.kernels import Kernels
+from training.model.attention import Attention
+from training.model.layers import Linear, norm, rotary_table
+from training.model.mlp import MLP
+from training.model.moe import MoE, Routing
+
+MIXERS = {AttentionConfig: Attention}
+FEED_FORWARDS = {MLPConfig: MLP, MoEConfig: MoE}
+
+Kind = Literal["matrix", "embedding", "router", "vector"]
+Cache = list[dict[str, Tensor]]
+
+
+class Block(nn.Module):
+    """Pre-normalised mixer and feed-forward layer, each added to the residual stream."""
+
+    def __init__(self, block: BlockConfig, model: ModelConfig, kernels: Kernels):
+        super().__init__()
+        self.norm_1 = norm(model)
+        self.mixer = MIXERS[type(block.mixer)](block.mixer, model, kernels)
+        self.norm_2 = norm(model)
+        self.ffn = FEED_FORWARDS[type(block.ffn)](block.ffn, model, kernels)
+
+    def forward(
+        self, x_BTC: Tensor, rotation_2TD: Tensor | None, n_targets: int, cache: dict[str, Tensor] | None
+    ) -> tuple[Tensor, Routing | None]:
+        x_BTC = x_BTC + self.mixer(self.norm_1(x_BTC), rotation_2TD, cache)
+        y_BTC, routing = self.ffn(self.norm_2(x_BTC), n_targets)
+        return x_BTC + y_BTC, routing
+
+
+class GPT(nn.Module):
+    """The network. `config.vocab_size` is a number by now; parameters are float32, `dtype` is what it computes in."""
+
+    def __init__(self, config: ModelConfig, kernels: Kernels | None = None, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config, self.kernels, self.dtype = config, kernels or Kernels(), dtype
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd) if config.position == "learned" else None
+        self.blocks = nn.ModuleList(Block(block, config, self.kernels) for block in config.layers())
+        self.norm_f = norm(config)
+        self.head = None if config.tie_head else Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, n_targets: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """(training loss, metrics) of one micro-batch.
+
+        The loss is this micro-batch's part of the global batch's mean: sums divided by `n_targets`, the
+        number of targets (those that are not -1) in the global batch. The metrics are sums, so they add
+        over micro-batches and ranks: "loss_sum" (nats, cross-entropy alone) and for every MoE layer i
+        "expert_count.i" (E,) and "z_loss.i".
+        """
+        x_BTC, routings = self._hidden(tokens_BT, n_targets)
+        loss_sum = self.kernels.loss(x_BTC.flatten(0, 1), self._head_weight(), targets_BT.flatten())
+        loss, metrics = loss_sum / n_targets, {"loss_sum": loss_sum.detach()}
+        for i, routing in routings.items():
+            loss = loss + routing.aux_loss
+            metrics |= {f"expert_count.{i}": routing.count_E.detach(), f"z_loss.{i}": routing.z_loss}
+        return loss, metrics
+
+    def logits(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
+        """float32 logits (B, T, V). `cache`, from `new_cache`, holds the tokens before these and takes these."""
+        x_BTC, _ = self._hidden(tokens_BT, 1, cache)
+        return F.linear(x_BTC, self._head_weight()).float()
+
+    def new_cache(self) -> Cache:
+        """An empty cache of keys and values, for `logits`."""
+        return [{} for _ in self.blocks]
+
+    def _hidden(
+        self, tokens_BT: Tensor, n_targets: int, cache: Cache | None = None
+    ) -> tuple[Tensor, dict[int, Routing]]:
+        """What the head reads (B, T, C), and the routing of every MoE layer by its index."""
+        start, n_tokens = cache[0]["key"].shape[2] if cache and cache[0] else 0, tokens_BT.shape[1]
+        if start + n_tokens > self.config.n_positions:
+            raise ValueError(f"{start + n_tokens} tokens do not fit n_positions {self.config.n_positions}")
+        x_BTC, rotation_2TD = self.wte(tokens_BT), None
+        if self.wpe is not None:
+            x_BTC = x_BTC + self.wpe.weight[start : start + n_tokens]
+        else:
+            head_dim = self.config.n_embd // self.config.n_head
+            rotation_2TD = rotary_table(start, n_tokens, head_dim, self.config.rope_theta, tokens_BT.device)
+        x_BTC, routings = x_BTC.to(self.dtype), {}
+        for i, block in enumerate(self.blocks):
+            x_BTC, routing = block(x_BTC, rotation_2TD, n_targets, cache[i] if cache else None)
+            if routing is not None:
+                routings[i] = routing
+        return self.norm_f(x_BTC), routings
+
+    def _head_weight(self) -> Tensor:
+        return (self.wte if self.head is None else self.head).weight.to(self.dtype)
+
+    def finish_step(self, metrics: dict[str, Tensor]) -> None:
+        """Take the global batch's summed metrics: what a model learns outside its gradients."""
+        for i, block in enumerate(self.blocks):
+            if f"expert_count.{i}" in metrics:
+                block.ffn.finish_step(metrics[f"expert_count.{i}"])
+
+    def describe(self, metrics: dict[str, Sequence[float]], n_targets: int) -> dict[str, object]:
+        """Summed metrics, fetched to the host as flat lists, in words that a log can print."""
+        described: dict[str, object] = {"loss": metrics["loss_sum"][0] / n_targets}
+        counts = [values for name, values in metrics.items() if name.startswith("expert_count.")]
+        if counts:
+            described["expert_load"] = [[count / sum(layer) for count in layer] for layer in counts]
+            described["expert_load_max"] = max(max(layer) * len(layer) / sum(layer) for layer in counts)
+            z_losses = [values[0] for name, values in metrics.items() if name.startswith("z_loss.")]
+            described["router_z_loss"] = sum(z_losses) / len(z_losses) / n_targets
+        return described
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> GPT:
+        """GPT-2's initial weights, as Transformers draws them: normal with deviation 0.02, that of the
+        projections into the residual stream divided by sqrt(2 n_layer); biases 0, norms 1.
+
+        Every parameter has a generator of its own, keyed by seed and name, so that neither the order of
+        construction nor the device matters.
+        """
+        for name, parameter in self.named_parameters():
+            if self.kinds()[name] == "vector":
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+                continue
+            into_residual = name.endswith(("mixer.out.weight", "ffn.down.weight", "experts.down"))
+            deviation = 0.02 / math.sqrt(2 * self.config.n_layer) if into_residual else 0.02
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
+        return self
+
+    def kinds(self) -> dict[str, Kind]:
+        """What every parameter is to an optimizer."""
+
+        def kind(name: str, parameter: nn.Parameter) -> Kind:
+            if parameter.ndim < 2 or name.endswith("bias"):
+                return "vector"
+            if ".router." in name:
+                return "router"
+            return "matrix" if name.startswith("blocks.") else "embedding"
+
+        return {name: kind(name, parameter) for name, parameter in self.named_parameters()}
+
+    def n_parameters(self) -> tuple[int, int]:
+        """(all parameters, those that one token uses)."""
+        total = sum(p.numel() for p in self.parameters())
+        idle = sum(
+            sum(p.numel() for p in moe.experts.parameters()) * (1 - moe.section.top_k / moe.section.n_experts)
+            for moe in self.modules()
+            if isinstance(moe, MoE)
+        )
+        return total, total - round(idle)
+
+    def flops_per_token(self) -> int:
+        """Of forward and backward at full context: 6 a matrix element used, and 12 L C T for attention
+        (arXiv:2204.02311 appendix B)."""
+        config, matrices = self.config, self.config.n_embd * self.config.vocab_size
+        for module in self.blocks.modules():
+            if isinstance(module, Linear):
+                matrices += module.weight.numel()
+            elif isinstance(module, MoE):
+                share = module.section.top_k / module.section.n_experts
+                matrices += round(share * sum(p.numel() for p in module.experts.parameters() if p.ndim == 3))
+        return 6 * matrices + 12 * config.n_layer * config.n_embd * config.n_positions

@@ -1,0 +1,79 @@
+"""Linear, normalisation, activation and rotary position: what every block is made of.
+
+Parameters are float32; a layer computes in the type of its input, casting its weights on the way.
+Shapes: B batch, T tokens, C channels, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.config import Activation, ModelConfig
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` in the type of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm (arXiv:1607.06450), with or without bias."""
+
+    def __init__(self, width: int, eps: float, bias: bool):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm (arXiv:1910.07467)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def norm(config: ModelConfig) -> nn.Module:
+    """The model's normalisation over its n_embd channels."""
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.n_embd, config.norm_eps)
+    return LayerNorm(config.n_embd, config.norm_eps, config.bias)
+
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu2": lambda x: F.relu(x).square(),  # arXiv:2109.08668
+    "silu": F.silu,
+}
+
+
+def rotary_table(start: int, n_tokens: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """(2, T, D): cosines and sines of positions start .. start + T - 1 (arXiv:2104.09864 eq. 15), float32."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    position = torch.arange(start, start + n_tokens, dtype=torch.float32, device=device)
+    angle_TD = torch.outer(position, frequency).repeat(1, 2)
+    return torch.stack([angle_TD.cos(), angle_TD.sin()])
+
+
+def rotate(x_BHTD: Tensor, rotation_2TD: Tensor) -> Tensor:
+    """Turn channel pairs (i, i + D/2) of each head by their position's angles; Transformers' convention."""
+    cos_TD, sin_TD = rotation_2TD.to(x_BHTD.dtype)
+    first, second = x_BHTD.chunk(2, dim=-1)
+    return x_BHTD * cos_TD + torch.cat([-second, first], dim=-1) * sin_TD

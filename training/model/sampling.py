@@ -1,0 +1,48 @@
+"""Text from a model, token by token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from training.model.gpt import GPT
+
+
+@torch.inference_mode()
+def sample(
+    model: GPT,
+    prompt_T: Tensor,
+    n_tokens: int,
+    *,
+    n_vocab: int,
+    generator: torch.Generator,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+    stop: int | None = None,
+) -> list[int]:
+    """Up to `n_tokens` token ids that continue prompt_T (at least one id), ending before `stop`.
+
+    Only ids below `n_vocab` are drawn: rows of the embedding past the tokenizer's size have no text.
+    Where the context is full, the older half is forgotten. `generator` lives on the CPU.
+    """
+    context, new_tokens, fresh = prompt_T.tolist(), [], []
+    limit, device = model.config.n_positions, model.wte.weight.device
+    for _ in range(n_tokens):
+        if not new_tokens or len(context) > limit:
+            context = context[-limit if not new_tokens else -(limit // 2) :]
+            cache, fresh = model.new_cache(), context
+        logits_V = model.logits(torch.tensor([fresh], device=device), cache)[0, -1, :n_vocab].float().cpu()
+        fresh = [_draw(logits_V, temperature, top_k, generator)]
+        if fresh[0] == stop:
+            break
+        context = context + fresh
+        new_tokens += fresh
+    return new_tokens
+
+
+def _draw(logits_V: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits_V.argmax())
+    if top_k is not None and top_k < len(logits_V):
+        logits_V = logits_V.masked_fill(logits_V < logits_V.topk(top_k).values[-1], float("-inf"))
+    return int(torch.multinomial((logits_V / temperature).softmax(0), 1, generator=generator))

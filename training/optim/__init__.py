@@ -1,0 +1,102 @@
+"""Optimizers, one file each, over named parameters; and the learning rate schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from training.config import AdamWConfig, MuonConfig
+from training.optim.muon import Muon
+from training.optim.schedule import SCHEDULES, rate
+
+__all__ = ["OPTIMIZERS", "SCHEDULES", "Muon", "Optimizer", "rate"]
+
+Named = list[tuple[str, nn.Parameter, str]]  # name, parameter, kind
+
+
+def _adamw(section: AdamWConfig, named: Named) -> torch.optim.Optimizer:
+    """torch's fused AdamW; decay on matrices only, embeddings at their own rate."""
+
+    def group(kinds: tuple[str, ...], lr: float, weight_decay: float) -> dict:
+        return {"params": [p for _, p, kind in named if kind in kinds], "lr": lr, "weight_decay": weight_decay}
+
+    groups = [
+        group(("matrix", "router"), section.learning_rate, section.weight_decay),
+        group(("embedding",), section.embedding_learning_rate or section.learning_rate, 0.0),
+        group(("vector",), section.learning_rate, 0.0),
+    ]
+    betas = (section.beta1, section.beta2)
+    return torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=section.eps, fused=True)
+
+
+def adamw(section: AdamWConfig, named: Named, dtype: torch.dtype) -> list[torch.optim.Optimizer]:  # noqa: ARG001
+    """AdamW for everything."""
+    return [_adamw(section, named)]
+
+
+def muon(section: MuonConfig, named: Named, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+    """Muon for matrices, AdamW for embeddings, routers and vectors."""
+    matrices = [p for _, p, kind in named if kind == "matrix"]
+    orthogonal = Muon(
+        matrices,
+        lr=section.muon_learning_rate,
+        momentum=section.momentum,
+        weight_decay=section.weight_decay,
+        ns_steps=section.ns_steps,
+        dtype=dtype,
+    )
+    return [orthogonal, _adamw(section, [entry for entry in named if entry[2] != "matrix"])]
+
+
+OPTIMIZERS: dict[type, Callable[..., list[torch.optim.Optimizer]]] = {AdamWConfig: adamw, MuonConfig: muon}
+
+
+class Optimizer:
+    """The section's optimizers as one, its state as named tensors.
+
+    `kinds` says for every name whether it is a "matrix", an "embedding", a "router" or a "vector";
+    `dtype` is the type of Muon's products.
+    """
+
+    def __init__(
+        self,
+        section: AdamWConfig | MuonConfig,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        kinds: dict[str, str],
+        dtype: torch.dtype = torch.float32,
+    ):
+        named = [(name, p, kinds[name]) for name, p in named_parameters]
+        self.parts = OPTIMIZERS[type(section)](section, named, dtype)
+        self._names = {p: name for name, p, _ in named}
+        self._peaks = [(group, group["lr"]) for part in self.parts for group in part.param_groups]
+
+    def step(self, rate: float) -> None:
+        """Update every parameter at `rate` times its peak learning rate."""
+        for group, peak in self._peaks:
+            group["lr"] = peak * rate
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every state tensor by "<parameter>/<what>"."""
+        return {
+            f"{self._names[p]}/{what}": tensor
+            for part in self.parts
+            for p, state in part.state.items()
+            for what, tensor in state.items()
+        }
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state_dict`. Raises KeyError for a tensor of an unknown parameter."""
+        owners = {self._names[p]: (part, p) for part in self.parts for g in part.param_groups for p in g["params"]}
+        for key, tensor in tensors.items():
+            name, _, what = key.rpartition("/")
+            part, p = owners[name]
+            # AdamW counts its steps on the device of the parameter where it is fused.
+            part.state[p][what] = tensor.to(p.device)
