@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -32,8 +32,9 @@ class Section(BaseModel):
         yield from ()
 
     @model_validator(mode="after")
-    def _check_rules(self) -> Section:
-        if problems := list(self.rules()):
+    def _check_rules(self, info: ValidationInfo) -> Section:
+        # Who passes a context runs `rules` afterwards: raised here, a section's would hide those of the sections above.
+        if info.context is None and (problems := list(self.rules())):
             text = "; ".join(f"{path}: {message}" for path, message in problems)
             raise PydanticCustomError("rules", "{text}", {"text": text, "problems": problems})
         return self
@@ -360,7 +361,9 @@ class Config(Section):
     micro_batch: int = option(
         8, "samples per forward and backward; changes memory and speed only", unit="samples", ge=1
     )
-    precision: Literal["bf16", "fp16", "fp32"] = option("bf16", "type of the matrix products; weights are always fp32")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
+        "auto", "type of the matrix products; auto: bf16 where the device has units for it, else fp32"
+    )
     model: ModelConfig = option(ModelConfig(), "the network")
     data: DataConfig = option(..., "what it reads")
     optim: Optim = option(AdamWConfig(), "the optimizer")
