@@ -1,0 +1,179 @@
+"""Batches: a pure function of (seed, epoch, sample index)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from training.data.loader import BLOCK, Batches, Mixture, feistel, key, permuted
+from training.data.shards import Split, Stream
+from training.errors import UserError
+
+
+def split_of(*lengths: int, weights: tuple[float, ...] | None = None) -> Split:
+    """Streams whose token at place p of stream s is 1000 s + p, so that a sample says where it is from."""
+    streams = tuple(
+        Stream(Path(f"data/train-{s}.tokens"), np.arange(n, dtype="<u2") + 1000 * s, np.zeros(1, "<u8"))
+        for s, n in enumerate(lengths)
+    )
+    return Split("train", streams, weights, 2**16, len(lengths), sum(lengths), sum(lengths))
+
+
+def permutation(n: int, seed: int = 0, epoch: int = 0) -> np.ndarray:
+    return permuted(np.arange(n), np.full(n, n), key(seed, 0, np.full(n, epoch)))
+
+
+@given(n=st.integers(1, 3000), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 10**6))
+@settings(max_examples=50, deadline=None)
+def test_an_epoch_holds_every_window_once(n, seed, epoch):
+    assert sorted(permutation(n, seed, epoch)) == list(range(n))
+
+
+@given(value=st.integers(0, 2**62 - 1), half=st.integers(4, 31), seed=st.integers(0, 2**32 - 1))
+@settings(deadline=None)
+def test_the_network_can_be_undone(value, half, seed):
+    """The inverse, written with Python's own integers, gives the number back: so it is a bijection at any size."""
+    value %= 4**half
+
+    def mix(z):
+        z = (z + 0x9E3779B97F4A7C15) % 2**64
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+        return z ^ (z >> 31)
+
+    as_array = [np.array([x], np.uint64) for x in (value, half, seed)]
+    left, right = divmod(int(feistel(*as_array)[0]), 2**half)
+    for i in reversed(range(8)):
+        left, right = right ^ (mix((seed + (i << 56) + left) % 2**64) % 2**half), left
+    assert (left << half) + right == value
+
+
+def test_the_permutation_is_the_same_on_every_machine_and_for_ever():
+    """A change here changes what every run reads after a restart."""
+    assert permutation(10, seed=1, epoch=2).tolist() == [9, 3, 2, 4, 5, 0, 6, 7, 8, 1]
+    assert permutation(10**6, seed=3)[:4].tolist() == [734092, 759820, 855731, 233843]
+
+
+def test_epochs_and_seeds_differ():
+    first = permutation(1000)
+    assert (permutation(1000, epoch=1) == first).sum() < 10
+    assert (permutation(1000, seed=1) == first).sum() < 10
+
+
+@pytest.mark.parametrize("n", [2, 3, 7, 100])
+def test_every_window_is_as_likely_at_every_place(n):
+    """Chi-squared over 4000 epochs, and for all orders of 3: five standard deviations at most."""
+    epochs = 4000
+    index = np.tile(np.arange(n), epochs)
+    orders = permuted(index, np.full_like(index, n), key(0, 0, np.repeat(np.arange(epochs), n))).reshape(epochs, n)
+    for counts in [np.bincount(orders[:, place], minlength=n) for place in (0, n // 2, n - 1)]:
+        chi = ((counts - epochs / n) ** 2 / (epochs / n)).sum()
+        assert abs(chi - (n - 1)) < 5 * np.sqrt(2 * (n - 1))
+    if n == 3:
+        _, counts = np.unique(orders, axis=0, return_counts=True)
+        assert len(counts) == 6
+        assert ((counts - epochs / 6) ** 2 / (epochs / 6)).sum() < 5 + 5 * np.sqrt(10)
+
+
+def test_neighbours_are_not_kept_together():
+    steps = np.diff(permutation(10_000))
+    assert abs(np.corrcoef(permutation(10_000)[:-1], permutation(10_000)[1:])[0, 1]) < 0.05
+    assert (np.abs(steps) == 1).sum() < 20
+
+
+def test_a_sample_is_consecutive_tokens_and_the_target_is_the_next():
+    tokens, targets = Batches(split_of(1001), n_positions=10, seed=0).samples(range(100))
+    assert tokens.shape == targets.shape == (100, 10)
+    assert tokens.dtype == targets.dtype == np.int64
+    assert (targets == tokens + 1).all()
+    assert sorted(tokens[:, 0]) == list(range(0, 1000, 10))
+
+
+@given(data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_whoever_asks_gets_the_same(data):
+    """Any division of the samples among ranks, micro-batches and restarts gives the same rows."""
+    weights = data.draw(st.sampled_from([None, (0.7, 0.3)]))
+    split = split_of(330, 550, weights=weights) if weights else split_of(330)
+    batches = Batches(split, n_positions=8, seed=data.draw(st.integers(0, 99)))
+    begin = data.draw(st.integers(0, 5000))
+    whole = batches.samples(range(begin, begin + 64))[0]
+    cuts = sorted(data.draw(st.lists(st.integers(0, 64), max_size=4)))
+    again = Batches(split, n_positions=8, seed=batches.seed)
+    parts = [again.samples(range(begin + a, begin + b))[0] for a, b in zip([0, *cuts], [*cuts, 64], strict=True)]
+    assert (np.concatenate(parts) == whole).all()
+
+
+def test_every_epoch_is_complete_and_in_another_order():
+    batches = Batches(split_of(331), n_positions=8, seed=5)
+    n = batches.n_samples
+    assert n == 41
+    epochs = batches.samples(range(3 * n))[0][:, 0].reshape(3, n)
+    assert (np.sort(epochs) == np.arange(0, 8 * n, 8)).all()
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_evaluation_reads_every_token_once_and_in_order():
+    batches = Batches(split_of(24), n_positions=10, seed=None)
+    tokens, targets = batches.samples(range(batches.n_samples))
+    assert targets[targets >= 0].tolist() == list(range(1, 24))
+    assert targets[2].tolist() == [21, 22, 23] + [-1] * 7
+    assert tokens[2].tolist() == [20, 21, 22, 23] + [0] * 6
+    with pytest.raises(IndexError):
+        batches.samples([3])
+
+
+def test_a_last_window_that_is_whole_is_not_followed_by_an_empty_one():
+    assert Batches(split_of(21), n_positions=10, seed=None).n_samples == 2
+
+
+@given(
+    weights=st.lists(st.floats(1e-4, 1e3), min_size=2, max_size=8),
+    blocks=st.integers(1, 10**6),
+)
+@settings(deadline=None)
+def test_a_mixture_keeps_its_proportions(weights, blocks):
+    share = np.array(weights) / sum(weights)
+    mixture = Mixture(weights, seed=0)
+    before, after = mixture.drawn(np.array([blocks, blocks + 1]))
+    assert before.sum() == blocks * BLOCK
+    assert (after >= before).all()
+    assert (np.abs(before - blocks * BLOCK * share) < len(weights)).all()
+
+
+def test_a_mixture_gives_each_source_its_own_samples_in_turn():
+    mixture = Mixture((1, 3), seed=7)
+    source, number = mixture.draw(np.arange(5 * BLOCK))
+    for s, share in enumerate((0.25, 0.75)):
+        assert sorted(number[source == s]) == list(range(int(5 * BLOCK * share)))
+        for block in range(5):
+            assert (source[block * BLOCK : (block + 1) * BLOCK] == s).sum() == BLOCK * share
+    first, second = (source[block * BLOCK : (block + 1) * BLOCK] for block in (0, 1))
+    assert (first != second).any()
+
+
+def test_each_source_of_a_mixture_has_its_own_epochs():
+    batches = Batches(split_of(81, 801, weights=(1.0, 1.0)), n_positions=8, seed=0)
+    stream, window = batches.locate(np.arange(BLOCK))
+    assert np.ptp(np.bincount(window[stream == 0], minlength=10)) <= 1
+    assert np.ptp(np.bincount(window[stream == 1], minlength=100)) <= 1
+
+
+def test_text_shorter_than_a_window_is_an_error_with_the_numbers():
+    with pytest.raises(UserError, match=r"train-0.tokens has 10 tokens, fewer than one window of 11"):
+        Batches(split_of(10), n_positions=10, seed=0)
+    with pytest.raises(UserError, match=r"train-1.tokens has 5 tokens"):
+        Batches(split_of(100, 5, weights=(1, 1)), n_positions=10, seed=0)
+    with pytest.raises(UserError, match=r"has 1 tokens, fewer than one window of 2"):
+        Batches(split_of(1), n_positions=10, seed=None)
+
+
+def test_a_token_beyond_the_vocabulary_is_an_error_and_not_a_crash_on_the_device():
+    split = split_of(100)
+    batches = Batches(Split("train", split.streams, None, 99, 1, 100, 100), n_positions=99, seed=0)
+    with pytest.raises(UserError, match=r"^data: token 99 is not below the vocabulary's 99"):
+        batches.samples([0])

@@ -1,0 +1,89 @@
+"""All documents of a configuration, each sent to training or validation, and the name for what they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from training.config import DataConfig
+from training.data import tokenizer_choice
+from training.data.digests import Digests
+from training.data.shards import FORMAT
+from training.data.sources import Reader, reader
+from training.data.text import Piece
+from training.errors import UserError
+
+
+class Corpus:
+    """The text of a configuration. Raises UserError where a source is missing.
+
+    Training text is one stream, or a stream for each source where sources are weighted; validation text is
+    always one stream. Blank documents are left out and counted.
+    """
+
+    def __init__(self, config: DataConfig):
+        if any(source.weight for source in config.val_sources):
+            raise UserError("data.val_sources: validation text is read once from end to end; leave weight out")
+        self.config = config
+        self.train = [reader(source) for source in config.sources]
+        self.val = [reader(source) for source in config.val_sources]
+        self.weights = [source.weight for source in config.sources if source.weight]
+        self.n_streams = len(self.weights) or 1
+
+    def key(self, digests: Digests) -> str:
+        """A name for all that decides the tokens on disk: weights do not, whether there are any does."""
+        asked: dict[str, Any] = {
+            "format": FORMAT,
+            "sources": [source.identity(digests) for source in self.train],
+            "val_sources": [source.identity(digests) for source in self.val],
+            "val_fraction": None if self.val else self.config.val_fraction,
+            "weighted": bool(self.weights),
+            "tokenizer": tokenizer_choice.identity(self.config.tokenizer, digests),
+        }
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
+    def pieces(self) -> Iterator[Iterator[Piece]]:
+        """For each source an iterator over its pieces."""
+        val_fraction = 0.0 if self.val else self.config.val_fraction
+        for i, source in enumerate(self.train):
+            yield pieces(source, i if self.weights else 0, val_fraction)
+        for source in self.val:
+            yield pieces(source, 0, 1.0)
+
+    def training_text(self) -> Iterator[str]:
+        """Pieces of training text, one of each source in turn: any beginning of it is a fair sample."""
+        return (piece.text for piece in in_turn(self.pieces()) if piece.split == "train")
+
+
+def pieces(source: Reader, stream: int, val_fraction: float) -> Iterator[Piece]:
+    """The pieces of a source's documents. A document that begins with a blank piece is that piece only."""
+    for document in source.documents():
+        text = next(document.pieces)
+        val = held_out(text if document.key is None else document.key, val_fraction)
+        split, index = ("val", 0) if val else ("train", stream)
+        yield Piece(text, split, index, first=True)
+        if text.strip():
+            yield from (Piece(text, split, index, first=False) for text in document.pieces)
+
+
+def held_out(key: str, val_fraction: float) -> bool:
+    """Whether a document is for validation: a matter of its key alone, so no other document can move it.
+
+    Documents that are alike are on the same side, and a larger fraction keeps what a smaller one held out.
+    """
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < val_fraction * 2**64
+
+
+def in_turn(iterators: Iterable[Iterator[Piece]]) -> Iterator[Piece]:
+    """One item of each iterator in turn, until all have ended."""
+    waiting = deque(iterators)
+    while waiting:
+        iterator = waiting.popleft()
+        for piece in iterator:
+            yield piece
+            waiting.append(iterator)
+            break

@@ -1,0 +1,183 @@
+"""Local files: found by path, folder or glob, opened whatever their compression, read a document at a time."""
+
+from __future__ import annotations
+
+import bz2
+import glob
+import gzip
+import io
+import json
+import lzma
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from training.data.text import Document, cut, decoded, document
+from training.errors import UserError
+
+SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages"})
+
+
+# --- finding ---------------------------------------------------------------------------------------
+
+
+def walk(folder: Path, skip: frozenset[str] = SKIPPED_FOLDERS) -> Iterator[Path]:
+    """Every file below a folder, sorted by path; hidden files and folders and those named in `skip` are not."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name not in skip and not name.startswith("."))
+        yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
+
+
+def usable(path: Path) -> bool:
+    """Whether the file's name says that it can be read."""
+    return format_of(path) in FORMATS
+
+
+def format_of(path: Path) -> str:
+    """The format by the file's name, compression left off: `a.jsonl.gz` is `.jsonl`."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if len(suffixes) > 1 and suffixes[-1] in OPENERS and suffixes[-2] != ".parquet":
+        return suffixes[-2]
+    return suffixes[-1] if suffixes else ""
+
+
+def find(patterns: Iterable[str]) -> dict[Path, bool]:
+    """The files that paths, folders and globs mean, in that order, each once; True: named by itself.
+
+    Raises UserError for a pattern that gives none.
+    """
+    found: dict[Path, bool] = {}
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if path.is_file():
+            if not usable(path):
+                raise UserError(f"{path}: no usable file: its name does not end in {EXTENSIONS}")
+            found[path] = True
+            continue
+        paths = sorted(search(path))
+        if not paths:
+            raise UserError(f"{pattern}: {_why_nothing(path)}")
+        found.update((each, False) for each in paths if each not in found)
+    return found
+
+
+def search(path: Path) -> Iterator[Path]:
+    """The usable files below a folder, or those that a glob matches and those below folders that it matches."""
+    matches = [path] if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207 (it may be absolute)
+    for match in matches:
+        yield from (each for each in (walk(match) if match.is_dir() else [match]) if usable(each))
+
+
+def _why_nothing(path: Path) -> str:
+    if path.is_dir():
+        return f"no usable file in this folder: no name ends in {EXTENSIONS}"
+    if not glob.has_magic(str(path)):
+        return "no such file or folder"
+    return f"the glob matches no usable file (names that end in {EXTENSIONS})"
+
+
+# --- opening ---------------------------------------------------------------------------------------
+
+
+def _open_zstd(path: Path) -> BinaryIO:
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
+
+
+OPENERS = {"": lambda path: path.open("rb"), ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """The file's bytes, decompressed. Raises UserError that names the file where it cannot be read to its end."""
+    suffix = path.suffix.lower()
+    try:
+        with OPENERS[suffix if suffix in OPENERS else ""](path) as file:
+            yield file
+    except EOFError:
+        raise UserError(f"{path}: cut short: the compressed data end in the middle") from None
+    except (OSError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+# --- reading ---------------------------------------------------------------------------------------
+
+
+def read_text(path: Path, _column: str) -> Iterator[Document]:
+    """A text file is one document."""
+    yield Document(_pieces(path))
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    with opened(path) as file:
+        yield from cut(decoded(file, str(path)))
+
+
+def read_jsonl(path: Path, column: str) -> Iterator[Document]:
+    """A line is one document; blank lines are passed over."""
+    with opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                yield document(_json_text(line, column, f"{path}: line {number}"))
+
+
+def _json_text(line: bytes, column: str, where: str) -> str:
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: byte {error.start} of the line is not UTF-8 ({error.reason})") from None
+    except (ValueError, RecursionError) as error:
+        torn = "" if line.endswith(b"\n") else "; it is the last line: was it cut short?"
+        raise UserError(f"{where}: not JSON ({error}){torn}") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a JSON {type(row).__name__}, not an object with a {column!r}")
+    if column not in row:
+        raise UserError(f"{where}: no column {column!r}; there are {', '.join(row) or 'none'} (option text_column)")
+    return text_of(row[column], column, where)
+
+
+def read_parquet(path: Path, column: str) -> Iterator[Document]:
+    """A row is one document."""
+    import pyarrow
+    from pyarrow import parquet
+
+    row = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            if column not in file.schema_arrow.names:
+                names = ", ".join(file.schema_arrow.names)
+                raise UserError(f"{path}: no column {column!r}; there are {names} (option text_column)")
+            for batch in file.iter_batches(batch_size=256, columns=[column]):
+                for value in batch.column(0):
+                    yield document(text_of(value.as_py(), column, f"{path}: row {row}"))
+                    row += 1
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: row {row}: cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def text_of(value: Any, column: str, where: str) -> str:
+    """The text in a column of a row; null is an empty document, anything else than text a UserError."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {column!r} is {type(value).__name__}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: {column!r} is not Unicode text (character {error.start}: {error.reason})") from None
+    return value
+
+
+FORMATS = {".txt": read_text, ".md": read_text, ".py": read_text, ".jsonl": read_jsonl, ".parquet": read_parquet}
+EXTENSIONS = ", ".join(FORMATS) + " (each but .parquet also with " + ", ".join(filter(None, OPENERS)) + ")"
+
+
+def read(path: Path, column: str) -> Iterator[Document]:
+    """The documents of a file that `usable` accepts."""
+    return FORMATS[format_of(path)](path, column)

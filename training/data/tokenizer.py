@@ -1,0 +1,131 @@
+"""Text to tokens and back, with the end-of-text token between documents, and only there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+from training.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+PROBE = "def f(x):\r\n\treturn  x  # naïve 日本語 🙂 1234567 don't <|endoftext|>\n\n\n"
+
+
+class Tokenizer:
+    """A byte-level `tokenizers.Tokenizer` that turns any text into tokens and back without loss.
+
+    `<|endoftext|>` within a text is encoded as the ordinary characters that it is made of. The tokenizer
+    gets that token as an additional last one where it has none. Raises UserError where text does not come
+    back as it was or where tokens do not add up to its bytes, as with WordPiece or SentencePiece.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer, name: str):
+        self.inner = inner
+        inner.no_padding()
+        inner.no_truncation()
+        inner.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
+        inner.encode_special_tokens = True
+        self.end_of_text: int = inner.token_to_id(END_OF_TEXT)
+        self.vocab_size: int = max(inner.get_vocab().values()) + 1
+        self.dtype = np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
+        ids = self.encode(PROBE)
+        if self.decode(ids) != PROBE or self.token_bytes[ids].sum() != len(PROBE.encode()):
+            raise UserError(f"{name}: not a lossless byte-level tokenizer (such as GPT-2's), which is what can be used")
+
+    def encode(self, text: str) -> np.ndarray:
+        """The tokens of a text, int64, without an end-of-text token."""
+        return np.array(self.inner.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The tokens of each text, in `dtype`; faster than one by one."""
+        encodings = self.inner.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, self.dtype) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of tokens, end-of-text tokens written out; bytes that are not UTF-8 become U+FFFD."""
+        return self.inner.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """int32 (vocab_size,): the bytes of text that each token stands for; 0 for special tokens."""
+        n_bytes = np.zeros(self.vocab_size, np.int32)
+        for token, i in self.inner.get_vocab().items():
+            n_bytes[i] = len(token)  # a character of a byte-level token stands for one byte
+        for i, added in self.inner.get_added_tokens_decoder().items():
+            n_bytes[i] = 0 if added.special else len(added.content.encode())
+        return n_bytes
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which Transformers' `AutoTokenizer` opens."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.inner.save(str(folder / "tokenizer.json"))
+        special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """The tokenizer that `save` wrote, or another tokenizer.json in a folder."""
+        return from_json(Path(folder) / "tokenizer.json")
+
+
+def from_json(path: Path) -> Tokenizer:
+    """A tokenizer.json. Raises UserError that names it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        inner = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # `tokenizers` raises bare Exception
+        raise UserError(f"{path}: not a tokenizer.json ({error})") from None
+    return Tokenizer(inner, str(path))
+
+
+def from_vocab_and_merges(vocab: Path, merges: Path) -> Tokenizer:
+    """A tokenizer in GPT-2's own two files."""
+    try:
+        model = models.BPE.from_file(str(vocab), str(merges))
+    except Exception as error:  # `tokenizers` raises bare Exception
+        raise UserError(f"{vocab}, {merges.name}: not a BPE's vocabulary and merges ({error})") from None
+    return Tokenizer(_byte_level(model), str(vocab.parent))
+
+
+def byte() -> Tokenizer:
+    """Token i is byte i; 256 is the end of text."""
+    return Tokenizer(_byte_level(models.BPE(vocab=byte_alphabet(), merges=[])), "byte")
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE with GPT-2's pre-tokenizer; the same texts give the same tokenizer.
+
+    `vocab_size` includes the end-of-text token, which is the last; a small text gives fewer tokens.
+    """
+    inner = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    inner.train_from_iterator(texts, trainer)
+    return Tokenizer(inner, "bpe")
+
+
+def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
+    inner = tokenizers.Tokenizer(model)
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return inner
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The printable character that byte-level BPE writes for each byte (`bytes_to_unicode` of GPT-2's encoder.py)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = (byte for byte in range(256) if byte not in printable)
+    shifted = {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return {shifted.get(byte, chr(byte)): byte for byte in range(256)}

@@ -1,0 +1,141 @@
+"""Which code answers for which `data.tokenizer`: trained here, on disk, on the hub, or tiktoken's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers
+
+from training.config import (
+    BPETokenizer,
+    ByteTokenizer,
+    FileTokenizer,
+    HuggingFaceTokenizer,
+    Section,
+    TiktokenTokenizer,
+)
+from training.data.digests import Digests
+from training.data.tokenizer import (
+    END_OF_TEXT,
+    PROBE,
+    Tokenizer,
+    byte,
+    byte_alphabet,
+    from_json,
+    from_vocab_and_merges,
+    train_bpe,
+)
+from training.errors import UserError
+
+if TYPE_CHECKING:
+    import tiktoken
+
+FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+
+
+def _bpe(config: BPETokenizer, texts: Iterable[str]) -> Tokenizer:
+    return train_bpe(_up_to(texts, config.max_bytes), config.vocab_size)
+
+
+def _up_to(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
+    for text in texts:
+        yield text
+        max_bytes -= len(text.encode())
+        if max_bytes <= 0:
+            return
+
+
+def _file(config: FileTokenizer, _texts: Iterable[str]) -> Tokenizer:
+    files = tokenizer_files(config)
+    return from_json(*files) if len(files) == 1 else from_vocab_and_merges(*files)
+
+
+def tokenizer_files(config: FileTokenizer) -> list[Path]:
+    """The tokenizer.json, or the vocab.json and merges.txt. Raises UserError where there are neither."""
+    path = Path(config.path).expanduser()
+    if path.is_file():
+        return [path]
+    for names in FILES:
+        if all((path / name).is_file() for name in names):
+            return [path / name for name in names]
+    raise UserError(f"{path}: no tokenizer.json here, and no vocab.json with merges.txt")
+
+
+def _huggingface(config: HuggingFaceTokenizer, _texts: Iterable[str]) -> Tokenizer:
+    try:
+        inner = tokenizers.Tokenizer.from_pretrained(config.name)
+    except Exception as error:  # the network's and the hub's errors have no common class
+        raise _not_loaded(f"tokenizer {config.name!r} from the Hugging Face hub", error) from None
+    return Tokenizer(inner, config.name)
+
+
+def _tiktoken(config: TiktokenTokenizer, _texts: Iterable[str]) -> Tokenizer:
+    import tiktoken
+
+    try:
+        encoding = tiktoken.get_encoding(config.name)
+    except Exception as error:  # the network's errors and ValueError for an unknown name
+        raise _not_loaded(f"tiktoken encoding {config.name!r}", error) from None
+    return from_tiktoken(encoding)
+
+
+def _not_loaded(what: str, error: Exception) -> UserError:
+    reason = (str(error).strip() or "no reason given").splitlines()[0]
+    return UserError(f"{what} cannot be loaded: {type(error).__name__}: {reason}")
+
+
+def from_tiktoken(encoding: tiktoken.Encoding) -> Tokenizer:
+    """The same encoding as a `tokenizers.Tokenizer`; raises UserError where it would not give the same tokens.
+
+    tiktoken stores ranks, not merges: a token's merges are the pairs of tokens that make it up, best ranks
+    first (as in Transformers' TikTokenConverter). Its patterns use possessive quantifiers and `$` for the
+    end of the text, which the other regular expression engine writes differently.
+    """
+    letters = {byte: letter for letter, byte in byte_alphabet().items()}
+    ranks = encoding._mergeable_ranks
+    vocab = {"".join(letters[b] for b in token): rank for token, rank in ranks.items()}
+    if END_OF_TEXT in encoding.special_tokens_set:
+        vocab[END_OF_TEXT] = encoding.eot_token
+    pairs = [
+        (ranks[token], ranks[token[:i]], ranks[token[i:]], token[:i], token[i:])
+        for token in ranks
+        for i in range(1, len(token))
+        if token[:i] in ranks and token[i:] in ranks
+    ]
+    merges = [
+        ("".join(letters[b] for b in left), "".join(letters[b] for b in right)) for *_, left, right in sorted(pairs)
+    ]
+    inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
+    pattern = re.sub(r"([?*+}])\+", r"\1", encoding._pat_str).replace("$", r"\z")
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    inner.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(inner, encoding.name)
+    if tokenizer.encode(PROBE).tolist() != encoding.encode_ordinary(PROBE):
+        raise UserError(f"tiktoken encoding {encoding.name!r} cannot be converted: it gives other tokens")
+    return tokenizer
+
+
+TOKENIZERS: dict[type[Section], Callable[[Any, Iterable[str]], Tokenizer]] = {
+    BPETokenizer: _bpe,
+    ByteTokenizer: lambda _config, _texts: byte(),
+    FileTokenizer: _file,
+    HuggingFaceTokenizer: _huggingface,
+    TiktokenTokenizer: _tiktoken,
+}
+
+
+def make(config: Section, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer that is asked for; one that is trained here learns from the beginning of `texts`."""
+    return TOKENIZERS[type(config)](config, texts)
+
+
+def identity(config: Section, digests: Digests) -> Any:
+    """What the tokenizer depends on besides the texts, JSON-able: its options, or its files' content."""
+    if isinstance(config, FileTokenizer):
+        return ["file", [digests.of(path) for path in tokenizer_files(config)]]
+    return config.model_dump()

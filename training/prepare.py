@@ -1,0 +1,50 @@
+"""Tokenize what a run reads, ahead of it: python -m training.prepare --config path/to/config.yaml
+
+The run itself does the same at its start, and finds at once what is prepared already.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from training.cli import parse
+from training.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prepare the data of a config and say what there is. Returns the exit status."""
+    try:
+        config, _ = parse(argv, prog="python -m training.prepare", doc=__doc__, flags={})
+        from training.data import prepare
+
+        print(summary(prepare(config.data).report))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-made is kept, so start again at any time", file=sys.stderr)
+        return 130
+    return 0
+
+
+def summary(report: dict) -> str:
+    """The report in lines: counts by split, then time and place."""
+    lines = []
+    for split in ("train", "val"):
+        counts = report[split]
+        ratio = counts["bytes"] / counts["tokens"]
+        lines.append(
+            f"{split:<6} {counts['documents']:>12,} documents {counts['tokens']:>16,} tokens"
+            f" {counts['bytes']:>18,} bytes   {ratio:.3f} bytes/token"
+        )
+    if report["blank_documents"]:
+        lines.append(f"       {report['blank_documents']:>12,} blank documents left out")
+    megabytes = (report["train"]["bytes"] + report["val"]["bytes"]) / 1e6
+    rate = "found in the cache" if report["found"] else f"{megabytes / report['seconds']:.1f} MB/s"
+    lines.append(f"vocabulary {report['vocab_size']:,}; {report['seconds']:.2f} s, {rate}; {report['folder']}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
