@@ -94,11 +94,11 @@ def open_sinks(config: LoggingConfig, run: Run) -> list[Sink]:
     return sinks
 
 
-def write_graph(sinks: list[Sink], model: torch.nn.Module, tokens_BT: torch.Tensor) -> None:
-    """Draw `model(tokens_BT)` where a sink can show it. Call it before compiling or sharding the model."""
+def write_graph(sinks: list[Sink], model: torch.nn.Module, *inputs: Any) -> None:
+    """Draw `model(*inputs)` where a sink can show it. Call it before compiling or sharding the model."""
     for sink in sinks:
         if draw := getattr(sink, "graph", None):
-            draw(model, tokens_BT)
+            draw(model, *inputs)
 
 
 def scalars(row: dict) -> dict[str, float]:

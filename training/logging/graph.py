@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
-def record(model: nn.Module, tokens_BT: Tensor) -> GraphDef:
-    """The graph of `model(tokens_BT)`. The model is neither trained nor compiled by it, nor its dropout drawn."""
-    recorder = Recorder(model, tokens_BT)
+def record(model: nn.Module, *inputs: Any) -> GraphDef:
+    """The graph of `model(*inputs)`. The model is neither trained nor compiled by it, nor its dropout drawn."""
+    recorder = Recorder(model, inputs)
     training = [module for module in model.modules() if module.training]
     with ExitStack() as undo:
         for module in training:
@@ -35,14 +35,14 @@ def record(model: nn.Module, tokens_BT: Tensor) -> GraphDef:
             for handle in recorder.watch(name, module):
                 undo.callback(handle.remove)
         with torch.no_grad(), recorder:
-            model(tokens_BT)
+            model(*inputs)
     return GraphDef(node=shortened(recorder.nodes), versions=VersionDef(producer=22))
 
 
 class Recorder(TorchFunctionMode):
     """Records every operation under it as a node. A tensor's producer is who last wrote its storage."""
 
-    def __init__(self, model: nn.Module, tokens_BT: Tensor) -> None:
+    def __init__(self, model: nn.Module, inputs: tuple) -> None:
         super().__init__()
         self.nodes: list[NodeDef] = []
         self.names: Counter[str] = Counter()
@@ -50,7 +50,8 @@ class Recorder(TorchFunctionMode):
         self.producer: dict[int, str] = {}
         self.weights = {storage(parameter) for parameter in model.parameters()}
         self.alive: list[Tensor] = []  # so that no storage's address is used twice
-        self.add("tokens", "input", [], [tokens_BT])
+        for name, tensor in zip(("tokens", "targets"), tensors(inputs), strict=False):
+            self.add(name, "input", [], [tensor])
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         output = function(*args, **(kwargs or {}))

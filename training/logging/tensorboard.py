@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tensorboard.compat.proto.config_pb2 import RunMetadata
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -48,10 +49,10 @@ class TensorBoardSink:
                 self.writer.add_text("samples", text, row["step"])
         self._flush()
 
-    def graph(self, model: torch.nn.Module, tokens_BT: torch.Tensor) -> None:
-        """Show `model(tokens_BT)` in the Graphs tab."""
-        # The second value is the device statistics that torch's own tracer adds; there are none here.
-        self.writer.file_writer.add_graph((record(model, tokens_BT), None))
+    def graph(self, model: torch.nn.Module, *inputs: Any) -> None:
+        """Show `model(*inputs)` in the Graphs tab."""
+        # add_graph wants device statistics as well, which only torch's own tracer has: none.
+        self.writer.file_writer.add_graph((record(model, *inputs), RunMetadata()))
         self._flush()
 
     def close(self, summary: dict | None) -> None:

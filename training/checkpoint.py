@@ -1,0 +1,130 @@
+"""Checkpoints: saved whole or not at all, verified before they are used, no pickle anywhere.
+
+A checkpoint is a folder `step-00000120` of safetensors and JSON. It is written under a temporary name;
+its manifest, with the SHA-256 of every file, comes last; then it gets its name. So a folder with that
+name is whole unless the disk failed, and the manifest tells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from training.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+class Checkpoint(NamedTuple):
+    """Everything a run needs to go on: named tensors, and JSON for the rest (with "step")."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write `folder`/step-N, replacing nothing; returns its path.
+
+    Raises UserError, with the temporary folder removed, where the disk refuses.
+    """
+    target = folder / f"step-{checkpoint.state['step']:08d}"
+    if target.exists():
+        return target
+    temporary = folder / f".{target.name}.tmp"
+    try:
+        for leftover in folder.glob(".step-*"):  # of a save or a removal that was killed
+            shutil.rmtree(leftover)
+        temporary.mkdir(parents=True)
+        save_file(checkpoint.model, temporary / "model.safetensors")
+        save_file(checkpoint.optimizer, temporary / "optimizer.safetensors")
+        (temporary / "state.json").write_text(json.dumps(checkpoint.state, indent=1))
+        files = sorted(temporary.iterdir())
+        manifest = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in files}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for path in [*files, temporary / MANIFEST, temporary]:
+            path.chmod(path.stat().st_mode | 0o444)  # safetensors writes for the owner alone
+            _sync(path)
+        temporary.rename(target)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{target}: the checkpoint could not be saved: {error}") from error
+    return target
+
+
+def load(path: Path, device: str = "cpu") -> Checkpoint:
+    """Read a checkpoint. Raises UserError naming the file that is missing or not what the manifest says."""
+    if problem := damage(path):
+        raise UserError(problem)
+    return Checkpoint(
+        load_file(path / "model.safetensors", device),
+        load_file(path / "optimizer.safetensors", device),
+        json.loads((path / "state.json").read_text()),
+    )
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in one line that names the file; None where it is whole."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+            if _sha256(path / name) != manifest[name]["sha256"]:
+                return f"{path / name}: damaged: its SHA-256 is not the one in {MANIFEST}"
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    except (ValueError, KeyError, TypeError):
+        return f"{path / MANIFEST}: damaged: not a checkpoint's manifest"
+    return None
+
+
+def steps(folder: Path) -> list[tuple[int, Path]]:
+    """The checkpoints in a folder, (step, path), oldest first; whole or not."""
+    found = [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+    return sorted((int(path.name[5:]), path) for path in found)
+
+
+def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint, with a warning for each newer one that is damaged; None where there is none.
+
+    Raises UserError where there are checkpoints and all are damaged: never a silent fresh start.
+    """
+    found = steps(folder)
+    for _, path in reversed(found):
+        problem = damage(path)
+        if problem is None:
+            return path
+        warn(f"{problem}; falling back to the checkpoint before it")
+    if found:
+        raise UserError(f"{folder}: no checkpoint is whole; start over with --resume never")
+    return None
+
+
+def prune(folder: Path, keep: int, best_step: int | None) -> None:
+    """Remove all but the newest `keep` whole checkpoints and the best; damaged ones count for nothing."""
+    whole = [(step, path) for step, path in steps(folder) if (path / MANIFEST).is_file()]
+    for step, path in whole[:-keep]:
+        if step != best_step:
+            shutil.rmtree(path.rename(folder / f".{path.name}.old"))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,197 @@
+"""What the loop does with a run: a step, an evaluation, samples.
+
+Nothing here waits for the device inside a step: metrics stay there until a row is due.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.config import EvalConfig
+from training.data import Tokenizer
+from training.data.loader import Batches
+from training.distributed import World
+from training.errors import UserError
+from training.model import GPT
+from training.model.sampling import sample
+from training.optim import rate
+from training.run import Run, save
+
+
+@dataclass(frozen=True)
+class Due:
+    """What follows a step. The same on all ranks."""
+
+    log: bool
+    evaluate: bool
+    save: bool
+    signal: int  # the number of the signal that ends the run, or 0
+
+
+class Watch:
+    """Signals and the clock: what can interrupt the loop, asked once a step."""
+
+    def __init__(self, run: Run):
+        self.run, self.signal, self.saved_at = run, 0, time.monotonic()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, _frame: object) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)  # the second one ends the process at once
+
+    def due(self) -> Due:
+        """What is due after the step just done. Collective."""
+        config, step, world = self.run.config, self.run.step, self.run.world
+        minutes, last = config.checkpoint.every_minutes, step == config.steps
+        late = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
+        received = world.max_int(self.signal)
+        save = last or received > 0 or bool(world.max_int(late)) or _every(config.checkpoint.every, step)
+        if save:
+            self.saved_at = time.monotonic()
+        evaluate = last or _every(config.eval.every, step)
+        return Due(save or evaluate or _every(config.logging.every, step), evaluate, save, received)
+
+
+def _every(interval: int | None, step: int) -> bool:
+    return interval is not None and step % interval == 0
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy to the device without waiting for it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def train_step(run: Run) -> None:
+    """One update from the global batch; its metrics go to `run.metrics`.
+
+    The gradient is that of the sum of losses over all targets of the global batch divided by their
+    number, however the batch is cut into ranks and micro-batches.
+    """
+    config, world = run.config, run.world
+    n_samples = config.batch_tokens // config.model.n_positions
+    mine = world.share(n_samples)
+    tokens_BT, targets_BT = run.batches.samples(run.step * n_samples + np.arange(mine.start, mine.stop))
+    n_targets = world.sum_int(int((targets_BT >= 0).sum()))
+
+    totals: dict[str, Tensor] = {}
+    for first in range(0, len(mine), config.micro_batch):
+        rows = slice(first, first + config.micro_batch)
+        inputs, targets = (to_device(array[rows], world.device) for array in (tokens_BT, targets_BT))
+        loss, metrics = run.model(inputs, targets, n_targets)
+        (loss if run.loss_scale is None else loss * run.loss_scale.scale).backward()
+        totals = {name: totals[name] + value if totals else value for name, value in metrics.items()}
+    parameters = [p for p in run.model.parameters() if p.grad is not None]
+    world.sum_([*(p.grad for p in parameters), *totals.values()])
+    grad_norm = update(run, parameters)
+    run.model.finish_step(totals)
+    run.metrics.add(run.step, totals | {"grad_norm": grad_norm}, n_targets)
+    run.step += 1
+
+
+@torch.no_grad()
+def update(run: Run, parameters: list[torch.nn.Parameter]) -> Tensor:
+    """Clip the summed gradient, update the weights, forget the gradient; returns its norm before clipping."""
+    gradients = [p.grad for p in parameters]
+    norm = torch.stack(torch._foreach_norm(gradients)).norm()
+    factor = torch.ones_like(norm)
+    if run.loss_scale is not None:
+        factor, norm = factor / run.loss_scale.scale, norm / run.loss_scale.scale
+    if run.config.optim.grad_clip is not None:
+        factor = factor * (run.config.optim.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, factor)
+    finite = run.loss_scale is None or bool(norm.isfinite())  # fp16 has to know before it steps
+    if finite:
+        run.optimizer.step(rate(run.config.schedule, run.step, run.config.steps))
+    if run.loss_scale is not None:
+        run.loss_scale.update(finite)
+    run.optimizer.zero_grad()
+    return norm
+
+
+def record(run: Run, due: Due) -> None:
+    """Write the rows of the steps since the last time; evaluate and save if that is due. Collective.
+
+    Raises UserError where a loss is not finite: nothing that it touched is saved.
+    """
+    rows = run.metrics.rows()
+    for row in rows:
+        if not math.isfinite(row["loss"]):
+            raise UserError(f"step {row['step']}: the loss is {row['loss']}; lower optim.learning_rate and start again")
+    improved = False
+    if due.evaluate:
+        val_tokens, token_bytes = run.config.eval.tokens, run.dataset.tokenizer.token_bytes
+        found = evaluate(run.model, run.val_batches, token_bytes, val_tokens, run.config.micro_batch, run.world)
+        improved = run.best is None or found["val_loss"] < run.best["val_loss"]
+        if improved:
+            run.best = {"step": run.step, "val_loss": found["val_loss"]}
+        rows[-1] |= found
+    run.last_row = rows[-1]
+    if due.evaluate and run.world.main and run.config.eval.prompts:
+        texts = samples(run.model, run.dataset.tokenizer, run.config.eval, seed=run.config.seed + run.step)
+        rows[-1] = rows[-1] | {"samples": texts}
+    for sink in run.sinks:
+        sink.write(rows)
+    if due.save or (improved and run.config.checkpoint.keep_best):
+        save(run)
+    run.metrics.start_clock()
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT, batches: Batches, token_bytes: np.ndarray, n_tokens: int | None, micro_batch: int, world: World
+) -> dict[str, float]:
+    """Cross-entropy alone over a fixed set: the same windows, spread evenly, whatever ranks and micro-batches.
+
+    "val_loss" in nats a token, "val_perplexity", "val_bits_per_byte" of the text that the targets spell.
+    """
+    config = model.config
+    n_windows = batches.n_samples
+    if n_tokens is not None:
+        n_windows = min(n_windows, max(1, n_tokens // config.n_positions))
+    windows = np.arange(n_windows) * batches.n_samples // n_windows
+    loss_sum, n_targets, n_bytes = 0.0, 0, 0
+    mine = world.share(n_windows)
+    for first in range(mine.start, mine.stop, micro_batch):
+        tokens_BT, targets_BT = batches.samples(windows[first : min(first + micro_batch, mine.stop)])
+        _, metrics = model(to_device(tokens_BT, world.device), to_device(targets_BT, world.device), 1)
+        loss_sum += float(metrics["loss_sum"])
+        n_targets += int((targets_BT >= 0).sum())
+        n_bytes += int(token_bytes[targets_BT[targets_BT >= 0]].sum())
+    sums = torch.tensor([loss_sum, n_targets, n_bytes], dtype=torch.float64)
+    world.sum_([sums])
+    nats, n_targets, n_bytes = sums.tolist()
+    loss = nats / n_targets
+    return {
+        "val_loss": loss,
+        "val_perplexity": math.exp(min(loss, 700)),
+        "val_bits_per_byte": nats / math.log(2) / n_bytes,
+    }
+
+
+def samples(model: GPT, tokenizer: Tokenizer, config: EvalConfig, seed: int) -> list[dict[str, str]]:
+    """A continuation of every prompt; the same for the same weights and seed."""
+    generator = torch.Generator().manual_seed(seed)
+    texts = []
+    for prompt in config.prompts:
+        ids = np.concatenate([[tokenizer.end_of_text], tokenizer.encode(prompt)])
+        new = sample(
+            model,
+            torch.from_numpy(ids),
+            config.sample_tokens,
+            n_vocab=tokenizer.vocab_size,
+            generator=generator,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            stop=tokenizer.end_of_text,
+        )
+        texts.append({"prompt": prompt, "text": tokenizer.decode(new)})
+    return texts

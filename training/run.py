@@ -1,0 +1,232 @@
+"""A run: its parts, how it begins or goes on, how it is saved, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from training import checkpoint, cli, logging, restart
+from training import device as devices
+from training.checkpoint import Checkpoint
+from training.config import Config
+from training.data import Dataset
+from training.data.loader import Batches
+from training.distributed import World
+from training.errors import UserError
+from training.kernels import choose
+from training.logging.files import write_atomically
+from training.logging.report import write_report
+from training.metrics import Metrics
+from training.model import GPT, convert
+from training.optim import Optimizer
+
+
+@dataclass
+class LossScale:
+    """Dynamic loss scaling for fp16 (arXiv:1710.03740): halved on overflow, doubled after 2000 good steps."""
+
+    scale: float = 2.0**16
+    good_steps: int = 0
+
+    def update(self, finite: bool) -> None:
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.scale /= 2
+        elif self.good_steps % 2000 == 0:
+            self.scale *= 2
+
+
+@dataclass
+class Run:
+    """Everything that a step, an evaluation or a save works on."""
+
+    config: Config  # resolved: precision and vocab_size are what they came to be
+    folder: Path
+    dataset: Dataset
+    world: World
+    model: GPT
+    optimizer: Optimizer
+    batches: Batches
+    val_batches: Batches
+    metrics: Metrics
+    kernels_why: dict[str, str]  # for each kernel its name and the reason
+    loss_scale: LossScale | None = None  # fp16 only
+    step: int = 0  # steps that are done
+    best: dict | None = None  # {"step", "val_loss"} of the lowest validation loss
+    last_row: dict = field(default_factory=dict)
+    sinks: list[logging.Sink] = field(default_factory=list)  # of the main process
+
+    def close(self, summary: dict | None = None) -> None:
+        """Close the logs. `summary` is None where the run did not come to its end."""
+        while self.sinks:
+            self.sinks.pop(0).close(summary)
+
+
+def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
+    """Build the run's parts, new or as the checkpoint that `restart.find` names, and open its logs."""
+    if resume == "never" and world.main:
+        restart.move_aside(restart.folder_of(config))
+    world.wait()
+    found, own = restart.find(config, resume, warn=print if world.main else lambda _: None)
+    config = resolve(config, found, dataset, world.device)
+    if own:
+        restart.refuse_changes(config, dataset.fingerprint, found.state)
+    dtype = devices.DTYPES[config.precision]
+    head_dim = config.model.n_embd // config.model.n_head
+    kernels, kernels_why = choose(config.parallel, device=world.device, dtype=dtype, head_dim=head_dim)
+    model = GPT(config.model, kernels, dtype).init_weights(config.seed).to(world.device)
+    run = Run(
+        config=config,
+        folder=restart.folder_of(config),
+        dataset=dataset,
+        world=world,
+        model=model,
+        optimizer=Optimizer(config.optim, model.named_parameters(), model.kinds(), dtype),
+        batches=Batches(dataset.train, n_positions=config.model.n_positions, seed=config.seed),
+        val_batches=Batches(dataset.val, n_positions=config.model.n_positions, seed=None),
+        metrics=Metrics(config, world, model),
+        kernels_why=kernels_why,
+        loss_scale=LossScale() if config.precision == "fp16" else None,
+    )
+    if found is not None:
+        restore(run, found)
+    if world.main:
+        open_logs(run)
+    if config.parallel.compile:
+        for block in model.blocks:
+            block.compile()
+    return run
+
+
+def resolve(config: Config, found: Checkpoint | None, dataset: Dataset, device: torch.device) -> Config:
+    """The options with `precision: auto` and `vocab_size: null` replaced by what they mean here.
+
+    A run keeps the precision it began with, on any device. Raises UserError for a vocabulary that is too small.
+    """
+    size, asked = dataset.tokenizer.vocab_size, config.model.vocab_size
+    if asked is not None and asked < size:
+        raise UserError(f"model.vocab_size: {asked} is less than the tokenizer's {size}; use null or {size}")
+    precision = devices.resolve_precision(config.precision, device)
+    if config.precision == "auto" and found is not None:
+        precision = found.state["config"]["precision"]
+    model = config.model.model_copy(update={"vocab_size": asked or -(-size // 64) * 64})
+    return config.model_copy(update={"precision": precision, "model": model})
+
+
+def restore(run: Run, found: Checkpoint) -> None:
+    """Put the run where the checkpoint left it. Raises UserError where the model is another one."""
+    try:
+        run.model.load_state_dict(found.model)
+        run.optimizer.load_state_dict(found.optimizer)
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"the checkpoint does not fit this model: {' '.join(str(error).split())}") from error
+    state = found.state
+    run.step, run.best, run.last_row = state["step"], state["best"], state["last_row"]
+    run.metrics.time_s = state["time_s"]
+    if run.loss_scale is not None and state["loss_scale"] is not None:
+        run.loss_scale = LossScale(**state["loss_scale"])
+
+
+def save(run: Run) -> None:
+    """Save a checkpoint, then remove those that are no longer kept. Collective; the main process writes."""
+    if run.world.main:
+        folder, keep = run.folder / "checkpoints", run.config.checkpoint
+        state = {
+            "step": run.step,
+            "time_s": run.metrics.time_s,
+            "best": run.best,
+            "last_row": run.last_row,
+            "loss_scale": run.loss_scale and asdict(run.loss_scale),
+            "data": run.dataset.fingerprint,
+            "config": run.config.model_dump(mode="json"),
+        }
+        checkpoint.save(folder, Checkpoint(run.model.state_dict(), run.optimizer.state_dict(), state))
+        checkpoint.prune(folder, keep.keep, run.best["step"] if run.best and keep.keep_best else None)
+    run.world.wait()
+
+
+def open_logs(run: Run) -> None:
+    """Write the configuration and the tokenizer, and open the logs that are asked for."""
+    config, text = run.config, cli.dump(run.config)
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{run.folder}: {error.strerror}; choose another --out_dir or --name") from error
+    write_atomically(run.folder / "config.yaml", text)
+    run.dataset.tokenizer.save(run.folder / "tokenizer")
+    facts = logging.Run(
+        dir=run.folder,
+        name=config.name,
+        config=config.model_dump(mode="json"),
+        config_yaml=text,
+        header=header(run),
+        start_step=run.step,
+        steps=config.steps,
+        tokens_per_step=config.batch_tokens,
+    )
+    run.sinks = logging.open_sinks(config.logging, facts)
+    if run.step == 0:
+        tokens, targets = (torch.from_numpy(a[:, :32]).to(run.world.device) for a in run.batches.samples([0]))
+        logging.write_graph(run.sinks, run.model, tokens, targets, targets.numel())
+
+
+def header(run: Run) -> dict[str, str]:
+    """The facts that open the console's log and the report."""
+    config, model = run.config, run.config.model
+    total, active = run.model.n_parameters()
+    samples = config.batch_tokens // model.n_positions
+    ranks = f", {run.world.size} processes" if run.world.size > 1 else ""
+    moe = [block.ffn for block in model.layers() if block.ffn.type == "moe"]
+    experts = f"{len(moe)} MoE layers, top {moe[0].top_k} of {moe[0].n_experts} experts, " if moe else ""
+    facts = {
+        "run": str(run.folder),
+        "device": f"{devices.describe(run.world.device)}{ranks}, {config.precision}",
+        "attention": run.kernels_why["attention"],
+        "experts": run.kernels_why["experts"] if moe else "",
+        "model": f"{model.n_layer} layers, {model.n_head} heads, width {model.n_embd}, context {model.n_positions}, "
+        f"{experts}vocabulary {model.vocab_size:,}",
+        "parameters": f"{total:,}" + (f", {active:,} active for a token" if active < total else ""),
+        "data": "; ".join(
+            f"{name} {split.n_documents:,} documents, {split.n_tokens:,} tokens, {split.n_bytes / 1e6:.1f} MB"
+            for name, split in (("train", run.dataset.train), ("val", run.dataset.val))
+        ),
+        "batch": f"{config.batch_tokens:,} tokens = {samples} samples x {model.n_positions}, "
+        f"{config.micro_batch} at a time",
+        "steps": f"{config.steps:,}, {config.steps * config.batch_tokens:,} tokens",
+        "goes on": f"after step {run.step:,}" if run.step else "",
+    }
+    return {label: text for label, text in facts.items() if text}
+
+
+def finish(run: Run) -> None:
+    """Leave the final model, summary.json and report.html, and close the logs with the summary."""
+    if not run.world.main:
+        return
+    folder, row = run.folder, run.last_row
+    total, active = run.model.n_parameters()
+    convert.write(folder / "model", run.model.state_dict(), run.config.model, run.dataset.tokenizer.end_of_text)
+    run.dataset.tokenizer.save(folder / "model")
+    summary = {
+        "steps": run.step,
+        "tokens": row["tokens"],
+        "train_loss": row["loss"],
+        **{key: row[key] for key in ("val_loss", "val_perplexity", "val_bits_per_byte")},
+        "best_val_loss": run.best["val_loss"],
+        "best_step": run.best["step"],
+        "time_s": run.metrics.time_s,
+        "tokens_per_s": row["tokens"] / run.metrics.time_s,
+        "parameters": total,
+        "active_parameters": active,
+        "model_dir": str(folder / "model"),
+        "next": [
+            f'python -m training.generate --run {folder} --prompt "{(*run.config.eval.prompts, "The ")[0]}"',
+            f"python -m training.evaluate --run {folder}",
+            f"tensorboard --logdir {folder}",
+        ],
+    }
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_report(folder)
+    run.close(summary)

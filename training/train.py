@@ -1,0 +1,65 @@
+"""Train GPT-2, dense or Mixture-of-Experts.
+
+    python -m training.train --config configs/quickstart.yaml
+    python -m training.train --config my.yaml --optim.learning_rate 1e-3 --steps 2000
+
+The run is left in out_dir/name. Started again with the same options, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from training import cli
+from training.config import Config
+from training.errors import UserError
+
+FLAGS = {
+    "--resume": "auto: go on from the run's newest checkpoint (default); never: start over, the old run is moved "
+    "aside; PATH: begin with the checkpoint or run at PATH"
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Exit status: 0 done, 2 wrong input, 128 + n saved and stopped by signal n."""
+    arguments = sys.argv[1:] if argv is None else argv
+    config, flags = cli.parse(arguments, prog="python -m training.train", doc=__doc__, flags=FLAGS)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once: large pages for tensors
+    try:
+        return train(config, resume=flags["--resume"] or "auto")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def train(config: Config, *, resume: str = "auto") -> int:
+    """The five steps of a run; returns the exit status. torch is imported here, once the options are known good."""
+    from training.data import prepare
+    from training.device import pick
+    from training.distributed import join
+    from training.loop import Watch, record, train_step
+    from training.run import begin, finish
+
+    world = join(pick(config.parallel.device))
+    dataset = prepare(config.data, quiet=not world.main)  # 1. load and preprocess the dataset
+    run = begin(config, dataset, world, resume)  # 2. initialize, or restore, model and optimizer
+    try:
+        watch = Watch(run)
+        run.metrics.start_clock()
+        while run.step < run.config.steps:  # 3. train, 4. evaluating on the way and after the last step
+            train_step(run)
+            due = watch.due()
+            if due.log:
+                record(run, due)
+            if due.signal:
+                return 128 + due.signal
+        finish(run)  # 5. save the final model and metrics
+        return 0
+    finally:
+        run.close()
+        world.leave()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
