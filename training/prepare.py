@@ -1,34 +1,37 @@
-"""Tokenize what a run reads, ahead of it: python -m training.prepare --config path/to/config.yaml
+"""Tokenize what a run reads, ahead of it.
 
-The run itself does the same at its start, and finds at once what is prepared already.
+    python -m training.prepare --config configs/quickstart.yaml
+
+The run does the same at its start, and finds at once what is prepared already.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from typing import Any
 
-from training.cli import parse
+from training import cli
 from training.errors import UserError
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prepare the data of a config and say what there is. Returns the exit status."""
-    try:
-        config, _ = parse(argv, prog="python -m training.prepare", doc=__doc__, flags={})
-        from training.data import prepare
+def main(argv: list[str] | None = None) -> int:
+    """The command. Exit status: 0 done, 2 wrong input, 130 interrupted."""
+    arguments = sys.argv[1:] if argv is None else argv
+    config, _ = cli.parse(arguments, prog="python -m training.prepare", doc=__doc__, flags={})
+    from training.data import prepare
 
+    try:
         print(summary(prepare(config.data).report))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; nothing half-made is kept, so start again at any time", file=sys.stderr)
+        print("interrupted: nothing half-made is kept, so start again at any time", file=sys.stderr)
         return 130
     return 0
 
 
-def summary(report: dict) -> str:
+def summary(report: dict[str, Any]) -> str:
     """The report in lines: counts by split, then time and place."""
     lines = []
     for split in ("train", "val"):

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from training.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-PROBE = "def f(x):\r\n\treturn  x  # naïve 日本語 🙂 1234567 don't <|endoftext|>\n\n\n"
+PROBE = "Def F(x):\r\n\treturn  x  # naïve 日本語 🙂 1234567 don't <|endoftext|>\n\n\n"
 
 
 class Tokenizer:

@@ -1,0 +1,443 @@
+"""Preparing data: once, whole or not at all, noticed when it changes, and the command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+from training import prepare as command
+from training.config import DataConfig
+from training.data import Batches, build, prepare, shards, workers
+from training.data.shards import open_split, read_manifest
+from training.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """200 rows of text in one file, and an empty cache beside them."""
+    write_rows(tmp_path / "text" / "rows.jsonl", 200)
+    return tmp_path
+
+
+def write_rows(path: Path, n: int, word: str = "row") -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text_of(i, word)}) + "\n" for i in range(n)))
+
+
+def text_of(i: int, word: str = "row") -> str:
+    return f"{word} number {i}: <|endoftext|> " + "naïve " * (i % 7)
+
+
+def config_of(folder: Path, **options: object) -> DataConfig:
+    default = {
+        "sources": [{"paths": [str(folder / "text")]}],
+        "val_fraction": 0.1,
+        "tokenizer": {"type": "bpe", "vocab_size": 300},
+        "cache_dir": str(folder / "cache"),
+        "workers": 1,
+    }
+    return DataConfig.model_validate(default | options)
+
+
+def datasets_in(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.iterdir() if path.is_dir())
+
+
+def texts(dataset, split: str) -> list[str]:
+    """The documents, read back from the disk by their boundaries."""
+    (stream,) = getattr(dataset, split).streams
+    assert (stream.tokens[stream.documents] == dataset.tokenizer.end_of_text).all()
+    return [dataset.tokenizer.decode(ids[1:]) for ids in np.split(stream.tokens, stream.documents[1:].astype(int))]
+
+
+# --- what is on disk -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_every_document_is_in_one_split_as_it_was(folder, n_workers, monkeypatch):
+    monkeypatch.setattr(workers, "CHUNK", 1000)
+    dataset = prepare(config_of(folder, workers=n_workers), quiet=True)
+    train, val = texts(dataset, "train"), texts(dataset, "val")
+    assert sorted(train + val) == sorted(text_of(i) for i in range(200))
+    assert 5 < len(val) < 40
+    for split, documents in ((dataset.train, train), (dataset.val, val)):
+        assert split.n_documents == len(documents)
+        assert split.n_bytes == sum(len(text.encode()) for text in documents)
+        assert split.n_tokens == len(split.streams[0].tokens)
+        tokens = split.streams[0].tokens
+        assert dataset.tokenizer.token_bytes[tokens].sum() == split.n_bytes
+        assert (tokens == dataset.tokenizer.end_of_text).sum() == split.n_documents
+
+
+def test_the_number_of_workers_changes_nothing(folder, monkeypatch):
+    monkeypatch.setattr(workers, "CHUNK", 500)
+    fingerprints = {
+        prepare(config_of(folder, workers=n, cache_dir=str(folder / f"cache{n}")), quiet=True).fingerprint
+        for n in (1, 2, 3)
+    }
+    assert len(fingerprints) == 1
+
+
+def test_the_merges_are_learned_from_training_text_only(folder):
+    write_rows(folder / "val.jsonl", 50, word="zyzzyva")
+    val_sources = [{"paths": [str(folder / "val.jsonl")]}]
+    dataset = prepare(config_of(folder, val_sources=val_sources), quiet=True)
+    same = prepare(config_of(folder, val_sources=[{"paths": [str(folder / "text")]}]), quiet=True)
+    assert dataset.tokenizer.inner.to_str() == same.tokenizer.inner.to_str()
+    assert texts(dataset, "train") == [text_of(i) for i in range(200)]
+    assert texts(dataset, "val") == [text_of(i, "zyzzyva") for i in range(50)]
+
+
+def test_a_document_stays_in_its_split_when_others_are_added(folder):
+    before = set(texts(prepare(config_of(folder), quiet=True), "val"))
+    write_rows(folder / "text" / "again.jsonl", 200)
+    write_rows(folder / "text" / "added.jsonl", 100, word="added")
+    after = prepare(config_of(folder), quiet=True)
+    assert {text for text in texts(after, "val") if text.startswith("row")} == before
+    assert not before & set(texts(after, "train"))
+
+
+def test_a_long_document_has_the_tokens_of_its_whole_text(folder, monkeypatch):
+    monkeypatch.setattr("training.data.text.PIECE", 200)
+    monkeypatch.setattr("training.data.text.SLACK", 200)
+    long = Path(build.__file__).read_text()
+    (folder / "text" / "long.txt").write_text(long)
+    dataset = prepare(config_of(folder, val_sources=[{"paths": [str(folder / "text" / "rows.jsonl")]}]), quiet=True)
+    stream = dataset.train.streams[0]
+    assert stream.tokens[1 : stream.documents[1]].tolist() == dataset.tokenizer.encode(long).tolist()
+    assert dataset.train.n_documents == 201
+
+
+def test_weighted_sources_are_streams_of_their_own(folder):
+    write_rows(folder / "other.jsonl", 300, word="other")
+    paths = (folder / "text", folder / "other.jsonl")
+    sources = [{"paths": [str(path)], "weight": weight} for path, weight in zip(paths, (3, 1), strict=True)]
+    dataset = prepare(config_of(folder, sources=sources), quiet=True)
+    assert dataset.train.weights == (3, 1)
+    assert len(dataset.val.streams) == 1
+    tokens, _ = Batches(dataset.train, n_positions=32, seed=0).samples(range(1024))
+    other = ["other" in dataset.tokenizer.decode(row) for row in tokens]
+    assert sum(other) == 256
+    sources[0]["weight"] = 1
+    again = prepare(config_of(folder, sources=sources), quiet=True)
+    assert again.report["found"]
+    assert again.fingerprint == dataset.fingerprint
+
+
+def test_blank_documents_are_left_out_and_counted(folder):
+    (folder / "text" / "blank.jsonl").write_text('{"text": " \\n"}\n{"text": ""}\n{"text": "some"}\n')
+    (folder / "text" / "empty.txt").touch()
+    report = prepare(config_of(folder), quiet=True).report
+    assert report["blank_documents"] == 3
+    assert report["train"]["documents"] + report["val"]["documents"] == 201
+
+
+# --- found again -----------------------------------------------------------------------------------
+
+
+def test_a_second_start_finds_it(folder):
+    first = prepare(config_of(folder), quiet=True)
+    second = prepare(config_of(folder, workers=2), quiet=True)
+    assert [first.report["found"], second.report["found"]] == [False, True]
+    assert first.fingerprint == second.fingerprint
+    assert second.report["seconds"] < 0.2
+    assert second.tokenizer.encode("row number").tolist() == first.tokenizer.encode("row number").tolist()
+
+
+def test_a_touched_file_that_holds_the_same_is_found(folder):
+    prepare(config_of(folder), quiet=True)
+    path = folder / "text" / "rows.jsonl"
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+    assert prepare(config_of(folder), quiet=True).report["found"]
+    path.with_name("moved.jsonl").write_bytes(content)
+    path.unlink()
+    assert prepare(config_of(folder), quiet=True).report["found"]
+
+
+@pytest.mark.parametrize("change", ["text", "added", "tokenizer", "split"])
+def test_whatever_changes_the_tokens_is_noticed(folder, change):
+    first = prepare(config_of(folder), quiet=True)
+    options = {}
+    path = folder / "text" / "rows.jsonl"
+    if change == "text":
+        path.write_text(path.read_text().replace("number 3:", "number 4:"))
+    elif change == "added":
+        (folder / "text" / "b.txt").write_text("more")
+    else:
+        options = {"tokenizer": {"tokenizer": {"type": "byte"}}, "split": {"val_fraction": 0.2}}[change]
+    second = prepare(config_of(folder, **options), quiet=True)
+    assert not second.report["found"]
+    assert second.fingerprint != first.fingerprint
+
+
+def test_text_that_changes_while_it_is_read_is_refused(folder, monkeypatch):
+    path = folder / "text" / "rows.jsonl"
+    write = build.write
+
+    def write_and_change(*arguments: object) -> None:
+        write(*arguments)
+        path.write_text(path.read_text() + '{"text": "late"}\n')
+
+    monkeypatch.setattr(build, "write", write_and_change)
+    with pytest.raises(UserError, match="changed while they were read"):
+        prepare(config_of(folder), quiet=True)
+    assert datasets_in(folder / "cache") == []
+
+
+# --- interrupted, and several at once --------------------------------------------------------------
+
+RUNNER = """
+    import os, signal, sys
+    from training.config import DataConfig
+    from training.data import prepare
+
+    config = DataConfig.model_validate_json(sys.argv[1])
+
+    def child(kill_at=None):
+        '''Prepare in a process of its own, which kills itself at its k-th operation on the cache.'''
+        if pid := os.fork():
+            return pid
+        count = 0
+
+        def watch(event, arguments):
+            nonlocal count
+            if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir") and "cache" in str(arguments[0]):
+                count += 1
+                if count == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+        status = 1
+        try:
+            dataset = prepare(config, quiet=True)
+            os.write(1, (dataset.fingerprint + "\\n").encode())
+            status = 0
+        finally:
+            os._exit(status)
+"""
+
+
+def run(folder: Path, program: str, **options: object) -> list[str]:
+    """Run a program after RUNNER; the lines that it and its children print."""
+    source = textwrap.dedent(RUNNER) + textwrap.dedent(program)
+    argument = config_of(folder, **options).model_dump_json()
+    result = subprocess.run(
+        [sys.executable, "-c", source, argument], text=True, capture_output=True, check=True, cwd=ROOT, timeout=100
+    )
+    assert result.stderr == ""
+    return result.stdout.split()
+
+
+@pytest.mark.skipif(not hasattr(sys, "addaudithook") or sys.platform == "win32", reason="needs fork")
+def test_a_kill_at_any_operation_leaves_nothing_that_counts(folder):
+    program = """
+        k, killed = 0, True
+        while killed:
+            k += 1
+            _, status = os.waitpid(child(kill_at=k), 0)
+            killed = os.WIFSIGNALED(status)
+            assert os.waitpid(child(), 0)[1] == 0
+            left = [name for name in os.listdir(config.cache_dir) if "." not in name or "partial" in name]
+            assert len(left) == 1 and "partial" not in left[0], left
+            os.system(f"rm -r {config.cache_dir}")
+        print(k)
+    """
+    *fingerprints, n_points = run(folder, program)
+    assert int(n_points) > 20
+    assert set(fingerprints) == {prepare(config_of(folder), quiet=True).fingerprint}
+
+
+def test_processes_that_prepare_at_once_find_one_dataset(folder):
+    program = """
+        children = [child() for _ in range(8)]
+        assert all(os.waitpid(pid, 0)[1] == 0 for pid in children)
+    """
+    fingerprints = run(folder, program)
+    assert len(fingerprints) == 8
+    assert len(set(fingerprints)) == 1
+    assert len(datasets_in(folder / "cache")) == 1
+
+
+def test_what_another_killed_build_left_is_removed(folder):
+    left = folder / "cache" / "0123456789abcdef.partial"
+    left.mkdir(parents=True)
+    (left / "train-0.tokens").write_text("half")
+    prepare(config_of(folder), quiet=True)
+    assert len(datasets_in(folder / "cache")) == 1
+    assert not left.exists()
+
+
+def test_what_another_process_is_building_is_left_alone(folder):
+    being_built = folder / "cache" / "0123456789abcdef.partial"
+    being_built.mkdir(parents=True)
+    with FileLock(being_built.with_suffix(".lock")):
+        prepare(config_of(folder), quiet=True)
+    assert being_built.exists()
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(folder, monkeypatch):
+    events = []
+    sync, rename = shards.sync, Path.rename
+    monkeypatch.setattr(shards, "sync", lambda path: (events.append(path.name), sync(path)))
+    monkeypatch.setattr(Path, "rename", lambda path, to: (events.append("rename"), rename(path, to)))
+    place = Path(prepare(config_of(folder), quiet=True).report["folder"])
+    before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
+    assert set(before) == {path.name for path in place.rglob("*")} | {f"{place.name}.partial"}
+    assert after == ["cache"]
+
+
+def test_a_worker_that_dies_is_one_line(folder, monkeypatch):
+    monkeypatch.setattr(workers, "CHUNK", 500)
+    monkeypatch.setattr(workers.Worker, "receive", killed_before(workers.Worker.receive))
+    with pytest.raises(UserError, match=r"^a tokenizing process ended with status -9 .*lower data.workers$"):
+        prepare(config_of(folder, workers=2), quiet=True)
+    assert datasets_in(folder / "cache") == []
+
+
+def killed_before(method):
+    def receive(worker):
+        worker.process.kill()
+        worker.process.wait()
+        worker.process.stdout.read()
+        return method(worker)
+
+    return receive
+
+
+# --- refused ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"val_fraction": 1e-9}, r"no document was held out for validation of 200 documents.*name data.val_sources$"),
+        ({"val_fraction": 1 - 1e-9}, r"^data.sources: no document is left to train on of 200 documents"),
+        ({"val_sources": [{"type": "stdlib", "weight": 1}]}, r"^data.val_sources: .*leave weight out$"),
+    ],
+)
+def test_a_split_without_documents_says_what_to_do(folder, options, message):
+    with pytest.raises(UserError, match=message):
+        prepare(config_of(folder, **options), quiet=True)
+
+
+def test_sources_without_text_are_named(folder):
+    (folder / "empty").mkdir()
+    (folder / "empty" / "a.txt").touch()
+    empty = [{"paths": [str(folder / "empty")]}]
+    with pytest.raises(UserError, match=r"^data.sources: no text"):
+        prepare(config_of(folder, sources=empty), quiet=True)
+    with pytest.raises(UserError, match=r"^data.val_sources: no text"):
+        prepare(config_of(folder, val_sources=empty), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("train-0.tokens", lambda path: path.write_bytes(path.read_bytes()[:-1]), r"bytes long, not \d+"),
+        ("val-0.documents", lambda path: path.write_bytes(b""), r"0 bytes long, not \d+"),
+        ("val-0.tokens", Path.unlink, "No such file"),
+        ("manifest.json", Path.unlink, "No such file"),
+        ("manifest.json", lambda path: path.write_text("{"), "EOF"),
+        ("manifest.json", lambda path: path.write_text(path.read_text().replace("<u2", "<f2")), "Input should be"),
+        ("tokenizer/tokenizer.json", lambda path: path.write_text(path.read_text() + " "), "not the file that was"),
+        ("tokenizer/tokenizer.json", Path.unlink, "No such file"),
+    ],
+)
+def test_a_damaged_cache_is_named_and_what_to_delete(folder, name, damage, message):
+    place = Path(prepare(config_of(folder), quiet=True).report["folder"])
+    damage(place / name)
+    with pytest.raises(UserError, match=message) as error:
+        prepare(config_of(folder), quiet=True)
+    line = str(error.value)
+    assert line.startswith(f"{place / name}: damaged (")
+    assert f"delete {place} and start again" in line
+    assert "\n" not in line
+
+
+def test_a_token_beyond_the_vocabulary_on_disk_is_named(folder):
+    place = Path(prepare(config_of(folder), quiet=True).report["folder"])
+    path = place / "val-0.tokens"
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    split = open_split(place, read_manifest(place), "val")
+    with pytest.raises(UserError, match=r"token 65535 is not below the vocabulary's 300"):
+        Batches(split, n_positions=8, seed=None).samples([0])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_a_disk_that_is_full_is_one_line(folder, monkeypatch):
+    place = folder / "cache"
+    monkeypatch.setattr(build, "Writer", FullDisk)
+    with pytest.raises(UserError, match=rf"^{place}: cannot be written: No space left on device$"):
+        prepare(config_of(folder), quiet=True)
+    assert datasets_in(place) == []
+
+
+class FullDisk(build.Writer):
+    """Writes its tokens to a device that takes none."""
+
+    def __init__(self, folder: Path, split: str, index: int, tokenizer: object):
+        (folder / f"{split}-{index}.tokens").symlink_to("/dev/full")
+        super().__init__(folder, split, index, tokenizer)
+
+
+def test_a_cache_that_cannot_be_made_is_one_line(folder):
+    with pytest.raises(UserError, match=r"rows.jsonl.*: cannot be written: "):
+        prepare(config_of(folder, cache_dir=str(folder / "text" / "rows.jsonl" / "cache")), quiet=True)
+
+
+# --- the command -----------------------------------------------------------------------------------
+
+
+def write_config(folder: Path, source: str) -> str:
+    path = folder / "run.yaml"
+    path.write_text(
+        f"data:\n  sources: [{{type: files, paths: ['{source}']}}]\n  val_fraction: 0.1\n"
+        f"  cache_dir: {folder / 'cache'}\n  tokenizer: {{type: byte}}\n"
+    )
+    return str(path)
+
+
+def test_the_command_says_what_there_is(folder, capsys):
+    for found in (False, True):
+        assert command.main(["--config", write_config(folder, str(folder / "text"))]) == 0
+        out = capsys.readouterr().out
+        assert "train " in out
+        assert "documents" in out
+        assert "bytes/token" in out
+        assert ("found in the cache" in out) == found
+        assert ("MB/s" in out) != found
+
+
+def test_the_command_ends_with_status_2_for_bad_text(folder, capsys):
+    (folder / "bad.txt").write_bytes(b"\xff")
+    assert command.main(["--config", write_config(folder, str(folder / "bad.txt"))]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"error: {folder / 'bad.txt'}: byte 0 is not UTF-8 text (invalid start byte)"
+
+
+def test_preparing_imports_no_torch(folder):
+    program = (
+        "import sys; from training.prepare import main; status = main(sys.argv[1:]);"
+        "assert not {'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules); sys.exit(status)"
+    )
+    arguments = ["--config", write_config(folder, str(folder / "text"))]
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program, *arguments], text=True, capture_output=True, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    lines = result.stderr.splitlines()
+    assert len(lines) == 4
+    assert lines[-1].startswith("tokenizing: 0.0 MB in ")
+    shutil.rmtree(folder / "cache")

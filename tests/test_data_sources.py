@@ -1,0 +1,279 @@
+"""Text from files, folders, the standard library and `datasets`; and one line for whatever is wrong with it."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import datasets
+import pyarrow
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from training.config import FilesSource, HuggingFaceSource, Source, StdlibSource
+from training.data import text
+from training.data.corpus import held_out
+from training.data.files import opened
+from training.data.sources import READERS, reader
+from training.data.text import CUT, cut, document
+from training.errors import UserError
+
+TEXTS = ["one\nline", "naïve 日本語 🙂", "third\r\n"]
+
+
+def read(*paths: Path | str, **options: str) -> list[str]:
+    return documents(FilesSource(paths=tuple(map(str, paths)), **options))
+
+
+def documents(source: object) -> list[str]:
+    return ["".join(each.pieces) for each in reader(source).documents()]
+
+
+def jsonl(texts: list, column: str = "text") -> bytes:
+    return b"".join(json.dumps({"id": 1, column: each}).encode() + b"\n" for each in texts)
+
+
+def test_every_kind_of_source_has_a_reader():
+    variants = {get_args(tagged)[0] for tagged in get_args(get_args(Source)[0])}
+    assert variants == set(READERS)
+
+
+# --- what is read ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".py"])
+def test_a_text_file_is_one_document_with_its_line_ends(tmp_path, suffix):
+    (tmp_path / f"a{suffix}").write_bytes("über\r\nline\rend\n\n".encode())
+    assert read(tmp_path / f"a{suffix}") == ["über\r\nline\rend\n\n"]
+
+
+def test_a_byte_order_mark_is_dropped(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbftext")
+    (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl(["text"]))
+    assert read(tmp_path) == ["text", "text"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [
+        ("", bytes),
+        (".gz", gzip.compress),
+        (".bz2", bz2.compress),
+        (".xz", lzma.compress),
+        (".zst", lambda data: zstandard.compress(data)),
+        (".GZ", gzip.compress),
+    ],
+)
+def test_rows_of_jsonl_are_documents_whatever_the_compression(tmp_path, suffix, compress: Callable[[bytes], bytes]):
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(compress(jsonl(TEXTS) + b"\n"))
+    assert read(path) == TEXTS
+
+
+def test_compressed_parts_one_after_the_other_are_one_file(tmp_path):
+    for suffix, compress in ((".gz", gzip.compress), (".zst", zstandard.compress), (".xz", lzma.compress)):
+        path = tmp_path / f"a.txt{suffix}"
+        path.write_bytes(compress(b"first ") + compress(b"second"))
+        assert read(path) == ["first second"]
+
+
+def test_rows_of_parquet_are_documents_and_null_is_an_empty_one(tmp_path):
+    parquet.write_table(pyarrow.table({"body": [*TEXTS, None] * 200}), tmp_path / "a.parquet")
+    assert read(tmp_path, text_column="body") == [*TEXTS, ""] * 200
+
+
+def test_folders_and_globs_are_searched_in_the_order_of_names(tmp_path):
+    for name in ("b.txt", "a/z.md", "a/y.py", "c.bin", ".hidden.txt", "a/__pycache__/x.py", "d.parquet.gz"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert read(tmp_path) == ["a/y.py", "a/z.md", "b.txt"]
+    assert read(tmp_path / "*.txt", tmp_path / "**" / "[yz].*") == ["b.txt", "a/y.py", "a/z.md"]
+    assert read(tmp_path / "a" / "z.md", tmp_path) == ["a/z.md", "a/y.py", "b.txt"]
+
+
+def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path):
+    (tmp_path / "a[1].txt").write_text("odd name")
+    assert read(tmp_path / "a[1].txt") == ["odd name"]
+
+
+def test_the_standard_library_is_its_modules_without_tests():
+    source = reader(StdlibSource())
+    names = [each.key for each in source.documents()]
+    assert names == sorted(set(names), key=names.index)
+    assert {"argparse.py", "json/decoder.py"} <= set(names)
+    assert not [name for name in names if {"test", "tests", "idle_test", "site-packages"} & set(Path(name).parts)]
+    assert 8e6 < sum(path.stat().st_size for path in source.modules) < 20e6
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_sets_are_read_from_folders_of_files(tmp_path, streaming, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_bytes(jsonl(TEXTS, "body"))
+    asked = {"name": str(tmp_path / "set"), "text_column": "body", "streaming": streaming}
+    assert documents(HuggingFaceSource(**asked)) == TEXTS
+
+
+def test_data_sets_are_read_from_folders_that_datasets_saved(tmp_path):
+    saved = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": TEXTS})})
+    saved.save_to_disk(str(tmp_path / "dict"))
+    saved["train"].save_to_disk(str(tmp_path / "one"))
+    for name in ("dict", "one"):
+        assert documents(HuggingFaceSource(name=str(tmp_path / name))) == TEXTS
+    with pytest.raises(UserError, match=r"dict: no split 'test'; there are train"):
+        documents(HuggingFaceSource(name=str(tmp_path / "dict"), split="test"))
+    with pytest.raises(UserError, match=r"one: no column 'body'; there are text"):
+        documents(HuggingFaceSource(name=str(tmp_path / "one"), text_column="body"))
+
+
+def test_a_data_set_that_cannot_be_loaded_is_named(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"^nobody/nothing: cannot be read: [^\n]+$"):
+        documents(HuggingFaceSource(name="nobody/nothing"))
+
+
+# --- what is refused -------------------------------------------------------------------------------
+
+BAD = {
+    "empty.txt": (b"", "no text in this file: it is empty, or all white space"),
+    "lines.txt": (b"\n\r\n \n", "no text in this file: it is empty, or all white space"),
+    "lines.jsonl": (b"\n\n\n", "no text in this file: it is empty, or all white space"),
+    "blank.jsonl": (jsonl(["", " \n"]), "no text in this file: it is empty, or all white space"),
+    "latin.txt": ("aß".encode() * 3 + b"\xe9a", "byte 9 is not UTF-8 text (invalid continuation byte)"),
+    "cut.txt": ("aß".encode()[:-1], "byte 1 is not UTF-8 text (unexpected end of data)"),
+    "nul.txt": ("ß\0".encode(), "byte 2 is NUL: this is not a UTF-8 text file"),
+    "utf16.txt": ("text".encode("utf-16"), "byte 0 is not UTF-8 text (invalid start byte)"),
+    "column.jsonl": (jsonl(["a"], "body"), "line 1: no column 'text'; there are id, body (option text_column)"),
+    "list.jsonl": (jsonl(["a"]) + b"[1]\n", "line 2: a JSON list, not an object with a 'text'"),
+    "number.jsonl": (jsonl(["a", 3]), "line 2: 'text' is int, not text"),
+    "surrogate.jsonl": (jsonl(["\ud800"]), "line 1: 'text' is not Unicode text (character 0: surrogates not allowed)"),
+    "json.jsonl": (jsonl(["a"]) + b"oops\n{}", "line 2: not JSON (Expecting value: line 1 column 1 (char 0))"),
+    "deep.jsonl": (b"[" * 200_000 + b"\n", "line 1: not JSON (maximum recursion depth exceeded"),
+    "torn.jsonl": (jsonl(["abc"])[:-6], "it is the last line: was it cut short?"),
+    "utf8.jsonl": (b'{"text": "\xff"}\n', "line 1: byte 10 of the line is not UTF-8 (invalid start byte)"),
+    "torn.txt.gz": (gzip.compress(b"text" * 99)[:-9], "cut short: the compressed data end in the middle"),
+    "torn.txt.bz2": (bz2.compress(b"text" * 99)[:-9], "cut short: the compressed data end in the middle"),
+    "torn.txt.xz": (lzma.compress(b"text" * 99)[:-9], "cut short: the compressed data end in the middle"),
+    "torn.jsonl.zst": (zstandard.compress(jsonl(TEXTS))[:-9], "cannot be read: Truncated compressed stream"),
+    "not.txt.gz": (b"text", "cannot be read: Not a gzipped file"),
+    "not.txt.zst": (b"text" * 9, "cannot be read: "),
+    "not.txt.xz": (b"text" * 9, "cannot be read: Input format not supported by decoder"),
+    "not.parquet": (b"text" * 9, "row 0: cannot be read: Parquet magic bytes not found in footer"),
+    "void.parquet": (b"", "row 0: cannot be read: Parquet file size is 0 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_one_line_that_names_file_and_record(tmp_path, name):
+    content, message = BAD[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read(tmp_path / name)
+    line = str(error.value)
+    assert line.startswith(f"{tmp_path / name}: ")
+    assert message in line
+    assert "\n" not in line
+
+
+def test_damage_within_a_parquet_file_is_one_line(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": [f"text {i}" for i in range(9999)]}), path, compression="zstd")
+    damaged = bytearray(path.read_bytes())
+    damaged[200:4000] = bytes(3800)
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"a.parquet: row \d+: cannot be read: [^\n]+$"):
+        read(path)
+
+
+def test_columns_of_parquet_are_listed_and_must_hold_text(tmp_path):
+    parquet.write_table(pyarrow.table({"id": [1, 2], "tags": [["a"], ["b"]]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet: no column 'text'; there are id, tags \(option text_column\)$"):
+        read(tmp_path)
+    with pytest.raises(UserError, match=r"a.parquet: row 0: 'id' is int, not text$"):
+        read(tmp_path, text_column="id")
+
+
+def test_paths_that_give_nothing_say_why(tmp_path):
+    (tmp_path / "a.bin").write_text("text")
+    extensions = r"\.txt, \.md, \.py, \.jsonl, \.parquet"
+    for path, why in {
+        "none.txt": "no such file or folder",
+        "*.txt": rf"the glob matches no usable file \(names that end in {extensions}",
+        "": rf"no usable file in this folder: no name ends in {extensions}",
+        "a.bin": rf"no usable file: its name does not end in {extensions}",
+    }.items():
+        with pytest.raises(UserError, match=why):
+            read(tmp_path / path)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="everything is readable to root")
+def test_a_file_that_may_not_be_read_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "a.txt").chmod(0)
+    with pytest.raises(UserError, match=r"a.txt: cannot be read: Permission denied"):
+        read(tmp_path)
+
+
+def test_an_empty_file_that_was_searched_for_is_an_empty_document(tmp_path):
+    (tmp_path / "__init__.py").touch()
+    (tmp_path / "a.py").write_text("pass")
+    assert read(tmp_path) == ["", "pass"]
+
+
+# --- pieces ----------------------------------------------------------------------------------------
+
+
+@given(
+    words=st.lists(st.sampled_from(["word", " ", "\n", "  ", "x\r\n", "é", "日本"]), max_size=200),
+    size=st.integers(1, 40),
+)
+@settings(max_examples=60, deadline=None)
+def test_pieces_are_the_document_however_it_arrives(words, size):
+    whole = "".join(words)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "PIECE", 40)
+        patch.setattr(text, "SLACK", 20)
+        pieces = list(document(whole).pieces)
+        assert "".join(pieces) == whole
+        assert all(len(piece) <= 60 for piece in pieces)
+        assert list(cut(whole[i : i + size] for i in range(0, len(whole), size))) == pieces
+
+
+def test_a_document_is_cut_before_a_word():
+    assert [match.start() for match in CUT.finditer("a b\nc \nd  e\n\nf")] == [1, 4]
+
+
+def test_text_that_a_block_ends_within_is_decoded_whole(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_bytes("日本🙂".encode() * 10)
+    for size in range(1, 9):
+        monkeypatch.setattr(text, "PIECE", size)
+        with opened(tmp_path / "a.txt") as file:
+            assert "".join(text.decoded(file, "a.txt")) == "日本🙂" * 10
+    (tmp_path / "a.txt").write_bytes("日本🙂".encode() * 10 + b"\xff")
+    for size in range(1, 9):
+        monkeypatch.setattr(text, "PIECE", size)
+        with opened(tmp_path / "a.txt") as file, pytest.raises(UserError, match=r"a.txt: byte 100 is not UTF-8"):
+            list(text.decoded(file, "a.txt"))
+
+
+# --- held out --------------------------------------------------------------------------------------
+
+
+def test_a_larger_share_keeps_what_a_smaller_one_held_out():
+    keys = [str(i) for i in range(5000)]
+    smaller = {key for key in keys if held_out(key, 0.02)}
+    larger = {key for key in keys if held_out(key, 0.1)}
+    assert smaller < larger
+    assert 70 < len(smaller) < 130
+    assert 420 < len(larger) < 580
+    assert not any(held_out(key, 0.0) for key in keys)
+    assert all(held_out(key, 1.0) for key in keys)

@@ -1,0 +1,227 @@
+"""Text to tokens and back, whichever tokenizer is asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import tiktoken
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import models, normalizers, pre_tokenizers
+
+from training import config
+from training.data import tokenizer as tokenizer_module
+from training.data.digests import Digests
+from training.data.tokenizer import END_OF_TEXT, PROBE, Tokenizer, byte, from_vocab_and_merges, train_bpe
+from training.data.tokenizer_choice import TOKENIZERS, from_tiktoken, identity, make
+from training.errors import UserError
+
+GPT2 = Path(__file__).parents[2] / "shared" / "tokenizers" / "gpt2"
+needs_gpt2 = pytest.mark.skipif(not GPT2.is_dir(), reason="needs ../shared/tokenizers/gpt2")
+TEXT = Path(tokenizer_module.__file__).read_text()
+BPE = train_bpe([TEXT] * 3, 400)
+
+# cl100k_base's pattern (tiktoken_ext/openai_public.py), the hardest to convert.
+CL100K = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|"""
+    r"""\s++$|\s*[\r\n]|\s+(?!\S)|\s"""
+)
+
+
+def test_every_kind_of_tokenizer_is_answered_for():
+    assert {get_args(tagged)[0] for tagged in get_args(get_args(config.Tokenizer)[0])} == set(TOKENIZERS)
+
+
+@pytest.mark.parametrize("tokenizer", [byte(), BPE], ids=["byte", "bpe"])
+@given(text=st.text())
+@settings(max_examples=50, deadline=None)
+def test_text_comes_back_and_its_bytes_add_up(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int64
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+    assert [each.tolist() for each in tokenizer.encode_batch([text, "a"])] == [ids.tolist(), [*tokenizer.encode("a")]]
+
+
+def test_token_i_of_the_byte_tokenizer_is_byte_i():
+    text = "aß日🙂\0\n"
+    assert byte().encode(text).tolist() == list(text.encode())
+    assert (byte().end_of_text, byte().vocab_size) == (256, 257)
+    assert byte().token_bytes.tolist() == [1] * 256 + [0]
+
+
+def test_the_end_of_text_token_is_the_last_and_no_text_gives_it():
+    assert (BPE.end_of_text, BPE.vocab_size) == (399, 400)
+    assert BPE.token_bytes.dtype == np.int32
+    assert BPE.token_bytes[399] == 0
+    whole = BPE.encode(f"a{END_OF_TEXT}b")
+    parts = [BPE.encode(part) for part in ("a", "<|", "endoftext", "|>", "b")]
+    assert whole.tolist() == np.concatenate(parts).tolist()
+    assert BPE.decode([BPE.end_of_text]) == END_OF_TEXT
+
+
+def test_training_learns_the_same_in_another_process():
+    """No order of hashing, no number of threads and no seed of the process gets in."""
+    program = (
+        "import sys, hashlib; from training.data.tokenizer import train_bpe;"
+        "print(hashlib.sha256(train_bpe([sys.stdin.read()] * 3, 400).inner.to_str().encode()).hexdigest())"
+    )
+    for threads in ("1", "3"):
+        environment = {"RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads, "PYTHONPATH": str(Path.cwd())}
+        result = subprocess.run(
+            [sys.executable, "-c", program], input=TEXT, text=True, capture_output=True, env=environment
+        )
+        assert result.stdout.strip() == hashlib.sha256(BPE.inner.to_str().encode()).hexdigest()
+
+
+def test_training_stops_at_the_bytes_it_was_given():
+    learned = make(config.BPETokenizer(vocab_size=400, max_bytes=len(TEXT)), iter([TEXT, "zyzzyva " * 999]))
+    assert learned.inner.to_str() == train_bpe([TEXT], 400).inner.to_str()
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path):
+    BPE.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert again.encode(TEXT + PROBE).tolist() == BPE.encode(TEXT + PROBE).tolist()
+    assert (again.end_of_text, again.vocab_size) == (BPE.end_of_text, BPE.vocab_size)
+
+
+def test_transformers_opens_what_is_saved(tmp_path):
+    """In a process of its own: Transformers takes seconds to import, and sets warnings off."""
+    BPE.save(tmp_path)
+    program = (
+        "import sys, json; from transformers import AutoTokenizer; t = AutoTokenizer.from_pretrained(sys.argv[1]);"
+        "print(json.dumps([t(sys.argv[2])['input_ids'], t.eos_token, t.eos_token_id, t.bos_token_id, len(t),"
+        "t.decode(t(sys.argv[2])['input_ids'])]))"
+    )
+    text = "def f( x ):\n\treturn  'naïve 日本' , x !"
+    result = subprocess.run([sys.executable, "-c", program, tmp_path, text], text=True, capture_output=True, check=True)
+    assert json.loads(result.stdout) == [BPE.encode(text).tolist(), END_OF_TEXT, 399, 399, 400, text]
+
+
+@needs_gpt2
+def test_gpt2_from_its_two_files_gives_gpt2s_tokens(tmp_path):
+    tokenizer = make(config.FileTokenizer(path=str(GPT2)), iter([]))
+    assert (tokenizer.vocab_size, tokenizer.end_of_text, tokenizer.dtype) == (50257, 50256, np.dtype("<u2"))
+    assert tokenizer.encode("Hello world, it's 2024!").tolist() == [15496, 995, 11, 340, 338, 48609, 0]
+    assert tokenizer.encode("<|endoftext|>").tolist() == [27, 91, 437, 1659, 5239, 91, 29]
+    tokenizer.save(tmp_path)
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        again = make(config.FileTokenizer(path=str(path)), iter([]))
+        assert again.encode(PROBE).tolist() == tokenizer.encode(PROBE).tolist()
+
+
+@needs_gpt2
+def test_tiktokens_gpt2_is_gpt2(tmp_path, monkeypatch):
+    """tiktoken reads its two files from its cache, where a download would have left them."""
+    blobs = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+    for theirs, ours in (("vocab.bpe", "merges.txt"), ("encoder.json", "vocab.json")):
+        (tmp_path / hashlib.sha1((blobs + theirs).encode()).hexdigest()).write_bytes((GPT2 / ours).read_bytes())
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    tokenizer = make(config.TiktokenTokenizer(name="gpt2"), iter([]))
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (50257, 50256)
+    same = from_vocab_and_merges(GPT2 / "vocab.json", GPT2 / "merges.txt")
+    assert tokenizer.encode(TEXT + PROBE).tolist() == same.encode(TEXT + PROBE).tolist()
+
+
+def tiktoken_encoding(pattern: str) -> tiktoken.Encoding:
+    """An encoding with the merges of BPE above, a gap in its ids, and its end of text behind the gap."""
+    letters = tokenizer_module.byte_alphabet()
+    ranks = {bytes(letters[c] for c in token): i for token, i in BPE.inner.get_vocab(False).items() if i < 399}
+    return tiktoken.Encoding("mine", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 405})
+
+
+@given(text=st.text(alphabet=st.sampled_from("ab'sS1234 \n\r\tß日!._<|>")))
+@settings(max_examples=200, deadline=None)
+def test_a_converted_encoding_gives_tiktokens_tokens(text):
+    assert CONVERTED.encode(text).tolist() == ENCODING.encode_ordinary(text)
+
+
+ENCODING = tiktoken_encoding(CL100K)
+CONVERTED = from_tiktoken(ENCODING)
+
+
+def test_a_converted_encoding_keeps_the_end_of_text_where_it_is():
+    assert (CONVERTED.end_of_text, CONVERTED.vocab_size) == (405, 406)
+    assert CONVERTED.encode(TEXT).tolist() == ENCODING.encode_ordinary(TEXT)
+
+
+def test_a_tokenizer_without_an_end_of_text_gets_one():
+    inner = tokenizers.Tokenizer.from_str(train_bpe([TEXT], 300).inner.to_str().replace(END_OF_TEXT, "<end>"))
+    tokenizer = Tokenizer(inner, "mine")
+    assert (tokenizer.end_of_text, tokenizer.vocab_size) == (300, 301)
+
+
+def test_a_large_vocabulary_takes_four_bytes_a_token():
+    vocab = {**tokenizer_module.byte_alphabet(), **{f"a{i}": i for i in range(256, 2**16)}}
+    inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    inner.pre_tokenizer, inner.decoder = byte().inner.pre_tokenizer, byte().inner.decoder
+    assert Tokenizer(inner, "large").dtype == np.dtype("<u4")
+    assert Tokenizer(inner, "large").encode_batch(["a"])[0].dtype == np.dtype("<u4")
+
+
+def test_truncation_and_padding_of_a_tokenizer_are_switched_off(tmp_path):
+    BPE.save(tmp_path)
+    inner = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    inner.enable_truncation(3)
+    inner.enable_padding()
+    inner.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.load(tmp_path).encode(PROBE).tolist() == BPE.encode(PROBE).tolist()
+
+
+def test_a_tokenizer_that_loses_text_is_refused(tmp_path):
+    lower = tokenizers.Tokenizer.from_str(BPE.inner.to_str())
+    lower.normalizer = normalizers.Lowercase()
+    lower.save(str(tmp_path / "lower.json"))
+    words = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "words.json"))
+    with pytest.raises(UserError, match=r"words.json: not a lossless byte-level tokenizer"):
+        make(config.FileTokenizer(path=str(tmp_path / "words.json")), iter([]))
+    with pytest.raises(UserError, match=r"lower.json: not a lossless byte-level tokenizer"):
+        make(config.FileTokenizer(path=str(tmp_path / "lower.json")), iter([]))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no tokenizer.json here, and no vocab.json with merges.txt"),
+        ({"vocab.json": "{}"}, "no tokenizer.json here, and no vocab.json with merges.txt"),
+        ({"tokenizer.json": "{"}, "tokenizer.json: not a tokenizer.json"),
+        ({"tokenizer.json": "\udcff"}, "tokenizer.json: cannot be read"),
+        ({"vocab.json": "[", "merges.txt": ""}, "vocab.json, merges.txt: not a BPE's vocabulary and merges"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read_is_one_line(tmp_path, files, message):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content, errors="surrogateescape")
+    with pytest.raises(UserError, match=message) as error:
+        make(config.FileTokenizer(path=str(tmp_path)), iter([]))
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_that_cannot_be_fetched_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"^tokenizer 'nobody/nothing' from the Hugging Face hub cannot be loaded: [^\n]+$"
+    ):
+        make(config.HuggingFaceTokenizer(name="nobody/nothing"), iter([]))
+    with pytest.raises(UserError, match=r"^tiktoken encoding 'nothing' cannot be loaded: [^\n]+$"):
+        make(config.TiktokenTokenizer(name="nothing"), iter([]))
+
+
+def test_a_tokenizer_file_is_known_by_its_content(tmp_path):
+    BPE.save(tmp_path)
+    asked = config.FileTokenizer(path=str(tmp_path))
+    before = identity(asked, Digests(tmp_path / "digests.json"))
+    byte().save(tmp_path)
+    assert identity(asked, Digests(tmp_path / "digests.json")) != before

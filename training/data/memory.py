@@ -1,0 +1,34 @@
+"""Files read straight into memory as a split, without a cache: for a look at a text, not for training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from training.config import FilesSource
+from training.data.corpus import pieces
+from training.data.shards import Split, Stream
+from training.data.sources import reader
+from training.data.tokenizer import Tokenizer
+from training.errors import UserError
+
+
+def read(paths: Sequence[str], text_column: str, tokenizer: Tokenizer) -> Split:
+    """All documents of the files as one stream. Raises UserError for files that cannot be read or hold no text."""
+    arrays, starts, n_tokens, n_bytes = [], [], 0, 0
+    for piece in pieces(reader(FilesSource(paths=tuple(paths), text_column=text_column)), 0, 1.0):
+        if piece.first and not piece.text.strip():
+            continue
+        if piece.first:
+            starts.append(n_tokens)
+        ids = tokenizer.encode(piece.text)
+        ids = np.concatenate([[tokenizer.end_of_text], ids]) if piece.first else ids
+        arrays.append(ids.astype(tokenizer.dtype))
+        n_tokens += len(ids)
+        n_bytes += len(piece.text.encode())
+    if not starts:
+        raise UserError(f"{', '.join(paths)}: no text in there")
+    stream = Stream(Path(paths[0]), np.concatenate(arrays), np.array(starts, np.uint64))
+    return Split("val", (stream,), None, tokenizer.vocab_size, len(starts), n_tokens, n_bytes)
