@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import SafeRepresenter
 
 from training.config import Config, Section
 from training.options import closest, help_text, is_list, lookup, schema, unknown, variants
@@ -43,11 +45,22 @@ def load(path: str | Path | None, overrides: Mapping[str, str] | None = None) ->
 def dump(config: Config) -> str:
     """The config as YAML that loads back to an equal one, every option written out."""
     yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
     yaml.default_flow_style, yaml.width = False, sys.maxsize
     yaml.sort_base_mapping_type_on_output = False
     stream = io.StringIO()
     yaml.dump(config.model_dump(mode="json"), stream)
     return stream.getvalue()
+
+
+class _Representer(SafeRepresenter):
+    """Text with line breaks and the like goes in double quotes, where every character can be escaped."""
+
+    def represent_str(self, data: str) -> ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
+
+
+_Representer.add_representer(str, _Representer.represent_str)
 
 
 def parse(argv: list[str], *, prog: str, doc: str, flags: dict[str, str]) -> tuple[Config, dict[str, str | None]]:

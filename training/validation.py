@@ -6,6 +6,7 @@ it. So what is wrong is noted, something right put in its place, and the tree va
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -98,7 +99,7 @@ def _shown(value: Any, text: str | None) -> str:
         return f"'{printable(value, 60)}'"
     if isinstance(value, dict | list):
         return ("a section" if isinstance(value, dict) else "a list") if value else str(value)
-    return "null" if value is None else printable(text or str(value), 60)
+    return "null" if value is None else printable(text or json.dumps(value), 60)
 
 
 def _given(document: Document, at: Keys) -> Given:

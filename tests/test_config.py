@@ -1,0 +1,119 @@
+"""The options themselves: each is explained, each default is right, the rules between them hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from pydantic import ValidationError
+
+from training.cli import dump, load
+from training.config import (
+    MAY_CHANGE,
+    AttentionConfig,
+    BlockConfig,
+    Config,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+    StdlibSource,
+)
+from training.options import groups, lookup, schema, sections, stand_in, type_of, wants
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+DATA = {"sources": [{"type": "stdlib"}]}
+OPTIONS = [
+    pytest.param(
+        field, id=".".join([*group.at, *([type_of(group.section)] * (type_of(group.section) is not None)), name])
+    )
+    for group in groups()
+    for name, field in group.section.model_fields.items()
+    if name != "type"
+]
+
+
+@pytest.mark.parametrize("field", OPTIONS)
+def test_every_option_says_what_it_does_in_a_line_and_what_it_wants(field):
+    assert field.description
+    assert len(field.description) <= 100
+    assert field.description.isascii()
+    assert wants(field.annotation, field.metadata)
+
+
+@pytest.mark.parametrize("field", OPTIONS)
+def test_every_count_has_a_unit(field):
+    counts = int in (field.annotation, *get_args(field.annotation))
+    if counts and field is not Config.model_fields["seed"]:
+        assert field.json_schema_extra["unit"]
+
+
+@pytest.mark.parametrize("section", dict.fromkeys(group.section for group in groups()))
+def test_every_default_is_a_value_that_may_be_given(section):
+    given = {name: field.default for name, field in section.model_fields.items() if not field.is_required()}
+    least = stand_in(section) | {
+        name: stand_in(f.annotation) for name, f in section.model_fields.items() if f.is_required()
+    }
+    assert section.model_validate(least | given) == section.model_validate(least)
+    assert section.__doc__
+
+
+def test_sections_are_frozen():
+    with pytest.raises(ValidationError):
+        MLPConfig().hidden = 3
+
+
+@pytest.mark.parametrize(
+    ("tree", "problem"),
+    [
+        ({"model": {"n_head": 7}}, "n_head"),
+        ({"model": {"position": "rope", "n_embd": 12, "n_head": 4}}, "rope needs an even head width"),
+        ({"model": {"n_layer": 2, "blocks": [{"repeat": 3}]}}, "3 layers long"),
+        ({"model": {"blocks": [{"ffn": {"type": "moe", "n_experts": 2, "top_k": 3}}]}}, "more than n_experts 2"),
+        ({"data": {"sources": [{"type": "stdlib", "weight": 1}, {"type": "stdlib"}]}}, "a weight, or none"),
+        ({"batch_tokens": 1000}, "not a multiple of model.n_positions 1024"),
+        ({"steps": 100}, "not below steps 100"),
+        ({"schedule": {"type": "wsd", "decay_steps": 950}}, "longer than steps 1000"),
+    ],
+)
+def test_rules_between_options_hold_without_a_file_too(tree, problem):
+    with pytest.raises(ValidationError, match=problem):
+        Config.model_validate({"data": DATA} | tree)
+
+
+def test_the_pattern_of_blocks_is_repeated_to_the_depth_of_the_model():
+    moe = BlockConfig(ffn=MoEConfig())
+    model = ModelConfig(n_layer=5, blocks=(BlockConfig(repeat=2), moe))
+    assert [type(block.ffn) for block in model.layers()] == [MLPConfig, MLPConfig, MoEConfig, MLPConfig, MLPConfig]
+
+
+def test_a_variant_is_picked_by_its_type_and_the_first_is_meant_without():
+    config = Config.model_validate(
+        {"data": DATA, "model": {"blocks": [{"ffn": {"type": "moe"}}, {"ffn": {"gated": True}}]}}
+    )
+    assert [type(block.ffn) for block in config.model.blocks] == [MoEConfig, MLPConfig]
+    assert type(config.model.blocks[0].mixer) is AttentionConfig
+    assert type(config.data.sources[0]) is StdlibSource
+
+
+def test_what_a_restart_may_change_are_options():
+    assert all(lookup(tuple(name.split("."))) for name in MAY_CHANGE)
+
+
+def test_variants_of_a_union_have_types_of_their_own():
+    for group in groups():
+        for field in group.section.model_fields.values():
+            types = [type_of(section) for section in sections(field.annotation)]
+            assert len(set(types)) == len(types)
+
+
+def test_the_schema_for_editors_is_current():
+    assert (CONFIGS / "schema.json").read_text() == schema(), "run: python -m training.cli schema > configs/schema.json"
+
+
+def test_every_shipped_config_loads_and_comes_back_from_its_dump(tmp_path):
+    for path in CONFIGS.glob("*.yaml"):
+        config = load(path)
+        (tmp_path / path.name).write_text(dump(config))
+        assert load(tmp_path / path.name) == config
+        assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n")
