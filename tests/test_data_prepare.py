@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -279,6 +278,14 @@ def test_what_another_killed_build_left_is_removed(folder):
     assert not left.exists()
 
 
+def test_what_an_earlier_try_at_the_same_data_left_is_not_in_it(folder):
+    place = Path(prepare(config_of(folder), quiet=True).report["folder"])
+    place.rename(place.with_suffix(".partial"))
+    (place.with_suffix(".partial") / "stale").touch()
+    assert not prepare(config_of(folder), quiet=True).report["found"]
+    assert not (place / "stale").exists()
+
+
 def test_what_another_process_is_building_is_left_alone(folder):
     being_built = folder / "cache" / "0123456789abcdef.partial"
     being_built.mkdir(parents=True)
@@ -440,4 +447,3 @@ def test_preparing_imports_no_torch(folder):
     lines = result.stderr.splitlines()
     assert len(lines) == 4
     assert lines[-1].startswith("tokenizing: 0.0 MB in ")
-    shutil.rmtree(folder / "cache")

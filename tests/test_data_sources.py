@@ -202,6 +202,13 @@ def test_columns_of_parquet_are_listed_and_must_hold_text(tmp_path):
         read(tmp_path, text_column="id")
 
 
+def test_the_row_of_a_parquet_file_that_is_wrong_is_named(tmp_path):
+    rows = pyarrow.array([b"text"] * 300 + [b"\xff"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet: row 300: cannot be read: 'utf-8' codec can't decode"):
+        read(tmp_path)
+
+
 def test_paths_that_give_nothing_say_why(tmp_path):
     (tmp_path / "a.bin").write_text("text")
     extensions = r"\.txt, \.md, \.py, \.jsonl, \.parquet"

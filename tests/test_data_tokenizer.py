@@ -133,13 +133,16 @@ def test_tiktokens_gpt2_is_gpt2(tmp_path, monkeypatch):
 
 
 def tiktoken_encoding(pattern: str) -> tiktoken.Encoding:
-    """An encoding with the merges of BPE above, a gap in its ids, and its end of text behind the gap."""
+    """An encoding with merges of letters and of digits, a word that no merges lead to, and a gap in its ids."""
+    learned = train_bpe([TEXT, "1234 1234. " * 99], 400)
     letters = tokenizer_module.byte_alphabet()
-    ranks = {bytes(letters[c] for c in token): i for token, i in BPE.inner.get_vocab(False).items() if i < 399}
-    return tiktoken.Encoding("mine", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 405})
+    ranks = {bytes(letters[c] for c in token): i for token, i in learned.inner.get_vocab(False).items() if i < 399}
+    return tiktoken.Encoding(
+        "mine", pat_str=pattern, mergeable_ranks={**ranks, b"bsbs": 402}, special_tokens={END_OF_TEXT: 405}
+    )
 
 
-@given(text=st.text(alphabet=st.sampled_from("ab'sS1234 \n\r\tß日!._<|>")))
+@given(text=st.text(alphabet=st.sampled_from("ab'sS12341234 \n\r\tß日!._<|>")))
 @settings(max_examples=200, deadline=None)
 def test_a_converted_encoding_gives_tiktokens_tokens(text):
     assert CONVERTED.encode(text).tolist() == ENCODING.encode_ordinary(text)
@@ -149,9 +152,14 @@ ENCODING = tiktoken_encoding(CL100K)
 CONVERTED = from_tiktoken(ENCODING)
 
 
+def test_a_word_that_is_a_token_is_that_token_though_no_merges_lead_to_it():
+    assert CONVERTED.encode("bsbs").tolist() == ENCODING.encode_ordinary("bsbs") == [402]
+
+
 def test_a_converted_encoding_keeps_the_end_of_text_where_it_is():
     assert (CONVERTED.end_of_text, CONVERTED.vocab_size) == (405, 406)
-    assert CONVERTED.encode(TEXT).tolist() == ENCODING.encode_ordinary(TEXT)
+    for text in (TEXT, "1234 1234.1234", "end  \n \n", "end \n\n  "):
+        assert CONVERTED.encode(text).tolist() == ENCODING.encode_ordinary(text)
 
 
 def test_a_tokenizer_without_an_end_of_text_gets_one():
@@ -174,7 +182,9 @@ def test_truncation_and_padding_of_a_tokenizer_are_switched_off(tmp_path):
     inner.enable_truncation(3)
     inner.enable_padding()
     inner.save(str(tmp_path / "tokenizer.json"))
-    assert Tokenizer.load(tmp_path).encode(PROBE).tolist() == BPE.encode(PROBE).tolist()
+    again = Tokenizer.load(tmp_path)
+    assert again.encode(PROBE).tolist() == BPE.encode(PROBE).tolist()
+    assert [len(ids) for ids in again.encode_batch([PROBE, "a"])] == [len(BPE.encode(PROBE)), 1]
 
 
 def test_a_tokenizer_that_loses_text_is_refused(tmp_path):

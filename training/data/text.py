@@ -45,16 +45,15 @@ def document(text: str) -> Document:
 
 def cut(blocks: Iterable[str]) -> Iterator[str]:
     """Join blocks of text and cut them into pieces; at least one, and the same however they came."""
-    rest, whole = "", True
+    rest = ""
     for block in blocks:
         rest += block
         while len(rest) >= PIECE + SLACK:
             match = CUT.search(rest, PIECE, PIECE + SLACK)
             end = match.start() if match else PIECE
             yield rest[:end]
-            rest, whole = rest[end:], False
-    if rest or whole:
-        yield rest
+            rest = rest[end:]
+    yield rest
 
 
 def decoded(file: BinaryIO, name: str) -> Iterator[str]:
