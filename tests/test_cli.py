@@ -111,12 +111,15 @@ def test_a_whole_is_set_before_its_parts_whatever_the_order(write):
 
 
 def test_a_mapping_with_its_type_replaces_what_the_file_has(write):
-    path = write("data: {sources: [{type: stdlib}], tokenizer: {type: bpe, vocab_size: 300}}\n", "")
+    path = write("data: {sources: [{type: stdlib}], tokenizer: {path: x, type: file}}\n", "")
     assert load(path, {"data.tokenizer": "{type: byte}"}).data.tokenizer.type == "byte"
+    (line,) = errors(path, data__tokenizer="{type: file}")
+    assert line.startswith("--data.tokenizer: data.tokenizer.path: missing")
 
 
 def test_flags_reach_into_defaults(write):
-    config = load(write(""), {"model.blocks.0.ffn.type": "moe", "logging.wandb.project": "x"})
+    path = write("logging: {wandb: null}\n")
+    config = load(path, {"model.blocks.0.ffn.type": "moe", "logging.wandb.project": "x"})
     assert (config.model.blocks[0].ffn.type, config.logging.wandb.project) == ("moe", "x")
 
 
@@ -169,6 +172,8 @@ def test_flags_reach_into_defaults(write):
             "1: schedule.decay_steps: missing, and it has no default: length of the final decay",
         ),
         ("model:\n  n_head: 7", "2: model.n_head: 7 heads do not divide n_embd 768"),
+        ("model: {blocks: [{ffn: {type: moe, top_k: 9}}]}", "1: model.blocks.0.ffn.top_k: 9 is more than n_experts 8"),
+        ("batch_tokens: 0x" + "f" * 5000, "1: batch_tokens: '0xffffffffffffffffffff"),
         ("steps: 50", " schedule.warmup_steps: 100 is not below steps 50"),
         ("seed: 1\nseed: 2", "2: seed: given twice, first on line 1"),
         ("seed: &a 1", "1: seed: no anchors here (&a): remove it, or quote the value"),
@@ -239,6 +244,10 @@ def test_a_flags_error_names_the_flag(write):
     assert errors(path, model__blocks="[{ffn: {typ: moe}}]") == [
         "--model.blocks: model.blocks.0.ffn.typ: unknown option; did you mean 'model.blocks.0.ffn.type'?"
     ]
+    assert errors(path, eval__prompts="[a]", eval__prompts__0__1="b") == [
+        "--eval.prompts.0.1: unknown option; eval.prompts.0 has none below it"
+    ]
+    assert errors(path, steps="&a 300") == ["--steps: no anchors here (&a): remove it, or quote the value"]
     assert errors(path, model__blocks="[{ffn: ")[0].startswith("--model.blocks: not YAML: ")
     assert errors(path, model__blocks__1__repeat="2") == [
         "--model.blocks.1.repeat: model.blocks has 1 of them, counted from 0, and none is '1'"
@@ -348,6 +357,7 @@ def test_print_config_prints_what_loads_back(write, capsys, tmp_path):
         run(*argv, "--print-config")
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
     assert stop.value.code == 0
+    assert re.findall(r"^\w+", (tmp_path / "printed.yaml").read_text(), re.MULTILINE) == list(Config.model_fields)
     assert load(tmp_path / "printed.yaml") == run(*argv)[0]
 
 

@@ -21,14 +21,7 @@ from training.yaml_source import MAX_PROBLEMS, Document, Given, Keys, Problem, p
 def validate(document: Document) -> Config:
     """The config; it counts only where `document.problems` is empty afterwards. The tree is mended in place."""
     wrong = [problem.at for problem in document.problems]
-    while True:
-        try:
-            config = Config.model_validate(document.tree, context="rules are run below")
-        except ValidationError as error:
-            for detail in error.errors(include_url=False):
-                wrong += _mend(document, detail)
-        else:
-            break
+    config = _mended(document, wrong)
     if len(document.problems) >= MAX_PROBLEMS:
         document.problems.append(Problem(document.given[()], (), "and so on"))
     for section, below, message in _broken_rules(config, ()):
@@ -36,6 +29,17 @@ def validate(document: Document) -> Config:
         if not any(_rests_on(bad, section, at, message) for bad in wrong):
             document.problems.append(Problem(_given(document, at), at, message))
     return config
+
+
+def _mended(document: Document, wrong: list[Keys]) -> Config:
+    """The config with something right in the place of whatever is wrong, which is noted and added to `wrong`."""
+    for _ in range(100):  # one pass shows what is wrong at one level, and the next what that hid: three are common
+        try:
+            return Config.model_validate(document.tree, context="rules are run afterwards")
+        except ValidationError as error:
+            for detail in error.errors(include_url=False):
+                wrong += _mend(document, detail)
+    raise AssertionError(f"cannot be mended: {document.tree}")
 
 
 def _mend(document: Document, detail: Any) -> list[Keys]:

@@ -99,7 +99,7 @@ def read(path: str | Path) -> Document:
     if len(raw) > MAX_BYTES:
         raise _refusal(given, f"longer than {MAX_BYTES} bytes, which no config is")
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode()
     except UnicodeDecodeError as error:
         raise _refusal(given, f"not UTF-8 text (byte {error.start})") from None
     document = _Reader(text, given._replace(line=1)).document()
@@ -118,10 +118,10 @@ def read_value(text: str, flag: str) -> Document:
         return Document(text, {(): given._replace(flaw=error.lines[0].removeprefix(f"{flag}: "))}, [])
     if document.problems:
         return Document(text, {(): given._replace(flaw=document.problems[0].message)}, [])
-    quoted = isinstance(document.tree, str) and document.given[()].text is None
-    document.given[()] = given._replace(text=None if quoted else text)
     # Unquoted text stands as it is: YAML would end it at ` #` and join its lines.
-    return document._replace(tree=text if isinstance(document.tree, str) and not quoted else document.tree)
+    as_it_stands = isinstance(document.tree, str) and document.given[()].text is not None
+    document.given[()] = given
+    return document._replace(tree=text) if as_it_stands else document
 
 
 def _refusal(given: Given, message: str) -> ConfigErrors:
