@@ -1,0 +1,93 @@
+"""What the tests of whole runs share: a small run on real text, and the command as a real process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from training import cli
+from training.config import Config
+
+ROOT = Path(__file__).parent.parent
+MOE = {"type": "moe", "n_experts": 4, "hidden": 32}
+TIME_FIELDS = {"tokens_per_s", "mfu", "memory_gib", "step_s", "time_s"}
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """One cache of token shards for all runs."""
+    return tmp_path_factory.mktemp("data_cache")
+
+
+@pytest.fixture
+def options(tmp_path, cache):
+    """Options of a small run on three packages of the standard library; keywords replace whole options."""
+
+    def make(**changes) -> dict:
+        stdlib = Path(sysconfig.get_path("stdlib"))
+        options = {
+            "name": "small",
+            "out_dir": str(tmp_path / "runs"),
+            "steps": 8,
+            "batch_tokens": 256,
+            "micro_batch": 4,
+            "precision": "fp32",
+            "model": {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "blocks": [{"ffn": MOE}, {}]},
+            "data": {
+                "sources": [{"type": "files", "paths": [str(stdlib / name) for name in ("json", "email", "logging")]}],
+                "tokenizer": {"type": "byte"},
+                "val_fraction": 0.2,
+                "cache_dir": str(cache),
+            },
+            "schedule": {"warmup_steps": 2},
+            "eval": {"every": 4, "tokens": 512, "prompts": ["def "], "sample_tokens": 4},
+            "checkpoint": {"every": 3},
+            "logging": {"every": 2, "tensorboard": False},
+        }
+        return options | changes
+
+    return make
+
+
+@pytest.fixture
+def config(options):
+    """The small run's configuration."""
+    return lambda **changes: Config.model_validate(options(**changes))
+
+
+def command(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
+    """Run `python ...` from the repository's root, with one thread."""
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, **kwargs
+    )
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+
+
+def write_config(path: Path, options: dict) -> Path:
+    """A YAML file of the options."""
+    path.write_text(cli.dump(Config.model_validate(options)))
+    return path
+
+
+def rows(run: Path) -> list[dict]:
+    """metrics.jsonl without what depends on the clock and the machine."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIME_FIELDS} for line in lines]
+
+
+def tensors(run: Path, step: int) -> dict[str, str]:
+    """The SHA-256 of a checkpoint's tensor files."""
+    manifest = json.loads((run / "checkpoints" / f"step-{step:08d}" / "manifest.json").read_text())
+    return {name: entry["sha256"] for name, entry in manifest.items() if name.endswith(".safetensors")}

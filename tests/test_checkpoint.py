@@ -1,0 +1,130 @@
+"""A checkpoint is whole or not there; what is damaged is named and passed over."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from training.checkpoint import Checkpoint, damage, load, newest, prune, save, steps
+from training.errors import UserError
+
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
+
+
+def checkpoint(step: int) -> Checkpoint:
+    generator = torch.Generator().manual_seed(step)
+    return Checkpoint(
+        {"w": torch.randn(5, 3, generator=generator), "b": torch.zeros(2, dtype=torch.bfloat16)},
+        {"w/momentum": torch.randn(5, 3, generator=generator)},
+        {"step": step, "best": None, "time_s": 0.1 + 0.2},
+    )
+
+
+def test_what_is_loaded_is_what_was_saved(tmp_path):
+    saved = checkpoint(7)
+    loaded = load(save(tmp_path, saved))
+    for ours, theirs in ((loaded.model, saved.model), (loaded.optimizer, saved.optimizer)):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
+    assert loaded.state == saved.state
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("harm", ["gone", "empty", "halved", "longer", "one bit", "of another step", "a folder"])
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(tmp_path, name, harm):
+    older, path = save(tmp_path, checkpoint(3)), save(tmp_path, checkpoint(6))
+    file = path / name
+    data = file.read_bytes()
+    if harm in ("gone", "a folder"):
+        file.unlink()
+    if harm == "a folder":
+        file.mkdir()
+    elif harm == "of another step":
+        file.write_bytes((older / name).read_bytes())
+    elif harm != "gone":
+        flipped = bytes([data[len(data) // 2] ^ 4])
+        file.write_bytes(
+            {
+                "empty": b"",
+                "halved": data[: len(data) // 2],
+                "longer": data + b"x",
+                "one bit": data[: len(data) // 2] + flipped + data[len(data) // 2 + 1 :],
+            }[harm]
+        )
+    said = []
+    assert newest(tmp_path, said.append) == older
+    assert len(said) == 1 and "\n" not in said[0]
+    # A manifest that is whole JSON but of another checkpoint blames the first file that differs from it.
+    assert str(file) in said[0] or (name == "manifest.json" and str(path) in said[0])
+    with pytest.raises(UserError, match="step-00000006"):
+        load(path)
+
+
+def test_where_every_checkpoint_is_damaged_nothing_starts_afresh(tmp_path):
+    for step in (1, 2):
+        (save(tmp_path, checkpoint(step)) / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="no checkpoint is whole"):
+        newest(tmp_path, lambda _: None)
+
+
+def test_a_folder_without_checkpoints_has_no_newest(tmp_path):
+    assert newest(tmp_path / "missing", pytest.fail) is None
+    assert newest(tmp_path, pytest.fail) is None
+
+
+def test_the_newest_are_kept_and_the_best(tmp_path):
+    for step in (1, 2, 3, 4, 5):
+        save(tmp_path, checkpoint(step))
+        prune(tmp_path, keep=2, best_step=2)
+    assert [step for step, _ in steps(tmp_path)] == [2, 4, 5]
+    assert all(damage(path) is None for _, path in steps(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [path.name for _, path in steps(tmp_path)]
+
+
+def test_a_save_that_was_killed_leaves_nothing_that_counts(tmp_path):
+    for name in (".step-00000009.tmp", ".step-00000001.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"torn")
+    assert newest(tmp_path, pytest.fail) is None
+    save(tmp_path, checkpoint(9))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000009"]
+
+
+def test_a_disk_that_refuses_is_one_line_and_leaves_nothing(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    with pytest.raises(UserError, match="could not be saved") as error:
+        save(tmp_path / "checkpoints", checkpoint(1))
+    assert "\n" not in str(error.value)
+
+
+def test_the_manifest_is_written_last_and_everything_is_synced_before_the_name(tmp_path, monkeypatch):
+    order = []
+    fsync, rename = os.fsync, os.rename
+
+    def watched_fsync(descriptor):
+        order.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    original = type(tmp_path).rename
+
+    def watched_rename(path, target):
+        order.append(("rename", path.name))
+        return original(path, target)
+
+    monkeypatch.setattr(type(tmp_path), "rename", watched_rename)
+    save(tmp_path, checkpoint(1))
+    assert rename is os.rename
+    kinds = [kind for kind, _ in order]
+    before = [name.rsplit("/", 1)[-1] for kind, name in order[: kinds.index("rename")]]
+    assert set(FILES) | {".step-00000001.tmp"} == set(before)
+    assert order[-1] == ("sync", str(tmp_path))
+
+
+def test_the_state_is_plain_json(tmp_path):
+    path = save(tmp_path, checkpoint(1))
+    assert json.loads((path / "state.json").read_text())["step"] == 1
+    assert oct((path / "model.safetensors").stat().st_mode)[-3:] == "644"

@@ -1,0 +1,198 @@
+"""The model is GPT-2, and what it does depends only on what it may see. Contracts run over the unions."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from training.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
+from training.model import FEED_FORWARDS, GPT, MIXERS
+from training.model.layers import rotary_table
+from training.model.sampling import sample
+
+BLOCKS = {
+    "mlp": {},
+    "gated": {"ffn": {"type": "mlp", "gated": True, "activation": "silu"}},
+    "moe": {"ffn": {"type": "moe", "n_experts": 4, "hidden": 24}},
+    "gated moe": {"ffn": {"type": "moe", "n_experts": 4, "hidden": 24, "gated": True, "activation": "relu2"}},
+    "qk_norm": {"mixer": {"qk_norm": True}},
+}
+STYLES = {
+    "gpt2": {},
+    "modern": {"position": "rope", "norm": "rmsnorm", "bias": False, "tie_head": False},
+}
+CASES = list(product(BLOCKS, STYLES))
+
+
+def build(block="mlp", style="gpt2", seed=0, **changes):
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 12, "vocab_size": 64}
+    options = sizes | STYLES[style] | {"blocks": [BLOCKS[block]]} | changes
+    return GPT(ModelConfig.model_validate(options)).init_weights(seed)
+
+
+def tokens(batch=2, length=12, seed=0):
+    return torch.randint(0, 64, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("block", "style"), CASES)
+def test_a_token_is_seen_by_itself_and_later_ones_only(block, style):
+    model, x = build(block, style), tokens(batch=1)
+    embedded = model.wte(x).detach().requires_grad_()
+    model.wte.forward = lambda _: embedded
+    for t in range(12):
+        (grad,) = torch.autograd.grad(model.logits(x)[0, t].square().sum(), embedded)
+        seen = grad[0].abs().sum(dim=1) > 0
+        assert seen.tolist() == [s <= t for s in range(12)]
+
+
+@pytest.mark.parametrize(("block", "style"), CASES)
+def test_every_parameter_gets_a_gradient(block, style):
+    model, x = build(block, style), tokens(batch=8)
+    loss, _ = model(x, x.roll(-1, 1), x.numel())
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize(("block", "style"), CASES)
+def test_the_first_loss_is_that_of_a_uniform_guess(block, style):
+    model, x = build(block, style, vocab_size=512), tokens(batch=8)
+    _, metrics = model(x, x.roll(-1, 1), x.numel())
+    assert metrics["loss_sum"].item() / x.numel() == pytest.approx(math.log(512), abs=0.1)
+
+
+@pytest.mark.parametrize(("block", "style"), CASES)
+def test_a_cache_changes_nothing(block, style):
+    model, x = build(block, style), tokens()
+    cache = model.new_cache()
+    parts = [model.logits(part, cache) for part in x.split([5, 4, 1, 1, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model.logits(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("block", "style"), CASES)
+def test_samples_of_a_batch_do_not_see_each_other(block, style):
+    model, x = build(block, style), tokens(batch=3)
+    together = model.logits(x)
+    for row in range(3):
+        torch.testing.assert_close(model.logits(x[row : row + 1])[0], together[row], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_what_is_asked_for_is_what_answers(block):
+    section = ModelConfig.model_validate({"blocks": [BLOCKS[block]]}).blocks[0]
+    assert type(section.mixer) in MIXERS
+    assert type(section.ffn) in FEED_FORWARDS
+
+
+def test_the_registries_cover_the_unions():
+    assert set(MIXERS) == {AttentionConfig}
+    assert set(FEED_FORWARDS) == {MLPConfig, MoEConfig}
+
+
+def test_masked_targets_do_not_count():
+    model, x = build(), tokens()
+    targets = x.roll(-1, 1)
+    _, whole = model(x, targets, 24)
+    targets[:, 6:] = -1
+    _, first_half = model(x, targets, 24)
+    targets = x.roll(-1, 1)
+    targets[:, :6] = -1
+    _, second_half = model(x, targets, 24)
+    torch.testing.assert_close(first_half["loss_sum"] + second_half["loss_sum"], whole["loss_sum"])
+
+
+def test_more_tokens_than_positions_are_refused_with_the_numbers():
+    with pytest.raises(ValueError, match="13 tokens do not fit n_positions 12"):
+        build().logits(tokens(length=13))
+
+
+def test_rotary_positions_are_relative():
+    attention = build("mlp", "modern").blocks[0].mixer
+    h = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(3))
+    here, there = (attention(h, rotary_table(start, 6, 8, 10000.0, h.device), None) for start in (0, 5))
+    torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(here, attention(h, None, None), rtol=1e-3)
+
+
+@pytest.mark.parametrize(("block", "style"), CASES)
+def test_bfloat16_stays_near_float32(block, style):
+    model, x = build(block, style), tokens()
+    exact = model.logits(x)
+    model.dtype = torch.bfloat16
+    if "moe" not in block:  # where two experts tie, rounding may choose the other
+        torch.testing.assert_close(model.logits(x), exact, rtol=0.1, atol=0.03)
+    assert model.logits(x).dtype == torch.float32
+    assert model.logits(x).isfinite().all()
+
+
+def test_initial_weights_depend_on_seed_and_name_only():
+    a, b, c = build(seed=1), build(seed=1, n_layer=1), build(seed=2)
+    assert torch.equal(a.blocks[0].mixer.query.weight, b.blocks[0].mixer.query.weight)
+    assert not torch.equal(a.wte.weight, c.wte.weight)
+    assert not torch.equal(a.blocks[0].mixer.query.weight, a.blocks[0].mixer.key.weight)
+
+
+def test_initial_deviations_are_gpt2s():
+    model = build("moe", n_embd=128, n_layer=8)
+    moe = model.blocks[0].ffn
+    assert model.wte.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert moe.experts.up.std().item() == pytest.approx(0.02, rel=0.05)
+    assert moe.experts.down.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+    assert model.blocks[0].mixer.out.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+
+
+def test_counts_of_gpt2_124m():
+    with torch.device("meta"):
+        model = GPT(ModelConfig(vocab_size=50257))
+    assert model.n_parameters() == (124_439_808, 124_439_808)
+    assert model.flops_per_token() == pytest.approx(0.855e9, rel=1e-3)
+
+
+def test_active_parameters_are_those_of_a_dense_model_with_top_k_experts():
+    moe = {"type": "moe", "n_experts": 8, "top_k": 2, "hidden": 32}
+    sparse = build(blocks=[{"ffn": moe}])
+    dense = build(blocks=[{"ffn": {"type": "moe", "n_experts": 2, "top_k": 2, "hidden": 32}}])
+    routers = 2 * 16 * (8 - 2)
+    assert sparse.n_parameters()[1] == dense.n_parameters()[0] + routers
+    assert sparse.flops_per_token() == dense.flops_per_token() + 6 * routers
+
+
+def test_sampling_is_a_function_of_its_seed_and_ends_before_the_stop_token():
+    model, prompt = build("moe"), tokens(batch=1, length=3)[0]
+
+    def draw(seed, **kwargs):
+        generator = torch.Generator().manual_seed(seed)
+        return list(sample(model, prompt, 30, n_vocab=50, generator=generator, **kwargs))
+
+    assert draw(0) == draw(0) != draw(1)
+    assert len(draw(0)) == 30
+    assert max(draw(0, temperature=3.0, top_k=None)) < 50
+    stop = draw(0)[7]
+    assert draw(0, stop=stop) == draw(0)[: draw(0).index(stop)]
+
+
+def test_sampling_at_temperature_zero_takes_the_likeliest_token():
+    model, prompt = build(), tokens(batch=1, length=4)[0]
+    first = next(sample(model, prompt, 1, n_vocab=64, generator=torch.Generator(), temperature=0))
+    assert first == int(model.logits(prompt[None])[0, -1].argmax())
+
+
+def test_top_k_draws_among_the_likeliest_only():
+    model, prompt = build(), tokens(batch=1, length=4)[0]
+    likeliest = set(model.logits(prompt[None])[0, -1].topk(3).indices.tolist())
+    generator = torch.Generator().manual_seed(0)
+    drawn = {next(sample(model, prompt, 1, n_vocab=64, generator=generator, temperature=5.0, top_k=3)) for _ in range(60)}
+    assert drawn == likeliest
+
+
+def test_metrics_are_described_per_target():
+    model, x = build("moe"), tokens()
+    _, metrics = model(x, x.roll(-1, 1), 24)
+    described = model.describe({name: value.flatten().tolist() for name, value in metrics.items()}, 24)
+    assert described["loss"] == pytest.approx(metrics["loss_sum"].item() / 24)
+    assert np.sum(described["expert_load"], axis=1) == pytest.approx([1, 1])
+    assert described["expert_load_max"] == pytest.approx(4 * np.max(described["expert_load"]))

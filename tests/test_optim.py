@@ -1,0 +1,182 @@
+"""Optimizers do what they are written down to do, to the parameters that they are meant for."""
+
+from __future__ import annotations
+
+import math
+from typing import get_args
+
+import pytest
+import torch
+from torch import nn
+
+from training.config import (
+    AdamWConfig,
+    Config,
+    ConstantSchedule,
+    CosineSchedule,
+    LinearSchedule,
+    MuonConfig,
+    WSDSchedule,
+)
+from training.optim import OPTIMIZERS, SCHEDULES, Muon, Optimizer, rate
+from training.optim.muon import orthogonalize
+
+SHAPES = {"matrix": (8, 4), "experts": (3, 4, 8), "wte": (16, 4), "router": (3, 4), "norm": (4,)}
+KINDS = {"matrix": "matrix", "experts": "matrix", "wte": "embedding", "router": "router", "norm": "vector"}
+SECTIONS = [AdamWConfig(), MuonConfig()]
+
+
+def parameters(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
+
+
+def set_gradients(named, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in named.values():
+        p.grad = torch.randn(p.shape, generator=generator)
+
+
+def variants(option):
+    """The sections of a union in the configuration."""
+    union = get_args(Config.model_fields[option].annotation)
+    return {get_args(tagged)[0] for tagged in union}
+
+
+def test_the_registries_cover_the_unions():
+    assert set(OPTIMIZERS) == variants("optim")
+    assert set(SCHEDULES) == variants("schedule")
+
+
+def test_adamw_is_the_paper():
+    section = AdamWConfig(learning_rate=0.1, weight_decay=0.3, beta1=0.8, beta2=0.9, eps=1e-6)
+    named = parameters()
+    optimizer = Optimizer(section, named.items(), KINDS)
+    expected = {name: p.detach().clone() for name, p in named.items()}
+    mean = {name: torch.zeros_like(p) for name, p in expected.items()}
+    square = {name: torch.zeros_like(p) for name, p in expected.items()}
+    for t in (1, 2, 3):
+        set_gradients(named, seed=t)
+        for name, w in expected.items():
+            g = named[name].grad
+            mean[name] = 0.8 * mean[name] + 0.2 * g
+            square[name] = 0.9 * square[name] + 0.1 * g * g
+            if KINDS[name] in ("matrix", "router"):
+                w *= 1 - 0.1 * 0.5 * 0.3
+            w -= 0.1 * 0.5 * (mean[name] / (1 - 0.8**t)) / ((square[name] / (1 - 0.9**t)).sqrt() + 1e-6)
+        optimizer.step(rate=0.5)
+        for name, w in expected.items():
+            torch.testing.assert_close(named[name].data, w, rtol=1e-5, atol=1e-6)
+
+
+def test_embeddings_have_a_rate_of_their_own():
+    named = parameters()
+    before = {name: p.detach().clone() for name, p in named.items()}
+    section = AdamWConfig(learning_rate=1e-3, embedding_learning_rate=0.1, weight_decay=0.0)
+    optimizer = Optimizer(section, named.items(), KINDS)
+    set_gradients(named, seed=1)
+    optimizer.step(rate=1.0)
+    moved = {name: (p - before[name]).abs().max().item() for name, p in named.items()}
+    assert moved["wte"] == pytest.approx(0.1, rel=1e-3)  # the first step of Adam moves by the rate
+    assert moved["matrix"] == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 12), (12, 4), (5, 16, 8)])
+def test_orthogonalize_keeps_directions_and_evens_out_singular_values(shape):
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, s, vh = torch.linalg.svd(g, full_matrices=False)
+    ours = u.mT @ orthogonalize(g.view(-1, *shape[-2:]), 5, torch.float32).view(shape) @ vh.mT
+    diagonal = torch.diagonal(ours, dim1=-2, dim2=-1)
+    big = s > 0.05 * s.amax(dim=-1, keepdim=True)
+    assert 0.6 < diagonal[big].min() and diagonal.max() < 1.3
+    torch.testing.assert_close(ours, torch.diag_embed(diagonal), rtol=0, atol=1e-3)
+
+
+def test_muon_is_momentum_orthogonalized_and_scaled():
+    p = nn.Parameter(torch.randn(8, 4, generator=torch.Generator().manual_seed(0)))
+    expected, average = p.detach().clone(), torch.zeros(8, 4)
+    optimizer = Muon([p], lr=0.1, momentum=0.9, weight_decay=0.2, ns_steps=5, dtype=torch.float32)
+    for t in (1, 2):
+        p.grad = torch.randn(8, 4, generator=torch.Generator().manual_seed(t))
+        average = 0.9 * average + 0.1 * p.grad
+        nesterov = 0.1 * p.grad + 0.9 * average
+        update = orthogonalize(nesterov[None], 5, torch.float32)[0]
+        expected = expected * (1 - 0.1 * 0.2) - 0.1 * math.sqrt(8 / 4) * update
+        optimizer.step()
+        torch.testing.assert_close(p.data, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_muon_treats_each_expert_as_a_matrix_of_its_own():
+    g = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "ns_steps": 5, "dtype": torch.float32}
+    stacked, single = nn.Parameter(torch.zeros(3, 4, 8)), [nn.Parameter(torch.zeros(4, 8)) for _ in range(3)]
+    stacked.grad = g
+    Muon([stacked], **options).step()
+    for i, p in enumerate(single):
+        p.grad = g[i] * (i + 1)  # the scale of a gradient does not matter
+        Muon([p], **options).step()
+        torch.testing.assert_close(stacked[i].data, p.data, rtol=1e-4, atol=1e-5)
+
+
+def test_a_zero_gradient_moves_nothing():
+    p = nn.Parameter(torch.ones(2, 4, 4))
+    p.grad = torch.zeros_like(p)
+    Muon([p], lr=0.1, momentum=0.9, weight_decay=0.0, ns_steps=5, dtype=torch.float32).step()
+    assert torch.equal(p.data, torch.ones(2, 4, 4))
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest():
+    named = parameters()
+    muon, adamw = Optimizer(MuonConfig(), named.items(), KINDS).parts
+    assert {id(p) for g in muon.param_groups for p in g["params"]} == {id(named["matrix"]), id(named["experts"])}
+    assert {id(p) for g in adamw.param_groups for p in g["params"]} == {id(named[n]) for n in ("wte", "router", "norm")}
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.type)
+def test_an_optimizer_restored_goes_on_as_if_it_had_never_stopped(section):
+    def steps(named, optimizer, seeds):
+        for seed in seeds:
+            set_gradients(named, seed)
+            optimizer.step(rate=1.0)
+
+    through = parameters()
+    optimizer = Optimizer(section, through.items(), KINDS)
+    steps(through, optimizer, [1, 2, 3, 4])
+
+    first = parameters()
+    stopped = Optimizer(section, first.items(), KINDS)
+    steps(first, stopped, [1, 2])
+    second = {name: nn.Parameter(p.detach().clone()) for name, p in first.items()}
+    restored = Optimizer(section, second.items(), KINDS)
+    restored.load_state_dict({key: tensor.clone() for key, tensor in stopped.state_dict().items()})
+    steps(second, restored, [3, 4])
+    for name, p in through.items():
+        assert torch.equal(p, second[name]), name
+
+
+SCHEDULE_SECTIONS = [
+    CosineSchedule(warmup_steps=10, final_ratio=0.1),
+    LinearSchedule(warmup_steps=10, final_ratio=0.1),
+    WSDSchedule(warmup_steps=10, decay_steps=40, final_ratio=0.1),
+    ConstantSchedule(warmup_steps=10),
+]
+
+
+@pytest.mark.parametrize("section", SCHEDULE_SECTIONS, ids=lambda s: s.type)
+def test_a_schedule_warms_up_peaks_and_comes_down(section):
+    rates = [rate(section, step, 100) for step in range(100)]
+    assert rates[:3] == pytest.approx([1 / 11, 2 / 11, 3 / 11])
+    assert rates[10] == pytest.approx(1.0)
+    assert all(a < b for a, b in zip(rates[:10], rates[1:11], strict=True))
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert rate(section, 100, 100) == pytest.approx(getattr(section, "final_ratio", 1.0))
+
+
+def test_known_points_of_the_schedules():
+    cosine, linear, wsd, constant = SCHEDULE_SECTIONS
+    assert rate(cosine, 55, 100) == pytest.approx(0.55)
+    assert rate(cosine, 32, 100) > rate(linear, 32, 100)
+    assert rate(linear, 55, 100) == pytest.approx(0.55)
+    assert rate(wsd, 60, 100) == 1.0
+    assert rate(wsd, 80, 100) == pytest.approx(0.55)
+    assert rate(constant, 99, 100) == 1.0
