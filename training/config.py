@@ -305,7 +305,7 @@ class ParallelConfig(Section):
     attention: Literal["auto", "flash", "sdpa", "reference"] = option(
         "auto", "attention kernel; auto: the first that really runs here, forward and backward"
     )
-    experts: Literal["auto", "grouped", "loop"] = option(
+    experts: Literal["auto", "grouped", "loop", "reference"] = option(
         "auto", "kernel of the experts; auto: the first that really runs here, forward and backward"
     )
     compile: bool = option(False, "compile the blocks with torch.compile")

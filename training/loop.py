@@ -20,7 +20,7 @@ from training.data.loader import Batches
 from training.distributed import World
 from training.errors import UserError
 from training.model import GPT
-from training.model.sampling import sample
+from training.model.sampling import prompt_ids, sample
 from training.optim import rate
 from training.run import Run, save
 
@@ -40,8 +40,12 @@ class Watch:
 
     def __init__(self, run: Run):
         self.run, self.signal, self.saved_at = run, 0, time.monotonic()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
+        self.before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def close(self) -> None:
+        """Give the signals back to who had them."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, _frame: object) -> None:
         self.signal = number
@@ -182,10 +186,9 @@ def samples(model: GPT, tokenizer: Tokenizer, config: EvalConfig, seed: int) -> 
     generator = torch.Generator().manual_seed(seed)
     texts = []
     for prompt in config.prompts:
-        ids = np.concatenate([[tokenizer.end_of_text], tokenizer.encode(prompt)])
         new = sample(
             model,
-            torch.from_numpy(ids),
+            prompt_ids(tokenizer, prompt),
             config.sample_tokens,
             n_vocab=tokenizer.vocab_size,
             generator=generator,

@@ -44,8 +44,8 @@ def train(config: Config, *, resume: str = "auto") -> int:
     world = join(pick(config.parallel.device))
     dataset = prepare(config.data, quiet=not world.main)  # 1. load and preprocess the dataset
     run = begin(config, dataset, world, resume)  # 2. initialize, or restore, model and optimizer
+    watch = Watch(run)
     try:
-        watch = Watch(run)
         run.metrics.start_clock()
         while run.step < run.config.steps:  # 3. train, 4. evaluating on the way and after the last step
             train_step(run)
@@ -57,6 +57,7 @@ def train(config: Config, *, resume: str = "auto") -> int:
         finish(run)  # 5. save the final model and metrics
         return 0
     finally:
+        watch.close()
         run.close()
         world.leave()
 
