@@ -141,13 +141,13 @@ def test_the_selection_bias_moves_towards_idle_experts_and_the_load_is_remembere
 
 def test_bias_balancing_evens_out_a_skewed_router():
     moe = layer(bias_rate=0.003)
-    moe.router.weight.data[0] += 0.5
+    moe.router.weight.data[0] += 0.4
     x = torch.randn(4, 32, 16, generator=torch.Generator().manual_seed(0)) + 0.5
     loads = []
     for _ in range(150):
         moe.finish_step(moe(x, 128)[1].count_E)
         loads.append(moe.load.max().item())
-    assert loads[0] > 0.45
+    assert loads[0] > 0.4
     assert loads[-1] < 0.3
 
 
