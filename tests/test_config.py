@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import get_args
 
@@ -108,7 +109,21 @@ def test_variants_of_a_union_have_types_of_their_own():
 
 
 def test_the_schema_for_editors_is_current():
-    assert (CONFIGS / "schema.json").read_text() == schema(), "run: python -m training.cli schema > configs/schema.json"
+    current = json.loads((CONFIGS / "schema.json").read_text())
+    assert current == json.loads(schema()), "run: python -m training.cli schema > configs/schema.json"
+
+
+def test_the_schema_explains_every_option_and_lets_one_variant_fit():
+    tree = json.loads(schema())
+    for section in (tree, *tree["$defs"].values()):
+        for name, option in section["properties"].items():
+            assert name == "type" or option["description"]
+            first, *others = (
+                tree["$defs"][variant["$ref"].rpartition("/")[2]]
+                for variant in option.get("oneOf", option.get("items", {}).get("oneOf", [{"$ref": "MLPConfig"}]))
+            )
+            assert "type" not in first.get("required", [])
+            assert all(other["required"].count("type") == 1 for other in others)
 
 
 def test_every_shipped_config_loads_and_comes_back_from_its_dump(tmp_path):

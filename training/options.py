@@ -84,7 +84,7 @@ def wants(annotation: Any, limits: list[Any] | tuple[()] = ()) -> str:
         return " or ".join(wants(part, limits if part is not NoneType else ()) for part in get_args(annotation))
     if is_list(annotation):
         entries = "{...}, {...}" if sections(annotation) else "first, second"
-        return f"a list{' with an entry' if limits and hasattr(limits[0], 'min_length') else ''}: [{entries}]"
+        return f"a list{' with an entry' if any(hasattr(limit, 'min_length') for limit in limits) else ''}: [{entries}]"
     if sections(annotation):
         return "a section: write its options indented below it" + (
             ", or null" if NoneType in get_args(annotation) else ""
@@ -210,5 +210,5 @@ def schema() -> str:
                 option["description"] += f" [{unit}]"
             for variant in option.get("oneOf", option.get("items", {}).get("oneOf", []))[1:]:
                 named = tree["$defs"][variant["$ref"].rpartition("/")[2]]
-                named["required"] = ["type", *named.get("required", [])]
+                named["required"] = sorted({"type", *named.get("required", [])})
     return json.dumps(tree, indent=2) + "\n"
