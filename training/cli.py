@@ -8,13 +8,14 @@ writes the JSON schema that editors complete from. Nothing here imports torch.
 from __future__ import annotations
 
 import io
+import os
 import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ruamel.yaml import YAML
 from ruamel.yaml.nodes import ScalarNode
@@ -70,8 +71,7 @@ def parse(argv: list[str], *, prog: str, doc: str, flags: dict[str, str]) -> tup
     """
     own = {"--config": "the run, a YAML file (required)", **flags}
     if "--help" in argv or "-h" in argv:
-        print(_help(prog, doc, own))
-        raise SystemExit(0)
+        _answer(_help(prog, doc, own) + "\n")
     values, lines = _split(argv, own)
     given = {flag: values.pop(flag, None) for flag in own}
     print_config = values.pop("--print-config", None) is not None
@@ -86,9 +86,17 @@ def parse(argv: list[str], *, prog: str, doc: str, flags: dict[str, str]) -> tup
         print(*(f"error: {line}" for line in lines), sep="\n", file=sys.stderr)
         raise SystemExit(2)
     if print_config:
-        print(dump(config), end="")
-        raise SystemExit(0)
+        _answer(dump(config))
     return config, given
+
+
+def _answer(text: str) -> NoReturn:
+    """Print what was asked for, and exit with status 0."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:  # a pager was left; without this, Python complains once more as it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(0)
 
 
 def _split(argv: list[str], own: dict[str, str]) -> tuple[dict[str, str], list[str]]:
