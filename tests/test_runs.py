@@ -1,0 +1,285 @@
+"""Whole runs: what they compute does not depend on how they are carried out, and they go on after any stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, command, environment, rows, tensors, write_config
+
+from training.config import Config
+from training.errors import UserError
+from training.train import train
+
+
+@pytest.fixture
+def run(config):
+    """Train the small run with some options changed; returns its folder."""
+
+    def go(resume="auto", **changes):
+        made = config(**changes)
+        assert train(made, resume=resume) == 0
+        return restart_folder(made)
+
+    return go
+
+
+def restart_folder(config: Config):
+    from training.restart import folder_of
+
+    return folder_of(config)
+
+
+def losses(folder) -> list[tuple[float, float]]:
+    return [(row["loss"], row["grad_norm"]) for row in rows(folder)]
+
+
+def test_a_run_leaves_everything_it_promises(run):
+    folder = run(logging={"every": 2, "tensorboard": True, "histogram_every": 4})
+    found = rows(folder)
+    assert [row["step"] for row in found] == list(range(1, 9))
+    assert [row["step"] for row in found if "val_loss" in row] == [4, 8]
+    assert found[3]["samples"][0]["prompt"] == "def "
+    assert len(found[0]["expert_load"]) == 1 and sum(found[0]["expert_load"][0]) == pytest.approx(1)
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "model", "summary.json", "report.html"}
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step-00000006", "step-00000008"}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == 8 and summary["tokens"] == 8 * 256
+    assert summary["train_loss"] == found[-1]["loss"] and summary["val_loss"] == found[-1]["val_loss"]
+    assert all(name.endswith((".safetensors", ".json")) for name in os.listdir(folder / "checkpoints/step-00000008"))
+
+
+def test_training_makes_the_loss_fall(run):
+    from training.config import AdamWConfig
+
+    found = losses(run(steps=40, optim={"type": "muon", "learning_rate": 0.01}, eval={"every": None, "tokens": 256}))
+    assert found[-1][0] < found[0][0] - 1.5
+    assert AdamWConfig().type == "adamw"
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 8])
+def test_the_micro_batch_changes_nothing_that_is_computed(run, micro_batch):
+    whole, cut = run(name="whole", micro_batch=8), run(name="cut", micro_batch=micro_batch)
+    for ours, theirs in zip(losses(cut), losses(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resuming_is_the_run_that_never_stopped(run, config, optimizer, monkeypatch):
+    through = run(name="through", optim={"type": optimizer})
+    stopped = config(name="stopped", optim={"type": optimizer})
+    stop_after(monkeypatch, step=5)
+    assert train(stopped) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    assert len(rows(restart_folder(stopped))) == 5
+    assert train(stopped) == 0
+    assert tensors(restart_folder(stopped), 8) == tensors(through, 8)
+    assert rows(restart_folder(stopped)) == rows(through)
+
+
+def stop_after(monkeypatch, step: int) -> None:
+    """Have the process send itself a real SIGTERM after a step."""
+    from training import loop
+
+    original = loop.train_step
+
+    def then_stop(run):
+        original(run)
+        if run.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "train_step", then_stop)
+
+
+def test_rows_after_the_checkpoint_are_not_written_twice(run, config, monkeypatch):
+    through = run(name="through")
+    killed = config(name="killed")
+    from training import loop
+
+    original = loop.train_step
+
+    def then_die(run):
+        original(run)
+        if run.step == 5:
+            raise KeyboardInterrupt  # past the save at step 3 and the evaluation at step 4
+
+    monkeypatch.setattr(loop, "train_step", then_die)
+    with pytest.raises(KeyboardInterrupt):
+        train(killed)
+    monkeypatch.undo()
+    assert train(killed) == 0
+    assert rows(restart_folder(killed)) == rows(through)
+    assert tensors(restart_folder(killed), 8) == tensors(through, 8)
+
+
+def test_how_often_a_run_is_evaluated_saved_and_logged_changes_no_bit(run):
+    often = run(name="often", eval={"every": 1, "tokens": 256}, checkpoint={"every": 1}, logging={"every": 1})
+    rarely = run(name="rarely", eval={"every": None, "tokens": 64}, checkpoint={"every": None}, logging={"every": 50})
+    assert tensors(often, 8) == tensors(rarely, 8)
+    assert losses(often) == losses(rarely)
+
+
+def test_a_finished_run_started_again_says_so_and_changes_nothing(run, capsys):
+    folder = run()
+    before, times = tensors(folder, 8), rows(folder)
+    run()
+    assert tensors(folder, 8) == before and rows(folder) == times
+    assert "after step 8" in capsys.readouterr().out
+
+
+def test_other_options_in_a_used_folder_are_refused_and_listed(run, config):
+    run()
+    changed = config(seed=1, micro_batch=2, optim={"learning_rate": 1.0}, logging={"every": 1, "tensorboard": False})
+    with pytest.raises(UserError) as error:
+        train(changed)
+    assert "optim.learning_rate: 0.0006 -> 1.0; seed: 0 -> 1; choose another --name" in str(error.value)
+    assert "micro_batch" not in str(error.value) and "logging" not in str(error.value)
+
+
+def test_starting_over_moves_the_old_run_aside(run, tmp_path):
+    folder = run()
+    (folder / "mine.txt").write_text("kept")
+    run(resume="never", steps=4)
+    assert (tmp_path / "runs/small.old-1/mine.txt").read_text() == "kept"
+    assert len(rows(folder)) == 4
+
+
+def test_a_run_can_begin_with_another_runs_checkpoint(run):
+    first = run(name="first")
+    branched = run(name="branched", resume=str(first / "checkpoints/step-00000006"), steps=9)
+    assert [row["step"] for row in rows(branched)] == [7, 8, 9]
+    run(name="branched", resume=str(first), steps=9)  # its own checkpoint comes first
+    assert [row["step"] for row in rows(branched)] == [7, 8, 9]
+
+
+def test_a_checkpoint_of_another_model_is_refused(run, config):
+    first = run(name="first")
+    other = config(name="other", model={"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32})
+    with pytest.raises(UserError, match="does not fit this model"):
+        train(other, resume=str(first))
+
+
+def test_changed_data_is_refused(options, tmp_path):
+    text = tmp_path / "texts"
+    text.mkdir()
+    for i in range(30):
+        (text / f"{i}.txt").write_text(f"document {i} " * 40)
+    data = {"sources": [{"paths": [str(text)]}], "tokenizer": {"type": "byte"}, "cache_dir": str(tmp_path / "cache")}
+    config = Config.model_validate(options(data=data | {"val_fraction": 0.3}))
+    train(config)
+    (text / "0.txt").write_text("something else " * 40)
+    with pytest.raises(UserError, match="data: the text or the tokenizer is not what it was"):
+        train(config)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(config, tmp_path):
+    exploding = config(optim={"learning_rate": 1e30, "grad_clip": None}, steps=30, checkpoint={"every": 1})
+    with pytest.raises(UserError, match=r"step \d+: the loss is nan"):
+        train(exploding)
+    from training import checkpoint
+
+    for _, path in checkpoint.steps(tmp_path / "runs/small/checkpoints"):
+        assert all(tensor.isfinite().all() for tensor in checkpoint.load(path).model.values())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precisions_train(run, precision):
+    exact, lower = losses(run(name="exact")), losses(run(name="lower", precision=precision))
+    for (ours, _), (theirs, _) in zip(lower, exact, strict=True):
+        assert ours == pytest.approx(theirs, rel=0.02)
+
+
+def test_fp16_skips_a_step_that_overflows_and_lowers_the_scale(config):
+    from training.data import prepare
+    from training.distributed import World
+    from training.loop import train_step
+    from training.run import begin
+
+    made = config(precision="fp16")
+    world = World(0, 1, torch.device("cpu"))
+    run = begin(made, prepare(made.data), world, "auto")
+    run.loss_scale.scale = 2.0**40
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    train_step(run)
+    assert all(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
+    assert not run.optimizer.state_dict()
+    assert run.loss_scale.scale == 2.0**39
+    run.loss_scale.scale = 2.0**10
+    train_step(run)
+    assert not torch.equal(run.model.wte.weight, before["wte.weight"])
+    run.close()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore:The .grad attribute:UserWarning")
+def test_compiled_blocks_compute_the_same(run):
+    plain, compiled = run(name="plain", steps=3), run(name="compiled", steps=3, parallel={"compile": True})
+    for ours, theirs in zip(losses(compiled), losses(plain), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_sigterm_and_kill_9_to_the_real_command_lose_nothing(options, tmp_path, run):
+    through = run(name="through", steps=200, eval={"every": None, "tokens": 64}, checkpoint={"every": 20})
+    made = options(name="killed", steps=200, eval={"every": None, "tokens": 64}, checkpoint={"every": 20})
+    path = write_config(tmp_path / "killed.yaml", made)
+    folder = tmp_path / "runs" / "killed"
+    for number, at_least in ((signal.SIGKILL, 30), (signal.SIGTERM, 80)):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "training.train", "--config", str(path)], cwd=ROOT, env=environment(), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        wait_for_rows(folder / "metrics.jsonl", at_least, process)
+        process.send_signal(number)
+        process.communicate()
+        assert process.returncode == (128 + number if number == signal.SIGTERM else -number)
+    done = command("-m", "training.train", "--config", str(path))
+    assert done.returncode == 0, done.stderr
+    assert rows(folder) == rows(through)
+    assert tensors(folder, 200) == tensors(through, 200)
+
+
+def wait_for_rows(path, at_least: int, process) -> None:
+    for _ in range(2000):
+        if path.exists() and path.read_bytes().count(b"\n") >= at_least:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError(f"{at_least} rows never came")
+
+
+def test_two_processes_compute_what_one_does(options, tmp_path, run):
+    alone = run(name="alone", precision="fp32")
+    path = write_config(tmp_path / "two.yaml", options(name="two"))
+    done = command(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "training.train", "--config", str(path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "two"
+    for ours, theirs in zip(rows(folder), rows(alone), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+        assert ours["expert_load"] == theirs["expert_load"]
+        assert ours.get("val_loss", 0) == pytest.approx(theirs.get("val_loss", 0), rel=1e-5)
+
+
+def test_generate_and_evaluate_work_on_a_run(run, options, tmp_path):
+    folder = run()
+    done = command("-m", "training.generate", "--run", str(folder), "--prompt", "import ", "--tokens", "5")
+    assert done.returncode == 0 and done.stdout.startswith("import ") and len(done.stdout) > len("import ")
+    done = command("-m", "training.evaluate", "--run", str(folder / "checkpoints/step-00000006"))
+    assert done.returncode == 0 and done.stdout.startswith("step 6: loss ")
+    text = tmp_path / "text.txt"
+    text.write_text("def f():\n    return 1\n" * 20)
+    done = command("-m", "training.evaluate", "--run", str(folder), "--data", str(text))
+    assert done.returncode == 0 and "440 bytes" in done.stdout
+    for name in ("generate", "evaluate"):
+        done = command("-m", f"training.{name}", "--run", str(tmp_path))
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: --run {tmp_path}: no run") and done.stderr.count("\n") == 1
