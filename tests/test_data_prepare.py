@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from training import prepare as command
 from training.config import DataConfig
-from training.data import Batches, build, prepare, shards, workers
+from training.data import Batches, build, memory, prepare, shards, workers
 from training.data.shards import open_split, read_manifest
 from training.errors import UserError
 
@@ -447,3 +447,43 @@ def test_preparing_imports_no_torch(folder):
     lines = result.stderr.splitlines()
     assert len(lines) == 4
     assert lines[-1].startswith("tokenizing: 0.0 MB in ")
+
+
+# --- a lone text, and files without a cache ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("piece", [1 << 20, 97], ids=["one piece", "many pieces"])
+def test_of_a_lone_text_file_the_end_is_held_out_from_a_line_on(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr("training.data.text.PIECE", piece)
+    monkeypatch.setattr("training.data.text.SLACK", 20)
+    lines = [f"line {i} of a text\n" for i in range(1000)]
+    (tmp_path / "text.txt").write_text("".join(lines))
+    dataset = prepare(config_of(tmp_path, sources=[{"paths": [str(tmp_path / "text.txt")]}]))
+    (train,), (val,) = texts(dataset, "train"), texts(dataset, "val")
+    assert train + val == "".join(lines)
+    assert val.startswith("line 9") and val.count("\n") == pytest.approx(100, abs=2)
+
+
+def test_a_lone_text_without_lines_is_cut_all_the_same(tmp_path):
+    (tmp_path / "text.txt").write_text("word " * 1000)
+    dataset = prepare(config_of(tmp_path, sources=[{"paths": [str(tmp_path / "text.txt")]}]))
+    assert (len(texts(dataset, "train")[0]), len(texts(dataset, "val")[0])) == (4500, 500)
+
+
+def test_two_text_files_are_two_documents(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"only {name} " * 100)
+    with pytest.raises(UserError, match="no document was held out for validation of 2 documents"):
+        prepare(config_of(tmp_path, sources=[{"paths": [str(tmp_path / "*.txt")]}], val_fraction=1e-9))
+
+
+def test_files_read_into_memory_are_the_split_that_preparing_them_gives(folder):
+    sources = [{"paths": [str(folder / "text")]}]
+    dataset = prepare(config_of(folder, val_sources=sources))
+    split = memory.read([str(folder / "text")], "text", dataset.tokenizer)
+    (ours,), (theirs,) = split.streams, dataset.val.streams
+    assert np.array_equal(ours.tokens, theirs.tokens) and np.array_equal(ours.documents, theirs.documents)
+    counts = ("n_documents", "n_tokens", "n_bytes", "vocab_size")
+    assert all(getattr(split, name) == getattr(dataset.val, name) for name in counts)
+    with pytest.raises(UserError, match=r"no\.jsonl"):
+        memory.read([str(folder / "no.jsonl")], "text", dataset.tokenizer)

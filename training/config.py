@@ -223,7 +223,10 @@ class DataConfig(Section):
         (), "where the validation text comes from; empty: held out from `sources`"
     )
     val_fraction: float = option(
-        0.02, "share of the documents held out, chosen by a hash, where val_sources is empty", gt=0, lt=1
+        0.02,
+        "share held out where val_sources is empty: of the documents, chosen by a hash; of a lone text file, its end",
+        gt=0,
+        lt=1,
     )
     tokenizer: Tokenizer = option(BPETokenizer(), "how text becomes tokens")
     cache_dir: str = option("data_cache", "folder of the token shards", min_length=1)

@@ -5,20 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from training.config import DataConfig
 from training.data import tokenizer_choice
 from training.data.digests import Digests
 from training.data.shards import FORMAT
-from training.data.sources import Reader, reader
+from training.data.sources import Files, Reader, reader
 from training.data.text import Piece
 from training.errors import UserError
 
 
 class Corpus:
     """The text of a configuration. Raises UserError where a source is missing.
+
+    Documents are held out for validation by their hash; of a lone text file, its end is.
 
     Training text is one stream, or a stream for each source where sources are weighted; validation text is
     always one stream. Blank documents are left out and counted.
@@ -32,6 +34,8 @@ class Corpus:
         self.val = [reader(source) for source in config.val_sources]
         self.weights = [source.weight for source in config.sources if source.weight]
         self.n_streams = len(self.weights) or 1
+        first = self.train[0]
+        self.lone = not self.val and len(self.train) == 1 and isinstance(first, Files) and first.is_one_text
 
     def key(self, digests: Digests) -> str:
         """A name for all that decides the tokens on disk: weights do not, whether there are any does."""
@@ -47,6 +51,9 @@ class Corpus:
 
     def pieces(self) -> Iterator[Iterator[Piece]]:
         """For each source an iterator over its pieces."""
+        if self.lone:
+            yield cut_in_two(lambda: next(self.train[0].documents()).pieces, self.config.val_fraction)
+            return
         val_fraction = 0.0 if self.val else self.config.val_fraction
         for i, source in enumerate(self.train):
             yield pieces(source, i if self.weights else 0, val_fraction)
@@ -67,6 +74,24 @@ def pieces(source: Reader, stream: int, val_fraction: float) -> Iterator[Piece]:
         yield Piece(text, split, index, first=True)
         if text.strip():
             yield from (Piece(text, split, index, first=False) for text in document.pieces)
+
+
+def cut_in_two(text: Callable[[], Iterator[str]], val_fraction: float) -> Iterator[Piece]:
+    """A text that is all there is, given in pieces: validation begins with the first line past 1 - val_fraction."""
+    border = int(sum(len(piece) for piece in text()) * (1 - val_fraction))
+    begun, n_read, split = False, 0, "train"
+    for piece in text():
+        if split == "train" and n_read + len(piece) > border:
+            at = max(0, border - n_read)
+            at = piece.find("\n", at) + 1 or at
+            if piece[:at]:
+                yield Piece(piece[:at], split, 0, first=not begun)
+            if piece[at:]:
+                yield Piece(piece[at:], "val", 0, first=True)
+                split = "val"
+        else:
+            yield Piece(piece, split, 0, first=not begun)
+        begun, n_read = True, n_read + len(piece)
 
 
 def held_out(key: str, val_fraction: float) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from training.config import FilesSource, HuggingFaceSource, Section, StdlibSource
 from training.data.digests import Digests
-from training.data.files import SKIPPED_FOLDERS, find, format_of, read, text_of, walk
+from training.data.files import FORMATS, SKIPPED_FOLDERS, find, format_of, read, read_text, text_of, walk
 from training.data.text import Document, document
 from training.errors import UserError
 
@@ -68,6 +68,11 @@ class Files:
     def documents(self) -> Iterator[Document]:
         for path, named in self.paths.items():
             yield from _holding_text(path, read(path, self.column)) if named else read(path, self.column)
+
+    @property
+    def is_one_text(self) -> bool:
+        """Whether this is a single text file, and so a single document."""
+        return len(self.paths) == 1 and FORMATS[format_of(next(iter(self.paths)))] is read_text
 
     def identity(self, digests: Digests) -> Any:
         return [self.column, [(format_of(path), digests.of(path)) for path in self.paths]]

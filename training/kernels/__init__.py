@@ -40,11 +40,16 @@ def _failure(kernel: Callable[..., Tensor], differentiable: list[Tensor], *rest:
         return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
 
 
-def _first_that_runs(name: str, asked: str, kernels: dict, differentiable: list[Tensor], *rest: Tensor) -> tuple:
-    """(kernel, its name and the reason) for `--parallel.<name> asked`."""
-    refused = []
+def _first_that_runs(
+    name: str, config: ParallelConfig, kernels: dict, differentiable: list[Tensor], *rest: Tensor
+) -> tuple[Callable[..., Tensor], str]:
+    """(kernel, its name and the reason) for the option parallel.`name`."""
+    asked, refused = getattr(config, name), []
     for candidate in kernels if asked == "auto" else [asked]:
-        problem = _failure(kernels[candidate], [x.clone() for x in differentiable], *rest)
+        kernel = kernels[candidate]
+        if config.compile:  # what runs as it is may not compile; tracing alone tells, and is quick
+            kernel = torch.compile(kernel, backend="aot_eager")
+        problem = _failure(kernel, [x.clone() for x in differentiable], *rest)
         if problem is None:
             reason = "; ".join(refused) or ("asked for" if asked != "auto" else "ran forward and backward")
             return kernels[candidate], f"{candidate} ({reason})"
@@ -65,7 +70,7 @@ def choose(
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
     qkv = [random(1, 2, 16, head_dim) for _ in range(3)]
-    attention, attention_why = _first_that_runs("attention", config.attention, ATTENTION, qkv)
+    attention, attention_why = _first_that_runs("attention", config, ATTENTION, qkv)
     matrices, count_E = [random(32, 32), random(2, 16, 32)], torch.tensor([20, 12], device=device)
-    experts, experts_why = _first_that_runs("experts", config.experts, EXPERTS, matrices, count_E)
+    experts, experts_why = _first_that_runs("experts", config, EXPERTS, matrices, count_E)
     return Kernels(attention, experts), {"attention": attention_why, "experts": experts_why}

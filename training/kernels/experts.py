@@ -17,6 +17,7 @@ def reference(x_RI: Tensor, w_EOI: Tensor, count_E: Tensor) -> Tensor:
     return torch.einsum("ri,roi->ro", x_RI, w_EOI[expert_R])
 
 
+@torch.compiler.disable  # row counts differ from step to step, each a new program
 def loop(x_RI: Tensor, w_EOI: Tensor, count_E: Tensor) -> Tensor:
     """One matrix product an expert. Reads the counts on the host, which on a GPU waits for the device."""
     # unbind, not w_EOI[e]: the backward of E index operations writes E x E matrices.

@@ -99,7 +99,9 @@ class GPT(nn.Module):
             rotation_2TD = rotary_table(start, n_tokens, head_dim, self.config.rope_theta, tokens_BT.device)
         x_BTC, routings = x_BTC.to(self.dtype), {}
         for i, block in enumerate(self.blocks):
-            x_BTC, routing = block(x_BTC, rotation_2TD, n_targets, cache[i] if cache else None)
+            # With a cache every call has a new length: not through the compiled block, which would start over.
+            run = block if cache is None else block.forward
+            x_BTC, routing = run(x_BTC, rotation_2TD, n_targets, None if cache is None else cache[i])
             if routing is not None:
                 routings[i] = routing
         return self.norm_f(x_BTC), routings

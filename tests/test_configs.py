@@ -1,0 +1,55 @@
+"""Every configuration that is shipped loads, survives a round trip, and builds its model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from training import cli
+from training.model import GPT
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+TOKENS = {"bpe": lambda tokenizer: tokenizer.vocab_size, "byte": lambda _: 257}
+
+
+@pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
+def path(request) -> Path:
+    return request.param
+
+
+def test_it_loads_and_survives_a_round_trip(path, tmp_path):
+    config = cli.load(path)
+    again = tmp_path / "again.yaml"
+    again.write_text(cli.dump(config))
+    assert cli.load(again) == config
+    assert config.name == path.stem
+
+
+def test_its_model_can_be_built(path):
+    config = cli.load(path)
+    tokenizer = config.data.tokenizer
+    size = config.model.vocab_size or TOKENS[tokenizer.type](tokenizer)
+    with torch.device("meta"):
+        model = GPT(config.model.model_copy(update={"vocab_size": size}))
+    total, active = model.n_parameters()
+    moe = any(block.ffn.type == "moe" for block in config.model.blocks)
+    assert (active < total) == moe
+    assert config.batch_tokens % config.model.n_positions == 0
+
+
+def test_it_opens_with_its_command_and_what_it_came_to(path):
+    first, *header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert first == "# yaml-language-server: $schema=schema.json"
+    text = "\n".join(header)
+    assert f"--config configs/{path.name}" in text
+    assert "Not run" in text or "bits/byte" in text
+
+
+def test_the_counts_in_the_large_headers_are_true():
+    for name, counts in (("gpt2_moe_8x124m", ("323M", "153M")), ("gpt2_124m", ("124M", "124M"))):
+        config = cli.load(CONFIGS[0].with_name(f"{name}.yaml"))
+        with torch.device("meta"):
+            found = GPT(config.model).n_parameters()
+        assert tuple(f"{n / 1e6:.0f}M" for n in found) == counts
