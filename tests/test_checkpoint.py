@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,22 +103,20 @@ def test_a_disk_that_refuses_is_one_line_and_leaves_nothing(tmp_path):
 
 def test_the_manifest_is_written_last_and_everything_is_synced_before_the_name(tmp_path, monkeypatch):
     order = []
-    fsync, rename = os.fsync, os.rename
+    fsync, original = os.fsync, Path.rename
 
     def watched_fsync(descriptor):
-        order.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        order.append(("sync", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", watched_fsync)
-    original = type(tmp_path).rename
 
     def watched_rename(path, target):
         order.append(("rename", path.name))
         return original(path, target)
 
-    monkeypatch.setattr(type(tmp_path), "rename", watched_rename)
+    monkeypatch.setattr(Path, "rename", watched_rename)
     save(tmp_path, checkpoint(1))
-    assert rename is os.rename
     kinds = [kind for kind, _ in order]
     before = [name.rsplit("/", 1)[-1] for kind, name in order[: kinds.index("rename")]]
     assert set(FILES) | {".step-00000001.tmp"} == set(before)

@@ -185,7 +185,9 @@ def test_top_k_draws_among_the_likeliest_only():
     model, prompt = build(), tokens(batch=1, length=4)[0]
     likeliest = set(model.logits(prompt[None])[0, -1].topk(3).indices.tolist())
     generator = torch.Generator().manual_seed(0)
-    drawn = {next(sample(model, prompt, 1, n_vocab=64, generator=generator, temperature=5.0, top_k=3)) for _ in range(60)}
+    drawn = {
+        next(sample(model, prompt, 1, n_vocab=64, generator=generator, temperature=5.0, top_k=3)) for _ in range(60)
+    }
     assert drawn == likeliest
 
 

@@ -56,7 +56,14 @@ def outputs(function, moe, x):
 @pytest.mark.parametrize("kernel", EXPERTS)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"top_k": 1}, {"top_k": 4}, {"gated": True, "activation": "silu"}, {"renormalize": False}, {"activation": "relu2"}],
+    [
+        {},
+        {"top_k": 1},
+        {"top_k": 4},
+        {"gated": True, "activation": "silu"},
+        {"renormalize": False},
+        {"activation": "relu2"},
+    ],
     ids=str,
 )
 def test_the_layer_and_every_gradient_equal_the_loop_over_tokens(kernel, options):

@@ -36,6 +36,10 @@ def restart_folder(config: Config):
     return folder_of(config)
 
 
+def names_in(folder) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
 def losses(folder) -> list[tuple[float, float]]:
     return [(row["loss"], row["grad_norm"]) for row in rows(folder)]
 
@@ -47,13 +51,20 @@ def test_a_run_leaves_everything_it_promises(run):
     assert [row["step"] for row in found if "val_loss" in row] == [4, 8]
     assert found[3]["samples"][0]["prompt"] == "def "
     assert len(found[0]["expert_load"]) == 1 and sum(found[0]["expert_load"][0]) == pytest.approx(1)
-    names = {path.name for path in folder.iterdir()}
-    assert names >= {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "model", "summary.json", "report.html"}
-    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step-00000006", "step-00000008"}
+    assert names_in(folder) >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "model",
+        "summary.json",
+        "report.html",
+    }
+    assert names_in(folder / "checkpoints") == {"step-00000006", "step-00000008"}
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 8 and summary["tokens"] == 8 * 256
     assert summary["train_loss"] == found[-1]["loss"] and summary["val_loss"] == found[-1]["val_loss"]
-    assert all(name.endswith((".safetensors", ".json")) for name in os.listdir(folder / "checkpoints/step-00000008"))
+    assert all(name.endswith((".safetensors", ".json")) for name in names_in(folder / "checkpoints/step-00000008"))
 
 
 def test_training_makes_the_loss_fall(run):
@@ -269,7 +280,7 @@ def test_two_processes_compute_what_one_does(options, tmp_path, run):
         assert ours.get("val_loss", 0) == pytest.approx(theirs.get("val_loss", 0), rel=1e-5)
 
 
-def test_generate_and_evaluate_work_on_a_run(run, options, tmp_path):
+def test_generate_and_evaluate_work_on_a_run(run, tmp_path):
     folder = run()
     done = command("-m", "training.generate", "--run", str(folder), "--prompt", "import ", "--tokens", "5")
     assert done.returncode == 0 and done.stdout.startswith("import ") and len(done.stdout) > len("import ")
