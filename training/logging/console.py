@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from training.logging import Run, Sink
-from training.logging.format import clock, count, number, share
+from training.logging.format import clock, count, number, printable, share
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -198,13 +198,6 @@ def aligned(facts: dict[str, str]) -> list[str]:
 def continuation(sample: dict) -> str:
     """A prompt and how the model went on."""
     return printable(sample["prompt"] + sample["text"].rstrip())
-
-
-def printable(text: str) -> str:
-    """The text without what a terminal would obey, such as escape sequences, which a model may well write."""
-    return "".join(
-        c if c == "\n" or c.isprintable() else "    " if c == "\t" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
 
 
 @contextmanager

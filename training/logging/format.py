@@ -29,3 +29,10 @@ def share(ratio: float | None) -> str:
 def number(value: float | None, spec: str = ".4f") -> str:
     """A measured number, or "nan" where a row has null for what was not finite."""
     return "nan" if value is None or math.isnan(value) else format(value, spec)
+
+
+def printable(text: str) -> str:
+    """The text without what a terminal would obey, such as escape sequences, which a model may well write."""
+    return "".join(
+        c if c == "\n" or c.isprintable() else "    " if c == "\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )

@@ -1,0 +1,182 @@
+"""report.html: the whole run on one page that opens from disk and needs no network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from training.errors import UserError
+from training.logging.charts import Curve, Point, chart, smoothed
+from training.logging.files import write_atomically
+from training.logging.format import count, number, printable
+from training.logging.jsonl import read
+
+RECENT_STEPS = 50  # that expert load "at the end" is a mean of
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `run_dir / "report.html"` from what the folder holds of the run, finished or not; return its path.
+
+    Reads metrics.jsonl, summary.json, run.json and config.yaml, each of which may be absent.
+    Raises `UserError` where one cannot be read or the page cannot be written.
+    """
+    rows, summary = read(run_dir / "metrics.jsonl"), _json(run_dir / "summary.json")
+    facts = _json(run_dir / "run.json")
+    page = _template().render(
+        name=facts.get("name", run_dir.resolve().name),
+        lede=lede(rows, summary, facts.get("steps")),
+        done=rows[-1]["step"] / facts["steps"] if rows and facts and not summary else None,
+        headlines=headlines(rows, summary),
+        charts=[found for found in charts(rows) if found],
+        heat_map=heat_map(rows),
+        samples=samples(rows),
+        header=facts.get("header", {}),
+        next=summary.get("next", []),
+        config=_text(run_dir / "config.yaml"),
+    )
+    write_atomically(run_dir / "report.html", page)
+    return run_dir / "report.html"
+
+
+def lede(rows: list[dict], summary: dict, steps: int | None) -> str:
+    """The run in two sentences."""
+    if not rows:
+        return "The first step is on its way."
+    last = rows[-1]
+    read_ = f"this model read {count(last['tokens'])} tokens"
+    if not summary and steps:
+        read_ += f" so far, in {last['step']:,} of {steps:,} steps"
+    text = f"In {spoken(last['time_s'])} {read_}. "
+    if len(rows) > 1:
+        text += f"Its loss went from {number(rows[0]['loss'], '.2f')} to {number(last['loss'], '.2f')}"
+    else:
+        text += f"Its loss is {number(last['loss'], '.2f')}"
+    bits = [value for _, value in points(rows, "val_bits_per_byte")]
+    return text + (f", and it needs {bits[-1]:.2f} bits for a byte of text it has never seen." if bits else ".")
+
+
+def headlines(rows: list[dict], summary: dict) -> list[tuple[str, str]]:
+    """The large numbers: (text, what it is)."""
+    if not rows:
+        return []
+    known = {
+        key: values[-1][1] for key in {key for row in rows for key in row} if (values := points(rows, key))
+    } | summary
+    said = {
+        "val_loss": ("validation loss", ".3f"),
+        "val_perplexity": ("perplexity", ".1f"),
+        "val_bits_per_byte": ("bits per byte", ".3f"),
+        "loss": ("training loss", ".3f"),
+    }
+    found = [(number(known[key], spec), label) for key, (label, spec) in said.items() if known.get(key) is not None]
+    for key, label in (("tokens", "tokens read"), ("tokens_per_s", "tokens per second"), ("parameters", "parameters")):
+        if key in known:
+            found.append((count(known[key]), label))
+    if known.get("active_parameters") != known.get("parameters"):
+        found.append((count(known["active_parameters"]), "active per token"))
+    return [*found, (spoken(known["time_s"]), "training")]
+
+
+def charts(rows: list[dict]) -> list[dict | None]:
+    """Every chart of the page, the loss first; None for those that the run has no numbers for."""
+    last = rows[-1]["step"] if rows else 1
+    half = len(rows) // 100
+
+    def noisy(key: str) -> list[Curve]:
+        raw = points(rows, key)
+        return [Curve("", "raw", raw), Curve("training", "train", list(smoothed(raw, half)))]
+
+    validation = Curve("validation", "val", points(rows, "val_loss"))
+    bits = Curve("validation", "val", points(rows, "val_bits_per_byte"))
+    rate = Curve("learning rate", "train", points(rows, "learning_rate"))
+    return [
+        chart("Loss", "nats per token", last, [*noisy("loss"), validation]),
+        chart("Compression", "bits per byte of validation text", last, [bits]),
+        chart("Learning rate", "", last, [rate], zero=True),
+        chart("Gradient norm", "before clipping", last, noisy("grad_norm"), spikes=True, zero=True),
+        chart("Throughput", "tokens per second", last, noisy("tokens_per_s"), zero=True),
+        chart("Busiest expert", "its load over the mean, in each MoE layer", last, layers(rows), spikes=True),
+        chart("Router z-loss", "mean over the MoE layers", last, noisy("router_z_loss"), spikes=True, zero=True),
+    ]
+
+
+def layers(rows: list[dict]) -> list[Curve]:
+    """The spread of expert load over time, a curve for each MoE layer."""
+    loads = [(row["step"], row["expert_load"]) for row in rows if row.get("expert_load")]
+    n_layers = len(loads[0][1]) if loads else 0
+    curves = []
+    for layer in range(n_layers):
+        spread = [(step, max(load[layer]) * len(load[layer])) for step, load in loads]
+        smooth = list(smoothed(spread, len(spread) // 200))
+        curves.append(Curve(f"layer {layer + 1}", "layer", smooth, 100 * layer // max(n_layers - 1, 1)))
+    return curves
+
+
+def heat_map(rows: list[dict]) -> list[list[dict]]:
+    """Expert load at the end, a line for each MoE layer: each cell's share as text, and per cent over or under."""
+    loads = [row["expert_load"] for row in rows[-RECENT_STEPS:] if row.get("expert_load")]
+    table = []
+    for layer in zip(*loads, strict=True):
+        shares = [sum(of_expert) / len(layer) for of_expert in zip(*layer, strict=True)]
+        over = [100 * (share * len(shares) - 1) for share in shares]
+        table.append(
+            [
+                {"text": f"{100 * share:.1f}", "kind": "over" if by > 0 else "under", "by": min(round(abs(by)), 100)}
+                for share, by in zip(shares, over, strict=True)
+            ]
+        )
+    return table
+
+
+def samples(rows: list[dict]) -> list[dict]:
+    """What the model wrote at its first evaluation and at its last."""
+    told = [row for row in rows if row.get("samples")]
+    titles = ["First words", "Last words"] if len(told) > 1 else ["First words"]
+    return [
+        {
+            "title": f"{title}, step {row['step']:,}",
+            "texts": [
+                {"prompt": printable(sample["prompt"]), "text": printable(sample["text"])} for sample in row["samples"]
+            ],
+        }
+        for title, row in zip(titles, (told[0], told[-1]) if told else (), strict=False)
+    ]
+
+
+def points(rows: list[dict], key: str) -> list[Point]:
+    """(step, value) wherever the rows have one; null stands for what was not finite."""
+    return [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
+
+
+def spoken(seconds: float) -> str:
+    """A duration as one would say it."""
+    for unit, size in (("hour", 3600), ("minute", 60), ("second", 1)):
+        amount = seconds / size
+        if amount >= 2 or size == 1:
+            rounded = f"{amount:.1f}".removesuffix(".0") if amount < 10 else f"{amount:.0f}"
+            return f"{rounded} {unit}" if rounded == "1" else f"{rounded} {unit}s"
+    raise AssertionError
+
+
+def _template() -> Any:
+    folder = FileSystemLoader(Path(__file__).parent)
+    return Environment(
+        loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).get_template("report.html.j2")
+
+
+def _json(path: Path) -> dict:
+    try:
+        return json.loads(_text(path) or "{}")
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): remove it to go on") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
