@@ -42,7 +42,7 @@ def chart(
     def scale(name: str, x: Callable[[float], float], ticks: list[float]) -> dict:
         return {
             "name": name,
-            "x_ticks": [{"at": 100 * x(tick), "text": tick_text(tick)} for tick in ticks],
+            "x_ticks": [{"at": 100 * x(tick), "text": tick_text(tick)} for tick in ticks if tick == int(tick)],
             "paths": [{"kind": curve.kind, "shade": curve.shade, "d": path(curve.points, x, y)} for curve in curves],
         }
 
@@ -77,7 +77,7 @@ def path(points: list[Point], x: Callable[[float], float], y: Callable[[float], 
     """The SVG path of the points; a lone point becomes a short dash."""
     kept = [(WIDTH * x(step), y(value)) for step, value in thinned(points, x)]
     if len(kept) == 1:
-        kept.append((kept[0][0] + 1, kept[0][1]))
+        kept.insert(0, (kept[0][0] - 15, kept[0][1]))
     return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in kept)
 
 
