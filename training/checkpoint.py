@@ -62,13 +62,18 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     return target
 
 
-def load(path: Path, device: str = "cpu") -> Checkpoint:
+def load(path: Path) -> Checkpoint:
     """Read a checkpoint. Raises UserError naming the file that is missing or not what the manifest says."""
     if problem := damage(path):
         raise UserError(problem)
+    return read(path)
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a checkpoint that was found whole."""
     return Checkpoint(
-        load_file(path / "model.safetensors", device),
-        load_file(path / "optimizer.safetensors", device),
+        load_file(path / "model.safetensors"),
+        load_file(path / "optimizer.safetensors"),
         json.loads((path / "state.json").read_text()),
     )
 

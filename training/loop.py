@@ -19,6 +19,7 @@ from training.data import Tokenizer
 from training.data.loader import Batches
 from training.distributed import World
 from training.errors import UserError
+from training.logging.report import write_report
 from training.model import GPT
 from training.model.sampling import prompt_ids, sample
 from training.optim import rate
@@ -144,6 +145,8 @@ def record(run: Run, due: Due) -> None:
         rows[-1] = rows[-1] | {"samples": texts}
     for sink in run.sinks:
         sink.write(rows)
+    if due.evaluate and run.world.main:
+        write_report(run.folder)
     if due.save or (improved and run.config.checkpoint.keep_best):
         save(run)
     run.metrics.start_clock()

@@ -29,7 +29,7 @@ def find(config: Config, resume: str, warn: Callable[[str], None]) -> tuple[Chec
     """
     folder = folder_of(config)
     if own := checkpoint.newest(folder / "checkpoints", warn):
-        return checkpoint.load(own), True
+        return checkpoint.read(own), True
     return (None if resume in ("auto", "never") else checkpoint.load(_checkpoint_at(Path(resume)))), False
 
 

@@ -37,7 +37,7 @@ def load(run: str, asked_device: str = "auto") -> Trained:
         path = checkpoint.newest(folder / "checkpoints", warn=lambda line: print(line, file=sys.stderr))
     if path is None:
         raise UserError(f"--run {run}: no run with a checkpoint; a run is a folder such as runs/quickstart")
-    found = checkpoint.load(path)
+    found = checkpoint.load(path) if path == folder else checkpoint.read(path)
     try:
         config = Config.model_validate(found.state["config"])
     except ValidationError as error:
