@@ -63,7 +63,7 @@ def axes(last: int) -> tuple[Callable[[float], float], Callable[[float], float]]
 
 
 def limits(values: list[float], *, spikes: bool, zero: bool) -> tuple[float, float]:
-    """The values' range with a margin, never empty."""
+    """The values' range with a margin, never empty; with `spikes` or `zero` no value is negative."""
     ordered = sorted(values)
     low, high = ordered[0], ordered[-1]
     if spikes:

@@ -66,17 +66,14 @@ class Recorder(TorchFunctionMode):
         return output
 
     def watch(self, name: str, module: nn.Module) -> Iterator[torch.utils.hooks.RemovableHandle]:
-        """Make the module a scope, and a node where its operations hide from PyTorch, as custom kernels do."""
+        """Make the module a scope of the graph."""
 
         def enter(_module: nn.Module, _args: tuple) -> None:
             outer, scope = self.scopes[-1] if self.scopes else ("", "")
             relative = name.removeprefix(f"{outer}.")
             self.scopes.append((name, f"{scope}{relative}/" if name else ""))
 
-        def leave(module: nn.Module, args: tuple, output: Any) -> None:
-            hidden = [tensor for tensor in tensors(output) if storage(tensor) not in self.producer]
-            if hidden:
-                self.add(type(module).__name__, type(module).__name__, list(tensors(args)), hidden)
+        def leave(_module: nn.Module, _args: tuple, _output: Any) -> None:
             self.scopes.pop()
 
         yield module.register_forward_pre_hook(enter)
@@ -89,11 +86,8 @@ class Recorder(TorchFunctionMode):
         name = name if self.names[name] == 1 else f"{name}_{self.names[name] - 1}"
         sources = dict.fromkeys(self.producer[storage(t)] for t in inputs if storage(t) in self.producer)
         weights = sum(tensor.numel() for tensor in inputs if storage(tensor) in self.weights)
-        shapes = AttrValue.ListValue(
-            shape=[
-                TensorShapeProto(dim=[TensorShapeProto.Dim(size=size) for size in tensor.shape]) for tensor in outputs
-            ]
-        )
+        dims = ([TensorShapeProto.Dim(size=size) for size in tensor.shape] for tensor in outputs)
+        shapes = AttrValue.ListValue(shape=[TensorShapeProto(dim=dim) for dim in dims])
         attributes = {"_output_shapes": AttrValue(list=shapes)}
         if weights:
             attributes["parameters"] = AttrValue(i=weights)

@@ -12,6 +12,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from training.logging import Run, scalars
 from training.logging.files import writing
+from training.logging.format import printable
 from training.logging.graph import record
 
 if TYPE_CHECKING:
@@ -43,9 +44,7 @@ class TensorBoardSink:
             if row.get("expert_load") and row["step"] % self.histogram_every == 0:
                 self._expert_load(row["expert_load"], row["step"])
             if row.get("samples"):
-                text = "\n\n".join(
-                    f"**{cell(s['prompt'])}**\n{fenced(s['prompt'] + s['text'])}" for s in row["samples"]
-                )
+                text = "\n\n---\n".join(fenced(printable(s["prompt"] + s["text"])) for s in row["samples"])
                 self.writer.add_text("samples", text, row["step"])
         self._flush()
 

@@ -82,4 +82,5 @@ def _init(wandb: Any, config: WandbConfig, run: Run, **options: Any) -> Any:
             f"Weights & Biases does not answer ({reason}); the run is kept in {kept}: send it with `wandb sync`",
             file=sys.stderr,
         )
+        wandb.teardown()  # its process still holds the run's id
         return wandb.init(mode="offline", **options)

@@ -1,0 +1,560 @@
+"""Sinks are given plain rows; what they leave behind is read back with the tools a person would use."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from training.config import LoggingConfig, WandbConfig
+from training.errors import UserError
+from training.logging import Run, open_sinks, scalars, write_graph
+from training.logging.console import ETA, open_console
+from training.logging.format import clock, count, printable, share
+from training.logging.graph import record
+from training.logging.jsonl import JSONLSink, read
+
+SUMMARY = {
+    "steps": 4, "tokens": 128, "train_loss": 2.5, "val_loss": 2.6, "val_perplexity": 13.5, "val_bits_per_byte": 1.25,
+    "best_val_loss": 2.6, "best_step": 4, "time_s": 61.0, "tokens_per_s": 9800.0, "parameters": 1000,
+    "active_parameters": 500, "model_dir": "runs/r/model", "next": ["python -m training.generate --run runs/r"],
+}  # fmt: skip
+
+
+def row(step: int, **more) -> dict:
+    return {
+        "step": step, "loss": 4.0 - step / 10, "learning_rate": 6e-4, "grad_norm": 1.1, "tokens": 32 * step,
+        "tokens_per_s": 9800.0, "mfu": None, "memory_gib": 1.2, "step_s": 0.5, "time_s": 0.5 * step,
+        "router_z_loss": 0.7, "expert_load": [[0.5, 0.3, 0.2], [0.2, 0.4, 0.4]], "expert_load_max": 1.5,
+    } | more  # fmt: skip
+
+
+def evaluated(step: int, text: str = "f(x):\n\treturn x") -> dict:
+    samples = [{"prompt": "def ", "text": text}]
+    return row(step, val_loss=2.6, val_perplexity=13.5, val_bits_per_byte=1.25, samples=samples)
+
+
+def run_in(folder: Path, start_step: int = 0, steps: int = 4) -> Run:
+    return Run(
+        dir=folder, name="tiny", config={"seed": 0, "model": {"n_layer": 2, "blocks": [{"repeat": 1}], "bias": None}},
+        config_yaml="seed: 0\nmodel:\n  n_layer: 2\n", header={"device": "cpu", "parameters": "1.0k"},
+        start_step=start_step, steps=steps, tokens_per_step=32,
+    )  # fmt: skip
+
+
+def steps_in(folder: Path) -> list[int]:
+    return [row["step"] for row in read(folder / "metrics.jsonl")]
+
+
+# --- metrics.jsonl ---------------------------------------------------------------------------------
+
+
+def test_a_row_is_read_back_as_it_was_written(tmp_path):
+    rows = [row(1), evaluated(2, text="\u2028 é \ud800 </script>\x00")]
+    JSONLSink(run_in(tmp_path)).write(rows)
+    assert read(tmp_path / "metrics.jsonl") == rows
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6), st.integers(0, 40)), max_size=5))
+def test_every_step_is_there_exactly_once_after_any_restarts(tmp_path, lives):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("")
+    checkpoint = 0
+    for more, saved_before_the_end, torn in lives:
+        sink = JSONLSink(run_in(tmp_path, start_step=checkpoint))
+        end = checkpoint + more
+        sink.write([row(step) for step in range(checkpoint + 1, end + 1)])
+        with path.open("ab") as file:
+            file.write(json.dumps(row(end + 1)).encode()[:torn])
+        checkpoint = max(checkpoint, end - saved_before_the_end)
+    JSONLSink(run_in(tmp_path, start_step=checkpoint))
+    assert steps_in(tmp_path) == list(range(1, checkpoint + 1))
+    assert path.read_bytes().endswith(b"\n") or not checkpoint
+
+
+def test_numbers_that_are_not_finite_are_null_so_that_every_json_reader_can_read_them(tmp_path):
+    JSONLSink(run_in(tmp_path)).write([row(1, loss=math.nan, expert_load=[[math.inf, 0.5]])])
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert json.loads(text)["expert_load"] == [[None, 0.5]]
+
+
+def test_a_line_that_is_no_row_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n[2]\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl line 2"):
+        JSONLSink(run_in(tmp_path))
+
+
+def test_a_folder_that_is_not_there_is_one_line_for_the_user(tmp_path):
+    sink = JSONLSink(run_in(tmp_path / "gone"))
+    with pytest.raises(UserError, match=r"cannot write .*gone.metrics\.jsonl: No such file"):
+        sink.write([row(1)])
+
+
+def test_a_full_disk_is_one_line_and_the_next_start_mends_the_file(tmp_path):
+    script = f"""
+        import resource, signal
+        from pathlib import Path
+        from test_logging import *
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        sink = JSONLSink(run_in(Path({str(tmp_path)!r})))
+        sink.write([row(1)])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))
+        try:
+            sink.write([row(2), row(3)])
+        except UserError as error:
+            print(error)
+    """
+    said = python(script)
+    assert re.fullmatch(r"cannot write .*metrics\.jsonl: File too large\n", said)
+    assert (tmp_path / "metrics.jsonl").stat().st_size == 700
+    JSONLSink(run_in(tmp_path, start_step=2)).write([row(3)])
+    assert steps_in(tmp_path)[0] == 1
+    assert steps_in(tmp_path)[-1] == 3
+
+
+def python(script: str, **options) -> str:
+    """What the script prints in a new interpreter that can import this file."""
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    return subprocess.run(
+        command, cwd=Path(__file__).parent, check=True, text=True, stdout=subprocess.PIPE, **options
+    ).stdout
+
+
+# --- console ---------------------------------------------------------------------------------------
+
+
+def test_plain_lines_do_not_wrap_and_say_what_is_known(tmp_path, capsys):
+    sink = open_console(run_in(tmp_path), every=2)
+    sink.write([row(1), row(2)])
+    sink.write([row(3), evaluated(4)])
+    sink.close(SUMMARY)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == ["tiny", "device      cpu", "parameters  1.0k", ""]
+    steps = [line for line in lines if line.startswith("step")]
+    assert [line.split()[1] for line in steps] == ["2/4", "4/4", "4/4"]
+    assert all("loss" in line and "MFU unknown" in line and len(line) > 80 for line in steps[:2])
+    assert len({len(line) for line in steps[:2]}) == 1
+    assert "val loss 2.6000  perplexity 13.50  bits/byte 1.2500" in steps[2]
+    assert lines[lines.index(steps[2]) + 1 :][:2] == ["    | def f(x):", "    |     return x"]
+    assert lines[-1] == "  python -m training.generate --run runs/r"
+    assert any("best 2.6000 at step 4" in line for line in lines)
+
+
+def test_an_interrupted_run_has_no_closing_summary(tmp_path, capsys):
+    sink = open_console(run_in(tmp_path), every=1)
+    capsys.readouterr()
+    sink.close(None)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_without_validation_has_no_validation_to_sum_up(tmp_path, capsys):
+    unknown = {"val_loss": None, "val_perplexity": None, "val_bits_per_byte": None, "best_val_loss": None}
+    open_console(run_in(tmp_path), every=1).close(SUMMARY | unknown | {"best_step": None, "next": []})
+    said = capsys.readouterr().out
+    assert "validation" not in said
+    assert "next" not in said
+
+
+def test_a_loss_that_is_not_a_number_is_said_to_be_none(tmp_path, capsys):
+    open_console(run_in(tmp_path), every=1).write([row(1, loss=math.nan, grad_norm=math.inf)])
+    assert "loss nan" in capsys.readouterr().out
+
+
+@given(st.text())
+def test_what_a_model_writes_cannot_steer_the_terminal(text):
+    assert all(c == "\n" or c.isprintable() for c in printable(text))
+
+
+def test_the_eta_follows_the_recent_steps():
+    eta = ETA(steps=1000)
+    assert str(eta) == "unknown"
+    for step in range(1, 101):
+        eta.see(row(step, step_s=60.0 if step <= 50 else 2.0))
+    assert str(eta) == "0:30:00"
+
+
+def test_training_goes_on_when_nobody_reads_its_output(tmp_path):
+    script = f"""
+        import time
+        from test_logging import *
+        sink = open_console(run_in(Path({str(tmp_path)!r}), steps=3), every=1)
+        for step in (1, 2, 3):
+            time.sleep(0.1)
+            sink.write([row(step)])
+        print("reached", file=sys.stderr)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    with subprocess.Popen(
+        command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == "reached\n"
+    assert process.returncode == 0
+
+
+def test_a_sample_that_the_output_cannot_encode_is_not_the_end_of_training():
+    script = """
+        from test_logging import *
+        open_console(run_in(Path()), every=1).write([evaluated(1, text="naïve ✓")])
+    """
+    assert "na?ve ?" in python(script, env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+
+
+@pytest.mark.parametrize("columns", [60, 120])
+@pytest.mark.parametrize("colour", [True, False])
+def test_a_terminal_shows_a_live_bar_that_fits_its_width(tmp_path, columns, colour):
+    script = f"""
+        from test_logging import *
+        sink = open_console(run_in(Path({str(tmp_path)!r})), every=1)
+        sink.write([row(1), row(2)])
+        sink.write([row(3), evaluated(4)])
+        sink.close(SUMMARY)
+    """
+    shown = on_a_terminal(script, columns, colour)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    expected = ["step 2/4", "ETA 0:00:01", "━", "loss 3.6000", "9.80k tokens/s", "MFU unknown", "1.2 GiB"]
+    expected += ["step 4  val loss 2.6000", "    def f(x):\n        return x", "done", "training.generate"]
+    for said in expected:
+        assert said in plain
+    frames = [line for line in re.split(r"[\r\n]+", plain) if "ETA" in line or "tokens/s" in line]
+    assert max(map(len, frames)) <= columns
+    assert bool(re.search(r"\x1b\[[0-9;]*3[0-9]", shown)) == colour
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # the cursor is given back
+
+
+def on_a_terminal(script: str, columns: int, colour: bool) -> str:
+    """All that the script writes to a terminal of that width."""
+    master, slave = pty.openpty()
+    environment = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")}
+    environment |= {"TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": "40"} | (
+        {} if colour else {"NO_COLOR": "1"}
+    )
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    with subprocess.Popen(command, cwd=Path(__file__).parent, stdout=slave, env=environment) as process:
+        os.close(slave)
+        shown = b""
+        while chunk := _read(master):
+            shown += chunk
+    os.close(master)
+    assert process.returncode == 0
+    return re.sub(r" *\r\n", "\n", shown.decode())
+
+
+def _read(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, 65536)
+    except OSError:  # Linux's way to say that the other end is closed
+        return b""
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        (count(512), "512"), (count(9800), "9.80k"), (count(124_439_808), "124.4M"), (count(1.2e9), "1.20B"),
+        (clock(59.6), "0:01:00"), (clock(3723), "1:02:03"), (share(0.314), "31.4 %"), (share(None), "unknown"),
+    ],
+)  # fmt: skip
+def test_numbers_are_said_shortly(said, meant):
+    assert said == meant
+
+
+# --- TensorBoard -----------------------------------------------------------------------------------
+
+
+def events(folder: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(
+        str(folder / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0, "histograms": 0, "images": 0}
+    ).Reload()
+
+
+def tensorboard(run: Run):
+    from training.logging.tensorboard import TensorBoardSink
+
+    return TensorBoardSink(run, histogram_every=2)
+
+
+def test_tensorboard_reads_back_every_number_text_image_and_histogram(tmp_path):
+    sink = tensorboard(run_in(tmp_path))
+    sink.write([row(1), row(2), row(3, mfu=0.3), evaluated(4, "f(x):\n    x \ud800")])
+    sink.graph(Toy(), torch.zeros(1, 4, dtype=torch.long))
+    sink.close(SUMMARY)
+    found = events(tmp_path)
+    tags = found.Tags()
+    assert set(tags["scalars"]) == set(scalars(evaluated(4, "") | {"mfu": 0.3}))
+    assert [(event.step, round(event.value, 4)) for event in found.Scalars("train/loss")] == [
+        (1, 3.9), (2, 3.8), (3, 3.7), (4, 3.6)
+    ]  # fmt: skip
+    assert [event.step for event in found.Scalars("speed/mfu")] == [3]
+    assert found.Scalars("router/max_over_mean/moe_layer_00")[0].value == pytest.approx(1.5)
+    assert [event.step for event in found.Histograms("router/load/moe_layer_01")] == [2, 4]
+    image = found.Images("router/load_layers_x_experts")[0]
+    assert (image.step, image.height, image.width) == (2, 2 * 24, 3 * 24)
+    assert "n_layer: 2" in text_of(found, "config")
+    assert "| device | cpu |" in text_of(found, "run")
+    assert "    def f(x):" in text_of(found, "samples")
+    assert tags["graph"]
+
+
+def text_of(found, tag: str) -> str:
+    return found.Tensors(f"{tag}/text_summary")[-1].tensor_proto.string_val[0].decode()
+
+
+def test_a_resumed_run_does_not_overlap_itself_in_tensorboard(tmp_path):
+    first = tensorboard(run_in(tmp_path))
+    first.write([row(step) for step in (1, 2, 3)])
+    first.close(None)
+    second = tensorboard(run_in(tmp_path, start_step=2))
+    second.write([row(step, loss=9.0) for step in (3, 4)])
+    second.close(SUMMARY)
+    values = {event.step: event.value for event in events(tmp_path).Scalars("train/loss")}
+    assert len(events(tmp_path).Scalars("train/loss")) == 4
+    assert [values[step] == 9.0 for step in (1, 2, 3, 4)] == [False, False, True, True]
+
+
+def test_the_hyperparameters_of_a_run_are_there_to_compare(tmp_path):
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    tensorboard(run_in(tmp_path)).close(SUMMARY)
+    found = events(tmp_path)
+    start = HParamsPluginData.FromString(found.SummaryMetadata("_hparams_/session_start_info").plugin_data.content)
+    values = start.session_start_info.hparams
+    assert values["model.n_layer"].number_value == 2
+    assert values["model.blocks"].string_value == '[{"repeat": 1}]'
+    assert found.SummaryMetadata("_hparams_/session_end_info")
+
+
+def test_a_tensorboard_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "tensorboard").write_text("in the way")
+    with pytest.raises(UserError, match=r"cannot write .*tensorboard"):
+        tensorboard(run_in(tmp_path))
+
+
+def test_the_heat_map_is_blue_without_tokens_white_at_its_share_and_red_at_twice():
+    from training.logging.tensorboard import heat_map
+
+    image = heat_map([[0.0, 0.25, 0.25, 0.5], [1.0]])
+    assert image.shape == (48, 96, 3)
+    blue, white, red = image[0, 0].tolist(), image[0, 30].tolist(), image[0, 90].tolist()
+    assert blue[2] > 2 * blue[0]
+    assert white == [247, 247, 247]
+    assert red[0] > 2 * red[2]
+    assert image[30, 50].tolist() == [127, 127, 127]
+
+
+# --- graph -----------------------------------------------------------------------------------------
+
+
+class Double(torch.autograd.Function):
+    """Work behind an autograd function, as a kernel's."""
+
+    @staticmethod
+    def forward(_ctx, x):
+        return x * 2
+
+
+class Kernel(nn.Module):
+    def forward(self, x):
+        return Double.apply(x)
+
+
+class Experts(nn.Module):
+    """Data-dependent: every expert indexes its own tokens and adds to the output in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(2, 8, 8))
+
+    def forward(self, x):
+        y = torch.zeros_like(x)
+        for expert in (0, 1):
+            chosen = torch.arange(len(x)) % 2 == expert
+            y[chosen] += x[chosen] @ self.w[expert]
+        return y
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wte = nn.Embedding(16, 8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), Kernel()) for _ in range(2))
+        self.experts = Experts()
+        self.head = nn.Linear(8, 16, bias=False)
+
+    def forward(self, tokens):
+        x = self.wte(tokens)
+        for block in self.blocks:
+            x = x + block(x)
+        y = self.experts(x.view(-1, 8)).view_as(x)
+        return {"logits": self.head(F.gelu(y))}
+
+
+def test_the_graph_has_the_modules_operations_shapes_and_parameters():
+    nodes = {node.name: node for node in record(Toy(), torch.zeros(1, 4, dtype=torch.long)).node}
+    edges = {name: list(node.input) for name, node in nodes.items()}
+    assert edges["wte"] == ["tokens"]
+    assert edges["blocks.0/0"] == ["wte"]
+    assert edges["blocks.0/2"] == ["blocks.0/0"]
+    assert nodes["blocks.0/2"].op == "mul"
+    assert edges["add"] == ["wte", "blocks.0/2"]
+    assert edges["blocks.1/0"] == ["add"]
+    assert edges["gelu"][0].startswith("experts/")
+    assert edges["head"] == ["gelu"]
+    assert nodes["head"].attr["parameters"].i == 8 * 16
+    assert nodes["blocks.1/0"].attr["parameters"].i == 8 * 8 + 8
+    products = [node for name, node in nodes.items() if name.startswith("experts/matmul")]
+    assert [node.attr["parameters"].i for node in products] == [64, 64]
+    assert [dim.size for dim in nodes["head"].attr["_output_shapes"].list.shape[0].dim] == [1, 4, 16]
+    assert all(source in nodes for sources in edges.values() for source in sources)
+    assert any(source.startswith("experts/setitem") for source in edges["gelu"])
+
+
+def test_drawing_the_graph_leaves_the_model_and_the_random_numbers_alone():
+    model = Toy()
+    model.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    state, weights = torch.get_rng_state(), [parameter.clone() for parameter in model.parameters()]
+    record(model, torch.zeros(1, 4, dtype=torch.long))
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(map(torch.equal, model.parameters(), weights))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+# --- Weights & Biases ------------------------------------------------------------------------------
+
+
+def offline(folder: Path) -> list[Path]:
+    return sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def logged(path: Path) -> list[dict]:
+    """The history rows of an offline run, from its file: protobuf records in LevelDB's log format."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, rows, at, whole = path.read_bytes(), [], 7, b""
+    while at < len(data):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a full record, or the last part of one
+            items = Record.FromString(whole).history.item
+            rows += [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}]
+            whole = b""
+    return [row for row in rows if row]
+
+
+def test_wandb_keeps_one_run_over_restarts_and_logs_no_step_twice(tmp_path, capfd):
+    pytest.importorskip("wandb")
+    from training.logging.wandb import WandbSink
+
+    config = WandbConfig(mode="offline")
+    first = WandbSink(run_in(tmp_path), config)
+    first.write([row(1), row(2), evaluated(3)])
+    first.close(None)
+    second = WandbSink(run_in(tmp_path, start_step=2), config)
+    second.write([row(3), row(4)])
+    second.close(SUMMARY)
+    said = capfd.readouterr()
+    assert said.out + said.err == ""
+    assert second.run.id == first.run.id
+    histories = [logged(path) for path in offline(tmp_path)]
+    assert [record["_step"] for history in histories for record in history] == [1, 2, 3, 4]
+    assert histories[0][2]["val/loss"] == 2.6
+    assert histories[0][2]["samples/nrows"] == 1
+    assert histories[1][0]["train/loss"] == 3.6
+
+
+def wandb_error(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
+    script = f"""
+        from test_logging import *
+        try:
+            sinks = open_sinks(LoggingConfig(tensorboard=False, wandb=WandbConfig()), run_in(Path({str(tmp_path)!r})))
+        except UserError as error:
+            sys.exit(f"error: {{error}}")
+        for sink in sinks:
+            sink.write([row(1)])
+            sink.close(SUMMARY)
+    """
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    return subprocess.run(
+        command, cwd=Path(__file__).parent, env=kept | {"HOME": str(tmp_path)} | environment,
+        text=True, capture_output=True, stdin=subprocess.DEVNULL, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [{}, {"WANDB_API_KEY": "short"}])
+def test_without_a_good_key_wandb_is_one_line_that_says_what_to_do(tmp_path, key):
+    pytest.importorskip("wandb")
+    ended = wandb_error(tmp_path, **key)
+    assert ended.stderr.startswith("error: Weights & Biases: ")
+    assert "`wandb login`, set WANDB_API_KEY, or pass --logging.wandb.mode offline" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_without_a_network_wandb_is_kept_on_disk_and_training_goes_on(tmp_path):
+    pytest.importorskip("wandb")
+    ended = wandb_error(tmp_path, WANDB_API_KEY="a" * 40, WANDB_BASE_URL="http://127.0.0.1:9", WANDB_INIT_TIMEOUT="2")
+    assert ended.returncode == 0
+    assert ended.stderr.startswith("Weights & Biases does not answer")
+    assert ended.stderr.count("\n") == 1
+    assert [record["_step"] for record in logged(offline(tmp_path)[-1])] == [1]
+
+
+def test_without_the_package_wandb_is_one_line(tmp_path, monkeypatch):
+    from training.logging.wandb import WandbSink
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        WandbSink(run_in(tmp_path), WandbConfig())
+
+
+# --- together --------------------------------------------------------------------------------------
+
+
+def test_open_sinks_opens_what_is_asked_for_and_the_graph_finds_its_place(tmp_path, capsys):
+    sinks = open_sinks(LoggingConfig(every=1), run_in(tmp_path))
+    write_graph(sinks, Toy(), torch.zeros(1, 4, dtype=torch.long))
+    for sink in sinks:
+        sink.write([row(1)])
+        sink.close(None)
+    assert steps_in(tmp_path) == [1]
+    assert events(tmp_path).Tags()["graph"]
+    assert "step 1/4" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run.json").read_text())["header"]["device"] == "cpu"
+    assert [type(sink).__name__ for sink in open_sinks(LoggingConfig(tensorboard=False), run_in(tmp_path))] == [
+        "JSONLSink", "PlainConsole"
+    ]  # fmt: skip
+
+
+def test_logging_imports_neither_torch_nor_wandb_before_a_sink_needs_them():
+    script = """
+        import sys
+        import training.logging, training.logging.console, training.logging.report, training.logging.wandb
+        print(sorted({"torch", "wandb", "tensorboard", "rich", "matplotlib"} & sys.modules.keys()))
+    """
+    assert python(script) == "[]\n"

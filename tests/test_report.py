@@ -1,0 +1,249 @@
+"""The report is one page that opens from disk: it is parsed here as a browser would, and what it shows is looked up."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from training.errors import UserError
+from training.logging.charts import COLUMNS, READINGS, Curve, chart, limits, smoothed, thinned, tick_text, ticks_between
+from training.logging.report import heat_map, spoken, write_report
+
+VOID = {"meta", "input", "line", "path", "progress"}
+
+
+class Page(HTMLParser):
+    """The text by tag, every attribute, and whether the elements close in order."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.texts: list[tuple[str, str]] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += [(tag, name, value) for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if data.strip():
+            self.texts.append((self.open[-1] if self.open else "", data))
+
+    def of(self, tag: str) -> list[str]:
+        return [text for inside, text in self.texts if inside == tag]
+
+    def values(self, tag: str, name: str) -> list[str]:
+        return [value for of, key, value in self.attributes if (of, key) == (tag, name)]
+
+
+def row(step: int, **more) -> dict:
+    return {
+        "step": step, "loss": 2 + 7 / step, "learning_rate": 6e-4, "grad_norm": 1.1, "tokens": 32_000 * step,
+        "tokens_per_s": 9800.0, "mfu": None, "memory_gib": 1.2, "step_s": 0.5, "time_s": 0.5 * step,
+    } | more  # fmt: skip
+
+
+def with_experts(step: int, **more) -> dict:
+    load = [[0.5, 0.3, 0.2], [0.2, 0.4, 0.4]]
+    return row(step, router_z_loss=0.7, expert_load=load, expert_load_max=1.5, **more)
+
+
+def validation(text: str = "f(x)") -> dict:
+    samples = [{"prompt": "def ", "text": text}]
+    return {"val_loss": 2.6, "val_perplexity": 13.46, "val_bits_per_byte": 1.25, "samples": samples}
+
+
+def report(folder: Path, rows: list[dict], summary: dict | None = None) -> Page:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if summary:
+        (folder / "summary.json").write_text(json.dumps(summary))
+    assert write_report(folder) == folder / "report.html"
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+    return Page(folder / "report.html")
+
+
+def titles(page: Page) -> list[str]:
+    return [text for text in page.of("b") if text[0].isupper()]
+
+
+def test_a_finished_mixture_of_experts_is_told_from_its_first_loss_to_its_next_commands(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"name": "tiny", "header": {"device": "H < 200"}, "steps": 40}))
+    (tmp_path / "config.yaml").write_text("steps: 40 # <b>\n")
+    rows = [with_experts(step, **(validation(f"words {step}") if step % 10 == 0 else {})) for step in range(1, 41)]
+    summary = {
+        "steps": 40, "tokens": 1_280_000, "train_loss": 2.2, "val_loss": 2.6, "val_perplexity": 13.46,
+        "val_bits_per_byte": 1.25, "best_val_loss": 2.6, "best_step": 10, "time_s": 20.0, "tokens_per_s": 9800.0,
+        "parameters": 124_439_808, "active_parameters": 60_000_000, "model_dir": "m",
+        "next": ["python -m training.generate --prompt 'a < b'"],
+    }  # fmt: skip
+    page = report(tmp_path, rows, summary)
+    assert page.of("title") == page.of("h1") == ["tiny"]
+    assert page.of("p")[0].startswith("In 20 seconds this model read 1.28M tokens. Its loss went from 9.00 to ")
+    assert "needs 1.25 bits for a byte" in page.of("p")[0]
+    assert {"2.600", "13.5", "1.250", "1.28M", "124.4M", "60.0M", "20 seconds"} <= set(page.of("b"))
+    assert titles(page) == [
+        "Loss", "Compression", "Learning rate", "Gradient norm", "Throughput", "Busiest expert", "Router z-loss"
+    ]  # fmt: skip
+    assert page.of("td") == ["50.0", "30.0", "20.0", "20.0", "40.0", "40.0"]
+    assert page.of("h3") == ["First words, step 10", "Last words, step 40"]
+    assert [text for text in page.of("pre") if text.startswith("words")] == ["words 10", "words 40"]
+    assert "python -m training.generate --prompt 'a < b'" in page.of("pre")
+    assert "steps: 40 # <b>\n" in page.of("pre")
+    assert "H < 200" in page.of("dd")
+
+
+def test_a_dense_run_has_no_charts_of_experts(tmp_path):
+    page = report(tmp_path, [row(step, **validation()) for step in range(1, 9)])
+    assert titles(page) == ["Loss", "Compression", "Learning rate", "Gradient norm", "Throughput"]
+    assert page.of("td") == []
+
+
+@pytest.mark.parametrize("rows", [[], [row(1)], [with_experts(1)], [row(1) | validation()], [row(1), row(2)]])
+def test_a_run_that_has_only_begun_has_a_page_too(tmp_path, rows):
+    (tmp_path / "run.json").write_text(json.dumps({"name": "tiny", "header": {}, "steps": 40}))
+    page = report(tmp_path, rows)
+    assert page.of("h1") == ["tiny"]
+    assert bool(page.values("path", "d")) == bool(rows)
+    assert page.values("progress", "value") == ([f"{rows[-1]['step'] / 40}"] if rows else [])
+
+
+def test_a_folder_with_metrics_alone_is_enough(tmp_path):
+    assert report(tmp_path, [row(1)]).of("h1") == [tmp_path.name]
+
+
+def test_what_the_model_writes_stays_text(tmp_path):
+    text = "</pre></script><script>alert(1)</script><img src=x onerror=alert(1)>\x1b[31m\x00&amp;"
+    page = report(tmp_path, [row(1) | validation(text)])
+    assert "".join(page.of("pre")) == text.replace("\x1b", "\ufffd").replace("\x00", "\ufffd")
+    assert len(page.of("script")) == 1
+    assert page.values("img", "src") == []
+
+
+def test_the_page_fetches_nothing(tmp_path):
+    page = report(tmp_path, [with_experts(1, **validation())])
+    assert "default-src 'none'" in page.values("meta", "content")[1]
+    assert not {name for _, name, _ in page.attributes} & {"src", "href"}
+    assert not re.search(r"https?:|//[a-z]|url\(|@import", (tmp_path / "report.html").read_text())
+
+
+def test_a_loss_that_was_not_finite_leaves_a_gap_and_no_nan_on_the_page(tmp_path):
+    page = report(tmp_path, [row(1), row(2, loss=None, grad_norm=None), row(3)])
+    paths = " ".join(page.values("path", "d"))
+    assert not re.search("nan|inf|None", paths)
+    assert report(tmp_path, [row(1, loss=None)]).of("p") == [
+        "In 0.5 seconds this model read 32.0k tokens. Its loss is nan."
+    ]
+
+
+def test_a_long_run_is_still_a_small_page(tmp_path):
+    rows = [with_experts(step, loss=3 + math.sin(step**2)) for step in range(1, 20_001)]
+    page = report(tmp_path, rows)
+    assert (tmp_path / "report.html").stat().st_size < 400_000
+    assert all(path.count("L") < 2 * COLUMNS for path in page.values("path", "d"))
+    readings = [json.loads(text) for text in page.values("figure", "data-readings")]
+    assert all(len(curve["steps"]) <= 2 * READINGS for found in readings for curve in found["curves"])
+    assert readings[0]["curves"][0]["steps"][-1] == 20_000
+
+
+def test_a_summary_that_is_not_json_is_named(tmp_path):
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(UserError, match=r"summary\.json is not JSON"):
+        write_report(tmp_path)
+
+
+def test_the_page_before_stays_where_a_new_one_cannot_be_written(tmp_path):
+    report(tmp_path, [row(1)])
+    before = (tmp_path / "report.html").read_bytes()
+    (tmp_path / ".report.html.tmp").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*report\.html"):
+        write_report(tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == before
+
+
+# --- geometry --------------------------------------------------------------------------------------
+
+values = st.floats(-1e6, 1e6).filter(lambda x: x == 0 or abs(x) > 1e-9)
+curves = st.lists(values, min_size=1, max_size=50).map(lambda ys: list(enumerate(ys, start=1)))
+
+
+@given(curves, st.booleans(), st.booleans())
+def test_every_chart_stays_in_its_frame(points, spikes, zero):
+    if spikes or zero:  # which are for numbers that are never negative
+        points = [(step, abs(y)) for step, y in points]
+    found = chart("t", "u", len(points), [Curve("c", "train", points)], spikes=spikes, zero=zero)
+    assert all(-1e-6 <= tick["at"] <= 100 + 1e-6 for tick in found["y_ticks"])
+    assert 1 <= len(found["y_ticks"]) <= 12
+    assert all(0 <= tick["at"] <= 100 for scale in found["scales"] for tick in scale["x_ticks"])
+    drawn = [float(y) for y in re.findall(r" (-?[\d.]+)", found["scales"][0]["paths"][0]["d"])]
+    assert all(y <= 300 for y in drawn)
+    assert spikes or all(y >= 0 for y in drawn)
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=3000))
+def test_thinning_keeps_the_highest_and_the_lowest_point(ys):
+    points = list(enumerate(ys, start=1))
+    kept = thinned(points, lambda step: step / len(points))
+    assert kept == sorted(kept)
+    assert len(kept) <= 2 * COLUMNS
+    assert {min(ys), max(ys)} <= {y for _, y in kept}
+
+
+def test_smoothing_follows_a_steep_start_and_averages_the_noise_of_a_plateau():
+    assert list(smoothed([(1, 10.0), (2, 5.0), (3, 3.0)], half=100)) == [(1, 10.0), (2, 5.0), (3, 3.0)]
+    noisy = [(step, 1.0 + (-1) ** step) for step in range(1, 401)]
+    assert all(abs(y - 1) < 0.06 for step, y in smoothed(noisy, half=20) if step > 100)
+
+
+def test_a_spike_does_not_flatten_the_rest():
+    assert limits([1.0] * 99 + [1000.0], spikes=True, zero=True)[1] < 2
+    assert limits([1.0] * 99 + [1000.0], spikes=False, zero=True)[1] > 1000
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"), [(0, 1000, [0, 200, 400, 600, 800, 1000]), (2.1, 2.5, [2.1, 2.2, 2.3, 2.4, 2.5])]
+)
+def test_ticks_are_round_numbers(low, high, expected):
+    assert ticks_between(low, high, 5) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("value", "text"), [(0, "0"), (0.5, "0.5"), (6e-4, "6e-4"), (20_000, "20k"), (1.5e6, "1.5M")])
+def test_ticks_are_short(value, text):
+    assert tick_text(value) == text
+
+
+def test_the_heat_map_is_the_mean_over_the_end_of_the_run():
+    rows = [{"expert_load": [[1.0, 0.0]]}] * 50 + [{"expert_load": [[0.25, 0.75]]}] * 50
+    assert heat_map(rows) == [[{"text": "25.0", "kind": "under", "by": 50}, {"text": "75.0", "kind": "over", "by": 50}]]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 seconds"),
+        (1, "1 second"),
+        (0.5, "0.5 seconds"),
+        (90, "90 seconds"),
+        (125, "2.1 minutes"),
+        (7200, "2 hours"),
+    ],
+)
+def test_durations_are_said_as_one_would(seconds, text):
+    assert spoken(seconds) == text
