@@ -129,6 +129,24 @@ def test_a_full_disk_is_one_line_and_the_next_start_mends_the_file(tmp_path):
     assert steps_in(tmp_path)[-1] == 3
 
 
+def test_a_file_that_does_not_fit_is_left_as_it_was_and_no_part_of_the_new_one_stays(tmp_path):
+    script = f"""
+        import resource, signal
+        from test_logging import *
+        from training.logging.files import write_atomically
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        path = Path({str(tmp_path)!r}) / "page"
+        write_atomically(path, "old")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))
+        try:
+            write_atomically(path, 1000 * "new")
+        except UserError as error:
+            print(error)
+    """
+    assert re.fullmatch(r"cannot write .*page: File too large\n", python(script))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
 def python(script: str, **options) -> str:
     """What the script prints in a new interpreter that can import this file."""
     command = [sys.executable, "-c", textwrap.dedent(script)]

@@ -197,12 +197,12 @@ def test_every_chart_stays_in_its_frame(points, spikes, zero):
     assert spikes or all(y >= 0 for y in drawn)
 
 
-@given(st.lists(st.floats(-5, 5), min_size=1, max_size=3000))
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=100))
 def test_thinning_keeps_the_highest_and_the_lowest_point(ys):
     points = list(enumerate(ys, start=1))
-    kept = thinned(points, lambda step: step / len(points))
+    kept = thinned(points, lambda step: 0.01 * step / len(points))
     assert kept == sorted(kept)
-    assert len(kept) <= 2 * COLUMNS
+    assert len(kept) <= 0.02 * COLUMNS + 2
     assert {min(ys), max(ys)} <= {y for _, y in kept}
 
 
