@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from training import prepare as command
 from training.config import DataConfig
-from training.data import Batches, build, memory, prepare, shards, workers
+from training.data import Batches, build, memory, prepare, workers
 from training.data.shards import open_split, read_manifest
 from training.errors import UserError
 
@@ -296,8 +296,8 @@ def test_what_another_process_is_building_is_left_alone(folder):
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(folder, monkeypatch):
     events = []
-    sync, rename = shards.sync, Path.rename
-    monkeypatch.setattr(shards, "sync", lambda path: (events.append(path.name), sync(path)))
+    sync, rename = build.sync, Path.rename
+    monkeypatch.setattr(build, "sync", lambda path: (events.append(path.name), sync(path)))
     monkeypatch.setattr(Path, "rename", lambda path, to: (events.append("rename"), rename(path, to)))
     place = Path(prepare(config_of(folder), quiet=True).report["folder"])
     before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]

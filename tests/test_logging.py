@@ -133,7 +133,7 @@ def test_a_file_that_does_not_fit_is_left_as_it_was_and_no_part_of_the_new_one_s
     script = f"""
         import resource, signal
         from test_logging import *
-        from training.logging.files import write_atomically
+        from training.files import write_atomically
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         path = Path({str(tmp_path)!r}) / "page"
         write_atomically(path, "old")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from training.errors import UserError
+from training.files import sync
 
 MANIFEST = "manifest.json"
 
@@ -53,9 +53,9 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in [*files, temporary / MANIFEST, temporary]:
             path.chmod(path.stat().st_mode | 0o444)  # safetensors writes for the owner alone
-            _sync(path)
+            sync(path)
         temporary.rename(target)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{target}: the checkpoint could not be saved: {error}") from error
@@ -125,11 +125,3 @@ def prune(folder: Path, keep: int, best_step: int | None) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

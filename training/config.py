@@ -218,7 +218,9 @@ Tokenizer = one_of(BPETokenizer, ByteTokenizer, FileTokenizer, HuggingFaceTokeni
 class DataConfig(Section):
     """What the model reads. Text is tokenized once, into memory-mapped shards under `cache_dir`."""
 
-    sources: Annotated[tuple[Source, ...], Field(strict=False)] = option(..., "where the text comes from", min_length=1)
+    sources: Annotated[tuple[Source, ...], Field(strict=False)] = option(
+        ..., "where the text comes from, such as [{paths: [my.txt]}] or [{type: stdlib}]", min_length=1
+    )
     val_sources: Annotated[tuple[Source, ...], Field(strict=False)] = option(
         (), "where the validation text comes from; empty: held out from `sources`"
     )

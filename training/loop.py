@@ -128,9 +128,7 @@ def record(run: Run, due: Due) -> None:
     Raises UserError where a loss is not finite: nothing that it touched is saved.
     """
     rows = run.metrics.rows()
-    for row in rows:
-        if not math.isfinite(row["loss"]):
-            raise UserError(f"step {row['step']}: the loss is {row['loss']}; lower optim.learning_rate and start again")
+    refuse_nonfinite(run, rows)
     improved = False
     if due.evaluate:
         val_tokens, token_bytes = run.config.eval.tokens, run.dataset.tokenizer.token_bytes
@@ -150,6 +148,15 @@ def record(run: Run, due: Due) -> None:
     if due.save or (improved and run.config.checkpoint.keep_best):
         save(run)
     run.metrics.start_clock()
+
+
+def refuse_nonfinite(run: Run, rows: list[dict]) -> None:
+    """Raise UserError where a loss is not finite, with the rows that led there written."""
+    for row in rows:
+        if not math.isfinite(row["loss"]):
+            for sink in run.sinks:
+                sink.write(rows)
+            raise UserError(f"step {row['step']}: the loss is {row['loss']}; lower optim.learning_rate and start again")
 
 
 @torch.no_grad()

@@ -16,8 +16,8 @@ from training.data import Dataset
 from training.data.loader import Batches
 from training.distributed import World
 from training.errors import UserError
+from training.files import write_atomically
 from training.kernels import choose
-from training.logging.files import write_atomically
 from training.logging.report import write_report
 from training.metrics import Metrics
 from training.model import GPT, convert

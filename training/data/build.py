@@ -30,6 +30,7 @@ from training.data.text import Piece
 from training.data.tokenizer import Tokenizer
 from training.data.workers import encoded
 from training.errors import UserError
+from training.files import sync
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def build(corpus: Corpus, folder: Path, digests: Digests, quiet: bool) -> None:
         if corpus.key(digests) != folder.name:
             raise UserError(f"{folder}: the sources changed while they were read; start again")
         partial.rename(folder)
-        shards.sync(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -138,7 +139,7 @@ def write(corpus: Corpus, folder: Path, key: str, quiet: bool) -> None:
     )
     (folder / shards.MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
     for path in [*folder.rglob("*"), folder]:
-        shards.sync(path)
+        sync(path)
 
 
 def counted(texts: Iterable[str], advance: Callable[[int], object]) -> Iterator[str]:

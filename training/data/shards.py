@@ -8,7 +8,6 @@ begins with the end-of-text token, so that all of its text, first token included
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,15 +115,6 @@ class Writer:
             n_bytes=self.n_bytes,
             sha256=self.sha256.hexdigest(),
         )
-
-
-def sync(path: Path) -> None:
-    """Make a file's content, or the names in a folder, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from training.config import LoggingConfig
-from training.logging.files import write_atomically
+from training.files import write_atomically
 
 if TYPE_CHECKING:
     import torch

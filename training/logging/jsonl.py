@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import UserError
+from training.files import write_atomically, writing
 from training.logging import Run
-from training.logging.files import write_atomically, writing
 
 
 class JSONLSink:

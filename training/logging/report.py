@@ -9,8 +9,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from training.errors import UserError
+from training.files import write_atomically
 from training.logging.charts import Curve, Point, chart, smoothed
-from training.logging.files import write_atomically
 from training.logging.format import count, number, printable
 from training.logging.jsonl import read
 

@@ -10,8 +10,8 @@ from tensorboard.compat.proto.config_pb2 import RunMetadata
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from training.files import writing
 from training.logging import Run, scalars
-from training.logging.files import writing
 from training.logging.format import printable
 from training.logging.graph import record
 

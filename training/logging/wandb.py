@@ -10,8 +10,8 @@ from typing import Any
 
 from training.config import WandbConfig
 from training.errors import UserError
+from training.files import write_atomically
 from training.logging import Run, scalars
-from training.logging.files import write_atomically
 
 FINISH_TIMEOUT_S = 120  # what is not sent by then stays on disk for `wandb sync`
 

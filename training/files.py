@@ -32,13 +32,13 @@ def write_atomically(path: Path, text: str) -> None:
         except OSError:
             partial.unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in the folder durable, where the system can open a folder (Windows cannot)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, durable. Windows cannot open a folder: nothing there."""
+    if path.is_file() or os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
