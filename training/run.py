@@ -180,14 +180,14 @@ def header(run: Run) -> dict[str, str]:
     samples = config.batch_tokens // model.n_positions
     ranks = f", {run.world.size} processes" if run.world.size > 1 else ""
     moe = [block.ffn for block in model.layers() if block.ffn.type == "moe"]
-    experts = f"{len(moe)} MoE layers, top {moe[0].top_k} of {moe[0].n_experts} experts, " if moe else ""
+    experts = f"{len(moe)} of them MoE, top {moe[0].top_k} of {moe[0].n_experts} experts, " if moe else ""
     facts = {
         "run": str(run.folder),
         "device": f"{devices.describe(run.world.device)}{ranks}, {config.precision}",
         "attention": run.kernels_why["attention"],
         "experts": run.kernels_why["experts"] if moe else "",
-        "model": f"{model.n_layer} layers, {model.n_head} heads, width {model.n_embd}, context {model.n_positions}, "
-        f"{experts}vocabulary {model.vocab_size:,}",
+        "model": f"{model.n_layer} layers, {experts}{model.n_head} heads, width {model.n_embd}, "
+        f"context {model.n_positions}, vocabulary {model.vocab_size:,}",
         "parameters": f"{total:,}" + (f", {active:,} active for a token" if active < total else ""),
         "data": "; ".join(
             f"{name} {split.n_documents:,} documents, {split.n_tokens:,} tokens, {split.n_bytes / 1e6:.1f} MB"

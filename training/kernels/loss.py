@@ -31,13 +31,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=x_NC.device)
         grad_x_NC = torch.empty_like(x_NC) if needs_x else None
         grad_w_VC = torch.zeros_like(w_VC, dtype=torch.float32) if needs_w else None
-        size = max(1, CHUNK_LOGITS // len(w_VC))
+        size = min(len(x_NC), max(1, CHUNK_LOGITS // len(w_VC)))
+        logits_nV = x_NC.new_empty(size, len(w_VC))  # one piece of memory for all chunks
         for start in range(0, len(x_NC), size):
             rows = slice(start, start + size)
             x_nC, target_n1 = x_NC[rows], targets_N[rows, None]
             counted_n1 = target_n1 >= 0
             target_n1 = target_n1.clamp(min=0)
-            p_nV = F.linear(x_nC, w_VC).float()
+            p_nV = torch.mm(x_nC, w_VC.t(), out=logits_nV[: len(x_nC)]).float()
             p_nV -= p_nV.amax(dim=1, keepdim=True)
             right_n1 = p_nV.gather(1, target_n1)
             sum_n1 = p_nV.exp_().sum(dim=1, keepdim=True)
