@@ -47,17 +47,31 @@ class Block(nn.Module):
         return x_BTC + y_BTC, routing
 
 
+class Loss(nn.Module):
+    """The head's product and cross-entropy: a module, so that the drawn graph has a box for it."""
+
+    def __init__(self, kernels: Kernels):
+        super().__init__()
+        self.kernel = kernels.loss
+
+    def forward(self, x_BTC: Tensor, w_VC: Tensor, targets_BT: Tensor) -> Tensor:
+        """The sum of the tokens' losses, in nats."""
+        return self.kernel(x_BTC.flatten(0, 1), w_VC, targets_BT.flatten())
+
+
 class GPT(nn.Module):
     """The network. `config.vocab_size` is a number by now; parameters are float32, `dtype` is what it computes in."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels | None = None, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.config, self.kernels, self.dtype = config, kernels or Kernels(), dtype
+        kernels = kernels or Kernels()
+        self.config, self.dtype = config, dtype
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd) if config.position == "learned" else None
-        self.blocks = nn.ModuleList(Block(block, config, self.kernels) for block in config.layers())
+        self.blocks = nn.ModuleList(Block(block, config, kernels) for block in config.layers())
         self.norm_f = norm(config)
         self.head = None if config.tie_head else Linear(config.n_embd, config.vocab_size, bias=False)
+        self.loss = Loss(kernels)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, n_targets: int) -> tuple[Tensor, dict[str, Tensor]]:
         """(training loss, metrics) of one micro-batch.
@@ -68,7 +82,7 @@ class GPT(nn.Module):
         "expert_count.i" (E,) and "z_loss.i".
         """
         x_BTC, routings = self._hidden(tokens_BT, n_targets)
-        loss_sum = self.kernels.loss(x_BTC.flatten(0, 1), self._head_weight(), targets_BT.flatten())
+        loss_sum = self.loss(x_BTC, self._head_weight(), targets_BT)
         loss, metrics = loss_sum / n_targets, {"loss_sum": loss_sum.detach()}
         for i, routing in routings.items():
             loss = loss + routing.aux_loss
