@@ -226,7 +226,7 @@ class DataConfig(Section):
     )
     val_fraction: float = option(
         0.02,
-        "share held out where val_sources is empty: of the documents, chosen by a hash; of a lone text file, its end",
+        "share of the documents held out, by a hash (of a lone text file: its end); not with val_sources",
         gt=0,
         lt=1,
     )
