@@ -7,11 +7,12 @@ from typing import get_args
 import pytest
 import torch
 
-from training.config import ParallelConfig
+from training.config import ModelConfig, ParallelConfig
 from training.errors import UserError
 from training.kernels import ATTENTION, EXPERTS, LOSS, choose
 
 CPU = torch.device("cpu")
+MODEL = ModelConfig.model_validate({"n_embd": 32, "n_head": 2, "blocks": [{"ffn": {"type": "moe", "hidden": 32}}]})
 
 
 def grads(function, inputs, *rest):
@@ -112,10 +113,10 @@ def test_what_can_be_asked_for_is_what_answers(option, kernels):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_choose_runs_what_it_chooses_and_says_why(dtype):
-    kernels, why = choose(ParallelConfig(), device=CPU, dtype=dtype, head_dim=16)
+    kernels, why = choose(ParallelConfig(), MODEL, device=CPU, dtype=dtype)
     assert kernels.attention in ATTENTION.values()
     assert why["attention"].startswith(("flash (", "sdpa (", "reference ("))
-    _, why = choose(ParallelConfig(attention="reference"), device=CPU, dtype=dtype, head_dim=16)
+    _, why = choose(ParallelConfig(attention="reference"), MODEL, device=CPU, dtype=dtype)
     assert why["attention"] == "reference (asked for)"
 
 
@@ -124,7 +125,7 @@ def test_a_kernel_that_does_not_run_is_passed_over_and_refused_when_asked_for(mo
         raise RuntimeError("no such device function\nat line 3")
 
     monkeypatch.setitem(ATTENTION, "flash", broken)
-    _, why = choose(ParallelConfig(), device=CPU, dtype=torch.float32, head_dim=16)
+    _, why = choose(ParallelConfig(), MODEL, device=CPU, dtype=torch.float32)
     assert why["attention"] == "sdpa (flash does not run here: no such device function)"
     with pytest.raises(UserError, match=r"parallel.attention: flash does not run here: .*; use auto"):
-        choose(ParallelConfig(attention="flash"), device=CPU, dtype=torch.float32, head_dim=16)
+        choose(ParallelConfig(attention="flash"), MODEL, device=CPU, dtype=torch.float32)

@@ -172,7 +172,7 @@ def test_a_run_can_begin_with_another_runs_checkpoint(run):
 
 def test_a_checkpoint_of_another_model_is_refused(run, config):
     first = run(name="first")
-    other = config(name="other", model={"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32})
+    other = config(name="other", steps=9, model={"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32})
     with pytest.raises(UserError, match="does not fit this model"):
         train(other, resume=str(first))
 
@@ -192,7 +192,7 @@ def test_changed_data_is_refused(options, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(config, tmp_path):
     exploding = config(optim={"learning_rate": 1e30, "grad_clip": None}, steps=30, checkpoint={"every": 1})
-    with pytest.raises(UserError, match=r"step \d+: the loss is nan"):
+    with pytest.raises(UserError, match=r"step \d+: loss is nan"):
         train(exploding)
     from training import checkpoint
 

@@ -110,14 +110,21 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
             return path
         warn(f"{problem}; falling back to the checkpoint before it")
     if found:
-        raise UserError(f"{folder}: no checkpoint is whole; start over with --resume never")
+        raise UserError(f"{folder}: no checkpoint is whole")
     return None
 
 
+def set_aside(folder: Path, after: int, why: str) -> None:
+    """Rename the checkpoints after a step, so that they no longer count; nothing is removed."""
+    for step, path in steps(folder):
+        if step > after:
+            n = sum(1 for _ in folder.glob(f"{why}-*{path.name}"))
+            path.rename(folder / f"{why}-{n}-{path.name}")
+
+
 def prune(folder: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest `keep` whole checkpoints and the best; damaged ones count for nothing."""
-    whole = [(step, path) for step, path in steps(folder) if (path / MANIFEST).is_file()]
-    for step, path in whole[:-keep]:
+    """Remove all but the newest `keep` checkpoints and the best. Damaged ones were set aside when the run began."""
+    for step, path in steps(folder)[:-keep]:
         if step != best_step:
             shutil.rmtree(path.rename(folder / f".{path.name}.old"))
 

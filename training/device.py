@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import resource
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ PEAK_FLOPS = {
     "RTX 4090": 165e12,
     "H100": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H200": 989e12,
     "GH200": 989e12,
     "B200": 2250e12,
@@ -71,26 +73,19 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda" or precision == "fp32":
         return None
     name = torch.cuda.get_device_name(device)
-    known = [key for key in PEAK_FLOPS if all(word in name for word in key.split())]
+    words = set(re.split("[ -]", name))
+    known = [key for key in PEAK_FLOPS if words.issuperset(key.split())]
     return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory this process had so far: the allocator's on a GPU, the resident set elsewhere."""
+    """Most memory this process had so far: the allocator's on a GPU, the resident set on a CPU; on MPS, what it has."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB here
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def settle(device: torch.device) -> None:
-    """Wait until the device has done what was asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def _cpu_fields() -> dict[str, str]:

@@ -47,8 +47,14 @@ def evaluated(asked: argparse.Namespace) -> str:
     from training.distributed import World
     from training.loop import evaluate
 
-    config, model, tokenizer, step = trained.load(asked.run, asked.device)
-    split = read(asked.data, asked.text_column, tokenizer) if asked.data else prepare(config.data).val
+    config, model, tokenizer, step, data = trained.load(asked.run, asked.device)
+    if asked.data:
+        split = read(asked.data, asked.text_column, tokenizer)
+    else:
+        dataset = prepare(config.data, quiet=True)
+        if dataset.fingerprint != data:
+            raise UserError(f"--run {asked.run}: its text has changed since; name text to judge it on with --data")
+        split = dataset.val
     batches = Batches(split, n_positions=config.model.n_positions, seed=None)
     world = World(0, 1, model.wte.weight.device)
     found = evaluate(model, batches, tokenizer.token_bytes, None, asked.micro_batch, world)

@@ -6,6 +6,7 @@ python -m training.generate --run runs/quickstart --prompt "def "
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from training.errors import UserError
@@ -24,8 +25,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     found = parser.parse_args(argv)
     for name, least in (("tokens", 1), ("temperature", 0), ("top_k", 1), ("seed", 0)):
-        if getattr(found, name) < least:
-            parser.error(f"--{name}: {getattr(found, name)} is less than {least}")
+        if not getattr(found, name) >= least:
+            parser.error(f"--{name}: {getattr(found, name)} is not {least} or more")
+    found.prompt = found.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     return found
 
 
@@ -37,6 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read has gone; without this Python complains once more as it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -47,7 +53,7 @@ def generate(asked: argparse.Namespace) -> None:
     from training import trained
     from training.model.sampling import prompt_ids, sample
 
-    _, model, tokenizer, _ = trained.load(asked.run, asked.device)
+    _, model, tokenizer, *_ = trained.load(asked.run, asked.device)
     print(asked.prompt, end="", flush=True)
     new, written = [], ""
     for token in sample(

@@ -133,10 +133,11 @@ def record(run: Run, due: Due) -> None:
     if due.evaluate:
         val_tokens, token_bytes = run.config.eval.tokens, run.dataset.tokenizer.token_bytes
         found = evaluate(run.model, run.val_batches, token_bytes, val_tokens, run.config.micro_batch, run.world)
+        rows[-1] |= found
+        refuse_nonfinite(run, rows)
         improved = run.best is None or found["val_loss"] < run.best["val_loss"]
         if improved:
             run.best = {"step": run.step, "val_loss": found["val_loss"]}
-        rows[-1] |= found
     run.last_row = rows[-1]
     if due.evaluate and run.world.main and run.config.eval.prompts:
         texts = samples(run.model, run.dataset.tokenizer, run.config.eval, seed=run.config.seed + run.step)
@@ -151,12 +152,17 @@ def record(run: Run, due: Due) -> None:
 
 
 def refuse_nonfinite(run: Run, rows: list[dict]) -> None:
-    """Raise UserError where a loss is not finite, with the rows that led there written."""
+    """Raise UserError where a loss or a gradient is not finite, with the rows that led there written."""
     for row in rows:
-        if not math.isfinite(row["loss"]):
+        for key in ("loss", "val_loss") if run.loss_scale is not None else ("loss", "grad_norm", "val_loss"):
+            if math.isfinite(row.get(key, 0.0)):
+                continue
             for sink in run.sinks:
                 sink.write(rows)
-            raise UserError(f"step {row['step']}: the loss is {row['loss']}; lower optim.learning_rate and start again")
+            raise UserError(
+                f"step {row['step']}: {key} is {row[key]}, and nothing after it is saved; lower the learning rate and "
+                "start over with --resume never, or with another --name"
+            )
 
 
 @torch.no_grad()
@@ -172,14 +178,15 @@ def evaluate(
     if n_tokens is not None:
         n_windows = min(n_windows, max(1, n_tokens // config.n_positions))
     windows = np.arange(n_windows) * batches.n_samples // n_windows
-    loss_sum, n_targets, n_bytes = 0.0, 0, 0
+    loss_sums, n_targets, n_bytes = [], 0, 0
     mine = world.share(n_windows)
     for first in range(mine.start, mine.stop, micro_batch):
         tokens_BT, targets_BT = batches.samples(windows[first : min(first + micro_batch, mine.stop)])
         _, metrics = model(to_device(tokens_BT, world.device), to_device(targets_BT, world.device), 1)
-        loss_sum += float(metrics["loss_sum"])
+        loss_sums.append(metrics["loss_sum"])
         n_targets += int((targets_BT >= 0).sum())
         n_bytes += int(token_bytes[targets_BT[targets_BT >= 0]].sum())
+    loss_sum = torch.stack(loss_sums).cpu().double().sum() if loss_sums else 0.0
     sums = torch.tensor([loss_sum, n_targets, n_bytes], dtype=torch.float64)
     world.sum_([sums])
     nats, n_targets, n_bytes = sums.tolist()

@@ -7,10 +7,13 @@ options are which.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from training import checkpoint
+from filelock import FileLock, Timeout
+
+from training import checkpoint, cli
 from training.checkpoint import Checkpoint
 from training.config import MAY_CHANGE, Config
 from training.errors import UserError
@@ -21,16 +24,63 @@ def folder_of(config: Config) -> Path:
     return Path(config.out_dir, config.name)
 
 
-def find(config: Config, resume: str, warn: Callable[[str], None]) -> tuple[Checkpoint | None, bool]:
+@contextmanager
+def lock(config: Config) -> Iterator[None]:
+    """Hold the run's folder; it is free again when the process ends, however. Raises UserError where another has it."""
+    held = FileLock(Path(config.out_dir, f".{config.name}.lock"))
+    try:
+        Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+        held.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{folder_of(config)}: another process is training this run; choose another --name") from None
+    except OSError as error:
+        raise UserError(f"{config.out_dir}: {error.strerror}; choose another --out_dir") from error
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def find(config: Config, resume: str, *, main: bool) -> tuple[Checkpoint | None, bool]:
     """(what the run goes on from, whether it is the run's own); None: it begins.
 
-    `resume` is auto, never, or the path of a checkpoint or a run, which begins this run if it has no checkpoint
-    of its own yet. Raises UserError where no checkpoint is whole.
+    `resume` is auto, never, or the path of a checkpoint or a run. A checkpoint of this run is gone back to; another
+    run's begins this one, unless it has a checkpoint of its own already. The main process sets those aside that are
+    damaged or undone. Raises UserError where no checkpoint is whole.
     """
+    folder = folder_of(config) / "checkpoints"
+    warn = print if main else (lambda _: None)
+    asked = None if resume in ("auto", "never") else _checkpoint_at(Path(resume), warn)
+    if asked is not None and asked.parent.resolve() == folder.resolve():
+        found = checkpoint.load(asked)
+        if main:
+            checkpoint.set_aside(folder, found.state["step"], "undone")
+        return found, True
+    try:
+        own = checkpoint.newest(folder, warn)
+    except UserError as error:
+        raise UserError(f"{error}; start over with --resume never") from error
+    if own is not None:
+        found = checkpoint.read(own)
+        if main:
+            checkpoint.set_aside(folder, found.state["step"], "damaged")
+        if asked is not None:
+            warn(f"{folder_of(config)}: goes on from its own {own.name}; --resume {resume} was for its beginning")
+        return found, True
+    if asked is None:
+        return None, False
+    found = checkpoint.load(asked)
+    if found.state["step"] >= config.steps:
+        raise UserError(f"--resume {resume}: it is at step {found.state['step']}, and steps is {config.steps}")
+    return found, False
+
+
+def refuse_another(config: Config, fingerprint: str) -> None:
+    """Raise UserError where the folder holds another run's rows, though no checkpoint yet."""
     folder = folder_of(config)
-    if own := checkpoint.newest(folder / "checkpoints", warn):
-        return checkpoint.read(own), True
-    return (None if resume in ("auto", "never") else checkpoint.load(_checkpoint_at(Path(resume)))), False
+    rows, kept = folder / "metrics.jsonl", folder / "config.yaml"
+    if rows.exists() and rows.stat().st_size and kept.exists():
+        refuse_changes(config, fingerprint, {"config": cli.load(kept).model_dump(mode="json"), "data": fingerprint})
 
 
 def refuse_changes(config: Config, fingerprint: str, state: dict) -> None:
@@ -77,10 +127,10 @@ def move_aside(folder: Path) -> None:
     print(f"{folder}: the run that was here is now {aside}")
 
 
-def _checkpoint_at(path: Path) -> Path:
+def _checkpoint_at(path: Path, warn: Callable[[str], None]) -> Path:
     """The checkpoint that a path means: itself, or the newest of the run it is the folder of."""
     if (path / "checkpoints").is_dir():
-        path = checkpoint.newest(path / "checkpoints", warn=print) or path
+        path = checkpoint.newest(path / "checkpoints", warn) or path
     if not (path / checkpoint.MANIFEST).is_file():
         raise UserError(f"--resume {path}: no checkpoint and no run with one; see ls runs/*/checkpoints")
     return path

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from training import checkpoint, cli, logging, restart
 from training import device as devices
@@ -16,7 +19,7 @@ from training.data import Dataset
 from training.data.loader import Batches
 from training.distributed import World
 from training.errors import UserError
-from training.files import write_atomically
+from training.files import sync, write_atomically
 from training.kernels import choose
 from training.logging.report import write_report
 from training.metrics import Metrics
@@ -67,16 +70,22 @@ class Run:
 
 def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
     """Build the run's parts, new or as the checkpoint that `restart.find` names, and open its logs."""
+    n_samples = config.batch_tokens // config.model.n_positions
+    if n_samples < world.size:
+        raise UserError(
+            f"batch_tokens: {config.batch_tokens} are {n_samples} samples, fewer than {world.size} processes"
+        )
     if resume == "never" and world.main:
         restart.move_aside(restart.folder_of(config))
     world.wait()
-    found, own = restart.find(config, resume, warn=print if world.main else lambda _: None)
+    found, own = restart.find(config, resume, main=world.main)
     config = resolve(config, found, dataset, world.device)
     if own:
         restart.refuse_changes(config, dataset.fingerprint, found.state)
+    elif found is None:
+        restart.refuse_another(config, dataset.fingerprint)
     dtype = devices.DTYPES[config.precision]
-    head_dim = config.model.n_embd // config.model.n_head
-    kernels, kernels_why = choose(config.parallel, device=world.device, dtype=dtype, head_dim=head_dim)
+    kernels, kernels_why = choose(config.parallel, config.model, device=world.device, dtype=dtype)
     model = GPT(config.model, kernels, dtype).init_weights(config.seed).to(world.device)
     run = Run(
         config=config,
@@ -92,7 +101,7 @@ def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
         loss_scale=LossScale() if config.precision == "fp16" else None,
     )
     if found is not None:
-        restore(run, found)
+        restore(run, found, own)
     if world.main:
         open_logs(run)
     if config.parallel.compile:
@@ -116,15 +125,18 @@ def resolve(config: Config, found: Checkpoint | None, dataset: Dataset, device: 
     return config.model_copy(update={"precision": precision, "model": model})
 
 
-def restore(run: Run, found: Checkpoint) -> None:
-    """Put the run where the checkpoint left it. Raises UserError where the model is another one."""
+def restore(run: Run, found: Checkpoint, own: bool) -> None:
+    """Put the run where the checkpoint left it; another run's best is none of its own.
+
+    Raises UserError where the model or the optimizer is another one.
+    """
     try:
         run.model.load_state_dict(found.model)
         run.optimizer.load_state_dict(found.optimizer)
     except (RuntimeError, KeyError) as error:
         raise UserError(f"the checkpoint does not fit this model: {' '.join(str(error).split())}") from error
     state = found.state
-    run.step, run.best, run.last_row = state["step"], state["best"], state["last_row"]
+    run.step, run.best, run.last_row = state["step"], state["best"] if own else None, state["last_row"]
     run.metrics.time_s = state["time_s"]
     if run.loss_scale is not None and state["loss_scale"] is not None:
         run.loss_scale = LossScale(**state["loss_scale"])
@@ -201,14 +213,32 @@ def header(run: Run) -> dict[str, str]:
     return {label: text for label, text in facts.items() if text}
 
 
+def write_model(run: Run, folder: Path) -> None:
+    """The final model and its tokenizer, whole or not at all. Raises UserError where the disk refuses."""
+    partial = folder.with_name(f".{folder.name}.tmp")
+    tokenizer = run.dataset.tokenizer
+    try:
+        for old in (partial, folder):
+            if old.exists():
+                shutil.rmtree(old)
+        convert.write(partial, run.model.state_dict(), run.config.model, tokenizer.end_of_text)
+        tokenizer.save(partial)
+        for path in [*partial.iterdir(), partial]:
+            path.chmod(path.stat().st_mode | 0o444)  # safetensors writes for the owner alone
+            sync(path)
+        partial.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: the model could not be written: {error}") from error
+
+
 def finish(run: Run) -> None:
     """Leave the final model, summary.json and report.html, and close the logs with the summary."""
     if not run.world.main:
         return
     folder, row = run.folder, run.last_row
     total, active = run.model.n_parameters()
-    convert.write(folder / "model", run.model.state_dict(), run.config.model, run.dataset.tokenizer.end_of_text)
-    run.dataset.tokenizer.save(folder / "model")
+    prompt = (*run.config.eval.prompts, "The ")[0]
+    write_model(run, folder / "model")
     summary = {
         "steps": run.step,
         "tokens": row["tokens"],
@@ -222,9 +252,9 @@ def finish(run: Run) -> None:
         "active_parameters": active,
         "model_dir": str(folder / "model"),
         "next": [
-            f'python -m training.generate --run {folder} --prompt "{(*run.config.eval.prompts, "The ")[0]}"',
-            f"python -m training.evaluate --run {folder}",
-            f"tensorboard --logdir {folder}",
+            shlex.join(["python", "-m", "training.generate", "--run", str(folder), "--prompt", prompt]),
+            shlex.join(["python", "-m", "training.evaluate", "--run", str(folder)]),
+            shlex.join(["tensorboard", "--logdir", str(folder)]),
         ],
     }
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")

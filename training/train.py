@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import ExitStack
 
 from training import cli
 from training.config import Config
@@ -31,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the first step
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def train(config: Config, *, resume: str = "auto") -> int:
@@ -39,13 +43,19 @@ def train(config: Config, *, resume: str = "auto") -> int:
     from training.device import pick
     from training.distributed import join
     from training.loop import Watch, record, train_step
+    from training.restart import lock
     from training.run import begin, finish
 
-    world = join(pick(config.parallel.device))
-    dataset = prepare(config.data, quiet=not world.main)  # 1. load and preprocess the dataset
-    run = begin(config, dataset, world, resume)  # 2. initialize, or restore, model and optimizer
-    watch = Watch(run)
-    try:
+    with ExitStack() as at_end:
+        world = join(pick(config.parallel.device))
+        at_end.callback(world.leave)
+        if world.main:
+            at_end.enter_context(lock(config))
+        dataset = prepare(config.data, quiet=not world.main)  # 1. load and preprocess the dataset
+        run = begin(config, dataset, world, resume)  # 2. initialize, or restore, model and optimizer
+        at_end.callback(run.close)
+        watch = Watch(run)
+        at_end.callback(watch.close)
         run.metrics.start_clock()
         while run.step < run.config.steps:  # 3. train, 4. evaluating on the way and after the last step
             train_step(run)
@@ -56,10 +66,6 @@ def train(config: Config, *, resume: str = "auto") -> int:
                 return 128 + due.signal
         finish(run)  # 5. save the final model and metrics
         return 0
-    finally:
-        watch.close()
-        run.close()
-        world.leave()
 
 
 if __name__ == "__main__":

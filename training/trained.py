@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from training import checkpoint
 from training import device as devices
+from training.checkpoint import Checkpoint
 from training.config import Config, ParallelConfig
 from training.data import Tokenizer
 from training.errors import UserError
@@ -24,6 +25,7 @@ class Trained(NamedTuple):
     model: GPT
     tokenizer: Tokenizer
     step: int
+    data: str  # the fingerprint of what it was trained on
 
 
 def load(run: str, asked_device: str = "auto") -> Trained:
@@ -31,21 +33,30 @@ def load(run: str, asked_device: str = "auto") -> Trained:
 
     Raises UserError where there is none.
     """
-    folder = Path(run)
-    path = folder if (folder / checkpoint.MANIFEST).is_file() else None
-    if path is None:
-        path = checkpoint.newest(folder / "checkpoints", warn=lambda line: print(line, file=sys.stderr))
-    if path is None:
+    path, found = _newest(Path(run).resolve())
+    if found is None:
         raise UserError(f"--run {run}: no run with a checkpoint; a run is a folder such as runs/quickstart")
-    found = checkpoint.load(path) if path == folder else checkpoint.read(path)
     try:
         config = Config.model_validate(found.state["config"])
     except ValidationError as error:
         raise UserError(f"{path}: its configuration is not one of this version: {error.errors()[0]['msg']}") from error
     device, dtype = devices.pick(asked_device), devices.DTYPES[config.precision]
-    head_dim = config.model.n_embd // config.model.n_head
-    kernels, _ = choose(ParallelConfig(), device=device, dtype=dtype, head_dim=head_dim)
+    kernels, _ = choose(ParallelConfig(), config.model, device=device, dtype=dtype)
     model = GPT(config.model, kernels, dtype)
     model.load_state_dict(found.model)
     tokenizer = Tokenizer.load(path.parent.parent / "tokenizer")
-    return Trained(config, model.to(device), tokenizer, found.state["step"])
+    return Trained(config, model.to(device), tokenizer, found.state["step"], found.state["data"])
+
+
+def _newest(folder: Path) -> tuple[Path, Checkpoint | None]:
+    """The checkpoint that `folder` is, or the newest whole one of the run there; (folder, None) where there is none."""
+    if (folder / checkpoint.MANIFEST).is_file():
+        return folder, checkpoint.load(folder)
+    for last_try in (False, False, True):
+        try:
+            path = checkpoint.newest(folder / "checkpoints", warn=lambda line: print(line, file=sys.stderr))
+            return (folder, None) if path is None else (path, checkpoint.read(path))
+        except (OSError, UserError):  # the run goes on meanwhile, and removed what was being read
+            if last_try:
+                raise
+    raise AssertionError

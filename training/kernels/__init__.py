@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from training.config import ParallelConfig
+from training.config import ModelConfig, ParallelConfig
 from training.errors import UserError
 from training.kernels.attention import ATTENTION
 from training.kernels.experts import EXPERTS
@@ -41,15 +41,16 @@ def _failure(kernel: Callable[..., Tensor], differentiable: list[Tensor], *rest:
 
 
 def _first_that_runs(
-    name: str, config: ParallelConfig, kernels: dict, differentiable: list[Tensor], *rest: Tensor
+    name: str, config: ParallelConfig, kernels: dict, trials: list[list[Tensor]], *rest: Tensor
 ) -> tuple[Callable[..., Tensor], str]:
-    """(kernel, its name and the reason) for the option parallel.`name`."""
+    """(kernel, its name and the reason) for the option parallel.`name`; it has to run all the trials."""
     asked, refused = getattr(config, name), []
     for candidate in kernels if asked == "auto" else [asked]:
         kernel = kernels[candidate]
         if config.compile:  # what runs as it is may not compile; tracing alone tells, and is quick
             kernel = torch.compile(kernel, backend="aot_eager")
-        problem = _failure(kernel, [x.clone() for x in differentiable], *rest)
+        problems = [_failure(kernel, [x.clone() for x in trial], *rest) for trial in trials]
+        problem = next(filter(None, problems), None)
         if problem is None:
             reason = "; ".join(refused) or ("asked for" if asked != "auto" else "ran forward and backward")
             return kernels[candidate], f"{candidate} ({reason})"
@@ -58,9 +59,9 @@ def _first_that_runs(
 
 
 def choose(
-    config: ParallelConfig, *, device: torch.device, dtype: torch.dtype, head_dim: int
+    config: ParallelConfig, model: ModelConfig, *, device: torch.device, dtype: torch.dtype
 ) -> tuple[Kernels, dict[str, str]]:
-    """The kernels for this device, type and head width, and for each the reason, in words.
+    """The kernels for this device, type and the model's widths, and for each the reason, in words.
 
     Raises UserError where the kernel that was asked for does not run.
     """
@@ -69,8 +70,10 @@ def choose(
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    qkv = [random(1, 2, 16, head_dim) for _ in range(3)]
-    attention, attention_why = _first_that_runs("attention", config, ATTENTION, qkv)
-    matrices, count_E = [random(32, 32), random(2, 16, 32)], torch.tensor([20, 12], device=device)
-    experts, experts_why = _first_that_runs("experts", config, EXPERTS, matrices, count_E)
+    qkv = [random(1, 2, 16, model.n_embd // model.n_head) for _ in range(3)]
+    attention, attention_why = _first_that_runs("attention", config, ATTENTION, [qkv])
+    hidden = {block.ffn.hidden or 4 * model.n_embd for block in model.blocks if block.ffn.type == "moe"}
+    widths = [pair for width in hidden for pair in ((model.n_embd, width), (width, model.n_embd))]
+    trials = [[random(32, inputs), random(2, outputs, inputs)] for inputs, outputs in widths]
+    experts, experts_why = _first_that_runs("experts", config, EXPERTS, trials, torch.tensor([20, 12], device=device))
     return Kernels(attention, experts), {"attention": attention_why, "experts": experts_why}

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_LOGITS = 2**22  # logits that exist at a time: 16 MiB in float32
+# Logits that exist at a time: on a CPU what its caches hold, elsewhere enough for large products (1 GiB in float32).
+CHUNK_LOGITS = 2**22
+CHUNK_LOGITS_GPU = 2**28
 
 
 def reference(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor) -> Tensor:
@@ -31,7 +33,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=x_NC.device)
         grad_x_NC = torch.empty_like(x_NC) if needs_x else None
         grad_w_VC = torch.zeros_like(w_VC, dtype=torch.float32) if needs_w else None
-        size = min(len(x_NC), max(1, CHUNK_LOGITS // len(w_VC)))
+        chunk = CHUNK_LOGITS if x_NC.device.type == "cpu" else CHUNK_LOGITS_GPU
+        size = min(len(x_NC), max(1, chunk // len(w_VC)))
         logits_nV = x_NC.new_empty(size, len(w_VC))  # one piece of memory for all chunks
         for start in range(0, len(x_NC), size):
             rows = slice(start, start + size)
@@ -68,6 +71,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def chunked(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor) -> Tensor:
     """The logits of a few tokens at a time, in float32; gradients are computed on the way."""
+    if not torch.is_grad_enabled():  # which a Function cannot see: it would compute gradients nobody asked for
+        x_NC, w_VC = x_NC.detach(), w_VC.detach()
     return _ChunkedCrossEntropy.apply(x_NC, w_VC, targets_N)
 
 

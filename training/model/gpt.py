@@ -148,8 +148,9 @@ class GPT(nn.Module):
         Every parameter has a generator of its own, keyed by seed and name, so that neither the order of
         construction nor the device matters.
         """
+        kinds = self.kinds()
         for name, parameter in self.named_parameters():
-            if self.kinds()[name] == "vector":
+            if kinds[name] == "vector":
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
                 continue
             into_residual = name.endswith(("mixer.out.weight", "ffn.down.weight", "experts.down"))

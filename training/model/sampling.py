@@ -62,4 +62,5 @@ def _draw(logits_V: Tensor, temperature: float, top_k: int | None, generator: to
         return int(logits_V.argmax())
     if top_k is not None and top_k < len(logits_V):
         logits_V = logits_V.masked_fill(logits_V < logits_V.topk(top_k).values[-1], float("-inf"))
-    return int(torch.multinomial((logits_V / temperature).softmax(0), 1, generator=generator))
+    scores_V = (logits_V - logits_V.max()) / temperature  # finite at the likeliest token, however cold
+    return int(torch.multinomial(scores_V.softmax(0), 1, generator=generator))

@@ -13,6 +13,7 @@ from training.optim.schedule import SCHEDULES, rate
 
 __all__ = ["OPTIMIZERS", "SCHEDULES", "Muon", "Optimizer", "rate"]
 
+STATE = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum",)}
 Named = list[tuple[str, nn.Parameter, str]]  # name, parameter, kind
 
 
@@ -93,8 +94,11 @@ class Optimizer:
         }
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state_dict`. Raises KeyError for a tensor of an unknown parameter."""
+        """The inverse of `state_dict`. Raises KeyError where it is not the state of these parameters and optimizers."""
         owners = {self._names[p]: (part, p) for part in self.parts for g in part.param_groups for p in g["params"]}
+        expected = {f"{name}/{what}" for name, (part, _) in owners.items() for what in STATE[type(part)]}
+        if strange := sorted(expected ^ tensors.keys()):
+            raise KeyError(f"optimizer state {strange[0]}")
         for key, tensor in tensors.items():
             name, _, what = key.rpartition("/")
             part, p = owners[name]

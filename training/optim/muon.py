@@ -17,11 +17,11 @@ def orthogonalize(g_XMN: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     Newton-Schulz iteration in `dtype`; a zero matrix stays zero.
     """
     a, b, c = QUINTIC
-    x = g_XMN.to(dtype)
+    norm = g_XMN.norm(dim=(-2, -1), keepdim=True)
+    x = (g_XMN / norm.clamp(min=1e-30)).to(dtype)  # divided first: fp16 holds no gradient's own scale
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

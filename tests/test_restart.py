@@ -1,0 +1,190 @@
+"""What a run's folder may go on from: never silently from nothing, never two at once, never as another run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, command, environment, rows, tensors, write_config
+
+from training import checkpoint, loop
+from training.errors import UserError
+from training.restart import folder_of, lock
+from training.train import train
+
+
+@pytest.fixture
+def run(config):
+    """Train the small run with some options changed; returns its folder."""
+
+    def go(resume="auto", **changes) -> Path:
+        made = config(**changes)
+        assert train(made, resume=resume) == 0
+        return folder_of(made)
+
+    return go
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_and_made_anew(run, capsys):
+    keep = {"every": 3, "keep": 1, "keep_best": False}
+    folder = run(checkpoint={"every": 3, "keep": 2, "keep_best": False})
+    before = tensors(folder, 8)
+    flip_a_bit(folder / "checkpoints/step-00000008/model.safetensors")
+    run(checkpoint=keep)
+    assert "step-00000008/model.safetensors: damaged" in capsys.readouterr().out
+    assert names(folder) == ["damaged-0-step-00000008", "step-00000008"]
+    assert checkpoint.damage(folder / "checkpoints/step-00000008") is None
+    assert tensors(folder, 8) == before
+
+
+def test_where_all_checkpoints_are_damaged_it_says_how_to_start_over(run, config):
+    folder = run()
+    for name in names(folder):
+        flip_a_bit(folder / "checkpoints" / name / "optimizer.safetensors")
+    with pytest.raises(UserError, match="no checkpoint is whole; start over with --resume never"):
+        train(config())
+
+
+def test_going_back_to_an_older_checkpoint_of_the_run(run):
+    folder = run()
+    before = tensors(folder, 8), rows(folder)
+    run(resume=str(folder / "checkpoints/step-00000006"))
+    assert names(folder) == ["step-00000006", "step-00000008", "undone-0-step-00000008"]
+    assert (tensors(folder, 8), rows(folder)) == before
+
+
+def test_another_config_is_refused_before_the_first_checkpoint_too(config, monkeypatch):
+    step = loop.train_step
+
+    def die_after_three(run):
+        step(run)
+        if run.step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train_step", die_after_three)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(checkpoint={"every": None}, logging={"every": 1, "tensorboard": False}))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"holds a run with other options: seed: 0 -> 5"):
+        train(config(seed=5))
+    assert train(config()) == 0
+
+
+def test_nothing_left_to_train_is_refused(run, config):
+    first = run(name="first")
+    with pytest.raises(UserError, match="it is at step 8, and steps is 8"):
+        train(config(name="second"), resume=str(first))
+
+
+def test_a_branch_has_a_best_of_its_own(run):
+    first = run(name="first")
+    path = first / "checkpoints/step-00000006"
+    state = json.loads((path / "state.json").read_text())
+    saved = checkpoint.read(path)
+    saved.state["best"] = {"step": 4, "val_loss": 0.5}
+    copied = checkpoint.save(first.parent / "elsewhere", saved)
+    assert state["best"]["val_loss"] > 0.5
+    branch = run(name="branch", resume=str(copied))
+    assert json.loads((branch / "summary.json").read_text())["best_step"] == 8
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(run, config):
+    first = run(name="first")
+    with pytest.raises(UserError, match="does not fit this model: 'optimizer state"):
+        train(config(name="other", steps=9, optim={"type": "muon"}), resume=str(first))
+
+
+def test_a_second_starter_is_refused_in_one_line_and_the_first_goes_on(options, config, tmp_path):
+    path = write_config(tmp_path / "one.yaml", options())
+    with lock(config()):
+        done = command("-m", "training.train", "--config", str(path))
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path}/runs/small: another process is training this run; choose another --name\n"
+    assert train(config()) == 0
+
+
+def test_a_folder_is_free_again_after_kill_9(config):
+    asked = config().model_dump(mode="json")
+    code = f"""
+import time
+from training.config import Config
+from training.restart import lock
+with lock(Config.model_validate({asked!r})):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match="another process"), lock(config()):
+        pass
+    holder.kill()
+    holder.communicate()
+    with lock(config()):
+        pass
+
+
+def test_out_dir_that_is_a_file_is_one_line(config, tmp_path):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(UserError, match="runs: File exists; choose another --out_dir"):
+        train(config())
+
+
+def test_a_gradient_that_is_not_finite_is_not_saved(config, tmp_path, monkeypatch):
+    update = loop.update
+
+    def poisoned(run, parameters):
+        if run.step == 2:
+            parameters[0].grad[0, 0] = float("nan")
+        return update(run, parameters)
+
+    monkeypatch.setattr(loop, "update", poisoned)
+    with pytest.raises(UserError, match="step 3: grad_norm is nan"):
+        train(config(checkpoint={"every": 3}))
+    assert not checkpoint.steps(tmp_path / "runs/small/checkpoints")
+    assert [row["step"] for row in rows(tmp_path / "runs/small")] == [1, 2, 3]
+
+
+def test_a_kernel_is_chosen_that_runs_at_the_models_own_widths(run, capsys):
+    model = {"n_layer": 1, "n_head": 1, "n_embd": 18, "n_positions": 32}
+    run(model=model | {"blocks": [{"ffn": {"type": "moe", "hidden": 30, "n_experts": 4}}]}, steps=3)
+    assert "experts     loop (grouped does not run here:" in capsys.readouterr().out
+
+
+def test_fewer_samples_than_processes_are_refused(config):
+    from training.data import prepare
+    from training.distributed import World
+    from training.run import begin
+
+    made = config(batch_tokens=32)
+    with pytest.raises(UserError, match="batch_tokens: 32 are 1 samples, fewer than 2 processes"):
+        begin(made, prepare(made.data), World(0, 2, torch.device("cpu")), "auto")
+
+
+def test_a_run_whose_text_has_changed_is_not_judged_on_it(options, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(30):
+        (texts / f"{i}.txt").write_text(f"document {i} " * 40)
+    data = {"sources": [{"paths": [str(texts)]}], "tokenizer": {"type": "byte"}, "cache_dir": str(tmp_path / "cache")}
+    path = write_config(tmp_path / "one.yaml", options(data=data | {"val_fraction": 0.3}, steps=3))
+    assert command("-m", "training.train", "--config", str(path)).returncode == 0
+    (texts / "0.txt").write_text("something else " * 40)
+    done = command("-m", "training.evaluate", "--run", str(tmp_path / "runs/small"))
+    assert done.returncode == 2
+    assert "its text has changed since" in done.stderr
