@@ -27,8 +27,13 @@ def perturbed(model: GPT) -> GPT:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"n_layer": 12}, {"tie_head": False}, {"blocks": [{"ffn": {"type": "mlp", "hidden": 48, "activation": "gelu"}}]}],
-    ids=["12 layers", "untied", "exact gelu"],
+    [
+        {"n_layer": 12},
+        {"tie_head": False},
+        {"norm_eps": 1e-3},
+        {"blocks": [{"ffn": {"type": "mlp", "hidden": 48, "activation": "gelu"}}]},
+    ],
+    ids=["12 layers", "untied", "large epsilon", "exact gelu"],
 )
 def test_a_dense_model_opens_as_plain_gpt2_with_equal_logits(tmp_path, changes):
     transformers = pytest.importorskip("transformers")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from itertools import product
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
-from training.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
+from training.config import FeedForward, Mixer, ModelConfig
 from training.model import FEED_FORWARDS, GPT, MIXERS
 from training.model.layers import rotary_table
 from training.model.sampling import sample
@@ -89,8 +90,9 @@ def test_what_is_asked_for_is_what_answers(block):
 
 
 def test_the_registries_cover_the_unions():
-    assert set(MIXERS) == {AttentionConfig}
-    assert set(FEED_FORWARDS) == {MLPConfig, MoEConfig}
+    tagged, _ = get_args(FeedForward)
+    assert set(FEED_FORWARDS) == {get_args(variant)[0] for variant in get_args(tagged)}
+    assert set(MIXERS) == {Mixer}
 
 
 def test_masked_targets_do_not_count():
@@ -143,6 +145,9 @@ def test_initial_deviations_are_gpt2s():
     assert moe.experts.up.std().item() == pytest.approx(0.02, rel=0.05)
     assert moe.experts.down.std().item() == pytest.approx(0.02 / 4, rel=0.05)
     assert model.blocks[0].mixer.out.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+    mlp = build("gated", n_embd=128, n_layer=8).blocks[0].ffn
+    assert mlp.up.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert mlp.down.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
 
 
 def test_counts_of_gpt2_124m():

@@ -93,16 +93,17 @@ def test_orthogonalize_keeps_directions_and_evens_out_singular_values(shape):
     torch.testing.assert_close(ours, torch.diag_embed(diagonal), rtol=0, atol=1e-3)
 
 
-def test_muon_is_momentum_orthogonalized_and_scaled():
-    p = nn.Parameter(torch.randn(8, 4, generator=torch.Generator().manual_seed(0)))
-    expected, average = p.detach().clone(), torch.zeros(8, 4)
+@pytest.mark.parametrize(("shape", "scale"), [((8, 4), math.sqrt(2)), ((4, 8), 1.0)], ids=["tall", "wide"])
+def test_muon_is_momentum_orthogonalized_and_scaled(shape, scale):
+    p = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    expected, average = p.detach().clone(), torch.zeros(shape)
     optimizer = Muon([p], lr=0.1, momentum=0.9, weight_decay=0.2, ns_steps=5, dtype=torch.float32)
     for t in (1, 2):
-        p.grad = torch.randn(8, 4, generator=torch.Generator().manual_seed(t))
+        p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(t))
         average = 0.9 * average + 0.1 * p.grad
         nesterov = 0.1 * p.grad + 0.9 * average
         update = orthogonalize(nesterov[None], 5, torch.float32)[0]
-        expected = expected * (1 - 0.1 * 0.2) - 0.1 * math.sqrt(8 / 4) * update
+        expected = expected * (1 - 0.1 * 0.2) - 0.1 * scale * update
         optimizer.step()
         torch.testing.assert_close(p.data, expected, rtol=1e-5, atol=1e-6)
 
