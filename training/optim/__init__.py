@@ -97,7 +97,8 @@ class Optimizer:
         """The inverse of `state_dict`. Raises KeyError where it is not the state of these parameters and optimizers."""
         owners = {self._names[p]: (part, p) for part in self.parts for g in part.param_groups for p in g["params"]}
         expected = {f"{name}/{what}" for name, (part, _) in owners.items() for what in STATE[type(part)]}
-        if strange := sorted(expected ^ tensors.keys()):
+        # Empty: no step was taken yet, every one overflowed in fp16.
+        if tensors and (strange := sorted(expected ^ tensors.keys())):
             raise KeyError(f"optimizer state {strange[0]}")
         for key, tensor in tensors.items():
             name, _, what = key.rpartition("/")
