@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -231,6 +232,12 @@ def write_model(run: Run, folder: Path) -> None:
         raise UserError(f"{folder}: the model could not be written: {error}") from error
 
 
+def command(name: str) -> str:
+    """How to call a program of this environment from here: as .venv/bin/NAME where it is below this folder."""
+    path = Path(sys.executable).with_name(name)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else name
+
+
 def finish(run: Run) -> None:
     """Leave the final model, summary.json and report.html, and close the logs with the summary."""
     if not run.world.main:
@@ -252,9 +259,9 @@ def finish(run: Run) -> None:
         "active_parameters": active,
         "model_dir": str(folder / "model"),
         "next": [
-            shlex.join(["python", "-m", "training.generate", "--run", str(folder), "--prompt", prompt]),
-            shlex.join(["python", "-m", "training.evaluate", "--run", str(folder)]),
-            shlex.join(["tensorboard", "--logdir", str(folder)]),
+            shlex.join([command("python"), "-m", "training.generate", "--run", str(folder), "--prompt", prompt]),
+            shlex.join([command("python"), "-m", "training.evaluate", "--run", str(folder)]),
+            shlex.join([command("tensorboard"), "--logdir", str(folder)]),
         ],
     }
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
