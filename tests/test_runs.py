@@ -245,7 +245,8 @@ def test_sigterm_and_kill_9_to_the_real_command_lose_nothing(options, tmp_path, 
         )  # fmt: skip
         wait_for_rows(folder / "metrics.jsonl", at_least, process)
         process.send_signal(number)
-        process.communicate()
+        printed, _ = process.communicate()
+        assert ("stopped by SIGTERM, saved after step" in printed) == (number == signal.SIGTERM)
         assert process.returncode == (128 + number if number == signal.SIGTERM else -number)
     done = command("-m", "training.train", "--config", str(path))
     assert done.returncode == 0, done.stderr

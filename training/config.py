@@ -387,7 +387,7 @@ class Config(Section):
         if self.schedule.warmup_steps >= self.steps:
             yield "schedule.warmup_steps", f"{self.schedule.warmup_steps} is not below steps {self.steps}"
         decay = getattr(self.schedule, "decay_steps", 0)
-        if decay and self.schedule.warmup_steps + decay > self.steps:
+        if decay and self.schedule.warmup_steps < self.steps < self.schedule.warmup_steps + decay:
             yield (
                 "schedule.decay_steps",
                 f"warm-up {self.schedule.warmup_steps} and decay {decay} are longer than steps {self.steps}",

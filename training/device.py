@@ -65,7 +65,8 @@ def describe(device: torch.device) -> str:
     if device.type == "mps":
         return f"MPS ({platform.processor() or platform.machine()})"
     name = _cpu_fields().get("model name") or platform.processor() or platform.machine()
-    return f"CPU, {torch.get_num_threads()} threads ({name})"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''} ({name})"
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

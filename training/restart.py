@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from signal import Signals
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
@@ -17,6 +18,9 @@ from training import checkpoint, cli
 from training.checkpoint import Checkpoint
 from training.config import MAY_CHANGE, Config
 from training.errors import UserError
+
+if TYPE_CHECKING:
+    from training.run import Run
 
 
 def folder_of(config: Config) -> Path:
@@ -83,6 +87,12 @@ def refuse_another(config: Config, fingerprint: str) -> None:
         refuse_changes(config, fingerprint, {"config": cli.load(kept).model_dump(mode="json"), "data": fingerprint})
 
 
+def stopped(run: Run, number: int) -> None:
+    """Say that a signal ended the run, and how it goes on."""
+    if run.world.main:
+        print(f"stopped by {Signals(number).name}, saved after step {run.step}; the same command goes on", flush=True)
+
+
 def refuse_changes(config: Config, fingerprint: str, state: dict) -> None:
     """Raise UserError, listing them, where options or data that a restart may not change have changed."""
     was, now = dict(_leaves(state["config"])), dict(_leaves(config.model_dump(mode="json")))
@@ -96,7 +106,7 @@ def refuse_changes(config: Config, fingerprint: str, state: dict) -> None:
     if changed:
         raise UserError(
             f"{folder_of(config)} holds a run with other options: {'; '.join(changed)}; "
-            "choose another --name, or --resume never to start over"
+            "choose another --name (with --resume to begin with this one's checkpoint), or --resume never to start over"
         )
 
 
@@ -132,5 +142,5 @@ def _checkpoint_at(path: Path, warn: Callable[[str], None]) -> Path:
     if (path / "checkpoints").is_dir():
         path = checkpoint.newest(path / "checkpoints", warn) or path
     if not (path / checkpoint.MANIFEST).is_file():
-        raise UserError(f"--resume {path}: no checkpoint and no run with one; see ls runs/*/checkpoints")
+        raise UserError(f"--resume {path}: neither auto, never, a checkpoint nor a run with one")
     return path

@@ -244,7 +244,7 @@ def finish(run: Run) -> None:
         return
     folder, row = run.folder, run.last_row
     total, active = run.model.n_parameters()
-    prompt = (*run.config.eval.prompts, "The ")[0]
+    prompt = (*run.config.eval.prompts, "The ")[0].rstrip("\n")
     write_model(run, folder / "model")
     summary = {
         "steps": run.step,

@@ -43,15 +43,15 @@ def train(config: Config, *, resume: str = "auto") -> int:
     from training.device import pick
     from training.distributed import join
     from training.loop import Watch, record, train_step
-    from training.restart import lock
+    from training.restart import lock, stopped
     from training.run import begin, finish
 
     with ExitStack() as at_end:
         world = join(pick(config.parallel.device))
         at_end.callback(world.leave)
+        dataset = prepare(config.data, quiet=not world.main)  # 1. load and preprocess the dataset
         if world.main:
             at_end.enter_context(lock(config))
-        dataset = prepare(config.data, quiet=not world.main)  # 1. load and preprocess the dataset
         run = begin(config, dataset, world, resume)  # 2. initialize, or restore, model and optimizer
         at_end.callback(run.close)
         watch = Watch(run)
@@ -63,6 +63,8 @@ def train(config: Config, *, resume: str = "auto") -> int:
             if due.log:
                 record(run, due)
             if due.signal:
+                run.close()
+                stopped(run, due.signal)
                 return 128 + due.signal
         finish(run)  # 5. save the final model and metrics
         return 0

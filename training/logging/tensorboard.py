@@ -25,7 +25,7 @@ class TensorBoardSink:
     """Writes events below `run.dir / "tensorboard"`; `tensorboard --logdir` on the folder of runs compares them."""
 
     def __init__(self, run: Run, histogram_every: int) -> None:
-        self.histogram_every = histogram_every
+        self.histogram_every, self.steps = histogram_every, run.steps
         self.path = run.dir / "tensorboard"
         first = run.start_step + 1
         with writing(self.path):
@@ -41,7 +41,7 @@ class TensorBoardSink:
         for row in rows:
             for tag, value in scalars(row).items():
                 self.writer.add_scalar(tag, value, row["step"])
-            if row.get("expert_load") and row["step"] % self.histogram_every == 0:
+            if row.get("expert_load") and (row["step"] % self.histogram_every == 0 or row["step"] == self.steps):
                 self._expert_load(row["expert_load"], row["step"])
             if row.get("samples"):
                 text = "\n\n---\n".join(fenced(printable(s["prompt"] + s["text"])) for s in row["samples"])
