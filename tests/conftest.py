@@ -14,6 +14,8 @@ import torch
 
 from training import cli
 from training.config import Config
+from training.restart import folder_of
+from training.train import train
 
 ROOT = Path(__file__).parent.parent
 MOE = {"type": "moe", "n_experts": 4, "hidden": 32}
@@ -62,6 +64,18 @@ def options(tmp_path, cache):
 def config(options):
     """The small run's configuration."""
     return lambda **changes: Config.model_validate(options(**changes))
+
+
+@pytest.fixture
+def run(config):
+    """Train the small run with some options changed; returns its folder."""
+
+    def go(resume="auto", **changes) -> Path:
+        made = config(**changes)
+        assert train(made, resume=resume) == 0
+        return folder_of(made)
+
+    return go
 
 
 def command(*arguments: str, **kwargs) -> subprocess.CompletedProcess:

@@ -13,20 +13,8 @@ from conftest import ROOT, command, environment, rows, tensors, write_config
 
 from training import checkpoint, loop
 from training.errors import UserError
-from training.restart import folder_of, lock
+from training.restart import lock
 from training.train import train
-
-
-@pytest.fixture
-def run(config):
-    """Train the small run with some options changed; returns its folder."""
-
-    def go(resume="auto", **changes) -> Path:
-        made = config(**changes)
-        assert train(made, resume=resume) == 0
-        return folder_of(made)
-
-    return go
 
 
 def names(folder: Path) -> list[str]:

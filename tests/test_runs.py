@@ -15,25 +15,8 @@ from conftest import ROOT, command, environment, rows, tensors, write_config
 
 from training.config import Config
 from training.errors import UserError
+from training.restart import folder_of
 from training.train import train
-
-
-@pytest.fixture
-def run(config):
-    """Train the small run with some options changed; returns its folder."""
-
-    def go(resume="auto", **changes):
-        made = config(**changes)
-        assert train(made, resume=resume) == 0
-        return restart_folder(made)
-
-    return go
-
-
-def restart_folder(config: Config):
-    from training.restart import folder_of
-
-    return folder_of(config)
 
 
 def names_in(folder) -> set[str]:
@@ -87,10 +70,10 @@ def test_resuming_is_the_run_that_never_stopped(run, config, optimizer, monkeypa
     stop_after(monkeypatch, step=5)
     assert train(stopped) == 128 + signal.SIGTERM
     monkeypatch.undo()
-    assert len(rows(restart_folder(stopped))) == 5
+    assert len(rows(folder_of(stopped))) == 5
     assert train(stopped) == 0
-    assert tensors(restart_folder(stopped), 8) == tensors(through, 8)
-    assert rows(restart_folder(stopped)) == rows(through)
+    assert tensors(folder_of(stopped), 8) == tensors(through, 8)
+    assert rows(folder_of(stopped)) == rows(through)
 
 
 def stop_after(monkeypatch, step: int) -> None:
@@ -124,8 +107,8 @@ def test_rows_after_the_checkpoint_are_not_written_twice(run, config, monkeypatc
         train(killed)
     monkeypatch.undo()
     assert train(killed) == 0
-    assert rows(restart_folder(killed)) == rows(through)
-    assert tensors(restart_folder(killed), 8) == tensors(through, 8)
+    assert rows(folder_of(killed)) == rows(through)
+    assert tensors(folder_of(killed), 8) == tensors(through, 8)
 
 
 def test_how_often_a_run_is_evaluated_saved_and_logged_changes_no_bit(run):

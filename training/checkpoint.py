@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from training.errors import UserError
-from training.files import sync
+from training.files import whole_folder
 
 MANIFEST = "manifest.json"
 
@@ -40,24 +40,17 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     target = folder / f"step-{checkpoint.state['step']:08d}"
     if target.exists():
         return target
-    temporary = folder / f".{target.name}.tmp"
     try:
         for leftover in folder.glob(".step-*"):  # of a save or a removal that was killed
             shutil.rmtree(leftover)
-        temporary.mkdir(parents=True)
-        save_file(checkpoint.model, temporary / "model.safetensors")
-        save_file(checkpoint.optimizer, temporary / "optimizer.safetensors")
-        (temporary / "state.json").write_text(json.dumps(checkpoint.state, indent=1))
-        files = sorted(temporary.iterdir())
-        manifest = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in files}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in [*files, temporary / MANIFEST, temporary]:
-            path.chmod(path.stat().st_mode | 0o444)  # safetensors writes for the owner alone
-            sync(path)
-        temporary.rename(target)
-        sync(folder)
+        with whole_folder(target) as partial:
+            save_file(checkpoint.model, partial / "model.safetensors")
+            save_file(checkpoint.optimizer, partial / "optimizer.safetensors")
+            (partial / "state.json").write_text(json.dumps(checkpoint.state, indent=1))
+            files = sorted(partial.iterdir())
+            manifest = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in files}
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{target}: the checkpoint could not be saved: {error}") from error
     return target
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,26 @@ def write_atomically(path: Path, text: str) -> None:
             partial.unlink(missing_ok=True)
             raise
         sync(path.parent)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A new folder to fill, which gets the name `target` once all in it is durable; removed where that fails."""
+    partial = target.with_name(f".{target.name}.tmp")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in [*sorted(partial.iterdir()), partial]:
+            path.chmod(path.stat().st_mode | 0o444)  # safetensors writes for the owner alone
+            sync(path)
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+        sync(target.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def sync(path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from training.data import Dataset
 from training.data.loader import Batches
 from training.distributed import World
 from training.errors import UserError
-from training.files import sync, write_atomically
+from training.files import whole_folder, write_atomically
 from training.kernels import choose
 from training.logging.report import write_report
 from training.metrics import Metrics
@@ -216,18 +215,11 @@ def header(run: Run) -> dict[str, str]:
 
 def write_model(run: Run, folder: Path) -> None:
     """The final model and its tokenizer, whole or not at all. Raises UserError where the disk refuses."""
-    partial = folder.with_name(f".{folder.name}.tmp")
     tokenizer = run.dataset.tokenizer
     try:
-        for old in (partial, folder):
-            if old.exists():
-                shutil.rmtree(old)
-        convert.write(partial, run.model.state_dict(), run.config.model, tokenizer.end_of_text)
-        tokenizer.save(partial)
-        for path in [*partial.iterdir(), partial]:
-            path.chmod(path.stat().st_mode | 0o444)  # safetensors writes for the owner alone
-            sync(path)
-        partial.rename(folder)
+        with whole_folder(folder) as partial:
+            convert.write(partial, run.model.state_dict(), run.config.model, tokenizer.end_of_text)
+            tokenizer.save(partial)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: the model could not be written: {error}") from error
 
