@@ -11,56 +11,59 @@ A dict beside the implementations says which code answers for which variant.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
-
-def option(default: Any, doc: str, *, unit: str | None = None, **limits: Any) -> Any:
-    """One option: its default, what it does in a line, its unit, its limits (`ge`, `gt`, `le`, ...)."""
-    return Field(default, description=doc, json_schema_extra={"unit": unit} if unit else None, **limits)
-
-
-class Section(BaseModel):
-    """A group of options: frozen, no unknown keys, no silent conversion of types."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    def rules(self) -> Iterator[tuple[str, str]]:
-        """Yield (option below this section, what is wrong with it) for rules between options."""
-        yield from ()
-
-    @model_validator(mode="after")
-    def _check_rules(self, info: ValidationInfo) -> Section:
-        # Who passes a context runs `rules` afterwards: raised here, a section's would hide those of the sections above.
-        if info.context is None and (problems := list(self.rules())):
-            text = "; ".join(f"{path}: {message}" for path, message in problems)
-            raise PydanticCustomError("rules", "{text}", {"text": text, "problems": problems})
-        return self
-
-
-def one_of(*variants: type[Section]) -> Any:
-    """A union told apart by `type:`; where that is left out, the first variant is meant."""
-    names = [variant.model_fields["type"].default for variant in variants]
-
-    def name_of(value: Any) -> Any:
-        return value.get("type", names[0]) if isinstance(value, dict) else getattr(value, "type", None)
-
-    tagged = tuple(Annotated[variant, Tag(name)] for variant, name in zip(variants, names, strict=True))
-    return Annotated[Union[tagged], Discriminator(name_of)]  # noqa: UP007 (a tuple of types)
-
+from training.section import Section, one_of, option
 
 # --- model -----------------------------------------------------------------------------------------
 
 Activation = Literal["gelu_tanh", "gelu", "relu2", "silu"]
 
 
-class AttentionConfig(Section):
-    """Causal multi-head self-attention."""
+class MixerConfig(Section):
+    """What every kind of attention has."""
+
+    head_dim: int | None = option(None, "width of a head; null: n_embd / n_head", unit="channels", ge=1)
+    window: int | None = option(None, "tokens seen, a token itself included; null: all before", unit="tokens", ge=1)
+
+    def rules_in(self, model: ModelConfig) -> Iterator[tuple[str, str]]:  # noqa: ARG002 (one signature)
+        """As `rules`, between this mixer and the model that it is in."""
+        yield from ()
+
+
+class AttentionConfig(MixerConfig):
+    """Causal self-attention: multi-head, grouped-query (arXiv:2305.13245) or multi-query (arXiv:1911.02150)."""
 
     type: Literal["attention"] = "attention"
+    n_kv_head: int | None = option(
+        None, "heads of keys and values, shared by queries; null: n_head; 1: multi-query", unit="heads", ge=1
+    )
+    softcap: float | None = option(None, "bound scores smoothly: softcap x tanh(score / softcap)", gt=0)
     qk_norm: bool = option(False, "normalise each head's queries and keys (RMSNorm) before their product")
+    rope: bool = option(True, "turn queries and keys by their positions, where model.position is rope")
+
+    def rules_in(self, model: ModelConfig) -> Iterator[tuple[str, str]]:
+        width = self.head_dim or model.n_embd // model.n_head
+        if self.rope and model.position == "rope" and width % 2:
+            yield "head_dim", f"rope needs an even head width, not {width}"
+        if self.n_kv_head is not None and model.n_head % self.n_kv_head:
+            yield "n_kv_head", f"{self.n_kv_head} do not divide n_head {model.n_head}"
+
+
+class LatentConfig(MixerConfig):
+    """Multi-head latent attention (MLA, arXiv:2405.04434): keys and values from one short vector a token."""
+
+    type: Literal["latent"] = "latent"
+    kv_rank: int = option(512, "width of the vector that keys and values are made of", unit="channels", ge=1)
+    q_rank: int | None = option(None, "width that queries are squeezed through; null: not", unit="channels", ge=1)
+    rope_dim: int = option(64, "further width of a head, turned by position, its key shared", unit="channels", ge=2)
+    value_dim: int | None = option(None, "width of a head's values; null: head_dim", unit="channels", ge=1)
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        if self.rope_dim % 2:
+            yield "rope_dim", f"rotary positions need an even width, not {self.rope_dim}"
 
 
 class MLPConfig(Section):
@@ -94,7 +97,7 @@ class MoEConfig(Section):
             yield "top_k", f"{self.top_k} is more than n_experts {self.n_experts}"
 
 
-Mixer = AttentionConfig
+Mixer = one_of(AttentionConfig, LatentConfig)
 FeedForward = one_of(MLPConfig, MoEConfig)
 
 
@@ -116,21 +119,24 @@ class ModelConfig(Section):
     vocab_size: int | None = option(
         None, "rows of the embedding; null: the tokenizer's size rounded up to a multiple of 64", unit="tokens", ge=2
     )
-    position: Literal["learned", "rope"] = option("learned", "learned table (GPT-2) or rotary embedding")
+    position: Literal["learned", "rope", "none"] = option("learned", "learned table (GPT-2), rotary embedding or none")
     rope_theta: float = option(10000.0, "base of the rotary frequencies, where position is rope", gt=0)
     norm: Literal["layernorm", "rmsnorm"] = option("layernorm", "normalisation before each sub-layer and the head")
     norm_eps: float = option(1e-5, "epsilon of the normalisation", gt=0)
     bias: bool = option(True, "biases in linear layers and LayerNorm")
     tie_head: bool = option(True, "use the token embedding as the output projection")
+    logit_softcap: float | None = option(None, "bound logits smoothly: softcap x tanh(logit / softcap)", gt=0)
+    isolate_documents: bool = option(False, "documents in a sample do not see each other; positions restart in each")
     blocks: Annotated[tuple[BlockConfig, ...], Field(strict=False)] = option(
         (BlockConfig(),), "pattern of blocks, repeated until there are n_layer", min_length=1
     )
 
     def rules(self) -> Iterator[tuple[str, str]]:
-        if self.n_embd % self.n_head:
+        if self.n_embd % self.n_head and any(block.mixer.head_dim is None for block in self.blocks):
             yield "n_head", f"{self.n_head} heads do not divide n_embd {self.n_embd}"
-        elif self.position == "rope" and (self.n_embd // self.n_head) % 2:
-            yield "n_head", f"rope needs an even head width, not {self.n_embd // self.n_head}"
+        for i, block in enumerate(self.blocks):
+            for name, problem in block.mixer.rules_in(self):
+                yield f"blocks.{i}.mixer.{name}", problem
         period = sum(block.repeat for block in self.blocks)
         if period > self.n_layer:
             yield "blocks", f"the pattern is {period} layers long, more than n_layer {self.n_layer}"
@@ -369,6 +375,9 @@ class Config(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto", "type of the matrix products; auto: bf16 where the device has units for it, else fp32"
     )
+    init_from: str | None = option(
+        None, "weights and sizes to begin with: a Hugging Face folder, or a name on the hub", min_length=1
+    )
     model: ModelConfig = option(ModelConfig(), "the network")
     data: DataConfig = option(..., "what it reads")
     optim: Optim = option(AdamWConfig(), "the optimizer")
@@ -379,7 +388,8 @@ class Config(Section):
     logging: LoggingConfig = option(LoggingConfig(), "how it is watched")
 
     def rules(self) -> Iterator[tuple[str, str]]:
-        if self.batch_tokens % self.model.n_positions:
+        borrowed = self.init_from is not None and "n_positions" not in self.model.model_fields_set
+        if not borrowed and self.batch_tokens % self.model.n_positions:
             yield (
                 "batch_tokens",
                 f"{self.batch_tokens} is not a multiple of model.n_positions {self.model.n_positions}",
