@@ -62,7 +62,7 @@ def test_an_evaluation_is_the_cross_entropy_of_windows_spread_evenly(begun, n_wi
     found = evaluate(
         run.model,
         run.val_batches,
-        run.dataset.tokenizer.token_bytes,
+        run.dataset.tokenizer,
         None if n_windows is None else 32 * n_windows + 31,
         micro_batch=3,
         world=run.world,

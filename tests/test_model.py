@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from training.config import FeedForward, Mixer, ModelConfig
+from training.kernels import ATTENTION
+from training.kernels.attention import Seen, documents, why_not
 from training.model import FEED_FORWARDS, GPT, MIXERS
+from training.model.attention import Place
 from training.model.layers import rotary_table
 from training.model.sampling import sample
 
@@ -21,17 +24,27 @@ BLOCKS = {
     "moe": {"ffn": {"type": "moe", "n_experts": 4, "hidden": 24}},
     "gated moe": {"ffn": {"type": "moe", "n_experts": 4, "hidden": 24, "gated": True, "activation": "relu2"}},
     "qk_norm": {"mixer": {"qk_norm": True}},
+    "grouped-query": {"mixer": {"n_kv_head": 2, "head_dim": 6}},
+    "multi-query": {"mixer": {"n_kv_head": 1, "softcap": 2.0}},
+    "unrotated": {"mixer": {"rope": False}},
+    "latent": {"mixer": {"type": "latent", "kv_rank": 6, "rope_dim": 4}},
+    "squeezed latent": {"mixer": {"type": "latent", "kv_rank": 6, "q_rank": 5, "rope_dim": 2, "value_dim": 7}},
+}
+WINDOWS = {
+    "window": {"mixer": {"window": 5}},
+    "latent window": {"mixer": {"type": "latent", "kv_rank": 6, "rope_dim": 4, "window": 5}},
 }
 STYLES = {
     "gpt2": {},
     "modern": {"position": "rope", "norm": "rmsnorm", "bias": False, "tie_head": False},
+    "capped": {"position": "none", "logit_softcap": 3.0},
 }
 CASES = list(product(BLOCKS, STYLES))
 
 
 def build(block="mlp", style="gpt2", seed=0, **changes):
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 12, "vocab_size": 64}
-    options = sizes | STYLES[style] | {"blocks": [BLOCKS[block]]} | changes
+    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 12, "vocab_size": 64}
+    options = sizes | STYLES[style] | {"blocks": [(BLOCKS | WINDOWS)[block]]} | changes
     return GPT(ModelConfig.model_validate(options)).init_weights(seed)
 
 
@@ -48,6 +61,80 @@ def test_a_token_is_seen_by_itself_and_later_ones_only(block, style):
         (grad,) = torch.autograd.grad(model.logits(x)[0, t].square().sum(), embedded)
         seen = grad[0].abs().sum(dim=1) > 0
         assert seen.tolist() == [s <= t for s in range(12)]
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("block", WINDOWS)
+def test_a_window_reaches_exactly_its_tokens(block, style):
+    model, x = build(block, style, n_layer=1), tokens(batch=1)
+    embedded = model.wte(x).detach().requires_grad_()
+    model.wte.forward = lambda _: embedded
+    for t in range(12):
+        (grad,) = torch.autograd.grad(model.logits(x)[0, t].square().sum(), embedded)
+        seen = grad[0].abs().sum(dim=1) > 0
+        assert seen.tolist() == [t - 5 < s <= t for s in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("block", "style", "kernel"),
+    [
+        (block, style, name)
+        for block, style, name in product(BLOCKS | WINDOWS, STYLES, ATTENTION)
+        if not why_not(name, build(block, style).blocks[0].mixer.call, True, torch.device("cpu"), torch.float32)
+    ],
+)
+def test_packed_documents_are_computed_as_if_alone(block, style, kernel):
+    model, x = build(block, style), tokens(batch=2)
+    model.attention = ATTENTION[kernel]
+    x[x == 0] = 1
+    borders = [(4, 9), (1, 2)]
+    for row, places in enumerate(borders):
+        x[row, list(places)] = 0
+    packed = model.logits(x, documents=documents(x, 0))
+    for row, (a, b) in enumerate(borders):
+        alone = [model.logits(part[None])[0] for part in x[row].tensor_split([a, b])]
+        torch.testing.assert_close(packed[row], torch.cat(alone), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(packed, model.logits(x), rtol=1e-2, atol=1e-3)
+
+
+def test_a_loss_over_documents_apart_is_that_of_their_logits():
+    model, x = build(), tokens()
+    apart = documents(x, int(x[0, 5]))
+    _, metrics = model(x, x.roll(-1, 1), 24, apart)
+    log_p = model.logits(x, documents=apart).log_softmax(-1)
+    expected = -log_p.gather(2, x.roll(-1, 1)[..., None]).sum()
+    torch.testing.assert_close(metrics["loss_sum"], expected.detach())
+
+
+@pytest.mark.parametrize(("block", "style"), [*CASES, *product(WINDOWS, STYLES)])
+def test_padding_before_a_sample_changes_nothing(block, style):
+    model, x = build(block, style), tokens(batch=3, length=9)
+    n_padding = torch.tensor([2, 0, 5])
+    cache = model.new_cache(n_padding)
+    together = torch.cat([model.logits(part, cache) for part in x.split([6, 1, 2], dim=1)], dim=1)
+    for row, n in enumerate(n_padding):
+        torch.testing.assert_close(together[row, n:], model.logits(x[row : row + 1, n:])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_cache_keeps_the_samples_it_is_told_to():
+    model, x = build("latent", "modern"), tokens(batch=3)
+    cache = model.new_cache(torch.tensor([1, 0, 2]))
+    model.logits(x[:, :8], cache)
+    rows = torch.tensor([2, 0, 2, 1])
+    cache.select(rows)
+    again = model.new_cache(torch.tensor([2, 1, 2, 0]))
+    expected = model.logits(x[rows], again)[:, 8:]
+    torch.testing.assert_close(model.logits(x[rows, 8:], cache), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_logits_are_bounded_by_their_soft_cap_and_otherwise_in_order():
+    model, x = build(style="capped"), tokens()
+    model.wte.weight.data *= 100
+    capped = model.logits(x)
+    model.config = model.config.model_copy(update={"logit_softcap": None})
+    plain = model.logits(x)
+    assert plain.abs().max() > 6 > 3 >= capped.abs().max()
+    torch.testing.assert_close(capped, 3 * torch.tanh(plain / 3))
 
 
 @pytest.mark.parametrize(("block", "style"), CASES)
@@ -82,6 +169,11 @@ def test_samples_of_a_batch_do_not_see_each_other(block, style):
         torch.testing.assert_close(model.logits(x[row : row + 1])[0], together[row], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("block", "style"), list(product(WINDOWS, STYLES)))
+def test_a_cache_changes_nothing_in_a_window(block, style):
+    test_a_cache_changes_nothing(block, style)
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_what_is_asked_for_is_what_answers(block):
     section = ModelConfig.model_validate({"blocks": [BLOCKS[block]]}).blocks[0]
@@ -90,9 +182,11 @@ def test_what_is_asked_for_is_what_answers(block):
 
 
 def test_the_registries_cover_the_unions():
-    tagged, _ = get_args(FeedForward)
-    assert set(FEED_FORWARDS) == {get_args(variant)[0] for variant in get_args(tagged)}
-    assert set(MIXERS) == {Mixer}
+    for union, registry in ((FeedForward, FEED_FORWARDS), (Mixer, MIXERS)):
+        tagged, _ = get_args(union)
+        assert set(registry) == {get_args(variant)[0] for variant in get_args(tagged)}
+    tried = {type(ModelConfig.model_validate({"blocks": [block]}).blocks[0].mixer) for block in BLOCKS.values()}
+    assert tried == set(MIXERS)
 
 
 def test_masked_targets_do_not_count():
@@ -112,12 +206,19 @@ def test_more_tokens_than_positions_are_refused_with_the_numbers():
         build().logits(tokens(length=13))
 
 
-def test_rotary_positions_are_relative():
-    attention = build("mlp", "modern").blocks[0].mixer
-    h = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(3))
-    here, there = (attention(h, rotary_table(start, 6, 8, 10000.0, h.device), None) for start in (0, 5))
+@pytest.mark.parametrize("block", ["mlp", "latent"])
+def test_rotary_positions_are_relative(block):
+    mixer = build(block, "modern").blocks[0].mixer
+    h = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(3))
+    backend = ATTENTION["reference"]
+    mask = backend.mask(Seen(6, 6, h.device))
+
+    def at(start):
+        return Place(rotary_table(torch.arange(start, start + 6), mixer.rotary_dim, 10000.0), mask, backend)
+
+    here, there = (mixer(h, at(start), None) for start in (0, 5))
     torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-6)
-    assert not torch.allclose(here, attention(h, None, None), rtol=1e-3)
+    assert not torch.allclose(here, mixer(h, Place(None, mask, backend), None), rtol=1e-3)
 
 
 @pytest.mark.parametrize(("block", "style"), CASES)
@@ -161,7 +262,7 @@ def test_active_parameters_are_those_of_a_dense_model_with_top_k_experts():
     moe = {"type": "moe", "n_experts": 8, "top_k": 2, "hidden": 32}
     sparse = build(blocks=[{"ffn": moe}])
     dense = build(blocks=[{"ffn": {"type": "moe", "n_experts": 2, "top_k": 2, "hidden": 32}}])
-    routers = 2 * 16 * (8 - 2)
+    routers = 2 * 32 * (8 - 2)
     assert sparse.n_parameters()[1] == dense.n_parameters()[0] + routers
     assert sparse.flops_per_token() == dense.flops_per_token() + 6 * routers
 

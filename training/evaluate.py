@@ -57,7 +57,7 @@ def evaluated(asked: argparse.Namespace) -> str:
         split = dataset.val
     batches = Batches(split, n_positions=config.model.n_positions, seed=None)
     world = World(0, 1, model.wte.weight.device)
-    found = evaluate(model, batches, tokenizer.token_bytes, None, asked.micro_batch, world)
+    found = evaluate(model, batches, tokenizer, None, asked.micro_batch, world)
     return (
         f"step {step}: loss {found['val_loss']:.4f}, perplexity {found['val_perplexity']:.2f}, "
         f"{found['val_bits_per_byte']:.4f} bits/byte over {split.n_tokens:,} tokens, {split.n_bytes:,} bytes"

@@ -19,6 +19,7 @@ from training.data import Tokenizer
 from training.data.loader import Batches
 from training.distributed import World
 from training.errors import UserError
+from training.kernels.attention import Documents, documents
 from training.logging.report import write_report
 from training.model import GPT
 from training.model.sampling import prompt_ids, sample
@@ -75,6 +76,19 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def model_inputs(model: GPT, tokens_BT: np.ndarray, targets_BT: np.ndarray, end_of_text: int) -> dict[str, object]:
+    """What `model` is called with, on its device."""
+    device = model.wte.weight.device
+    inputs: dict[str, object] = {
+        "tokens_BT": to_device(tokens_BT, device),
+        "targets_BT": to_device(targets_BT, device),
+    }
+    if model.config.isolate_documents:  # found here: on the device, counting them would be waited for
+        found = documents(torch.from_numpy(tokens_BT), end_of_text)
+        inputs["documents"] = Documents(*(tensor.to(device, non_blocking=True) for tensor in found))
+    return inputs
+
+
 def train_step(run: Run) -> None:
     """One update from the global batch; its metrics go to `run.metrics`.
 
@@ -87,11 +101,12 @@ def train_step(run: Run) -> None:
     tokens_BT, targets_BT = run.batches.samples(run.step * n_samples + np.arange(mine.start, mine.stop))
     n_targets = world.sum_int(int((targets_BT >= 0).sum()))
 
+    end_of_text = run.dataset.tokenizer.end_of_text
     totals: dict[str, Tensor] = {}
     for first in range(0, len(mine), config.micro_batch):
         rows = slice(first, first + config.micro_batch)
-        inputs, targets = (to_device(array[rows], world.device) for array in (tokens_BT, targets_BT))
-        loss, metrics = run.model(inputs, targets, n_targets)
+        inputs = model_inputs(run.model, tokens_BT[rows], targets_BT[rows], end_of_text)
+        loss, metrics = run.model(**inputs, n_targets=n_targets)
         (loss if run.loss_scale is None else loss * run.loss_scale.scale).backward()
         totals = {name: totals[name] + value if totals else value for name, value in metrics.items()}
     parameters = [p for p in run.model.parameters() if p.grad is not None]
@@ -131,8 +146,8 @@ def record(run: Run, due: Due) -> None:
     refuse_nonfinite(run, rows)
     improved = False
     if due.evaluate:
-        val_tokens, token_bytes = run.config.eval.tokens, run.dataset.tokenizer.token_bytes
-        found = evaluate(run.model, run.val_batches, token_bytes, val_tokens, run.config.micro_batch, run.world)
+        val_tokens, tokenizer = run.config.eval.tokens, run.dataset.tokenizer
+        found = evaluate(run.model, run.val_batches, tokenizer, val_tokens, run.config.micro_batch, run.world)
         rows[-1] |= found
         refuse_nonfinite(run, rows)
         improved = run.best is None or found["val_loss"] < run.best["val_loss"]
@@ -167,7 +182,7 @@ def refuse_nonfinite(run: Run, rows: list[dict]) -> None:
 
 @torch.no_grad()
 def evaluate(
-    model: GPT, batches: Batches, token_bytes: np.ndarray, n_tokens: int | None, micro_batch: int, world: World
+    model: GPT, batches: Batches, tokenizer: Tokenizer, n_tokens: int | None, micro_batch: int, world: World
 ) -> dict[str, float]:
     """Cross-entropy alone over a fixed set: the same windows, spread evenly, whatever ranks and micro-batches.
 
@@ -182,10 +197,10 @@ def evaluate(
     mine = world.share(n_windows)
     for first in range(mine.start, mine.stop, micro_batch):
         tokens_BT, targets_BT = batches.samples(windows[first : min(first + micro_batch, mine.stop)])
-        _, metrics = model(to_device(tokens_BT, world.device), to_device(targets_BT, world.device), 1)
+        _, metrics = model(**model_inputs(model, tokens_BT, targets_BT, tokenizer.end_of_text), n_targets=1)
         loss_sums.append(metrics["loss_sum"])
         n_targets += int((targets_BT >= 0).sum())
-        n_bytes += int(token_bytes[targets_BT[targets_BT >= 0]].sum())
+        n_bytes += int(tokenizer.token_bytes[targets_BT[targets_BT >= 0]].sum())
     loss_sum = torch.stack(loss_sums).cpu().double().sum() if loss_sums else 0.0
     sums = torch.tensor([loss_sum, n_targets, n_bytes], dtype=torch.float64)
     world.sum_([sums])

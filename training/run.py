@@ -23,7 +23,7 @@ from training.files import whole_folder, write_atomically
 from training.kernels import choose
 from training.logging.report import write_report
 from training.metrics import Metrics
-from training.model import GPT, convert
+from training.model import GPT, convert, needs
 from training.optim import Optimizer
 
 
@@ -85,7 +85,7 @@ def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
     elif found is None:
         restart.refuse_another(config, dataset.fingerprint)
     dtype = devices.DTYPES[config.precision]
-    kernels, kernels_why = choose(config.parallel, config.model, device=world.device, dtype=dtype)
+    kernels, kernels_why = choose(config.parallel, needs(config.model), device=world.device, dtype=dtype)
     model = GPT(config.model, kernels, dtype).init_weights(config.seed).to(world.device)
     run = Run(
         config=config,

@@ -15,7 +15,7 @@ from training.config import Config, ParallelConfig
 from training.data import Tokenizer
 from training.errors import UserError
 from training.kernels import choose
-from training.model import GPT
+from training.model import GPT, needs
 
 
 class Trained(NamedTuple):
@@ -41,7 +41,7 @@ def load(run: str, asked_device: str = "auto") -> Trained:
     except ValidationError as error:
         raise UserError(f"{path}: its configuration is not one of this version: {error.errors()[0]['msg']}") from error
     device, dtype = devices.pick(asked_device), devices.DTYPES[config.precision]
-    kernels, _ = choose(ParallelConfig(), config.model, device=device, dtype=dtype)
+    kernels, _ = choose(ParallelConfig(), needs(config.model), device=device, dtype=dtype)
     model = GPT(config.model, kernels, dtype)
     model.load_state_dict(found.model)
     tokenizer = Tokenizer.load(path.parent.parent / "tokenizer")

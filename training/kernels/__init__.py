@@ -1,79 +1,129 @@
-"""The kernels: each file is a dict of functions of one signature, one of them a readable reference.
+"""The kernels: dicts of functions of one signature, one of them a readable reference.
 
-Which one is used is found by running it, forward and backward, on a tiny input of the run's type.
+Which one is used is found by running it, forward and backward, on a small input of the run's shapes, type
+and mask, and comparing it with the reference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from training.config import ModelConfig, ParallelConfig
+from training.config import ParallelConfig
 from training.errors import UserError
-from training.kernels.attention import ATTENTION
+from training.kernels.attention import ATTENTION, Backend, Call, Seen, documents, why_not
 from training.kernels.experts import EXPERTS
 from training.kernels.loss import LOSS
 
-__all__ = ["ATTENTION", "EXPERTS", "LOSS", "Kernels", "choose"]
+__all__ = ["ATTENTION", "EXPERTS", "LOSS", "Backend", "Call", "Kernels", "Needs", "choose"]
+
+# Largest relative error (in the Euclidean norm) that is rounding and nothing else.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 class Kernels(NamedTuple):
     """The functions a model computes with. The defaults run everywhere."""
 
-    attention: Callable[[Tensor, Tensor, Tensor], Tensor] = ATTENTION["sdpa"]
+    attention: Backend | None = None  # None: what does everything that the model asks for
     experts: Callable[[Tensor, Tensor, Tensor], Tensor] = EXPERTS["loop"]
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor] = LOSS["chunked"]
+    loss: Callable[..., Tensor] = LOSS["chunked"]
 
 
-def _failure(kernel: Callable[..., Tensor], differentiable: list[Tensor], *rest: Tensor) -> str | None:
-    """Run the kernel forward and backward; None if it worked, else the first line of what went wrong."""
-    try:
-        inputs = [x.requires_grad_() for x in differentiable]
-        y = kernel(*inputs, *rest)
-        finite = [y, *torch.autograd.grad(y, inputs, torch.ones_like(y))]
-        ok = all(bool(t.isfinite().all()) for t in finite)
-        return None if ok else "its result is not finite"
-    except (RuntimeError, AttributeError, NotImplementedError) as error:
-        return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+class Needs(NamedTuple):
+    """What a model asks of its kernels."""
+
+    attention: frozenset[Call]
+    experts: frozenset[tuple[int, int]]  # (inputs, outputs) of the experts' matrices
+    documents: bool  # packed documents do not see each other
+    n_positions: int
 
 
-def _first_that_runs(
-    name: str, config: ParallelConfig, kernels: dict, trials: list[list[Tensor]], *rest: Tensor
-) -> tuple[Callable[..., Tensor], str]:
-    """(kernel, its name and the reason) for the option parallel.`name`; it has to run all the trials."""
-    asked, refused = getattr(config, name), []
-    for candidate in kernels if asked == "auto" else [asked]:
-        kernel = kernels[candidate]
-        if config.compile:  # what runs as it is may not compile; tracing alone tells, and is quick
-            kernel = torch.compile(kernel, backend="aot_eager")
-        problems = [_failure(kernel, [x.clone() for x in trial], *rest) for trial in trials]
-        problem = next(filter(None, problems), None)
-        if problem is None:
-            reason = "; ".join(refused) or ("asked for" if asked != "auto" else "ran forward and backward")
-            return kernels[candidate], f"{candidate} ({reason})"
-        refused.append(f"{candidate} does not run here: {problem}")
-    raise UserError(f"parallel.{name}: {'; '.join(refused)}; use auto")
+class Trial(NamedTuple):
+    """One thing that a kernel has to do: `run` takes the kernel and inputs, and returns the result."""
+
+    run: Callable[..., Tensor]
+    inputs: list[Tensor]  # differentiable, float32
+    cannot: Callable[[str], str | None] = lambda _: None  # what is known without running
+
+    def outcome(self, kernel: Any, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        """The result and the gradients of all inputs, in float32."""
+        inputs = [x.to(device, dtype).requires_grad_() for x in self.inputs]
+        y = self.run(kernel, *inputs)
+        direction = torch.linspace(-1, 1, y.numel(), device=device, dtype=dtype).view_as(y)
+        return [x.detach().float() for x in (y, *torch.autograd.grad(y, inputs, direction))]
+
+    def problem(self, name: str, kernel: Any, reference: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Run the kernel beside the reference in float32; None if they agree, else in words why not."""
+        if cannot := self.cannot(name):
+            return cannot
+        try:
+            found = self.outcome(kernel, device, dtype)
+        except (RuntimeError, AttributeError, NotImplementedError, ImportError, TypeError, ValueError) as error:
+            said = str(error).splitlines() or [type(error).__name__]
+            return f"it does not run here: {said[0].rstrip('.')}"
+        rounded = self._replace(inputs=[x.to(dtype).float() for x in self.inputs])
+        expected = rounded.outcome(reference, device, torch.float32)
+        errors = [(x - y).norm() / (y.norm() + 1e-6) for x, y in zip(found, expected, strict=True)]
+        worst = float(torch.stack(errors).max())  # NaN where one is
+        return None if worst <= TOLERANCE[dtype] else f"it differs from the reference by {worst:.0e}"
+
+
+def _attention_trial(call: Call, needs: Needs, device: torch.device, dtype: torch.dtype, compiled: bool) -> Trial:
+    """A batch of two, each of two documents, with a window that bites."""
+    n_tokens = min(needs.n_positions, 128)
+    tokens_BT = torch.ones(2, n_tokens, dtype=torch.int64, device=device)
+    tokens_BT[0, n_tokens // 3] = tokens_BT[1, n_tokens // 2] = 0
+    window = None if call.window is None else max(1, min(call.window, n_tokens // 2))
+    seen = Seen(n_tokens, n_tokens, device, window, documents(tokens_BT, 0) if needs.documents else None)
+
+    def run(backend: Backend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        attend = torch.compile(backend.attend, backend="aot_eager") if compiled else backend.attend
+        return attend(q, k, v, backend.mask(seen), scale=call.scale, softcap=call.softcap)
+
+    heads = [(call.n_head, call.head_dim), (call.n_kv_head, call.head_dim), (call.n_kv_head, call.value_dim)]
+    inputs = [_random(2, n, n_tokens, width) for n, width in heads]
+    return Trial(run, inputs, lambda name: why_not(name, call, needs.documents, device, dtype))
+
+
+def _experts_trial(inputs: int, outputs: int, device: torch.device, compiled: bool) -> Trial:
+    count_E = torch.tensor([20, 12], device=device)
+
+    def run(kernel: Callable[..., Tensor], x_RI: Tensor, w_EOI: Tensor) -> Tensor:
+        return (torch.compile(kernel, backend="aot_eager") if compiled else kernel)(x_RI, w_EOI, count_E)
+
+    return Trial(run, [_random(32, inputs), _random(2, outputs, inputs)])
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 def choose(
-    config: ParallelConfig, model: ModelConfig, *, device: torch.device, dtype: torch.dtype
+    config: ParallelConfig, needs: Needs, *, device: torch.device, dtype: torch.dtype
 ) -> tuple[Kernels, dict[str, str]]:
-    """The kernels for this device, type and the model's widths, and for each the reason, in words.
+    """The kernels for this device, type and what the model asks for, and for each the reason, in words.
 
-    Raises UserError where the kernel that was asked for does not run.
+    With `compile` what runs has to compile as well; tracing alone tells, and is quick. Raises UserError where
+    the kernel that was asked for does not do it.
     """
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
-    qkv = [random(1, 2, 16, model.n_embd // model.n_head) for _ in range(3)]
-    attention, attention_why = _first_that_runs("attention", config, ATTENTION, [qkv])
-    hidden = {block.ffn.hidden or 4 * model.n_embd for block in model.blocks if block.ffn.type == "moe"}
-    widths = [pair for width in hidden for pair in ((model.n_embd, width), (width, model.n_embd))]
-    trials = [[random(32, inputs), random(2, outputs, inputs)] for inputs, outputs in widths]
-    experts, experts_why = _first_that_runs("experts", config, EXPERTS, trials, torch.tensor([20, 12], device=device))
-    return Kernels(attention, experts), {"attention": attention_why, "experts": experts_why}
+    attention = [
+        _attention_trial(call, needs, device, dtype, config.compile) for call in sorted(needs.attention, key=str)
+    ]
+    experts = [_experts_trial(*widths, device, config.compile) for widths in sorted(needs.experts)]
+    chosen, why = {}, {}
+    for option, kernels, trials in (("attention", ATTENTION, attention), ("experts", EXPERTS, experts)):
+        asked, refused = getattr(config, option), []
+        for name in kernels if asked == "auto" else [asked]:
+            outcomes = (trial.problem(name, kernels[name], kernels["reference"], device, dtype) for trial in trials)
+            if problem := next(filter(None, outcomes), None):
+                refused.append(f"{name}: {problem}")
+                continue
+            reason = "; ".join(refused) or ("asked for" if asked != "auto" else "ran, and equals the reference")
+            chosen[option], why[option] = kernels[name], f"{name} ({reason})"
+            break
+        else:
+            raise UserError(f"parallel.{option}: {'; '.join(refused)}; use auto")
+    return Kernels(**chosen), why

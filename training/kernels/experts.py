@@ -11,23 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def reference(x_RI: Tensor, w_EOI: Tensor, count_E: Tensor) -> Tensor:
+def reference_experts(x_RI: Tensor, w_EOI: Tensor, count_E: Tensor) -> Tensor:
     """Every row times the matrix of its expert, one row at a time in spirit: R copies of a matrix."""
     expert_R = torch.arange(len(count_E), device=count_E.device).repeat_interleave(count_E)
     return torch.einsum("ri,roi->ro", x_RI, w_EOI[expert_R])
 
 
 @torch.compiler.disable  # row counts differ from step to step, each a new program
-def loop(x_RI: Tensor, w_EOI: Tensor, count_E: Tensor) -> Tensor:
+def loop_experts(x_RI: Tensor, w_EOI: Tensor, count_E: Tensor) -> Tensor:
     """One matrix product an expert. Reads the counts on the host, which on a GPU waits for the device."""
     # unbind, not w_EOI[e]: the backward of E index operations writes E x E matrices.
     parts = zip(x_RI.split(count_E.tolist()), w_EOI.unbind(0), strict=True)
     return torch.cat([F.linear(x, w) for x, w in parts])
 
 
-def grouped(x_RI: Tensor, w_EOI: Tensor, count_E: Tensor) -> Tensor:
+def grouped_experts(x_RI: Tensor, w_EOI: Tensor, count_E: Tensor) -> Tensor:
     """One grouped matrix product (torch >= 2.8); counts stay on the device."""
     return F.grouped_mm(x_RI, w_EOI.transpose(-2, -1), offs=count_E.cumsum(0).to(torch.int32))
 
 
-EXPERTS = {"grouped": grouped, "loop": loop, "reference": reference}
+EXPERTS = {"grouped": grouped_experts, "loop": loop_experts, "reference": reference_experts}

@@ -1,5 +1,6 @@
 """The network, one file a mechanism; `gpt.GPT` puts them together from the configuration's block pattern."""
 
-from training.model.gpt import FEED_FORWARDS, GPT, MIXERS, Cache, Kind
+from training.model.cache import Cache
+from training.model.gpt import FEED_FORWARDS, GPT, MIXERS, Kind, needs
 
-__all__ = ["FEED_FORWARDS", "GPT", "MIXERS", "Cache", "Kind"]
+__all__ = ["FEED_FORWARDS", "GPT", "MIXERS", "Cache", "Kind", "needs"]

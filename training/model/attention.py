@@ -1,53 +1,74 @@
-"""Multi-head self-attention.
+"""Self-attention: multi-head, grouped-query, multi-query.
 
-Shapes: B batch, T tokens, S keys (cached ones included), C channels, H heads, D head width.
+Shapes: B batch, T tokens, S keys (cached ones included), C channels, H query heads, G heads of keys and
+values, D head width.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.config import AttentionConfig, ModelConfig
-from training.kernels import Kernels
+from training.kernels import Backend, Call
+from training.model.cache import LayerCache
 from training.model.layers import Linear, RMSNorm, rotate
 
 
+class Place(NamedTuple):
+    """Where the tokens of a call are: what a mixer needs to know beside their vectors."""
+
+    rotation_2TD: Tensor | None  # of the mixer's `rotary_dim`, if it has one
+    mask: Any  # which keys a query sees, as the back-end wants it
+    backend: Backend
+
+    def attend(self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, call: Call) -> Tensor:
+        """y_BHTE: the mean of the values that each query sees, weighted by softmax."""
+        return self.backend.attend(q_BHTD, k_BGSD, v_BGSE, self.mask, scale=call.scale, softcap=call.softcap)
+
+
 class Attention(nn.Module):
-    """Causal multi-head attention. Query, key and value are parameters of their own and one product."""
+    """Causal attention. Query, key and value are parameters of their own and, in training, one product."""
 
-    def __init__(self, section: AttentionConfig, model: ModelConfig, kernels: Kernels):
+    def __init__(self, section: AttentionConfig, model: ModelConfig):
         super().__init__()
-        self.n_head, self.head_dim = model.n_head, model.n_embd // model.n_head
-        self.kernel = kernels.attention
-        self.query, self.key, self.value, self.out = (
-            Linear(model.n_embd, model.n_embd, bias=model.bias) for _ in range(4)
-        )
+        self.call = call = self.asks(section, model)
+        self.rotary_dim = call.head_dim if section.rope and model.position == "rope" else 0
+        sizes = [(model.n_embd, n * call.head_dim) for n in (call.n_head, call.n_kv_head, call.n_kv_head)]
+        sizes.append((call.n_head * call.head_dim, model.n_embd))
+        self.query, self.key, self.value, self.out = (Linear(*size, bias=model.bias) for size in sizes)
         self.query_norm, self.key_norm = (
-            RMSNorm(self.head_dim, model.norm_eps) if section.qk_norm else nn.Identity() for _ in range(2)
+            RMSNorm(call.head_dim, model.norm_eps) if section.qk_norm else nn.Identity() for _ in range(2)
         )
 
-    def forward(self, x_BTC: Tensor, rotation_2TD: Tensor | None, cache: dict[str, Tensor] | None) -> Tensor:
+    @staticmethod
+    def asks(section: AttentionConfig, model: ModelConfig) -> Call:
+        """What this layer asks of an attention back-end."""
+        width = section.head_dim or model.n_embd // model.n_head
+        n_kv_head = section.n_kv_head or model.n_head
+        return Call(model.n_head, n_kv_head, width, width, section.window, section.softcap)
+
+    def forward(self, x_BTC: Tensor, place: Place, cache: LayerCache | None) -> Tensor:
         """x_BTC -> y_BTC. `cache` holds the keys and values of earlier tokens and takes this call's."""
-        q, k, v = (
-            x.unflatten(-1, (self.n_head, self.head_dim)).transpose(1, 2) for x in self._project(x_BTC).chunk(3, dim=-1)
+        q_BHTD, k_BGSD, v_BGSD = (
+            x.unflatten(-1, (-1, self.call.head_dim)).transpose(1, 2) for x in self._project(x_BTC)
         )
-        q_BHTD, k_BHSD, v_BHSD = self.query_norm(q), self.key_norm(k), v
-        if rotation_2TD is not None:
-            q_BHTD, k_BHSD = rotate(q_BHTD, rotation_2TD), rotate(k_BHSD, rotation_2TD)
+        q_BHTD, k_BGSD = self.query_norm(q_BHTD), self.key_norm(k_BGSD)
+        if place.rotation_2TD is not None:
+            q_BHTD, k_BGSD = rotate(q_BHTD, place.rotation_2TD), rotate(k_BGSD, place.rotation_2TD)
         if cache is not None:
-            if cache:
-                k_BHSD = torch.cat([cache["key"], k_BHSD], dim=2)
-                v_BHSD = torch.cat([cache["value"], v_BHSD], dim=2)
-            cache["key"], cache["value"] = k_BHSD, v_BHSD
-        y_BHTD = self.kernel(q_BHTD, k_BHSD, v_BHSD)
+            k_BGSD, v_BGSD = cache.extend("key", k_BGSD), cache.extend("value", v_BGSD)
+        y_BHTD = place.attend(q_BHTD, k_BGSD, v_BGSD, self.call)
         return self.out(y_BHTD.transpose(1, 2).flatten(2))
 
-    def _project(self, x_BTC: Tensor) -> Tensor:
-        """(B, T, 3C): query, key and value."""
+    def _project(self, x_BTC: Tensor) -> tuple[Tensor, ...]:
+        """Query, key and value, heads side by side."""
         projections = (self.query, self.key, self.value)
+        if not torch.is_grad_enabled():  # a few tokens: joining the weights would cost more than three products
+            return tuple(projection(x_BTC) for projection in projections)
         weight = torch.cat([p.weight for p in projections]).to(x_BTC.dtype)
-        if self.query.bias is None:
-            return F.linear(x_BTC, weight)
-        return F.linear(x_BTC, weight, torch.cat([p.bias for p in projections]).to(x_BTC.dtype))
+        bias = None if self.query.bias is None else torch.cat([p.bias for p in projections]).to(x_BTC.dtype)
+        return F.linear(x_BTC, weight, bias).split([p.out_features for p in projections], dim=-1)

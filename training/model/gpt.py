@@ -9,24 +9,27 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.config import AttentionConfig, BlockConfig, MLPConfig, ModelConfig, MoEConfig
-from training.kernels import Kernels
-from training.model.attention import Attention
+from training.config import AttentionConfig, BlockConfig, LatentConfig, MLPConfig, ModelConfig, MoEConfig
+from training.kernels import ATTENTION, Backend, Kernels, Needs
+from training.kernels.attention import Documents, Seen, padded
+from training.kernels.loss import soft_capped
+from training.model.attention import Attention, Place
+from training.model.cache import Cache, LayerCache
+from training.model.latent import LatentAttention
 from training.model.layers import Linear, norm, rotary_table
 from training.model.mlp import MLP
 from training.model.moe import MoE, Routing
 
-MIXERS = {AttentionConfig: Attention}
+MIXERS = {AttentionConfig: Attention, LatentConfig: LatentAttention}
 FEED_FORWARDS = {MLPConfig: MLP, MoEConfig: MoE}
 
 Kind = Literal["matrix", "embedding", "router", "vector"]
-Cache = list[dict[str, Tensor]]
 
 
 class Block(nn.Module):
@@ -35,14 +38,14 @@ class Block(nn.Module):
     def __init__(self, block: BlockConfig, model: ModelConfig, kernels: Kernels):
         super().__init__()
         self.norm_1 = norm(model)
-        self.mixer = MIXERS[type(block.mixer)](block.mixer, model, kernels)
+        self.mixer = MIXERS[type(block.mixer)](block.mixer, model)
         self.norm_2 = norm(model)
         self.ffn = FEED_FORWARDS[type(block.ffn)](block.ffn, model, kernels)
 
     def forward(
-        self, x_BTC: Tensor, rotation_2TD: Tensor | None, n_targets: int, cache: dict[str, Tensor] | None
+        self, x_BTC: Tensor, place: Place, n_targets: int, cache: LayerCache | None
     ) -> tuple[Tensor, Routing | None]:
-        x_BTC = x_BTC + self.mixer(self.norm_1(x_BTC), rotation_2TD, cache)
+        x_BTC = x_BTC + self.mixer(self.norm_1(x_BTC), place, cache)
         y_BTC, routing = self.ffn(self.norm_2(x_BTC), n_targets)
         return x_BTC + y_BTC, routing
 
@@ -50,13 +53,47 @@ class Block(nn.Module):
 class Loss(nn.Module):
     """The head's product and cross-entropy: a module, so that the drawn graph has a box for it."""
 
-    def __init__(self, kernels: Kernels):
+    def __init__(self, kernels: Kernels, softcap: float | None):
         super().__init__()
-        self.kernel = kernels.loss
+        self.kernel, self.softcap = kernels.loss, softcap
 
     def forward(self, x_BTC: Tensor, w_VC: Tensor, targets_BT: Tensor) -> Tensor:
         """The sum of the tokens' losses, in nats."""
-        return self.kernel(x_BTC.flatten(0, 1), w_VC, targets_BT.flatten())
+        return self.kernel(x_BTC.flatten(0, 1), w_VC, targets_BT.flatten(), self.softcap)
+
+
+class Places:
+    """What mixers are told of where their tokens are: tables and masks, each made once for all layers that share it."""
+
+    def __init__(self, seen: Seen, backend: Backend, rope_theta: float):
+        self.seen, self.backend, self.rope_theta = seen, backend, rope_theta
+        start, documents = seen.n_keys - seen.n_queries, seen.documents
+        self.position = torch.arange(start, seen.n_keys, device=seen.device)  # (T,), or (B, T) with documents
+        if documents is not None:
+            self.position = documents.position_BT
+        self.rotations: dict[int, Tensor | None] = {0: None}
+        self.masks: dict[int | None, Any] = {}
+
+    def of(self, mixer: nn.Module) -> Place:
+        """What this mixer is told."""
+        width, window = mixer.rotary_dim, mixer.call.window
+        if width not in self.rotations:
+            self.rotations[width] = rotary_table(self.position, width, self.rope_theta)
+        if window not in self.masks:
+            self.masks[window] = self.backend.mask(self.seen._replace(window=window))
+        return Place(self.rotations[width], self.masks[window], self.backend)
+
+
+def needs(config: ModelConfig) -> Needs:
+    """What the model asks of its kernels."""
+    experts = [block.ffn for block in config.blocks if block.ffn.type == "moe"]
+    pairs = {(config.n_embd, ffn.hidden or 4 * config.n_embd) for ffn in experts}
+    return Needs(
+        frozenset(MIXERS[type(block.mixer)].asks(block.mixer, config) for block in config.blocks),
+        frozenset(pairs | {(outputs, inputs) for inputs, outputs in pairs}),
+        config.isolate_documents,
+        config.n_positions,
+    )
 
 
 class GPT(nn.Module):
@@ -71,17 +108,22 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(block, config, kernels) for block in config.layers())
         self.norm_f = norm(config)
         self.head = None if config.tie_head else Linear(config.n_embd, config.vocab_size, bias=False)
-        self.loss = Loss(kernels)
+        self.loss = Loss(kernels, config.logit_softcap)
+        soft_capped_scores = any(block.mixer.call.softcap for block in self.blocks)
+        self.any_attention = ATTENTION["reference" if soft_capped_scores else "sdpa"]  # does all this model asks for
+        self.attention = kernels.attention or self.any_attention
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, n_targets: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """(training loss, metrics) of one micro-batch.
+    def forward(
+        self, tokens_BT: Tensor, targets_BT: Tensor, n_targets: int, documents: Documents | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(training loss, metrics) of one micro-batch; of `documents`, none sees another.
 
         The loss is this micro-batch's part of the global batch's mean: sums divided by `n_targets`, the
         number of targets (those that are not -1) in the global batch. The metrics are sums, so they add
         over micro-batches and ranks: "loss_sum" (nats, cross-entropy alone) and for every MoE layer i
         "expert_count.i" (E,) and "z_loss.i".
         """
-        x_BTC, routings = self._hidden(tokens_BT, n_targets)
+        x_BTC, routings = self._hidden(tokens_BT, n_targets, None, documents)
         loss_sum = self.loss(x_BTC, self._head_weight(), targets_BT)
         loss, metrics = loss_sum / n_targets, {"loss_sum": loss_sum.detach()}
         for i, routing in routings.items():
@@ -89,36 +131,45 @@ class GPT(nn.Module):
             metrics |= {f"expert_count.{i}": routing.count_E.detach(), f"z_loss.{i}": routing.z_loss}
         return loss, metrics
 
-    def logits(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
+    def logits(self, tokens_BT: Tensor, cache: Cache | None = None, documents: Documents | None = None) -> Tensor:
         """float32 logits (B, T, V). `cache`, from `new_cache`, holds the tokens before these and takes these."""
-        x_BTC, _ = self._hidden(tokens_BT, 1, cache)
-        return F.linear(x_BTC, self._head_weight()).float()
+        x_BTC, _ = self._hidden(tokens_BT, 1, cache, documents)
+        return soft_capped(F.linear(x_BTC, self._head_weight()).float(), self.config.logit_softcap)
 
-    def new_cache(self) -> Cache:
-        """An empty cache of keys and values, for `logits`."""
-        return [{} for _ in self.blocks]
+    def new_cache(self, n_padding_B: Tensor | None = None) -> Cache:
+        """An empty cache, for `logits`; samples may begin with tokens that are no text."""
+        return Cache(len(self.blocks), n_padding_B)
 
     def _hidden(
-        self, tokens_BT: Tensor, n_targets: int, cache: Cache | None = None
+        self, tokens_BT: Tensor, n_targets: int, cache: Cache | None, documents: Documents | None
     ) -> tuple[Tensor, dict[int, Routing]]:
         """What the head reads (B, T, C), and the routing of every MoE layer by its index."""
-        start, n_tokens = cache[0]["key"].shape[2] if cache and cache[0] else 0, tokens_BT.shape[1]
-        if start + n_tokens > self.config.n_positions:
-            raise ValueError(f"{start + n_tokens} tokens do not fit n_positions {self.config.n_positions}")
-        x_BTC, rotation_2TD = self.wte(tokens_BT), None
-        if self.wpe is not None:
-            x_BTC = x_BTC + self.wpe.weight[start : start + n_tokens]
-        else:
-            head_dim = self.config.n_embd // self.config.n_head
-            rotation_2TD = rotary_table(start, n_tokens, head_dim, self.config.rope_theta, tokens_BT.device)
-        x_BTC, routings = x_BTC.to(self.dtype), {}
+        places = self._places(tokens_BT, cache, documents)
+        x_BTC, routings = self._embed(tokens_BT, places.position), {}
         for i, block in enumerate(self.blocks):
             # With a cache every call has a new length: not through the compiled block, which would start over.
             run = block if cache is None else block.forward
-            x_BTC, routing = run(x_BTC, rotation_2TD, n_targets, None if cache is None else cache[i])
+            x_BTC, routing = run(x_BTC, places.of(block.mixer), n_targets, None if cache is None else cache.layers[i])
             if routing is not None:
                 routings[i] = routing
         return self.norm_f(x_BTC), routings
+
+    def _embed(self, tokens_BT: Tensor, position: Tensor) -> Tensor:
+        x_BTC = self.wte(tokens_BT)
+        return (x_BTC if self.wpe is None else x_BTC + self.wpe(position)).to(self.dtype)
+
+    def _places(self, tokens_BT: Tensor, cache: Cache | None, documents: Documents | None) -> Places:
+        """Where these tokens are; the cache counts them. Raises ValueError where they do not fit the context."""
+        n_tokens, start = tokens_BT.shape[1], 0
+        if cache is not None:
+            start, cache.n_tokens = cache.n_tokens, cache.n_tokens + n_tokens
+            if cache.n_padding_B is not None:
+                documents = padded(cache.n_padding_B, start, cache.n_tokens)
+        n_text = n_tokens if cache is None else cache.n_text
+        if n_text > self.config.n_positions:
+            raise ValueError(f"{n_text} tokens do not fit n_positions {self.config.n_positions}")
+        seen = Seen(n_tokens, start + n_tokens, tokens_BT.device, documents=documents)
+        return Places(seen, self.attention if cache is None else self.any_attention, self.config.rope_theta)
 
     def _head_weight(self) -> Tensor:
         return (self.wte if self.head is None else self.head).weight.to(self.dtype)
@@ -183,13 +234,16 @@ class GPT(nn.Module):
         return total, total - round(idle)
 
     def flops_per_token(self) -> int:
-        """Of forward and backward at full context: 6 a matrix element used, and 12 L C T for attention
-        (arXiv:2204.02311 appendix B)."""
-        config, matrices = self.config, self.config.n_embd * self.config.vocab_size
+        """Of forward and backward at full context: 6 a matrix element used, and for attention 6 a channel
+        of scores and of results and token seen (arXiv:2204.02311 appendix B: 12 L C T)."""
+        matrices, attention = self.config.n_embd * self.config.vocab_size, 0
+        for call in (block.mixer.call for block in self.blocks):
+            n_seen = min(call.window or self.config.n_positions, self.config.n_positions)
+            attention += n_seen * call.n_head * (call.head_dim + call.value_dim)
         for module in self.blocks.modules():
             if isinstance(module, Linear):
                 matrices += module.weight.numel()
             elif isinstance(module, MoE):
                 share = module.section.top_k / module.section.n_experts
                 matrices += round(share * sum(p.numel() for p in module.experts.parameters() if p.ndim == 3))
-        return 6 * matrices + 12 * config.n_layer * config.n_embd * config.n_positions
+        return 6 * (matrices + attention)

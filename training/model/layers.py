@@ -64,12 +64,12 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-def rotary_table(start: int, n_tokens: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """(2, T, D): cosines and sines of positions start .. start + T - 1 (arXiv:2104.09864 eq. 15), float32."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    position = torch.arange(start, start + n_tokens, dtype=torch.float32, device=device)
-    angle_TD = torch.outer(position, frequency).repeat(1, 2)
-    return torch.stack([angle_TD.cos(), angle_TD.sin()])
+def rotary_table(position: Tensor, width: int, theta: float) -> Tensor:
+    """Cosines and sines (arXiv:2104.09864 eq. 15), float32: (2, T, D) of positions (T,), (2, B, 1, T, D) of (B, T)."""
+    frequency = theta ** (-torch.arange(0, width, 2, dtype=torch.float32, device=position.device) / width)
+    angle = (position.float()[..., None] * frequency).repeat((1,) * position.ndim + (2,))
+    angle = angle if position.ndim == 1 else angle[:, None]  # the same for all heads
+    return torch.stack([angle.cos(), angle.sin()])
 
 
 def rotate(x_BHTD: Tensor, rotation_2TD: Tensor) -> Tensor:

@@ -1,0 +1,77 @@
+"""Multi-head latent attention (MLA, arXiv:2405.04434 section 2.1).
+
+Shapes: B batch, T tokens, S keys, C channels, H heads, R kv_rank, N unrotated head width, P rotated head
+width, D = N + P, E value width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from training.config import LatentConfig, ModelConfig
+from training.kernels import Call
+from training.model.attention import Place
+from training.model.cache import LayerCache
+from training.model.layers import Linear, RMSNorm, rotate
+
+
+class LatentAttention(nn.Module):
+    """Keys and values of all heads are made of one normalised vector a token, which is all that is cached,
+    beside a rotated key that the heads share."""
+
+    def __init__(self, section: LatentConfig, model: ModelConfig):
+        super().__init__()
+        self.call = call = self.asks(section, model)
+        self.rope_dim = section.rope_dim
+        self.rotary_dim = section.rope_dim if model.position == "rope" else 0
+        self.squeeze = nn.Identity()
+        if section.q_rank is not None:
+            down, normalise = Linear(model.n_embd, section.q_rank, bias=False), RMSNorm(section.q_rank, model.norm_eps)
+            self.squeeze = nn.Sequential(down, normalise)
+        self.query = Linear(section.q_rank or model.n_embd, call.n_head * call.head_dim, bias=False)
+        self.latent = Linear(model.n_embd, section.kv_rank + section.rope_dim, bias=False)
+        self.latent_norm = RMSNorm(section.kv_rank, model.norm_eps)
+        key_width = call.head_dim - section.rope_dim
+        self.key_value = Linear(section.kv_rank, call.n_head * (key_width + call.value_dim), bias=False)
+        self.out = Linear(call.n_head * call.value_dim, model.n_embd, bias=model.bias)
+
+    @staticmethod
+    def asks(section: LatentConfig, model: ModelConfig) -> Call:
+        """What this layer asks of an attention back-end."""
+        width = section.head_dim or model.n_embd // model.n_head
+        return Call(model.n_head, model.n_head, width + section.rope_dim, section.value_dim or width, section.window)
+
+    def forward(self, x_BTC: Tensor, place: Place, cache: LayerCache | None) -> Tensor:
+        """x_BTC -> y_BTC. `cache` holds the latent vectors and rotated keys of earlier tokens and takes this call's."""
+        q_BHTD = self.query(self.squeeze(x_BTC)).unflatten(-1, (self.call.n_head, -1)).transpose(1, 2)
+        q_BHTN, q_BHTP = q_BHTD.tensor_split([-self.rope_dim], dim=-1)
+        latent_BTR, k_BTP = self.latent(x_BTC).tensor_split([-self.rope_dim], dim=-1)
+        latent_BSR, k_B1SP = self.latent_norm(latent_BTR), k_BTP[:, None]
+        if place.rotation_2TD is not None:
+            q_BHTP, k_B1SP = rotate(q_BHTP, place.rotation_2TD), rotate(k_B1SP, place.rotation_2TD)
+        if cache is not None:
+            latent_BSR, k_B1SP = cache.extend("latent", latent_BSR), cache.extend("key", k_B1SP)
+        attend = self._attend if latent_BSR.shape[1] == x_BTC.shape[1] else self._attend_to_latent
+        return self.out(attend(q_BHTN, q_BHTP, latent_BSR, k_B1SP, place).transpose(1, 2).flatten(2))
+
+    def _attend(self, q_BHTN: Tensor, q_BHTP: Tensor, latent_BSR: Tensor, k_B1SP: Tensor, place: Place) -> Tensor:
+        """y_BHTE, with the keys and values of every head written out."""
+        kv = self.key_value(latent_BSR).unflatten(-1, (self.call.n_head, -1)).transpose(1, 2)
+        k_BHSN, v_BHSE = kv.tensor_split([q_BHTN.shape[-1]], dim=-1)
+        k_BHSD = torch.cat([k_BHSN, k_B1SP.expand(-1, self.call.n_head, -1, -1)], dim=-1)
+        return place.attend(torch.cat([q_BHTN, q_BHTP], dim=-1), k_BHSD, v_BHSE, self.call)
+
+    def _attend_to_latent(
+        self, q_BHTN: Tensor, q_BHTP: Tensor, latent_BSR: Tensor, k_B1SP: Tensor, place: Place
+    ) -> Tensor:
+        """The same by associativity, for few queries: the keys' and values' matrices act on queries and results."""
+        w_HFR = self.key_value.weight.to(latent_BSR.dtype).unflatten(0, (self.call.n_head, -1))
+        w_HNR, w_HER = w_HFR.tensor_split([q_BHTN.shape[-1]], dim=1)
+        q = torch.cat([torch.einsum("bhtn,hnr->bhtr", q_BHTN, w_HNR), q_BHTP], dim=-1)
+        k = torch.cat([latent_BSR[:, None], k_B1SP], dim=-1)
+        call = self.call._replace(scale=1 / math.sqrt(self.call.head_dim))
+        y_BHTR = place.attend(q, k, latent_BSR[:, None], call)
+        return torch.einsum("bhtr,her->bhte", y_BHTR, w_HER)
