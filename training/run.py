@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from training import checkpoint, cli, logging, restart
+from training import checkpoint, cli, initial, logging, restart
 from training import device as devices
 from training.checkpoint import Checkpoint
 from training.config import Config
@@ -23,7 +23,7 @@ from training.files import whole_folder, write_atomically
 from training.kernels import choose
 from training.logging.report import write_report
 from training.metrics import Metrics
-from training.model import GPT, convert, needs
+from training.model import GPT, hf, needs
 from training.optim import Optimizer
 
 
@@ -102,6 +102,8 @@ def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
     )
     if found is not None:
         restore(run, found, own)
+    elif config.init_from is not None:
+        model.load_state_dict(model.state_dict() | initial.weights(config))
     if world.main:
         open_logs(run)
     if config.parallel.compile:
@@ -117,7 +119,8 @@ def resolve(config: Config, found: Checkpoint | None, dataset: Dataset, device: 
     """
     size, asked = dataset.tokenizer.vocab_size, config.model.vocab_size
     if asked is not None and asked < size:
-        raise UserError(f"model.vocab_size: {asked} is less than the tokenizer's {size}; use null or {size}")
+        use = f"null or {size}" if config.init_from is None else f"{size} for more rows, or the tokenizer of init_from"
+        raise UserError(f"model.vocab_size: {asked} is less than the tokenizer's {size}; use {use}")
     precision = devices.resolve_precision(config.precision, device)
     if config.precision == "auto" and found is not None:
         precision = found.state["config"]["precision"]
@@ -208,6 +211,7 @@ def header(run: Run) -> dict[str, str]:
         "batch": f"{config.batch_tokens:,} tokens = {samples} samples x {model.n_positions}, "
         f"{config.micro_batch} at a time",
         "steps": f"{config.steps:,}, {config.steps * config.batch_tokens:,} tokens",
+        "begins with": "" if run.step or config.init_from is None else config.init_from,
         "goes on": f"after step {run.step:,}" if run.step else "",
     }
     return {label: text for label, text in facts.items() if text}
@@ -218,7 +222,8 @@ def write_model(run: Run, folder: Path) -> None:
     tokenizer = run.dataset.tokenizer
     try:
         with whole_folder(folder) as partial:
-            convert.write(partial, run.model.state_dict(), run.config.model, tokenizer.end_of_text)
+            weights, n_vocab = run.model.state_dict(), tokenizer.vocab_size
+            hf.write(partial, weights, run.config.model, tokenizer.end_of_text, n_vocab=n_vocab)
             tokenizer.save(partial)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: the model could not be written: {error}") from error

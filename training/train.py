@@ -42,6 +42,7 @@ def train(config: Config, *, resume: str = "auto") -> int:
     from training.data import prepare
     from training.device import pick
     from training.distributed import join
+    from training.initial import options
     from training.loop import Watch, record, train_step
     from training.restart import lock, stopped
     from training.run import begin, finish
@@ -49,6 +50,7 @@ def train(config: Config, *, resume: str = "auto") -> int:
     with ExitStack() as at_end:
         world = join(pick(config.parallel.device))
         at_end.callback(world.leave)
+        config = options(config, fresh=resume == "never")
         dataset = prepare(config.data, quiet=not world.main)  # 1. load and preprocess the dataset
         if world.main:
             at_end.enter_context(lock(config))

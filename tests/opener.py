@@ -1,0 +1,40 @@
+"""Opens exports with whichever Transformers is installed: the tests call it, and start it under another version.
+
+python tests/opener.py FOLDER ... prints a line of JSON for each folder, and nothing of ours is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file
+
+
+def opened(folder: Path) -> dict:
+    """How a model there computes what is in `expected.safetensors` beside the folder; saved again below `again`."""
+    expected = load_file(folder.with_suffix(".expected"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    x_BT = expected["x_BT"]
+    with torch.no_grad():
+        difference = (model(x_BT).logits - expected["logits_BTV"]).abs().max()
+        new = model.generate(x_BT[:1, :4], max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    model.save_pretrained(folder.with_suffix(".again"))
+    return {
+        "version": transformers.__version__,
+        "class": type(model).__name__,
+        "dtype": str(model.dtype),
+        "difference": difference.item(),
+        "generated": new[0, 4:].tolist(),
+        "defaults": (defaults := type(model.config)().to_dict()),
+        "fields": sorted(defaults.keys() - transformers.PretrainedConfig().to_dict().keys()),  # beyond what all have
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for argument in sys.argv[1:]:
+        print(json.dumps(opened(Path(argument)), default=str))

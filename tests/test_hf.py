@@ -1,0 +1,639 @@
+"""Models go out to Transformers, of both versions, and come in from it: the same logits, gradients and bits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, command, environment
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from training.config import ModelConfig
+from training.errors import UserError
+from training.model import GPT, hf
+from training.model.hf import gpt2, llama, qwen3
+from training.model.hf.fields import ACTIVATIONS
+from training.model.hf.layers import pattern, written_out
+
+V4 = Path(sys.prefix, "transformers-4")  # the Makefile installs Transformers 4.57 there
+
+SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 24, "vocab_size": 320}
+ROTARY = SIZES | {"n_layer": 3, "position": "rope", "norm": "rmsnorm", "bias": False}
+GATED = {"type": "mlp", "hidden": 40, "activation": "silu", "gated": True}
+MOE = {"type": "moe", "n_experts": 5, "top_k": 2, "hidden": 24, "activation": "silu", "gated": True, "balance": "none"}
+GROUPED = {"n_kv_head": 2, "head_dim": 12}
+NORMED = GROUPED | {"qk_norm": True}
+
+# What it is written as, and what differs from the sizes above.
+CASES: dict[str, tuple[str, dict]] = {
+    "gpt2, 12 layers": ("gpt2", SIZES | {"n_layer": 12}),
+    "gpt2, untied": ("gpt2", SIZES | {"tie_head": False}),
+    "gpt2, large epsilon": ("gpt2", SIZES | {"norm_eps": 1e-3}),
+    "gpt2, exact gelu": ("gpt2", SIZES | {"blocks": [{"ffn": {"type": "mlp", "hidden": 48, "activation": "gelu"}}]}),
+    "gpt2, relu2": ("gpt2", SIZES | {"blocks": [{"ffn": {"type": "mlp", "activation": "relu2"}}]}),
+    "llama": ("llama", ROTARY | {"blocks": [{"ffn": GATED}], "rope_theta": 500.0}),
+    "llama, grouped, untied": (
+        "llama",
+        ROTARY | {"tie_head": False, "norm_eps": 1e-3, "blocks": [{"mixer": GROUPED, "ffn": GATED}]},
+    ),
+    "llama, gelu": ("llama", ROTARY | {"blocks": [{"ffn": GATED | {"activation": "gelu_tanh"}}]}),
+    "qwen3": ("qwen3", ROTARY | {"blocks": [{"mixer": NORMED, "ffn": GATED}]}),
+    "qwen3, windows in some layers": (
+        "qwen3",
+        ROTARY
+        | {
+            "tie_head": False,
+            "rope_theta": 1e6,
+            "n_embd": 30,
+            "blocks": [{"mixer": NORMED | {"window": 5}, "ffn": GATED}, {"mixer": NORMED, "ffn": GATED}],
+        },
+    ),
+    "qwen3, windows everywhere": ("qwen3", ROTARY | {"blocks": [{"mixer": NORMED | {"window": 6}, "ffn": GATED}]}),
+    "qwen3_moe": ("qwen3_moe", ROTARY | {"blocks": [{"mixer": NORMED, "ffn": MOE}]}),
+    "qwen3_moe, dense layers": (
+        "qwen3_moe",
+        ROTARY
+        | {
+            "tie_head": False,
+            "blocks": [
+                {"mixer": NORMED | {"window": 7}, "ffn": GATED},
+                {"mixer": NORMED | {"window": 7}, "ffn": MOE | {"renormalize": False}, "repeat": 2},
+            ],
+        },
+    ),
+}
+N_VOCAB = 300
+
+
+def perturbed(model: GPT) -> GPT:
+    """No bias zero, no norm one: what is initialised trivially hides mistakes."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def made(options: dict) -> GPT:
+    return perturbed(GPT(ModelConfig.model_validate(options)).init_weights(0))
+
+
+def tokens(rows: int = 2) -> Tensor:
+    return torch.randint(0, N_VOCAB, (rows, 24), generator=torch.Generator().manual_seed(2))
+
+
+def greedy(model: GPT, x_BT: Tensor, n: int) -> list[int]:
+    """The likeliest continuation among the first N_VOCAB tokens, without a cache."""
+    for _ in range(n):
+        x_BT = torch.cat([x_BT, model.logits(x_BT)[:, -1:, :N_VOCAB].argmax(-1)], dim=1)
+    return x_BT[0, -n:].tolist()
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory) -> dict[str, Path]:
+    """Every case's model in a folder, its padding rows cut, and what it computes beside that."""
+    root, folders = tmp_path_factory.mktemp("exports"), {}
+    for n, (name, (_, options)) in enumerate(CASES.items()):
+        model, folders[name] = made(options), root / f"case-{n}"
+        hf.write(folders[name], model.state_dict(), model.config, end_of_text=5, n_vocab=N_VOCAB)
+        with torch.no_grad():
+            logits_BTV = model.logits(tokens())[..., :N_VOCAB].contiguous()
+        save_file({"x_BT": tokens(), "logits_BTV": logits_BTV}, folders[name].with_suffix(".expected"))
+    return folders
+
+
+@pytest.fixture(scope="module")
+def opened_by_4(exports) -> dict[str, dict]:
+    """What Transformers 4.57 makes of the exports."""
+    if not V4.is_dir():
+        pytest.skip(f"no Transformers 4.57 in {V4}; the Makefile installs it")
+    done = subprocess.run(
+        [sys.executable, "tests/opener.py", *map(str, exports.values())],
+        cwd=ROOT, env=environment() | {"PYTHONPATH": str(V4)}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return dict(zip(exports, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.fixture(scope="module")
+def opened_by_5(exports) -> dict[str, dict]:
+    """What the Transformers that is installed makes of them."""
+    pytest.importorskip("transformers")
+    from opener import opened
+
+    return {name: opened(folder) for name, folder in exports.items()}
+
+
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("name", CASES)
+def test_an_export_opens_with_equal_logits_in_both_versions(request, exports, name, version):
+    found = request.getfixturevalue(f"opened_by_{version}")[name]
+    model_type, options = CASES[name]
+    model = made(options)
+    assert found["version"].startswith(f"{version}.")
+    assert found["class"].removesuffix("ForCausalLM").removesuffix("LMHeadModel").lower() == model_type.replace("_", "")
+    assert found["dtype"] == "torch.float32"
+    assert found["difference"] < 1e-4
+    with torch.no_grad():
+        assert found["generated"] == greedy(model, tokens(1)[:, :4], 12)  # theirs with their cache
+    # What they save is read back to the bit.
+    again = exports[name].with_suffix(".again")
+    architecture, config = hf.read_config(again, hf.READABLE)
+    weights = hf.read_weights(again, architecture, config)
+    assert same_model(config, model.config.model_copy(update={"vocab_size": N_VOCAB}))
+    assert all(torch.equal(weights[key], value) for key, value in cut(model.state_dict()).items() if key in weights)
+
+
+def same_model(one: ModelConfig, other: ModelConfig) -> bool:
+    """Whether two configurations compute the same; how experts are balanced is not in a file."""
+
+    def plain(config: ModelConfig) -> tuple:
+        layers = [block.model_dump() for block in written_out(config)]
+        for layer in layers:
+            for name in ("balance", "switch_weight", "bias_rate", "z_loss_weight"):
+                layer["ffn"].pop(name, None)
+        return config.model_dump(exclude={"blocks"}), layers
+
+    return plain(one) == plain(other)
+
+
+def cut(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t[:N_VOCAB] if name in ("wte.weight", "head.weight") else t for name, t in tensors.items()}
+
+
+def assert_same_gradients(tmp_path: Path, ours: GPT, theirs, n_vocab: int) -> None:
+    """Logits, and gradients of all parameters: a gradient is as a model is, so each side writes its own as one."""
+    x_BT = tokens()
+    weight_BTV = torch.randn(2, 24, n_vocab, generator=torch.Generator().manual_seed(3))
+    logits_BTV, their_logits_BTV = ours.logits(x_BT)[..., :n_vocab], theirs(x_BT).logits
+    torch.testing.assert_close(their_logits_BTV, logits_BTV, rtol=0, atol=1e-4)
+    (logits_BTV * weight_BTV).sum().backward()
+    (their_logits_BTV * weight_BTV).sum().backward()
+    buffers = {name: tensor for name, tensor in ours.state_dict().items() if "ffn." in name}
+    gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
+    hf.write(tmp_path / "ours", buffers | gradients, ours.config, end_of_text=5, n_vocab=n_vocab)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(parameter.grad)
+    theirs.save_pretrained(tmp_path / "theirs")
+    mine, known = (load_file(tmp_path / side / "model.safetensors") for side in ("ours", "theirs"))
+    assert mine.keys() == known.keys()
+    for name, gradient in known.items():
+        assert gradient.norm() > 0, name
+        assert (mine[name] - gradient).norm() < 1e-4 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("n_vocab", [N_VOCAB, None], ids=["padding cut", "all rows"])
+@pytest.mark.parametrize("name", CASES)
+def test_an_export_has_equal_gradients(tmp_path, name, n_vocab):
+    transformers = pytest.importorskip("transformers")
+    model_type, options = CASES[name]
+    model = made(options)
+    assert hf.write(tmp_path / "it", model.state_dict(), model.config, end_of_text=5, n_vocab=n_vocab) == model_type
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "it")
+    assert_same_gradients(tmp_path, model, theirs, n_vocab or 320)
+
+
+THEIRS = {  # their own configurations, with fields that are not what we would write
+    "gpt2": (
+        "GPT2Config",
+        {"n_layer": 12, "n_head": 4, "n_embd": 32, "n_positions": 24, "n_inner": 40, "resid_pdrop": 0.3},
+    ),
+    "llama": (
+        "LlamaConfig",
+        {
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "hidden_size": 32,
+            "intermediate_size": 40,
+            "max_position_embeddings": 24,
+            "rms_norm_eps": 1e-3,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3": (
+        "Qwen3Config",
+        {
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "hidden_size": 32,
+            "intermediate_size": 40,
+            "head_dim": 6,
+            "max_position_embeddings": 24,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "max_window_layers": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 777.0},
+        },
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "hidden_size": 32,
+            "intermediate_size": 40,
+            "head_dim": 6,
+            "max_position_embeddings": 24,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 20,
+            "decoder_sparse_step": 2,
+            "norm_topk_prob": True,
+            "hidden_act": "gelu",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("model_type", THEIRS)
+def test_their_model_comes_in_with_equal_logits_and_gradients(tmp_path, model_type):
+    transformers = pytest.importorskip("transformers")
+    name, fields = THEIRS[model_type]
+    config = getattr(transformers, name)(vocab_size=N_VOCAB, **fields)
+    theirs = perturbed(transformers.AutoModelForCausalLM.from_config(config)).eval()
+    theirs.save_pretrained(tmp_path / "it")
+    architecture, config = hf.read_config(tmp_path / "it", hf.READABLE)
+    ours = GPT(config)
+    ours.load_state_dict(ours.state_dict() | hf.read_weights(tmp_path / "it", architecture, config))
+    assert_same_gradients(tmp_path, ours, theirs, N_VOCAB)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_out_and_in_again_changes_no_bit(tmp_path, name):
+    model = made(CASES[name][1])
+    hf.write(tmp_path, model.state_dict(), model.config, end_of_text=5)
+    architecture, config = hf.read_config(tmp_path, hf.READABLE)
+    assert same_model(config, model.config)
+    found = hf.read_weights(tmp_path, architecture, config)
+    assert found.keys() == {name for name, _ in model.named_parameters()}
+    assert all(torch.equal(found[key], value) for key, value in model.state_dict().items() if key in found)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_table_of_names_has_a_place_for_everything_once(name):
+    model = made(CASES[name][1])
+    counts = {key: torch.zeros_like(value) for key, value in model.named_parameters()}
+    names = hf.ARCHITECTURES[CASES[name][0]].names(model.config)
+    for entry in names:
+        for part in entry.parts(counts):
+            part += 1
+    assert all((count == 1).all() for count in counts.values())
+    assert len({entry.theirs for entry in names}) == len(names)
+
+
+def test_a_large_model_is_written_in_several_files(tmp_path, monkeypatch):
+    from huggingface_hub.serialization import _torch
+
+    monkeypatch.setattr(_torch, "MAX_SHARD_SIZE", "20KB")  # 5 GB are too many for a test
+    monkeypatch.setitem(_torch.save_torch_state_dict.__kwdefaults__, "max_shard_size", "20KB")
+    model = made(CASES["qwen3_moe"][1])
+    hf.write(tmp_path, model.state_dict(), model.config, end_of_text=5)
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
+    architecture, config = hf.read_config(tmp_path, hf.READABLE)
+    found = hf.read_weights(tmp_path, architecture, config)
+    assert all(torch.equal(found[key], value) for key, value in model.named_parameters())
+
+
+def test_the_model_of_a_run_opens_with_its_tokenizer(config, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from training.train import train
+
+    made = config(model={"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32}, steps=4)
+    assert train(made) == 0
+    folder = tmp_path / "runs/small/model"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = "def f(x):\n    return x"
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    assert tokenizer.decode(ids[0]) == text
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.vocab_size == len(tokenizer) == 257  # without the rows that spell nothing
+    new = model.generate(ids, max_new_tokens=5, do_sample=False)
+    assert new.shape == (1, ids.shape[1] + 5)
+    done = command(
+        "-m", "training.generate", "--run", str(tmp_path / "runs/small"),
+        "--prompt", text, "--tokens", "5", "--temperature", "0",
+    )  # fmt: skip
+    # Ours begins a document with its end-of-text token, so only the length can be compared with a bare prompt.
+    begun = torch.cat([torch.tensor([[tokenizer.eos_token_id]]), ids], dim=1)
+    theirs = model.generate(begun, max_new_tokens=5, do_sample=False)[0, begun.shape[1] :]
+    assert done.stdout == text + tokenizer.decode(theirs) + "\n"
+
+
+# --- what each can express -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"blocks": [{"ffn": {"type": "moe"}}]}, "experts"),
+        ({"blocks": [{"ffn": {"type": "mlp", "gated": True}}]}, "gated layers"),
+        ({"blocks": [{}, {"ffn": {"type": "mlp", "hidden": 8}}]}, "blocks that differ"),
+        ({"blocks": [{}, {"ffn": {"type": "mlp", "hidden": 3072}}]}, None),
+        ({"blocks": [{"mixer": {"qk_norm": True}}]}, "QK-norm"),
+        ({"blocks": [{"mixer": {"n_kv_head": 4}}]}, "grouped queries"),
+        ({"blocks": [{"mixer": {"n_kv_head": 12, "head_dim": 64}}]}, None),
+        ({"blocks": [{"mixer": {"head_dim": 32}}]}, "heads of another width"),
+        ({"blocks": [{"mixer": {"window": 8}}]}, "a window"),
+        ({"blocks": [{"mixer": {"softcap": 50.0}}]}, "a soft-cap"),
+        ({"blocks": [{"mixer": {"type": "latent"}}]}, "latent attention"),
+        ({"logit_softcap": 30.0}, "a soft-cap"),
+        ({"position": "rope"}, "rope positions"),
+        ({"position": "none"}, "none positions"),
+        ({"norm": "rmsnorm"}, "rmsnorm"),
+        ({"bias": False}, "no biases"),
+        ({"isolate_documents": True}, None),
+        ({}, None),
+    ],
+)
+def test_what_gpt2_does_not_have_is_named(changes, reason):
+    assert hf.ARCHITECTURES["gpt2"].why_not(ModelConfig.model_validate({"n_layer": 2} | changes)) == reason
+
+
+ALL_ROTARY = [
+    ({"position": "learned"}, "learned positions"),
+    ({"position": "none"}, "none positions"),
+    ({"norm": "layernorm"}, "layernorm"),
+    ({"bias": True}, "biases"),
+    ({"logit_softcap": 30.0}, "a soft-cap"),
+    ({"mixer": {"softcap": 50.0}}, "a soft-cap"),
+    ({"mixer": {"rope": False}}, "layers without rope"),
+    ({"mixer": {"type": "latent", "qk_norm": None}}, "latent attention"),
+    ({"ffn": {"gated": False}}, "layers that are not gated"),
+    ({"second": {"mixer": {"n_kv_head": 1}}}, "attention that differs between layers"),
+    ({"isolate_documents": True}, None),
+    ({"tie_head": False}, None),
+    ({}, None),
+]
+DENSE = [
+    *ALL_ROTARY,
+    ({"ffn": MOE}, "experts"),
+    ({"second": {"ffn": {"hidden": 8}}}, "feed-forward layers that differ"),
+]
+WHY_NOT = {
+    "llama": [
+        *DENSE,
+        ({"mixer": {"qk_norm": True}}, "QK-norm"),
+        ({"second": {"mixer": {"window": 5}}}, "a window"),
+        ({"n_embd": 30}, "n_head that does not divide n_embd"),
+    ],
+    "qwen3": [
+        *DENSE,
+        ({"mixer": {"qk_norm": False}}, "no QK-norm"),
+        ({"second": {"mixer": {"window": 5}}}, None),
+        ({"mixer": {"window": 4}, "second": {"mixer": {"window": 5}}}, "windows of several widths"),
+        ({"n_embd": 30}, None),
+    ],
+    "qwen3_moe": [
+        *ALL_ROTARY,
+        ({"ffn": None}, "no experts"),
+        ({"mixer": {"qk_norm": False}}, "no QK-norm"),
+        ({"mixer": {"window": 5}}, None),
+        ({"second": {"mixer": {"window": 5}}}, "windows that differ between layers"),
+        ({"ffn": {"balance": "bias"}}, "a selection bias (balance: bias)"),
+        ({"second": {"ffn": {"balance": "both"}}}, "a selection bias (balance: both)"),
+        ({"second": {"ffn": {"balance": "switch", "z_loss_weight": 0.5}}}, None),
+        ({"second": {"ffn": {"top_k": 1}}}, "experts that differ between layers"),
+        ({"second": {"ffn": {"n_experts": 7}}}, "experts that differ between layers"),
+        ({"second": {"ffn": {"hidden": 7}}}, "experts that differ between layers"),
+        ({"second": {"ffn": {"renormalize": False}}}, "experts that differ between layers"),
+        ({"second": {"ffn": {"activation": "gelu"}}}, "several activations"),
+        ({"third": {"ffn": {"hidden": 7}}}, "dense layers that differ"),
+        ({"third": {"ffn": {"activation": "gelu"}}}, "several activations"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "reason"),
+    [(model_type, *case) for model_type, cases in WHY_NOT.items() for case in cases],
+    ids=str,
+)
+def test_what_the_others_do_not_have_is_named(model_type, changes, reason):
+    """`mixer` and `ffn` change every layer, `second` and `third` one; the last two layers are always dense."""
+    changes = dict(changes)
+    moe = model_type == "qwen3_moe" and changes.get("ffn", ()) is not None
+    mixer = {"head_dim": 12, "qk_norm": model_type != "llama"} | (changes.pop("mixer", None) or {})
+    mixer = {key: value for key, value in mixer.items() if value is not None}
+    ffn, layers = changes.pop("ffn", None) or {}, []
+    for i, first in enumerate([MOE, MOE, GATED, GATED] if moe else [GATED] * 4):
+        special = changes.get({1: "second", 2: "third"}.get(i), {})
+        own = special.get("ffn", {}) | ({} if moe and i >= 2 and "gated" not in ffn else ffn)
+        layers.append({"mixer": mixer | special.get("mixer", {}), "ffn": first | own})
+    options = {key: value for key, value in changes.items() if key not in ("second", "third")}
+    config = ModelConfig.model_validate(ROTARY | {"n_layer": 4, "blocks": layers} | options)
+    assert hf.ARCHITECTURES[model_type].why_not(config) == reason
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_model_has_one_architecture(name):
+    config = ModelConfig.model_validate(CASES[name][1])
+    assert [kind for kind, one in hf.ARCHITECTURES.items() if one.why_not(config) is None] == [CASES[name][0]]
+
+
+def test_another_model_is_written_under_our_own_names(tmp_path):
+    model = made(SIZES | {"blocks": [{"ffn": {"type": "moe", "hidden": 8}}]})
+    assert hf.write(tmp_path, model.state_dict(), model.config, end_of_text=5) == "training_gpt"
+    found = json.loads((tmp_path / "config.json").read_text())
+    assert found["model_type"] == "training_gpt"
+    again = GPT(ModelConfig.model_validate({k: found[k] for k in ModelConfig.model_fields}, strict=False))
+    tensors = load_file(tmp_path / "model.safetensors")
+    again.load_state_dict({name.removeprefix("gpt."): tensor for name, tensor in tensors.items()})
+    x = torch.randint(0, 320, (1, 24), generator=torch.Generator().manual_seed(2))
+    assert torch.equal(again.logits(x), model.logits(x))
+    architecture, config = hf.read_config(tmp_path, hf.READABLE)
+    assert config == model.config
+    read = hf.read_weights(tmp_path, architecture, config)
+    assert all(torch.equal(read[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("layers", "wanted"),
+    [
+        ("aaaa", [("a", 1)]),
+        ("abab", [("a", 1), ("b", 1)]),
+        ("abba", [("a", 1), ("b", 2)]),
+        ("abb", [("a", 1), ("b", 2)]),
+        ("aaab", [("a", 3), ("b", 1)]),
+        ("a", [("a", 1)]),
+    ],
+)
+def test_layers_become_the_shortest_pattern(layers, wanted):
+    assert pattern([{"ffn": letter} for letter in layers]) == [{"ffn": a, "repeat": n} for a, n in wanted]
+
+
+# --- config.json, read -----------------------------------------------------------------------------
+
+
+class Recording(dict):
+    """A dictionary that knows what was asked of it."""
+
+    def __init__(self, content: dict):
+        super().__init__(content)
+        self.asked: set[str] = set()
+
+    def __getitem__(self, key):
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key) -> bool:
+        self.asked.add(key)
+        return super().__contains__(key)
+
+    def __ror__(self, other):
+        merged = Recording({**other, **self})
+        merged.asked = self.asked
+        return merged
+
+
+# Fields that change no logit: generation, initial values, dropout (there is none here), other heads, and how, not what,
+# is computed.
+HARMLESS = {
+    *("model_type", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "pretraining_tp"),
+    *("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "reorder_and_upcast_attn"),
+    *("summary_type", "summary_use_proj", "summary_activation", "summary_first_dropout", "summary_proj_to_labels"),
+    *("output_router_logits", "router_aux_loss_coef"),
+}
+
+
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("model_type", THEIRS)
+def test_every_field_of_theirs_is_read_or_known_to_be_harmless(request, exports, model_type, version):
+    found, asked = request.getfixturevalue(f"opened_by_{version}"), set()
+    for name in (name for name, case in CASES.items() if case[0] == model_type):
+        written = json.loads((exports[name] / "config.json").read_text())
+        for left_out in ("nothing", "layer_types"):
+            fields = Recording({key: value for key, value in written.items() if key != left_out})
+            hf.ARCHITECTURES[model_type].from_hf(fields)
+            asked |= fields.asked
+    assert set(found[name]["fields"]) - asked <= HARMLESS
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_what_a_file_leaves_out_is_what_transformers_takes(request, version):
+    found = request.getfixturevalue(f"opened_by_{version}")
+    theirs = {name: found[name]["defaults"] for name in ("gpt2, 12 layers", "llama", "qwen3", "qwen3_moe")}
+    for defaults, known in zip(
+        (gpt2.DEFAULTS, llama.DEFAULTS, qwen3.DEFAULTS, qwen3.MOE_DEFAULTS), theirs.values(), strict=True
+    ):
+        for name, value in defaults.items():
+            if name == "sliding_window":  # the class shows null, as long as use_sliding_window is false
+                continue
+            assert known[name] == value, name
+
+
+def test_activations_are_what_transformers_calls_so():
+    activations = pytest.importorskip("transformers").activations
+    from training.model.layers import ACTIVATIONS as OURS
+
+    x = torch.linspace(-5, 5, 101)
+    for theirs, ours in ACTIVATIONS.items():
+        torch.testing.assert_close(activations.ACT2FN[theirs](x), OURS[ours](x), rtol=0, atol=1e-6)
+
+
+REFUSED = [
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: True"),
+    ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights: False"),
+    ("gpt2", {"add_cross_attention": True}, "add_cross_attention: True"),
+    ("gpt2", {"activation_function": "tanh"}, "activation_function: 'tanh'"),
+    ("gpt2", {"n_inner": "wide"}, "n_inner: 'wide' is not a whole number"),
+    ("gpt2", {"n_embd": None}, "n_embd is missing"),
+    ("gpt2", {"n_head": True}, "n_head: True is not a whole number"),
+    ("gpt2", {"n_head": 5}, "n_head: 5 heads do not divide n_embd 32"),
+    ("gpt2", {"n_layer": 0}, "n_layer: "),
+    ("gpt2", {"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon: '1e-5' is not a number"),
+    ("gpt2", {"tie_word_embeddings": 1}, "tie_word_embeddings: 1 is not true or false"),
+    ("gpt2", {"quantization_config": {"bits": 4}}, "quantization_config: "),
+    ("gpt2", {"pruned_heads": {"0": [1]}}, "pruned_heads: "),
+    ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling: "),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: "),
+    ("llama", {"rope_parameters": {"rope_theta": 500.0, "rope_type": "yarn"}}, "rope_parameters: "),
+    ("llama", {"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}}, "rope_parameters: "),
+    ("llama", {"rope_theta": 9.0}, "rope_theta: 9, rope_parameters.rope_theta: 500: which is meant?"),
+    ("llama", {"attention_bias": True}, "attention_bias: True"),
+    ("llama", {"mlp_bias": True}, "mlp_bias: True"),
+    ("llama", {"hidden_act": "relu"}, "hidden_act: 'relu'"),
+    ("llama", {"sliding_window": 5}, "sliding_window: 5"),
+    ("llama", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: 50.0"),
+    ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping: 30.0"),
+    ("llama", {"is_causal": False}, "is_causal: False"),
+    ("llama", {"per_layer_config": {"0": {"hidden_size": 5}}}, "per_layer_config: "),
+    ("llama", {"num_key_value_heads": 3}, "n_kv_head: 3 do not divide n_head 4"),
+    ("qwen3", {"layer_types": ["full_attention"]}, "layer_types: "),
+    ("qwen3", {"layer_types": ["linear_attention"] * 3}, "layer_types: "),
+    ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "layer_types: sliding_attention without"),
+    ("qwen3", {"attention_bias": True}, "attention_bias: True"),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 0, "layer_types": None, "max_window_layers": 0}, "window"),
+    ("qwen3_moe", {"num_experts": 3}, "num_experts: not num_local_experts"),
+    ("qwen3_moe", {"num_experts": None, "num_local_experts": None}, "num_experts: missing"),
+    ("qwen3_moe", {"num_experts_per_tok": 9}, "top_k: 9 is more than n_experts 5"),
+    ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step: 0"),
+    ("qwen3_moe", {"mlp_only_layers": 3}, "mlp_only_layers: 3 is not a list"),
+    ("qwen3_moe", {"layer_types": ["full_attention"] * 3}, "layer_types: "),
+]
+
+
+@pytest.mark.parametrize(("model_type", "changes", "words"), REFUSED, ids=str)
+def test_what_cannot_be_computed_here_is_refused_by_its_field(tmp_path, model_type, changes, words):
+    name = next(name for name, case in CASES.items() if case[0] == model_type)
+    model = ModelConfig.model_validate(CASES[name][1])
+    fields = {"model_type": model_type} | hf.ARCHITECTURES[model_type].to_hf(model)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert same_model(hf.read_config(tmp_path, hf.READABLE)[1], model)
+    (tmp_path / "config.json").write_text(json.dumps(fields | changes))
+    with pytest.raises(UserError) as raised:
+        hf.read_config(tmp_path, hf.READABLE)
+    assert str(raised.value).startswith(f"{tmp_path / 'config.json'}: ")
+    assert words in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_small_file_means_what_the_classes_defaults_say(tmp_path):
+    """As older files are: LLaMA's first had no heads of keys and values, no rope_theta; GPT-2's no n_inner."""
+    fields = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    fields |= {"intermediate_size": 40, "max_position_embeddings": 24, "model_type": "llama"}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    _, found = hf.read_config(tmp_path, hf.READABLE)
+    assert (found.rope_theta, found.norm_eps, found.tie_head) == (10_000.0, 1e-6, False)
+    assert found.blocks[0].mixer.n_kv_head is None and found.blocks[0].ffn.activation == "silu"
+    fields = {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 24, "n_ctx": 24, "vocab_size": 300}
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"model_type": "gpt2", "resid_pdrop": 0.1}))
+    _, found = hf.read_config(tmp_path, hf.READABLE)
+    assert same_model(found, ModelConfig.model_validate(SIZES | {"vocab_size": 300}))
+
+
+# --- weights, read ---------------------------------------------------------------------------------
+
+
+def test_gpt2s_first_files_are_read(tmp_path):
+    """openai-community/gpt2: no prefix, the causal masks among the tensors, the tied head written too."""
+    model = made(SIZES)
+    hf.write(tmp_path, model.state_dict(), model.config, end_of_text=5)
+    tensors = load_file(tmp_path / "model.safetensors")
+    old = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    for i in range(2):
+        old |= {f"h.{i}.attn.bias": torch.ones(1, 1, 24, 24).tril(), f"h.{i}.attn.masked_bias": torch.tensor(-1e4)}
+    old["lm_head.weight"] = old["wte.weight"].clone()
+    save_file(old, tmp_path / "model.safetensors")
+    architecture, config = hf.read_config(tmp_path, hf.READABLE)
+    found = hf.read_weights(tmp_path, architecture, config)
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_weights_of_half_the_width_are_read_exactly(tmp_path):
+    model = made(CASES["llama"][1])
+    hf.write(tmp_path, model.state_dict(), model.config, end_of_text=5, dtype=torch.bfloat16)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    found = hf.read_weights(tmp_path, *hf.read_config(tmp_path, hf.READABLE))
+    assert all(torch.equal(found[name], tensor.bfloat16().float()) for name, tensor in model.named_parameters())

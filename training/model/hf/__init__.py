@@ -1,0 +1,57 @@
+"""Models as folders in Hugging Face's layout, written and read.
+
+Each architecture is a value that says which of our configurations it expresses exactly, translates configurations
+both ways, and has one table of tensors for both ways. A model that none of them expresses keeps our names (`own`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from training.config import ModelConfig
+from training.model.hf import own
+from training.model.hf.architecture import Architecture
+from training.model.hf.files import save
+from training.model.hf.gpt2 import GPT2
+from training.model.hf.llama import LLAMA
+from training.model.hf.names import as_theirs
+from training.model.hf.qwen3 import QWEN3, QWEN3_MOE
+from training.model.hf.read import one_line, read_config, read_weights
+
+# By `model_type`; the first that expresses a model is the one it is written as.
+ARCHITECTURES: dict[str, Architecture] = {"gpt2": GPT2, "llama": LLAMA, "qwen3": QWEN3, "qwen3_moe": QWEN3_MOE}
+READABLE = ARCHITECTURES | {own.MODEL_TYPE: own.OWN}
+
+
+def write(
+    folder: Path,
+    weights: dict[str, Tensor],
+    config: ModelConfig,
+    end_of_text: int,
+    *,
+    n_vocab: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> str:
+    """Write a model that opens with `AutoModelForCausalLM`; returns the `model_type` that it was written as.
+
+    `n_vocab` is the tokenizer's size: rows of the embedding beyond it spell nothing, and are left out.
+    """
+    if n_vocab is not None:
+        rows = {name: weights[name][:n_vocab] for name in ("wte.weight", "head.weight") if name in weights}
+        weights, config = weights | rows, config.model_copy(update={"vocab_size": n_vocab})
+    fits = (name for name, architecture in ARCHITECTURES.items() if architecture.why_not(config) is None)
+    model_type = next(fits, None)
+    if model_type is None:
+        own.write(folder, weights, config, end_of_text, dtype)
+        return own.MODEL_TYPE
+    architecture = ARCHITECTURES[model_type]
+    ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    hf = {"model_type": model_type, **architecture.to_hf(config), **ids}
+    save(folder, hf, as_theirs(architecture.names(config), weights), dtype)
+    return model_type
+
+
+__all__ = ["ARCHITECTURES", "READABLE", "one_line", "read_config", "read_weights", "write"]

@@ -1,0 +1,41 @@
+"""A model that no architecture of Transformers expresses: our configuration and our names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from training.config import ModelConfig
+from training.model.gpt import GPT
+from training.model.hf.architecture import Architecture
+from training.model.hf.files import save
+from training.model.hf.names import Name
+
+MODEL_TYPE = "training_gpt"
+
+
+def to_hf(config: ModelConfig) -> dict:
+    """Our options."""
+    return config.model_dump(mode="json")
+
+
+def from_hf(hf: dict) -> dict:
+    """The options back."""
+    return {name: hf[name] for name in ModelConfig.model_fields if name in hf}
+
+
+def names(config: ModelConfig) -> list[Name]:
+    """Every tensor under its own name."""
+    with torch.device("meta"):
+        return [Name(name, (name,)) for name in GPT(config).state_dict()]
+
+
+OWN = Architecture(lambda _config: iter(()), to_hf, from_hf, names)
+
+
+def write(folder: Path, weights: dict[str, Tensor], config: ModelConfig, end_of_text: int, dtype: torch.dtype) -> None:
+    """Write config.json and model.safetensors."""
+    ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    save(folder, {"model_type": MODEL_TYPE, **to_hf(config), **ids}, weights.items(), dtype)
