@@ -108,6 +108,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(block, config, kernels) for block in config.layers())
         self.norm_f = norm(config)
         self.head = None if config.tie_head else Linear(config.n_embd, config.vocab_size, bias=False)
+        self.cast_head: Tensor | None = None  # `_head_weight`, where `for_inference` keeps it
         self.loss = Loss(kernels, config.logit_softcap)
         soft_capped_scores = any(block.mixer.call.softcap for block in self.blocks)
         self.any_attention = ATTENTION["reference" if soft_capped_scores else "sdpa"]  # does all this model asks for
@@ -131,9 +132,20 @@ class GPT(nn.Module):
             metrics |= {f"expert_count.{i}": routing.count_E.detach(), f"z_loss.{i}": routing.z_loss}
         return loss, metrics
 
-    def logits(self, tokens_BT: Tensor, cache: Cache | None = None, documents: Documents | None = None) -> Tensor:
-        """float32 logits (B, T, V). `cache`, from `new_cache`, holds the tokens before these and takes these."""
+    def logits(
+        self,
+        tokens_BT: Tensor,
+        cache: Cache | None = None,
+        documents: Documents | None = None,
+        n_last: int | None = None,
+    ) -> Tensor:
+        """float32 logits (B, T, V), or of the `n_last` tokens only.
+
+        `cache`, from `new_cache`, holds the tokens before these and takes these.
+        """
         x_BTC, _ = self._hidden(tokens_BT, 1, cache, documents)
+        if n_last is not None:
+            x_BTC = x_BTC[:, -n_last:]
         return soft_capped(F.linear(x_BTC, self._head_weight()).float(), self.config.logit_softcap)
 
     def new_cache(self, n_padding_B: Tensor | None = None) -> Cache:
@@ -172,7 +184,21 @@ class GPT(nn.Module):
         return Places(seen, self.attention if cache is None else self.any_attention, self.config.rope_theta)
 
     def _head_weight(self) -> Tensor:
+        if self.cast_head is not None:
+            return self.cast_head
         return (self.wte if self.head is None else self.head).weight.to(self.dtype)
+
+    def for_inference(self) -> GPT:
+        """Cast once what every call would cast; the same bits come out, but there is no training from here.
+
+        Routers compute in float32, and so does the sum of the embeddings: these stay as they are.
+        """
+        self.requires_grad_(False)
+        self.cast_head = self._head_weight().detach()  # detached: no parameter of its own
+        for name, parameter in self.named_parameters():
+            if name not in ("wte.weight", "wpe.weight") and ".router." not in name:
+                parameter.data = parameter.data.to(self.dtype)
+        return self
 
     def finish_step(self, metrics: dict[str, Tensor]) -> None:
         """Take the global batch's summed metrics: what a model learns outside its gradients."""
