@@ -30,4 +30,11 @@ def grouped_experts(x_RI: Tensor, w_EOI: Tensor, count_E: Tensor) -> Tensor:
     return F.grouped_mm(x_RI, w_EOI.transpose(-2, -1), offs=count_E.cumsum(0).to(torch.int32))
 
 
+def any_experts(x_RI: Tensor, w_EOI: Tensor, count_E: Tensor) -> Tensor:
+    """The grouped product where this torch has it for these tensors, else the loop."""
+    aligned = x_RI.shape[1] * x_RI.element_size() % 16 == 0 and w_EOI.shape[1] * x_RI.element_size() % 16 == 0
+    typed = x_RI.device.type == "cpu" or x_RI.dtype == torch.bfloat16
+    return (grouped_experts if hasattr(F, "grouped_mm") and aligned and typed else loop_experts)(x_RI, w_EOI, count_E)
+
+
 EXPERTS = {"grouped": grouped_experts, "loop": loop_experts, "reference": reference_experts}

@@ -84,9 +84,10 @@ class MoE(nn.Module):
         self.router = Linear(model.n_embd, section.n_experts, bias=False)
         self.experts = Experts(section, model, kernels)
         # Added to the scores when experts are chosen, never to their weights (arXiv:2408.15664).
-        self.register_buffer("selection_bias", torch.zeros(section.n_experts))
+        self.register_buffer("selection_bias", torch.zeros(section.n_experts, dtype=torch.float32))
         # The last step's share of tokens of each expert; the Switch loss's fractions.
-        self.register_buffer("load", torch.full((section.n_experts,), 1 / section.n_experts))
+        share = torch.full((section.n_experts,), 1 / section.n_experts, dtype=torch.float32)
+        self.register_buffer("load", share)
 
     def forward(self, x_BTC: Tensor, n_targets: int) -> tuple[Tensor, Routing]:
         """x_BTC -> (y_BTC, Routing). `n_targets` is the global batch's count, by which losses are divided."""

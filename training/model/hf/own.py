@@ -1,4 +1,4 @@
-"""A model that no architecture of Transformers expresses: our configuration and our names."""
+"""A model that no architecture of Transformers expresses: our configuration, our names, and the code that runs it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,23 @@ from torch import Tensor
 
 from training.config import ModelConfig
 from training.model.gpt import GPT
+from training.model.hf import bundle
 from training.model.hf.architecture import Architecture
 from training.model.hf.files import save
-from training.model.hf.names import Name
+from training.model.hf.names import Name, as_theirs
 
 MODEL_TYPE = "training_gpt"
+MODELING = f"modeling_{MODEL_TYPE}"  # the file that `bundle` makes
+CLASSES = {"AutoConfig": "TrainingGPTConfig", "AutoModelForCausalLM": "TrainingGPTForCausalLM"}
 
 
 def to_hf(config: ModelConfig) -> dict:
-    """Our options."""
-    return config.model_dump(mode="json")
+    """Our options, and which classes of the modeling file to open them with."""
+    return {
+        "architectures": [CLASSES["AutoModelForCausalLM"]],
+        "auto_map": {auto: f"{MODELING}.{name}" for auto, name in CLASSES.items()},
+        **config.model_dump(mode="json"),
+    }
 
 
 def from_hf(hf: dict) -> dict:
@@ -27,15 +34,16 @@ def from_hf(hf: dict) -> dict:
 
 
 def names(config: ModelConfig) -> list[Name]:
-    """Every tensor under its own name."""
+    """Every tensor under its own name, within the module `gpt`."""
     with torch.device("meta"):
-        return [Name(name, (name,)) for name in GPT(config).state_dict()]
+        return [Name(f"gpt.{name}", (name,)) for name in GPT(config).state_dict()]
 
 
 OWN = Architecture(lambda _config: iter(()), to_hf, from_hf, names)
 
 
 def write(folder: Path, weights: dict[str, Tensor], config: ModelConfig, end_of_text: int, dtype: torch.dtype) -> None:
-    """Write config.json and model.safetensors."""
+    """Write config.json, the weights and the modeling file."""
     ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    save(folder, {"model_type": MODEL_TYPE, **to_hf(config), **ids}, weights.items(), dtype)
+    save(folder, {"model_type": MODEL_TYPE, **to_hf(config), **ids}, as_theirs(names(config), weights), dtype)
+    (folder / f"{MODELING}.py").write_text(bundle.source(), encoding="utf-8")

@@ -1,0 +1,203 @@
+"""A trained model taken away: written, opened by a stranger, compared; the file that an own architecture carries."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import command, environment
+
+from training import export as exporting
+from training.config import ModelConfig
+from training.errors import UserError
+from training.model import GPT, hf
+from training.model.hf import bundle
+
+SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 48, "vocab_size": 320}
+MODERN = {"position": "rope", "norm": "rmsnorm", "bias": False, "tie_head": False}
+GATED_MOE = {"type": "moe", "n_experts": 4, "hidden": 32, "gated": True, "activation": "silu"}
+LATENT = {"type": "latent", "kv_rank": 16, "rope_dim": 8, "window": 9}
+OWN = {
+    "gpt2-moe": {"blocks": [{"ffn": {"type": "moe", "n_experts": 4, "hidden": 32}}]},
+    "hybrid": {
+        **MODERN,
+        "logit_softcap": 20.0,
+        "blocks": [
+            {
+                "mixer": LATENT,
+                "ffn": {"type": "moe", "n_experts": 4, "hidden": 32, "gated": True, "activation": "silu"},
+            },
+            {"mixer": {"n_kv_head": 2, "softcap": 5.0, "rope": False}, "ffn": {"activation": "relu2"}},
+        ],
+    },
+}
+TRANSFORMERS_4 = Path(sys.prefix, "transformers-4")
+OPEN = Path(__file__).with_name("open_own.py")
+
+
+def perturbed(options) -> GPT:
+    """A model without a trivial tensor."""
+    model = GPT(ModelConfig.model_validate(SIZES | options)).init_weights(0)
+    generator = torch.Generator().manual_seed(1)
+    for tensor in [*model.parameters(), *(b for name, b in model.named_buffers() if "bias" in name)]:
+        tensor.data += 0.1 * torch.randn(tensor.shape, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory) -> Path:
+    """A folder of exports with a modeling file, each beside the logits that it should give."""
+    place = tmp_path_factory.mktemp("exports")
+    tokens = torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(2))
+    for name, options in OWN.items():
+        model = perturbed(options)
+        assert hf.write(place / name, model.state_dict(), model.config, 5) == "training_gpt"
+        with torch.no_grad():
+            torch.save({"tokens": tokens, "logits": model.logits(tokens)}, place / f"{name}.pt")
+    return place
+
+
+@pytest.mark.parametrize("major", [5, 4])
+def test_an_own_architecture_opens_generates_and_is_saved_again_without_this_package(exports, tmp_path, major):
+    if major == 4 and not TRANSFORMERS_4.is_dir():
+        pytest.skip(f"Transformers 4 is not in {TRANSFORMERS_4}: make .venv/installed")
+    path = {"PYTHONPATH": str(TRANSFORMERS_4)} if major == 4 else {}
+    done = subprocess.run(
+        [sys.executable, "-P", str(OPEN), *(str(exports / name) for name in OWN)],
+        env=environment() | {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"} | path,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[0].startswith(f"{major}.")
+
+
+def test_our_package_opens_its_models_by_registration_without_remote_code(exports):
+    code = (
+        "import sys, torch, training; training.register()\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(exports / 'hybrid')!r})\n"
+        "assert type(model).__module__ == 'training.model.hf.modeling', type(model)\n"
+        f"found = torch.load({str(exports / 'hybrid.pt')!r})\n"
+        "assert (model(found['tokens']).logits - found['logits']).abs().max() < 1e-5\n"
+    )
+    done = command("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_modeling_file_stands_alone_and_is_sound(exports, tmp_path):
+    text = (exports / "gpt2-moe" / "modeling_training_gpt.py").read_text()
+    assert text == bundle.source()
+    imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE))
+    assert imported - set(sys.stdlib_module_names) == {"torch", "transformers"}
+    (tmp_path / "modeling.py").write_text(text)
+    checked = command("-m", "ruff", "check", "--isolated", "--select", "F,E9", str(tmp_path / "modeling.py"))
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_experts_of_an_export_run_grouped_and_fall_back_where_that_is_not_possible():
+    from torch.profiler import profile
+
+    from training.kernels.experts import any_experts
+
+    count = torch.tensor([3, 1])
+    for dtype, width, grouped in ((torch.float32, 32, True), (torch.bfloat16, 32, True), (torch.float32, 30, False)):
+        x, w = torch.ones(4, width, dtype=dtype), torch.ones(2, 8, width, dtype=dtype)
+        with profile() as seen:
+            y = any_experts(x, w, count)
+        assert any("grouped_mm" in event.key for event in seen.key_averages()) == grouped
+        assert y.tolist() == [[width] * 8] * 4
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of four steps, exported by the command."""
+    from training.config import Config
+    from training.train import train
+
+    place = tmp_path_factory.mktemp("trained")
+    text = place / "text.txt"
+    text.write_text("".join(f"{n} and {n} are {n + n}.\n" for n in range(3000)))
+    options = {
+        "name": "small",
+        "out_dir": str(place),
+        "steps": 4,
+        "batch_tokens": 256,
+        "precision": "fp32",
+        "model": {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, **MODERN},
+        "data": {
+            "sources": [{"paths": [str(text)]}],
+            "tokenizer": {"type": "byte"},
+            "cache_dir": str(place / "cache"),
+        },
+        "schedule": {"warmup_steps": 2},
+        "logging": {"tensorboard": False},
+    }
+    options["model"]["blocks"] = [
+        {"mixer": {"qk_norm": True, "n_kv_head": 1}, "ffn": GATED_MOE | {"balance": "switch"}}
+    ]
+    assert train(Config.model_validate(options)) == 0
+    return place / "small"
+
+
+def test_the_command_says_what_opened_and_refuses_to_write_over_it(trained):
+    done = command("-m", "training.export", "--run", str(trained), "--dtype", "bf16")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"{trained}/export: qwen3_moe, bf16, step 4"
+    assert re.fullmatch(r"opened by Transformers .* as Qwen3MoeForCausalLM: logits differ by .*", lines[1])
+    assert lines[2] == f"AutoModelForCausalLM.from_pretrained('{trained}/export')"
+    assert json.loads((trained / "export" / "config.json").read_text())["vocab_size"] == 257  # the tokenizer's own
+    before = sorted(path.stat().st_mtime_ns for path in (trained / "export").iterdir())
+    again = command("-m", "training.export", "--run", str(trained))
+    assert again.returncode == 2
+    assert again.stderr == f"error: {trained}/export: is already there; choose another --out\n"
+    assert before == sorted(path.stat().st_mtime_ns for path in (trained / "export").iterdir())
+
+
+@pytest.mark.parametrize("harm", ["a weight", "the file"])
+def test_an_export_that_is_not_the_trained_model_is_an_error_and_leaves_nothing(trained, tmp_path, monkeypatch, harm):
+    from safetensors.torch import load_file, save_file
+
+    write = hf.write
+
+    def harmed(folder, *args, **kwargs):
+        kind = write(folder, *args, **kwargs)
+        file = folder / "model.safetensors"
+        if harm == "the file":
+            file.write_bytes(file.read_bytes()[:-1000])
+        else:
+            tensors = load_file(file)
+            tensors["model.layers.1.self_attn.k_norm.weight"][0] += 0.5
+            save_file(tensors, file, metadata={"format": "pt"})
+        return kind
+
+    monkeypatch.setattr(hf, "write", harmed)
+    said = {"a weight": "the export is not the trained model: ", "the file": "Transformers does not open the export: "}
+    with pytest.raises(UserError, match=said[harm]):
+        exporting.export(str(trained), str(tmp_path / "out"), "fp32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_greedy_continuation_that_differs_is_noticed(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained / "model", tmp_path / "model")
+    from training import trained as reading
+
+    found = reading.load(str(trained), "cpu")
+    monkeypatch.setattr(exporting, "greedy", lambda _model, _prompt, n_new, _n_vocab: [0] * n_new)
+    with pytest.raises(UserError, match="its greedy continuation differs"):
+        exporting.verify(tmp_path / "model", found.model, found.tokenizer.vocab_size)
+
+
+def test_a_run_that_is_not_there_is_one_line(tmp_path):
+    done = command("-m", "training.export", "--run", str(tmp_path / "none"))
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: --run .*none: no run with a checkpoint.*\n", done.stderr)
+    assert list(tmp_path.iterdir()) == []
