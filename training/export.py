@@ -85,8 +85,8 @@ def export(run: str, out: str | None, dtype_name: str) -> list[str]:
         f"{seen.n_same} greedy tokens are the same",
     ]
     if own:
-        lacks = (f"{name} lacks {a.why_not(config.model)}" for name, a in hf.ARCHITECTURES.items())
-        lines.append(f"with a modeling file of its own, for {', '.join(lacks)}")
+        reasons = (f"{name} ({a.why_not(config.model)})" for name, a in hf.ARCHITECTURES.items())
+        lines.append(f"with a modeling file of its own; what does not fit: {', '.join(reasons)}")
     return [*lines, call]
 
 
