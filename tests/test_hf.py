@@ -16,7 +16,7 @@ from torch import Tensor
 from training.config import ModelConfig
 from training.errors import UserError
 from training.model import GPT, hf
-from training.model.hf import gpt2, llama, qwen3
+from training.model.hf import files, gpt2, llama, qwen3
 from training.model.hf.fields import ACTIVATIONS
 from training.model.hf.layers import pattern, written_out
 
@@ -290,10 +290,7 @@ def test_a_table_of_names_has_a_place_for_everything_once(name):
 
 
 def test_a_large_model_is_written_in_several_files(tmp_path, monkeypatch):
-    from huggingface_hub.serialization import _torch
-
-    monkeypatch.setattr(_torch, "MAX_SHARD_SIZE", "20KB")  # 5 GB are too many for a test
-    monkeypatch.setitem(_torch.save_torch_state_dict.__kwdefaults__, "max_shard_size", "20KB")
+    monkeypatch.setattr(files, "SHARD_BYTES", 20_000)  # 5 GB are too many for a test
     model = made(CASES["qwen3_moe"][1])
     hf.write(tmp_path, model.state_dict(), model.config, end_of_text=5)
     assert (tmp_path / "model.safetensors.index.json").exists()
@@ -453,6 +450,15 @@ def test_another_model_is_written_under_our_own_names(tmp_path):
     assert config == model.config
     read = hf.read_weights(tmp_path, architecture, config)
     assert all(torch.equal(read[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_selection_bias_that_nothing_moves_any_more_is_not_lost(tmp_path):
+    """As where a run that balances otherwise begins with a checkpoint of one that had it."""
+    model = made(CASES["qwen3_moe"][1])
+    model.blocks[1].ffn.selection_bias[2] = 0.1
+    assert hf.write(tmp_path, model.state_dict(), model.config, end_of_text=5) == "training_gpt"
+    read = hf.read_weights(tmp_path, *hf.read_config(tmp_path, hf.READABLE))
+    assert torch.equal(read["blocks.1.ffn.selection_bias"], model.blocks[1].ffn.selection_bias)
 
 
 @pytest.mark.parametrize(

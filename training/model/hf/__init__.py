@@ -42,9 +42,10 @@ def write(
     if n_vocab is not None:
         rows = {name: weights[name][:n_vocab] for name in ("wte.weight", "head.weight") if name in weights}
         weights, config = weights | rows, config.model_copy(update={"vocab_size": n_vocab})
-    fits = (name for name, architecture in ARCHITECTURES.items() if architecture.why_not(config) is None)
-    model_type = next(fits, None)
-    if model_type is None:
+    model_type = next((name for name, one in ARCHITECTURES.items() if one.why_not(config) is None), None)
+    # A run that began with another's checkpoint may have a selection bias that its own `balance` does not move.
+    biased = any(tensor.any() for name, tensor in weights.items() if name.endswith("selection_bias"))
+    if model_type is None or biased:
         own.write(folder, weights, config, end_of_text, dtype)
         return own.MODEL_TYPE
     architecture = ARCHITECTURES[model_type]

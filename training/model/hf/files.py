@@ -15,10 +15,11 @@ from torch import Tensor
 from training.errors import UserError
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000  # what Transformers takes for one file at most
 
 
 def save(folder: Path, hf: dict, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> None:
-    """Write config.json, generation_config.json and the tensors, in files of at most 5 GB (with an index if several).
+    """Write config.json, generation_config.json and the tensors, with an index where they are several files.
 
     Raises OSError or SafetensorError where the disk refuses.
     """
@@ -28,8 +29,9 @@ def save(folder: Path, hf: dict, tensors: Iterable[tuple[str, Tensor]], dtype: t
     _write_json(folder / CONFIG, hf | {"dtype": str(dtype).removeprefix("torch.")})
     _write_json(folder / "generation_config.json", {name: hf[name] for name in ("bos_token_id", "eos_token_id")})
     # Copies: tensors that share memory would count as one, such as the experts, which are views of one tensor.
-    copies = {name: tensor.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format) for name, tensor in tensors}
-    save_torch_state_dict(copies, folder, metadata={"format": "pt"})
+    alone = {"copy": True, "memory_format": torch.contiguous_format}
+    copies = {name: tensor.to("cpu", dtype, **alone) for name, tensor in tensors}
+    save_torch_state_dict(copies, folder, max_shard_size=SHARD_BYTES, metadata={"format": "pt"})
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -1,0 +1,353 @@
+"""A run that begins with a model from elsewhere: its sizes, its weights, and every way in which that goes wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, environment, rows, tensors, write_config
+from safetensors.torch import load_file, save_file
+from test_hf import GATED, MOE, NORMED, perturbed
+from test_restart import flip_a_bit
+
+from training import initial, train
+from training.config import ModelConfig
+from training.errors import UserError
+from training.model import GPT, hf
+
+SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": 259}
+ROTARY = SMALL | {"position": "rope", "norm": "rmsnorm", "bias": False}
+MODELS = {
+    "gpt2": SMALL,
+    "llama": ROTARY | {"tie_head": False, "blocks": [{"ffn": GATED}]},
+    "qwen3": ROTARY | {"blocks": [{"mixer": NORMED | {"window": 5}, "ffn": GATED}]},
+    "qwen3_moe": ROTARY | {"blocks": [{"mixer": NORMED, "ffn": MOE}, {"mixer": NORMED, "ffn": GATED}]},
+    "training_gpt": SMALL | {"blocks": [{"ffn": {"type": "moe", "n_experts": 4, "hidden": 24}}]},
+}
+STILL = {"type": "adamw", "learning_rate": 1e-30}  # nothing that float32 has a place for
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Write a model to a folder; returns it, and the folder."""
+
+    def make(model_type: str = "gpt2", **changes) -> tuple[GPT, Path]:
+        config = ModelConfig.model_validate(MODELS[model_type] | changes)
+        model, path = perturbed(GPT(config).init_weights(0)), tmp_path / "pretrained"
+        for name, buffer in model.named_buffers():
+            if model_type == "training_gpt" and name.endswith("selection_bias"):
+                buffer += torch.linspace(-0.1, 0.1, len(buffer))
+        assert hf.write(path, model.state_dict(), config, end_of_text=256) == model_type
+        return model, path
+
+    return make
+
+
+def begun(config) -> GPT:
+    """The model that a run with these options begins with."""
+    config = initial.options(config)
+    model = GPT(config.model)
+    model.load_state_dict(model.state_dict() | initial.weights(config))
+    return model
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 257, (2, 16), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_a_run_begins_with_the_weights_of_a_folder(run, folder, model_type):
+    _, path = folder(model_type)
+    left = run(model={}, init_from=str(path), optim=STILL, steps=3)
+    found, known = (hf.read_config(one, hf.READABLE)[1] for one in (left / "model", path))
+    assert found == known.model_copy(update={"vocab_size": 257})
+    ours, theirs = load_file(left / "model/model.safetensors"), load_file(path / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        if not name.endswith(("selection_bias", "load")):  # balancing goes on
+            assert torch.equal(ours[name], tensor[:257] if len(tensor) == 259 else tensor), name
+
+
+def test_a_run_goes_on_from_what_another_left(run):
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": 257}
+    first = run(name="first", model=sizes)
+    then = run(name="then", model={}, init_from=str(first / "model"), optim=STILL)
+    losses = [json.loads((folder / "summary.json").read_text())["val_loss"] for folder in (first, then)]
+    assert losses[0] == losses[1]
+
+
+def test_a_restart_needs_the_folder_no_more_and_changes_no_bit(run, folder):
+    _, path = folder()
+    asked = {"model": {"n_positions": 16}, "init_from": str(path)}
+    left = run(**asked)
+    before = tensors(left, 8), rows(left)
+    flip_a_bit(left / "checkpoints/step-00000008/model.safetensors")
+    shutil.rmtree(path)
+    run(**asked)
+    assert (tensors(left, 8), rows(left)) == before
+    with pytest.raises(UserError, match=f"init_from {path}: no such folder"):
+        run(**asked, resume="never")
+
+
+def test_a_restart_with_other_options_is_refused(run, config, folder):
+    _, path = folder()
+    left = run(model={}, init_from=str(path))
+    with pytest.raises(UserError, match=f"model.n_embd: 48 is given, and {left} has 16; leave it out"):
+        train.train(config(model={"n_embd": 48}, init_from=str(path)))
+    with pytest.raises(UserError, match=r"holds a run with other options: .*init_from: .* -> None"):
+        train.train(config(model=SMALL))
+    other = path.rename(path.with_name("other"))
+    with pytest.raises(UserError, match=r"holds a run with other options: init_from: .*pretrained -> .*other"):
+        train.train(config(model={}, init_from=str(other)))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"n_embd": 48}, "model.n_embd: 48 is given, and PATH has 16; leave it out"),
+        ({"n_layer": 12}, "model.n_layer: 12 is given, and PATH has 2; leave it out"),
+        ({"position": "rope"}, "model.position: rope is given, and PATH has learned"),
+        ({"tie_head": False}, "model.tie_head: False is given, and PATH has True"),
+        ({"norm_eps": 1e-6}, "model.norm_eps: 1e-06 is given, and PATH has 1e-05"),
+        ({"n_positions": 64}, "model.n_positions: 64 is given, and PATH has 32"),
+        ({"vocab_size": 258}, "model.vocab_size: 258 is given, and PATH has 259"),
+        ({"blocks": [{"mixer": {"n_kv_head": 1}}]}, "mixer.n_kv_head of layer 0 is 1, and PATH has 2"),
+        ({"blocks": [{}, {"mixer": {"window": 8}}]}, "mixer.window of layer 1 is 8, and PATH has None"),
+        ({"blocks": [{"mixer": {"type": "latent"}}]}, "mixer.type of layer 0 is latent, and PATH has attention"),
+        ({"blocks": [{"ffn": {"type": "moe"}}]}, "ffn.type of layer 0 is moe, and PATH has mlp"),
+        ({"blocks": [{"ffn": {"hidden": 48}}]}, "ffn.hidden of layer 0 is 48, and PATH has 64"),
+    ],
+    ids=str,
+)
+def test_options_that_say_something_else_are_refused(config, folder, given, words):
+    _, path = folder()
+    with pytest.raises(UserError) as raised:
+        initial.options(config(model=given, init_from=str(path)))
+    assert words.replace("PATH", str(path)) in str(raised.value)
+
+
+def test_options_may_repeat_what_the_folder_has(config, folder):
+    _, path = folder()
+    blocks = [{"mixer": {"head_dim": 8, "n_kv_head": 2, "window": None}, "ffn": {"hidden": 64}}, {}]
+    alone = initial.options(config(model={}, init_from=str(path)))
+    assert alone.model.vocab_size == 259  # null is the folder's own number here, not the tokenizer's
+    for given in (SMALL, {"blocks": blocks}, {"vocab_size": None}, alone.model.model_dump()):
+        assert initial.options(config(model=given, init_from=str(path))).model == alone.model
+
+
+def test_a_shorter_context_crops_the_table_of_positions(config, folder):
+    model, path = folder()
+    short = begun(config(model={"n_positions": 16}, init_from=str(path)))
+    assert short.wpe.weight.shape == (16, 16)
+    assert torch.equal(short.logits(tokens()), model.logits(tokens()))
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_more_rows_are_tokens_like_any(config, folder, model_type):
+    model, path = folder(model_type)
+    asked = config(model={"vocab_size": 300}, init_from=str(path))
+    wide = begun(asked)
+    torch.testing.assert_close(wide.logits(tokens())[..., :259], model.logits(tokens()), rtol=0, atol=1e-6)
+    for table in filter(None, (wide.wte, wide.head)):
+        torch.testing.assert_close(table.weight[259:], table.weight[:259].mean(0).expand(41, -1))
+    again = begun(asked)
+    assert all(torch.equal(one, other) for one, other in zip(wide.parameters(), again.parameters(), strict=True))
+
+
+def test_documents_and_balance_are_the_users_own(config, folder):
+    model, path = folder("qwen3_moe")
+    balancing = {"type": "moe", "balance": "both", "bias_rate": 0.5}
+    given = {"isolate_documents": True, "blocks": [{"ffn": balancing}, {}]}
+    found = initial.options(config(model=given, init_from=str(path))).model
+    assert found.isolate_documents
+    assert (found.layers()[0].ffn.balance, found.layers()[0].ffn.bias_rate) == ("both", 0.5)
+    assert found.layers()[0].ffn.n_experts == MOE["n_experts"] and found.layers()[1].ffn.type == "mlp"
+    with torch.no_grad():
+        torch.testing.assert_close(
+            begun(config(model=given, init_from=str(path))).logits(tokens()), model.logits(tokens())
+        )
+
+
+def test_rules_between_options_hold_for_the_folders_sizes(config, folder):
+    _, path = folder(n_positions=24)
+    with pytest.raises(UserError, match=r"batch_tokens: 256 is not a multiple of model.n_positions 24$"):
+        initial.options(config(model={}, init_from=str(path)))
+
+
+def test_a_tokenizer_with_more_tokens_than_rows_is_refused(config, folder):
+    _, path = folder(vocab_size=250)
+    with pytest.raises(UserError, match=r"model.vocab_size: 250 is less than the tokenizer's 257; use 257"):
+        train.train(config(model={}, init_from=str(path)))
+    assert train.train(config(model={"vocab_size": 257}, init_from=str(path), steps=3)) == 0
+
+
+def test_every_file_that_init_from_needs_is_there_in_the_repository(config, folder):
+    _, path = folder()
+    asked = config(model={}, init_from=str(path))
+    (path / "model.safetensors").rename(path / "elsewhere")
+    assert initial.options(asked).model.n_embd == 16  # config.json is all that it reads
+    with pytest.raises(UserError, match=r"no model.safetensors"):
+        initial.weights(initial.options(asked))
+
+
+# --- folders that cannot be used -------------------------------------------------------------------
+
+
+def change(path: Path, **changes) -> None:
+    fields = json.loads((path / "config.json").read_text()) | changes
+    (path / "config.json").write_text(json.dumps(fields))
+
+
+def tensor(path: Path, name: str, value: torch.Tensor | None) -> None:
+    found = load_file(path / "model.safetensors")
+    found.pop(name, None)
+    save_file(found | ({} if value is None else {name: value}), path / "model.safetensors")
+
+
+def pickled(path: Path) -> None:
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+
+
+def sharded(path: Path, **index) -> None:
+    (path / "model.safetensors").rename(path / "model-00001-of-00001.safetensors")
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def truncated(path: Path) -> None:
+    data = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+FLAWS = {
+    "no folder": (shutil.rmtree, "init_from PATH: no such folder"),
+    "a file": (lambda p: (shutil.rmtree(p), p.write_text("")), "init_from PATH: no such folder"),
+    "no config": (lambda p: (p / "config.json").unlink(), "PATH/config.json: not there"),
+    "config is a folder": (
+        lambda p: ((p / "config.json").unlink(), (p / "config.json").mkdir()),
+        "PATH/config.json: cannot be read: Is a directory",
+    ),
+    "not JSON": (lambda p: (p / "config.json").write_text("{"), "PATH/config.json: not JSON: "),
+    "not text": (lambda p: (p / "config.json").write_bytes(b"\xff\xfe\x00"), "PATH/config.json: not JSON: "),
+    "deep JSON": (lambda p: (p / "config.json").write_text("[" * 10**6), "PATH/config.json: not JSON: "),
+    "a list": (lambda p: (p / "config.json").write_text("[]"), "PATH/config.json: not a JSON object"),
+    "no type": (lambda p: change(p, model_type=None), "PATH/config.json: no model_type; what can be read: gpt2, llama"),
+    "unknown type": (lambda p: change(p, model_type="mamba"), "model_type 'mamba' cannot be read; what can be read: "),
+    "odd type": (lambda p: change(p, model_type=["gpt2"]), "model_type ['gpt2'] cannot be read; what can be read: "),
+    "pickled": (
+        pickled,
+        "PATH: no model.safetensors and no model.safetensors.index.json here; pickled weights are",
+    ),
+    "no index": (lambda p: sharded(p), "PATH/model.safetensors.index.json: no weight_map from tensors to files"),
+    "missing shard": (
+        lambda p: sharded(p, weight_map={"x": "model-00002-of-00002.safetensors"}),
+        "PATH/model-00002-of-00002.safetensors: not there, though model.safetensors.index.json names it",
+    ),
+    "shard elsewhere": (
+        lambda p: sharded(p, weight_map={"x": "../x.safetensors"}),
+        "x.safetensors: not there, though model.safetensors.index.json names it",
+    ),
+    "truncated": (truncated, "PATH/model.safetensors: damaged, or not safetensors: "),
+    "empty": (lambda p: (p / "model.safetensors").write_bytes(b""), "PATH/model.safetensors: damaged, or not safe"),
+    "missing tensor": (
+        lambda p: tensor(p, "transformer.h.1.ln_1.bias", None),
+        "PATH: tensors that are missing: transformer.h.1.ln_1.bias; is config.json that of these weights?",
+    ),
+    "missing tensors": (
+        lambda p: change(p, n_layer=3),
+        "PATH: tensors that are missing: transformer.h.2.attn.c_attn.bias and 11 more; is config.json",
+    ),
+    "unknown tensors": (
+        lambda p: change(p, n_layer=1),
+        "PATH: tensors that are not known: transformer.h.1.attn.c_attn.bias and 11 more; is config.json",
+    ),
+    "another's tensor": (
+        lambda p: tensor(p, "score.weight", torch.ones(2)),
+        "tensors that are not known: score.weight",
+    ),
+    "shape": (
+        lambda p: change(p, n_inner=48),
+        "PATH: transformer.h.0.mlp.c_fc.weight is (16, 64) there, and (16, 48) by config.json",
+    ),
+    "transposed": (
+        lambda p: tensor(p, "transformer.h.0.attn.c_attn.weight", torch.ones(48, 16)),
+        "PATH: transformer.h.0.attn.c_attn.weight is (48, 16) there, and (16, 48) by config.json",
+    ),
+    "not finite": (
+        lambda p: tensor(p, "transformer.ln_f.bias", torch.full((16,), float("nan"))),
+        "PATH: transformer.ln_f.bias is not finite",
+    ),
+    "whole numbers": (
+        lambda p: tensor(p, "transformer.ln_f.bias", torch.ones(16, dtype=torch.int8)),
+        "PATH: transformer.ln_f.bias is torch.int8; quantized weights are not read",
+    ),
+    "head that is not tied": (
+        lambda p: tensor(p, "lm_head.weight", torch.ones(259, 16)),
+        "PATH: lm_head.weight is not the embedding, though tie_word_embeddings says so",
+    ),
+    "a feature": (lambda p: change(p, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx: True"),
+}
+
+
+@pytest.mark.parametrize("name", FLAWS)
+def test_a_folder_that_cannot_be_used_is_one_line_and_status_2(options, folder, tmp_path, capsys, name):
+    flaw, words = FLAWS[name]
+    _, path = folder()
+    file = write_config(tmp_path / "one.yaml", options(init_from=str(path)))
+    text = file.read_text()  # the model's section written out would be a second opinion on its sizes
+    start = text.index("\nmodel:")
+    file.write_text(text[:start] + text[text.index("\ndata:", start) :])
+    flaw(path)
+    assert train.main(["--config", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert words.replace("PATH", str(path)) in error
+    assert not (tmp_path / "runs/small/checkpoints").exists()
+
+
+def test_a_name_on_the_hub_is_downloaded_once_and_one_line_where_it_cannot_be(tmp_path, folder, options):
+    """As the hub's client keeps what it has downloaded; there is no network in a test."""
+    _, path = folder()
+    kept = tmp_path / "hub/models--someone--tiny"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs/main").write_text("0" * 40)
+    shutil.move(path, kept / "snapshots" / ("0" * 40))
+    code = f"""
+from training import initial
+from training.config import Config
+from training.errors import UserError
+options = {options(model={})!r}
+config = initial.options(Config.model_validate(options | {{"init_from": "someone/tiny"}}))
+print(config.model.n_embd, len(initial.weights(config)))
+for name in ("someone/else", "some/where/else", "./tiny", "tiny"):
+    try:
+        initial.options(Config.model_validate(options | {{"init_from": name}}))
+    except UserError as error:
+        print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env=environment() | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found, unknown, *elsewhere, bare = done.stdout.splitlines()
+    assert found == "16 36"
+    assert unknown.startswith("init_from someone/else: no such folder, and not loaded from the Hugging Face hub: ")
+    assert elsewhere == ["init_from some/where/else: no such folder", "init_from ./tiny: no such folder"]
+    assert bare.startswith("init_from tiny: no such folder, and not loaded from the Hugging Face hub: ")
+
+
+def test_prepare_says_what_is_wrong_before_it_tokenizes(options, tmp_path, capsys):
+    from training import prepare
+
+    path = write_config(tmp_path / "one.yaml", options(init_from=str(tmp_path / "nowhere")))
+    assert prepare.main(["--config", str(path)]) == 2
+    assert capsys.readouterr().err == f"error: init_from {tmp_path / 'nowhere'}: no such folder\n"
+
+
+def test_every_architecture_is_begun_with():
+    assert MODELS.keys() == hf.READABLE.keys()
