@@ -452,6 +452,25 @@ def test_another_model_is_written_under_our_own_names(tmp_path):
     assert all(torch.equal(read[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_fields_are_spelled_for_both_versions(exports):
+    """What one version alone reads today the other may read tomorrow, and other programs read either."""
+    written = {name: json.loads((folder / "config.json").read_text()) for name, folder in exports.items()}
+    assert all(fields["bos_token_id"] == fields["eos_token_id"] == 5 for fields in written.values())
+    for name, folder in exports.items():
+        generation = json.loads((folder / "generation_config.json").read_text())
+        assert generation == {"bos_token_id": 5, "eos_token_id": 5}
+        if CASES[name][0] != "gpt2":
+            assert written[name]["rope_parameters"] == {
+                "rope_theta": written[name]["rope_theta"],
+                "rope_type": "default",
+            }
+    moe = written["qwen3_moe, dense layers"]
+    assert (moe["num_experts"], moe["num_local_experts"], moe["mlp_only_layers"]) == (5, 5, [0])
+    windows = written["qwen3, windows in some layers"]
+    assert windows["layer_types"] == ["sliding_attention", "full_attention", "sliding_attention"]
+    assert written["qwen3_moe"]["sliding_window"] is None and not written["qwen3_moe"]["use_sliding_window"]
+
+
 def test_a_selection_bias_that_nothing_moves_any_more_is_not_lost(tmp_path):
     """As where a run that balances otherwise begins with a checkpoint of one that had it."""
     model = made(CASES["qwen3_moe"][1])
