@@ -16,7 +16,6 @@ from training.kernels.attention import Seen, documents, why_not
 from training.model import FEED_FORWARDS, GPT, MIXERS
 from training.model.attention import Place
 from training.model.layers import rotary_table
-from training.model.sampling import sample
 
 BLOCKS = {
     "mlp": {},
@@ -29,10 +28,13 @@ BLOCKS = {
     "unrotated": {"mixer": {"rope": False}},
     "latent": {"mixer": {"type": "latent", "kv_rank": 6, "rope_dim": 4}},
     "squeezed latent": {"mixer": {"type": "latent", "kv_rank": 6, "q_rank": 5, "rope_dim": 2, "value_dim": 7}},
+    "differential": {"mixer": {"type": "differential"}},
+    "grouped differential": {"mixer": {"type": "differential", "n_kv_head": 2, "head_dim": 12, "qk_norm": True}},
 }
 WINDOWS = {
     "window": {"mixer": {"window": 5}},
     "latent window": {"mixer": {"type": "latent", "kv_rank": 6, "rope_dim": 4, "window": 5}},
+    "differential window": {"mixer": {"type": "differential", "window": 5}},
 }
 STYLES = {
     "gpt2": {},
@@ -265,36 +267,6 @@ def test_active_parameters_are_those_of_a_dense_model_with_top_k_experts():
     routers = 2 * 32 * (8 - 2)
     assert sparse.n_parameters()[1] == dense.n_parameters()[0] + routers
     assert sparse.flops_per_token() == dense.flops_per_token() + 6 * routers
-
-
-def test_sampling_is_a_function_of_its_seed_and_ends_before_the_stop_token():
-    model, prompt = build("moe"), tokens(batch=1, length=3)[0]
-
-    def draw(seed, **kwargs):
-        generator = torch.Generator().manual_seed(seed)
-        return list(sample(model, prompt, 30, n_vocab=50, generator=generator, **kwargs))
-
-    assert draw(0) == draw(0) != draw(1)
-    assert len(draw(0)) == 30
-    assert max(draw(0, temperature=3.0, top_k=None)) < 50
-    stop = draw(0)[7]
-    assert draw(0, stop=stop) == draw(0)[: draw(0).index(stop)]
-
-
-def test_sampling_at_temperature_zero_takes_the_likeliest_token():
-    model, prompt = build(), tokens(batch=1, length=4)[0]
-    first = next(sample(model, prompt, 1, n_vocab=64, generator=torch.Generator(), temperature=0))
-    assert first == int(model.logits(prompt[None])[0, -1].argmax())
-
-
-def test_top_k_draws_among_the_likeliest_only():
-    model, prompt = build(), tokens(batch=1, length=4)[0]
-    likeliest = set(model.logits(prompt[None])[0, -1].topk(3).indices.tolist())
-    generator = torch.Generator().manual_seed(0)
-    drawn = {
-        next(sample(model, prompt, 1, n_vocab=64, generator=generator, temperature=5.0, top_k=3)) for _ in range(60)
-    }
-    assert drawn == likeliest
 
 
 def test_metrics_are_described_per_target():

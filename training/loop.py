@@ -22,7 +22,8 @@ from training.errors import UserError
 from training.kernels.attention import Documents, documents
 from training.logging.report import write_report
 from training.model import GPT
-from training.model.sampling import prompt_ids, sample
+from training.model.continuation import continue_texts, prompt_ids
+from training.model.sampling import Rules
 from training.optim import rate
 from training.run import Run, save
 
@@ -155,7 +156,7 @@ def record(run: Run, due: Due) -> None:
             run.best = {"step": run.step, "val_loss": found["val_loss"]}
     run.last_row = rows[-1]
     if due.evaluate and run.world.main and run.config.eval.prompts:
-        texts = samples(run.model, run.dataset.tokenizer, run.config.eval, seed=run.config.seed + run.step)
+        texts = samples(run.model, run.dataset.tokenizer, run.config.eval, seed=(run.config.seed, run.step))
         rows[-1] = rows[-1] | {"samples": texts}
     for sink in run.sinks:
         sink.write(rows)
@@ -213,20 +214,14 @@ def evaluate(
     }
 
 
-def samples(model: GPT, tokenizer: Tokenizer, config: EvalConfig, seed: int) -> list[dict[str, str]]:
-    """A continuation of every prompt; the same for the same weights and seed."""
-    generator = torch.Generator().manual_seed(seed)
-    texts = []
-    for prompt in config.prompts:
-        new = sample(
-            model,
-            prompt_ids(tokenizer, prompt),
-            config.sample_tokens,
-            n_vocab=tokenizer.vocab_size,
-            generator=generator,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            stop=tokenizer.end_of_text,
-        )
-        texts.append({"prompt": prompt, "text": tokenizer.decode(new)})
-    return texts
+def samples(model: GPT, tokenizer: Tokenizer, config: EvalConfig, seed: tuple[int, int]) -> list[dict[str, str]]:
+    """A continuation of every prompt; each the same for the same weights and seed, whatever the other prompts are."""
+    texts = continue_texts(
+        model,
+        tokenizer,
+        [prompt_ids(tokenizer, prompt) for prompt in config.prompts],
+        config.sample_tokens,
+        seeds=[seed] * len(config.prompts),
+        rules=Rules(config.temperature, config.top_k),
+    )
+    return [{"prompt": prompt, "text": text.text} for prompt, text in zip(config.prompts, texts, strict=True)]

@@ -45,7 +45,8 @@ def load(run: str, asked_device: str = "auto") -> Trained:
     model = GPT(config.model, kernels, dtype)
     model.load_state_dict(found.model)
     tokenizer = Tokenizer.load(path.parent.parent / "tokenizer")
-    return Trained(config, model.to(device), tokenizer, found.state["step"], found.state["data"])
+    model = model.to(device).for_inference()
+    return Trained(config, model, tokenizer, found.state["step"], found.state["data"])
 
 
 def _newest(folder: Path) -> tuple[Path, Checkpoint | None]:

@@ -1,66 +1,166 @@
-"""Text from a model, token by token."""
+"""Tokens from a model: how one is drawn, and texts that are continued side by side.
+
+Shapes: B texts that go on, R some of them, T tokens, V vocabulary.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from training.model.cache import Cache
 from training.model.gpt import GPT
 
 
-class Tokenizer(Protocol):
-    """What a prompt needs of a tokenizer."""
+class Rules(NamedTuple):
+    """How a token is drawn: the definitions of Transformers' logits processors, in the order of its `generate`."""
 
-    end_of_text: int
+    temperature: float = 0.8  # 0: always the likeliest token
+    top_k: int | None = None  # only the so many likeliest, and those as likely as the last of them
+    top_p: float = 1.0  # only the fewest likeliest that together are this probable (arXiv:1904.09751)
+    min_p: float = 0.0  # only those this probable, relative to the likeliest (arXiv:2407.01082)
+    repetition_penalty: float = 1.0  # of every token of the text, prompt included (arXiv:1909.05858)
 
-    def encode(self, text: str) -> np.ndarray: ...
+
+def draw(logits_BV: Tensor, seen_BV: Tensor | None, uniform_B1: Tensor, rules: Rules) -> Tensor:
+    """(B, 1): a token for each row. `seen_BV` (bool) is what is in its text; None where there is no penalty.
+
+    A number of `uniform_B1`, float64 in [0, 1), falls into one token's share of that interval; shares are
+    probabilities, in the order of token ids.
+    """
+    scores_BV = logits_BV if seen_BV is None else penalized(logits_BV, seen_BV, rules.repetition_penalty)
+    if rules.temperature == 0:
+        return scores_BV.argmax(dim=-1, keepdim=True)
+    share_ends_BV = probabilities(scores_BV, rules).to(uniform_B1.device).cumsum(dim=-1, dtype=torch.float64)
+    token_B1 = torch.searchsorted(share_ends_BV, uniform_B1 * share_ends_BV[:, -1:], right=True)
+    return token_B1.to(logits_BV.device)
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: str) -> Tensor:
-    """(T,): the prompt as the beginning of a document: after an end-of-text token, as in training."""
-    return torch.from_numpy(np.concatenate([[tokenizer.end_of_text], tokenizer.encode(prompt)]))
+def penalized(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
+    """Logits of what was seen divided by the penalty where positive, else multiplied (arXiv:1909.05858)."""
+    lowered_BV = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
+    return torch.where(seen_BV, lowered_BV, logits_BV)
+
+
+def probabilities(logits_BV: Tensor, rules: Rules) -> Tensor:
+    """Temperature, top-k, top-p and min-p, in this order; what one leaves out the next does not count."""
+    # The likeliest token's score is 0, and so stays finite however cold.
+    scores_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / rules.temperature
+    if rules.top_k is not None and rules.top_k < scores_BV.shape[-1]:
+        least_B1 = scores_BV.topk(rules.top_k, dim=-1).values[:, -1:]
+        scores_BV = scores_BV.masked_fill(scores_BV < least_B1, float("-inf"))
+    if rules.top_p < 1:
+        rising_BV, order_BV = scores_BV.sort(dim=-1)
+        out_BV = rising_BV.softmax(dim=-1).cumsum(dim=-1) <= 1 - rules.top_p
+        out_BV[:, -1] = False
+        scores_BV = scores_BV.masked_fill(out_BV.scatter(1, order_BV, out_BV), float("-inf"))
+    if rules.min_p > 0:
+        probability_BV = scores_BV.softmax(dim=-1)
+        out_BV = probability_BV < rules.min_p * probability_BV.amax(dim=-1, keepdim=True)
+        scores_BV = scores_BV.masked_fill(out_BV, float("-inf"))
+    return scores_BV.softmax(dim=-1)
 
 
 @torch.inference_mode()
 def sample(
     model: GPT,
-    prompt_T: Tensor,
+    prompts: Sequence[Sequence[int]],
     n_tokens: int,
+    take: Callable[[int, int], bool],
     *,
     n_vocab: int,
-    generator: torch.Generator,
-    temperature: float = 0.8,
-    top_k: int | None = 50,
-    stop: int | None = None,
-) -> Iterator[int]:
-    """Up to `n_tokens` token ids that continue prompt_T (at least one id), one by one, ending before `stop`.
+    seeds: Sequence[int | Sequence[int]],
+    rules: Rules,
+) -> None:
+    """Continue the prompts (token ids, at least one each) side by side, by up to `n_tokens` tokens each.
 
-    Only ids below `n_vocab` are drawn: rows of the embedding past the tokenizer's size have no text.
-    Where the context is full, the older half is forgotten. `generator` lives on the CPU.
+    `take(i, token)` gets the next token of prompt i and returns whether that text goes on. Only ids below `n_vocab`
+    are drawn: rows of the embedding past the tokenizer's size have no text. Where the context is full, the older
+    half is forgotten. A text is a function of its prompt and its seed (whole numbers), whatever is beside it.
     """
-    limit, device = model.config.n_positions, model.wte.weight.device
-    context = prompt_T[-limit:].tolist()
-    cache, fresh = model.new_cache(), context
+    batch = _Batch(model, prompts, n_vocab, seeds, rules)
+    numbers = list(range(len(prompts)))
     for _ in range(n_tokens):
-        if len(context) > limit:
-            context = context[-max(1, limit // 2) :]
-            cache, fresh = model.new_cache(), context
-        logits_V = model.logits(torch.tensor([fresh], device=device), cache)[0, -1, :n_vocab].float().cpu()
-        fresh = [_draw(logits_V, temperature, top_k, generator)]
-        if fresh[0] == stop:
+        going_on = [row for row, token in enumerate(batch.next()) if take(numbers[row], token)]
+        if not going_on:
             return
-        context = context + fresh
-        yield fresh[0]
+        if len(going_on) < len(numbers):
+            numbers = [numbers[row] for row in going_on]
+            batch.select(going_on)
 
 
-def _draw(logits_V: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
-    if temperature == 0:
-        return int(logits_V.argmax())
-    if top_k is not None and top_k < len(logits_V):
-        logits_V = logits_V.masked_fill(logits_V < logits_V.topk(top_k).values[-1], float("-inf"))
-    scores_V = (logits_V - logits_V.max()) / temperature  # finite at the likeliest token, however cold
-    return int(torch.multinomial(scores_V.softmax(0), 1, generator=generator))
+class _Batch:
+    """Texts that go on, left-padded to one length in one cache, which lacks the last token of each (fresh_B1)."""
+
+    def __init__(
+        self,
+        model: GPT,
+        prompts: Sequence[Sequence[int]],
+        n_vocab: int,
+        seeds: Sequence[int | Sequence[int]],
+        rules: Rules,
+    ):
+        self.model, self.n_vocab, self.rules = model, n_vocab, rules
+        self.device, self.limit = model.wte.weight.device, model.config.n_positions
+        self.contexts = [list(prompt)[-self.limit :] for prompt in prompts]
+        self.cache = self._read(self.contexts)
+        self.fresh_B1 = torch.tensor([context[-1:] for context in self.contexts], device=self.device)
+        self.generators = [np.random.default_rng(seed) for seed in seeds]
+        self.seen_BV = None
+        if rules.repetition_penalty != 1:
+            seen_BV = torch.zeros(len(prompts), n_vocab, dtype=torch.bool)
+            for seen_V, prompt in zip(seen_BV, prompts, strict=True):
+                seen_V[torch.tensor(prompt)] = True
+            self.seen_BV = seen_BV.to(self.device)
+
+    def next(self) -> list[int]:
+        """The next token of each text."""
+        self._forget()
+        uniform_B1 = torch.tensor([[generator.random()] for generator in self.generators], dtype=torch.float64)
+        if self.device.type != "mps":  # which has no float64
+            uniform_B1 = uniform_B1.to(self.device)
+        logits_BV = self.model.logits(self.fresh_B1, self.cache, n_last=1)[:, -1, : self.n_vocab]
+        self.fresh_B1 = draw(logits_BV, self.seen_BV, uniform_B1, self.rules)
+        if self.seen_BV is not None:
+            self.seen_BV.scatter_(1, self.fresh_B1, True)
+        tokens = self.fresh_B1.flatten().tolist()  # the only time in a step that the device is waited for
+        for context, token in zip(self.contexts, tokens, strict=True):
+            context.append(token)
+        return tokens
+
+    def select(self, rows: list[int]) -> None:
+        """Let only these texts go on."""
+        rows_B = torch.tensor(rows, device=self.device)
+        self.contexts = [self.contexts[row] for row in rows]
+        self.generators = [self.generators[row] for row in rows]
+        self.cache.select(rows_B)
+        self.cache.trim()
+        self.fresh_B1 = self.fresh_B1.index_select(0, rows_B)
+        self.seen_BV = None if self.seen_BV is None else self.seen_BV.index_select(0, rows_B)
+
+    def _read(self, contexts: list[list[int]]) -> Cache:
+        """A cache that has read all but each context's last token; what is there several times, once."""
+        distinct = list(dict.fromkeys(map(tuple, contexts)))
+        longest = max(map(len, distinct))
+        padding = [longest - len(context) for context in distinct]
+        cache = self.model.new_cache(torch.tensor(padding, device=self.device))
+        padded = [[0] * n + list(context[:-1]) for n, context in zip(padding, distinct, strict=True)]
+        self.model.logits(torch.tensor(padded, dtype=torch.int64, device=self.device), cache, n_last=1)
+        if len(distinct) < len(contexts):
+            places = {context: place for place, context in enumerate(distinct)}
+            cache.select(torch.tensor([places[tuple(context)] for context in contexts], device=self.device))
+        return cache
+
+    def _forget(self) -> None:
+        """Of texts that no longer fit the context, forget the older half and read the newer one anew."""
+        full = [row for row, context in enumerate(self.contexts) if len(context) > self.limit]
+        if not full:
+            return
+        for row in full:
+            self.contexts[row] = self.contexts[row][-max(1, self.limit // 2) :]
+        self.cache.restart(torch.tensor(full, device=self.device), self._read([self.contexts[row] for row in full]))
+        self.cache.trim()

@@ -1,0 +1,418 @@
+"""Generation: every rule of drawing is Transformers', a batch is its texts alone, and what is shown stays true."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from conftest import command
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_model import BLOCKS, STYLES, WINDOWS, build
+
+from training.config import EvalConfig
+from training.data.tokenizer import byte, train_bpe
+from training.generate import main
+from training.loop import samples
+from training.model.continuation import Continuation, continue_texts, prompt_ids
+from training.model.sampling import Rules, draw, penalized, probabilities, sample
+
+KINDS = BLOCKS | WINDOWS
+PROMPTS = [[7, 3, 9, 1, 22, 40, 8], [5], [11, 2, 60], [4, 4, 4, 31, 17, 6, 2, 50, 9, 33, 1, 12]]
+GREEDY = Rules(temperature=0, repetition_penalty=1.5)  # without the penalty it soon goes in circles
+EVERYTHING = Rules(temperature=1.3, top_k=40, top_p=0.97, min_p=0.01, repetition_penalty=1.2)
+
+
+def lively(block="mlp", style="gpt2", **changes):
+    """A model that does not just repeat its last token: what is initialised trivially hides mistakes."""
+    model = build(block, style, **changes)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model.requires_grad_(False)
+
+
+def slow(model, prompt, n_tokens, *, n_vocab, seed, rules):
+    """One text alone, without a cache."""
+    numbers, limit = np.random.default_rng(seed), model.config.n_positions
+    text, context = list(prompt), list(prompt)[-model.config.n_positions :]
+    for _ in range(n_tokens):
+        if len(context) > limit:
+            context = context[-max(1, limit // 2) :]
+        logits = model.logits(torch.tensor([context]))[0, -1, :n_vocab].tolist()
+        token = slow_draw(logits, text, numbers.random(), rules)
+        text.append(token)
+        context.append(token)
+    return text[len(prompt) :]
+
+
+def slow_draw(logits, text, uniform, rules):
+    """One token, by the definitions in words: a dict of what may be drawn, made smaller."""
+    for token in set(text):
+        logits[token] *= rules.repetition_penalty if logits[token] < 0 else 1 / rules.repetition_penalty
+    if rules.temperature == 0:
+        return logits.index(max(logits))
+    weight = {token: math.exp((logit - max(logits)) / rules.temperature) for token, logit in enumerate(logits)}
+
+    def share():
+        return {token: w / sum(weight.values()) for token, w in weight.items()}
+
+    if rules.top_k is not None:
+        least = sorted(weight.values(), reverse=True)[: rules.top_k][-1]
+        weight = {token: w for token, w in weight.items() if w >= least}
+    kept, mass = set(), 0.0
+    for token, p in sorted(share().items(), key=lambda item: -item[1]):
+        if mass < rules.top_p:
+            kept.add(token)
+        mass += p
+    weight = {token: weight[token] for token in sorted(kept)}
+    likeliest = max(share().values())
+    weight = {token: weight[token] for token, p in share().items() if p >= rules.min_p * likeliest}
+    end = 0.0
+    for token, p in share().items():
+        end += p
+        if uniform < end:
+            return token
+    raise AssertionError
+
+
+def together(model, prompts, lengths, *, n_vocab, seeds, rules):
+    """Every prompt's new tokens, from one batch; each text ends at its own length."""
+    new = [[] for _ in prompts]
+
+    def take(i, token):
+        new[i].append(token)
+        return len(new[i]) < lengths[i]
+
+    sample(model, prompts, max(lengths), take, n_vocab=n_vocab, seeds=seeds, rules=rules)
+    return new
+
+
+# --- a batch, a cache ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rules", [GREEDY, EVERYTHING], ids=["greedy", "drawn"])
+@pytest.mark.parametrize(("block", "style"), list(product(KINDS, STYLES)))
+def test_texts_side_by_side_with_a_cache_are_each_alone_without(block, style, rules):
+    """Prompts of unequal lengths that end at unequal times, past the context and over."""
+    model, lengths, seeds = lively(block, style), [15, 4, 17, 9], [3, (0, 1), 3, 5]
+    found = together(model, PROMPTS, lengths, n_vocab=61, seeds=seeds, rules=rules)
+    for new, prompt, length, seed in zip(found, PROMPTS, lengths, seeds, strict=True):
+        assert new == slow(model, prompt, length, n_vocab=61, seed=seed, rules=rules)
+    assert len({token for new in found for token in new}) > 5
+
+
+@pytest.mark.parametrize("n_positions", [1, 2, 3, 5])
+def test_the_smallest_contexts_forget_as_well(n_positions):
+    model = lively("grouped-query", "modern", n_positions=n_positions)
+    found = together(model, PROMPTS, [9] * 4, n_vocab=64, seeds=range(4), rules=Rules())
+    for seed, (new, prompt) in enumerate(zip(found, PROMPTS, strict=True)):
+        assert new == slow(model, prompt, 9, n_vocab=64, seed=seed, rules=Rules())
+
+
+def test_texts_of_one_prompt_differ_by_their_seeds_alone():
+    model, prompt = lively("moe"), PROMPTS[0]
+    new = together(model, [prompt] * 3, [30] * 3, n_vocab=50, seeds=[(0, 0), (0, 1), (0, 0)], rules=Rules(1.5))
+    assert new[0] == new[2] != new[1]
+    assert {len(tokens) for tokens in new} == {30}
+    assert max(max(tokens) for tokens in new) < 50
+
+
+@pytest.mark.parametrize("block", ["mlp", "latent", "window"])
+def test_a_sample_that_starts_over_is_as_if_it_were_new(block):
+    model = lively(block, "modern")
+    x = torch.randint(0, 64, (3, 14), generator=torch.Generator().manual_seed(0))
+    cache, read = model.new_cache(torch.tensor([2, 4, 0])), model.new_cache()
+    model.logits(x[:, :10], cache)
+    model.logits(x[[0, 2], 7:10], read)
+    cache.restart(torch.tensor([0, 2]), read)
+    cache.trim()
+    assert cache.n_tokens == 6 and cache.n_padding_B.tolist() == [3, 0, 3]
+    found = model.logits(x[:, 10:], cache)
+    for row, start in enumerate([7, 4, 7]):
+        alone = model.logits(x[row : row + 1, start:])[0, -4:]
+        torch.testing.assert_close(found[row], alone, rtol=1e-4, atol=1e-5)
+
+
+# --- how a token is drawn --------------------------------------------------------------------------
+
+
+def logits_and_texts(n_rows=6, n_vocab=300, seed=0):
+    """Logits with equal ones among them, as bf16 makes them, and the tokens of a text for each row."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 4 * torch.randn(n_rows, n_vocab, generator=generator)
+    logits[::2] = logits[::2].bfloat16().float()
+    return logits, torch.randint(0, n_vocab, (n_rows, 40), generator=generator)
+
+
+def processors(rules):
+    """Transformers' own, as its `generate` puts them together from these settings."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=1, n_embd=2, vocab_size=4))
+    settings = rules._asdict() | {"top_k": rules.top_k or 0, "do_sample": True}
+    config = transformers.GenerationConfig(**settings)
+    return model._get_logits_processor(config, input_ids_seq_length=1)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        Rules(0.7),
+        Rules(1.0, top_k=1),
+        Rules(1.0, top_k=17),
+        Rules(1.0, top_k=1000),
+        Rules(1.0, top_p=0.9),
+        Rules(1.0, top_p=1e-6),
+        Rules(1.0, min_p=0.05),
+        Rules(1.0, min_p=1.0),
+        Rules(1.0, repetition_penalty=1.7),
+        Rules(1.0, repetition_penalty=0.6),
+        Rules(0.6, 30, 0.8, 0.02, 1.3),
+        Rules(2.5, 100, 0.6, 0.1, 0.8),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_probabilities_are_those_of_transformers_processors(rules, seed):
+    logits, texts = logits_and_texts(seed=seed)
+    theirs = processors(rules)(texts, logits.clone()).softmax(-1)
+    seen = torch.zeros(logits.shape, dtype=torch.bool).scatter(1, texts, True)
+    ours = probabilities(penalized(logits, seen, rules.repetition_penalty), rules)
+    assert torch.equal(ours > 0, theirs > 0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("rules", [Rules(1.0), EVERYTHING._replace(repetition_penalty=1.0)], ids=str)
+def test_tokens_are_drawn_as_often_as_they_are_probable(rules):
+    logits, _ = logits_and_texts(n_rows=1, n_vocab=50)
+    n = 20_000
+    even = (torch.arange(n, dtype=torch.float64) + 0.5)[:, None] / n
+    drawn = draw(logits.expand(n, -1), None, even, rules)
+    frequency = drawn.flatten().bincount(minlength=50) / n
+    torch.testing.assert_close(frequency, probabilities(logits, rules)[0], rtol=0, atol=2 / n)
+
+
+def test_the_first_and_the_last_number_draw_a_token_that_may_be_drawn():
+    logits, _ = logits_and_texts(n_vocab=50)
+    for uniform in (0.0, 1 - 2**-53):
+        drawn = draw(logits, None, torch.full((6, 1), uniform, dtype=torch.float64), Rules(1.0, top_k=3))
+        assert (probabilities(logits, Rules(1.0, top_k=3)).gather(1, drawn) > 0).all()
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-40])
+def test_the_coldest_draws_are_the_likeliest_token(temperature):
+    logits, _ = logits_and_texts()
+    logits[:, 123] = 30
+    for uniform in (0.0, 0.999):
+        drawn = draw(logits, None, torch.full((6, 1), uniform, dtype=torch.float64), Rules(temperature))
+        assert drawn.flatten().tolist() == [123] * 6
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.2])
+def test_greedy_texts_are_those_of_transformers_generate(tmp_path, penalty):
+    transformers = pytest.importorskip("transformers")
+    from training.model import hf
+
+    model = lively(n_positions=48)
+    hf.write(tmp_path, model.state_dict(), model.config, 63)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    theirs.generation_config.eos_token_id = None
+    prompt = torch.tensor([[63, 5, 9, 63]])
+    expected = theirs.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False, repetition_penalty=penalty
+    )
+    rules = Rules(temperature=0, repetition_penalty=penalty)
+    (found,) = together(model, prompt.tolist(), [40], n_vocab=64, seeds=[0], rules=rules)
+    assert found == expected[0, 4:].tolist()
+
+
+# --- text ------------------------------------------------------------------------------------------
+
+BYTES = byte()
+BPE = train_bpe(["the then a naïve naïve café 日本語 日本 🙂🙂 \n\n", "ab abc abcd bc" * 3], 300)
+
+
+def grown(tokenizer, ids, stops=()):
+    """(the ended continuation, what `watch` was shown) of tokens, as long as it goes on."""
+    shown = []
+    text = Continuation(tokenizer, stops, shown.append)
+    for token in ids:
+        if not text.take(token):
+            break
+        assert "".join(shown) == text.text
+    text.end()
+    return text, shown
+
+
+def cut(text, stops):
+    """The text before the stop string that is complete first, looked for letter by letter."""
+    for end in range(len(text) + 1):
+        for stop in sorted(stops, key=len, reverse=True):
+            if text[:end].endswith(stop):
+                return text[: end - len(stop)], "stop"
+    return text, "length"
+
+
+@given(ids=st.lists(st.integers(0, 255) | st.sampled_from(list("aé日🙂\ufffd".encode())), max_size=40))
+def test_bytes_are_shown_as_the_text_that_they_are(ids):
+    text, shown = grown(BYTES, ids)
+    assert text.text == "".join(shown) == bytes(ids).decode("utf-8", "replace") == BYTES.decode(ids)
+
+
+@settings(max_examples=300)
+@given(
+    text=st.text("abcd\né日🙂", max_size=30),
+    stops=st.lists(st.text("abcd\né日🙂", min_size=1, max_size=4), max_size=3),
+    tokenizer=st.sampled_from([BYTES, BPE]),
+)
+def test_a_text_ends_before_the_stop_string_that_is_complete_first(text, stops, tokenizer):
+    found, shown = grown(tokenizer, tokenizer.encode(text).tolist(), stops)
+    assert (found.text, found.finish) == cut(text, stops)
+    assert "".join(shown) == found.text
+
+
+def test_what_may_begin_a_stop_string_is_held_back_and_nothing_else():
+    text = Continuation(BYTES, ["END", "\n\n"])
+    settled = []
+    for token in BYTES.encode("xE\nENé\n\nno"):
+        if not text.take(int(token)):
+            break
+        settled.append(text.text)
+    assert settled == ["x", "x", "xE", "xE\n", "xE\n", "xE\n", "xE\nENé", "xE\nENé"]
+    assert (text.text, text.finish) == ("xE\nENé", "stop")
+
+
+def test_the_end_of_the_document_ends_a_text_and_gives_back_what_was_held():
+    text = Continuation(BYTES, ["END"])
+    assert [text.take(token) for token in (ord("E"), ord("N"), 0xE2, BYTES.end_of_text)] == [True, True, True, False]
+    assert (text.text, text.finish) == ("EN\ufffd", "end")
+
+
+def test_texts_of_a_batch_end_each_for_their_own_reason():
+    model = lively(vocab_size=257, n_positions=64)
+    prompts = [prompt_ids(BYTES, text) for text in ("a", "some longer prompt", "def")]
+    rules = Rules(2.0)
+    whole = continue_texts(model, BYTES, prompts, 60, seeds=[1, 2, 3], rules=rules)
+    stop = whole[1].text[5:7]
+    stopped = continue_texts(model, BYTES, prompts, 60, seeds=[1, 2, 3], rules=rules, stops=[stop])
+    for text, with_stop in zip(whole, stopped, strict=True):
+        expected, finish = cut(text.text, [stop])
+        assert with_stop.text == expected
+        assert with_stop.finish == (text.finish if finish == "length" else "stop")
+    assert stopped[1].finish == "stop" and "length" in {text.finish for text in stopped}
+
+
+def test_samples_of_an_evaluation_do_not_depend_on_the_other_prompts():
+    model = lively("moe", vocab_size=257)
+
+    def drawn(*prompts, seed=(0, 4)):
+        config = EvalConfig(prompts=prompts, sample_tokens=20, temperature=2.0, top_k=None)
+        return samples(model, BYTES, config, seed=seed)
+
+    both = drawn("def ", "a")
+    assert [sample["prompt"] for sample in both] == ["def ", "a"]
+    assert both == [*drawn("def "), *drawn("a")] != drawn("def ", "a", seed=(0, 8))
+
+
+# --- weights that are cast once --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("block", "style"), list(product(KINDS, STYLES)))
+def test_weights_cast_once_give_the_same_bits(block, style, dtype):
+    model, x = lively(block, style), torch.tensor(PROMPTS[3:])
+    model.dtype = dtype
+    before = model.logits(x), model(x, x, 12)[1]["loss_sum"]
+    names = list(model.state_dict())
+    model.for_inference()
+    assert torch.equal(model.logits(x), before[0])
+    assert torch.equal(model(x, x, 12)[1]["loss_sum"], before[1])
+    assert list(model.state_dict()) == names
+    kept = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
+    routers = {name for name in names if ".router." in name}
+    assert dtype == torch.float32 or kept == {"wte.weight", "wpe.weight"} & set(names) | routers
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+# --- the command -----------------------------------------------------------------------------------
+
+
+def generate(capsys, *argv):
+    """(exit status, standard output, standard error) of the command."""
+    capsys.readouterr()
+    status = main(list(argv))
+    return status, *capsys.readouterr()
+
+
+def test_the_command_writes_texts_readably_and_as_json(run, capsys, tmp_path):
+    folder, prompts = str(run()), tmp_path / "prompts.jsonl"
+    asked = ("--run", folder, "--samples", "2", "--tokens", "12", "--temperature", "2")
+    prompts.write_text(json.dumps({"prompt": "a\nb"}) + "\n" + json.dumps({"prompt": "é"}) + "\n")
+    status, out, _ = generate(capsys, *asked, "--prompts", str(prompts), "--json", "--stop", "e", "--stop", " ")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert status == 0
+    assert [row["prompt"] for row in rows] == ["a\nb", "a\nb", "é", "é"]
+    assert {row["finish"] for row in rows} <= {"stop", "length", "end"}
+    assert not any({"e", " "} & set(row["text"]) for row in rows)
+
+    _, out, _ = generate(capsys, *asked, "--prompt", "a\nb", "--prompt", "é")
+    _, one_by_one, _ = generate(capsys, *asked, "--prompt", "a\nb", "--prompt", "é", "--micro_batch", "1")
+    assert out == one_by_one
+    assert out.startswith("--- prompt 1 of 2, sample 1 of 2 ---\na\nb")
+    headings = [f"--- prompt {p} of 2, sample {s} of 2 ---\n{t}" for p, t in ((1, "a\nb"), (2, "é")) for s in (1, 2)]
+    assert [out.count(heading) for heading in headings] == [1] * 4
+
+    _, alone, _ = generate(capsys, "--run", folder, "--tokens", "12", "--temperature", "2", "--prompt", "é")
+    assert alone.startswith("é") and f"--- prompt 2 of 2, sample 1 of 2 ---\n{alone}" in out
+
+
+def test_lines_of_a_file_are_prompts_as_they_are(run, capsys, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes(b"def f\r\n\n  import \xe2\x80\xa8 x\n")
+    _, out, _ = generate(capsys, "--run", str(run()), "--prompts", str(prompts), "--tokens", "1", "--json")
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["def f", "", "  import \u2028 x"]
+
+
+def test_what_is_wrong_is_one_line_and_exit_status_2(run, capsys, tmp_path):
+    folder, bad = str(run()), tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    for argv, message in {
+        (): "give --prompt or --prompts",
+        ("--prompt", "a", "--prompts", str(bad)): "give --prompt or --prompts",
+        ("--prompts", str(tmp_path / "none.txt")): f"--prompts {tmp_path}/none.txt: cannot be read: No such file",
+        ("--prompts", str(tmp_path / "empty.txt")): "empty.txt: empty",
+        ("--prompts", str(tmp_path / "latin.txt")): "latin.txt: cannot be read: 'utf-8' codec",
+        ("--prompts", str(bad)): "bad.jsonl:2: not a JSON object such as",
+        ("--prompt", "a", "--top_p", "0"): "--top_p: 0.0 is not above 0 and at most 1",
+        ("--prompt", "a", "--top_p", "1.01"): "--top_p: 1.01 is not",
+        ("--prompt", "a", "--min_p", "-0.1"): "--min_p: -0.1 is not from 0 to 1",
+        ("--prompt", "a", "--repetition_penalty", "0"): "--repetition_penalty: 0.0 is not",
+        ("--prompt", "a", "--temperature", "nan"): "--temperature: nan is not",
+        ("--prompt", "a", "--top_k", "-1"): "--top_k: -1 is not 0 or more",
+        ("--prompt", "a", "--tokens", "many"): "--tokens: invalid int value: 'many'",
+        ("--prompt", "a", "--samples", "0"): "--samples: 0 is not 1 or more",
+        ("--prompt", "a", "--stop", ""): "--stop: an empty text is everywhere",
+        ("--prompt", "a", "--sample", "2"): "unrecognized arguments: --sample 2",
+        ("--prompt", "a", "--prompt", "b" * 32): "--prompt: prompt 2 is 33 tokens with the one that begins a document",
+    }.items():
+        status, out, error = generate(capsys, "--run", folder, *argv)
+        assert (status, out, error.count("\n")) == (2, "", 1), error
+        assert error.startswith("error: ") and message in error
+    assert generate(capsys, "--run", folder, "--prompt", "b" * 31, "--tokens", "40")[0] == 0
+
+
+def test_help_and_wrong_numbers_need_no_torch():
+    for argv in ("['--help']", "['--run', 'x', '--prompt', 'a', '--top_p', '2']"):
+        code = (
+            "import sys; from training.generate import main\n"
+            f"try:\n    main({argv})\nexcept SystemExit:\n    pass\n"
+            "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+        )
+        done = command("-c", code)
+        assert done.returncode == 0, done.stderr
