@@ -298,7 +298,7 @@ def test_generate_and_evaluate_work_on_a_run(run, tmp_path):
     text.write_text("def f():\n    return 1\n" * 20)
     done = command("-m", "training.evaluate", "--run", str(folder), "--data", str(text))
     assert done.returncode == 0 and "440 bytes" in done.stdout
-    for name in ("generate", "evaluate"):
-        done = command("-m", f"training.{name}", "--run", str(tmp_path))
+    for name, *prompt in (("generate", "--prompt", "a"), ("evaluate",)):
+        done = command("-m", f"training.{name}", "--run", str(tmp_path), *prompt)
         assert done.returncode == 2
         assert done.stderr.startswith(f"error: --run {tmp_path}: no run") and done.stderr.count("\n") == 1
