@@ -190,10 +190,10 @@ def test_a_greedy_continuation_that_differs_is_noticed(trained, tmp_path, monkey
     shutil.copytree(trained / "model", tmp_path / "model")
     from training import trained as reading
 
-    found = reading.load(str(trained), "cpu")
+    model, found = reading.load(str(trained), "cpu")
     monkeypatch.setattr(exporting, "greedy", lambda _model, _prompt, n_new, _n_vocab: [0] * n_new)
     with pytest.raises(UserError, match="its greedy continuation differs"):
-        exporting.verify(tmp_path / "model", found.model, found.tokenizer.vocab_size)
+        exporting.verify(tmp_path / "model", model, found.tokenizer.vocab_size)
 
 
 def test_a_run_that_is_not_there_is_one_line(tmp_path):

@@ -47,7 +47,7 @@ def evaluated(asked: argparse.Namespace) -> str:
     from training.distributed import World
     from training.loop import evaluate
 
-    config, model, tokenizer, step, data = trained.load(asked.run, asked.device)
+    model, (config, _, tokenizer, step, data) = trained.load(asked.run, asked.device)
     if asked.data:
         split = read(asked.data, asked.text_column, tokenizer)
     else:

@@ -65,9 +65,8 @@ def export(run: str, out: str | None, dtype_name: str) -> list[str]:
     from training.files import whole_folder
     from training.model import GPT, hf
 
-    config, model, tokenizer, step, _ = trained.load(run, "cpu")
+    config, weights, tokenizer, step, _ = trained.read(run)
     n_vocab, dtype = tokenizer.vocab_size, DTYPES[dtype_name]
-    weights = model.state_dict()
     rounded = GPT(config.model)
     rounded.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()})
     try:

@@ -127,8 +127,8 @@ def generate(asked: argparse.Namespace) -> None:
     from training.model.continuation import continue_texts, prompt_ids
     from training.model.sampling import Rules
 
-    config, model, tokenizer, *_ = trained.load(asked.run, asked.device)
-    ids, limit = [prompt_ids(tokenizer, prompt) for prompt in asked.prompt], config.model.n_positions
+    model, (_, _, tokenizer, *_) = trained.load(asked.run, asked.device)
+    ids, limit = [prompt_ids(tokenizer, prompt) for prompt in asked.prompt], model.config.n_positions
     for number, prompt in enumerate(ids, 1):
         if len(prompt) > limit:
             raise UserError(

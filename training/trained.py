@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import ValidationError
+from torch import Tensor
 
 from training import checkpoint
 from training import device as devices
@@ -18,18 +19,18 @@ from training.kernels import choose
 from training.model import GPT, needs
 
 
-class Trained(NamedTuple):
-    """A checkpoint's model and what belongs to it."""
+class Stored(NamedTuple):
+    """A checkpoint's weights and what belongs to them."""
 
     config: Config
-    model: GPT
+    weights: dict[str, Tensor]  # float32
     tokenizer: Tokenizer
     step: int
     data: str  # the fingerprint of what it was trained on
 
 
-def load(run: str, asked_device: str = "auto") -> Trained:
-    """The newest whole checkpoint of the run in folder `run`, or the checkpoint that `run` is, ready to compute.
+def read(run: str) -> Stored:
+    """The newest whole checkpoint of the run in folder `run`, or the checkpoint that `run` is.
 
     Raises UserError where there is none.
     """
@@ -40,13 +41,19 @@ def load(run: str, asked_device: str = "auto") -> Trained:
         config = Config.model_validate(found.state["config"])
     except ValidationError as error:
         raise UserError(f"{path}: its configuration is not one of this version: {error.errors()[0]['msg']}") from error
-    device, dtype = devices.pick(asked_device), devices.DTYPES[config.precision]
-    kernels, _ = choose(ParallelConfig(), needs(config.model), device=device, dtype=dtype)
-    model = GPT(config.model, kernels, dtype)
-    model.load_state_dict(found.model)
     tokenizer = Tokenizer.load(path.parent.parent / "tokenizer")
-    model = model.to(device).for_inference()
-    return Trained(config, model, tokenizer, found.state["step"], found.state["data"])
+    return Stored(config, found.model, tokenizer, found.state["step"], found.state["data"])
+
+
+def load(run: str, asked_device: str = "auto") -> tuple[GPT, Stored]:
+    """The model of `read`, ready to compute, and what belongs to it."""
+    stored = read(run)
+    model_config, device = stored.config.model, devices.pick(asked_device)
+    dtype = devices.DTYPES[stored.config.precision]
+    kernels, _ = choose(ParallelConfig(), needs(model_config), device=device, dtype=dtype)
+    model = GPT(model_config, kernels, dtype)
+    model.load_state_dict(stored.weights)
+    return model.to(device).for_inference(), stored
 
 
 def _newest(folder: Path) -> tuple[Path, Checkpoint | None]:
