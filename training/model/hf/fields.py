@@ -17,6 +17,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
 }
+MOST = {"n_layer": 10_000, "num_hidden_layers": 10_000}  # of what is counted out; of all else what fits a size
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list"}
 
 # Fields that any configuration may have, with the values that leave the model as it is.
@@ -39,7 +40,7 @@ def written(activation: Activation) -> str:
 
 
 def read(hf: dict, name: str, kind: type) -> Any:
-    """A field that has to be there. Raises UserError where it is missing or of another type."""
+    """A field that has to be there. Raises UserError where it is missing, of another type or too large."""
     value = hf.get(name)
     if value is None:
         raise UserError(f"{name} is missing")
@@ -47,6 +48,8 @@ def read(hf: dict, name: str, kind: type) -> Any:
         value = float(value)
     if type(value) is not kind:
         raise UserError(f"{name}: {value!r} is not {WORDS[kind]}")
+    if kind is int and value > MOST.get(name, 2**31 - 1):
+        raise UserError(f"{name}: {value} is too large")
     return value
 
 

@@ -32,8 +32,7 @@ def written_out(config: ModelConfig) -> list[BlockConfig]:
 
 def pattern(layers: list[dict]) -> list[dict]:
     """The shortest pattern of blocks, as options, whose repetition is these layers."""
-    period = next(
-        n for n in range(1, len(layers) + 1) if all(layers[i] == layers[i - n] for i in range(n, len(layers)))
-    )
+    periods = (n for n in range(1, len(layers)) if all(layers[i] == layers[i - n] for i in range(n, len(layers))))
+    period = next(periods, len(layers))
     runs = [list(run) for _, run in groupby(layers[:period])]
     return [run[0] | {"repeat": len(run)} for run in runs]

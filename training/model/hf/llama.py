@@ -110,7 +110,7 @@ def _rope_theta(hf: dict) -> float:
     for name in ("rope_parameters", "rope_scaling"):
         rope = hf.get(name) or {}
         plain = isinstance(rope, dict) and rope.keys() <= {"rope_theta", "rope_type", "type"}
-        if not plain or {rope.get("rope_type", "default"), rope.get("type", "default")} != {"default"}:
+        if not plain or any(rope.get(key, "default") != "default" for key in ("rope_type", "type")):
             raise UserError(f"{name}: {rope!r} cannot be computed here, only rotary frequencies that are not scaled")
         if rope.get("rope_theta") is not None:
             found[f"{name}.rope_theta"] = read(rope, "rope_theta", float)
