@@ -52,6 +52,21 @@ class AttentionConfig(MixerConfig):
             yield "n_kv_head", f"{self.n_kv_head} do not divide n_head {model.n_head}"
 
 
+class DifferentialConfig(AttentionConfig):
+    """Differential attention (arXiv:2410.05258): a head is the difference of two softmaxes, each half as wide."""
+
+    type: Literal["differential"] = "differential"
+    lambda_init: float = option(0.8, "share of the second softmax that is taken off the first, at first", ge=0, lt=1)
+
+    def rules_in(self, model: ModelConfig) -> Iterator[tuple[str, str]]:
+        width = self.head_dim or model.n_embd // model.n_head
+        multiple = 4 if self.rope and model.position == "rope" else 2
+        if width % multiple:
+            yield "head_dim", f"two halves{' and rope' * (multiple == 4)} need a multiple of {multiple}, not {width}"
+        else:
+            yield from super().rules_in(model)
+
+
 class LatentConfig(MixerConfig):
     """Multi-head latent attention (MLA, arXiv:2405.04434): keys and values from one short vector a token."""
 
@@ -97,7 +112,7 @@ class MoEConfig(Section):
             yield "top_k", f"{self.top_k} is more than n_experts {self.n_experts}"
 
 
-Mixer = one_of(AttentionConfig, LatentConfig)
+Mixer = one_of(AttentionConfig, LatentConfig, DifferentialConfig)
 FeedForward = one_of(MLPConfig, MoEConfig)
 
 
@@ -313,9 +328,9 @@ class ParallelConfig(Section):
     """How the run is carried out. Nothing here changes what is computed, beyond the order of sums."""
 
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "where to compute; auto: the first there is")
-    attention: Literal["auto", "flash", "sdpa", "reference"] = option(
-        "auto", "attention kernel; auto: the first that really runs here, forward and backward"
-    )
+    attention: Literal[
+        "auto", "flash3", "flash4", "flash2", "cudnn", "flash", "varlen", "flex", "efficient", "sdpa", "reference"
+    ] = option("auto", "attention kernel; auto: the first that really runs here, forward and backward")
     experts: Literal["auto", "grouped", "loop", "reference"] = option(
         "auto", "kernel of the experts; auto: the first that really runs here, forward and backward"
     )

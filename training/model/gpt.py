@@ -15,18 +15,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.config import AttentionConfig, BlockConfig, LatentConfig, MLPConfig, ModelConfig, MoEConfig
+from training.config import (
+    AttentionConfig,
+    BlockConfig,
+    DifferentialConfig,
+    LatentConfig,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+)
 from training.kernels import ATTENTION, Backend, Kernels, Needs
 from training.kernels.attention import Documents, Seen, padded
 from training.kernels.loss import soft_capped
 from training.model.attention import Attention, Place
 from training.model.cache import Cache, LayerCache
+from training.model.differential import DifferentialAttention
 from training.model.latent import LatentAttention
 from training.model.layers import Linear, norm, rotary_table
 from training.model.mlp import MLP
 from training.model.moe import MoE, Routing
 
-MIXERS = {AttentionConfig: Attention, LatentConfig: LatentAttention}
+MIXERS = {AttentionConfig: Attention, LatentConfig: LatentAttention, DifferentialConfig: DifferentialAttention}
 FEED_FORWARDS = {MLPConfig: MLP, MoEConfig: MoE}
 
 Kind = Literal["matrix", "embedding", "router", "vector"]
