@@ -3,13 +3,16 @@ RUN := .venv/bin/python
 # The older Transformers that exports have to open in as well, in a folder of its own; its tests are skipped without it.
 TRANSFORMERS_4 := transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
 
-.PHONY: train test check format clean
+.PHONY: train test test-gpu check format clean
 
 train: .venv/installed
 	$(RUN) -m training.train --config configs/quickstart.yaml
 
 test: .venv/installed
 	$(RUN) -m pytest
+
+test-gpu: .venv/installed
+	$(RUN) -m pytest -m gpu
 
 check: .venv/installed
 	$(RUN) -m ruff check

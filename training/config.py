@@ -328,9 +328,9 @@ class ParallelConfig(Section):
     """How the run is carried out. Nothing here changes what is computed, beyond the order of sums."""
 
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "where to compute; auto: the first there is")
-    attention: Literal["auto", "flash", "sdpa", "reference"] = option(
-        "auto", "attention kernel; auto: the first that really runs here, forward and backward"
-    )
+    attention: Literal[
+        "auto", "flash3", "flash4", "flash2", "cudnn", "flash", "varlen", "flex", "efficient", "sdpa", "reference"
+    ] = option("auto", "attention kernel; auto: the first that really runs here, forward and backward")
     experts: Literal["auto", "grouped", "loop", "reference"] = option(
         "auto", "kernel of the experts; auto: the first that really runs here, forward and backward"
     )

@@ -185,7 +185,9 @@ def open_logs(run: Run) -> None:
     run.sinks = logging.open_sinks(config.logging, facts)
     if run.step == 0:
         tokens, targets = (torch.from_numpy(a[:, :32]).to(run.world.device) for a in run.batches.samples([0]))
+        chosen, run.model.attention = run.model.attention, run.model.any_attention  # a kernel cannot be looked into
         logging.write_graph(run.sinks, run.model, tokens, targets, targets.numel())
+        run.model.attention = chosen
 
 
 def header(run: Run) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""PyTorch's scaled_dot_product_attention: its choice of kernel, or its flash kernel and no other."""
+"""PyTorch's scaled_dot_product_attention: its choice of kernel, or one of its kernels and no other."""
 
 from __future__ import annotations
 
@@ -53,16 +53,50 @@ def flash_attention(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """PyTorch's flash kernel (arXiv:2307.08691); on a CPU it takes masks as well.
-
-    It knows one width only: the narrower ones of queries and keys, or of values, are filled up with zeros.
-    """
-    width, value_width = q_BHTD.shape[-1], v_BGSE.shape[-1]
-    if width != value_width:
-        scale = 1 / math.sqrt(width) if scale is None else scale
-        missing = max(width, value_width) - width, max(width, value_width) - value_width
-        q_BHTD, k_BGSD = (F.pad(x, (0, missing[0])) for x in (q_BHTD, k_BGSD))
-        v_BGSE = F.pad(v_BGSE, (0, missing[1]))
+    """PyTorch's flash kernel (arXiv:2307.08691); on a CPU it takes masks as well. It knows one width only."""
+    q_BHTD, k_BGSD, v_BGSD, scale = of_one_width(q_BHTD, k_BGSD, v_BGSE, scale)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        y_BHTE = sdpa_attention(q_BHTD, k_BGSD, v_BGSE, mask, scale=scale, softcap=softcap)
-    return y_BHTE[..., :value_width]
+        y_BHTD = sdpa_attention(q_BHTD, k_BGSD, v_BGSD, mask, scale=scale, softcap=softcap)
+    return y_BHTD[..., : v_BGSE.shape[-1]]
+
+
+def cudnn_attention(
+    q_BHTD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSE: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """cuDNN's kernel. PyTorch does not ask it for its deterministic backward."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return sdpa_attention(q_BHTD, k_BGSD, v_BGSE, mask, scale=scale, softcap=softcap)
+
+
+def efficient_attention(
+    q_BHTD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSE: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """PyTorch's memory-efficient kernel (arXiv:2112.05682), which takes masks, and runs in float32 and on old GPUs."""
+    n_shared = q_BHTD.shape[1] // k_BGSD.shape[1]  # that heads share keys, it knows of late
+    k_BHSD, v_BHSE = (x if n_shared == 1 else x.repeat_interleave(n_shared, 1) for x in (k_BGSD, v_BGSE))
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        return sdpa_attention(q_BHTD, k_BHSD, v_BHSE, mask, scale=scale, softcap=softcap)
+
+
+def of_one_width(
+    q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor, float | None]:
+    """The narrower ones, queries and keys or values, filled up with zeros; and the scale, which is that of before."""
+    width, value_width = q_BHTD.shape[-1], v_BGSE.shape[-1]
+    if width == value_width:
+        return q_BHTD, k_BGSD, v_BGSE, scale
+    wide = max(width, value_width)
+    q, k = (F.pad(x, (0, wide - width)) for x in (q_BHTD, k_BGSD))
+    return q, k, F.pad(v_BGSE, (0, wide - value_width)), 1 / math.sqrt(width) if scale is None else scale

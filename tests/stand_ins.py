@@ -1,0 +1,302 @@
+"""What the flash-attn packages compute, written down: their signatures and their documented semantics, on any device.
+
+Signatures and semantics are those of flash-attn 2.7.4 (`flash_attn/flash_attn_interface.py`), flash-attn-3 3.0.0
+(`hopper/flash_attn_interface.py`) and flash-attn-4 4.0.0b36 (`flash_attn/cute/interface.py`): shapes, order and names
+of arguments, defaults, what "no window" is called, what is returned, what is refused. Like theirs, the computation is
+an operator of its own, which torch.compile does not look into.
+
+Shapes: N tokens of all samples, H query heads, G heads of keys and values, D width of queries and keys, E of values.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+calls: list[dict] = []  # what the packages were called with
+
+
+def weights(
+    q_NHD: Tensor, k_NGD: Tensor, ends: Tensor, left: int, right: int, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """(softmax of the scores, derivative of their soft-cap), both (H, N, N).
+
+    A query at position i of its document sees the keys i - left .. i + right of it; a negative number is no bound.
+    """
+    place = torch.arange(len(q_NHD))
+    document = torch.searchsorted(ends[1:].to(torch.int64), place, right=True)
+    ahead = place - place[:, None]  # of each key
+    seen = (document == document[:, None]) & ((left < 0) | (ahead >= -left)) & ((right < 0) | (ahead <= right))
+    k_NHD = k_NGD.repeat_interleave(q_NHD.shape[1] // k_NGD.shape[1], 1)
+    scores, slope = torch.einsum("ihd,jhd->hij", q_NHD, k_NHD) * scale, torch.ones(())
+    if softcap > 0:
+        scores, slope = softcap * torch.tanh(scores / softcap), 1 - torch.tanh(scores / softcap) ** 2
+    return scores.masked_fill(~seen, float("-inf")).softmax(-1), slope
+
+
+@torch.library.custom_op("stand_in::attend", mutates_args=())
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, ends: Tensor, left: int, right: int, scale: float, softcap: float
+) -> Tensor:
+    p_HNN, _ = weights(q, k, ends, left, right, scale, softcap)
+    return torch.einsum("hij,jhe->ihe", p_HNN, v.repeat_interleave(q.shape[1] // k.shape[1], 1)).contiguous()
+
+
+@attend.register_fake
+def _(q, k, v, ends, left, right, scale, softcap):  # noqa: ARG001
+    return q.new_empty(*q.shape[:2], v.shape[-1])
+
+
+@torch.library.custom_op("stand_in::attend_backward", mutates_args=())
+def attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, left: int, right: int, scale: float, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    p_HNN, slope = weights(q, k, ends, left, right, scale, softcap)
+    k_NHD, v_NHE = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    dp_HNN = torch.einsum("ihe,jhe->hij", grad, v_NHE)
+    ds_HNN = p_HNN * (dp_HNN - (p_HNN * dp_HNN).sum(-1, keepdim=True)) * slope * scale
+    dk_NHD, dv_NHE = torch.einsum("hij,ihd->jhd", ds_HNN, q), torch.einsum("hij,ihe->jhe", p_HNN, grad)
+    shared = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk_NHD, dv_NHE))
+    return torch.einsum("hij,jhd->ihd", ds_HNN, k_NHD).contiguous(), *shared
+
+
+@attend_backward.register_fake
+def _(grad, q, k, v, ends, left, right, scale, softcap):  # noqa: ARG001
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def keep(ctx, inputs, output):  # noqa: ARG001
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
+
+
+def backward(ctx, grad):
+    return (*attend_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None)
+
+
+attend.register_autograd(backward, setup_context=keep)
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, one_width: bool, **options) -> None:
+    """What the packages refuse."""
+    assert all(x.stride(-1) == 1 for x in (q, k, v)), "the last dimension has to be contiguous"
+    assert q.shape[-1] == k.shape[-1] and q.shape[-2] % k.shape[-2] == 0 and k.shape[:-1] == v.shape[:-1]
+    assert not one_width or q.shape[-1] == v.shape[-1], "one width only"
+    if not torch.compiler.is_compiling():
+        calls.append(options | {"q": tuple(q.shape), "k": tuple(k.shape), "v": tuple(v.shape)})
+
+
+def of_samples(q: Tensor, k: Tensor, v: Tensor, bounds: tuple[int, int], scale: float | None, softcap: float) -> Tensor:
+    """(B, T, H, D), (B, T, G, D), (B, T, G, E) -> (B, T, H, E)."""
+    ends = torch.arange(0, (q.shape[0] + 1) * q.shape[1], q.shape[1])
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return attend(*(x.flatten(0, 1) for x in (q, k, v)), ends, *bounds, scale, softcap).unflatten(0, q.shape[:2])
+
+
+def of_documents(
+    q: Tensor, k: Tensor, v: Tensor, ends: tuple[Tensor, Tensor], bounds: tuple[int, int], scale, softcap: float
+) -> Tensor:
+    """(N, H, D), (N, G, D), (N, G, E) -> (N, H, E)."""
+    for end in ends:
+        assert end.dtype == torch.int32 and end.ndim == 1 and end.is_contiguous()
+    return attend(q, k, v, ends[0], *bounds, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
+
+
+def bounds(causal: bool, window_size: tuple, unbounded: int | None) -> tuple[int, int]:
+    """(left, right), -1 for no bound; the packages have one word each for that."""
+    assert all(size == unbounded if size is None or size < 0 else True for size in window_size)
+    left, right = (-1 if size is None else size for size in window_size)
+    return left, 0 if causal else right
+
+
+class Two:
+    """flash_attn"""
+
+    @staticmethod
+    def flash_attn_func(
+        q,
+        k,
+        v,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=False,
+        return_attn_probs=False,
+    ):
+        check(q, k, v, True, deterministic=deterministic)
+        assert (dropout_p, alibi_slopes, return_attn_probs) == (0.0, None, False)
+        return of_samples(q, k, v, bounds(causal, window_size, -1), softmax_scale, softcap)
+
+    @staticmethod
+    def flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=False,
+        return_attn_probs=False,
+        block_table=None,
+    ):
+        check(q, k, v, True, deterministic=deterministic, ends=cu_seqlens_q, longest=(max_seqlen_q, max_seqlen_k))
+        assert (dropout_p, alibi_slopes, return_attn_probs, block_table) == (0.0, None, False, None)
+        ends = (cu_seqlens_q, cu_seqlens_k)
+        return of_documents(q, k, v, ends, bounds(causal, window_size, -1), softmax_scale, softcap)
+
+
+class Three:
+    """flash_attn_interface"""
+
+    @staticmethod
+    def flash_attn_func(
+        q,
+        k,
+        v,
+        softmax_scale=None,
+        causal=False,
+        qv=None,
+        q_descale=None,
+        k_descale=None,
+        v_descale=None,
+        window_size=(-1, -1),
+        attention_chunk=0,
+        softcap=0.0,
+        num_splits=1,
+        pack_gqa=None,
+        deterministic=False,
+        sm_margin=0,
+        return_attn_probs=False,
+    ):
+        check(q, k, v, True, deterministic=deterministic)
+        assert (qv, q_descale, k_descale, v_descale, pack_gqa) == (None,) * 5
+        assert (attention_chunk, num_splits, sm_margin, return_attn_probs) == (0, 1, 0, False)
+        return of_samples(q, k, v, bounds(causal, window_size, -1), softmax_scale, softcap)
+
+    @staticmethod
+    def flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        seqused_q=None,
+        seqused_k=None,
+        softmax_scale=None,
+        causal=False,
+        qv=None,
+        q_descale=None,
+        k_descale=None,
+        v_descale=None,
+        window_size=(-1, -1),
+        attention_chunk=0,
+        softcap=0.0,
+        num_splits=1,
+        pack_gqa=None,
+        deterministic=False,
+        sm_margin=0,
+        return_attn_probs=False,
+    ):
+        check(q, k, v, True, deterministic=deterministic, ends=cu_seqlens_q, longest=(max_seqlen_q, max_seqlen_k))
+        assert (seqused_q, seqused_k, qv, q_descale, k_descale, v_descale, pack_gqa) == (None,) * 7
+        assert (attention_chunk, num_splits, sm_margin, return_attn_probs) == (0, 1, 0, False)
+        ends = (cu_seqlens_q, cu_seqlens_k)
+        return of_documents(q, k, v, ends, bounds(causal, window_size, -1), softmax_scale, softcap)
+
+
+class Four:
+    """flash_attn.cute; the arguments after `deterministic` are left out"""
+
+    @staticmethod
+    def flash_attn_func(
+        q,
+        k,
+        v,
+        qv=None,
+        gather_kv_indices=None,
+        softmax_scale=None,
+        causal=False,
+        window_size=(None, None),
+        learnable_sink=None,
+        softcap=0.0,
+        num_splits=1,
+        pack_gqa=None,
+        deterministic=False,
+    ):
+        check(q, k, v, False, deterministic=deterministic)
+        assert (qv, gather_kv_indices, learnable_sink, num_splits, pack_gqa) == (None, None, None, 1, None)
+        return of_samples(q, k, v, bounds(causal, window_size, None), softmax_scale, softcap), None
+
+    @staticmethod
+    def flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        qv=None,
+        cu_seqlens_q=None,
+        cu_seqlens_k=None,
+        max_seqlen_q=None,
+        max_seqlen_k=None,
+        min_seqlen_k=None,
+        seqused_q=None,
+        seqused_k=None,
+        gather_kv_indices=None,
+        page_table=None,
+        softmax_scale=None,
+        causal=False,
+        window_size=(None, None),
+        learnable_sink=None,
+        softcap=0.0,
+        num_splits=1,
+        pack_gqa=None,
+        deterministic=False,
+    ):
+        check(q, k, v, False, deterministic=deterministic, ends=cu_seqlens_q, longest=(max_seqlen_q, max_seqlen_k))
+        assert (qv, min_seqlen_k, seqused_q, seqused_k, gather_kv_indices, page_table) == (None,) * 6
+        assert (learnable_sink, num_splits, pack_gqa) == (None, 1, None)
+        ends = (cu_seqlens_q, cu_seqlens_k)
+        return of_documents(q, k, v, ends, bounds(causal, window_size, None), softmax_scale, softcap), None
+
+
+def install(monkeypatch) -> None:
+    """Put the stand-ins where the packages are imported from."""
+    calls.clear()
+    for package in (Two, Three, Four):
+        module = ModuleType(package.__doc__.split(";")[0])
+        for name in ("flash_attn_func", "flash_attn_varlen_func"):
+            setattr(module, name, getattr(package, name))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def install_in_torch() -> torch.library.Library:
+    """The operators that torch's own `varlen_attn` calls, on a CPU. They are there while the library is kept."""
+    calls.clear()
+    library = torch.library.Library("aten", "IMPL")
+
+    def forward(q, k, v, ends, _, longest, *__, scale=None, window_size_left=None, window_size_right=None, **___):
+        check(q, k, v, True, ends=ends, longest=(longest, longest))
+        y = attend(q, k, v, ends, window_size_left, window_size_right, scale or q.shape[-1] ** -0.5, 0.0)
+        return y, q.new_zeros(q.shape[1], len(q)), q.new_zeros(2), q.new_zeros(0), q.new_zeros(0)
+
+    def backward(grad, q, k, v, y, lse, ends, *_, scale=None, window_size_left=None, window_size_right=None):  # noqa: ARG001
+        options = window_size_left, window_size_right, scale or q.shape[-1] ** -0.5, 0.0
+        return attend_backward(grad.contiguous(), q, k, v, ends, *options)
+
+    library.impl("_flash_attention_forward", forward, "CPU")
+    library.impl("_flash_attention_backward", backward, "CPU")
+    return library

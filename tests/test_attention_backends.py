@@ -1,0 +1,473 @@
+"""Attention back-ends: each equals its readable reference, and says beforehand what it cannot do.
+
+Those of packages that need CUDA run here with the packages' functions written down (`stand_ins.py`), which tells that
+they are called rightly; that they are there and right themselves, only the tests marked `gpu` can tell.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import stand_ins
+import torch
+from torch._dynamo.utils import counters
+
+from training.config import BlockConfig, ModelConfig, ParallelConfig
+from training.errors import UserError
+from training.kernels import ATTENTION, Backend, Call, Kernels, Needs, choose
+from training.kernels.attention import Limits, Machine, Seen, automatic, documents, limits, why_not
+from training.kernels.attention.repeatable import DeterministicBackward, attend_repeatably, deterministic
+from training.model import GPT
+
+CPU = torch.device("cpu")
+HOPPER = Machine("cuda", 9)
+
+
+def grads(function, inputs, *rest):
+    """(result, gradients of a random projection of it)."""
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    y = function(*inputs, *rest)
+    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+    return [y, *torch.autograd.grad(y, inputs, direction)]
+
+
+def assert_equal(function, reference, inputs, *rest, tolerance=2e-5):
+    for ours, theirs in zip(grads(function, inputs, *rest), grads(reference, inputs, *rest), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def written_down(q, k, v, visible, scale, softcap):
+    """Attention, one query of one head at a time; visible(sample, t) are the keys it sees."""
+    rows = []
+    for b, h, t in itertools.product(range(q.shape[0]), range(q.shape[1]), range(q.shape[2])):
+        g, seen = h * k.shape[1] // q.shape[1], visible(b, t)
+        scores = k[b, g, seen] @ q[b, h, t] * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        rows.append(torch.softmax(scores, dim=0) @ v[b, g, seen])
+    return torch.stack(rows).view(*q.shape[:3], v.shape[-1])
+
+
+CALLS = {
+    "multi-head": Call(3, 3, 8, 8),
+    "grouped-query": Call(4, 2, 8, 8),
+    "multi-query": Call(3, 1, 16, 16),
+    "narrow values": Call(2, 2, 12, 8),
+    "wide values": Call(2, 1, 8, 16),
+    "window": Call(2, 2, 8, 8, window=5),
+    "window of one": Call(2, 2, 8, 8, window=1),
+    "window of all": Call(2, 2, 8, 8, window=17),
+    "soft-cap": Call(2, 2, 8, 8, softcap=0.7),
+    "scale": Call(2, 2, 8, 8, scale=0.3),
+    "everything": Call(4, 2, 8, 6, window=7, softcap=1.5, scale=0.5),
+}
+HERE = [name for name in ATTENTION if limits(name, Machine("cpu")) is not None]
+AS_PUBLISHED = ["flash2", "flash3", "flash4", "varlen"]  # run here with what they call written down
+
+
+def needs(call=CALLS["multi-head"], packed=False):
+    return Needs(frozenset({call}), frozenset({(32, 64), (64, 32)}), packed, n_positions=48)
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    """The functions of the packages, as published."""
+    stand_ins.install(monkeypatch)
+    library = stand_ins.install_in_torch()
+    yield
+    library._destroy()
+
+
+@pytest.mark.usefixtures("packages")
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("name", [*HERE, *AS_PUBLISHED])
+def test_attention_equals_a_loop_over_queries_or_says_that_it_cannot(name, call, packed):
+    n, backend = 17, ATTENTION[name]
+    tokens = torch.ones(2, n, dtype=torch.int64)
+    tokens[0, [4, 5]] = tokens[1, 11] = 0
+    document = tokens.eq(0).cumsum(1)
+    window = call.window or n
+
+    def visible(b, t):
+        return [s for s in range(max(0, t - window + 1), t + 1) if not packed or document[b, s] == document[b, t]]
+
+    seen = Seen(n, n, CPU, call.window, documents(tokens, 0) if packed else None)
+    heads = ((call.n_head, call.head_dim), (call.n_kv_head, call.head_dim), (call.n_kv_head, call.value_dim))
+    inputs = [random(2, count, n, width, seed=i) * (i + 1) for i, (count, width) in enumerate(heads)]
+
+    def run(q, k, v):
+        return backend.attend(q, k, v, backend.mask(seen), scale=call.scale, softcap=call.softcap)
+
+    if name in AS_PUBLISHED and call.softcap is not None and not limits(name, HOPPER).softcap:
+        assert why_not(name, call, packed, HOPPER, torch.bfloat16).startswith("it does not do ")
+        return
+    if name in HERE and why_not(name, call, packed, Machine("cpu"), torch.float32):
+        _, why = choose(ParallelConfig(), needs(call, packed), device=CPU, dtype=torch.float32)
+        assert re.match(rf"\w+ \(.*\b{name}(, \w+)*: it does not do", why["attention"])
+        with pytest.raises(UserError, match=f"parallel.attention: {name}: it does not do .*; use auto"):
+            choose(ParallelConfig(attention=name), needs(call, packed), device=CPU, dtype=torch.float32)
+        return
+    scale = call.scale or call.head_dim**-0.5
+    assert_equal(run, lambda q, k, v: written_down(q, k, v, visible, scale, call.softcap), inputs)
+
+
+@pytest.mark.usefixtures("packages")
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("name", AS_PUBLISHED)
+def test_packages_get_views_ends_of_documents_and_ask_for_a_repeatable_backward(name, packed):
+    backend, tokens = ATTENTION[name], torch.ones(2, 6, dtype=torch.int64)
+    tokens[0, 4] = tokens[1, 0] = 0
+    seen = Seen(6, 6, CPU, None, documents(tokens, 0) if packed else None)
+    projections = random(2, 6, 3, 4, 8)
+    q, k, v = (x.transpose(1, 2).requires_grad_() for x in projections.unbind(2))
+    y = backend.attend(q, k, v, backend.mask(seen))
+    assert y.transpose(1, 2).is_contiguous()  # back in the order of the projections without a copy
+    (call,) = stand_ins.calls
+    assert call.get("deterministic", True)
+    if packed:
+        assert call["ends"].tolist() == [0, 4, 6, 12]
+        assert call["longest"] == (6, 6)
+    elif name == "varlen":
+        assert call["ends"].tolist() == [0, 6, 12]
+
+
+# --- what is known without running -------------------------------------------------------------------
+
+
+@pytest.fixture
+def installed(monkeypatch, tmp_path):
+    """Make a package of this version known, as far as metadata goes."""
+
+    def install(package, version):
+        folder = tmp_path / f"{package.replace('-', '_')}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+
+    return install
+
+
+TABLE = [(name, kind) for name in ATTENTION for kind in ATTENTION[name].on or ("cuda", "cpu", "mps")]
+
+
+@pytest.mark.parametrize(("name", "kind"), TABLE)
+def test_every_limit_of_the_table_is_said_in_words_before_anything_runs(name, kind, installed):
+    here = Machine(kind, 9 if kind == "cuda" else None)
+    can = limits(name, here)
+    width, documents = can.head_dim or 64, can.documents
+    call = Call(2, 1, width, width, 8 if can.window else None, 5.0 if can.softcap else None)
+    if can.package is not None and can.package[0] != "torch":
+        assert why_not(name, call, documents, here, can.dtypes[0]) == f"{can.package[0]} is not installed"
+        installed(*can.package)
+    assert all(why_not(name, call, documents, here, dtype) is None for dtype in can.dtypes)
+
+    def refused(call=call, documents=documents, here=here, dtype=can.dtypes[0]):
+        return why_not(name, call, documents, here, dtype)
+
+    for other in {"cuda", "cpu", "mps"} - set(ATTENTION[name].on or ("cuda", "cpu", "mps")):
+        assert refused(here=Machine(other)) == f"it does not run on {other}"
+    if can.capability is not None:
+        assert refused(here=Machine("cuda", 7)) == "it does not run on CUDA devices of compute capability 7"
+    for dtype in {torch.float32, torch.bfloat16, torch.float16} - set(can.dtypes):
+        assert refused(dtype=dtype) == f"it does not do {str(dtype)[6:]}"
+    if can.head_dim is not None:
+        for change in ({"head_dim": width + 8}, {"value_dim": width + 8}):
+            assert refused(call._replace(**change)) == f"it does not do heads {width + 8} wide"
+    if (multiple := can.head_dim_multiple) > 1:
+        for change in ({"head_dim": width - 1}, {"value_dim": width - 1}):
+            expected = f"it does not do heads whose width is no multiple of {multiple}"
+            assert refused(call._replace(**change)) == expected
+    if not can.window:
+        assert refused(call._replace(window=8)) == "it does not do a window"
+    if not can.softcap:
+        assert refused(call._replace(softcap=5.0)) == "it does not do a soft-cap"
+    if not can.documents:
+        assert refused(documents=True) == "it does not keep documents apart"
+
+
+@pytest.mark.parametrize("name", [name for name in ATTENTION if (can := limits(name, HOPPER)) and can.package])
+def test_a_package_that_is_too_old_is_named_with_what_is_needed(name, installed):
+    package, oldest = limits(name, HOPPER).package
+    installed(package, "0.9.1")
+    said = why_not(name, Call(2, 2, 64, 64), False, HOPPER, torch.bfloat16)
+    assert said == f"{package} 0.9.1 is too old, {oldest} or later is needed"
+
+
+def test_auto_tries_what_can_be_on_the_machine_and_repeats_its_gradients():
+    assert automatic(Machine("cpu")) == ["flash", "sdpa", "reference"]
+    assert automatic(Machine("mps")) == ["sdpa", "reference"]
+    assert automatic(Machine("cuda", 7)) == ["efficient", "reference"]
+    assert automatic(Machine("cuda", 8)) == ["flash2", "flash", "varlen", "flex", "efficient", "reference"]
+    assert automatic(HOPPER)[:3] == ["flash3", "flash4", "flash2"]
+    assert automatic(Machine("cuda", 10))[:2] == ["flash4", "flash2"]
+
+
+def test_what_needs_cuda_is_no_part_of_the_reason_on_a_cpu():
+    _, why = choose(ParallelConfig(), needs(), device=CPU, dtype=torch.float32)
+    assert why["attention"] == "flash (ran, and equals the reference)"
+
+
+@pytest.mark.parametrize("name", [name for name in ATTENTION if name not in HERE])
+def test_what_cannot_be_here_is_refused_by_name_in_a_line(name):
+    with pytest.raises(UserError, match=f"^parallel.attention: {name}: it does not run on cpu; use auto$"):
+        choose(ParallelConfig(attention=name), needs(), device=CPU, dtype=torch.float32)
+
+
+def test_a_package_that_is_missing_is_passed_over_or_refused_in_a_line(monkeypatch):
+    missing = {"cpu": Limits(package=("flash-attn", "2.7.4"))}
+    monkeypatch.setitem(ATTENTION, "flash2", ATTENTION["flash2"]._replace(on=missing))
+    monkeypatch.setitem(ATTENTION, "flash3", ATTENTION["flash3"]._replace(on=missing))
+    _, why = choose(ParallelConfig(), needs(), device=CPU, dtype=torch.float32)
+    assert why["attention"] == "flash (flash3, flash2: flash-attn is not installed)"
+    with pytest.raises(UserError, match=r"^parallel.attention: flash2: flash-attn is not installed; use auto$"):
+        choose(ParallelConfig(attention="flash2"), needs(), device=CPU, dtype=torch.float32)
+
+
+def test_a_backend_whose_gradients_differ_from_run_to_run_is_never_picked_but_can_be_asked_for(monkeypatch):
+    monkeypatch.setitem(ATTENTION, "flash", ATTENTION["flash"]._replace(on={"cpu": Limits(deterministic=False)}))
+    _, why = choose(ParallelConfig(), needs(), device=CPU, dtype=torch.float32)
+    assert why["attention"] == "sdpa (ran, and equals the reference)"
+    _, why = choose(ParallelConfig(attention="flash"), needs(), device=CPU, dtype=torch.float32)
+    assert why["attention"] == "flash (asked for; a restart does not repeat its gradients to the bit)"
+
+
+def test_what_can_be_asked_for_is_what_answers_and_is_documented():
+    asked = get_args(ParallelConfig.model_fields["attention"].annotation)
+    assert asked == ("auto", *ATTENTION)
+    text = (Path(__file__).parent.parent / "docs" / "attention.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", text, re.MULTILINE)
+    assert [name for name, _ in rows] == list(ATTENTION)
+    for name, row in rows:
+        for can in (ATTENTION[name].on or {}).values():
+            if can.package is not None:
+                assert all(word in row for word in can.package)
+            if can.head_dim is not None:
+                assert str(can.head_dim) in row
+
+
+# --- the choice --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_choose_runs_what_it_chooses_and_says_why(dtype, call, packed):
+    kernels, why = choose(ParallelConfig(), needs(call, packed), device=CPU, dtype=dtype)
+    name = why["attention"].split(" (")[0]
+    assert kernels.attention is ATTENTION[name]
+    assert why_not(name, call, packed, Machine("cpu"), dtype) is None
+    _, why = choose(ParallelConfig(attention="reference"), needs(call, packed), device=CPU, dtype=dtype)
+    assert why["attention"] == "reference (asked for)"
+
+
+def broken(*_, **__):
+    raise RuntimeError("no such device function\nat line 3")
+
+
+def asserting(*_, **__):
+    raise AssertionError("(head_dim, head_dim_v)=(160, 160) is not supported on SM100")
+
+
+def sees_the_future(q, k, v, mask, scale=None, softcap=None):
+    return ATTENTION["reference"].attend(q, k, v, torch.ones_like(mask), scale=scale, softcap=softcap)
+
+
+def swaps_keys_and_values(q, k, v, mask, scale=None, softcap=None):
+    return ATTENTION["reference"].attend(q, v, k, mask, scale=scale, softcap=softcap)
+
+
+def wrong_backward(q, k, v, mask, scale=None, softcap=None):
+    return ATTENTION["reference"].attend(q, k, v.detach() + 0.9 * (v - v.detach()), mask, scale=scale, softcap=softcap)
+
+
+def nan_backward(q, k, v, mask, scale=None, softcap=None):
+    y = ATTENTION["reference"].attend(q, k, v, mask, scale=scale, softcap=softcap)
+    return y + 0 * (v * 0).sqrt().sum()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "problem"),
+    [
+        (nan_backward, "it differs from the reference by nan"),
+        (broken, "it does not run here: no such device function"),
+        (asserting, r"it does not run here: \(head_dim, head_dim_v\)=\(160, 160\) is not supported on SM100"),
+        (sees_the_future, r"it differs from the reference by \de.\d\d"),
+        (swaps_keys_and_values, r"it differs from the reference by \de.\d\d"),
+        (wrong_backward, "it differs from the reference by 1e-01"),
+    ],
+)
+def test_a_kernel_that_fails_or_differs_is_passed_over_and_refused_when_asked_for(monkeypatch, kernel, problem):
+    monkeypatch.setitem(ATTENTION, "flash", Backend(ATTENTION["reference"].mask, kernel))
+    _, why = choose(ParallelConfig(), needs(), device=CPU, dtype=torch.float32)
+    assert re.fullmatch(rf"sdpa \(flash: {problem}\)", why["attention"])
+    with pytest.raises(UserError, match=f"parallel.attention: flash: {problem}; use auto"):
+        choose(ParallelConfig(attention="flash"), needs(), device=CPU, dtype=torch.float32)
+
+
+# --- masks -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("n_queries", [1, 5])
+@pytest.mark.parametrize("name", ["sdpa", "reference"])
+def test_attention_over_a_cache_is_the_end_of_attention_over_everything(name, n_queries, window):
+    q, k, v = (random(2, heads, 12, 8, seed=i) * (i + 1) for i, heads in enumerate((4, 2, 2)))
+    backend = ATTENTION[name]
+    masks = [backend.mask(Seen(n, 12, CPU, window)) for n in (12, n_queries)]
+    whole, end = (backend.attend(q[:, :, -n:], k, v, mask) for n, mask in zip((12, n_queries), masks, strict=True))
+    torch.testing.assert_close(end, whole[:, :, -n_queries:])
+
+
+def test_documents_begin_at_their_end_of_text_token_and_samples_anew():
+    found = documents(torch.tensor([[5, 0, 7, 8, 0, 0], [0, 1, 2, 3, 4, 5]]), 0)
+    assert found.index_BS.tolist() == [[0, 1, 1, 1, 2, 3], [1] * 6]
+    assert found.position_BT.tolist() == [[0, 0, 1, 2, 0, 0], [0, 1, 2, 3, 4, 5]]
+    assert found.ends_D.tolist() == [0, 1, 4, 5, 6, 12]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile", "ignore:`torch.jit.script_method`")
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_flex_sees_what_the_mask_says_and_caps_scores(call, packed):
+    """Its forward, uncompiled: all of it that there is on a CPU."""
+    tokens, backend = torch.ones(2, 150, dtype=torch.int64), ATTENTION["flex"]
+    tokens[0, [40, 41, 130]] = tokens[1, 99] = 0
+    seen = Seen(150, 150, CPU, call.window, documents(tokens, 0) if packed else None)
+    heads = ((call.n_head, call.head_dim), (call.n_kv_head, call.head_dim), (call.n_kv_head, call.value_dim))
+    q, k, v = (random(2, count, 150, width, seed=i) * 2 for i, (count, width) in enumerate(heads))
+    options = {"scale": call.scale, "softcap": call.softcap}
+    with torch.compiler.set_stance("force_eager"):
+        ours = backend.attend(q, k, v, backend.mask(seen), **options)
+    reference = ATTENTION["reference"]
+    torch.testing.assert_close(ours, reference.attend(q, k, v, reference.mask(seen), **options))
+
+
+# --- gradients to the bit, and compiled --------------------------------------------------------------
+
+
+class Spy(torch.autograd.Function):
+    """Passes its input on, and notes in which mode its backward ran."""
+
+    @staticmethod
+    def forward(ctx, x, seen):
+        ctx.seen = seen
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.seen.append((torch.are_deterministic_algorithms_enabled(), mode()))
+        return grad, None
+
+
+def mode():
+    return torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_the_deterministic_mode_is_on_for_the_backward_of_attention_and_nothing_else():
+    inside, outside, before = [], [], mode()
+    inputs = [random(2, 2, 5, 4, seed=i).requires_grad_(i < 2) for i in range(3)]
+    attend = ATTENTION["sdpa"].attend
+
+    def spied(q, k, v):
+        return Spy.apply(attend(q, k, v, None), inside)
+
+    y = DeterministicBackward.apply(spied, *(Spy.apply(x, outside) for x in inputs))
+    direction = random(*y.shape, seed=9)
+    found = torch.autograd.grad(y, inputs[:2], direction)
+    assert inside == [(True, (2, False))]
+    assert outside == [(False, before)] * 2 and mode() == before
+    for ours, theirs in zip(found, torch.autograd.grad(attend(*inputs, None), inputs[:2], direction), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_deterministic_mode_ends_where_a_backward_fails():
+    before = mode()
+    with pytest.raises(RuntimeError, match="no luck"), deterministic():
+        raise RuntimeError("no luck")
+    assert mode() == before
+
+
+MIXERS = [
+    {"type": "attention", "n_kv_head": 2},
+    {"type": "attention", "n_kv_head": 2, "window": 5},
+    {"type": "latent", "kv_rank": 16, "rope_dim": 8},
+]
+
+
+def small_model(backend, mixers):
+    blocks = tuple(BlockConfig.model_validate({"mixer": mixer}) for mixer in mixers)
+    sizes = {"n_layer": len(mixers), "n_head": 4, "n_embd": 32, "n_positions": 16, "vocab_size": 64}
+    config = ModelConfig(**sizes, position="rope", isolate_documents=True, blocks=blocks)
+    return GPT(config, Kernels(attention=backend)).init_weights(0)
+
+
+def batch(n_documents, n_samples=3):
+    tokens = torch.randint(1, 64, (n_samples, 16), generator=torch.Generator().manual_seed(n_documents))
+    tokens.view(-1)[3 : 3 + 2 * n_documents : 2] = 0
+    return tokens, documents(tokens, 0)
+
+
+def step(model, tokens, packed):
+    loss, _ = model(tokens, tokens, tokens.numel(), documents=packed)
+    return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+def test_the_drawn_graph_does_not_look_into_kernels(run, monkeypatch):
+    """FlexAttention cannot be compiled while every operation is recorded."""
+    seen = []
+
+    def attend(*inputs, **options):
+        seen.append(torch.overrides._get_current_function_mode_stack())
+        return ATTENTION["sdpa"].attend(*inputs, **options)
+
+    monkeypatch.setitem(ATTENTION, "flash", ATTENTION["flash"]._replace(attend=attend))
+    folder = run(steps=3, logging={"every": 1}, parallel={"attention": "flash"})
+    assert list(folder.glob("tensorboard/*")) and any(not modes for modes in seen) and not any(seen)
+
+
+COMPILES = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore:`torch.jit.script_method`")
+
+
+@COMPILES
+@pytest.mark.usefixtures("packages")
+@pytest.mark.parametrize(("name", "mixers"), [("flash", MIXERS), ("flash2", MIXERS), ("flash4", MIXERS[1:2])])
+def test_compiled_blocks_compute_the_same_and_no_step_compiles_anew(name, mixers):
+    plain, compiled = (small_model(ATTENTION[each], mixers) for each in ("reference", name))
+    torch._dynamo.reset()
+    counters.clear()
+    for block in compiled.blocks:
+        block.compile(backend="aot_eager")
+    n_graphs = []
+    for n_documents in (1, 4, 2, 7, 3):
+        tokens, packed = batch(n_documents)
+        for ours, theirs in zip(step(compiled, tokens, packed), step(plain, tokens, packed), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        n_graphs.append(counters["stats"]["unique_graphs"])
+    assert n_graphs[1:] == [n_graphs[1]] * 4  # that their number is never the same is learned once
+    assert n_graphs[0] == n_graphs[1] or name != "flash"  # and a mask written out does not show it
+    assert bool(counters["graph_break"]) == (name == "flash4")
+
+
+@COMPILES
+def test_a_compiled_function_leaves_the_deterministic_backward_as_it_is():
+    modes, options = [], {"scale": None, "softcap": None}
+
+    def spied(q, k, v, mask, **options):
+        return Spy.apply(ATTENTION["sdpa"].attend(q, k, v, mask, **options), modes)
+
+    def attend(q, k, v):
+        return 2 * attend_repeatably(spied, None, options, q + 1, k, v)
+
+    inputs = [random(2, 2, 5, 4, seed=i) for i in range(3)]
+    torch._dynamo.reset()
+    assert_equal(torch.compile(attend, backend="aot_eager"), attend, inputs)
+    assert modes == [(True, (2, False))] * 2
