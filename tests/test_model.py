@@ -12,7 +12,7 @@ import torch
 
 from training.config import FeedForward, Mixer, ModelConfig
 from training.kernels import ATTENTION
-from training.kernels.attention import Seen, documents, why_not
+from training.kernels.attention import Machine, Seen, automatic, documents, why_not
 from training.model import FEED_FORWARDS, GPT, MIXERS
 from training.model.attention import Place
 from training.model.layers import rotary_table
@@ -81,8 +81,8 @@ def test_a_window_reaches_exactly_its_tokens(block, style):
     ("block", "style", "kernel"),
     [
         (block, style, name)
-        for block, style, name in product(BLOCKS | WINDOWS, STYLES, ATTENTION)
-        if not why_not(name, build(block, style).blocks[0].mixer.call, True, torch.device("cpu"), torch.float32)
+        for block, style, name in product(BLOCKS | WINDOWS, STYLES, automatic(Machine("cpu")))
+        if not why_not(name, build(block, style).blocks[0].mixer.call, True, Machine("cpu"), torch.float32)
     ],
 )
 def test_packed_documents_are_computed_as_if_alone(block, style, kernel):
