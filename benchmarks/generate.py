@@ -1,0 +1,125 @@
+"""How fast text is generated: with the cache against without, and against Transformers with the same weights.
+
+    python benchmarks/generate.py | tee benchmarks/results/generate.txt
+
+Everything that is compared takes turns within one run; a figure is the median over the rounds, and so is a ratio of
+two figures of one round. Weights are random: speed does not depend on them. Greedy, float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+
+from training import device as devices
+from training.config import ModelConfig
+from training.model import GPT, hf
+from training.model.sampling import Rules, sample
+
+N_VOCAB = 50257
+SHAPES = {
+    "12 layers x 384": {"n_layer": 12, "n_head": 6, "n_embd": 384, "vocab_size": N_VOCAB},
+    "GPT-2 124M": {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": N_VOCAB},
+}
+Ids = list[list[int]]  # a list of token ids for each text
+
+
+def with_cache(model: GPT, prompts: Ids, n_tokens: int) -> Ids:
+    """What the product does."""
+    new: Ids = [[] for _ in prompts]
+
+    def take(i: int, token: int) -> bool:
+        new[i].append(token)
+        return True
+
+    seeds = range(len(prompts))
+    sample(model, prompts, n_tokens, take, n_vocab=N_VOCAB, seeds=seeds, rules=Rules(temperature=0))
+    return new
+
+
+@torch.inference_mode()
+def without_cache(model: GPT, prompts: Ids, n_tokens: int) -> Ids:
+    """Every token from the whole text before it."""
+    text_BT = torch.tensor(prompts, device=model.wte.weight.device)
+    for _ in range(n_tokens):
+        token_B1 = model.logits(text_BT, n_last=1)[:, :, :N_VOCAB].argmax(-1)
+        text_BT = torch.cat([text_BT, token_B1], dim=1)
+    return text_BT[:, -n_tokens:].tolist()
+
+
+def in_transformers(model: GPT) -> Callable[[GPT, Ids, int], Ids]:
+    """Transformers' `generate` with these weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        hf.write(Path(folder), model.state_dict(), model.config, N_VOCAB - 1)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).to(model.wte.weight.device)
+    theirs.generation_config.eos_token_id = None  # always the asked number of tokens
+
+    @torch.inference_mode()
+    def generate(_: GPT, prompts: Ids, n_tokens: int) -> Ids:
+        x = torch.tensor(prompts, device=theirs.device)
+        y = theirs.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=n_tokens, do_sample=False)
+        return y[:, x.shape[1] :].tolist()
+
+    return generate
+
+
+def compare(
+    model: GPT, sides: dict[str, Callable], prompts: Ids, n_tokens: int, rounds: int, bar: float | None
+) -> None:
+    """Print the sides' tokens/s, and the first's over the second's, which should reach the bar."""
+    warm = [generate(model, prompts, 8) for generate in sides.values()]
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    texts = {}
+    for _ in range(rounds):
+        for name, generate in sides.items():
+            start = time.perf_counter()
+            texts[name] = generate(model, prompts, n_tokens)
+            rates[name].append(len(prompts) * n_tokens / (time.perf_counter() - start))
+    for name, found in rates.items():
+        print(f"    {name:16} {statistics.median(found):8.1f} tokens/s  ({min(found):.1f} to {max(found):.1f})")
+    ours, theirs = rates.values()
+    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    first, second = texts.values()
+    same = "the same tokens" if first == second and warm[0] == warm[1] else "NOT THE SAME TOKENS"
+    told = "" if bar is None else f"bar {bar:.1f}: {'met' if ratio >= bar else 'MISSED'}; "
+    print(f"    ratio            {ratio:8.2f}  ({told}{same})", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="times each side runs (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens to generate (default %(default)s)")
+    parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default %(default)s)")
+    asked = parser.parse_args()
+    device = devices.pick(asked.device)
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
+    transformers.utils.logging.disable_progress_bar()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    print(f"{devices.describe(device)}, float32, commit {commit}")
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {asked.rounds} rounds")
+    for name, shape in SHAPES.items():
+        model = GPT(ModelConfig.model_validate(shape)).init_weights(0).to(device)
+        hugging_face = in_transformers(model)
+        model.for_inference()
+        prompts = torch.randint(0, N_VOCAB, (8, 16), generator=torch.Generator().manual_seed(0)).tolist()
+        print(f"{name}, {asked.tokens} tokens after a prompt of 16, one text")
+        sides = {"with cache": with_cache, "without cache": without_cache}
+        compare(model, sides, prompts[:1], asked.tokens, asked.rounds, 5.0)
+        for n_texts, words, bar in ((1, "one text", 1.0), (8, "8 texts", None)):
+            print(f"{name}, {asked.tokens} tokens after a prompt of 16, {words}")
+            sides = {"this": with_cache, "transformers": hugging_face}
+            compare(model, sides, prompts[:n_texts], asked.tokens, asked.rounds, bar)
+
+
+if __name__ == "__main__":
+    main()
