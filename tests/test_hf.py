@@ -13,7 +13,7 @@ from conftest import ROOT, command, environment
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from training.config import ModelConfig
+from training.config import AttentionConfig, BlockConfig, MLPConfig, ModelConfig, MoEConfig
 from training.errors import UserError
 from training.model import GPT, hf
 from training.model.hf import files, gpt2, llama, qwen3
@@ -342,6 +342,7 @@ def test_the_model_of_a_run_opens_with_its_tokenizer(config, tmp_path):
         ({"blocks": [{"mixer": {"window": 8}}]}, "a window"),
         ({"blocks": [{"mixer": {"softcap": 50.0}}]}, "a soft-cap"),
         ({"blocks": [{"mixer": {"type": "latent"}}]}, "latent attention"),
+        ({"blocks": [{}, {"mixer": {"type": "differential"}}]}, "differential attention"),
         ({"logit_softcap": 30.0}, "a soft-cap"),
         ({"position": "rope"}, "rope positions"),
         ({"position": "none"}, "none positions"),
@@ -364,6 +365,7 @@ ALL_ROTARY = [
     ({"mixer": {"softcap": 50.0}}, "a soft-cap"),
     ({"mixer": {"rope": False}}, "layers without rope"),
     ({"mixer": {"type": "latent", "qk_norm": None}}, "latent attention"),
+    ({"mixer": {"type": "differential"}}, "differential attention"),
     ({"ffn": {"gated": False}}, "layers that are not gated"),
     ({"second": {"mixer": {"n_kv_head": 1}}}, "attention that differs between layers"),
     ({"isolate_documents": True}, None),
@@ -428,6 +430,21 @@ def test_what_the_others_do_not_have_is_named(model_type, changes, reason):
     options = {key: value for key, value in changes.items() if key not in ("second", "third")}
     config = ModelConfig.model_validate(ROTARY | {"n_layer": 4, "blocks": layers} | options)
     assert hf.ARCHITECTURES[model_type].why_not(config) == reason
+
+
+def test_no_option_was_added_that_nobody_thought_of_here():
+    """An option of the network that an architecture does not ask about would be lost on the way out."""
+    asked = {
+        ModelConfig: "n_layer n_head n_embd n_positions vocab_size position rope_theta norm norm_eps bias tie_head "
+        "logit_softcap isolate_documents blocks",
+        BlockConfig: "repeat mixer ffn",
+        AttentionConfig: "type head_dim window n_kv_head softcap qk_norm rope",
+        MLPConfig: "type hidden activation gated",
+        MoEConfig: "type n_experts top_k hidden activation gated renormalize balance bias_rate switch_weight "
+        "z_loss_weight",
+    }
+    for section, names in asked.items():
+        assert set(section.model_fields) == set(names.split()), section.__name__
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -627,6 +644,20 @@ def test_what_cannot_be_computed_here_is_refused_by_its_field(tmp_path, model_ty
         hf.read_config(tmp_path, hf.READABLE)
     assert str(raised.value).startswith(f"{tmp_path / 'config.json'}: ")
     assert words in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_max_window_layers_says_which_layers_have_the_window(tmp_path):
+    """As files say it that were written before there were layer_types."""
+    transformers = pytest.importorskip("transformers")
+    for first in range(4):
+        fields = THEIRS["qwen3"][1] | {"max_window_layers": first}
+        transformers.Qwen3Config(**fields).save_pretrained(tmp_path)
+        written = json.loads((tmp_path / "config.json").read_text())
+        _, with_types = hf.read_config(tmp_path, hf.READABLE)
+        del written["layer_types"]
+        (tmp_path / "config.json").write_text(json.dumps(written))
+        assert hf.read_config(tmp_path, hf.READABLE)[1] == with_types
+        assert [block.mixer.window for block in with_types.layers()] == [None] * first + [4] * (3 - first)
 
 
 def test_a_small_file_means_what_the_classes_defaults_say(tmp_path):

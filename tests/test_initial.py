@@ -101,9 +101,18 @@ def test_a_restart_with_other_options_is_refused(run, config, folder):
         train.train(config(model={"n_embd": 48}, init_from=str(path)))
     with pytest.raises(UserError, match=r"holds a run with other options: .*init_from: .* -> None"):
         train.train(config(model=SMALL))
-    other = path.rename(path.with_name("other"))
-    with pytest.raises(UserError, match=r"holds a run with other options: init_from: .*pretrained -> .*other"):
+    path.rename(path.with_name("first"))
+    other = folder(n_positions=16)[1].rename(path.with_name("other"))
+    changed = r"init_from: .*pretrained -> .*other; model.n_positions: 32 -> 16"
+    with pytest.raises(UserError, match=f"holds a run with other options: {changed}"):
         train.train(config(model={}, init_from=str(other)))
+
+
+def test_starting_over_asks_the_folder_again(run, folder):
+    _, path = folder()
+    run(model={"n_positions": 16}, init_from=str(path), steps=3)
+    left = run(model={}, init_from=str(path), steps=3, resume="never")
+    assert hf.read_config(left / "model", hf.READABLE)[1].n_positions == 32
 
 
 @pytest.mark.parametrize(

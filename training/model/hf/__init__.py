@@ -42,10 +42,8 @@ def write(
     if n_vocab is not None:
         rows = {name: weights[name][:n_vocab] for name in ("wte.weight", "head.weight") if name in weights}
         weights, config = weights | rows, config.model_copy(update={"vocab_size": n_vocab})
-    model_type = next((name for name, one in ARCHITECTURES.items() if one.why_not(config) is None), None)
-    # A run that began with another's checkpoint may have a selection bias that its own `balance` does not move.
-    biased = any(tensor.any() for name, tensor in weights.items() if name.endswith("selection_bias"))
-    if model_type is None or biased:
+    model_type = next((name for name, one in ARCHITECTURES.items() if _fits(one, weights, config)), None)
+    if model_type is None:
         own.write(folder, weights, config, end_of_text, dtype)
         return own.MODEL_TYPE
     architecture = ARCHITECTURES[model_type]
@@ -53,6 +51,18 @@ def write(
     hf = {"model_type": model_type, **architecture.to_hf(config), **ids}
     save(folder, hf, as_theirs(architecture.names(config), weights), dtype)
     return model_type
+
+
+def _fits(architecture: Architecture, weights: dict[str, Tensor], config: ModelConfig) -> bool:
+    """Whether it expresses the configuration, and has a place for every tensor that counts.
+
+    A run that began with another's checkpoint may have a selection bias that its own `balance` does not move.
+    """
+    if architecture.why_not(config) is not None:
+        return False
+    placed = {part for name in architecture.names(config) for part in name.ours}
+    counted = {name for name in weights.keys() - placed if not name.endswith("ffn.load")}
+    return not any(name in counted and tensor.any() for name, tensor in weights.items())
 
 
 __all__ = ["ARCHITECTURES", "READABLE", "one_line", "read_config", "read_weights", "write"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from training.config import AttentionConfig, MLPConfig, ModelConfig
+from training.config import MLPConfig, ModelConfig
 from training.model.hf.architecture import Architecture
 from training.model.hf.fields import check_neutral, read, read_activation, written
-from training.model.hf.layers import written_out
+from training.model.hf.layers import other_kinds, written_out
 from training.model.hf.names import Name
 
 SIZES = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
@@ -27,8 +27,7 @@ def differences(config: ModelConfig) -> Iterator[str]:
     """What GPT-2 does not have."""
     layers = written_out(config)
     mixers, ffns = [block.mixer for block in layers], [block.ffn for block in layers]
-    if not all(isinstance(mixer, AttentionConfig) for mixer in mixers):
-        yield "latent attention"
+    yield from other_kinds(layers)
     if not all(isinstance(ffn, MLPConfig) for ffn in ffns):
         yield "experts"
     if any(ffn.gated for ffn in ffns):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import groupby
 
-from training.config import AttentionConfig, BlockConfig, LatentConfig, ModelConfig
+from training.config import AttentionConfig, BlockConfig, LatentConfig, MLPConfig, ModelConfig, MoEConfig
 
 
 def written_out(config: ModelConfig) -> list[BlockConfig]:
@@ -28,6 +29,16 @@ def written_out(config: ModelConfig) -> list[BlockConfig]:
         return BlockConfig(mixer=mixer.model_copy(update=changes), ffn=ffn)
 
     return [whole(block) for block in config.layers()]
+
+
+def other_kinds(layers: list[BlockConfig]) -> Iterator[str]:
+    """The kinds of mixers and feed-forward layers that no architecture of Transformers here has."""
+    for block in layers:
+        # The very type: what is derived from a kind that is known computes something else.
+        if type(block.mixer) is not AttentionConfig:
+            yield f"{block.mixer.type} attention"
+        if type(block.ffn) not in (MLPConfig, MoEConfig):
+            yield f"{block.ffn.type} feed-forward layers"
 
 
 def pattern(layers: list[dict]) -> list[dict]:

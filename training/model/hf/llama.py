@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from training.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
+from training.config import MLPConfig, ModelConfig, MoEConfig
 from training.errors import UserError
 from training.model.hf.architecture import Architecture
 from training.model.hf.fields import check_neutral, read, read_activation, written
-from training.model.hf.layers import pattern, written_out
+from training.model.hf.layers import other_kinds, pattern, written_out
 from training.model.hf.names import Name
 
 SIZES = {
@@ -29,8 +29,7 @@ def common_differences(config: ModelConfig) -> Iterator[str]:
     """What neither Llama nor Qwen3 has."""
     layers = written_out(config)
     mixers = [block.mixer for block in layers]
-    if not all(isinstance(mixer, AttentionConfig) for mixer in mixers):
-        yield "latent attention"
+    yield from other_kinds(layers)
     if config.position != "rope":
         yield f"{config.position} positions"
     if not all(mixer.rope for mixer in mixers):
