@@ -244,14 +244,19 @@ def test_what_can_be_asked_for_is_what_answers_and_is_documented():
     asked = get_args(ParallelConfig.model_fields["attention"].annotation)
     assert asked == ("auto", *ATTENTION)
     text = (Path(__file__).parent.parent / "docs" / "attention.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", text, re.MULTILINE)
-    assert [name for name, _ in rows] == list(ATTENTION)
-    for name, row in rows:
-        for can in (ATTENTION[name].on or {}).values():
-            if can.package is not None:
-                assert all(word in row for word in can.package)
-            if can.head_dim is not None:
-                assert str(can.head_dim) in row
+    rows = [line.strip("| \n").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    assert [name.strip("`") for name, *_ in rows] == list(ATTENTION)
+    for name, (_, _, where, what) in zip(ATTENTION, rows, strict=True):
+        found = ATTENTION[name].on
+        assert all(word in where for word in (word.upper() for word in found or ())) and ("any" in where) == (not found)
+        for can in (found or {}).values():
+            numbers = [can.head_dim, can.head_dim_multiple if can.head_dim_multiple > 1 else None]
+            assert all(str(number) in what for number in numbers if number is not None)
+            assert all(word in what for word in can.package or ())
+        for word in ("window", "documents", "softcap"):
+            lacking = any(not getattr(can, word) for can in (found or {}).values())
+            assert (word.replace("softcap", "soft-cap") in what) == lacking
+        assert ("only by name" in what) == any(not can.deterministic for can in (found or {}).values())
 
 
 # --- the choice --------------------------------------------------------------------------------------
@@ -267,6 +272,13 @@ def test_choose_runs_what_it_chooses_and_says_why(dtype, call, packed):
     assert why_not(name, call, packed, Machine("cpu"), dtype) is None
     _, why = choose(ParallelConfig(attention="reference"), needs(call, packed), device=CPU, dtype=dtype)
     assert why["attention"] == "reference (asked for)"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_at_the_widths_of_gpt2_is_not_taken_for_a_difference(dtype):
+    asked = needs(Call(12, 12, 64, 64))._replace(n_positions=1024)
+    _, why = choose(ParallelConfig(), asked, device=CPU, dtype=dtype)
+    assert why["attention"] == "flash (ran, and equals the reference)"
 
 
 def broken(*_, **__):

@@ -63,7 +63,7 @@ class Trial(NamedTuple):
         """The result and the gradients of all inputs, in float32."""
         inputs = [x.to(device, dtype).requires_grad_() for x in self.inputs]
         y = self.run(kernel, *inputs)
-        direction = torch.linspace(-1, 1, y.numel(), device=device, dtype=dtype).view_as(y)
+        direction = torch.linspace(-1, 1, y.numel(), device=device).to(dtype).view_as(y)  # fp16 cannot count so far
         return [x.detach().float() for x in (y, *torch.autograd.grad(y, inputs, direction))]
 
     def problem(self, name: str, kernel: Any, reference: Any, device: torch.device, dtype: torch.dtype) -> str | None:
