@@ -1,0 +1,162 @@
+"""Differential attention equals the layer as it is written down, one query of one head at a time."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from training.config import ModelConfig
+from training.kernels import ATTENTION
+from training.kernels.attention import Seen, machine, why_not
+from training.model import GPT
+from training.model.attention import Place
+from training.model.differential import DifferentialAttention
+from training.model.layers import rotary_table
+
+CPU = torch.device("cpu")
+OPTIONS = [
+    {},
+    {"n_kv_head": 2},
+    {"n_kv_head": 1, "head_dim": 12},
+    {"qk_norm": True},
+    {"window": 3},
+    {"rope": False, "lambda_init": 0.0},
+    {"softcap": 0.5, "lambda_init": 0.3},
+]
+
+
+def layer(options) -> tuple[DifferentialAttention, ModelConfig]:
+    """The layer, of which nothing is zero or one any more, and the model that it is of."""
+    blocks = [{"mixer": {"type": "differential"} | options}]
+    model = ModelConfig.model_validate({"n_embd": 32, "n_head": 4, "position": "rope", "blocks": blocks})
+    mixer = DifferentialAttention(model.blocks[0].mixer, model)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in mixer.named_parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2 + ("norm" in name)
+    return mixer, model
+
+
+def turned(x_D: Tensor, position: int) -> Tensor:
+    """Each pair (i, i + D/2) as a complex number, turned by position x 10000^(-2i/D)."""
+    half = len(x_D) // 2
+    pairs = torch.complex(x_D[:half], x_D[half:])
+    angle = position * 10000.0 ** (-torch.arange(half) / half)
+    pairs = pairs * torch.polar(torch.ones(half), angle)
+    return torch.cat([pairs.real, pairs.imag])
+
+
+def normalised(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / (x.square().mean() + eps).sqrt() * weight
+
+
+def by_query(mixer: DifferentialAttention, model: ModelConfig, x_BTC: Tensor) -> Tensor:
+    """The layer as the paper has it (arXiv:2410.05258 eq. 1, 3): query by query, key by key."""
+    section, n_head = model.blocks[0].mixer, model.n_head
+    n_kv_head, width = section.n_kv_head or n_head, section.head_dim or model.n_embd // n_head
+    half = width // 2
+    a, b = mixer.exponents
+    lambda_ = a.exp() - b.exp() + section.lambda_init
+
+    def vector(projection, normalise, token: Tensor, place: int, softmax: int, head: int, n: int) -> Tensor:
+        """The query or key of one head of n, of the first (0) or second (1) softmax."""
+        start = (softmax * n + head) * half
+        z = projection.weight[start : start + half] @ token + projection.bias[start : start + half]
+        z = normalised(z, normalise.weight, model.norm_eps) if section.qk_norm else z
+        return turned(z, place) if section.rope else z
+
+    def result(sample: Tensor, t: int, h: int) -> Tensor:
+        """What head h makes of query t."""
+        g = h * n_kv_head // n_head
+        places = range(max(0, t - (section.window or t + 1) + 1), t + 1)
+        rows = slice(g * width, (g + 1) * width)
+        values = [mixer.value.weight[rows] @ sample[s] + mixer.value.bias[rows] for s in places]
+        y = torch.zeros(width)
+        for softmax, sign in ((0, 1.0), (1, -lambda_)):
+            q = vector(mixer.query, mixer.query_norm, sample[t], t, softmax, h, n_head)
+            keys = [vector(mixer.key, mixer.key_norm, sample[s], s, softmax, g, n_kv_head) for s in places]
+            scores = [(q * k).sum() / math.sqrt(half) for k in keys]
+            if section.softcap:
+                scores = [section.softcap * (score / section.softcap).tanh() for score in scores]
+            total = sum(score.exp() for score in scores)
+            y = y + sign * sum(score.exp() / total * v for score, v in zip(scores, values, strict=True))
+        return normalised(y, mixer.head_norm.weight, model.norm_eps) * (1 - section.lambda_init)
+
+    rows = [
+        mixer.out.weight @ torch.cat([result(sample, t, h) for h in range(n_head)]) + mixer.out.bias
+        for sample in x_BTC
+        for t in range(len(sample))
+    ]
+    return torch.stack(rows).view_as(x_BTC)
+
+
+def outputs(function, mixer, x_BTC: Tensor) -> dict[str, Tensor]:
+    """The result, and the gradients of the input and of every parameter."""
+    x, direction = x_BTC.clone().requires_grad_(), torch.randn(x_BTC.shape, generator=torch.Generator().manual_seed(5))
+    y = function(x)
+    names = [name for name, _ in mixer.named_parameters()]
+    return {
+        "y": y,
+        **dict(zip(["x", *names], torch.autograd.grad(y, [x, *mixer.parameters()], direction), strict=True)),
+    }
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_layer_and_every_gradient_equal_those_of_the_paper_on_every_back_end(options):
+    mixer, model = layer(options)
+    x = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(1))
+    theirs = outputs(lambda x: by_query(mixer, model, x), mixer, x)
+    able = [name for name in ATTENTION if why_not(name, mixer.call, False, machine(CPU), x.dtype) is None]
+    assert "reference" in able
+    for name in able:
+        backend, section = ATTENTION[name], model.blocks[0].mixer
+        rotation = rotary_table(torch.arange(6), mixer.rotary_dim, 10000.0) if section.rope else None
+        place = Place(rotation, backend.mask(Seen(6, 6, CPU, section.window)), backend)
+        ours = outputs(lambda x, place=place: mixer(x, place, None), mixer, x)
+        for what, expected in theirs.items():
+            rounding = 1e-5 * (1 + expected.norm().item())
+            torch.testing.assert_close(
+                ours[what], expected, rtol=1e-4, atol=rounding, msg=lambda m, at=(name, what): f"{at}: {m}"
+            )
+
+
+def test_it_has_the_parameters_of_attention_of_the_same_width_and_a_few():
+    sizes = {"n_layer": 1, "n_head": 4, "n_embd": 32, "n_positions": 8, "vocab_size": 64}
+    plain, ours = (
+        GPT(ModelConfig.model_validate(sizes | {"blocks": [{"mixer": {"type": kind, "n_kv_head": 2}}]}))
+        for kind in ("attention", "differential")
+    )
+    extra = 2 + 8  # the exponents and the norm of a head
+    assert ours.n_parameters()[0] == plain.n_parameters()[0] + extra
+    # A token seen costs two scores half as wide, and two results: 1.5 of plain attention's.
+    per_token = 6 * 8 * 32
+    assert plain.flops_per_token() + per_token == ours.flops_per_token()
+
+
+def test_what_both_softmaxes_agree_on_is_taken_away():
+    mixer, _ = layer({"rope": False, "lambda_init": 0.5})
+    mixer.exponents.data = torch.tensor([0.5, 0.0]).add(1).log()  # lambda: 1.5 - 1 + 0.5
+    for projection in (mixer.query, mixer.key):  # the second softmax as the first
+        projection.weight.data[16:], projection.bias.data[16:] = projection.weight.data[:16], projection.bias.data[:16]
+    backend = ATTENTION["reference"]
+    x = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(1))
+    y = mixer(x, Place(None, backend.mask(Seen(6, 6, CPU)), backend), None)
+    torch.testing.assert_close(y, mixer.out.bias.expand_as(y))
+
+
+@pytest.mark.parametrize(
+    ("options", "position", "message"),
+    [
+        ({"head_dim": 6}, "rope", "two halves and rope need a multiple of 4, not 6"),
+        ({"head_dim": 7}, "learned", "two halves need a multiple of 2, not 7"),
+        ({"head_dim": 8, "n_kv_head": 3}, "rope", "3 do not divide n_head 4"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_with_the_number(options, position, message):
+    blocks = [{"mixer": {"type": "differential"} | options}]
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.model_validate({"n_head": 4, "n_embd": 32, "position": position, "blocks": blocks})
+    fine = {"type": "differential", "head_dim": 6, "rope": False}
+    ModelConfig.model_validate({"n_head": 4, "n_embd": 32, "position": "rope", "blocks": [{"mixer": fine}]})
