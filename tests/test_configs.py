@@ -11,7 +11,7 @@ from training import cli
 from training.model import GPT
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-TOKENS = {"bpe": lambda tokenizer: tokenizer.vocab_size, "byte": lambda _: 257}
+TOKENS = {"bpe": lambda tokenizer: tokenizer.vocab_size, "byte": lambda _: 257, "huggingface": lambda _: 50257}
 
 
 @pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
