@@ -166,7 +166,7 @@ def processors(rules):
         Rules(1.0, top_k=17),
         Rules(1.0, top_k=1000),
         Rules(1.0, top_p=0.9),
-        Rules(1.0, top_p=1e-6),
+        Rules(1.0, top_p=1e-9),
         Rules(1.0, min_p=0.05),
         Rules(1.0, min_p=1.0),
         Rules(1.0, repetition_penalty=1.7),
