@@ -107,6 +107,9 @@ def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
     if world.main:
         open_logs(run)
     if config.parallel.compile:
+        # Blocks of different kinds are different programs of one function, and so are training, evaluation and their
+        # last batches; past the limit, PyTorch would go on uncompiled.
+        torch._dynamo.config.cache_size_limit = 8 * len(model.blocks)
         for block in model.blocks:
             block.compile()
     return run
