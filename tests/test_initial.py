@@ -140,6 +140,12 @@ def test_options_that_say_something_else_are_refused(config, folder, given, word
     assert words.replace("PATH", str(path)) in str(raised.value)
 
 
+def test_a_type_that_is_left_out_is_given_too(config, folder):
+    _, path = folder("qwen3_moe")
+    with pytest.raises(UserError, match=f"ffn.type of layer 0 is mlp, and {path} has moe"):
+        initial.options(config(model={"blocks": [{"ffn": {"activation": "silu"}}]}, init_from=str(path)))
+
+
 def test_options_may_repeat_what_the_folder_has(config, folder):
     _, path = folder()
     blocks = [{"mixer": {"head_dim": 8, "n_kv_head": 2, "window": None}, "ffn": {"hidden": 64}}, {}]
