@@ -95,8 +95,9 @@ def compare(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="times each side runs (default %(default)s)")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens to generate (default %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="turns of each side, where they are short (default %(default)s)"
+    )
     parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default %(default)s)")
     asked = parser.parse_args()
@@ -106,19 +107,20 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     print(f"{devices.describe(device)}, float32, commit {commit}")
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {asked.rounds} rounds")
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}")
     for name, shape in SHAPES.items():
         model = GPT(ModelConfig.model_validate(shape)).init_weights(0).to(device)
         hugging_face = in_transformers(model)
         model.for_inference()
         prompts = torch.randint(0, N_VOCAB, (8, 16), generator=torch.Generator().manual_seed(0)).tolist()
-        print(f"{name}, {asked.tokens} tokens after a prompt of 16, one text")
-        sides = {"with cache": with_cache, "without cache": without_cache}
-        compare(model, sides, prompts[:1], asked.tokens, asked.rounds, 5.0)
-        for n_texts, words, bar in ((1, "one text", 1.0), (8, "8 texts", None)):
-            print(f"{name}, {asked.tokens} tokens after a prompt of 16, {words}")
-            sides = {"this": with_cache, "transformers": hugging_face}
-            compare(model, sides, prompts[:n_texts], asked.tokens, asked.rounds, bar)
+        for n_texts, n_tokens, rounds, sides, bar in (
+            (1, 512, max(1, asked.rounds // 5), {"with cache": with_cache, "without cache": without_cache}, 5.0),
+            (1, 128, asked.rounds, {"this": with_cache, "transformers": hugging_face}, 1.0),
+            (8, 128, max(1, asked.rounds // 3), {"this": with_cache, "transformers": hugging_face}, None),
+        ):
+            texts = "1 text" if n_texts == 1 else f"{n_texts} texts"
+            print(f"{name}: {texts}, {n_tokens} tokens after a prompt of 16, {rounds} rounds")
+            compare(model, sides, prompts[:n_texts], n_tokens, rounds, bar)
 
 
 if __name__ == "__main__":

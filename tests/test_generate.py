@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import command
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_model import BLOCKS, STYLES, WINDOWS, build
 
@@ -266,10 +266,14 @@ def test_bytes_are_shown_as_the_text_that_they_are(ids):
 @settings(max_examples=300)
 @given(
     text=st.text("abcd\né日🙂", max_size=30),
-    stops=st.lists(st.text("abcd\né日🙂", min_size=1, max_size=4), max_size=3),
+    others=st.lists(st.text("abcd\né日🙂", min_size=1, max_size=4), max_size=2),
+    places=st.lists(st.tuples(st.integers(0, 29), st.integers(1, 5)), max_size=3),
     tokenizer=st.sampled_from([BYTES, BPE]),
 )
-def test_a_text_ends_before_the_stop_string_that_is_complete_first(text, stops, tokenizer):
+@example(text="xabcd", others=["bc", "abc"], places=[], tokenizer=BYTES)
+@example(text="x abcd", others=["abcd", "c"], places=[], tokenizer=BPE)  # a token that has both in it
+def test_a_text_ends_before_the_stop_string_that_is_complete_first(text, others, places, tokenizer):
+    stops = [*others, *filter(None, (text[start : start + length] for start, length in places))]
     found, shown = grown(tokenizer, tokenizer.encode(text).tolist(), stops)
     assert (found.text, found.finish) == cut(text, stops)
     assert "".join(shown) == found.text
