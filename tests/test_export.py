@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import command, environment
+from test_model import BLOCKS, WINDOWS, build
 
 from training import export as exporting
 from training.config import ModelConfig
@@ -100,6 +102,28 @@ def test_the_modeling_file_stands_alone_and_is_sound(exports, tmp_path):
     (tmp_path / "modeling.py").write_text(text)
     checked = command("-m", "ruff", "check", "--isolated", "--select", "F,E9", str(tmp_path / "modeling.py"))
     assert checked.returncode == 0, checked.stdout
+
+
+@pytest.fixture(scope="module")
+def modeling(tmp_path_factory):
+    """The modeling file, imported."""
+    path = tmp_path_factory.mktemp("modeling") / "modeling_training_gpt.py"
+    path.write_text(bundle.source())
+    spec = importlib.util.spec_from_file_location("modeling_training_gpt", path)
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.mark.parametrize("block", BLOCKS | WINDOWS)
+def test_the_modeling_file_computes_every_kind_of_block(modeling, block):
+    ours, x = build(block, "modern"), torch.arange(24).view(2, 12)
+    for parameter in ours.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    theirs = modeling.GPT(modeling.model_config(ours.config.model_dump(mode="json")))
+    theirs.load_state_dict(ours.state_dict())
+    assert torch.equal(theirs.logits(x), ours.logits(x))
 
 
 def test_experts_of_an_export_run_grouped_and_fall_back_where_that_is_not_possible():

@@ -208,7 +208,7 @@ def test_more_tokens_than_positions_are_refused_with_the_numbers():
         build().logits(tokens(length=13))
 
 
-@pytest.mark.parametrize("block", ["mlp", "latent", "differential"])
+@pytest.mark.parametrize("block", [block for block in BLOCKS if build(block, "modern").blocks[0].mixer.rotary_dim])
 def test_rotary_positions_are_relative(block):
     mixer = build(block, "modern").blocks[0].mixer
     h = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(3))
