@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from conftest import command
+from conftest import command, rows
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_model import BLOCKS, STYLES, WINDOWS, build
@@ -322,6 +322,12 @@ def test_samples_of_an_evaluation_do_not_depend_on_the_other_prompts():
     assert both == [*drawn("def "), *drawn("a")] != drawn("def ", "a", seed=(0, 8))
 
 
+def test_samples_of_two_evaluations_are_drawn_apart(run):
+    folder = run(optim={"learning_rate": 1e-30}, steps=8, eval={"every": 4, "tokens": 64, "prompts": ["def "]})
+    first, second = (row["samples"] for row in rows(folder) if "samples" in row)
+    assert first != second  # of the same weights
+
+
 # --- weights that are cast once --------------------------------------------------------------------
 
 
@@ -354,14 +360,14 @@ def generate(capsys, *argv):
 
 def test_the_command_writes_texts_readably_and_as_json(run, capsys, tmp_path):
     folder, prompts = str(run()), tmp_path / "prompts.jsonl"
-    asked = ("--run", folder, "--samples", "2", "--tokens", "12", "--temperature", "2")
+    asked = ("--run", folder, "--samples", "2", "--tokens", "12", "--temperature", "2", "--top_k", "0")
     prompts.write_text(json.dumps({"prompt": "a\nb"}) + "\n" + json.dumps({"prompt": "é"}) + "\n")
     status, out, _ = generate(capsys, *asked, "--prompts", str(prompts), "--json", "--stop", "e", "--stop", " ")
-    rows = [json.loads(line) for line in out.splitlines()]
+    texts = [json.loads(line) for line in out.splitlines()]
     assert status == 0
-    assert [row["prompt"] for row in rows] == ["a\nb", "a\nb", "é", "é"]
-    assert {row["finish"] for row in rows} <= {"stop", "length", "end"}
-    assert not any({"e", " "} & set(row["text"]) for row in rows)
+    assert [text["prompt"] for text in texts] == ["a\nb", "a\nb", "é", "é"]
+    assert {text["finish"] for text in texts} <= {"stop", "length", "end"}
+    assert not any({"e", " "} & set(text["text"]) for text in texts)
 
     _, out, _ = generate(capsys, *asked, "--prompt", "a\nb", "--prompt", "é")
     _, one_by_one, _ = generate(capsys, *asked, "--prompt", "a\nb", "--prompt", "é", "--micro_batch", "1")
@@ -370,7 +376,7 @@ def test_the_command_writes_texts_readably_and_as_json(run, capsys, tmp_path):
     headings = [f"--- prompt {p} of 2, sample {s} of 2 ---\n{t}" for p, t in ((1, "a\nb"), (2, "é")) for s in (1, 2)]
     assert [out.count(heading) for heading in headings] == [1] * 4
 
-    _, alone, _ = generate(capsys, "--run", folder, "--tokens", "12", "--temperature", "2", "--prompt", "é")
+    _, alone, _ = generate(capsys, *asked, "--samples", "1", "--prompt", "é")
     assert alone.startswith("é") and f"--- prompt 2 of 2, sample 1 of 2 ---\n{alone}" in out
 
 
