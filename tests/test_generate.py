@@ -323,7 +323,9 @@ def test_samples_of_an_evaluation_do_not_depend_on_the_other_prompts():
 
 
 def test_samples_of_two_evaluations_are_drawn_apart(run):
-    folder = run(optim={"learning_rate": 1e-30}, steps=8, eval={"every": 4, "tokens": 64, "prompts": ["def "]})
+    dense = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32}
+    evaluation = {"every": 4, "tokens": 64, "prompts": ["def "], "sample_tokens": 8}
+    folder = run(model=dense, optim={"learning_rate": 1e-30}, eval=evaluation)
     first, second = (row["samples"] for row in rows(folder) if "samples" in row)
     assert first != second  # of the same weights
 
