@@ -14,7 +14,20 @@ FLOORS = [
     {"kernels"},
     {"model"},
     {"optim", "data", "checkpoint", "logging", "distributed", "device"},
-    {"train", "loop", "run", "metrics", "initial", "restart", "trained", "prepare", "generate", "evaluate", "export", "reopen"},
+    {
+        "train",
+        "loop",
+        "run",
+        "metrics",
+        "initial",
+        "restart",
+        "trained",
+        "prepare",
+        "generate",
+        "evaluate",
+        "export",
+        "reopen",
+    },
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))
