@@ -19,10 +19,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     config, _ = cli.parse(arguments, prog="python -m training.prepare", doc=__doc__, flags={})
     from training.data import prepare
-    from training.initial import options
 
     try:
-        options(config)  # what is wrong with init_from is said before hours of tokenizing
+        if config.init_from is not None:  # what is wrong with it is said before hours of tokenizing; it needs torch
+            from training.initial import options
+
+            options(config)
         print(summary(prepare(config.data).report))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
