@@ -65,6 +65,7 @@ CALLS = {
     "window": Call(2, 2, 8, 8, window=5),
     "window of one": Call(2, 2, 8, 8, window=1),
     "window of all": Call(2, 2, 8, 8, window=17),
+    "window of all but one": Call(2, 2, 8, 8, window=16),
     "soft-cap": Call(2, 2, 8, 8, softcap=0.7),
     "scale": Call(2, 2, 8, 8, scale=0.3),
     "everything": Call(4, 2, 8, 6, window=7, softcap=1.5, scale=0.5),
@@ -74,7 +75,7 @@ AS_PUBLISHED = ["flash2", "flash3", "flash4", "varlen"]  # run here with what th
 
 
 def needs(call=CALLS["multi-head"], packed=False):
-    return Needs(frozenset({call}), frozenset({(32, 64), (64, 32)}), packed, n_positions=48)
+    return Needs(frozenset({call}), frozenset({(32, 64), (64, 32)}), packed)
 
 
 @pytest.fixture
@@ -276,7 +277,7 @@ def test_choose_runs_what_it_chooses_and_says_why(dtype, call, packed):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_at_the_widths_of_gpt2_is_not_taken_for_a_difference(dtype):
-    asked = needs(Call(12, 12, 64, 64))._replace(n_positions=1024)
+    asked = needs(Call(12, 12, 64, 64))
     _, why = choose(ParallelConfig(), asked, device=CPU, dtype=dtype)
     assert why["attention"] == "flash (ran, and equals the reference)"
 

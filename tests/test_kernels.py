@@ -87,6 +87,6 @@ def test_what_can_be_asked_for_is_what_answers():
 
 def test_experts_that_differ_are_passed_over(monkeypatch):
     monkeypatch.setitem(EXPERTS, "grouped", lambda x, w, count: EXPERTS["loop"](x, w, count.flip(0)))
-    needs = Needs(frozenset({Call(3, 3, 8, 8)}), frozenset({(32, 64), (64, 32)}), False, n_positions=48)
+    needs = Needs(frozenset({Call(3, 3, 8, 8)}), frozenset({(32, 64), (64, 32)}), False)
     _, why = choose(ParallelConfig(), needs, device=torch.device("cpu"), dtype=torch.float32)
     assert why["experts"].startswith("loop (grouped: it differs from the reference by ")

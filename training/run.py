@@ -20,7 +20,7 @@ from training.data.loader import Batches
 from training.distributed import World
 from training.errors import UserError
 from training.files import whole_folder, write_atomically
-from training.kernels import choose
+from training.kernels import ATTENTION, EXPERTS, Kernels, choose, names
 from training.logging.report import write_report
 from training.metrics import Metrics
 from training.model import GPT, hf, needs
@@ -55,7 +55,8 @@ class Run:
     batches: Batches
     val_batches: Batches
     metrics: Metrics
-    kernels_why: dict[str, str]  # for each kernel its name and the reason
+    kernels: dict[str, str]  # their names
+    kernels_why: dict[str, str]  # for each its name and the reason
     loss_scale: LossScale | None = None  # fp16 only
     step: int = 0  # steps that are done
     best: dict | None = None  # {"step", "val_loss"} of the lowest validation loss
@@ -85,7 +86,7 @@ def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
     elif found is None:
         restart.refuse_another(config, dataset.fingerprint)
     dtype = devices.DTYPES[config.precision]
-    kernels, kernels_why = choose(config.parallel, needs(config.model), device=world.device, dtype=dtype)
+    kernels, kernels_why = agreed_kernels(config, world, dtype, found.state.get("kernels", {}) if own else {})
     model = GPT(config.model, kernels, dtype).init_weights(config.seed).to(world.device)
     run = Run(
         config=config,
@@ -97,6 +98,7 @@ def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
         batches=Batches(dataset.train, n_positions=config.model.n_positions, seed=config.seed),
         val_batches=Batches(dataset.val, n_positions=config.model.n_positions, seed=None),
         metrics=Metrics(config, world, model),
+        kernels=names(kernels),
         kernels_why=kernels_why,
         loss_scale=LossScale() if config.precision == "fp16" else None,
     )
@@ -113,6 +115,24 @@ def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
         for block in model.blocks:
             block.compile()
     return run
+
+
+def agreed_kernels(
+    config: Config, world: World, dtype: torch.dtype, before: dict[str, str]
+) -> tuple[Kernels, dict[str, str]]:
+    """The same kernels on all ranks: the last in order of those that they chose. Collective.
+
+    `before` are those of the checkpoint. Raises UserError on a rank where that one does not work.
+    """
+    asked = config.parallel
+    kernels, why = choose(asked, needs(config.model), device=world.device, dtype=dtype, before=before)
+    orders = {"attention": list(ATTENTION), "experts": list(EXPERTS)}
+    chosen = names(kernels)
+    last = {option: order[world.max_int(order.index(chosen[option]))] for option, order in orders.items()}
+    if last != chosen:
+        asked = asked.model_copy(update=last)
+        kernels, why = choose(asked, needs(config.model), device=world.device, dtype=dtype)
+    return kernels, why
 
 
 def resolve(config: Config, found: Checkpoint | None, dataset: Dataset, device: torch.device) -> Config:
@@ -159,6 +179,7 @@ def save(run: Run) -> None:
             "last_row": run.last_row,
             "loss_scale": run.loss_scale and asdict(run.loss_scale),
             "data": run.dataset.fingerprint,
+            "kernels": run.kernels,
             "config": run.config.model_dump(mode="json"),
         }
         checkpoint.save(folder, Checkpoint(run.model.state_dict(), run.optimizer.state_dict(), state))

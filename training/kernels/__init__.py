@@ -7,7 +7,8 @@ and mask, and comparing it with the reference.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from training.kernels.attention import (
 from training.kernels.experts import EXPERTS
 from training.kernels.loss import LOSS
 
-__all__ = ["ATTENTION", "EXPERTS", "LOSS", "Backend", "Call", "Kernels", "Needs", "choose"]
+__all__ = ["ATTENTION", "EXPERTS", "LOSS", "Backend", "Call", "Kernels", "Needs", "choose", "names"]
 
 # Largest relative error (in the Euclidean norm) that is rounding and nothing else.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -49,7 +50,6 @@ class Needs(NamedTuple):
     attention: frozenset[Call]
     experts: frozenset[tuple[int, int]]  # (inputs, outputs) of the experts' matrices
     documents: bool  # packed documents do not see each other
-    n_positions: int
 
 
 class Trial(NamedTuple):
@@ -86,16 +86,15 @@ class Trial(NamedTuple):
 
 def _attention_trial(call: Call, needs: Needs, device: torch.device, dtype: torch.dtype, compiled: bool) -> Trial:
     """A batch of two, each of two documents, with a window that bites."""
-    n_tokens = min(needs.n_positions, 128)
+    n_tokens = 128  # of a few keys, gradients of their scores would be rounding and little else
     tokens_BT = torch.ones(2, n_tokens, dtype=torch.int64, device=device)
     tokens_BT[0, n_tokens // 3] = tokens_BT[1, n_tokens // 2] = 0
-    # Of a single key the weight is 1 whatever its score: gradients would be rounding and nothing else.
     window = None if call.window is None else max(2, min(call.window, n_tokens // 2))
     seen = Seen(n_tokens, n_tokens, device, window, documents(tokens_BT, 0) if needs.documents else None)
 
     def run(backend: Backend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         attend = torch.compile(backend.attend, backend="aot_eager") if compiled else backend.attend
-        return attend(q, k, v, backend.mask(seen), scale=call.scale, softcap=call.softcap)
+        return attend(q, k, v, backend.mask(seen._replace(dtype=q.dtype)), scale=call.scale, softcap=call.softcap)
 
     heads = [(call.n_head, call.head_dim), (call.n_kv_head, call.head_dim), (call.n_kv_head, call.value_dim)]
     inputs = [_random(2, n, n_tokens, width, seed=seed) for seed, (n, width) in enumerate(heads)]
@@ -116,10 +115,16 @@ def _random(*shape: int, seed: int) -> Tensor:
 
 
 def choose(
-    config: ParallelConfig, needs: Needs, *, device: torch.device, dtype: torch.dtype
+    config: ParallelConfig,
+    needs: Needs,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    before: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Kernels, dict[str, str]]:
     """The kernels for this device, type and what the model asks for, and for each the reason, in words.
 
+    `auto` tries those named in `before` first: a run goes on with what it began with, and so in the same bits.
     With `compile` what runs has to compile as well; tracing alone tells, and is quick. Raises UserError where
     the kernel that was asked for does not do it.
     """
@@ -134,6 +139,8 @@ def choose(
         ("experts", EXPERTS, list(EXPERTS), experts),
     ):
         asked, refused = getattr(config, option), {}  # names by what their problem is
+        first = before.get(option)
+        automatically = sorted(automatically, key=lambda name: name != first)
         for name in automatically if asked == "auto" else [asked]:
             outcomes = (trial.problem(name, kernels[name], kernels["reference"], device, dtype) for trial in trials)
             if problem := next(filter(None, outcomes), None):
@@ -142,11 +149,19 @@ def choose(
             granted = "ran, and equals the reference" if asked == "auto" else "asked for"
             if kernels is ATTENTION and not limits(name, here).deterministic:
                 granted += "; a restart does not repeat its gradients to the bit"
+            if first is not None and name != first:
+                granted += f"; it was {first} before"
             chosen[option], why[option] = kernels[name], f"{name} ({_said(refused) or granted})"
             break
         else:
             raise UserError(f"parallel.{option}: {_said(refused)}; use auto")
     return Kernels(**chosen), why
+
+
+def names(kernels: Kernels) -> dict[str, str]:
+    """What the chosen kernels are called."""
+    registries = {"attention": (ATTENTION, kernels.attention), "experts": (EXPERTS, kernels.experts)}
+    return {option: next(n for n in of if of[n] is chosen) for option, (of, chosen) in registries.items()}
 
 
 def _said(refused: dict[str, list[str]]) -> str:

@@ -85,7 +85,7 @@ class Places:
 
     def of(self, mixer: nn.Module) -> Place:
         """What this mixer is told."""
-        width, window = mixer.rotary_dim, mixer.call.window
+        width, window = mixer.rotary_dim, self.seen._replace(window=mixer.call.window).bite
         if width not in self.rotations:
             self.rotations[width] = rotary_table(self.position, width, self.rope_theta)
         if window not in self.masks:
@@ -101,7 +101,6 @@ def needs(config: ModelConfig) -> Needs:
         frozenset(MIXERS[type(block.mixer)].asks(block.mixer, config) for block in config.blocks),
         frozenset(pairs | {(outputs, inputs) for inputs, outputs in pairs}),
         config.isolate_documents,
-        config.n_positions,
     )
 
 
@@ -183,13 +182,15 @@ class GPT(nn.Module):
         """Where these tokens are; the cache counts them. Raises ValueError where they do not fit the context."""
         n_tokens, start = tokens_BT.shape[1], 0
         if cache is not None:
+            if documents is not None:
+                raise ValueError("documents apart and a cache: a cache is of one text a sample")
             start, cache.n_tokens = cache.n_tokens, cache.n_tokens + n_tokens
             if cache.n_padding_B is not None:
                 documents = padded(cache.n_padding_B, start, cache.n_tokens)
         n_text = n_tokens if cache is None else cache.n_text
         if n_text > self.config.n_positions:
             raise ValueError(f"{n_text} tokens do not fit n_positions {self.config.n_positions}")
-        seen = Seen(n_tokens, start + n_tokens, tokens_BT.device, documents=documents)
+        seen = Seen(n_tokens, start + n_tokens, tokens_BT.device, documents=documents, dtype=self.dtype)
         return Places(seen, self.attention if cache is None else self.any_attention, self.config.rope_theta)
 
     def _head_weight(self) -> Tensor:

@@ -27,11 +27,10 @@ class Packed(NamedTuple):
 def packed(seen: Seen) -> Packed:
     """Of the whole context: there is no cache before it."""
     assert seen.n_queries == seen.n_keys
-    window = None if seen.window is None or seen.window >= seen.n_keys else seen.window
     ends_D = None if seen.documents is None else seen.documents.ends_D
     if ends_D is not None:
         torch._dynamo.maybe_mark_dynamic(ends_D, 0)  # else what was compiled for one number of documents is done again
-    return Packed(window, ends_D)
+    return Packed(seen.bite, ends_D)
 
 
 def flash2_attention(

@@ -27,6 +27,12 @@ class Seen(NamedTuple):
     device: torch.device
     window: int | None = None  # keys that a query sees, its own included
     documents: Documents | None = None
+    dtype: torch.dtype = torch.float32  # of the queries
+
+    @property
+    def bite(self) -> int | None:
+        """The window; None where every key before the query is in it."""
+        return None if self.window is None or self.window >= self.n_keys else self.window
 
 
 def documents(tokens_BT: Tensor, end_of_text: int) -> Documents:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -12,9 +13,14 @@ from training.kernels.attention.masks import Seen, dense
 
 
 def sdpa_mask(seen: Seen) -> Tensor | None:
-    """None where the plain causal kernel, or no mask at all, says it; else the mask written out."""
-    every_key = seen.n_queries in (1, seen.n_keys) and (seen.window is None or seen.window >= seen.n_keys)
-    return None if every_key and seen.documents is None else dense(seen)
+    """None where the plain causal kernel, or no mask at all, says it; else what is added to scores: 0, or -inf.
+
+    As numbers in the queries' type: of a mask of bool, PyTorch would keep such a copy for each layer's backward.
+    """
+    if seen.n_queries in (1, seen.n_keys) and seen.bite is None and seen.documents is None:
+        return None
+    mask = dense(seen)
+    return torch.zeros(mask.shape, dtype=seen.dtype, device=seen.device).masked_fill_(~mask, float("-inf"))
 
 
 def sdpa_attention(
@@ -28,6 +34,7 @@ def sdpa_attention(
 ) -> Tensor:
     """PyTorch picks among its own kernels. It has no soft-cap."""
     assert softcap is None
+    mask = None if mask is None else mask.to(q_BHTD.dtype)
     n_queries, n_shared = q_BHTD.shape[2], q_BHTD.shape[1] // k_BGSD.shape[1]
     if n_queries == 1 and n_shared > 1:  # heads that share keys are then queries of one head: nothing is copied
         q_BGHD = q_BHTD.squeeze(2).unflatten(1, (-1, n_shared))

@@ -127,6 +127,8 @@ class TrainingGPTForCausalLM(PreTrainedModel, GenerationMixin):
         n_padding_B = None if attention_mask is None else (attention_mask.cumsum(1) == 0).sum(1)
         documents = None
         if past_key_values is None and use_cache:
+            if n_padding_B is None and position_ids is not None and bool((position_ids[:, 1:] == 0).any()):
+                raise ValueError("packed documents (position_ids that begin again) need use_cache=False")
             past_key_values = GenerationCache(self.gpt.new_cache(n_padding_B))
         elif past_key_values is None and position_ids is not None:
             position_BT = position_ids.expand_as(input_ids)
