@@ -177,6 +177,10 @@ def test_the_command_says_what_opened_and_refuses_to_write_over_it(trained):
     lines = done.stdout.splitlines()
     assert lines[0] == f"{trained}/export: qwen3_moe, bf16, step 4"
     assert re.fullmatch(r"opened by Transformers .* as Qwen3MoeForCausalLM: logits differ by .*", lines[1])
+    assert json.loads((trained / "export" / "tokenizer_config.json").read_text())["model_input_names"] == [
+        "input_ids",
+        "attention_mask",
+    ]
     assert lines[2] == f"AutoModelForCausalLM.from_pretrained('{trained}/export')"
     assert json.loads((trained / "export" / "config.json").read_text())["vocab_size"] == 257  # the tokenizer's own
     before = sorted(path.stat().st_mtime_ns for path in (trained / "export").iterdir())
@@ -218,6 +222,46 @@ def test_a_greedy_continuation_that_differs_is_noticed(trained, tmp_path, monkey
     monkeypatch.setattr(exporting, "greedy", lambda _model, _prompt, n_new, _n_vocab: [0] * n_new)
     with pytest.raises(UserError, match="its greedy continuation differs"):
         exporting.verify(tmp_path / "model", model, found.tokenizer.vocab_size)
+
+
+def test_a_wide_window_is_looked_at_to_its_end(tmp_path, monkeypatch):
+    """The export of a window that is one token too wide differs only after as many tokens."""
+    mixer = {"qk_norm": True, "window": 150}
+    blocks = [{"mixer": mixer, "ffn": {"gated": True, "activation": "silu"}}]
+    model = perturbed({**MODERN, "n_positions": 200, "blocks": blocks})
+    hf.write(tmp_path / "model", model.state_dict(), model.config, 5)
+    path = tmp_path / "model" / "config.json"
+    path.write_text(path.read_text().replace('"sliding_window": 150', '"sliding_window": 151'))
+    monkeypatch.setattr(exporting, "_reopen", reopen_in_process)
+    with pytest.raises(UserError, match="logits differ by"):
+        exporting.verify(tmp_path / "model", model, 320)
+
+
+def reopen_in_process(folder, probe, _modules):
+    """As reopen.py, which would want a tokenizer."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder)(load_file(probe)["tokens"]).logits
+    save_file(
+        {"logits": logits.contiguous(), "continuation": torch.zeros(1)}, f"{probe}.answer", metadata={"n_vocab": "0"}
+    )
+
+
+@pytest.mark.parametrize("arguments", [[], ["--run", "x", "--dtype", "int8"], ["--run", "x", "--ou", "y"], ["--run"]])
+@pytest.mark.parametrize("command_name", ["export", "evaluate"])
+def test_wrong_arguments_are_one_line(command_name, arguments, capsys):
+    from importlib import import_module
+
+    assert import_module(f"training.{command_name}").main(arguments) == 2
+    assert re.fullmatch(r"error: [^\n]+\n", capsys.readouterr().err)
+
+
+def test_an_export_whose_selection_bias_has_no_home_says_so():
+    model = perturbed({**MODERN, "blocks": [{"mixer": {"qk_norm": True}, "ffn": GATED_MOE | {"balance": "none"}}]})
+    reason = hf.why_not(hf.ARCHITECTURES["qwen3_moe"], model.state_dict(), model.config)
+    assert reason == "values of blocks.0.ffn.selection_bias"
 
 
 def test_a_run_that_is_not_there_is_one_line(tmp_path):

@@ -7,6 +7,7 @@ writes the JSON schema that editors complete from. Nothing here imports torch.
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import re
@@ -22,9 +23,21 @@ from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
 from training.config import Config, Section
+from training.errors import UserError
 from training.options import closest, help_text, is_list, lookup, schema, unknown, variants
 from training.validation import validate
 from training.yaml_source import ConfigErrors, Document, Given, Keys, Problem, dotted, printable, read, read_value
+
+
+class Parser(argparse.ArgumentParser):
+    """For the commands whose flags are few: wrong arguments are a UserError, and so one line."""
+
+    def __init__(self, prog: str, description: str | None):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, description=description, formatter_class=formatter, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
 
 
 def load(path: str | Path | None, overrides: Mapping[str, str] | None = None) -> Config:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import sys
 
+from training.cli import Parser
 from training.errors import UserError
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m training.evaluate", description=__doc__)
     parser.add_argument("--run", required=True, help="folder of a run, finished or not, or of one of its checkpoints")
     parser.add_argument("--data", nargs="+", metavar="PATH", help="files, folders or globs; default: the run's own")
     parser.add_argument("--text_column", default="text", help="column of .jsonl and .parquet (default %(default)s)")
@@ -29,8 +28,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """The command: one line of figures on standard output. Exit status 0, or 2 for wrong input."""
-    asked = arguments(argv)
     try:
+        asked = arguments(argv)
         print(evaluated(asked))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

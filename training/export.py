@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from training.cli import Parser
 from training.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,13 +25,12 @@ if TYPE_CHECKING:
 
     from training.model import GPT
 
+MOST_TOKENS = 2048  # compared, of a window that is wider
 TOLERANCE = 1e-4  # of logits, relative to the largest where that is above one
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m training.export", description=__doc__)
     parser.add_argument("--run", required=True, help="folder of a run, finished or not, or of one of its checkpoints")
     parser.add_argument("--out", help="folder to write, which must not exist; default: RUN/export")
     parser.add_argument(
@@ -41,8 +41,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Exit status 0, or 2 for wrong input or an export that is not what was trained."""
-    asked = arguments(argv)
     try:
+        asked = arguments(argv)
         for line in export(asked.run, asked.out, asked.dtype):
             print(line)
     except UserError as error:
@@ -84,8 +84,10 @@ def export(run: str, out: str | None, dtype_name: str) -> list[str]:
         f"{seen.n_same} greedy tokens are the same",
     ]
     if own:
-        reasons = (f"{name} ({a.why_not(config.model)})" for name, a in hf.ARCHITECTURES.items())
+        reasons = (f"{name} ({hf.why_not(a, weights, config.model)})" for name, a in hf.ARCHITECTURES.items())
         lines.append(f"with a modeling file of its own; what does not fit: {', '.join(reasons)}")
+    if own:
+        lines.append(f"AutoTokenizer.from_pretrained({str(target)!r}, trust_remote_code=True)")
     return [*lines, call]
 
 
@@ -104,9 +106,10 @@ def verify(folder: Path, model: GPT, n_vocab: int) -> Seen:
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
-    n_tokens = min(64, model.config.n_positions)
-    tokens_BT = torch.randint(n_vocab, (2, n_tokens), generator=torch.Generator().manual_seed(0))
-    prompt_1T = tokens_BT[:1, : max(1, n_tokens // 4)]
+    widest = max(block.mixer.window or 0 for block in model.config.blocks)
+    n_tokens = min(model.config.n_positions, max(128, min(widest + 16, MOST_TOKENS)))
+    tokens_BT = torch.randint(n_vocab, (1, n_tokens), generator=torch.Generator().manual_seed(0))
+    prompt_1T = tokens_BT[:1, : max(1, min(n_tokens // 4, 64))]
     n_new = min(16, model.config.n_positions - prompt_1T.shape[1])
     with torch.inference_mode():
         logits_BTV = model.logits(tokens_BT)[..., :n_vocab]
@@ -148,6 +151,7 @@ def _reopen(folder: Path, probe: Path, modules: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-P", str(script), str(folder), str(probe)],
         env=os.environ | offline,
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
     )

@@ -13,8 +13,9 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from training.cli import Parser
 from training.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,27 +29,15 @@ LIMITS = {
     "top_k": ("0 or more", lambda n: n >= 0),
     "top_p": ("above 0 and at most 1", lambda x: 0 < x <= 1),
     "min_p": ("from 0 to 1", lambda x: 0 <= x <= 1),
-    "repetition_penalty": ("a number above 0", lambda x: 0 < x < math.inf),
+    "repetition_penalty": ("from 0.01 to 100", lambda x: 0.01 <= x <= 100),
     "seed": ("0 or more", lambda n: n >= 0),
     "micro_batch": ("1 or more", lambda n: n >= 1),
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """Wrong arguments are a UserError, and so one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
-
-
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """What is asked for, with the prompts read. Raises UserError."""
-    parser = Parser(
-        prog="python -m training.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="python -m training.generate", description=__doc__)
     add = parser.add_argument
     add("--run", required=True, help="folder of a run, finished or not, or of one of its checkpoints")
     add("--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated; '' begins a document")

@@ -21,13 +21,14 @@ def main(folder: str, probe: str) -> None:
     with open(f"{folder}/config.json", encoding="utf-8") as file:  # noqa: PTH123 (as short as it can be)
         own_code = "auto_map" in json.load(file)  # the file that the export has just written
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=own_code)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=own_code)
     asked = load_file(probe)
     n_new = int(asked["n_new"])
     with torch.inference_mode():
         logits = model(asked["tokens"]).logits
         options = {"max_new_tokens": n_new, "min_new_tokens": n_new, "do_sample": False, "pad_token_id": 0}
         continued = model.generate(asked["prompt"], attention_mask=torch.ones_like(asked["prompt"]), **options)
+        model.generate(**tokenizer("a", return_tensors="pt"), max_new_tokens=1, pad_token_id=0)  # as a user would
     assert "training" not in sys.modules, "the export needs this package"
     opened = {"model": type(model).__name__, "version": transformers.__version__, "n_vocab": str(len(tokenizer))}
     answer = {"logits": logits.contiguous(), "continuation": continued[0, asked["prompt"].shape[1] :].clone()}

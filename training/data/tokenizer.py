@@ -67,7 +67,12 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         self.inner.save(str(folder / "tokenizer.json"))
         special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": ["input_ids", "attention_mask"],  # Transformers 4 would add token_type_ids
+            "clean_up_tokenization_spaces": False,
+            **special,
+        }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod

@@ -42,7 +42,7 @@ def write(
     if n_vocab is not None:
         rows = {name: weights[name][:n_vocab] for name in ("wte.weight", "head.weight") if name in weights}
         weights, config = weights | rows, config.model_copy(update={"vocab_size": n_vocab})
-    model_type = next((name for name, one in ARCHITECTURES.items() if _fits(one, weights, config)), None)
+    model_type = next((name for name, one in ARCHITECTURES.items() if why_not(one, weights, config) is None), None)
     if model_type is None:
         own.write(folder, weights, config, end_of_text, dtype)
         return own.MODEL_TYPE
@@ -53,16 +53,16 @@ def write(
     return model_type
 
 
-def _fits(architecture: Architecture, weights: dict[str, Tensor], config: ModelConfig) -> bool:
-    """Whether it expresses the configuration, and has a place for every tensor that counts.
+def why_not(architecture: Architecture, weights: dict[str, Tensor], config: ModelConfig) -> str | None:
+    """What of the configuration it cannot express, or which tensor that counts has no place in it; None: nothing.
 
     A run that began with another's checkpoint may have a selection bias that its own `balance` does not move.
     """
-    if architecture.why_not(config) is not None:
-        return False
+    if (reason := architecture.why_not(config)) is not None:
+        return reason
     placed = {part for name in architecture.names(config) for part in name.ours}
     counted = {name for name in weights.keys() - placed if not name.endswith("ffn.load")}
-    return not any(name in counted and tensor.any() for name, tensor in weights.items())
+    return next((f"values of {name}" for name in weights if name in counted and weights[name].any()), None)
 
 
-__all__ = ["ARCHITECTURES", "READABLE", "one_line", "read_config", "read_weights", "write"]
+__all__ = ["ARCHITECTURES", "READABLE", "one_line", "read_config", "read_weights", "why_not", "write"]

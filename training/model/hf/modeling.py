@@ -123,6 +123,9 @@ class TrainingGPTForCausalLM(PreTrainedModel, GenerationMixin):
         Zeros at the beginning of `attention_mask` (B, S) are padding. Position_ids (B, T) that begin again at 0
         separate packed documents.
         """
+        for name in ("output_hidden_states", "output_attentions"):
+            if loss_options.pop(name, None):
+                raise ValueError(f"{name} is not computed here")
         self.gpt.dtype = self.gpt.wte.weight.dtype
         n_padding_B = None if attention_mask is None else (attention_mask.cumsum(1) == 0).sum(1)
         documents = None

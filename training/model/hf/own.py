@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from training.config import ModelConfig
+from training.errors import UserError
 from training.model.gpt import GPT
 from training.model.hf import bundle
 from training.model.hf.architecture import Architecture
@@ -30,7 +31,10 @@ def to_hf(config: ModelConfig) -> dict:
 
 def from_hf(hf: dict) -> dict:
     """The options back."""
-    return {name: hf[name] for name in ModelConfig.model_fields if name in hf}
+    for name in ModelConfig.model_fields:
+        if name not in hf:
+            raise UserError(f"{name} is missing")
+    return {name: hf[name] for name in ModelConfig.model_fields}
 
 
 def names(config: ModelConfig) -> list[Name]:

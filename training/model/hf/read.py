@@ -50,7 +50,6 @@ def read_weights(folder: Path, architecture: Architecture, config: ModelConfig) 
     with torch.device("meta"):
         meta = GPT(config).state_dict()
     names = architecture.names(config)
-    ours = {part: torch.empty(meta[part].shape) for name in names for part in name.ours}
     shapes = {name: tuple(tensor.shape) for name, tensor in as_theirs(names, meta)}
     with open_tensors(folder) as stored:
         if not any(name.startswith(architecture.prefix) for name in stored):
@@ -59,8 +58,13 @@ def read_weights(folder: Path, architecture: Architecture, config: ModelConfig) 
         stored = {name: there for name, there in stored.items() if not architecture.harmless.fullmatch(name)}
         _check_names(folder, shapes.keys(), stored.keys())
         for name in names:
-            fill(name, ours, _read(folder, stored[name.theirs], shapes[name.theirs]))
-        if tied is not None and not torch.equal(_read(folder, tied, meta["wte.weight"].shape), ours["wte.weight"]):
+            _check(folder, stored[name.theirs], shapes[name.theirs])
+        ours = {part: torch.empty(meta[part].shape) for name in names for part in name.ours}
+        for name in names:
+            fill(name, ours, _read(folder, stored[name.theirs]))
+        if tied is not None:
+            _check(folder, tied, tuple(meta["wte.weight"].shape))
+        if tied is not None and not torch.equal(_read(folder, tied), ours["wte.weight"]):
             raise UserError(f"{folder}: {HEAD} is not the embedding, though tie_word_embeddings says so")
     return ours
 
@@ -73,12 +77,16 @@ def _check_names(folder: Path, wanted: Set[str], found: Set[str]) -> None:
             raise UserError(f"{folder}: tensors that are {what}: {first}{more}; is config.json that of these weights?")
 
 
-def _read(folder: Path, stored: Stored, shape: tuple[int, ...]) -> Tensor:
+def _check(folder: Path, stored: Stored, shape: tuple[int, ...]) -> None:
+    """Raises UserError where the tensor has another shape: before memory is taken for what config.json says."""
+    if stored.shape() != shape:
+        raise UserError(f"{folder}: {stored.name} is {stored.shape()} there, and {shape} by {CONFIG}")
+
+
+def _read(folder: Path, stored: Stored) -> Tensor:
     """A tensor's values, float32."""
-    if stored.shape() != tuple(shape):
-        raise UserError(f"{folder}: {stored.name} is {stored.shape()} there, and {tuple(shape)} by {CONFIG}")
     values = stored.read()
-    if not values.is_floating_point():
+    if values.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise UserError(f"{folder}: {stored.name} is {values.dtype}; quantized weights are not read")
     values = values.float()
     if not values.isfinite().all():
