@@ -12,6 +12,7 @@ import json
 import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from pprint import pformat
 
 import training
 from training.config import BlockConfig, ModelConfig
@@ -134,7 +135,9 @@ def _sections() -> str:
     classes = [_dataclass(kind) for kind in kinds] + [_dataclass(BlockConfig), _dataclass(ModelConfig)]
     layers = textwrap.indent(textwrap.dedent(inspect.getsource(ModelConfig.layers)), "    ")
     made = MODEL_CONFIG.replace("KINDS", ", ".join(kind.__name__ for kind in kinds))
-    options = f"# Every option of the network and its default.\nOPTIONS = {_literal(OPTIONS)}"
+    options = (
+        f"# Every option of the network and its default.\nOPTIONS = {pformat(OPTIONS, sort_dicts=False, width=100)}"
+    )
     return "\n\n".join(["from dataclasses import dataclass", *classes, layers, options, made])
 
 
@@ -148,7 +151,3 @@ def _dataclass(section: type[Section]) -> str:
         kind = kind.replace("typing.", "") if "Section" not in kind and "config." not in kind else "object"
         lines.append(f"    {name}: {kind} = {json.dumps(default) if isinstance(default, str) else default}")
     return "\n".join(lines)
-
-
-def _literal(options: dict) -> str:
-    return json.dumps(options, indent=4).replace("null", "None").replace("true", "True").replace("false", "False")
