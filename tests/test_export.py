@@ -129,15 +129,16 @@ def test_the_modeling_file_computes_every_kind_of_block(modeling, block):
 def test_experts_of_an_export_run_grouped_and_fall_back_where_that_is_not_possible():
     from torch.profiler import profile
 
-    from training.kernels.experts import any_experts
+    from training.kernels.experts import ANY, plan
 
-    count = torch.tensor([3, 1])
+    rows = plan(torch.tensor([[0], [0], [1], [0]]), 2)
     for dtype, width, grouped in ((torch.float32, 32, True), (torch.bfloat16, 32, True), (torch.float32, 30, False)):
-        x, w = torch.ones(4, width, dtype=dtype), torch.ones(2, 8, width, dtype=dtype)
+        x, up, down = (torch.ones(*shape, dtype=dtype) for shape in ((4, width), (2, 8, width), (2, width, 8)))
         with profile() as seen:
-            y = any_experts(x, w, count)
+            (h,) = ANY.up(x, (up,), rows)
+            y = ANY.down(h, down, torch.ones(4, 1), rows)
         assert any("grouped_mm" in event.key for event in seen.key_averages()) == grouped
-        assert y.tolist() == [[width] * 8] * 4
+        assert y.tolist() == [[8 * width] * width] * 4
 
 
 @pytest.fixture(scope="module")

@@ -442,8 +442,8 @@ def test_no_option_was_added_that_nobody_thought_of_here():
         BlockConfig: "repeat mixer ffn",
         AttentionConfig: "type head_dim window n_kv_head softcap qk_norm rope",
         MLPConfig: "type hidden activation gated",
-        MoEConfig: "type n_experts top_k hidden activation gated renormalize balance bias_rate switch_weight "
-        "z_loss_weight",
+        MoEConfig: "type n_experts top_k n_shared hidden activation gated scoring renormalize route_scale "
+        "jitter balance bias_rate switch_weight z_loss_weight capacity_factor",
     }
     for section, names in asked.items():
         assert set(section.model_fields) == set(names.split()), section.__name__

@@ -9,6 +9,7 @@ import torch
 
 from training.config import ParallelConfig
 from training.kernels import EXPERTS, LOSS, Call, Needs, choose
+from training.kernels.experts import plan
 
 
 def grads(function, inputs, *rest):
@@ -29,22 +30,46 @@ def random(*shape):
 
 
 @pytest.mark.parametrize("name", EXPERTS)
-@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 9, 0], [1, 1, 1, 1]])
-def test_experts_equal_one_product_a_row(name, counts):
-    x, w, count = random(sum(counts), 16), random(4, 32, 16), torch.tensor(counts)
-    expert = [e for e, n in enumerate(counts) for _ in range(n)]
+@pytest.mark.parametrize(
+    "sent", [[[0, 2], [2, 3], [2, 0], [3, 2], [2, 0]], [[2], [2], [2]], [[0, 1, 2, 3]], [[3, 1], [1, 3]]], ids=str
+)
+def test_experts_equal_one_product_a_row(name, sent):
+    expert_NK = torch.tensor(sent)
+    rows, n_tokens, top_k = plan(expert_NK, 4), *expert_NK.shape
+    inputs = [random(n_tokens, 16), random(4, 32, 16), random(4, 32, 16), random(4, 16, 32), random(n_tokens, top_k)]
 
-    def rows(x, w, _):
-        return torch.stack([w[e] @ row for e, row in zip(expert, x, strict=True)])
+    def layer(x, up, gate, down, weight):
+        up, gate = EXPERTS[name].up(x, (up, gate), rows)
+        return EXPERTS[name].down(up * gate, down, weight, rows)
 
-    assert_equal(EXPERTS[name], rows, [x, w], count, tolerance=1e-4)
+    def by_token(x, up, gate, down, weight):
+        def expert(e, token):
+            return down[e] @ ((up[e] @ token) * (gate[e] @ token))
+
+        tokens = zip(x, weight, sent, strict=True)
+        return torch.stack([sum(w * expert(e, t) for w, e in zip(ws, es, strict=True)) for t, ws, es in tokens])
+
+    assert_equal(layer, by_token, inputs, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("name", EXPERTS)
 def test_an_expert_without_tokens_has_a_zero_gradient(name):
-    _, _, grad_w = grads(EXPERTS[name], [random(6, 16), random(3, 16, 16)], torch.tensor([4, 0, 2]))
-    assert grad_w[1].abs().sum() == 0
-    assert grad_w[0].abs().sum() > 0
+    rows = plan(torch.tensor([[0], [2], [0]]), 3)
+    _, _, grad_up = grads(lambda x, up: EXPERTS[name].up(x, (up,), rows)[0], [random(3, 16), random(3, 8, 16)])
+    _, _, grad_down = grads(
+        lambda h, down: EXPERTS[name].down(h, down, torch.ones(3, 1), rows), [random(3, 16), random(3, 8, 16)]
+    )
+    for grad in (grad_up, grad_down):
+        assert grad[1].abs().sum() == 0
+        assert grad[0].abs().sum() > 0
+
+
+def test_a_plan_sorts_tokens_by_expert_and_then_by_order():
+    rows = plan(torch.tensor([[3, 0], [0, 1], [3, 1]]), 5)
+    assert rows.token_R.tolist() == [0, 1, 1, 2, 0, 2]
+    assert rows.expert_R.tolist() == [0, 0, 1, 1, 3, 3]
+    assert rows.ends_E.tolist() == [2, 4, 4, 6, 6]
+    assert rows.inverse_NK.tolist() == [[4, 0], [1, 2], [5, 3]]
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -86,7 +111,15 @@ def test_what_can_be_asked_for_is_what_answers():
 
 
 def test_experts_that_differ_are_passed_over(monkeypatch):
-    monkeypatch.setitem(EXPERTS, "grouped", lambda x, w, count: EXPERTS["loop"](x, w, count.flip(0)))
-    needs = Needs(frozenset({Call(3, 3, 8, 8)}), frozenset({(32, 64), (64, 32)}), False)
-    _, why = choose(ParallelConfig(), needs, device=torch.device("cpu"), dtype=torch.float32)
-    assert why["experts"].startswith("loop (grouped: it differs from the reference by ")
+    right = EXPERTS["loop"]
+    wrong = [
+        right._replace(up=lambda x, w, rows: right.up(x, w[::-1], rows)),
+        right._replace(down=lambda h, w, weight, rows: right.down(h, w, weight.flip(1), rows)),
+        right._replace(down=lambda h, w, weight, rows: right.down(h, w, weight.detach(), rows)),
+        right._replace(down=lambda h, w, weight, rows: right.down(h, w, weight, rows._replace(ends_E=rows.ends_E - 1))),
+    ]
+    needs = Needs(frozenset({Call(3, 3, 8, 8)}), frozenset({(32, 64)}), False)
+    for kernel in wrong:
+        monkeypatch.setitem(EXPERTS, "grouped", kernel)
+        _, why = choose(ParallelConfig(), needs, device=torch.device("cpu"), dtype=torch.float32)
+        assert why["experts"].startswith("loop (grouped: it ")

@@ -22,6 +22,10 @@ BLOCKS = {
     "gated": {"ffn": {"type": "mlp", "gated": True, "activation": "silu"}},
     "moe": {"ffn": {"type": "moe", "n_experts": 4, "hidden": 24}},
     "gated moe": {"ffn": {"type": "moe", "n_experts": 4, "hidden": 24, "gated": True, "activation": "relu2"}},
+    "shared moe": {"ffn": {"type": "moe", "n_experts": 6, "top_k": 3, "n_shared": 2, "hidden": 12}},
+    "sigmoid moe": {
+        "ffn": {"type": "moe", "n_experts": 4, "hidden": 24, "scoring": "sigmoid", "route_scale": 2.5, "n_shared": 1}
+    },
     "qk_norm": {"mixer": {"qk_norm": True}},
     "grouped-query": {"mixer": {"n_kv_head": 2, "head_dim": 6}},
     "multi-query": {"mixer": {"n_kv_head": 1, "softcap": 2.0}},
@@ -272,6 +276,7 @@ def test_active_parameters_are_those_of_a_dense_model_with_top_k_experts():
 def test_metrics_are_described_per_target():
     model, x = build("moe"), tokens()
     _, metrics = model(x, x.roll(-1, 1), 24)
+    metrics = model.finish_step(metrics)
     described = model.describe({name: value.flatten().tolist() for name, value in metrics.items()}, 24)
     assert described["loss"] == pytest.approx(metrics["loss_sum"].item() / 24)
     assert np.sum(described["expert_load"], axis=1) == pytest.approx([1, 1])

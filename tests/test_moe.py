@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from training.config import MLPConfig, ModelConfig, MoEConfig
 from training.kernels import EXPERTS, Kernels
 from training.model import GPT
-from training.model.layers import ACTIVATIONS
+from training.model.layers import ACTIVATIONS, Batch
 from training.model.mlp import MLP
 from training.model.moe import MoE
 
@@ -69,7 +69,7 @@ def outputs(function, moe, x):
 def test_the_layer_and_every_gradient_equal_the_loop_over_tokens(kernel, options):
     moe, x = layer(kernel, **options), torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(1))
     moe.selection_bias[:] = torch.tensor([0.1, -0.2, 0.0, 0.05])
-    ours, theirs = outputs(lambda x: moe(x, 18)[0], moe, x), outputs(lambda x: by_token(moe, x), moe, x)
+    ours, theirs = outputs(lambda x: moe(x, Batch(18))[0], moe, x), outputs(lambda x: by_token(moe, x), moe, x)
     for name, expected in theirs.items():
         torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
@@ -81,7 +81,7 @@ def test_one_expert_is_the_dense_layer():
         getattr(dense, name).weight.data = getattr(moe.experts, name)[0].data
         getattr(dense, name).bias.data = getattr(moe.experts, f"{name}_bias")[0].data
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(2))
-    torch.testing.assert_close(moe(x, 10)[0], dense(x, 10)[0])
+    torch.testing.assert_close(moe(x, None)[0], dense(x, None)[0])
 
 
 @pytest.mark.parametrize("kernel", EXPERTS)
@@ -90,7 +90,7 @@ def test_experts_without_tokens_get_zero_gradients_and_nothing_is_nan(kernel, fa
     moe = layer(kernel, top_k=len(favourites))
     moe.selection_bias[favourites] = 100.0
     x = torch.randn(1, 7, 16, generator=torch.Generator().manual_seed(2), requires_grad=True)
-    y, routing = moe(x, 7)
+    y, routing = moe(x, Batch(7))
     y.sum().backward()
     assert routing.count_E.tolist() == [7.0 if e in favourites else 0.0 for e in range(4)]
     for e in range(4):
@@ -103,7 +103,7 @@ def test_the_router_gradient_is_that_of_finite_differences():
     x = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
     def f(weight):
-        return torch.func.functional_call(moe, {"router.weight": weight}, (x, 5))[0].square().sum()
+        return torch.func.functional_call(moe, {"router.weight": weight}, (x, None))[0].square().sum()
 
     weight = moe.router.weight.detach().clone().requires_grad_()
     moe.router.forward = lambda h: F.linear(h.double(), moe.router.weight)
@@ -152,7 +152,7 @@ def test_bias_balancing_evens_out_a_skewed_router():
     x = torch.randn(4, 32, 16, generator=torch.Generator().manual_seed(0)) + 0.5
     loads = []
     for _ in range(150):
-        moe.finish_step(moe(x, 128)[1].count_E)
+        moe.finish_step(moe(x, Batch(128))[1].count_E)
         loads.append(moe.load.max().item())
     assert loads[0] > 0.4
     assert loads[-1] < 0.3
@@ -163,19 +163,19 @@ def test_the_switch_loss_is_that_of_the_paper_with_the_last_steps_fractions():
     moe.load[:] = torch.tensor([0.7, 0.1, 0.1, 0.1])
     x = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(1))
     mean_probability = F.softmax(x[0] @ moe.router.weight.T, dim=1).mean(dim=0)
-    torch.testing.assert_close(moe(x, 6)[1].aux_loss, 4 * (moe.load * mean_probability).sum())
+    torch.testing.assert_close(moe(x, Batch(6))[1].aux_loss, 4 * (moe.load * mean_probability).sum())
 
 
 def test_the_z_loss_is_that_of_the_paper():
     moe = layer(balance="none", z_loss_weight=0.5)
     x = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(1))
     expected = (x[0] @ moe.router.weight.T).exp().sum(dim=1).log().square().mean()
-    torch.testing.assert_close(moe(x, 6)[1].aux_loss, 0.5 * expected)
+    torch.testing.assert_close(moe(x, Batch(6))[1].aux_loss, 0.5 * expected)
 
 
 def test_routing_is_in_float32_under_bfloat16():
     moe = layer("loop")
     x = torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
     exact = (x.float()[0] @ moe.router.weight.T).softmax(dim=1).topk(2).indices
-    assert moe(x, 64)[1].count_E.tolist() == exact.flatten().bincount(minlength=4).tolist()
-    assert moe(x, 64)[0].dtype == torch.bfloat16
+    assert moe(x, Batch(64))[1].count_E.tolist() == exact.flatten().bincount(minlength=4).tolist()
+    assert moe(x, Batch(64))[0].dtype == torch.bfloat16

@@ -91,21 +91,35 @@ class MLPConfig(Section):
 
 
 class MoEConfig(Section):
-    """Mixture of experts: each token goes to its top_k experts; no token is ever dropped."""
+    """Mixture of experts: each token goes to its top_k experts. docs/moe.md says what to choose."""
 
     type: Literal["moe"] = "moe"
-    n_experts: int = option(8, "experts in the layer", unit="experts", ge=1)
+    n_experts: int = option(8, "experts that the router chooses from", unit="experts", ge=1)
     top_k: int = option(2, "experts that each token is sent to", unit="experts", ge=1)
+    n_shared: int = option(0, "experts beside these that every token goes to (arXiv:2401.06066)", unit="experts", ge=0)
     hidden: int | None = option(None, "hidden width of one expert; null: 4 x n_embd", unit="channels", ge=1)
     activation: Activation = option("gelu_tanh", "nonlinearity inside the experts")
     gated: bool = option(False, "multiply by a second projection (with silu: SwiGLU)")
+    scoring: Literal["softmax", "sigmoid"] = option(
+        "softmax", "scores from the router's logits: over all experts, or each by itself (arXiv:2412.19437)"
+    )
     renormalize: bool = option(True, "scale the chosen experts' weights to sum to one")
+    route_scale: float = option(1.0, "factor of the chosen experts' weights, after that", gt=0)
+    jitter: float = option(
+        0.0, "in training, multiply each of the router's inputs by 1 +- this (arXiv:2101.03961); 0: not", ge=0, lt=1
+    )
     balance: Literal["bias", "switch", "both", "none"] = option(
         "bias", "keep experts evenly used: selection bias (arXiv:2408.15664), Switch loss (arXiv:2101.03961)"
     )
     bias_rate: float = option(1e-3, "change of an expert's selection bias per step", gt=0)
     switch_weight: float = option(0.01, "weight of the Switch loss, where `balance` asks for it", gt=0)
     z_loss_weight: float = option(1e-3, "weight of the router z-loss (arXiv:2202.08906 eq. 5); 0: none", ge=0)
+    capacity_factor: float | None = option(
+        None,
+        "in training, drop what an expert is sent beyond so many times its fair share of a micro-batch, which then "
+        "changes what is computed; null: drop nothing",
+        gt=0,
+    )
 
     def rules(self) -> Iterator[tuple[str, str]]:
         if self.top_k > self.n_experts:

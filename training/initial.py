@@ -22,7 +22,8 @@ from training.errors import UserError
 from training.model import hf
 from training.model.hf.layers import pattern, written_out
 
-BALANCING = {"balance", "bias_rate", "switch_weight", "z_loss_weight"}  # of training; no part of the model
+# Of training; no part of the model.
+BALANCING = {"balance", "bias_rate", "switch_weight", "z_loss_weight", "jitter", "capacity_factor"}
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 

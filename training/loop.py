@@ -99,7 +99,9 @@ def train_step(run: Run) -> None:
     config, world = run.config, run.world
     n_samples = config.batch_tokens // config.model.n_positions
     mine = world.share(n_samples)
-    tokens_BT, targets_BT = run.batches.samples(run.step * n_samples + np.arange(mine.start, mine.stop))
+    indices = run.step * n_samples + np.arange(mine.start, mine.stop)
+    tokens_BT, targets_BT = run.batches.samples(indices)
+    key_B = run.batches.keys(indices)
     n_targets = world.sum_int(int((targets_BT >= 0).sum()))
 
     end_of_text = run.dataset.tokenizer.end_of_text
@@ -107,13 +109,13 @@ def train_step(run: Run) -> None:
     for first in range(0, len(mine), config.micro_batch):
         rows = slice(first, first + config.micro_batch)
         inputs = model_inputs(run.model, tokens_BT[rows], targets_BT[rows], end_of_text)
-        loss, metrics = run.model(**inputs, n_targets=n_targets)
+        loss, metrics = run.model(**inputs, n_targets=n_targets, key_B=to_device(key_B[rows], world.device))
         (loss if run.loss_scale is None else loss * run.loss_scale.scale).backward()
         totals = {name: totals[name] + value if totals else value for name, value in metrics.items()}
     parameters = [p for p in run.model.parameters() if p.grad is not None]
     world.sum_([*(p.grad for p in parameters), *totals.values()])
     grad_norm = update(run, parameters)
-    run.model.finish_step(totals)
+    totals = run.model.finish_step(totals)
     run.metrics.add(run.step, totals | {"grad_norm": grad_norm}, n_targets)
     run.step += 1
 

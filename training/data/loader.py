@@ -58,6 +58,10 @@ class Batches:
         # An empty position is never a target, so any valid token can stand there.
         return np.maximum(rows[:, :-1], 0), np.ascontiguousarray(rows[:, 1:])
 
+    def keys(self, indices: np.ndarray) -> np.ndarray:
+        """int64 below 2^48: for each sample of the run, where what is random in it comes from."""
+        return (key(self.seed, -2, indices) >> np.uint64(16)).astype(np.int64)
+
     def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which stream and which of its windows each sample is."""
         if self.in_order:

@@ -27,7 +27,7 @@ from training.kernels.attention import (
     machine,
     why_not,
 )
-from training.kernels.experts import EXPERTS
+from training.kernels.experts import EXPERTS, ExpertKernel, plan
 from training.kernels.loss import LOSS
 
 __all__ = ["ATTENTION", "EXPERTS", "LOSS", "Backend", "Call", "Kernels", "Needs", "choose", "names"]
@@ -40,7 +40,7 @@ class Kernels(NamedTuple):
     """The functions a model computes with. The defaults run everywhere."""
 
     attention: Backend | None = None  # None: what does everything that the model asks for
-    experts: Callable[[Tensor, Tensor, Tensor], Tensor] = EXPERTS["loop"]
+    experts: ExpertKernel = EXPERTS["loop"]
     loss: Callable[..., Tensor] = LOSS["chunked"]
 
 
@@ -48,7 +48,7 @@ class Needs(NamedTuple):
     """What a model asks of its kernels."""
 
     attention: frozenset[Call]
-    experts: frozenset[tuple[int, int]]  # (inputs, outputs) of the experts' matrices
+    experts: frozenset[tuple[int, int]]  # (channels, hidden channels) of the experts
     documents: bool  # packed documents do not see each other
 
 
@@ -101,13 +101,20 @@ def _attention_trial(call: Call, needs: Needs, device: torch.device, dtype: torc
     return Trial(run, inputs, lambda name: why_not(name, call, needs.documents, machine(device), dtype))
 
 
-def _experts_trial(inputs: int, outputs: int, device: torch.device, compiled: bool) -> Trial:
-    count_E = torch.tensor([20, 12], device=device)
+def _experts_trial(width: int, hidden: int, device: torch.device, compiled: bool) -> Trial:
+    """Tokens to two of four experts each, one of which gets none."""
+    expert_NK = torch.tensor([[0, 3], [3, 1], [0, 1], [1, 0]], device=device).repeat(16, 1)
+    rows = plan(expert_NK, 4)
 
-    def run(kernel: Callable[..., Tensor], x_RI: Tensor, w_EOI: Tensor) -> Tensor:
-        return (torch.compile(kernel, backend="aot_eager") if compiled else kernel)(x_RI, w_EOI, count_E)
+    def layer(kernel: ExpertKernel, x_NC: Tensor, up: Tensor, gate: Tensor, down: Tensor, weight_NK: Tensor) -> Tensor:
+        up_RF, gate_RF = kernel.up(x_NC, (up, gate), rows)
+        return kernel.down(up_RF * gate_RF.tanh(), down, weight_NK.float(), rows)
 
-    return Trial(run, [_random(32, inputs, seed=0), _random(2, outputs, inputs, seed=1)])
+    def run(kernel: ExpertKernel, *inputs: Tensor) -> Tensor:
+        return (torch.compile(layer, backend="aot_eager") if compiled else layer)(kernel, *inputs)
+
+    shapes = [(64, width), (4, hidden, width), (4, hidden, width), (4, width, hidden), (64, 2)]
+    return Trial(run, [_random(*shape, seed=seed) for seed, shape in enumerate(shapes)])
 
 
 def _random(*shape: int, seed: int) -> Tensor:

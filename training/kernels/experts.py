@@ -1,40 +1,181 @@
-"""Linear maps of many experts over rows sorted by expert, in functions of one signature.
+"""The two matrix products of a layer of experts, each with what it takes to get tokens to experts and back.
 
-Shapes: R rows, E experts, I inputs, O outputs. Each takes x_RI, w_EOI (like `nn.Linear`'s weight,
-one an expert) and count_E (int64: rows of each expert, in order) and returns y_RO.
+Shapes: N tokens, K experts a token, R = N x K rows (a token once for each of its experts, sorted by expert), E experts,
+C channels, F hidden channels. Weights are laid out like `nn.Linear`'s, one matrix an expert.
+
+A kernel is two functions: `up` takes tokens to their experts, x_NC -> y_RF for each of several matrices; `down` takes
+rows back to their tokens, h_RF -> y_NC, the sum of each token's rows by their weights. No row is scattered: sums are
+over each token's rows in order, forward and backward, and so are the same bits every time.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def reference_experts(x_RI: Tensor, w_EOI: Tensor, count_E: Tensor) -> Tensor:
-    """Every row times the matrix of its expert, one row at a time in spirit: R copies of a matrix."""
-    expert_R = torch.arange(len(count_E), device=count_E.device).repeat_interleave(count_E)
-    return torch.einsum("ri,roi->ro", x_RI, w_EOI[expert_R])
+class Plan(NamedTuple):
+    """Which row is whose."""
+
+    order_R: Tensor  # int64: the place of each row in (N, K); its token is order_R // K
+    inverse_NK: Tensor  # int64: the row of each token's k-th expert
+    expert_R: Tensor  # int64, sorted
+    ends_E: Tensor  # int32: where each expert's rows end
+
+    @property
+    def token_R(self) -> Tensor:
+        """int64: the token of each row."""
+        return self.order_R // self.inverse_NK.shape[1]
+
+
+def plan(expert_NK: Tensor, n_experts: int) -> Plan:
+    """Sort tokens by their experts, and an expert's by their order; nothing here waits for the device."""
+    expert_R, order_R = expert_NK.flatten().sort(stable=True)
+    places = torch.arange(len(order_R), device=order_R.device)
+    inverse_R = torch.empty_like(order_R).scatter_(0, order_R, places)
+    ends_E = torch.searchsorted(expert_R, torch.arange(n_experts, device=order_R.device), right=True, out_int32=True)
+    return Plan(order_R, inverse_R.view_as(expert_NK), expert_R, ends_E)
+
+
+class ExpertKernel(NamedTuple):
+    """A kernel."""
+
+    up: Callable[[Tensor, tuple[Tensor, ...], Plan], tuple[Tensor, ...]]  # x_NC, of w_EFC, plan -> of y_RF
+    down: Callable[[Tensor, Tensor, Tensor, Plan], Tensor]  # h_RF, w_ECF, weight_NK, plan -> y_NC
+
+
+class Products(NamedTuple):
+    """Products of rows sorted by expert with matrices; I inputs, O outputs."""
+
+    rows: Callable[[Tensor, Tensor, Tensor], Tensor]  # x_RI, w_EIO, ends_E -> y_RO
+    outer: Callable[[Tensor, Tensor, Tensor], Tensor]  # y_RO, x_RI, ends_E -> w_EOI, each expert's y.T x
+
+
+class _Up(torch.autograd.Function):
+    """Tokens to rows, and through matrices. Rows are gathered again in backward rather than kept."""
+
+    @staticmethod
+    def forward(ctx: Any, products: Products, token_R: Tensor, inverse_NK: Tensor, ends_E: Tensor, x_NC, *w_EFC):
+        ctx.products = products
+        ctx.save_for_backward(token_R, inverse_NK, ends_E, x_NC, *w_EFC)
+        x_RC = x_NC.index_select(0, token_R)
+        return tuple(products.rows(x_RC, w.mT, ends_E) for w in w_EFC)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_RF: Tensor):
+        products = ctx.products
+        token_R, inverse_NK, ends_E, x_NC, *w_EFC = ctx.saved_tensors
+        x_RC = x_NC.index_select(0, token_R)
+        grad_RF = [grad.contiguous() for grad in grad_RF]
+        grad_w = [products.outer(grad, x_RC, ends_E) for grad in grad_RF]
+        del x_RC
+        grad_RC = products.rows(grad_RF[0], w_EFC[0], ends_E)
+        for grad, w in zip(grad_RF[1:], w_EFC[1:], strict=True):
+            grad_RC += products.rows(grad, w, ends_E)
+        return None, None, None, None, _combine(grad_RC, inverse_NK, None), *grad_w
+
+
+class _Down(torch.autograd.Function):
+    """Rows through a matrix, and back to their tokens by weight."""
+
+    @staticmethod
+    def forward(ctx: Any, products: Products, order_R, inverse_NK, ends_E, h_RF, w_ECF, weight_NK):
+        ctx.products = products
+        y_RC = products.rows(h_RF, w_ECF.mT, ends_E)
+        ctx.save_for_backward(order_R, inverse_NK, ends_E, h_RF, w_ECF, weight_NK, y_RC)
+        return _combine(y_RC, inverse_NK, weight_NK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NC: Tensor):
+        products = ctx.products
+        order_R, inverse_NK, ends_E, h_RF, w_ECF, weight_NK, y_RC = ctx.saved_tensors
+        grad_RC = grad_NC.index_select(0, order_R // weight_NK.shape[1])
+        grad_weight_R = (grad_RC * y_RC).sum(dim=-1, dtype=weight_NK.dtype)
+        grad_RC *= weight_NK.flatten().index_select(0, order_R).to(grad_RC.dtype)[:, None]
+        grad_h = products.rows(grad_RC, w_ECF, ends_E)
+        grad_w = products.outer(grad_RC, h_RF, ends_E)
+        return None, None, None, None, grad_h, grad_w, grad_weight_R[inverse_NK]
+
+
+def _combine(y_RC: Tensor, inverse_NK: Tensor, weight_NK: Tensor | None) -> Tensor:
+    """The sum of each token's rows, by weight if there are any."""
+    if weight_NK is not None:
+        weight_NK = weight_NK.to(y_RC.dtype)
+    return F.embedding_bag(inverse_NK, y_RC, per_sample_weights=weight_NK, mode="sum")
+
+
+def _experts(products: Products) -> ExpertKernel:
+    def up(x_NC: Tensor, w_EFC: tuple[Tensor, ...], plan: Plan) -> tuple[Tensor, ...]:
+        return _Up.apply(products, plan.token_R, plan.inverse_NK, plan.ends_E, x_NC, *w_EFC)
+
+    def down(h_RF: Tensor, w_ECF: Tensor, weight_NK: Tensor, plan: Plan) -> Tensor:
+        return _Down.apply(products, plan.order_R, plan.inverse_NK, plan.ends_E, h_RF, w_ECF, weight_NK)
+
+    return ExpertKernel(up, down)
+
+
+def _grouped_rows(x_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    return F.grouped_mm(x_RI, w_EIO, offs=ends_E)
+
+
+def _grouped_outer(y_RO: Tensor, x_RI: Tensor, ends_E: Tensor) -> Tensor:
+    return F.grouped_mm(y_RO.mT, x_RI, offs=ends_E)
 
 
 @torch.compiler.disable  # row counts differ from step to step, each a new program
-def loop_experts(x_RI: Tensor, w_EOI: Tensor, count_E: Tensor) -> Tensor:
-    """One matrix product an expert. Reads the counts on the host, which on a GPU waits for the device."""
-    # unbind, not w_EOI[e]: the backward of E index operations writes E x E matrices.
-    parts = zip(x_RI.split(count_E.tolist()), w_EOI.unbind(0), strict=True)
-    return torch.cat([F.linear(x, w) for x, w in parts])
+def _loop_rows(x_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    y_RO = x_RI.new_empty(len(x_RI), w_EIO.shape[2])
+    for x, w, y in zip(_parts(x_RI, ends_E), w_EIO.unbind(0), _parts(y_RO, ends_E), strict=True):
+        torch.mm(x, w, out=y)
+    return y_RO
 
 
-def grouped_experts(x_RI: Tensor, w_EOI: Tensor, count_E: Tensor) -> Tensor:
-    """One grouped matrix product (torch >= 2.8); counts stay on the device."""
-    return F.grouped_mm(x_RI, w_EOI.transpose(-2, -1), offs=count_E.cumsum(0).to(torch.int32))
+@torch.compiler.disable
+def _loop_outer(y_RO: Tensor, x_RI: Tensor, ends_E: Tensor) -> Tensor:
+    w_EOI = x_RI.new_empty(len(ends_E), y_RO.shape[1], x_RI.shape[1])
+    for y, x, w in zip(_parts(y_RO, ends_E), _parts(x_RI, ends_E), w_EOI.unbind(0), strict=True):
+        torch.mm(y.mT, x, out=w)
+    return w_EOI
 
 
-def any_experts(x_RI: Tensor, w_EOI: Tensor, count_E: Tensor) -> Tensor:
+def _parts(x: Tensor, ends_E: Tensor) -> tuple[Tensor, ...]:
+    """The rows of each expert. Reads the counts on the host, which on a GPU waits for the device."""
+    return x.tensor_split(ends_E[:-1].to("cpu", torch.int64))
+
+
+def _reference_up(x_NC: Tensor, w_EFC: tuple[Tensor, ...], plan: Plan) -> tuple[Tensor, ...]:
+    return tuple(torch.einsum("rc,rfc->rf", x_NC[plan.token_R], w[plan.expert_R]) for w in w_EFC)
+
+
+def _reference_down(h_RF: Tensor, w_ECF: Tensor, weight_NK: Tensor, plan: Plan) -> Tensor:
+    y_RC = torch.einsum("rf,rcf->rc", h_RF, w_ECF[plan.expert_R])
+    weight_R = weight_NK.flatten()[plan.order_R].to(y_RC.dtype)
+    return y_RC.new_zeros(len(weight_NK), y_RC.shape[1]).index_add(0, plan.token_R, y_RC * weight_R[:, None])
+
+
+GROUPED = _experts(Products(_grouped_rows, _grouped_outer))
+LOOP = _experts(Products(_loop_rows, _loop_outer))
+REFERENCE = ExpertKernel(_reference_up, _reference_down)
+
+
+def _any_up(x_NC: Tensor, w_EFC: tuple[Tensor, ...], plan: Plan) -> tuple[Tensor, ...]:
+    return _able(x_NC, w_EFC[0]).up(x_NC, w_EFC, plan)
+
+
+def _any_down(h_RF: Tensor, w_ECF: Tensor, weight_NK: Tensor, plan: Plan) -> Tensor:
+    return _able(h_RF, w_ECF).down(h_RF, w_ECF, weight_NK, plan)
+
+
+def _able(x: Tensor, w_EOI: Tensor) -> ExpertKernel:
     """The grouped product where this torch has it for these tensors, else the loop."""
-    aligned = x_RI.shape[1] * x_RI.element_size() % 16 == 0 and w_EOI.shape[1] * x_RI.element_size() % 16 == 0
-    typed = x_RI.device.type == "cpu" or x_RI.dtype == torch.bfloat16
-    return (grouped_experts if hasattr(F, "grouped_mm") and aligned and typed else loop_experts)(x_RI, w_EOI, count_E)
+    aligned = all(width * x.element_size() % 16 == 0 for width in w_EOI.shape[1:])
+    typed = x.device.type == "cpu" or x.dtype == torch.bfloat16
+    return GROUPED if hasattr(F, "grouped_mm") and aligned and typed else LOOP
 
 
-EXPERTS = {"grouped": grouped_experts, "loop": loop_experts, "reference": reference_experts}
+ANY = ExpertKernel(_any_up, _any_down)  # for a model that is opened anywhere
+EXPERTS = {"grouped": GROUPED, "loop": LOOP, "reference": REFERENCE}

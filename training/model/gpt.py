@@ -31,9 +31,9 @@ from training.model.attention import Attention, Place
 from training.model.cache import Cache, LayerCache
 from training.model.differential import DifferentialAttention
 from training.model.latent import LatentAttention
-from training.model.layers import Linear, norm, rotary_table
+from training.model.layers import Batch, Linear, norm, rotary_table
 from training.model.mlp import MLP
-from training.model.moe import MoE, Routing
+from training.model.moe import MoE, Routing, described_routing
 
 MIXERS = {AttentionConfig: Attention, LatentConfig: LatentAttention, DifferentialConfig: DifferentialAttention}
 FEED_FORWARDS = {MLPConfig: MLP, MoEConfig: MoE}
@@ -52,10 +52,10 @@ class Block(nn.Module):
         self.ffn = FEED_FORWARDS[type(block.ffn)](block.ffn, model, kernels)
 
     def forward(
-        self, x_BTC: Tensor, place: Place, n_targets: int, cache: LayerCache | None
+        self, x_BTC: Tensor, place: Place, batch: Batch | None, cache: LayerCache | None
     ) -> tuple[Tensor, Routing | None]:
         x_BTC = x_BTC + self.mixer(self.norm_1(x_BTC), place, cache)
-        y_BTC, routing = self.ffn(self.norm_2(x_BTC), n_targets)
+        y_BTC, routing = self.ffn(self.norm_2(x_BTC), batch)
         return x_BTC + y_BTC, routing
 
 
@@ -96,10 +96,9 @@ class Places:
 def needs(config: ModelConfig) -> Needs:
     """What the model asks of its kernels."""
     experts = [block.ffn for block in config.blocks if block.ffn.type == "moe"]
-    pairs = {(config.n_embd, ffn.hidden or 4 * config.n_embd) for ffn in experts}
     return Needs(
         frozenset(MIXERS[type(block.mixer)].asks(block.mixer, config) for block in config.blocks),
-        frozenset(pairs | {(outputs, inputs) for inputs, outputs in pairs}),
+        frozenset((config.n_embd, ffn.hidden or 4 * config.n_embd) for ffn in experts),
         config.isolate_documents,
     )
 
@@ -118,26 +117,38 @@ class GPT(nn.Module):
         self.head = None if config.tie_head else Linear(config.n_embd, config.vocab_size, bias=False)
         self.cast_head: Tensor | None = None  # `_head_weight`, where `for_inference` keeps it
         self.loss = Loss(kernels, config.logit_softcap)
+        self.top_ks = [block.ffn.section.top_k for block in self.blocks if isinstance(block.ffn, MoE)]
         soft_capped_scores = any(block.mixer.call.softcap for block in self.blocks)
         self.any_attention = ATTENTION["reference" if soft_capped_scores else "sdpa"]  # does all this model asks for
         self.attention = kernels.attention or self.any_attention
 
     def forward(
-        self, tokens_BT: Tensor, targets_BT: Tensor, n_targets: int, documents: Documents | None = None
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        n_targets: int,
+        documents: Documents | None = None,
+        key_B: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(training loss, metrics) of one micro-batch; of `documents`, none sees another.
 
         The loss is this micro-batch's part of the global batch's mean: sums divided by `n_targets`, the
         number of targets (those that are not -1) in the global batch. The metrics are sums, so they add
         over micro-batches and ranks: "loss_sum" (nats, cross-entropy alone) and for every MoE layer i
-        "expert_count.i" (E,) and "z_loss.i".
+        "expert_count.i" (E,), "dropped.i", "confidence.i" and "z_loss.i". `key_B`, the samples' keys, is where
+        random numbers come from; without it nothing is random, as in an evaluation.
         """
-        x_BTC, routings = self._hidden(tokens_BT, n_targets, None, documents)
+        x_BTC, routings = self._hidden(tokens_BT, Batch(n_targets, key_B), None, documents)
         loss_sum = self.loss(x_BTC, self._head_weight(), targets_BT)
         loss, metrics = loss_sum / n_targets, {"loss_sum": loss_sum.detach()}
         for i, routing in routings.items():
             loss = loss + routing.aux_loss
-            metrics |= {f"expert_count.{i}": routing.count_E.detach(), f"z_loss.{i}": routing.z_loss}
+            metrics |= {
+                f"expert_count.{i}": routing.count_E,
+                f"dropped.{i}": routing.n_dropped,
+                f"confidence.{i}": routing.confidence,
+                f"z_loss.{i}": routing.z_loss,
+            }
         return loss, metrics
 
     def logits(
@@ -151,7 +162,7 @@ class GPT(nn.Module):
 
         `cache`, from `new_cache`, holds the tokens before these and takes these.
         """
-        x_BTC, _ = self._hidden(tokens_BT, 1, cache, documents)
+        x_BTC, _ = self._hidden(tokens_BT, None, cache, documents)
         if n_last is not None:
             x_BTC = x_BTC[:, -n_last:]
         return soft_capped(F.linear(x_BTC, self._head_weight()).float(), self.config.logit_softcap)
@@ -161,7 +172,7 @@ class GPT(nn.Module):
         return Cache(len(self.blocks), n_padding_B)
 
     def _hidden(
-        self, tokens_BT: Tensor, n_targets: int, cache: Cache | None, documents: Documents | None
+        self, tokens_BT: Tensor, batch: Batch | None, cache: Cache | None, documents: Documents | None
     ) -> tuple[Tensor, dict[int, Routing]]:
         """What the head reads (B, T, C), and the routing of every MoE layer by its index."""
         places = self._places(tokens_BT, cache, documents)
@@ -169,7 +180,8 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             # With a cache every call has a new length: not through the compiled block, which would start over.
             run = block if cache is None else block.forward
-            x_BTC, routing = run(x_BTC, places.of(block.mixer), n_targets, None if cache is None else cache.layers[i])
+            told = None if batch is None else batch.layer(i)
+            x_BTC, routing = run(x_BTC, places.of(block.mixer), told, None if cache is None else cache.layers[i])
             if routing is not None:
                 routings[i] = routing
         return self.norm_f(x_BTC), routings
@@ -210,22 +222,22 @@ class GPT(nn.Module):
                 parameter.data = parameter.data.to(self.dtype)
         return self
 
-    def finish_step(self, metrics: dict[str, Tensor]) -> None:
-        """Take the global batch's summed metrics: what a model learns outside its gradients."""
-        for i, block in enumerate(self.blocks):
-            if f"expert_count.{i}" in metrics:
-                block.ffn.finish_step(metrics[f"expert_count.{i}"])
+    def finish_step(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Take the global batch's summed metrics: what a model learns outside its gradients.
+
+        Returns the metrics with those that are known now: for every MoE layer i "bias_range.i".
+        """
+        moes = {i: block.ffn for i, block in enumerate(self.blocks) if isinstance(block.ffn, MoE)}
+        return metrics | {f"bias_range.{i}": moe.finish_step(metrics[f"expert_count.{i}"]) for i, moe in moes.items()}
 
     def describe(self, metrics: dict[str, Sequence[float]], n_targets: int) -> dict[str, object]:
         """Summed metrics, fetched to the host as flat lists, in words that a log can print."""
         described: dict[str, object] = {"loss": metrics["loss_sum"][0] / n_targets}
-        counts = [values for name, values in metrics.items() if name.startswith("expert_count.")]
-        if counts:
-            described["expert_load"] = [[count / sum(layer) for count in layer] for layer in counts]
-            described["expert_load_max"] = max(max(layer) * len(layer) / sum(layer) for layer in counts)
-            z_losses = [values[0] for name, values in metrics.items() if name.startswith("z_loss.")]
-            described["router_z_loss"] = sum(z_losses) / len(z_losses) / n_targets
-        return described
+        layers: dict[str, list[Sequence[float]]] = {}  # of every MoE layer, in order
+        for name, values in metrics.items():
+            if "." in name:
+                layers.setdefault(name.partition(".")[0], []).append(values)
+        return described | (described_routing(layers, self.top_ks) if layers else {})
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> GPT:
@@ -240,7 +252,7 @@ class GPT(nn.Module):
             if kinds[name] == "vector":
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
                 continue
-            into_residual = name.endswith(("mixer.out.weight", "ffn.down.weight", "experts.down"))
+            into_residual = name.endswith(("mixer.out.weight", "ffn.down.weight", "experts.down", "shared.down.weight"))
             deviation = 0.02 / math.sqrt(2 * self.config.n_layer) if into_residual else 0.02
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)

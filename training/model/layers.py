@@ -7,12 +7,48 @@ Shapes: B batch, T tokens, C channels, H heads, D head width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.config import Activation, ModelConfig
+
+
+class Batch(NamedTuple):
+    """What a layer is told of the global batch that its tokens are a part of."""
+
+    n_targets: int  # by which losses are divided
+    key_B: Tensor | None = None  # int64: the number of each sample in the run, for what is random; None: evaluation
+
+    @property
+    def training(self) -> bool:
+        return self.key_B is not None
+
+    def layer(self, index: int) -> Batch:
+        """The same with keys of this layer's own."""
+        return self if self.key_B is None else self._replace(key_B=self.key_B + (index << 48))
+
+
+def uniform(key_B: Tensor, n_tokens: int, width: int) -> Tensor:
+    """Numbers in [0, 1), float32 (B, T, C): a hash of the sample's key, the token and the channel.
+
+    The same on any device, in any micro-batch, and when a layer is computed again.
+    """
+    place_TC = _hash(torch.arange(n_tokens * width, device=key_B.device)).view(n_tokens, width)
+    key_B = _hash(_hash(key_B >> 32) ^ key_B & _32_BITS)
+    return (_hash(key_B[:, None, None] ^ place_TC) >> 8).float() / 2**24
+
+
+_32_BITS = 0xFFFFFFFF
+
+
+def _hash(x: Tensor) -> Tensor:
+    """32 bits of each number to 32 others (Wellons 2018, nullprogram.com/blog/2018/07/31, "lowbias32")."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ x >> shift) * factor & _32_BITS
+    return x ^ x >> 16
 
 
 class Linear(nn.Linear):

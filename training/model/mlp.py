@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from training.config import MLPConfig, ModelConfig
 from training.kernels import Kernels
-from training.model.layers import ACTIVATIONS, Linear
+from training.model.layers import ACTIVATIONS, Batch, Linear
 
 
 class MLP(nn.Module):
@@ -20,7 +20,7 @@ class MLP(nn.Module):
         self.gate = Linear(model.n_embd, hidden, bias=model.bias) if section.gated else None
         self.down = Linear(hidden, model.n_embd, bias=model.bias)
 
-    def forward(self, x_BTC: Tensor, n_targets: int) -> tuple[Tensor, None]:  # noqa: ARG002 (one signature)
+    def forward(self, x_BTC: Tensor, batch: Batch | None) -> tuple[Tensor, None]:  # noqa: ARG002 (one signature)
         """x_BTC -> (y_BTC, None: nothing was routed)."""
         if self.gate is None:
             return self.down(self.activation(self.up(x_BTC))), None

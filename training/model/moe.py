@@ -1,4 +1,4 @@
-"""Mixture of Experts: dropless top-k routing (arXiv:1701.06538, arXiv:2211.15841).
+"""Mixture of Experts: top-k routing that drops nothing (arXiv:1701.06538, arXiv:2211.15841).
 
 Shapes: B batch, T tokens, C channels, F hidden, N = B x T tokens, E experts, K experts a token,
 R = N x K rows (a token once for each of its experts, sorted by expert).
@@ -9,40 +9,29 @@ selection bias moves once a step, and the Switch loss takes its fractions from t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from training.config import ModelConfig, MoEConfig
+from training.config import MLPConfig, ModelConfig, MoEConfig
 from training.kernels import Kernels
-from training.model.layers import ACTIVATIONS, Linear
+from training.kernels.experts import Plan, plan
+from training.model.layers import ACTIVATIONS, Batch, Linear, uniform
+from training.model.mlp import MLP
 
 
 class Routing(NamedTuple):
-    """What the router did with N tokens: sums, so that micro-batches and ranks add up."""
+    """What the router did with N tokens; all but `expert_NK` sums, so that micro-batches and ranks add up."""
 
+    expert_NK: Tensor  # int64: where each token was sent
     count_E: Tensor  # float32: tokens sent to each expert
-    z_loss: Tensor  # sum over tokens of logsumexp(router logits)^2 (arXiv:2202.08906 eq. 5)
+    n_dropped: Tensor  # of what was sent, beyond the experts' capacity
+    confidence: Tensor  # each token's largest share of the scores
+    z_loss: Tensor  # logsumexp(router logits)^2 (arXiv:2202.08906 eq. 5)
     aux_loss: Tensor  # weighted z-loss and Switch loss, as added to the training loss
-
-
-class _Reorder(torch.autograd.Function):
-    """rows_R = x_N[index_R // K]; backward sums each token's K rows in order, so it is deterministic."""
-
-    @staticmethod
-    def forward(ctx, x_NC: Tensor, order_R: Tensor, inverse_R: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(inverse_R)
-        ctx.top_k = top_k
-        return x_NC.index_select(0, order_R // top_k if top_k > 1 else order_R)
-
-    @staticmethod
-    def backward(ctx, grad_RC: Tensor) -> tuple[Tensor, None, None, None]:
-        (inverse_R,) = ctx.saved_tensors
-        grad_RC = grad_RC.index_select(0, inverse_R)
-        if ctx.top_k > 1:
-            grad_RC = grad_RC.unflatten(0, (-1, ctx.top_k)).sum(1)
-        return grad_RC, None, None, None
 
 
 class Experts(nn.Module):
@@ -61,67 +50,150 @@ class Experts(nn.Module):
         self.gate_bias = nn.Parameter(torch.zeros(n, hidden)) if biased and section.gated else None
         self.down_bias = nn.Parameter(torch.zeros(n, width)) if biased else None
 
-    def forward(self, x_RC: Tensor, expert_R: Tensor, count_E: Tensor) -> Tensor:
-        """Rows sorted by expert (expert_R, count_E: int64) -> y_RC."""
-
-        def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            y = self.kernel(x, weight.to(x.dtype), count_E)
-            return y if bias is None else y + bias.to(x.dtype)[expert_R]
-
-        up_RF = linear(x_RC, self.up, self.up_bias)
-        if self.gate is None:
-            return linear(self.activation(up_RF), self.down, self.down_bias)
-        gate_RF = linear(x_RC, self.gate, self.gate_bias)
-        return linear(self.activation(gate_RF) * up_RF, self.down, self.down_bias)
+    def forward(self, x_NC: Tensor, expert_NK: Tensor, weight_NK: Tensor, plan: Plan) -> Tensor:
+        """The sum over each token's experts by their weights, y_NC."""
+        dtype = x_NC.dtype
+        matrices = [(self.up, self.up_bias)] + [(self.gate, self.gate_bias)] * (self.gate is not None)
+        rows = self.kernel.up(x_NC, tuple(matrix.to(dtype) for matrix, _ in matrices), plan)
+        up_RF, *gate_RF = (
+            row_RF if bias is None else row_RF + bias.to(dtype)[plan.expert_R]
+            for row_RF, (_, bias) in zip(rows, matrices, strict=True)
+        )
+        h_RF = self.activation(gate_RF[0]) * up_RF if gate_RF else self.activation(up_RF)
+        y_NC = self.kernel.down(h_RF, self.down.to(dtype), weight_NK, plan)
+        if self.down_bias is None:
+            return y_NC
+        weight_NE = weight_NK.new_zeros(len(weight_NK), len(self.down)).scatter(1, expert_NK, weight_NK)
+        return y_NC + weight_NE.to(dtype) @ self.down_bias.to(dtype)
 
 
 class MoE(nn.Module):
-    """Each token through its top_k experts, weighted by a float32 softmax router."""
+    """Each token through the top_k experts of a float32 router, by weight, and through those that are shared."""
 
     def __init__(self, section: MoEConfig, model: ModelConfig, kernels: Kernels):
         super().__init__()
         self.section = section
         self.router = Linear(model.n_embd, section.n_experts, bias=False)
         self.experts = Experts(section, model, kernels)
+        self.shared = MLP(shared(section, model), model, kernels) if section.n_shared else None
         # Added to the scores when experts are chosen, never to their weights (arXiv:2408.15664).
         self.register_buffer("selection_bias", torch.zeros(section.n_experts, dtype=torch.float32))
         # The last step's share of tokens of each expert; the Switch loss's fractions.
         share = torch.full((section.n_experts,), 1 / section.n_experts, dtype=torch.float32)
         self.register_buffer("load", share)
 
-    def forward(self, x_BTC: Tensor, n_targets: int) -> tuple[Tensor, Routing]:
-        """x_BTC -> (y_BTC, Routing). `n_targets` is the global batch's count, by which losses are divided."""
-        x_NC, top_k = x_BTC.flatten(0, 1), self.section.top_k
-        logits_NE = self.router(x_NC.float())
-        probability_NE = logits_NE.softmax(dim=-1)
-        expert_NK = (probability_NE + self.selection_bias).topk(top_k, dim=-1).indices
-        weight_NK = probability_NE.gather(1, expert_NK)
-        if self.section.renormalize:
-            weight_NK = weight_NK / weight_NK.sum(dim=-1, keepdim=True)
+    def forward(self, x_BTC: Tensor, batch: Batch | None) -> tuple[Tensor, Routing | None]:
+        """x_BTC -> (y_BTC, Routing, or None where there is no batch)."""
+        section, x_NC = self.section, x_BTC.flatten(0, 1)
+        logits_NE = self.router(self._jittered(x_BTC, batch).flatten(0, 1).float())
+        score_NE = logits_NE.softmax(dim=-1) if section.scoring == "softmax" else logits_NE.sigmoid()
+        expert_NK = (score_NE + self.selection_bias).topk(section.top_k, dim=-1).indices
+        weight_NK = score_NE.gather(1, expert_NK)
+        if section.renormalize:
+            weight_NK = weight_NK / (weight_NK.sum(dim=-1, keepdim=True) + 1e-20)  # sigmoids may all be zero
+        weight_NK = weight_NK * section.route_scale
 
-        expert_R, order_R = expert_NK.flatten().sort(stable=True)
-        inverse_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
-        count_E = torch.zeros_like(self.load, dtype=torch.int64).scatter_add_(0, expert_R, torch.ones_like(expert_R))
-        y_RC = self.experts(_Reorder.apply(x_NC, order_R, inverse_R, top_k), expert_R, count_E)
-        y_NKC = _Reorder.apply(y_RC, inverse_R, order_R, 1).unflatten(0, (-1, top_k))
-        y_NC = torch.einsum("nkc,nk->nc", y_NKC, weight_NK.to(y_NKC.dtype))
+        rows = plan(expert_NK, section.n_experts)
+        n_dropped = logits_NE.new_zeros(())
+        if section.capacity_factor is not None and batch is not None and batch.training:
+            kept_NK = self._within_capacity(rows)
+            weight_NK, n_dropped = weight_NK * kept_NK, (~kept_NK).sum().float()
+        y_NC = self.experts(x_NC, expert_NK, weight_NK, rows)
+        y_BTC = y_NC.view_as(x_BTC)
+        if self.shared is not None:
+            y_BTC = y_BTC + self.shared(x_BTC, batch)[0]
+        if batch is None:
+            return y_BTC, None
 
-        z_loss, aux_loss = self._losses(logits_NE, probability_NE, n_targets)
-        return y_NC.view_as(x_BTC), Routing(count_E.float(), z_loss, aux_loss)
-
-    def _losses(self, logits_NE: Tensor, probability_NE: Tensor, n_targets: int) -> tuple[Tensor, Tensor]:
-        """(z-loss as a sum over tokens, everything this layer adds to the training loss)."""
+        share_NE = score_NE if section.scoring == "softmax" else score_NE / (score_NE.sum(-1, keepdim=True) + 1e-20)
         z_loss = logits_NE.logsumexp(dim=-1).square().sum()
+        aux_loss = self._aux_loss(z_loss, share_NE, batch.n_targets)
+        count_E = rows.ends_E.diff(prepend=rows.ends_E.new_zeros(1)).float()
+        confidence = share_NE.detach().amax(dim=-1).sum()
+        return y_BTC, Routing(expert_NK, count_E, n_dropped, confidence, z_loss.detach(), aux_loss)
+
+    def _jittered(self, x_BTC: Tensor, batch: Batch | None) -> Tensor:
+        """The router's input: in training, times noise around 1 that every token of every step has of its own."""
+        if not self.section.jitter or batch is None or not batch.training:
+            return x_BTC
+        noise_BTC = uniform(batch.key_B, *x_BTC.shape[1:])
+        return x_BTC.float() * (1 + self.section.jitter * (2 * noise_BTC - 1))
+
+    def _within_capacity(self, rows: Plan) -> Tensor:
+        """bool (N, K): what an expert has room for, the first tokens first: of the future nothing is seen."""
+        n_rows, n_experts = len(rows.order_R), self.section.n_experts
+        capacity = math.ceil(self.section.capacity_factor * n_rows / n_experts)
+        starts_E = rows.ends_E.roll(1).index_fill(0, rows.ends_E.new_zeros(1, dtype=torch.int64), 0)
+        place_R = torch.arange(n_rows, device=rows.order_R.device) - starts_E[rows.expert_R]
+        return (place_R < capacity)[rows.inverse_NK]
+
+    def _aux_loss(self, z_loss: Tensor, share_NE: Tensor, n_targets: int) -> Tensor:
+        """What this layer adds to the training loss."""
         aux_loss = self.section.z_loss_weight / n_targets * z_loss
         if self.section.balance in ("switch", "both"):
             # arXiv:2101.03961 eq. 4, with the fractions of the step before.
-            switch = self.section.n_experts * (self.load * probability_NE.sum(dim=0)).sum()
+            switch = self.section.n_experts * (self.load * share_NE.sum(dim=0)).sum()
             aux_loss = aux_loss + self.section.switch_weight / n_targets * switch
-        return z_loss.detach(), aux_loss
+        return aux_loss
 
     @torch.no_grad()
-    def finish_step(self, count_E: Tensor) -> None:
-        """Take the global batch's counts: move the selection bias, remember the load."""
+    def finish_step(self, count_E: Tensor) -> Tensor:
+        """Take the global batch's counts: move the selection bias, remember the load. Returns the bias's range."""
         if self.section.balance in ("bias", "both"):
             self.selection_bias += self.section.bias_rate * (count_E.mean() - count_E).sign()
         self.load.copy_(count_E / count_E.sum())
+        return self.selection_bias.max() - self.selection_bias.min()
+
+
+def shared(section: MoEConfig, model: ModelConfig) -> MLPConfig:
+    """The experts that every token goes to, as one dense layer."""
+    hidden = section.n_shared * (section.hidden or 4 * model.n_embd)
+    return MLPConfig(hidden=hidden, activation=section.activation, gated=section.gated)
+
+
+def described_routing(layers: dict[str, list[Sequence[float]]], top_ks: list[int]) -> dict[str, object]:
+    """What the routers of a step did, in words that a log can print. `layers` holds the metrics of every MoE layer.
+
+    One number for all layers: "expert_load_max" (busiest expert over the mean, of the worst layer), "expert_entropy"
+    (of the load; 1: even; the worst layer), "dead_experts" (those with less than `starving` of the tokens),
+    "router_confidence" and "router_z_loss" (mean over tokens and layers), "router_bias_range" (the largest),
+    "dropped_share" (of all that was sent). By layer: "expert_load", and a list of each in "router_layers".
+    """
+    counts_LE = layers["expert_count"]
+    sent_L = [sum(count_E) for count_E in counts_LE]
+    load_LE = [[count / sent for count in count_E] for count_E, sent in zip(counts_LE, sent_L, strict=True)]
+    n_tokens_L = [sent / top_k for sent, top_k in zip(sent_L, top_ks, strict=True)]
+
+    def per_token(name: str) -> list[float]:
+        return [value / n for (value,), n in zip(layers[name], n_tokens_L, strict=True)]
+
+    by_layer = {
+        "entropy": [entropy(load_E) for load_E in load_LE],
+        "confidence": per_token("confidence"),
+        "z_loss": per_token("z_loss"),
+        "bias_range": [value for (value,) in layers["bias_range"]],
+        "dropped": [value / sent for (value,), sent in zip(layers["dropped"], sent_L, strict=True)],
+    }
+    return {
+        "expert_load": load_LE,
+        "expert_load_max": max(max(load_E) * len(load_E) for load_E in load_LE),
+        "expert_entropy": min(by_layer["entropy"]),
+        "dead_experts": sum(share < starving(len(load_E)) for load_E in load_LE for share in load_E),
+        "router_confidence": sum(by_layer["confidence"]) / len(load_LE),
+        "router_z_loss": sum(by_layer["z_loss"]) / len(load_LE),
+        "router_bias_range": max(by_layer["bias_range"]),
+        "dropped_share": sum(value for (value,) in layers["dropped"]) / sum(sent_L),
+        "router_layers": by_layer,
+    }
+
+
+def entropy(load_E: Sequence[float]) -> float:
+    """Of the experts' load, over that of an even one: 1 for even, 0 for all tokens to one expert."""
+    if len(load_E) == 1:
+        return 1.0
+    return -sum(share * math.log(share) for share in load_E if share) / math.log(len(load_E))
+
+
+def starving(n_experts: int) -> float:
+    """The share of the load below which an expert learns next to nothing: 1 %, or a tenth of an even share."""
+    return min(0.01, 0.1 / n_experts)

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from training.kernels import Kernels
 from training.kernels.attention import Documents, padded
-from training.kernels.experts import any_experts
+from training.kernels.experts import ANY
 from training.model.cache import Cache
 from training.model.gpt import GPT
 from training.model.hf.options import OPTIONS, model_config
@@ -63,7 +63,7 @@ class TrainingGPTForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: TrainingGPTConfig):
         super().__init__(config)
         options = {name: getattr(config, name) for name in OPTIONS}
-        self.gpt = GPT(model_config(options), Kernels(experts=any_experts))
+        self.gpt = GPT(model_config(options), Kernels(experts=ANY))
         if any(block.ffn.type == "moe" for block in self.gpt.config.blocks):
             self._keep_in_fp32_modules_strict = ["router"]  # routing is float32 in any type
         self.post_init()

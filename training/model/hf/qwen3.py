@@ -56,6 +56,10 @@ def _moe_differences(config: ModelConfig) -> Iterator[str]:
     for ffn in experts:
         if ffn.balance in ("bias", "both"):
             yield f"a selection bias (balance: {ffn.balance})"
+        if ffn.n_shared:
+            yield "shared experts"
+        if ffn.scoring != "softmax" or ffn.route_scale != 1:
+            yield f"experts' weights of another kind ({ffn.scoring}, times {ffn.route_scale:g})"
     if len({(ffn.n_experts, ffn.top_k, ffn.hidden, ffn.renormalize) for ffn in experts}) > 1:
         yield "experts that differ between layers"
     if len({block.ffn.hidden for block in layers if isinstance(block.ffn, MLPConfig)}) > 1:
