@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from training.config import MLPConfig, ModelConfig, MoEConfig
 from training.kernels import EXPERTS, Kernels
 from training.model import GPT
-from training.model.layers import ACTIVATIONS, Batch
+from training.model.layers import ACTIVATIONS, Batch, uniform
 from training.model.mlp import MLP
-from training.model.moe import MoE
+from training.model.moe import MoE, described_routing, starving
 
 MODEL = ModelConfig(n_embd=16, n_head=2, vocab_size=64, n_layer=2, n_positions=8)
 
@@ -29,9 +32,10 @@ def by_token(moe: MoE, x_BTC: torch.Tensor) -> torch.Tensor:
     """The layer as it is written down: each token through each of its experts."""
     section, experts, rows = moe.section, moe.experts, []
     for x in x_BTC.flatten(0, 1):
-        probability = F.softmax(moe.router.weight @ x, dim=0)
-        chosen = sorted(range(section.n_experts), key=lambda e: -(probability + moe.selection_bias)[e])[: section.top_k]
-        total = sum(probability[e] for e in chosen) if section.renormalize else 1.0
+        logits = moe.router.weight @ x
+        score = F.softmax(logits, dim=0) if section.scoring == "softmax" else 1 / (1 + (-logits).exp())
+        chosen = sorted(range(section.n_experts), key=lambda e: -(score + moe.selection_bias)[e])[: section.top_k]
+        total = sum(score[e] for e in chosen) if section.renormalize else 1.0
         y = torch.zeros_like(x)
         for e in chosen:
             up = experts.up[e] @ x + experts.up_bias[e]
@@ -39,7 +43,16 @@ def by_token(moe: MoE, x_BTC: torch.Tensor) -> torch.Tensor:
                 hidden = ACTIVATIONS[section.activation](experts.gate[e] @ x + experts.gate_bias[e]) * up
             else:
                 hidden = ACTIVATIONS[section.activation](up)
-            y = y + probability[e] / total * (experts.down[e] @ hidden + experts.down_bias[e])
+            y = y + section.route_scale * score[e] / total * (experts.down[e] @ hidden + experts.down_bias[e])
+        for one in range(section.n_shared):
+            mine = slice(one * section.hidden, (one + 1) * section.hidden)
+            up = moe.shared.up.weight[mine] @ x + moe.shared.up.bias[mine]
+            if section.gated:
+                gate = moe.shared.gate.weight[mine] @ x + moe.shared.gate.bias[mine]
+                hidden = ACTIVATIONS[section.activation](gate) * up
+            else:
+                hidden = ACTIVATIONS[section.activation](up)
+            y = y + moe.shared.down.weight[:, mine] @ hidden + moe.shared.down.bias / section.n_shared
         rows.append(y)
     return torch.stack(rows).view_as(x_BTC)
 
@@ -63,12 +76,17 @@ def outputs(function, moe, x):
         {"gated": True, "activation": "silu"},
         {"renormalize": False},
         {"activation": "relu2"},
+        {"n_experts": 16, "top_k": 5, "hidden": 8},
+        {"n_shared": 2, "hidden": 8},
+        {"n_shared": 1, "hidden": 8, "gated": True, "activation": "silu"},
+        {"scoring": "sigmoid", "route_scale": 2.5},
+        {"scoring": "sigmoid", "renormalize": False, "n_shared": 1},
     ],
     ids=str,
 )
 def test_the_layer_and_every_gradient_equal_the_loop_over_tokens(kernel, options):
     moe, x = layer(kernel, **options), torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(1))
-    moe.selection_bias[:] = torch.tensor([0.1, -0.2, 0.0, 0.05])
+    moe.selection_bias[:4] = torch.tensor([0.1, -0.2, 0.0, 0.05])
     ours, theirs = outputs(lambda x: moe(x, Batch(18))[0], moe, x), outputs(lambda x: by_token(moe, x), moe, x)
     for name, expected in theirs.items():
         torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
@@ -81,7 +99,10 @@ def test_one_expert_is_the_dense_layer():
         getattr(dense, name).weight.data = getattr(moe.experts, name)[0].data
         getattr(dense, name).bias.data = getattr(moe.experts, f"{name}_bias")[0].data
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(2))
-    torch.testing.assert_close(moe(x, None)[0], dense(x, None)[0])
+    ours, theirs = (outputs(lambda x, one=one: one(x, None)[0], one, x) for one in (moe, dense))
+    for name, expected in theirs.items():
+        name = name if name in ("y", "x") else f"experts.{name}".removesuffix(".weight").replace(".bias", "_bias")
+        torch.testing.assert_close(ours[name].view_as(expected), expected)
 
 
 @pytest.mark.parametrize("kernel", EXPERTS)
@@ -115,19 +136,31 @@ def test_the_router_gradient_is_that_of_finite_differences():
         assert grad[index].item() == pytest.approx(difference.item(), rel=1e-5, abs=1e-8)
 
 
-@pytest.mark.parametrize("balance", ["bias", "switch", "both", "none"])
-def test_no_split_of_the_batch_changes_a_gradient(balance):
-    ffn = {"type": "moe", "n_experts": 4, "hidden": 32, "balance": balance, "switch_weight": 0.5, "z_loss_weight": 0.1}
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"balance": "bias"},
+        {"balance": "switch"},
+        {"balance": "both"},
+        {"balance": "none"},
+        {"balance": "both", "scoring": "sigmoid", "n_shared": 1, "route_scale": 2.0},
+        {"jitter": 0.1},
+    ],
+    ids=str,
+)
+def test_no_split_of_the_batch_changes_a_gradient(options):
+    ffn = {"type": "moe", "n_experts": 4, "hidden": 32, "switch_weight": 0.5, "z_loss_weight": 0.1} | options
     config = ModelConfig.model_validate(MODEL.model_dump() | {"blocks": [{"ffn": ffn}]})
     x = torch.randint(0, 64, (8, 8), generator=torch.Generator().manual_seed(3))
+    key_B = torch.arange(100, 108)
     gradients = []
     for size in (8, 4, 3, 1):
         model = GPT(config).init_weights(0)
         for moe in (block.ffn for block in model.blocks):
             moe.load[:] = torch.tensor([0.4, 0.3, 0.2, 0.1])
         counts = 0
-        for rows in x.split(size):
-            loss, metrics = model(rows, rows.roll(-1, 1), x.numel())
+        for rows, keys in zip(x.split(size), key_B.split(size), strict=True):
+            loss, metrics = model(rows, rows.roll(-1, 1), x.numel(), key_B=keys)
             loss.backward()
             counts += metrics["expert_count.1"]
         assert counts.sum() == x.numel() * 2
@@ -179,3 +212,167 @@ def test_routing_is_in_float32_under_bfloat16():
     exact = (x.float()[0] @ moe.router.weight.T).softmax(dim=1).topk(2).indices
     assert moe(x, Batch(64))[1].count_E.tolist() == exact.flatten().bincount(minlength=4).tolist()
     assert moe(x, Batch(64))[0].dtype == torch.bfloat16
+
+
+EVERYTHING = {"scoring": "sigmoid", "n_shared": 1, "jitter": 0.1, "capacity_factor": 1.0, "balance": "both"}
+
+
+def model_of(ffn, kernel="loop", dtype=torch.float32, **changes) -> GPT:
+    options = MODEL.model_dump() | changes | {"blocks": [{"ffn": {"type": "moe", "n_experts": 4, "hidden": 32} | ffn}]}
+    return GPT(ModelConfig.model_validate(options), Kernels(experts=EXPERTS[kernel]), dtype).init_weights(0)
+
+
+def some_tokens(n_samples=4):
+    return torch.randint(0, 64, (n_samples, 8), generator=torch.Generator().manual_seed(3))
+
+
+def test_capacity_keeps_the_first_tokens_and_counts_what_it_drops():
+    moe = layer(capacity_factor=0.5, top_k=1, n_experts=2)
+    moe.selection_bias[:] = torch.tensor([100.0, 0.0])
+    x = torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(2))
+    y, routing = moe(x, Batch(12, torch.tensor([7])))
+    assert routing.count_E.tolist() == [12, 0]
+    assert routing.n_dropped == 9  # room for half of six
+    whole, none = moe(x, Batch(12))
+    assert none.n_dropped == 0  # evaluation drops nothing
+    torch.testing.assert_close(y[0, :3], whole[0, :3])
+    assert not y[0, 3:].any()
+
+
+def test_capacity_sees_nothing_of_the_future():
+    model, x = model_of({"capacity_factor": 0.6}), some_tokens(2)
+    other = x.clone()
+    other[1, 4:] = 63 - other[1, 4:]
+    found = []
+    for tokens in (x, other):
+        hidden, routings = model._hidden(tokens, Batch(16, torch.tensor([1, 2])), None, None)
+        found.append(hidden)
+        assert all(routing.n_dropped > 0 for routing in routings.values())
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1, :4], found[1][1, :4])
+    assert not torch.equal(found[0][1, 4:], found[1][1, 4:])
+
+
+def test_jitter_is_drawn_for_each_sample_token_channel_layer_and_step_and_never_in_evaluation():
+    key_B = torch.tensor([5, 6, 5 + (1 << 40)])
+    noise = uniform(key_B, 50, 16)
+    assert noise.min() >= 0 and noise.max() < 1
+    assert noise.mean() == pytest.approx(0.5, abs=0.02) and noise.std() == pytest.approx(12**-0.5, abs=0.02)
+    assert noise.unique().numel() > 0.999 * noise.numel()
+    assert torch.equal(uniform(key_B[1:2], 50, 16)[0], noise[1])
+    assert not torch.equal(uniform(Batch(1, key_B).layer(1).key_B, 50, 16), noise)
+    flat = torch.corrcoef(noise.flatten(1))
+    assert (flat - torch.eye(3)).abs().max() < 0.1
+
+    moe = layer(jitter=0.3)
+    x = torch.randn(1, 200, 16, generator=torch.Generator().manual_seed(2)) + 1
+    ratio = moe._jittered(x, Batch(1, key_B[:1])) / x
+    assert ratio.min() == pytest.approx(0.7, abs=0.01) and ratio.max() == pytest.approx(1.3, abs=0.01)
+    plain = layer()
+    assert torch.equal(moe(x, Batch(200))[0], plain(x, Batch(200))[0])
+    assert not torch.equal(moe(x, Batch(200, key_B[:1]))[0], plain(x, Batch(200))[0])
+
+
+def test_recomputation_counts_no_token_twice_and_draws_the_same_noise():
+    found = []
+    for recompute in (False, True):
+        model, x = model_of({"jitter": 0.2, "balance": "both"}), some_tokens()
+        if recompute:
+            for block in model.blocks:
+                forward = block.forward
+                block.forward = lambda *args, forward=forward: checkpoint(forward, *args, use_reentrant=False)
+        loss, metrics = model(x, x, x.numel(), key_B=torch.arange(4))
+        loss.backward()
+        metrics = model.finish_step(metrics)
+        assert metrics["expert_count.0"].sum() == 2 * x.numel()
+        found.append([loss, *metrics.values(), *(p.grad for p in model.parameters())])
+        found[-1] += [block.ffn.selection_bias for block in model.blocks]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")  # of compilers
+@pytest.mark.parametrize(("kernel", "dtype"), [("loop", torch.float32), ("grouped", torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("ffn", [{}, EVERYTHING], ids=["default", "everything"])
+def test_a_block_compiles_without_a_graph_break_and_computes_the_same(ffn, kernel, dtype):
+    model, plain = model_of(ffn, kernel, dtype), model_of(ffn, kernel, dtype)
+    torch._dynamo.reset()
+    counters.clear()
+    for block in model.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    for seed in (3, 4, 5):  # with other row counts
+        x = torch.randint(0, 64, (4, 8), generator=torch.Generator().manual_seed(seed))
+        found = []
+        for each in (model, plain):
+            loss, metrics = each(x, x, x.numel(), key_B=torch.arange(4))
+            found.append([loss, *metrics.values(), *torch.autograd.grad(loss, list(each.parameters()))])
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
+def test_an_evaluation_has_no_auxiliary_terms():
+    x, losses = some_tokens(), []
+    for weight in (1e-3, 10.0):
+        model = model_of({"balance": "both", "switch_weight": weight, "z_loss_weight": weight, "jitter": 0.5})
+        loss, metrics = model(x, x, x.numel())
+        losses.append(metrics["loss_sum"] / x.numel())
+        assert loss > losses[-1]
+    assert losses[0] == losses[1]
+    logits = model.logits(x)
+    torch.testing.assert_close(losses[0], F.cross_entropy(logits.flatten(0, 1), x.flatten()))
+
+
+@pytest.mark.parametrize("ffn", [{}, {"n_experts": 16, "top_k": 4, "n_shared": 2, "gated": True}], ids=str)
+def test_flops_are_those_that_pytorch_counts(ffn):
+    """All but attention, whose causal half PyTorch counts whole, and the head, which is computed twice."""
+    model, x = model_of(ffn, n_embd=32, tie_head=False, bias=False), some_tokens()
+
+    def product(*shapes, out_shape, **_):  # noqa: ARG001 (PyTorch's signature)
+        (n_rows, width), other = shapes[:2]  # R rows with a matrix each, or with R others
+        return 2 * n_rows * width * other[-1]
+
+    ops = torch.ops.training_kernels_experts
+    with FlopCounterMode(display=False, custom_mapping={ops.loop_rows: product, ops.loop_outer: product}) as counter:
+        loss, _ = model(x, x, x.numel())
+        loss.backward()
+    counted = counter.get_flop_counts()
+    inside = sum(sum(counted[f"GPT.blocks.{i}.ffn"].values()) for i in range(2))
+    section = model.blocks[0].ffn.section
+    matrices = 3 if section.gated else 2
+    active = (section.top_k + section.n_shared) * matrices * section.hidden * 32 + 32 * section.n_experts
+    assert inside == 2 * 6 * active * x.numel()
+    assert model.flops_per_token() == 6 * 2 * (active + 4 * 32 * 32 + 8 * 32 * 2) + 6 * 32 * 64
+
+
+def test_parameters_that_a_token_uses_are_counted():
+    model = model_of({"n_experts": 8, "top_k": 2, "n_shared": 1}, bias=False)
+    total, active = model.n_parameters()
+    assert total == sum(p.numel() for p in model.parameters())
+    assert total - active == 2 * 6 * 2 * 32 * 16
+
+
+def test_what_routers_do_is_described_by_layer_and_in_all():
+    layers = {
+        "expert_count": [[4.0, 4.0, 4.0, 4.0], [16.0, 0.0, 0.0, 0.0]],
+        "dropped": [[0.0], [8.0]],
+        "confidence": [[4.0], [8.0]],
+        "z_loss": [[8.0], [16.0]],
+        "bias_range": [[0.0], [0.25]],
+    }
+    found = described_routing(layers, [2, 2])
+    assert found["expert_load"] == [[0.25] * 4, [1.0, 0.0, 0.0, 0.0]]
+    assert found["expert_load_max"] == 4 and found["dead_experts"] == 3
+    assert found["expert_entropy"] == 0 and found["router_bias_range"] == 0.25
+    assert found["router_confidence"] == 0.75 and found["router_z_loss"] == 1.5 and found["dropped_share"] == 0.25
+    assert found["router_layers"] == {
+        "entropy": [pytest.approx(1), 0],
+        "confidence": [0.5, 1.0],
+        "z_loss": [1.0, 2.0],
+        "bias_range": [0.0, 0.25],
+        "dropped": [0.0, 0.5],
+    }
+
+
+def test_an_expert_starves_below_a_hundredth_or_a_tenth_of_its_share():
+    assert starving(4) == starving(8) == 0.01
+    assert starving(64) == pytest.approx(0.1 / 64)

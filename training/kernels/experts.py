@@ -72,7 +72,6 @@ class _Up(torch.autograd.Function):
         x_RC = x_NC.index_select(0, token_R)
         grad_RF = [grad.contiguous() for grad in grad_RF]
         grad_w = [products.outer(grad, x_RC, ends_E) for grad in grad_RF]
-        del x_RC
         grad_RC = products.rows(grad_RF[0], w_EFC[0], ends_E)
         for grad, w in zip(grad_RF[1:], w_EFC[1:], strict=True):
             grad_RC += products.rows(grad, w, ends_E)
@@ -126,7 +125,11 @@ def _grouped_outer(y_RO: Tensor, x_RI: Tensor, ends_E: Tensor) -> Tensor:
     return F.grouped_mm(y_RO.mT, x_RI, offs=ends_E)
 
 
-@torch.compiler.disable  # row counts differ from step to step, each a new program
+_OPS = __name__.replace(".", "_")  # a file that an export brings has operators of its own
+
+
+# Operators to a compiler, which would make a new program of every step's row counts.
+@torch.library.custom_op(f"{_OPS}::loop_rows", mutates_args=())
 def _loop_rows(x_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
     y_RO = x_RI.new_empty(len(x_RI), w_EIO.shape[2])
     for x, w, y in zip(_parts(x_RI, ends_E), w_EIO.unbind(0), _parts(y_RO, ends_E), strict=True):
@@ -134,12 +137,22 @@ def _loop_rows(x_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
     return y_RO
 
 
-@torch.compiler.disable
+@torch.library.custom_op(f"{_OPS}::loop_outer", mutates_args=())
 def _loop_outer(y_RO: Tensor, x_RI: Tensor, ends_E: Tensor) -> Tensor:
     w_EOI = x_RI.new_empty(len(ends_E), y_RO.shape[1], x_RI.shape[1])
     for y, x, w in zip(_parts(y_RO, ends_E), _parts(x_RI, ends_E), w_EOI.unbind(0), strict=True):
         torch.mm(y.mT, x, out=w)
     return w_EOI
+
+
+@_loop_rows.register_fake
+def _(x_RI: Tensor, w_EIO: Tensor, _: Tensor) -> Tensor:
+    return x_RI.new_empty(len(x_RI), w_EIO.shape[2])
+
+
+@_loop_outer.register_fake
+def _(y_RO: Tensor, x_RI: Tensor, ends_E: Tensor) -> Tensor:
+    return x_RI.new_empty(len(ends_E), y_RO.shape[1], x_RI.shape[1])
 
 
 def _parts(x: Tensor, ends_E: Tensor) -> tuple[Tensor, ...]:
