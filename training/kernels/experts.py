@@ -146,12 +146,12 @@ def _loop_outer(y_RO: Tensor, x_RI: Tensor, ends_E: Tensor) -> Tensor:
 
 
 @_loop_rows.register_fake
-def _(x_RI: Tensor, w_EIO: Tensor, _: Tensor) -> Tensor:
+def _loop_rows_shape(x_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:  # noqa: ARG001 (one signature)
     return x_RI.new_empty(len(x_RI), w_EIO.shape[2])
 
 
 @_loop_outer.register_fake
-def _(y_RO: Tensor, x_RI: Tensor, ends_E: Tensor) -> Tensor:
+def _loop_outer_shape(y_RO: Tensor, x_RI: Tensor, ends_E: Tensor) -> Tensor:
     return x_RI.new_empty(len(ends_E), y_RO.shape[1], x_RI.shape[1])
 
 
