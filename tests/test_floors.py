@@ -19,6 +19,7 @@ FLOORS = [
         "loop",
         "run",
         "metrics",
+        "preferences",
         "initial",
         "restart",
         "trained",
@@ -26,6 +27,7 @@ FLOORS = [
         "generate",
         "evaluate",
         "export",
+        "twin",
         "reopen",
     },
 ]

@@ -1,0 +1,67 @@
+"""The dense twin of a Mixture of Experts costs a token the same FLOPs, and is the same run in all else."""
+
+from __future__ import annotations
+
+import pytest
+
+from training import cli
+from training.config import BlockConfig, Config, MLPConfig
+from training.errors import UserError
+from training.model import GPT
+from training.twin import main, twin
+
+MOE = {"type": "moe", "n_experts": 8, "top_k": 2, "hidden": 48, "activation": "silu", "gated": True}
+SIZES = {"n_layer": 4, "n_head": 2, "n_embd": 32, "n_positions": 16, "vocab_size": 64, "bias": False}
+
+
+def config_of(*ffns, **changes) -> Config:
+    model = SIZES | {"blocks": [{"ffn": ffn} for ffn in ffns]}
+    options = {"batch_tokens": 64, "data": {"sources": [{"type": "stdlib"}]}, "model": model} | changes
+    return Config.model_validate(options)
+
+
+@pytest.mark.parametrize(
+    "ffn",
+    [
+        MOE,
+        MOE | {"n_shared": 3, "top_k": 5},
+        MOE | {"gated": False, "hidden": None},
+        MOE | {"n_experts": 1, "top_k": 1, "scoring": "sigmoid"},
+    ],
+    ids=str,
+)
+def test_the_twin_costs_a_token_the_same_flops(ffn):
+    config = config_of(ffn, {"type": "mlp", "hidden": 40})
+    ours, theirs = (GPT(one.model).flops_per_token() for one in (config, twin(config)))
+    routers = 6 * 2 * 32 * ffn["n_experts"]
+    assert ours - routers == theirs
+
+
+def test_the_twin_is_the_same_run_in_all_else():
+    config = config_of(MOE, {"type": "mlp", "hidden": 40}, seed=3, name="mine")
+    found = twin(config)
+    assert found.name == "mine-dense"
+    assert found.model.blocks[0] == BlockConfig(ffn=MLPConfig(hidden=96, activation="silu", gated=True))
+    assert found.model.blocks[1] == config.model.blocks[1]
+    same = {"name": "mine", "model": config.model}
+    assert found.model_copy(update=same) == config
+    assert found.model.model_copy(update={"blocks": config.model.blocks}) == config.model
+
+
+def test_what_is_written_trains_and_says_what_it_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "moe.yaml").write_text(cli.dump(config_of(MOE)))
+    assert main(["--config", "moe.yaml", "--out", "twin.yaml", "--seed", "5"]) == 0
+    assert capsys.readouterr().out.startswith("twin.yaml: the dense twin of gpt2: 4 layers of experts, 2 of 8 for a ")
+    written = cli.load(tmp_path / "twin.yaml")
+    assert written == twin(config_of(MOE, seed=5))
+    assert main(["--config", "moe.yaml", "--seed", "5"]) == 0
+    assert capsys.readouterr().out == (tmp_path / "twin.yaml").read_text()
+
+
+def test_where_there_is_nothing_to_make_dense_it_is_one_line(tmp_path, capsys):
+    (tmp_path / "dense.yaml").write_text(cli.dump(config_of({"type": "mlp"})))
+    assert main(["--config", str(tmp_path / "dense.yaml")]) == 2
+    assert capsys.readouterr().err.startswith("error: model.blocks: no layer has experts")
+    with pytest.raises(UserError, match="init_from"):
+        twin(config_of(MOE, init_from="models/gpt2"))
