@@ -1,0 +1,211 @@
+"""What a layer of experts costs: beside a dense layer of the same FLOPs, and beside Transformers' experts.
+
+    python benchmarks/experts.py --plot benchmarks/results/experts_memory.png | tee benchmarks/results/experts.txt
+
+8 experts, 2 a token, SwiGLU, each half as wide as the dense layer: forward and backward of all weights and inputs, in
+training. Everything that is compared takes turns within one run; a figure is the median over the rounds, and so is a
+ratio of two figures of one round. Memory is the peak of a fresh process beyond what it had before its first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from training import device as devices
+from training.config import MLPConfig, ModelConfig, MoEConfig, ParallelConfig
+from training.kernels import EXPERTS, Needs, choose
+from training.model.layers import Batch
+from training.model.mlp import MLP
+from training.model.moe import MoE
+
+BARS = {768: 1.15, 384: 1.3}  # the layer's time over the dense layer's, at most
+BAR_TRANSFORMERS = 1.4  # Transformers' eager time over ours, at least
+MEMORY_TOKENS = [1024 * 2**i for i in range(7)]
+
+
+def layers(width: int, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The layers that are compared, by name; "auto" is what a run would use."""
+    model = ModelConfig(n_embd=width, n_head=1, bias=False)
+    section = MoEConfig(hidden=2 * width, activation="silu", gated=True)
+    needs = Needs(frozenset(), frozenset({(width, 2 * width)}), False)
+    kernels, why = choose(ParallelConfig(), needs, device=device, dtype=dtype)
+    print(f"  auto: {why['experts']}")
+    found: dict[str, nn.Module] = {
+        "dense": MLP(MLPConfig(hidden=4 * width, activation="silu", gated=True), model, kernels),
+        "auto": MoE(section, model, kernels),
+        "loop": MoE(section, model, kernels._replace(experts=EXPERTS["loop"])),
+        "transformers, eager": transformers_layer(section, width, "eager"),
+        "transformers, grouped": transformers_layer(section, width, "grouped_mm"),
+    }
+    for layer in found.values():
+        generator = torch.Generator().manual_seed(0)
+        for parameter in layer.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.02
+        layer.to(device)
+    for name, layer in found.items():
+        if name.startswith("transformers"):
+            layer.to(dtype)
+    return found
+
+
+def transformers_layer(section: MoEConfig, width: int, implementation: str) -> nn.Module:
+    """Qwen3-MoE's layer, the nearest to ours."""
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    config = Qwen3MoeConfig(
+        hidden_size=width,
+        moe_intermediate_size=section.hidden,
+        num_experts=section.n_experts,
+        num_experts_per_tok=section.top_k,
+        norm_topk_prob=True,
+    )
+    config._experts_implementation = implementation
+    return Qwen3MoeSparseMoeBlock(config)
+
+
+def called(layer: nn.Module, x_BTC: Tensor) -> Tensor:
+    """What the layer makes of x, and of the routing its losses, as in training."""
+    if not isinstance(layer, MLP | MoE):
+        y = layer(x_BTC)
+        return y[0] if isinstance(y, tuple) else y
+    y_BTC, routing = layer(x_BTC, Batch(x_BTC[..., 0].numel()))
+    return y_BTC if routing is None else y_BTC + routing.aux_loss.to(y_BTC.dtype)
+
+
+def step(layer: nn.Module, x_BTC: Tensor, direction_BTC: Tensor) -> None:
+    """Forward and backward."""
+    x_BTC = x_BTC.detach().requires_grad_()
+    torch.autograd.backward(called(layer, x_BTC), direction_BTC)
+    for parameter in layer.parameters():
+        parameter.grad = None
+
+
+def inputs(width: int, n_tokens: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Tokens that the router tells apart, and the gradient of the result."""
+    generator = torch.Generator().manual_seed(1)
+    x, direction = (torch.randn(n_tokens // 256, 256, width, generator=generator) for _ in range(2))
+    return x.to(device, dtype), direction.to(device, dtype)
+
+
+def seconds(layer: nn.Module, x_BTC: Tensor, direction_BTC: Tensor) -> float:
+    synchronize = torch.cuda.synchronize if x_BTC.is_cuda else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    step(layer, x_BTC, direction_BTC)
+    synchronize()
+    return time.perf_counter() - start
+
+
+def compare(width: int, n_tokens: int, rounds: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Print each layer's time and the ratios that the bars are for."""
+    print(f"{width} channels, {n_tokens} tokens, {str(dtype).removeprefix('torch.')}, {rounds} rounds")
+    sides = layers(width, device, dtype)
+    x, direction = inputs(width, n_tokens, device, dtype)
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds + 1):
+        for name, layer in sides.items():
+            taken = seconds(layer, x, direction)
+            if turn:  # the first one warms up
+                times[name].append(taken)
+
+    def ratio(one: str, other: str) -> float:
+        return statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))
+
+    for name, found in times.items():
+        milliseconds = [1e3 * t for t in found]
+        print(
+            f"    {name:22} {statistics.median(milliseconds):8.1f} ms  ({min(milliseconds):.1f} to "
+            f"{max(milliseconds):.1f}), {ratio(name, 'dense'):.2f} of the dense layer's"
+        )
+    ours, theirs = ratio("auto", "dense"), ratio("transformers, eager", "auto")
+    for value, name, bar, met in (
+        (ours, "of the dense layer's time", BARS.get(width), ours <= BARS.get(width, 0)),
+        (theirs, "of our time in Transformers' eager experts", BAR_TRANSFORMERS, theirs >= BAR_TRANSFORMERS),
+    ):
+        print(f"    {value:.2f} {name}" + (f": bar {bar} {'met' if met else 'MISSED'}" if bar else ""), flush=True)
+
+
+def peak_of(name: str, width: int, n_tokens: int, device: torch.device, dtype: torch.dtype) -> float:
+    """MiB that a step takes beyond a step of 256 tokens."""
+    import resource
+
+    layer = layers(width, device, dtype)[name]
+    peaks = []
+    for n in (256, n_tokens):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        step(layer, *inputs(width, n, device, dtype))
+        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peaks.append(torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else kib / 1024)
+    return peaks[1] - peaks[0]
+
+
+def memory(path: Path, width: int, device: torch.device, precision: str) -> None:
+    """Print and draw the peak memory of a step against the number of tokens."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    print(f"peak memory of a step, MiB, {width} channels: {', '.join(f'{n:,}' for n in MEMORY_TOKENS)} tokens")
+    for name in ("dense", "auto", "transformers, eager"):
+        script = [sys.executable, __file__, "--device", device.type, "--dtype", precision, "--peak", name, str(width)]
+        found = [
+            json.loads(subprocess.run([*script, str(n)], capture_output=True, text=True, check=True).stdout.split()[-1])
+            for n in MEMORY_TOKENS
+        ]
+        print(f"    {name:22} {'  '.join(f'{mib:8.0f}' for mib in found)}", flush=True)
+        axes.plot(MEMORY_TOKENS, found, marker="o", label="this" if name == "auto" else name)
+    axes.set(
+        xlabel="tokens", ylabel="MiB", xscale="log", yscale="log", title=f"Peak memory of a step, {width} channels"
+    )
+    axes.set_xticks(MEMORY_TOKENS, [f"{n // 1024}k" for n in MEMORY_TOKENS], minor=False)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, nargs="+", default=list(BARS), help="channels (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=4096, help="multiple of 256 (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each layer (default %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default %(default)s)")
+    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="default %(default)s")
+    parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
+    parser.add_argument("--plot", type=Path, help="draw memory against tokens into this PNG")
+    parser.add_argument("--peak", nargs=3, metavar=("LAYER", "WIDTH", "TOKENS"), help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
+    device = devices.pick(asked.device)
+    dtype = devices.DTYPES[devices.resolve_precision(asked.dtype, device)]
+    if asked.peak:
+        name, width, n_tokens = asked.peak
+        print(peak_of(name, int(width), int(n_tokens), device, dtype))
+        return
+    import transformers
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    print(f"{devices.describe(device)}, commit {commit}")
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}")
+    for width in asked.width:
+        compare(width, asked.tokens, asked.rounds, device, dtype)
+    if asked.plot:
+        memory(asked.plot, 384, device, asked.dtype)
+
+
+if __name__ == "__main__":
+    main()

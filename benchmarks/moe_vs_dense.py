@@ -1,0 +1,156 @@
+"""Is a Mixture of Experts worth it? It and its dense twin learn the same tokens, side by side.
+
+    cd benchmarks && python moe_vs_dense.py --plot results/moe_vs_dense.png | tee results/moe_vs_dense.txt
+
+Three runs take turns, a step each: the dense twin, the MoE for as many steps, and the MoE for 1.5 times fewer, its
+schedule shortened with it. A run's clock stands still while others train or any is evaluated. The bars: with 1.5 times
+fewer tokens the MoE's validation loss is no higher than the twin's; its step takes at most 1.25 times the twin's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from training import cli
+from training import device as devices
+from training.config import Config
+from training.data import prepare
+from training.distributed import World
+from training.loop import evaluate, train_step
+from training.run import Run, begin
+from training.twin import described, twin
+
+FEWER_TOKENS, STEP_TIME = 1.5, 1.25  # the bars
+
+
+@dataclasses.dataclass
+class Side:
+    """A run, its clock and its curve."""
+
+    name: str
+    run: Run
+    step_s: list[float] = dataclasses.field(default_factory=list)
+    curve: list[tuple[int, float, float]] = dataclasses.field(default_factory=list)  # step, seconds, validation loss
+
+    def step(self) -> None:
+        """Train, and evaluate where it is due."""
+        run, config = self.run, self.run.config
+        synchronize = torch.cuda.synchronize if run.world.device.type == "cuda" else lambda: None
+        start = time.perf_counter()
+        train_step(run)
+        synchronize()
+        self.step_s.append(time.perf_counter() - start)
+        if run.step % config.eval.every == 0 or run.step == config.steps:
+            run.metrics.rows()  # nothing is logged here
+            end = run.dataset.tokenizer
+            found = evaluate(run.model, run.val_batches, end, config.eval.tokens, config.micro_batch, run.world)
+            self.curve.append((run.step, sum(self.step_s), found["val_loss"]))
+            print(f"  {self.name:10} step {run.step:5}/{config.steps}  loss {found['val_loss']:.4f}", flush=True)
+
+    @property
+    def loss(self) -> float:
+        return self.curve[-1][2]
+
+
+def shortened(config: Config, factor: float) -> Config:
+    """The run with so many times fewer steps, and the schedule's parts in proportion."""
+    counts = {name: round(n / factor) for name, n in config.schedule if name.endswith("_steps")}
+    changes = {"steps": round(config.steps / factor), "name": f"{config.name}-short"}
+    return config.model_copy(update=changes | {"schedule": config.schedule.model_copy(update=counts)})
+
+
+def sides(config: Config, folder: str, world: World) -> list[Side]:
+    """The three runs, at their beginning."""
+    configs = {"dense": twin(config), "moe": config, "moe, short": shortened(config, FEWER_TOKENS)}
+    found = []
+    for name, one in configs.items():
+        quiet = one.logging.model_copy(update={"tensorboard": False})
+        run = begin(one.model_copy(update={"out_dir": folder, "logging": quiet}), prepare(one.data), world, "never")
+        run.close()
+        found.append(Side(name, run))
+    return found
+
+
+def report(dense: Side, moe: Side, short: Side) -> None:
+    """Print what came of it, and whether the bars are met."""
+    for side in (dense, moe, short):
+        config, seconds = side.run.config, sum(side.step_s)
+        n_tokens = config.steps * config.batch_tokens
+        total, active = side.run.model.n_parameters()
+        flops = n_tokens * side.run.model.flops_per_token()
+        print(
+            f"{side.name:10} loss {side.loss:.4f} after {n_tokens / 1e6:.1f}M tokens, {flops / 1e12:.1f} TFLOP, "
+            f"{seconds:.0f} s; {total:,} parameters, {active:,} active"
+        )
+    met = {True: "met", False: "MISSED"}
+    print(
+        f"with {FEWER_TOKENS} times fewer tokens {short.loss:.4f}, the dense twin {dense.loss:.4f}: "
+        f"{met[short.loss <= dense.loss]}"
+    )
+    step = statistics.median(a / b for a, b in zip(moe.step_s, dense.step_s, strict=True))
+    print(f"a step takes {step:.2f} times the twin's: bar {STEP_TIME}: {met[step <= STEP_TIME]}")
+    seconds, theirs = sum(short.step_s), sum(dense.step_s)
+    won = short.loss <= dense.loss and seconds < theirs
+    print(f"on the clock: {seconds:.0f} s for what takes the twin {theirs:.0f} s: {met[won]}")
+
+
+def draw(path: Path, found: list[Side]) -> None:
+    """Validation loss against tokens, FLOPs and time."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 3, figsize=(14, 4.5), layout="constrained", sharey=True)
+    for side, colour in zip(found, ("#666666", "#1f66b0", "#d9822b"), strict=True):
+        config, flops = side.run.config, side.run.model.flops_per_token()
+        losses = [loss for _, _, loss in side.curve]
+        tokens = [step * config.batch_tokens for step, _, _ in side.curve]
+        label = f"{side.name}: {losses[-1]:.3f}"
+        for panel, x in zip(
+            panels,
+            ([n / 1e6 for n in tokens], [n * flops / 1e12 for n in tokens], [s for _, s, _ in side.curve]),
+            strict=True,
+        ):
+            panel.plot(x, losses, color=colour, label=label)
+            panel.plot(x[-1], losses[-1], "o", color=colour)
+    for panel, unit in zip(panels, ("tokens, millions", "training FLOPs, 10¹²", "seconds of training"), strict=True):
+        panel.axhline(found[0].loss, color="#666666", linewidth=0.8, linestyle=":")
+        panel.set_xlabel(unit)
+        panel.grid(alpha=0.25)
+    panels[0].set_ylabel("validation loss, nats a token")
+    panels[0].legend()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=str(Path(__file__).with_suffix(".yaml")), help="the MoE's run")
+    parser.add_argument("--cache_dir", default="data_cache", help="folder of the token shards (default %(default)s)")
+    parser.add_argument("--plot", type=Path, help="draw the curves into this PNG")
+    asked = parser.parse_args()
+    config = cli.load(asked.config, {"data.cache_dir": asked.cache_dir})
+    device = devices.pick(config.parallel.device)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    print(f"{devices.describe(device)}, torch {torch.__version__}, commit {commit}\n{described(config)}")
+    with tempfile.TemporaryDirectory() as folder:
+        found = sides(config, folder, World(0, 1, device))
+        while any(side.run.step < side.run.config.steps for side in found):
+            for side in found:
+                if side.run.step < side.run.config.steps:
+                    side.step()
+    report(*found)
+    if asked.plot:
+        draw(asked.plot, found)
+
+
+if __name__ == "__main__":
+    main()
