@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -13,19 +14,22 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 
 from training.config import LoggingConfig, WandbConfig
 from training.errors import UserError
-from training.logging import Run, open_sinks, scalars, write_graph
+from training.logging import LOAD_IMAGE, Run, open_sinks, scalars, write_graph
 from training.logging.console import ETA, open_console
 from training.logging.format import clock, count, printable, share
 from training.logging.graph import record
+from training.logging.heat_map import CELL, LEFT, TOP, heat_map
 from training.logging.jsonl import JSONLSink, read
 
 SUMMARY = {
@@ -39,7 +43,12 @@ def row(step: int, **more) -> dict:
     return {
         "step": step, "loss": 4.0 - step / 10, "learning_rate": 6e-4, "grad_norm": 1.1, "tokens": 32 * step,
         "tokens_per_s": 9800.0, "mfu": None, "memory_gib": 1.2, "step_s": 0.5, "time_s": 0.5 * step,
-        "router_z_loss": 0.7, "expert_load": [[0.5, 0.3, 0.2], [0.2, 0.4, 0.4]], "expert_load_max": 1.5,
+        "expert_load": [[0.5, 0.3, 0.2], [0.2, 0.4, 0.4]], "expert_load_max": 1.5, "expert_entropy": 0.93,
+        "dead_experts": 0, "router_confidence": 0.4, "router_z_loss": 0.7, "router_bias_range": 0.02,
+        "dropped_share": 0.1, "router_layers": {
+            "entropy": [0.93, 0.96], "confidence": [0.3, 0.5], "z_loss": [0.6, 0.8], "bias_range": [0.01, 0.02],
+            "dropped": [0.0, 0.2],
+        },
     } | more  # fmt: skip
 
 
@@ -52,7 +61,7 @@ def run_in(folder: Path, start_step: int = 0, steps: int = 4) -> Run:
     return Run(
         dir=folder, name="tiny", config={"seed": 0, "model": {"n_layer": 2, "blocks": [{"repeat": 1}], "bias": None}},
         config_yaml="seed: 0\nmodel:\n  n_layer: 2\n", header={"device": "cpu", "parameters": "1.0k"},
-        start_step=start_step, steps=steps, tokens_per_step=32,
+        start_step=start_step, steps=steps, tokens_per_step=32, moe_layers=[1, 3],
     )  # fmt: skip
 
 
@@ -88,11 +97,13 @@ def test_every_step_is_there_exactly_once_after_any_restarts(tmp_path, lives):
 
 
 def test_numbers_that_are_not_finite_are_null_so_that_every_json_reader_can_read_them(tmp_path):
-    JSONLSink(run_in(tmp_path)).write([row(1, loss=math.nan, expert_load=[[math.inf, 0.5]])])
+    nan = {"expert_load": [[math.inf, 0.5]], "router_layers": {"entropy": [math.nan, 1.0]}}
+    JSONLSink(run_in(tmp_path)).write([row(1, loss=math.nan, **nan)])
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text
     assert "Infinity" not in text
     assert json.loads(text)["expert_load"] == [[None, 0.5]]
+    assert json.loads(text)["router_layers"] == {"entropy": [None, 1.0]}
 
 
 def test_a_line_that_is_no_row_is_named(tmp_path):
@@ -318,19 +329,43 @@ def test_tensorboard_reads_back_every_number_text_image_and_histogram(tmp_path):
     sink.close(SUMMARY)
     found = events(tmp_path)
     tags = found.Tags()
-    assert set(tags["scalars"]) == set(scalars(evaluated(4, "") | {"mfu": 0.3}))
+    assert set(tags["scalars"]) == set(scalars(evaluated(4, "") | {"mfu": 0.3}, [1, 3]))
     assert [(event.step, round(event.value, 4)) for event in found.Scalars("train/loss")] == [
         (1, 3.9), (2, 3.8), (3, 3.7), (4, 3.6)
     ]  # fmt: skip
     assert [event.step for event in found.Scalars("speed/mfu")] == [3]
-    assert found.Scalars("router/max_over_mean/moe_layer_00")[0].value == pytest.approx(1.5)
-    assert [event.step for event in found.Histograms("router/load/moe_layer_01")] == [2, 4]
-    image = found.Images("router/load_layers_x_experts")[0]
-    assert (image.step, image.height, image.width) == (2, 2 * 24, 3 * 24)
+    assert {tag: found.Scalars(tag)[0].value for tag in tags["scalars"] if tag.startswith("router")} == pytest.approx(
+        {
+            "router/expert_load_max": 1.5, "router/expert_entropy": 0.93, "router/dead_experts": 0,
+            "router/confidence": 0.4, "router/z_loss": 0.7, "router/bias_range": 0.02, "router/dropped_share": 0.1,
+            "router_layers/max_over_mean/layer_02": 1.5, "router_layers/max_over_mean/layer_04": 1.2,
+            "router_layers/entropy/layer_02": 0.93, "router_layers/entropy/layer_04": 0.96,
+            "router_layers/confidence/layer_02": 0.3, "router_layers/confidence/layer_04": 0.5,
+            "router_layers/z_loss/layer_02": 0.6, "router_layers/z_loss/layer_04": 0.8,
+            "router_layers/bias_range/layer_02": 0.01, "router_layers/bias_range/layer_04": 0.02,
+            "router_layers/dropped/layer_02": 0.0, "router_layers/dropped/layer_04": 0.2,
+        }
+    )  # fmt: skip
+    assert [event.step for event in found.Histograms("router_layers/load/layer_04")] == [2, 4]
+    images = found.Images("router/load_layers_x_experts")
+    assert [image.step for image in images] == [2, 4]
+    assert_is_the_heat_map(io.BytesIO(images[0].encoded_image_string))
     assert "n_layer: 2" in text_of(found, "config")
     assert "| device | cpu |" in text_of(found, "run")
     assert "    def f(x):" in text_of(found, "samples")
     assert tags["graph"]
+
+
+def assert_is_the_heat_map(png) -> None:
+    """Of `row`: layers downwards, experts to the right, each cell blue below its share and red above it."""
+    image = np.asarray(Image.open(png).convert("RGB")).astype(int)
+    assert image.shape == (TOP + 2 * CELL, LEFT + 3 * CELL, 3)
+    redder = [
+        [int(red - blue) for red, _, blue in (image[TOP + layer * CELL + 3, LEFT + e * CELL + 3] for e in range(3))]
+        for layer in range(2)
+    ]
+    assert np.sign(redder).tolist() == [[1, -1, -1], [-1, 1, 1]]
+    assert redder[0][0] > redder[1][1] and redder[0][2] < redder[0][1]
 
 
 def text_of(found, tag: str) -> str:
@@ -368,15 +403,25 @@ def test_a_tensorboard_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 
 def test_the_heat_map_is_blue_without_tokens_white_at_its_share_and_red_at_twice():
-    from training.logging.tensorboard import heat_map
-
-    image = heat_map([[0.0, 0.25, 0.25, 0.5], [1.0]])
-    assert image.shape == (48, 96, 3)
-    blue, white, red = image[0, 0].tolist(), image[0, 30].tolist(), image[0, 90].tolist()
+    image = heat_map([[0.0, 0.25, 0.25, 0.5], [1.0]], [1, 3])
+    cells = image[TOP:, LEFT:]
+    assert cells.shape == (48, 96, 3)
+    blue, white, red = cells[0, 0].tolist(), cells[0, 30].tolist(), cells[0, 90].tolist()
     assert blue[2] > 2 * blue[0]
     assert white == [247, 247, 247]
     assert red[0] > 2 * red[2]
-    assert image[30, 50].tolist() == [127, 127, 127]
+    assert cells[30, 50].tolist() == [127, 127, 127]
+
+
+def test_the_heat_map_names_each_layer_beside_its_row_and_each_expert_above_its_column():
+    load = [[0.5, 0.5]] * 2
+    image, others, alone = heat_map(load, [1, 3]), heat_map(load, [1, 5]), heat_map([[1.0]], [1])
+    written = (image[:, :LEFT] != 255).any(-1)
+    assert written[TOP : TOP + CELL].any() and written[TOP + CELL :].any() and not written[:TOP].any()
+    assert np.array_equal(image[: TOP + CELL], others[: TOP + CELL])  # layer 2 in both
+    assert not np.array_equal(image[TOP + CELL :, :LEFT], others[TOP + CELL :, :LEFT])  # layer 4 or layer 6
+    assert np.array_equal(image[:TOP, : LEFT + CELL], alone[:TOP])
+    assert (image[:TOP, LEFT + CELL :] != 255).any()
 
 
 # --- graph -----------------------------------------------------------------------------------------
@@ -490,10 +535,10 @@ def test_wandb_keeps_one_run_over_restarts_and_logs_no_step_twice(tmp_path, capf
     from training.logging.wandb import WandbSink
 
     config = WandbConfig(mode="offline")
-    first = WandbSink(run_in(tmp_path), config)
+    first = WandbSink(run_in(tmp_path), config, histogram_every=2)
     first.write([row(1), row(2), evaluated(3)])
     first.close(None)
-    second = WandbSink(run_in(tmp_path, start_step=2), config)
+    second = WandbSink(run_in(tmp_path, start_step=2), config, histogram_every=2)
     second.write([row(3), row(4)])
     second.close(SUMMARY)
     said = capfd.readouterr()
@@ -504,6 +549,13 @@ def test_wandb_keeps_one_run_over_restarts_and_logs_no_step_twice(tmp_path, capf
     assert histories[0][2]["val/loss"] == 2.6
     assert histories[0][2]["samples/nrows"] == 1
     assert histories[1][0]["train/loss"] == 3.6
+    assert histories[0][0]["router/dropped_share"] == 0.1
+    assert histories[0][0]["router_layers/confidence/layer_04"] == 0.5
+    drawn = [f"{LOAD_IMAGE}/path" in record for history in histories for record in history]
+    assert drawn == [False, True, False, True]
+    kept = list((tmp_path / "wandb").glob(f"offline-run-*/files/{histories[0][1][f'{LOAD_IMAGE}/path']}"))
+    assert len(kept) == 1
+    assert_is_the_heat_map(kept[0])
 
 
 def wandb_error(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -548,7 +600,7 @@ def test_without_the_package_wandb_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
-        WandbSink(run_in(tmp_path), WandbConfig())
+        WandbSink(run_in(tmp_path), WandbConfig(), histogram_every=2)
 
 
 # --- together --------------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from training.errors import UserError
 from training.logging.charts import COLUMNS, READINGS, Curve, chart, limits, smoothed, thinned, tick_text, ticks_between
-from training.logging.report import heat_map, spoken, write_report
+from training.logging.experts import heat_map
+from training.logging.format import LONGEST, visible
+from training.logging.report import spoken, write_report
 
 VOID = {"meta", "input", "line", "path", "progress"}
 
@@ -50,6 +52,16 @@ class Page(HTMLParser):
     def of(self, tag: str) -> list[str]:
         return [text for inside, text in self.texts if inside == tag]
 
+    def legends(self) -> list[list[str]]:
+        """The labels beside each chart that has more than one."""
+        found: list[list[str]] = []
+        for tag, text in self.texts:
+            if tag == "b":
+                found.append([])
+            elif tag == "span" and found and not re.fullmatch(r"[-\d.ekM]+", text):
+                found[-1].append(text)
+        return [labels[1:] for labels in found if len(labels) > 2]
+
     def values(self, tag: str, name: str) -> list[str]:
         return [value for of, key, value in self.attributes if (of, key) == (tag, name)]
 
@@ -63,7 +75,26 @@ def row(step: int, **more) -> dict:
 
 def with_experts(step: int, **more) -> dict:
     load = [[0.5, 0.3, 0.2], [0.2, 0.4, 0.4]]
-    return row(step, router_z_loss=0.7, expert_load=load, expert_load_max=1.5, **more)
+    routing = {
+        "expert_load": load, "expert_load_max": 1.5, "expert_entropy": 0.93, "dead_experts": 0,
+        "router_confidence": 0.4, "router_z_loss": 0.7, "router_bias_range": 0.0, "dropped_share": 0.0,
+        "router_layers": {"entropy": [0.93, 0.96], "confidence": [0.3, 0.5], "z_loss": [0.6, 0.8],
+                          "bias_range": [0.0, 0.0], "dropped": [0.0, 0.0]},
+    }  # fmt: skip
+    return row(step, **routing | more)
+
+
+PREFERENCES = {
+    "step": 40, "n_tokens": 65_536, "seen_at_least": 16,
+    "layers": [
+        {"layer": 1, "n_experts": 3, "liked": [
+            [{"text": " def", "lift": 7.3172, "sent": 1266}, {"text": "\n\t</td>", "lift": 2.0, "sent": 16}],
+            [{"text": "\x1b\u202e\x00", "lift": 2.0, "sent": 16}],
+            [],
+        ]},
+        {"layer": 4, "n_experts": 70, "liked": [[{"text": "}" * 99, "lift": 2.0, "sent": 16}]] * 64},
+    ],
+}  # fmt: skip
 
 
 def validation(text: str = "f(x)") -> dict:
@@ -85,7 +116,8 @@ def titles(page: Page) -> list[str]:
 
 
 def test_a_finished_mixture_of_experts_is_told_from_its_first_loss_to_its_next_commands(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps({"name": "tiny", "header": {"device": "H < 200"}, "steps": 40}))
+    facts = {"name": "tiny", "header": {"device": "H < 200"}, "steps": 40, "moe_layers": [1, 4]}
+    (tmp_path / "run.json").write_text(json.dumps(facts))
     (tmp_path / "config.yaml").write_text("steps: 40 # <b>\n")
     rows = [with_experts(step, **(validation(f"words {step}") if step % 10 == 0 else {})) for step in range(1, 41)]
     summary = {
@@ -100,14 +132,67 @@ def test_a_finished_mixture_of_experts_is_told_from_its_first_loss_to_its_next_c
     assert "needs 1.25 bits for a byte" in page.of("p")[0]
     assert {"2.600", "13.5", "1.250", "1.28M", "124.4M", "60.0M", "20 seconds"} <= set(page.of("b"))
     assert titles(page) == [
-        "Loss", "Compression", "Learning rate", "Gradient norm", "Throughput", "Busiest expert", "Router z-loss"
+        "Loss", "Compression", "Learning rate", "Gradient norm", "Throughput",
+        "Busiest expert", "Router confidence", "Evenness", "Router z-loss",
     ]  # fmt: skip
+    assert {"1.50 \N{MULTIPLICATION SIGN}", "0.930", "0 of 6", "40.0 %"} <= set(page.of("b"))
+    assert page.of("th") == ["1", "2", "3", "layer 2", "layer 5"]
+    assert page.legends() == [["training", "validation"], ["layer 2", "layer 5"], ["layer 2", "layer 5"]]
     assert page.of("td") == ["50.0", "30.0", "20.0", "20.0", "40.0", "40.0"]
     assert page.of("h3") == ["First words, step 10", "Last words, step 40"]
     assert [text for text in page.of("pre") if text.startswith("words")] == ["words 10", "words 40"]
     assert "python -m training.generate --prompt 'a < b'" in page.of("pre")
     assert "steps: 40 # <b>\n" in page.of("pre")
     assert "H < 200" in page.of("dd")
+
+
+def test_charts_of_what_went_wrong_are_there_where_it_did(tmp_path):
+    wrong = {"dead_experts": 1, "router_bias_range": 0.02, "dropped_share": 0.25}
+    rows = [with_experts(1), with_experts(2, **wrong), with_experts(3)]
+    page = report(tmp_path, rows)
+    assert [title for title in titles(page) if title in ("Dead experts", "Selection bias", "Dropped")] == [
+        "Dead experts", "Selection bias", "Dropped"
+    ]  # fmt: skip
+    assert {"0.000", "0.0 %"} <= set(page.of("b"))
+    assert not {"0.000", "0.0 %"} & set(report(tmp_path, [with_experts(step) for step in (1, 2, 3)]).of("b"))
+
+
+def test_layers_whose_numbers_are_not_known_are_counted_among_themselves(tmp_path):
+    assert report(tmp_path, [with_experts(1)]).of("th")[3:] == ["MoE layer 1", "MoE layer 2"]
+
+
+def test_layers_of_different_sizes_share_a_heat_map(tmp_path):
+    load = [[1 / 2] * 2, [1 / 4] * 4]
+    page = report(tmp_path, [with_experts(1, expert_load=load)])
+    assert page.of("th")[:4] == ["1", "2", "3", "4"]
+    assert page.of("td") == ["50.0"] * 2 + ["25.0"] * 4
+    assert any("An even share is 50.0 % or 25.0 %;" in text for text in page.of("p"))
+
+
+def test_a_confidence_that_was_not_finite_leaves_a_gap(tmp_path):
+    broken = {"confidence": [None, 0.5], "entropy": [None, None]}
+    rows = [with_experts(1), with_experts(2, router_confidence=None, router_layers=broken), with_experts(3)]
+    assert not re.search("nan|inf|None", " ".join(report(tmp_path, rows).values("path", "d")))
+
+
+def test_the_tokens_that_experts_like_are_spelled_so_that_nothing_hides(tmp_path):
+    (tmp_path / "experts.json").write_text(json.dumps(PREFERENCES))
+    page = report(tmp_path, [with_experts(1)])
+    assert page.of("summary") == ["layer 2", "layer 5"]
+    assert page.of("code")[:3] == ["␣def", "↵⇥</td>", "\\x1b\\u202e\\x00"]
+    assert page.of("code")[3:] == ["}" * (LONGEST - 1) + "…"] * 64
+    assert page.values("code", "title")[0] == "sent here 1,266 times, 7.3 times as often as the average token"
+    assert page.of("dt")[:5] == ["1", "2", "3", "1", "2"]
+    assert page.of("span").count("none more than others") == 1
+    assert any("after step 40 over 65,536 tokens of validation text" in text for text in page.of("p"))
+    assert "and 6 more experts" in page.of("p")
+
+
+@given(st.text(min_size=1))
+def test_a_token_is_never_blank_and_fits_its_cell(text):
+    shown = visible(text)
+    assert shown.isprintable() and not re.search(r"\s", shown)
+    assert len(re.sub(r"\\(x..|u....|U.{8}|[a-z])", ".", shown)) <= LONGEST
 
 
 def test_a_dense_run_has_no_charts_of_experts(tmp_path):

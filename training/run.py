@@ -25,6 +25,7 @@ from training.logging.report import write_report
 from training.metrics import Metrics
 from training.model import GPT, hf, needs
 from training.optim import Optimizer
+from training.preferences import write_preferences
 
 
 @dataclass
@@ -205,6 +206,7 @@ def open_logs(run: Run) -> None:
         start_step=run.step,
         steps=config.steps,
         tokens_per_step=config.batch_tokens,
+        moe_layers=[i for i, block in enumerate(config.model.layers()) if block.ffn.type == "moe"],
     )
     run.sinks = logging.open_sinks(config.logging, facts)
     if run.step == 0:
@@ -221,12 +223,16 @@ def header(run: Run) -> dict[str, str]:
     samples = config.batch_tokens // model.n_positions
     ranks = f", {run.world.size} processes" if run.world.size > 1 else ""
     moe = [block.ffn for block in model.layers() if block.ffn.type == "moe"]
+    capacities = dict.fromkeys(f"{ffn.capacity_factor:g}" for ffn in moe if ffn.capacity_factor is not None)
     experts = f"{len(moe)} of them MoE, top {moe[0].top_k} of {moe[0].n_experts} experts, " if moe else ""
     facts = {
         "run": str(run.folder),
         "device": f"{devices.describe(run.world.device)}{ranks}, {config.precision}",
         "attention": run.kernels_why["attention"],
         "experts": run.kernels_why["experts"] if moe else "",
+        "capacity": f"{', '.join(capacities)}: drops tokens, so micro-batch and ranks change what is computed"
+        if capacities
+        else "",
         "model": f"{model.n_layer} layers, {experts}{model.n_head} heads, width {model.n_embd}, "
         f"context {model.n_positions}, vocabulary {model.vocab_size:,}",
         "parameters": f"{total:,}" + (f", {active:,} active for a token" if active < total else ""),
@@ -262,18 +268,29 @@ def command(name: str) -> str:
 
 
 def finish(run: Run) -> None:
-    """Leave the final model, summary.json and report.html, and close the logs with the summary."""
+    """Leave the final model, experts.json, summary.json and report.html, and close the logs with the summary."""
     if not run.world.main:
         return
     folder, row = run.folder, run.last_row
     total, active = run.model.n_parameters()
     prompt = (*run.config.eval.prompts, "The ")[0].rstrip("\n")
     write_model(run, folder / "model")
+    if run.model.top_ks:
+        write_preferences(
+            folder / "experts.json",
+            run.model,
+            run.val_batches,
+            run.dataset.tokenizer,
+            run.config.eval,
+            micro_batch=run.config.micro_batch,
+            step=run.step,
+        )
     summary = {
         "steps": run.step,
         "tokens": row["tokens"],
         "train_loss": row["loss"],
         **{key: row[key] for key in ("val_loss", "val_perplexity", "val_bits_per_byte")},
+        **{key: row[key] for key in ("expert_load_max", "expert_entropy", "dead_experts") if key in row},
         "best_val_loss": run.best["val_loss"],
         "best_step": run.best["step"],
         "time_s": run.metrics.time_s,

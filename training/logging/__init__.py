@@ -1,11 +1,23 @@
 """What a person sees and keeps of a run: one sink a file, and the report.
 
-The loop hands every sink the same rows. A row is a flat dict of one optimizer step, plain data that
-JSON can hold; row k is the state after k steps. Always: `step loss learning_rate grad_norm tokens
-tokens_per_s mfu memory_gib step_s time_s`, where `mfu` may be None. With experts: `router_z_loss`,
-`expert_load` (per MoE layer the share of each expert, summing to one) and `expert_load_max` (largest
-over mean share, over the layers). After an evaluation: `val_loss val_perplexity val_bits_per_byte`
-and `samples`, dicts of a `prompt` and the `text` that continues it.
+The loop hands every sink the same rows. A row is a dict of one optimizer step, plain data that JSON can
+hold; row k is the state after k steps.
+
+Always: `step loss learning_rate grad_norm tokens tokens_per_s mfu memory_gib step_s time_s`, where `mfu`
+may be None. After an evaluation: `val_loss val_perplexity val_bits_per_byte` and `samples`, dicts of a
+`prompt` and the `text` that continues it.
+
+With experts, of the step's global batch:
+
+- `expert_load`: for each MoE layer the share of what was sent that each expert got, summing to one;
+- `router_layers`: for each MoE layer, in lists: `entropy` of the load over that of an even one,
+  `confidence` (mean over tokens of the largest share of the scores), `z_loss`, `bias_range` (largest less
+  smallest selection bias) and `dropped` (share of what was sent that was beyond the experts' capacity);
+- of all layers at once: `expert_load_max` (largest over mean share) and `expert_entropy`, each of the worst
+  layer, `dead_experts` (how many got less than `starving` in model/moe.py says), `router_confidence` and
+  `router_z_loss` (means), `router_bias_range` (the largest) and `dropped_share` (of all that was sent).
+
+Layers are counted from 0 in data (`Run.moe_layers`, run.json, experts.json) and from 1 in what people read.
 """
 
 from __future__ import annotations
@@ -34,9 +46,15 @@ TAGS = {
     "step_s": "speed/step_s",
     "mfu": "speed/mfu",
     "memory_gib": "memory/gib",
-    "router_z_loss": "router/z_loss",
     "expert_load_max": "router/expert_load_max",
+    "expert_entropy": "router/expert_entropy",
+    "dead_experts": "router/dead_experts",
+    "router_confidence": "router/confidence",
+    "router_z_loss": "router/z_loss",
+    "router_bias_range": "router/bias_range",
+    "dropped_share": "router/dropped_share",
 }
+LOAD_IMAGE = "router/load_layers_x_experts"
 
 
 @dataclass(frozen=True)
@@ -51,6 +69,7 @@ class Run:
     start_step: int  # 0, or the step of the checkpoint that the run goes on from
     steps: int
     tokens_per_step: int
+    moe_layers: list[int]  # the layers that have experts, counted from 0
 
 
 class Sink(Protocol):
@@ -71,7 +90,8 @@ def open_sinks(config: LoggingConfig, run: Run) -> list[Sink]:
     from training.logging.console import open_console
     from training.logging.jsonl import JSONLSink
 
-    facts = {"name": run.name, "header": run.header, "steps": run.steps, "tokens_per_step": run.tokens_per_step}
+    known = ("name", "header", "steps", "tokens_per_step", "moe_layers")
+    facts = {name: getattr(run, name) for name in known}
     write_atomically(run.dir / "run.json", json.dumps(facts, indent=2) + "\n")
     with ExitStack() as opened:
         sinks: list[Sink] = []
@@ -88,7 +108,7 @@ def open_sinks(config: LoggingConfig, run: Run) -> list[Sink]:
         if config.wandb:
             from training.logging.wandb import WandbSink
 
-            add(WandbSink(run, config.wandb))
+            add(WandbSink(run, config.wandb, config.histogram_every))
         add(open_console(run, config.every))
         opened.pop_all()
     return sinks
@@ -101,9 +121,18 @@ def write_graph(sinks: list[Sink], model: torch.nn.Module, *inputs: Any) -> None
             draw(model, *inputs)
 
 
-def scalars(row: dict) -> dict[str, float]:
+def scalars(row: dict, moe_layers: list[int]) -> dict[str, float]:
     """The row's numbers by the tag that TensorBoard and Weights & Biases group them under."""
     found = {tag: row[key] for key, tag in TAGS.items() if row.get(key) is not None}
-    for layer, load in enumerate(row.get("expert_load") or ()):
-        found[f"router/max_over_mean/moe_layer_{layer:02d}"] = max(load) * len(load)
+    by_layer = dict(row.get("router_layers") or {})
+    if load := row.get("expert_load"):
+        by_layer["max_over_mean"] = [max(load_E) * len(load_E) for load_E in load]
+    for figure, values in by_layer.items():
+        for layer, value in zip(moe_layers, values, strict=True):
+            found[layer_tag(figure, layer)] = value
     return found
+
+
+def layer_tag(figure: str, layer: int) -> str:
+    """Apart from `router/`, so that its few summary figures are not lost among those of every layer."""
+    return f"router_layers/{figure}/layer_{layer + 1:02d}"

@@ -116,6 +116,17 @@ def decades(last: int) -> list[float]:
     return [float(10**power) for power in range(len(str(last)))]
 
 
+def points(rows: list[dict], key: str) -> list[Point]:
+    """(step, value) wherever the rows have one; null stands for what was not finite."""
+    return [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
+
+
+def noisy(rows: list[dict], key: str) -> list[Curve]:
+    """What the rows have under the key, as it is and smoothed."""
+    raw = points(rows, key)
+    return [Curve("", "raw", raw), Curve("training", "train", list(smoothed(raw, len(rows) // 100)))]
+
+
 def smoothed(points: list[Point], half: int) -> Iterator[Point]:
     """Mean over `half` points on either side, over fewer near the start, where a curve is steep."""
     sums = [0.0, *accumulate(value for _, value in points)]

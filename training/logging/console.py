@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from training.logging import Run, Sink
 from training.logging.format import clock, count, number, printable, share
+from training.logging.starvation import Starvation
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -28,10 +29,11 @@ def open_console(run: Run, every: int) -> Sink:
 
 
 class PlainConsole:
-    """A header, a line every `every` steps, a line and the samples an evaluation, a closing summary."""
+    """A header, a line every `every` steps, a line and the samples an evaluation, a closing summary; and a line
+    where experts starve."""
 
     def __init__(self, run: Run, every: int) -> None:
-        self.run, self.every, self.eta = run, every, ETA(run.steps)
+        self.run, self.every, self.eta, self.starvation = run, every, ETA(run.steps), Starvation(run.moe_layers)
         with unread_output_dropped():
             print(run.name, *aligned(run.header), "", sep="\n", flush=True)
 
@@ -43,6 +45,8 @@ class PlainConsole:
                 step = f"step {row['step']:>{width}}/{self.run.steps}"
                 if row["step"] % self.every == 0 or row["step"] == self.run.steps:
                     print(step, *progress(row), f"ETA {self.eta}", sep="  ")
+                for line in self.starvation.see(row):
+                    print(step, line, sep="  ")
                 if "val_loss" in row:
                     print(step, *evaluation(row), sep="  ")
                 for sample in row.get("samples") or ():
@@ -63,6 +67,7 @@ class LiveConsole:
         from rich.live import Live
 
         self.run, self.eta, self.row, self.val_loss = run, ETA(run.steps), None, None
+        self.starvation = Starvation(run.moe_layers)
         self.console = Console(highlight=False, emoji=False, markup=False)
         self.live = Live(get_renderable=self.render, console=self.console, auto_refresh=False)
         with unread_output_dropped():
@@ -76,6 +81,8 @@ class LiveConsole:
             for row in rows:
                 self.eta.see(row)
                 self.row = row
+                for line in self.starvation.see(row):
+                    self.console.print(f"step {row['step']}", line, sep="  ", style="yellow")
                 if "val_loss" in row:
                     self.val_loss = row["val_loss"]
                     self.console.print(f"step {row['step']}", "  ".join(evaluation(row)), sep="  ", style="green")

@@ -31,8 +31,24 @@ def number(value: float | None, spec: str = ".4f") -> str:
     return "nan" if value is None or math.isnan(value) else format(value, spec)
 
 
+def layer_name(layer: int) -> str:
+    """What a person calls the layer of that index."""
+    return f"layer {layer + 1}"
+
+
 def printable(text: str) -> str:
     """The text without what a terminal would obey, such as escape sequences, which a model may well write."""
     return "".join(
         c if c == "\n" or c.isprintable() else "    " if c == "\t" else "\N{REPLACEMENT CHARACTER}" for c in text
     )
+
+
+VISIBLE = {" ": "\N{OPEN BOX}", "\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\t": "\N{RIGHTWARDS ARROW TO BAR}"}
+LONGEST = 16  # characters of a token that are shown
+
+
+def visible(text: str) -> str:
+    """A token with nothing in it that the eye would miss: a mark for a space, a line's end and a tab, codes for the
+    rest of what does not print, and three dots where it is long."""
+    marked = [VISIBLE.get(c) or (c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text]
+    return "".join(marked if len(marked) <= LONGEST else [*marked[: LONGEST - 1], "…"])

@@ -10,17 +10,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from training.errors import UserError
 from training.files import write_atomically
-from training.logging.charts import Curve, Point, chart, smoothed
+from training.logging import experts
+from training.logging.charts import Curve, chart, noisy, points
 from training.logging.format import count, number, printable
 from training.logging.jsonl import read
-
-RECENT_STEPS = 50  # that expert load "at the end" is a mean of
 
 
 def write_report(run_dir: Path) -> Path:
     """Write `run_dir / "report.html"` from what the folder holds of the run, finished or not; return its path.
 
-    Reads metrics.jsonl, summary.json, run.json and config.yaml, each of which may be absent.
+    Reads metrics.jsonl, summary.json, run.json, experts.json and config.yaml, each of which may be absent.
     Raises `UserError` where one cannot be read or the page cannot be written.
     """
     rows, summary = read(run_dir / "metrics.jsonl"), _json(run_dir / "summary.json")
@@ -31,7 +30,8 @@ def write_report(run_dir: Path) -> Path:
         done=rows[-1]["step"] / facts["steps"] if rows and facts and not summary else None,
         headlines=headlines(rows, summary),
         charts=[found for found in charts(rows) if found],
-        heat_map=heat_map(rows),
+        routing=experts.routing(rows, facts.get("moe_layers")),
+        liked=experts.liked(_json(run_dir / "experts.json")),
         samples=samples(rows),
         header=facts.get("header", {}),
         next=summary.get("next", []),
@@ -81,54 +81,18 @@ def headlines(rows: list[dict], summary: dict) -> list[tuple[str, str]]:
 
 
 def charts(rows: list[dict]) -> list[dict | None]:
-    """Every chart of the page, the loss first; None for those that the run has no numbers for."""
+    """The charts of learning, the loss first; None for those that the run has no numbers for."""
     last = rows[-1]["step"] if rows else 1
-    half = len(rows) // 100
-
-    def noisy(key: str) -> list[Curve]:
-        raw = points(rows, key)
-        return [Curve("", "raw", raw), Curve("training", "train", list(smoothed(raw, half)))]
-
     validation = Curve("validation", "val", points(rows, "val_loss"))
     bits = Curve("validation", "val", points(rows, "val_bits_per_byte"))
     rate = Curve("learning rate", "train", points(rows, "learning_rate"))
     return [
-        chart("Loss", "nats per token", last, [*noisy("loss"), validation]),
+        chart("Loss", "nats per token", last, [*noisy(rows, "loss"), validation]),
         chart("Compression", "bits per byte of validation text", last, [bits]),
         chart("Learning rate", "", last, [rate], zero=True),
-        chart("Gradient norm", "before clipping", last, noisy("grad_norm"), spikes=True, zero=True),
-        chart("Throughput", "tokens per second", last, noisy("tokens_per_s"), zero=True),
-        chart("Busiest expert", "its load over the mean, in each MoE layer", last, layers(rows), spikes=True),
-        chart("Router z-loss", "mean over the MoE layers", last, noisy("router_z_loss"), spikes=True, zero=True),
+        chart("Gradient norm", "before clipping", last, noisy(rows, "grad_norm"), spikes=True, zero=True),
+        chart("Throughput", "tokens per second", last, noisy(rows, "tokens_per_s"), zero=True),
     ]
-
-
-def layers(rows: list[dict]) -> list[Curve]:
-    """The spread of expert load over time, a curve for each MoE layer."""
-    loads = [(row["step"], row["expert_load"]) for row in rows if row.get("expert_load")]
-    n_layers = len(loads[0][1]) if loads else 0
-    curves = []
-    for layer in range(n_layers):
-        spread = [(step, max(load[layer]) * len(load[layer])) for step, load in loads]
-        smooth = list(smoothed(spread, len(spread) // 200))
-        curves.append(Curve(f"layer {layer + 1}", "layer", smooth, 100 * layer // max(n_layers - 1, 1)))
-    return curves
-
-
-def heat_map(rows: list[dict]) -> list[list[dict]]:
-    """Expert load at the end, a line for each MoE layer: each cell's share as text, and per cent over or under."""
-    loads = [row["expert_load"] for row in rows[-RECENT_STEPS:] if row.get("expert_load")]
-    table = []
-    for layer in zip(*loads, strict=True):
-        shares = [sum(of_expert) / len(layer) for of_expert in zip(*layer, strict=True)]
-        over = [100 * (share * len(shares) - 1) for share in shares]
-        table.append(
-            [
-                {"text": f"{100 * share:.1f}", "kind": "over" if by > 0 else "under", "by": min(round(abs(by)), 100)}
-                for share, by in zip(shares, over, strict=True)
-            ]
-        )
-    return table
 
 
 def samples(rows: list[dict]) -> list[dict]:
@@ -144,11 +108,6 @@ def samples(rows: list[dict]) -> list[dict]:
         }
         for title, row in zip(titles, (told[0], told[-1]) if told else (), strict=False)
     ]
-
-
-def points(rows: list[dict], key: str) -> list[Point]:
-    """(step, value) wherever the rows have one; null stands for what was not finite."""
-    return [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
 
 
 def spoken(seconds: float) -> str:

@@ -7,25 +7,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tensorboard.compat.proto.config_pb2 import RunMetadata
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from training.files import writing
-from training.logging import Run, scalars
+from training.logging import LOAD_IMAGE, Run, layer_tag, scalars
 from training.logging.format import printable
 from training.logging.graph import record
+from training.logging.heat_map import due, heat_map
 
 if TYPE_CHECKING:
     import torch
-
-CELL = 24  # pixels of a heat map's cell
 
 
 class TensorBoardSink:
     """Writes events below `run.dir / "tensorboard"`; `tensorboard --logdir` on the folder of runs compares them."""
 
     def __init__(self, run: Run, histogram_every: int) -> None:
-        self.histogram_every, self.steps = histogram_every, run.steps
+        self.histogram_every, self.steps, self.moe_layers = histogram_every, run.steps, run.moe_layers
         self.path = run.dir / "tensorboard"
         first = run.start_step + 1
         with writing(self.path):
@@ -39,9 +39,11 @@ class TensorBoardSink:
 
     def write(self, rows: list[dict]) -> None:
         for row in rows:
-            for tag, value in scalars(row).items():
-                self.writer.add_scalar(tag, value, row["step"])
-            if row.get("expert_load") and (row["step"] % self.histogram_every == 0 or row["step"] == self.steps):
+            # All in one event: `add_scalar` writes one a number, which for a deep model takes five times as long.
+            found = scalars(row, self.moe_layers).items()
+            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in found]
+            self.writer.file_writer.add_summary(Summary(value=values), row["step"])
+            if due(row, self.histogram_every, self.steps):
                 self._expert_load(row["expert_load"], row["step"])
             if row.get("samples"):
                 text = "\n\n---\n".join(fenced(printable(s["prompt"] + s["text"])) for s in row["samples"])
@@ -61,24 +63,13 @@ class TensorBoardSink:
             self.writer.close()
 
     def _expert_load(self, load: list[list[float]], step: int) -> None:
-        self.writer.add_image("router/load_layers_x_experts", heat_map(load), step, dataformats="HWC")
-        for layer, fractions in enumerate(load):
-            self.writer.add_histogram(f"router/load/moe_layer_{layer:02d}", np.asarray(fractions), step)
+        self.writer.add_image(LOAD_IMAGE, heat_map(load, self.moe_layers), step, dataformats="HWC")
+        for layer, shares in zip(self.moe_layers, load, strict=True):
+            self.writer.add_histogram(layer_tag("load", layer), np.asarray(shares), step)
 
     def _flush(self) -> None:
         with writing(self.path):
             self.writer.flush()
-
-
-def heat_map(load: list[list[float]]) -> np.ndarray:
-    """An image (layers x CELL, experts x CELL, 3), uint8: blue starves, white has its share, red at twice or more."""
-    width = max(map(len, load))
-    image = np.full((len(load), width, 3), 127.0)  # grey where a layer has fewer experts
-    for layer, fractions in enumerate(load):
-        over_mean = np.asarray(fractions) * len(fractions)
-        for channel, colours in enumerate(((33, 247, 178), (102, 247, 24), (172, 247, 43))):
-            image[layer, : len(fractions), channel] = np.interp(over_mean, (0, 1, 2), colours)
-    return image.round().astype(np.uint8).repeat(CELL, 0).repeat(CELL, 1)
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,7 +11,8 @@ from typing import Any
 from training.config import WandbConfig
 from training.errors import UserError
 from training.files import write_atomically
-from training.logging import Run, scalars
+from training.logging import LOAD_IMAGE, Run, scalars
+from training.logging.heat_map import due, heat_map
 
 FINISH_TIMEOUT_S = 120  # what is not sent by then stays on disk for `wandb sync`
 
@@ -19,7 +20,7 @@ FINISH_TIMEOUT_S = 120  # what is not sent by then stays on disk for `wandb sync
 class WandbSink:
     """Logs to one W&B run over all restarts; what it holds of a step it never logs again."""
 
-    def __init__(self, run: Run, config: WandbConfig) -> None:
+    def __init__(self, run: Run, config: WandbConfig, histogram_every: int) -> None:
         try:
             import wandb
         except ImportError as error:
@@ -27,6 +28,7 @@ class WandbSink:
                 "logging.wandb needs Weights & Biases: pip install wandb, or remove logging.wandb"
             ) from error
         self.wandb = wandb
+        self.histogram_every, self.steps, self.moe_layers = histogram_every, run.steps, run.moe_layers
         self.marker = run.dir / "wandb.json"
         self.state = _state(self.marker, run.name)
         settings = wandb.Settings(silent=True, console="off", finish_timeout=FINISH_TIMEOUT_S)
@@ -48,7 +50,9 @@ class WandbSink:
         self.run.finish(exit_code=0 if summary is not None else 1)
 
     def _values(self, row: dict) -> dict[str, Any]:
-        values: dict[str, Any] = dict(scalars(row))
+        values: dict[str, Any] = dict(scalars(row, self.moe_layers))
+        if due(row, self.histogram_every, self.steps):
+            values[LOAD_IMAGE] = self.wandb.Image(heat_map(row["expert_load"], self.moe_layers))
         if row.get("samples"):
             data = [[row["step"], sample["prompt"], sample["text"]] for sample in row["samples"]]
             values["samples"] = self.wandb.Table(columns=["step", "prompt", "text"], data=data)

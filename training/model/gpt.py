@@ -167,6 +167,12 @@ class GPT(nn.Module):
             x_BTC = x_BTC[:, -n_last:]
         return soft_capped(F.linear(x_BTC, self._head_weight()).float(), self.config.logit_softcap)
 
+    @torch.no_grad()
+    def routes(self, tokens_BT: Tensor, documents: Documents | None = None) -> dict[int, Tensor]:
+        """The experts that each token is sent to, int64 (B, T, K), by the index of the MoE layer."""
+        _, routings = self._hidden(tokens_BT, Batch(1), None, documents)
+        return {i: routing.expert_NK.view(*tokens_BT.shape, -1) for i, routing in routings.items()}
+
     def new_cache(self, n_padding_B: Tensor | None = None) -> Cache:
         """An empty cache, for `logits`; samples may begin with tokens that are no text."""
         return Cache(len(self.blocks), n_padding_B)
