@@ -1,0 +1,278 @@
+"""What routers do is seen: starving experts on the console, the tokens that each expert likes in the report."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import MOE
+from test_logging import on_a_terminal, row, run_in
+from test_report import Page
+
+from training import preferences
+from training.config import EvalConfig, ModelConfig
+from training.data import tokenizer as tokenizers
+from training.data.loader import Batches
+from training.data.memory import read
+from training.logging.console import open_console
+from training.logging.starvation import PATIENCE, Starvation
+from training.loop import model_inputs
+from training.model import GPT
+from training.model.moe import MoE, starving
+from training.preferences import liked, spelled, watched, write_preferences
+
+EVEN = [1 / 8] * 8
+THREE_STARVE = [0.005, 0.0, 0.009, *[0.1972] * 5]
+
+# --- the console -----------------------------------------------------------------------------------
+
+
+def said(loads: list[list[float]], layer: int = 4) -> list[tuple[int, str]]:
+    """(step, line) of a run with these loads of its one MoE layer."""
+    watch = Starvation([layer])
+    return [(step, line) for step, load in enumerate(loads, start=1) for line in watch.see({"expert_load": [load]})]
+
+
+def test_experts_that_starve_are_said_once_and_again_when_it_has_lasted_twice_as_long():
+    assert said([EVEN] * 50 + [THREE_STARVE] * 1000) == [
+        (250, "layer 5: 3 of 8 experts received < 1 % of tokens for 200 steps"),
+        (450, "layer 5: 3 of 8 experts received < 1 % of tokens for 400 steps"),
+        (850, "layer 5: 3 of 8 experts received < 1 % of tokens for 800 steps"),
+    ]
+
+
+def test_one_fed_step_is_a_new_beginning():
+    assert said([THREE_STARVE] * 199 + [EVEN] + [THREE_STARVE] * 199) == []
+
+
+def test_an_expert_more_is_said_too():
+    four = [0.0] * 4 + [0.25] * 4
+    assert said([THREE_STARVE] * 150 + [four] * 300)[:2] == [
+        (200, "layer 5: 3 of 8 experts received < 1 % of tokens for 200 steps"),
+        (400, "layer 5: 4 of 8 experts received < 1 % of tokens for 250 steps"),
+    ]
+
+
+def test_with_many_experts_the_threshold_is_a_tenth_of_an_even_share():
+    load = [0.0015, *[0.9985 / 63] * 63]
+    assert said([load] * 200) == [(200, "layer 5: 1 of 64 experts received < 0.16 % of tokens for 200 steps")]
+    assert said([[0.002, *[0.998 / 63] * 63]] * 200) == []
+
+
+def test_every_layer_is_named_by_its_place_in_the_network():
+    watch = Starvation([1, 11])
+    lines = [watch.see({"expert_load": [EVEN, THREE_STARVE]}) for _ in range(200)]
+    assert lines[:-1] == [[]] * 199
+    assert lines[-1] == ["layer 12: 3 of 8 experts received < 1 % of tokens for 200 steps"]
+
+
+def test_a_dense_run_has_nobody_to_starve():
+    assert Starvation([]).see({"loss": 1.0}) == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_said_is_true_and_is_not_said_often(seed):
+    draw, loads, hungry = random.Random(seed), [], [False] * 8
+    for _ in range(3000):
+        hungry = [not one if draw.random() < 1 / 400 else one for one in hungry]
+        loads.append([0.0 if one else 0.125 for one in hungry])
+    found = said(loads)
+    assert found
+    for step, line in found:
+        n, steps = map(int, re.fullmatch(r"layer 5: (\d) of 8 .* for (\d+) steps", line).groups())
+        assert steps >= PATIENCE
+        before = np.array(loads[:step])
+        assert (before[-steps:] < starving(8)).all(axis=0).sum() == n  # those and no others for so long
+        assert (before[-PATIENCE:] < starving(8)).all(axis=0).sum() == n
+    assert all(later - earlier >= PATIENCE for (earlier, _), (later, _) in pairwise(found))
+
+
+def test_the_plain_console_says_it_once_among_its_lines(tmp_path, capsys):
+    sink = open_console(run_in(tmp_path, steps=250), every=100)
+    for first in range(1, 250, 10):
+        sink.write([row(step, expert_load=[EVEN, THREE_STARVE]) for step in range(first, first + 10)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert [line for line in lines if "experts" in line] == [
+        "step 200/250  layer 4: 3 of 8 experts received < 1 % of tokens for 200 steps"
+    ]
+    assert len(lines) == 4
+
+
+def test_the_live_console_says_it_once_above_the_bar(tmp_path):
+    script = f"""
+        from test_logging import *
+        sink = open_console(run_in(Path({str(tmp_path)!r}), steps=250), every=100)
+        sink.write([row(step, expert_load={[EVEN, THREE_STARVE]!r}) for step in range(1, 250)])
+        sink.close(None)
+    """
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", on_a_terminal(script, 120, colour=True))
+    assert shown.count("step 200  layer 4: 3 of 8 experts received < 1 % of tokens for 200 steps") == 1
+
+
+# --- which tokens each expert likes ----------------------------------------------------------------
+
+
+def validation(folder: Path, n_positions: int) -> Batches:
+    """A text whose last window is partly empty."""
+    path = folder / "text.txt"
+    path.write_text("the cat and the dog; naïve 日本\n\tthe end\n" * 40 + "x")
+    return Batches(read([str(path)], "text", tokenizers.byte()), n_positions=n_positions, seed=None)
+
+
+def router_model(isolate_documents: bool = False) -> GPT:
+    """Three layers, the second and the third with experts that are not equally busy."""
+    config = ModelConfig.model_validate(
+        {
+            "n_layer": 3, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": 320,
+            "isolate_documents": isolate_documents,
+            "blocks": [{}, {"ffn": MOE}, {"ffn": MOE | {"n_experts": 6, "top_k": 1}}],
+        }
+    )  # fmt: skip
+    model = GPT(config).init_weights(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(10)
+    return model
+
+
+def journeys(model: GPT, batches: Batches, end_of_text: int) -> dict[int, Counter]:
+    """How often each (token, expert) is, a window at a time and as a hook on each layer sees it."""
+    seen: dict[int, Counter] = {}
+
+    def hook(layer: int):
+        def see(_module, _inputs, output):
+            for token, target, experts in zip(tokens[0], targets[0], output[1].expert_NK.tolist(), strict=True):
+                if target >= 0:
+                    seen.setdefault(layer, Counter()).update((int(token), expert) for expert in experts)
+
+        return see
+
+    for layer, block in enumerate(model.blocks):
+        if isinstance(block.ffn, MoE):
+            block.ffn.register_forward_hook(hook(layer))
+    for window in range(batches.n_samples):
+        tokens, targets = batches.samples([window])
+        model(**model_inputs(model, tokens, targets, end_of_text), n_targets=1)
+    return seen
+
+
+def liked_by(expert: int, counts: Counter, top_k: int, n_ids: int) -> list[tuple[int, float, int]]:
+    """(token, lift, times sent here), from the words: share of the token's journeys over that of all journeys."""
+    of_token, of_expert = Counter(), Counter()
+    for (token, to), n in counts.items():
+        of_token[token] += n
+        of_expert[to] += n
+    total = sum(of_token.values())
+    frequent = sorted(of_token, key=lambda token: (-of_token[token], token))[:n_ids]
+    found = [
+        (token, counts[token, expert] / of_token[token] / (of_expert[expert] / total), counts[token, expert])
+        for token in frequent
+        if of_token[token] >= 5 * top_k and of_expert[expert]
+    ]
+    return sorted((one for one in found if one[1] > 1), key=lambda one: (-one[1], -one[2], one[0]))[:8]
+
+
+@pytest.mark.parametrize(("isolate", "n_ids"), [(False, 4096), (False, 9), (True, 4096)])
+def test_the_tokens_that_experts_like_are_those_that_a_loop_over_the_text_finds(tmp_path, monkeypatch, isolate, n_ids):
+    monkeypatch.setattr(preferences, "MOST_IDS", n_ids)
+    model, batches, tokenizer = router_model(isolate), validation(tmp_path, 32), tokenizers.byte()
+    write_preferences(
+        tmp_path / "experts.json", model, batches, tokenizer, EvalConfig(tokens=None), micro_batch=3, step=7
+    )
+    found = json.loads((tmp_path / "experts.json").read_text())
+    assert (found["step"], found["n_tokens"], found["seen_at_least"]) == (7, batches.split.n_tokens - 1, 5)
+    assert [(layer["layer"], layer["n_experts"]) for layer in found["layers"]] == [(1, 4), (2, 6)]
+    seen = journeys(model, batches, tokenizer.end_of_text)
+    for layer in found["layers"]:
+        for expert, ours in enumerate(layer["liked"]):
+            theirs = liked_by(expert, seen[layer["layer"]], {1: 2, 2: 1}[layer["layer"]], n_ids)
+            assert [token["sent"] for token in ours] == [sent for _, _, sent in theirs]
+            assert [token["lift"] for token in ours] == pytest.approx([lift for _, lift, _ in theirs], abs=1e-3)
+            assert [token["text"] for token in ours] == spelled(tokenizer, np.array([t for t, _, _ in theirs], int))
+    assert sum(bool(tokens) for layer in found["layers"] for tokens in layer["liked"]) >= 6
+
+
+def test_what_an_expert_likes_is_not_what_is_frequent():
+    counts_SE = np.array([[1000, 1000], [90, 10], [0, 20], [500, 580]])  # of the last, the others, nothing is named
+    assert [[slot for slot, _, _ in of_expert] for of_expert in liked(counts_SE)] == [[1, 0], [2]]
+    (_, lift, sent), _ = liked(counts_SE)[0]
+    assert (lift, sent) == (pytest.approx(0.9 / (1590 / 3200)), 90)
+
+
+def test_an_expert_that_gets_nothing_likes_nothing():
+    assert liked(np.array([[5, 0], [5, 0]])) == [[], []]
+
+
+def test_tokens_are_spelled_as_text_or_as_the_bytes_that_they_are():
+    tokenizer = tokenizers.byte()
+    ids = np.array([ord("a"), ord("\n"), 0xE2, tokenizer.end_of_text])
+    assert spelled(tokenizer, ids) == ["a", "\n", "\\xe2", "<|endoftext|>"]
+    bpe = tokenizers.train_bpe(["naïve naïve café"] * 9, 300)
+    ids = bpe.encode("naïve café")
+    assert "".join(spelled(bpe, ids)) == "naïve café"
+
+
+def test_a_large_model_has_a_bounded_table():
+    config = ModelConfig.model_validate({"n_layer": 48, "blocks": [{}, {"ffn": MOE | {"n_experts": 256}}]})
+    layers = watched(config)
+    assert len(layers) == 12 and set(layers.values()) == {256}
+    assert min(layers) == 1 and max(layers) == 47 and all(layer % 2 for layer in layers)
+    assert len(liked(np.random.default_rng(0).integers(1, 9, (10, 256)))) == 64
+
+
+def test_looking_leaves_the_model_and_the_random_numbers_alone(tmp_path):
+    model = router_model()
+    state, weights = torch.get_rng_state(), {name: value.clone() for name, value in model.state_dict().items()}
+    write_preferences(
+        tmp_path / "e.json", model, validation(tmp_path, 32), tokenizers.byte(), EvalConfig(), micro_batch=4, step=1
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+# --- whole runs ------------------------------------------------------------------------------------
+
+
+def model_of(*blocks: dict) -> dict:
+    return {"n_layer": len(blocks), "n_head": 2, "n_embd": 16, "n_positions": 32, "blocks": list(blocks)}
+
+
+def test_a_run_ends_with_its_experts_in_the_report_and_the_summary(run, capsys):
+    folder = run(model=model_of({}, {"ffn": MOE | {"capacity_factor": 0.5}}))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {key: summary[key] for key in ("expert_load_max", "expert_entropy", "dead_experts")} == {
+        key: rows[-1][key] for key in ("expert_load_max", "expert_entropy", "dead_experts")
+    }
+    assert json.loads((folder / "run.json").read_text())["moe_layers"] == [1]
+    page = Page(folder / "report.html")
+    assert page.of("th") == ["1", "2", "3", "4", "layer 2"] and page.of("summary") == ["layer 2"]
+    assert any("after step 8 over 512 tokens" in text for text in page.of("p"))
+    assert page.of("code")
+    assert "Dropped" in page.of("b")
+    promise = "0.5: drops tokens, so micro-batch and ranks change what is computed"
+    assert promise in page.of("dd")
+    assert re.search(rf"^capacity +{promise}$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_dense_run_leaves_nothing_of_experts(run, capsys):
+    folder = run(model=model_of({}))
+    assert not (folder / "experts.json").exists()
+    assert not any("expert" in key for key in json.loads((folder / "summary.json").read_text()))
+    page = Page(folder / "report.html")
+    assert page.of("summary") == page.of("code") == page.of("th") == []
+    assert not re.search("^capacity", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_without_a_capacity_nothing_is_said_of_drops(run, capsys):
+    page = Page(run() / "report.html")
+    assert "Dropped" not in page.of("b")
+    assert not re.search("^capacity", capsys.readouterr().out, re.MULTILINE)
