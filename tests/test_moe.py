@@ -79,7 +79,7 @@ def outputs(function, moe, x):
         {"n_experts": 16, "top_k": 5, "hidden": 8},
         {"n_shared": 2, "hidden": 8},
         {"n_shared": 1, "hidden": 8, "gated": True, "activation": "silu"},
-        {"scoring": "sigmoid", "route_scale": 2.5},
+        {"scoring": "sigmoid", "route_scale": 2.5, "n_shared": 1},
         {"scoring": "sigmoid", "renormalize": False, "n_shared": 1},
     ],
     ids=str,
