@@ -8,6 +8,7 @@ from training.logging.charts import Curve, chart, noisy, points, smoothed
 from training.logging.format import layer_name, number, share, visible
 
 RECENT_STEPS = 50  # that expert load "at the end" is a mean of
+LAYER_POINTS = 400  # of a layer's curve, and all the first ones, which a logarithmic axis shows
 
 
 def routing(rows: list[dict], moe_layers: list[int] | None) -> dict[str, Any] | None:
@@ -99,8 +100,9 @@ def by_layer(values: dict[int, list[float | None]], names: list[str]) -> list[Cu
     curves = []
     for layer, name in enumerate(names):
         found = [(step, layers[layer]) for step, layers in values.items() if layers[layer] is not None]
-        smooth = list(smoothed(found, len(found) // 200))
-        curves.append(Curve(name, "layer", smooth, 100 * layer // max(len(names) - 1, 1)))
+        apart, smooth = max(len(found) // LAYER_POINTS, 1), smoothed(found, len(found) // 200)
+        kept = [point for i, point in enumerate(smooth) if i < LAYER_POINTS or (len(found) - 1 - i) % apart == 0]
+        curves.append(Curve(name, "layer", kept, 100 * layer // max(len(names) - 1, 1)))
     return curves
 
 
