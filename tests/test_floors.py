@@ -21,6 +21,7 @@ FLOORS = [
         "metrics",
         "preferences",
         "initial",
+        "upcycle",
         "restart",
         "trained",
         "prepare",

@@ -52,7 +52,7 @@ def begun(config) -> GPT:
     """The model that a run with these options begins with."""
     config = initial.options(config)
     model = GPT(config.model)
-    model.load_state_dict(model.state_dict() | initial.weights(config))
+    model.load_state_dict(model.state_dict() | initial.named(config)[1])
     return model
 
 
@@ -128,7 +128,7 @@ def test_starting_over_asks_the_folder_again(run, folder):
         ({"blocks": [{"mixer": {"n_kv_head": 1}}]}, "mixer.n_kv_head of layer 0 is 1, and PATH has 2"),
         ({"blocks": [{}, {"mixer": {"window": 8}}]}, "mixer.window of layer 1 is 8, and PATH has None"),
         ({"blocks": [{"mixer": {"type": "latent"}}]}, "mixer.type of layer 0 is latent, and PATH has attention"),
-        ({"blocks": [{"ffn": {"type": "moe"}}]}, "ffn.type of layer 0 is moe, and PATH has mlp"),
+        ({"blocks": [{"ffn": {"type": "moe", "hidden": 24}}]}, "ffn.hidden of layer 0 is 24, which does not divide"),
         ({"blocks": [{"ffn": {"hidden": 48}}]}, "ffn.hidden of layer 0 is 48, and PATH has 64"),
     ],
     ids=str,
@@ -207,7 +207,7 @@ def test_every_file_that_init_from_needs_is_there_in_the_repository(config, fold
     (path / "model.safetensors").rename(path / "elsewhere")
     assert initial.options(asked).model.n_embd == 16  # config.json is all that it reads
     with pytest.raises(UserError, match=r"no model.safetensors"):
-        initial.weights(initial.options(asked))
+        initial.named(initial.options(asked))
 
 
 # --- folders that cannot be used -------------------------------------------------------------------
@@ -337,7 +337,7 @@ from training.config import Config
 from training.errors import UserError
 options = {options(model={})!r}
 config = initial.options(Config.model_validate(options | {{"init_from": "someone/tiny"}}))
-print(config.model.n_embd, len(initial.weights(config)))
+print(config.model.n_embd, len(initial.named(config)[1]))
 for name in ("someone/else", "some/where/else", "./tiny", "tiny"):
     try:
         initial.options(Config.model_validate(options | {{"init_from": name}}))

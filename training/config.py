@@ -405,7 +405,14 @@ class Config(Section):
         "auto", "type of the matrix products; auto: bf16 where the device has units for it, else fp32"
     )
     init_from: str | None = option(
-        None, "weights and sizes to begin with: a Hugging Face folder, or a name on the hub", min_length=1
+        None,
+        "weights and sizes to begin with: a finished run, a Hugging Face folder or a name on the hub",
+        min_length=1,
+    )
+    upcycle_noise: float | None = option(
+        None,
+        "noise on the experts that init_from's dense layers become, relative to their weights; null: none",
+        gt=0,
     )
     model: ModelConfig = option(ModelConfig(), "the network")
     data: DataConfig = option(..., "what it reads")
@@ -423,6 +430,8 @@ class Config(Section):
                 "batch_tokens",
                 f"{self.batch_tokens} is not a multiple of model.n_positions {self.model.n_positions}",
             )
+        if self.upcycle_noise is not None and self.init_from is None:
+            yield "upcycle_noise", "there is no init_from whose layers could become experts"
         if self.schedule.warmup_steps >= self.steps:
             yield "schedule.warmup_steps", f"{self.schedule.warmup_steps} is not below steps {self.steps}"
         decay = getattr(self.schedule, "decay_steps", 0)

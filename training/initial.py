@@ -1,29 +1,37 @@
 """What `init_from` names: the sizes and the weights that a run begins with.
 
 The folder's own model is taken whole. Options that are given may repeat it; they may differ only in what leaves it
-the same model to begin with: a shorter context, more rows for the vocabulary, how documents are packed, and how
-experts are balanced. Once a run has begun, its own folder says all that is asked here.
+the same model to begin with: a shorter context, more rows for the vocabulary, how documents are packed, how experts
+are balanced, and experts in place of a dense layer (`upcycle.py`). Once a run has begun, its own folder says all that
+is asked here.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from training import cli, restart
+from training import cli, restart, upcycle
 from training.config import Config, ModelConfig
 from training.errors import UserError
-from training.model import hf
+from training.kernels.attention import Documents, documents
+from training.model import GPT, hf
 from training.model.hf.layers import pattern, written_out
+
+if TYPE_CHECKING:
+    from training.run import Run
 
 # Of training; no part of the model.
 BALANCING = {"balance", "bias_rate", "switch_weight", "z_loss_weight", "jitter", "capacity_factor"}
+SAMPLES, TOKENS = 16, 4096  # at most, that upcycling is checked on
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -37,8 +45,10 @@ def options(config: Config, *, fresh: bool = False) -> Config:
         return config
     begun = None if fresh else _begun(config)
     if begun is None:
-        _, theirs = hf.read_config(_folder(config.init_from, ["*.json"]), hf.READABLE)
+        _, theirs = hf.read_config(_folder(config, ["*.json"]), hf.READABLE)
         model = _fitted(config.model, theirs, config.init_from)
+        if config.upcycle_noise is not None and not upcycle.layers(theirs, model):
+            raise UserError(f"upcycle_noise: no layer that is dense in {config.init_from} is to become experts")
     else:
         model = _fitted(config.model, begun, f"{restart.folder_of(config)}")
     try:
@@ -47,12 +57,66 @@ def options(config: Config, *, fresh: bool = False) -> Config:
         raise UserError(f"init_from {config.init_from}: {hf.one_line(error)}") from None
 
 
-def weights(config: Config) -> dict[str, Tensor]:
-    """The weights of `init_from`, float32, in the sizes that `options` gave the model.
+def start(run: Run) -> None:
+    """Give a run's model the weights of `init_from`; where layers are upcycled, see that this changed nothing.
+
+    Raises UserError where it did.
+    """
+    config = run.config
+    theirs, found = named(config)
+    if upcycle.layers(theirs, config.model):
+        found = _upcycled(run, theirs, found)
+    run.model.load_state_dict(run.model.state_dict() | found)
+
+
+def _upcycled(run: Run, theirs: ModelConfig, dense: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the run's model, made of a dense one's; what this changed is said on standard error."""
+    config = run.config
+    cut = upcycle.layers(theirs, config.model)
+    found = upcycle.weights(dense, theirs, config.model, run.model.state_dict())
+    # float64: in float32, rounding alone changes the logits of a model like GPT-2 by 1e-3.
+    before, after = (GPT(model, dtype=torch.float64).to(_device(run)) for model in (theirs, config.model))
+    before.load_state_dict(before.state_dict() | dense)
+    after.load_state_dict(after.state_dict() | found)
+    samples = list(_samples(run))
+    change = upcycle.compare(before, after, samples)
+    lines = [f"upcycled {config.init_from}: {upcycle.described(cut)}; {change}"]
+    if not change.preserved:
+        raise UserError(f"{lines[0]}: more than rounding explains ({upcycle.ALLOWED:g}), so nothing is begun")
+    if config.upcycle_noise is not None:
+        found = upcycle.noisy(found, cut, config.upcycle_noise, config.seed)
+        after.load_state_dict(after.state_dict() | found)
+        lines.append(
+            f"with noise {config.upcycle_noise:g}: loss {upcycle.compare(before, after, samples).loss_after:.4f}"
+        )
+    if run.world.main:
+        print(*lines, sep="\n", file=sys.stderr)
+    return found
+
+
+def _device(run: Run) -> torch.device:
+    """The run's, where that has float64."""
+    return torch.device("cpu") if run.world.device.type == "mps" else run.world.device
+
+
+def _samples(run: Run) -> Iterator[upcycle.Sample]:
+    """Samples of the validation set, spread evenly over it."""
+    batches, model, device = run.val_batches, run.config.model, _device(run)
+    n_samples = max(1, min(SAMPLES, TOKENS // model.n_positions, batches.n_samples))
+    for window in np.arange(n_samples) * batches.n_samples // n_samples:
+        tokens_BT, targets_BT = map(torch.from_numpy, batches.samples([window]))
+        apart = None
+        if model.isolate_documents:
+            apart = Documents(*(t.to(device) for t in documents(tokens_BT, run.dataset.tokenizer.end_of_text)))
+        yield tokens_BT.to(device), targets_BT.to(device), apart
+
+
+def named(config: Config) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The model of `init_from` in the sizes that `options` gave ours: its configuration, and its weights, float32.
 
     Rows beyond the folder's vocabulary are the mean of its rows: tokens that are as likely as any, to begin with.
     """
-    folder = _folder(config.init_from, ["*.json", "*.safetensors"])
+    folder = _folder(config, ["*.json", "*.safetensors"])
     architecture, theirs = hf.read_config(folder, hf.READABLE)
     _fitted(config.model, theirs, config.init_from)
     found = hf.read_weights(folder, architecture, theirs)
@@ -62,7 +126,7 @@ def weights(config: Config) -> dict[str, Tensor]:
         mean_C = found[name].mean(dim=0, dtype=torch.float64).float()  # float64: the same on any number of threads
         n_new = config.model.vocab_size - theirs.vocab_size
         found[name] = torch.cat([found[name], mean_C.expand(n_new, -1)])
-    return found
+    return config.model.model_copy(update={"blocks": theirs.blocks}), found
 
 
 def _begun(config: Config) -> ModelConfig | None:
@@ -74,11 +138,24 @@ def _begun(config: Config) -> ModelConfig | None:
     return begun.model if begun.init_from == config.init_from else None
 
 
-def _folder(name: str, patterns: list[str]) -> Path:
-    """The local folder, or else the hub's files that match, downloaded. Raises UserError where there is neither."""
+def _folder(config: Config, patterns: list[str]) -> Path:
+    """The local folder, of a run its model's, or else the hub's files that match, downloaded.
+
+    Raises UserError where there is neither.
+    """
+    name = config.init_from
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if folder.resolve().is_relative_to(restart.folder_of(config).resolve()):
+        raise UserError(f"init_from {name}: this run cannot begin with itself; choose another --name")
+    if folder.is_dir() and ((folder / "config.json").exists() or not (folder / "config.yaml").exists()):
         return folder
+    if folder.is_dir():
+        if not (folder / "model").is_dir():
+            raise UserError(
+                f"init_from {name}: this run is not finished and has no model; let it finish, or name the folder that "
+                f"`python -m training.export --run {name}` writes"
+            )
+        return folder / "model"
     if folder.exists() or not HUB_NAME.fullmatch(name):
         raise UserError(f"init_from {name}: no such folder")
     from huggingface_hub import snapshot_download
@@ -115,12 +192,16 @@ def _fitted_blocks(given: ModelConfig, theirs: ModelConfig, where: str) -> Itera
     given = given.model_copy(update=sizes)
     layers = zip(given.layers(), written_out(given), theirs.layers(), written_out(theirs), strict=True)
     for i, (asked, mine, block, known) in enumerate(layers):
-        for part in sorted(asked.model_fields_set & {"mixer", "ffn"}):
+        experts = (mine.ffn.type, known.ffn.type) == ("moe", "mlp")
+        for part in sorted(asked.model_fields_set & ({"mixer"} if experts else {"mixer", "ffn"})):
             for name in ("type", *sorted(getattr(asked, part).model_fields_set - BALANCING)):
                 one, other = (getattr(getattr(layer, part), name) for layer in (mine, known))
                 if one != other:
                     raise UserError(
                         f"model.blocks: {part}.{name} of layer {i} is {one}, and {where} has {other}; leave it out"
                     )
-        balancing = {name: getattr(asked.ffn, name) for name in asked.ffn.model_fields_set & BALANCING}
-        yield {"mixer": block.mixer.model_dump(), "ffn": block.ffn.model_dump() | balancing}
+        if experts:
+            ffn = upcycle.fitted(asked.ffn, known.ffn, theirs.n_embd, i, where).model_dump()
+        else:
+            ffn = block.ffn.model_dump() | {n: getattr(asked.ffn, n) for n in asked.ffn.model_fields_set & BALANCING}
+        yield {"mixer": block.mixer.model_dump(), "ffn": ffn}

@@ -106,7 +106,7 @@ def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
     if found is not None:
         restore(run, found, own)
     elif config.init_from is not None:
-        model.load_state_dict(model.state_dict() | initial.weights(config))
+        initial.start(run)
     if world.main:
         open_logs(run)
     if config.parallel.compile:

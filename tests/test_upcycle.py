@@ -1,0 +1,363 @@
+"""A dense model begun as a Mixture of Experts: the same function, however it is cut, and a run from there on."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import rows, tensors
+from safetensors.torch import load_file
+from test_hf import perturbed
+from test_initial import SMALL, STILL
+from test_restart import flip_a_bit
+
+from training import initial, train, upcycle
+from training.config import ModelConfig
+from training.errors import UserError
+from training.model import GPT, hf
+
+SIZES = SMALL | {"vocab_size": 257}
+COPIES = {"type": "moe", "n_experts": 4, "top_k": 2, "hidden": 64}
+FINE = COPIES | {"hidden": 32}  # of the dense layer's 64
+SWIGLU = {"type": "mlp", "hidden": 48, "activation": "silu", "gated": True}
+RELU2 = {"type": "mlp", "hidden": 48, "activation": "relu2"}
+LINE = re.compile(
+    r"upcycled (\S+): (.*); loss (\d\.\d{4}) before, (\d\.\d{4}) after, largest difference of a logit (\d\.\de[-+]\d\d)\n"
+)
+
+# name: (options of the model, the dense layer, the experts, G)
+CASES = {
+    "copies": ({}, {}, COPIES, 1),
+    "one expert a token": ({}, {}, COPIES | {"top_k": 1}, 1),
+    "halves": ({}, {}, FINE, 2),
+    "eighths, two groups of three": ({}, {}, FINE | {"n_experts": 24, "top_k": 16, "hidden": 8}, 8),
+    "thirds": ({}, RELU2, FINE | {"n_experts": 9, "top_k": 3, "hidden": 16}, 3),
+    "no biases": ({"bias": False}, {}, FINE, 2),
+    "SwiGLU": ({}, SWIGLU, FINE | {"hidden": 24}, 2),
+    "SwiGLU, no biases, shared": ({"bias": False, "norm": "rmsnorm"}, SWIGLU, FINE | {"hidden": 16, "n_shared": 1}, 2),
+    "relu2, shared": ({}, RELU2, FINE | {"hidden": 16, "n_shared": 1}, 2),
+    "two shared beside copies": ({}, RELU2, COPIES | {"hidden": 16, "n_shared": 2}, 1),
+    "sigmoid": ({}, {}, FINE | {"scoring": "sigmoid"}, 2),
+    "sigmoid, scaled": ({}, {}, FINE | {"scoring": "sigmoid", "route_scale": 2.5, "hidden": 16, "top_k": 4}, 4),
+    "copies, scaled": ({}, {}, COPIES | {"route_scale": 2.5}, 1),
+    "scaled, shared": ({}, SWIGLU, FINE | {"route_scale": 0.7, "hidden": 16, "n_shared": 1}, 2),
+}
+
+
+def upcycled(model: dict, mlp: dict, moe: dict, every: int = 1) -> tuple[GPT, GPT]:
+    """A dense model with random weights, no bias zero, and what it becomes; float64."""
+    moe = moe | {name: mlp[name] for name in ("activation", "gated") if name in mlp}
+    theirs = ModelConfig.model_validate(SIZES | model | {"blocks": [{"ffn": mlp}]})
+    ours = ModelConfig.model_validate(SIZES | model | {"blocks": [{"ffn": mlp}] * (every - 1) + [{"ffn": moe}]})
+    dense = perturbed(GPT(theirs, dtype=torch.float64).init_weights(0))
+    experts = GPT(ours, dtype=torch.float64).init_weights(1)
+    made = upcycle.weights(dense.state_dict(), theirs, ours, experts.state_dict())
+    experts.load_state_dict(experts.state_dict() | made)
+    return dense, experts
+
+
+def tokens(rows: int = 2) -> torch.Tensor:
+    return torch.randint(0, 257, (rows, 32), generator=torch.Generator().manual_seed(2))
+
+
+def backward(model: GPT) -> torch.Tensor:
+    """The logits, with the gradients of a loss in `grad`."""
+    logits_BTV = model.logits(tokens())
+    torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), tokens().roll(-1, 1).flatten()).backward()
+    return logits_BTV.detach()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_function_and_its_gradients_are_the_dense_models(name):
+    model, mlp, moe, n_routed = CASES[name]
+    dense, experts = upcycled(model, mlp, moe)
+    logits = backward(dense)
+    torch.testing.assert_close(backward(experts), logits, rtol=0, atol=1e-6)
+    for one, other in ((dense.wte, experts.wte), (dense.blocks[0].mixer.out, experts.blocks[0].mixer.out)):
+        torch.testing.assert_close(other.weight.grad, one.weight.grad, rtol=1e-4, atol=1e-8)
+    for block, known in zip(experts.blocks, dense.blocks, strict=True):  # what copies get is what the one got
+        n_shared = moe.get("n_shared", 0)
+        first = n_shared * moe["hidden"]
+        up = block.ffn.experts.up.grad.unflatten(0, (-1, n_routed)).sum(0).flatten(0, 1)
+        torch.testing.assert_close(up, known.ffn.up.weight.grad[first:], rtol=1e-4, atol=1e-8)
+        if n_shared:
+            torch.testing.assert_close(block.ffn.shared.up.weight.grad, known.ffn.up.weight.grad[:first])
+
+
+def test_experts_may_stand_in_every_second_layer():
+    dense, experts = upcycled({}, {}, FINE, every=2)
+    assert [block.ffn.type for block in experts.config.layers()] == ["mlp", "moe"]
+    torch.testing.assert_close(experts.logits(tokens()), dense.logits(tokens()), rtol=0, atol=1e-6)
+
+
+def test_every_group_holds_every_shard_and_has_a_row_of_its_own():
+    dense, experts = upcycled({}, {}, FINE)
+    ffn = experts.blocks[0].ffn
+    for group in (0, 2):
+        assert torch.equal(ffn.experts.up[group : group + 2].flatten(0, 1), dense.blocks[0].ffn.up.weight)
+        assert torch.equal(ffn.router.weight[group], ffn.router.weight[group + 1])
+    assert not torch.equal(ffn.router.weight[0], ffn.router.weight[2])
+
+
+def test_tokens_that_get_parts_of_groups_are_counted_and_not_compared():
+    dense, experts = upcycled({}, {}, FINE | {"n_experts": 6, "scoring": "sigmoid"})
+    row_C = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    row_C *= 8 / row_C.norm()  # so large that some sigmoids are 1 to the last bit
+    experts.blocks[1].ffn.router.weight.data = torch.stack([n * row_C for n in (1, 1, 2, 2, 3, 3)])
+    samples = [(row[None], row[None], None) for row in tokens(4)]
+    change = upcycle.compare(dense, experts, samples)
+    assert 0 < change.n_torn < change.n_tokens == 128
+    assert change.difference < 1e-6
+    assert (dense.logits(tokens(4)) - experts.logits(tokens(4))).abs().max() > 0.1
+    assert not change.preserved  # that many are no chance
+    assert change._replace(n_torn=1, n_tokens=4096).preserved
+
+
+# --- runs ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dense(run):
+    """The folder of a finished dense run."""
+    return run(name="dense", model=SIZES, steps=4)
+
+
+def asked(folder, ffn=FINE, **changes) -> dict:
+    return {"model": {"blocks": [{"ffn": ffn}]}, "init_from": str(folder)} | changes
+
+
+def figures(folder) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("ffn", "words"),
+    [
+        (COPIES, "2 layers of 4 experts, copies"),
+        (FINE, "2 layers of 4 experts, 2 groups of 2 shards"),
+        (FINE | {"hidden": 16, "n_shared": 2}, "2 layers of 4 experts, 2 groups of 2 shards and 2 shared"),
+    ],
+    ids=str,
+)
+def test_a_run_begins_with_another_as_experts(run, dense, capsys, ffn, words):
+    capsys.readouterr()
+    left = run(**asked(dense, ffn, optim=STILL))
+    folder, cut, before, after, difference = LINE.fullmatch(capsys.readouterr().err).groups()
+    assert (folder, cut, before) == (str(dense), words, after)
+    assert float(difference) < 1e-5
+    assert figures(left)["val_loss"] == pytest.approx(figures(dense)["val_loss"], abs=1e-5)
+    assert figures(left)["parameters"] > figures(dense)["parameters"]
+
+
+def test_only_layers_that_are_dense_there_become_experts(run, dense, capsys):
+    still = {"init_from": str(dense), "optim": STILL}
+    first = run(name="first", model={"blocks": [{"ffn": COPIES}, {}]}, **still)
+    capsys.readouterr()
+    left = run(name="then", model={"blocks": [{}, {"ffn": FINE}]}, init_from=str(first), optim=STILL)
+    assert "1 layers of 4 experts, 2 groups" in capsys.readouterr().err
+    found = hf.read_config(left / "model", hf.READABLE)[1]
+    assert [block.ffn.hidden for block in found.layers()] == [64, 32]
+    assert figures(left)["val_loss"] == pytest.approx(figures(first)["val_loss"], abs=1e-5)
+
+
+def test_a_gpt2_of_transformers_becomes_experts(run, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": 257}
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.2)).eval()
+    theirs.save_pretrained(tmp_path / "gpt2")
+    left = run(**asked(tmp_path / "gpt2", optim=STILL, steps=3))
+    architecture, config = hf.read_config(left / "model", hf.READABLE)
+    ours = GPT(config)
+    ours.load_state_dict(hf.read_weights(left / "model", architecture, config))
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(tokens()), theirs(tokens()).logits, rtol=0, atol=1e-4)
+
+
+def test_documents_apart_are_compared_apart(run, dense, capsys):
+    model = {"isolate_documents": True, "blocks": [{"ffn": FINE}]}
+    run(model=model, init_from=str(dense), steps=3)
+    assert LINE.search(capsys.readouterr().err)
+
+
+def test_two_starts_are_the_same_and_a_restart_needs_no_folder(run, dense, capsys):
+    options = asked(dense, upcycle_noise=0.1)
+    one, other = run(name="one", **options), run(name="other", **options)
+    assert tensors(one, 8) == tensors(other, 8) and rows(one) == rows(other)
+    capsys.readouterr()
+    before = tensors(one, 8), rows(one)
+    flip_a_bit(one / "checkpoints/step-00000008/model.safetensors")
+    shutil.rmtree(dense)
+    run(name="one", **options)
+    assert (tensors(one, 8), rows(one)) == before
+    assert "upcycled" not in capsys.readouterr().err
+    with pytest.raises(UserError, match=f"init_from {dense}: no such folder"):
+        run(name="one", **options, resume="never")
+
+
+def test_copies_part_as_training_goes_on(run, dense):
+    left = run(**asked(dense, COPIES))
+    weights = load_file(left / "checkpoints/step-00000008/model.safetensors")
+    for layer in (0, 1):
+        first, *others = weights[f"blocks.{layer}.ffn.experts.up"]
+        assert all((other - first).norm() > 1e-3 * first.norm() for other in others)
+
+
+def test_noise_tells_copies_apart_after_the_check(run, dense, capsys):
+    capsys.readouterr()
+    options = asked(dense, COPIES, optim=STILL, steps=3)
+    still, noisy, other = (
+        load_file(run(name=name, **options, **more) / "checkpoints/step-00000003/model.safetensors")
+        for name, more in (
+            ("still", {}),
+            ("noisy", {"upcycle_noise": 0.2}),
+            ("seed", {"upcycle_noise": 0.2, "seed": 1}),
+        )
+    )
+    lines = capsys.readouterr().err.splitlines(keepends=True)
+    assert [bool(LINE.fullmatch(line)) for line in lines] == [True, True, False, True, False]
+    before, after = LINE.fullmatch(lines[1])[4], re.fullmatch(r"with noise 0.2: loss (\d\.\d{4})\n", lines[2])[1]
+    assert after != before
+    for name, tensor in still.items():
+        difference = noisy[name] - tensor
+        if not re.search(r"experts\.(up|down)$", name):
+            assert name.endswith(("load", "selection_bias")) or not difference.any(), name
+            continue
+        assert difference.std().item() == pytest.approx(0.2 * tensor.std().item(), rel=0.1), name
+        first, *others = difference
+        assert not any(torch.equal(first, one) for one in others)
+        assert not torch.equal(noisy[name], other[name])
+
+
+# --- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ffn", "words"),
+    [
+        (
+            {"hidden": 48},
+            "ffn.hidden of layer 0 is 48, which does not divide the dense layer's 64 in PATH: use 64 or 32",
+        ),
+        ({"hidden": 128}, "ffn.hidden of layer 0 is 128, which does not divide the dense layer's 64"),
+        (
+            {"hidden": 16},
+            "ffn.hidden of layer 0 is 16, which cuts the dense layer's 64 in PATH in 4 shards, 0 for shared experts; "
+            "the other 4 must divide top_k 2 and n_experts 4: use 64 or 32",
+        ),
+        (
+            {"hidden": 32, "n_experts": 6, "top_k": 3},
+            "2 shards, 0 for shared experts; the other 2 must divide top_k 3 and n_experts 6: use 64",
+        ),
+        ({"n_shared": 1}, "1 shards, 1 for shared experts; and leaves none to choose: use 32"),
+        ({"n_shared": 6, "hidden": 8, "top_k": 1}, "the other 2 must divide top_k 1 and n_experts 4: no width fits"),
+        ({"renormalize": False}, "ffn.renormalize of layer 0 is false: upcycling PATH needs true"),
+        ({"activation": "silu"}, "ffn.activation of layer 0 is silu, and PATH has gelu_tanh; leave it out"),
+        ({"gated": True}, "ffn.gated of layer 0 is True, and PATH has False; leave it out"),
+    ],
+    ids=str,
+)
+def test_experts_that_cannot_compute_the_same_are_one_line_and_status_2(
+    options, tmp_path, capsys, config, pretrained, ffn, words
+):
+    with pytest.raises(UserError) as raised:
+        initial.options(config(**asked(pretrained, COPIES | ffn)))
+    assert words.replace("PATH", str(pretrained)) in str(raised.value)
+    text = json.dumps(options(**asked(pretrained, COPIES | ffn)))
+    (tmp_path / "one.yaml").write_text(text)
+    assert train.main(["--config", str(tmp_path / "one.yaml")]) == 2
+    assert capsys.readouterr().err == f"error: {raised.value}\n"
+    assert not (tmp_path / "runs/small").exists()
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """A folder with a dense model."""
+    config = ModelConfig.model_validate(SIZES)
+    hf.write(tmp_path / "pretrained", GPT(config).init_weights(0).state_dict(), config, end_of_text=256)
+    return tmp_path / "pretrained"
+
+
+def test_a_hidden_width_of_null_is_four_times_the_models(config, pretrained):
+    ffn = {"type": "moe", "n_experts": 4}
+    model = initial.options(config(**asked(pretrained, ffn))).model
+    assert upcycle.layers(ModelConfig.model_validate(SIZES), model)[1][1] == 1
+    made = initial.options(config(**asked(pretrained, ffn | {"hidden": 32}))).model
+    assert upcycle.layers(ModelConfig.model_validate(SIZES), made)[1][1] == 2
+
+
+def by(change: float):
+    def planted(found: dict) -> None:
+        found["blocks.1.ffn.experts.down_bias"][:, 0] += change
+
+    return planted
+
+
+def ungrouped(found: dict) -> None:
+    rows_EC = found["blocks.1.ffn.router.weight"]
+    rows_EC[1] = -rows_EC[0]
+
+
+@pytest.mark.parametrize(
+    ("planted", "words"),
+    [
+        (by(1e-3), r"largest difference of a logit \d\.\de-0[34]: more than rounding explains \(0.0001\)"),
+        (by(float("nan")), "largest difference of a logit nan: more than"),
+        (ungrouped, r"\d+ of 512 tokens torn between equal scores: more than"),
+    ],
+    ids=["1e-3", "nan", "ungrouped"],
+)
+def test_a_function_that_changed_is_refused_by_the_check(
+    options, pretrained, tmp_path, capsys, monkeypatch, planted, words
+):
+    correct = upcycle.weights
+
+    def wrong(*given) -> dict:
+        found = correct(*given)
+        planted(found)
+        return found
+
+    monkeypatch.setattr(upcycle, "weights", wrong)
+    file = tmp_path / "one.yaml"
+    file.write_text(json.dumps(options(**asked(pretrained))))
+    assert train.main(["--config", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: upcycled {pretrained}: ") and error.count("\n") == 1
+    assert re.search(words, error)
+    assert not (tmp_path / "runs/small").exists()
+
+
+def test_a_run_that_is_not_finished_is_not_begun_with(config, dense):
+    shutil.rmtree(dense / "model")
+    with pytest.raises(UserError, match=f"init_from {dense}: this run is not finished and has no model; let it finish"):
+        initial.options(config(**asked(dense)))
+
+
+def test_a_run_does_not_begin_with_itself(config, dense):
+    for folder in (dense, dense / "model"):
+        with pytest.raises(UserError, match="this run cannot begin with itself; choose another --name"):
+            initial.options(config(**asked(folder, name="dense")), fresh=True)
+    assert dense.exists()
+
+
+def test_noise_without_a_layer_to_put_it_on_is_refused(config, options, tmp_path, capsys, pretrained):
+    with pytest.raises(UserError, match=f"upcycle_noise: no layer that is dense in {pretrained} is to become experts"):
+        initial.options(config(model={}, init_from=str(pretrained), upcycle_noise=0.1))
+    file = tmp_path / "one.yaml"
+    file.write_text(json.dumps(options(upcycle_noise=0.1)))
+    with pytest.raises(SystemExit):
+        train.main(["--config", str(file)])
+    assert "upcycle_noise: there is no init_from" in capsys.readouterr().err
+
+
+def test_an_export_of_experts_made_of_swiglu_opens_as_what_transformers_has(run):
+    mixer = {"qk_norm": True}
+    sizes = SIZES | {"position": "rope", "norm": "rmsnorm", "bias": False, "blocks": [{"mixer": mixer, "ffn": SWIGLU}]}
+    first = run(name="first", model=sizes, steps=3)
+    ffn = FINE | {"hidden": 24, "balance": "switch"}
+    left = run(name="then", **asked(first, ffn), steps=3)
+    assert json.loads((left / "model/config.json").read_text())["model_type"] == "qwen3_moe"
