@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 
-from training.config import AttentionConfig, BlockConfig, LatentConfig, MLPConfig, ModelConfig, MoEConfig
+from training.config import AttentionConfig, BlockConfig, LatentConfig, MixerConfig, MLPConfig, ModelConfig, MoEConfig
 
 
 def written_out(config: ModelConfig) -> list[BlockConfig]:
@@ -31,11 +31,11 @@ def written_out(config: ModelConfig) -> list[BlockConfig]:
     return [whole(block) for block in config.layers()]
 
 
-def other_kinds(layers: list[BlockConfig]) -> Iterator[str]:
-    """The kinds of mixers and feed-forward layers that no architecture of Transformers here has."""
+def other_kinds(layers: list[BlockConfig], attention: type[MixerConfig] = AttentionConfig) -> Iterator[str]:
+    """The kinds of mixers other than `attention`, and of feed-forward layers that no architecture here has."""
     for block in layers:
         # The very type: what is derived from a kind that is known computes something else.
-        if type(block.mixer) is not AttentionConfig:
+        if type(block.mixer) is not attention:
             yield f"{block.mixer.type} attention"
         if type(block.ffn) not in (MLPConfig, MoEConfig):
             yield f"{block.ffn.type} feed-forward layers"
