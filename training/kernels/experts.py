@@ -21,15 +21,11 @@ from torch import Tensor
 class Plan(NamedTuple):
     """Which row is whose."""
 
-    order_R: Tensor  # int64: the place of each row in (N, K); its token is order_R // K
+    order_R: Tensor  # int64: the place of each row in (N, K)
+    token_R: Tensor  # int64: its token
     inverse_NK: Tensor  # int64: the row of each token's k-th expert
     expert_R: Tensor  # int64, sorted
     ends_E: Tensor  # int32: where each expert's rows end
-
-    @property
-    def token_R(self) -> Tensor:
-        """int64: the token of each row."""
-        return self.order_R // self.inverse_NK.shape[1]
 
 
 def plan(expert_NK: Tensor, n_experts: int) -> Plan:
@@ -38,7 +34,7 @@ def plan(expert_NK: Tensor, n_experts: int) -> Plan:
     places = torch.arange(len(order_R), device=order_R.device)
     inverse_R = torch.empty_like(order_R).scatter_(0, order_R, places)
     ends_E = torch.searchsorted(expert_R, torch.arange(n_experts, device=order_R.device), right=True, out_int32=True)
-    return Plan(order_R, inverse_R.view_as(expert_NK), expert_R, ends_E)
+    return Plan(order_R, order_R // expert_NK.shape[1], inverse_R.view_as(expert_NK), expert_R, ends_E)
 
 
 class ExpertKernel(NamedTuple):

@@ -22,10 +22,6 @@ class Batch(NamedTuple):
     n_targets: int  # by which losses are divided
     key_B: Tensor | None = None  # int64: the number of each sample in the run, for what is random; None: evaluation
 
-    @property
-    def training(self) -> bool:
-        return self.key_B is not None
-
     def layer(self, index: int) -> Batch:
         """The same with keys of this layer's own."""
         return self if self.key_B is None else self._replace(key_B=self.key_B + (index << 48))

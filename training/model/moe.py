@@ -95,7 +95,7 @@ class MoE(nn.Module):
 
         rows = plan(expert_NK, section.n_experts)
         n_dropped = logits_NE.new_zeros(())
-        if section.capacity_factor is not None and batch is not None and batch.training:
+        if section.capacity_factor is not None and batch is not None and batch.key_B is not None:
             kept_NK = self._within_capacity(rows)
             weight_NK, n_dropped = weight_NK * kept_NK, (~kept_NK).sum().float()
         y_NC = self.experts(x_NC, expert_NK, weight_NK, rows)
@@ -114,7 +114,7 @@ class MoE(nn.Module):
 
     def _jittered(self, x_BTC: Tensor, batch: Batch | None) -> Tensor:
         """The router's input: in training, times noise around 1 that every token of every step has of its own."""
-        if not self.section.jitter or batch is None or not batch.training:
+        if not self.section.jitter or batch is None or batch.key_B is None:
             return x_BTC
         noise_BTC = uniform(batch.key_B, *x_BTC.shape[1:])
         return x_BTC.float() * (1 + self.section.jitter * (2 * noise_BTC - 1))
