@@ -3,7 +3,7 @@
 python -m training.export --run runs/quickstart
 
 The folder is opened in a fresh process, and its logits and a greedy continuation are compared with the trained
-model's; where they differ, no folder is left. What has a home in Transformers (gpt2, llama, qwen3, qwen3_moe) is
+model's; where they differ, no folder is left. What has a home in Transformers (the table in docs/exports.md) is
 written as that; anything else with a modeling file of its own.
 """
 
@@ -68,7 +68,7 @@ def export(run: str, out: str | None, dtype_name: str) -> list[str]:
     config, weights, tokenizer, step, _ = trained.read(run)
     n_vocab, dtype = tokenizer.vocab_size, DTYPES[dtype_name]
     rounded = GPT(config.model)
-    rounded.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()})
+    rounded.load_state_dict(hf.rounded(weights, dtype))
     try:
         with whole_folder(target) as partial:
             kind = hf.write(partial, weights, config.model, tokenizer.end_of_text, n_vocab=n_vocab, dtype=dtype)

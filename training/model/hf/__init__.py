@@ -14,15 +14,28 @@ from torch import Tensor
 from training.config import ModelConfig
 from training.model.hf import own
 from training.model.hf.architecture import Architecture
+from training.model.hf.deepseek import DEEPSEEK_V3, DOTS1, GLM4_MOE
+from training.model.hf.ernie import ERNIE4_5_MOE
 from training.model.hf.files import save
 from training.model.hf.gpt2 import GPT2
 from training.model.hf.llama import LLAMA
+from training.model.hf.mixtral import MIXTRAL
 from training.model.hf.names import as_theirs
 from training.model.hf.qwen3 import QWEN3, QWEN3_MOE
 from training.model.hf.read import one_line, read_config, read_weights
 
 # By `model_type`; the first that expresses a model is the one it is written as.
-ARCHITECTURES: dict[str, Architecture] = {"gpt2": GPT2, "llama": LLAMA, "qwen3": QWEN3, "qwen3_moe": QWEN3_MOE}
+ARCHITECTURES: dict[str, Architecture] = {
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
+    "mixtral": MIXTRAL,
+    "ernie4_5_moe": ERNIE4_5_MOE,
+    "dots1": DOTS1,
+    "glm4_moe": GLM4_MOE,
+    "deepseek_v3": DEEPSEEK_V3,
+}
 READABLE = ARCHITECTURES | {own.MODEL_TYPE: own.OWN}
 
 
@@ -43,6 +56,7 @@ def write(
         rows = {name: weights[name][:n_vocab] for name in ("wte.weight", "head.weight") if name in weights}
         weights, config = weights | rows, config.model_copy(update={"vocab_size": n_vocab})
     model_type = next((name for name, one in ARCHITECTURES.items() if why_not(one, weights, config) is None), None)
+    weights = rounded(weights, dtype)
     if model_type is None:
         own.write(folder, weights, config, end_of_text, dtype)
         return own.MODEL_TYPE
@@ -51,6 +65,11 @@ def write(
     hf = {"model_type": model_type, **architecture.to_hf(config), **ids}
     save(folder, hf, as_theirs(architecture.names(config), weights), dtype)
     return model_type
+
+
+def rounded(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights as they are written: in this type, but the selection bias, whose steps are small, float32 in any."""
+    return {name: w.float() if name.endswith("selection_bias") else w.to(dtype) for name, w in weights.items()}
 
 
 def why_not(architecture: Architecture, weights: dict[str, Tensor], config: ModelConfig) -> str | None:
@@ -65,4 +84,4 @@ def why_not(architecture: Architecture, weights: dict[str, Tensor], config: Mode
     return next((f"values of {name}" for name in weights if name in counted and weights[name].any()), None)
 
 
-__all__ = ["ARCHITECTURES", "READABLE", "one_line", "read_config", "read_weights", "why_not", "write"]
+__all__ = ["ARCHITECTURES", "READABLE", "one_line", "read_config", "read_weights", "rounded", "why_not", "write"]

@@ -79,9 +79,7 @@ def read_experts(hf: dict, n_experts: int, **others: object) -> dict:
     }
 
 
-def tensors(
-    ffn: MoEConfig, theirs: str, ours: str, matrices: dict[str, str] = llama.MATRICES
-) -> list[Name]:
+def tensors(ffn: MoEConfig, theirs: str, ours: str, matrices: dict[str, str] = llama.MATRICES) -> list[Name]:
     """The router's and the experts'."""
     return [
         Name(f"{theirs}.gate.weight", (f"{ours}.router.weight",)),

@@ -19,7 +19,7 @@ SHARD_BYTES = 5_000_000_000  # what Transformers takes for one file at most
 
 
 def save(folder: Path, hf: dict, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> None:
-    """Write config.json, generation_config.json and the tensors, with an index where they are several files.
+    """Write config.json, where `dtype` is named, generation_config.json and the tensors, in one file or several.
 
     Raises OSError or SafetensorError where the disk refuses.
     """
@@ -30,7 +30,7 @@ def save(folder: Path, hf: dict, tensors: Iterable[tuple[str, Tensor]], dtype: t
     _write_json(folder / "generation_config.json", {name: hf[name] for name in ("bos_token_id", "eos_token_id")})
     # Copies: tensors that share memory would count as one, such as the experts, which are views of one tensor.
     alone = {"copy": True, "memory_format": torch.contiguous_format}
-    copies = {name: tensor.to("cpu", dtype, **alone) for name, tensor in tensors}
+    copies = {name: tensor.to("cpu", **alone) for name, tensor in tensors}
     save_torch_state_dict(copies, folder, max_shard_size=SHARD_BYTES, metadata={"format": "pt"})
 
 
