@@ -128,6 +128,7 @@ def test_starting_over_asks_the_folder_again(run, folder):
         ({"blocks": [{"mixer": {"n_kv_head": 1}}]}, "mixer.n_kv_head of layer 0 is 1, and PATH has 2"),
         ({"blocks": [{}, {"mixer": {"window": 8}}]}, "mixer.window of layer 1 is 8, and PATH has None"),
         ({"blocks": [{"mixer": {"type": "latent"}}]}, "mixer.type of layer 0 is latent, and PATH has attention"),
+        ({"blocks": [{"mixer": {"window": 8}, "ffn": {"type": "moe"}}]}, "mixer.window of layer 0 is 8, and PATH has"),
         ({"blocks": [{"ffn": {"type": "moe", "hidden": 24}}]}, "ffn.hidden of layer 0 is 24, which does not divide"),
         ({"blocks": [{"ffn": {"hidden": 48}}]}, "ffn.hidden of layer 0 is 48, and PATH has 64"),
     ],
