@@ -280,6 +280,21 @@ def test_an_export_has_equal_gradients(tmp_path, name, n_vocab):
     assert_same_gradients(tmp_path, model, theirs, n_vocab or 320)
 
 
+THEIR_SIZES = {
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "max_position_embeddings": 24,
+}
+DEEPSEEK = THEIR_SIZES | {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "first_k_dense_replace": 2,
+    "routed_scaling_factor": 2.5,
+}
 THEIRS = {  # their own configurations, with fields that are not what we would write
     "gpt2": (
         "GPT2Config",
@@ -330,6 +345,41 @@ THEIRS = {  # their own configurations, with fields that are not what we would w
             "decoder_sparse_step": 2,
             "norm_topk_prob": True,
             "hidden_act": "gelu",
+        },
+    ),
+    "mixtral": (
+        "MixtralConfig",
+        THEIR_SIZES | {"num_local_experts": 4, "sliding_window": 5, "router_jitter_noise": 0.1},
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        THEIR_SIZES
+        | {
+            "moe_num_experts": 4,
+            "moe_k": 3,
+            "moe_intermediate_size": 20,
+            "moe_num_shared_experts": 1,
+            "moe_layer_start_index": 2,
+            "pad_token_id": None,  # or the first token's embedding would take no gradient
+        },
+    ),
+    "dots1": (
+        "Dots1Config",
+        DEEPSEEK | {"n_shared_experts": 2, "norm_topk_prob": True, "sliding_window": 4, "max_window_layers": 2},
+    ),
+    "glm4_moe": ("Glm4MoeConfig", DEEPSEEK | {"use_qk_norm": True, "partial_rotary_factor": 1.0, "head_dim": 6}),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        DEEPSEEK
+        | {
+            "num_key_value_heads": None,
+            "n_group": 1,
+            "topk_group": 1,
+            "kv_lora_rank": 12,
+            "q_lora_rank": 14,
+            "qk_rope_head_dim": 6,
+            "qk_nope_head_dim": 10,
+            "v_head_dim": 5,
         },
     ),
 }
@@ -461,6 +511,46 @@ DENSE = [
     ({"ffn": MOE}, "experts"),
     ({"second": {"ffn": {"hidden": 8}}}, "feed-forward layers that differ"),
 ]
+ROUTED = [  # with layers of experts
+    *ALL_ROTARY,
+    ({"ffn": None}, "no experts"),
+    ({"an expert": {"ffn": {"top_k": 1}}}, "experts that differ between layers"),
+    ({"an expert": {"ffn": {"n_experts": 7}}}, "experts that differ between layers"),
+    ({"an expert": {"ffn": {"hidden": 7}}}, "experts that differ between layers"),
+    ({"an expert": {"ffn": {"renormalize": False}}}, "experts that differ between layers"),
+    ({"an expert": {"ffn": {"n_shared": 5}}}, "experts that differ between layers"),
+    ({"an expert": {"ffn": {"route_scale": 3.0}}}, "experts that differ between layers"),
+    ({"an expert": {"ffn": {"activation": "gelu"}}}, "several activations"),
+    ({"an expert": {"ffn": {"z_loss_weight": 0.5, "jitter": 0.1, "capacity_factor": 1.5}}}, None),
+]
+DENSE_TOO = [
+    ({"dense": {"ffn": {"hidden": 7}}}, "dense layers that differ"),
+    ({"dense": {"ffn": {"activation": "gelu"}}}, "several activations"),
+]
+PLAIN = [  # routers
+    ({"ffn": {"balance": "bias"}}, "a selection bias (balance: bias)"),
+    ({"an expert": {"ffn": {"balance": "both"}}}, "a selection bias (balance: both)"),
+    ({"an expert": {"ffn": {"balance": "switch"}}}, None),
+    ({"ffn": {"n_shared": 1}}, "shared experts"),
+]
+SOFTMAX = [
+    ({"ffn": {"scoring": "sigmoid"}}, "experts' weights of another kind (sigmoid, times 1)"),
+    ({"ffn": {"route_scale": 2.5}}, "experts' weights of another kind (softmax, times 2.5)"),
+]
+RENORMALIZED = ({"ffn": {"renormalize": False}}, "experts' weights that do not sum to one")
+ONE_WINDOW = [
+    ({"mixer": {"window": 5}}, None),
+    ({"second": {"mixer": {"window": 5}}}, "windows that differ between layers"),
+]
+NO_WINDOW = ({"second": {"mixer": {"window": 5}}}, "a window")
+SIGMOIDS = [
+    *DENSE_TOO,
+    ({"ffn": {"scoring": "softmax"}}, "softmax scores"),
+    ({"ffn": {"n_experts": 1, "top_k": 1}}, "a single expert"),
+    ({"fourth": {"ffn": GATED}}, "dense layers after experts"),
+    ({"ffn": {"renormalize": False, "route_scale": 0.3, "n_shared": 0}}, None),
+    ({"ffn": {"balance": "none"}}, None),
+]
 WHY_NOT = {
     "llama": [
         *DENSE,
@@ -476,22 +566,59 @@ WHY_NOT = {
         ({"n_embd": 30}, None),
     ],
     "qwen3_moe": [
-        *ALL_ROTARY,
-        ({"ffn": None}, "no experts"),
+        *ROUTED,
+        *DENSE_TOO,
+        *PLAIN,
+        *SOFTMAX,
+        *ONE_WINDOW,
         ({"mixer": {"qk_norm": False}}, "no QK-norm"),
-        ({"mixer": {"window": 5}}, None),
-        ({"second": {"mixer": {"window": 5}}}, "windows that differ between layers"),
-        ({"ffn": {"balance": "bias"}}, "a selection bias (balance: bias)"),
-        ({"second": {"ffn": {"balance": "both"}}}, "a selection bias (balance: both)"),
-        ({"second": {"ffn": {"balance": "switch", "z_loss_weight": 0.5}}}, None),
-        ({"second": {"ffn": {"top_k": 1}}}, "experts that differ between layers"),
-        ({"second": {"ffn": {"n_experts": 7}}}, "experts that differ between layers"),
-        ({"second": {"ffn": {"hidden": 7}}}, "experts that differ between layers"),
-        ({"second": {"ffn": {"renormalize": False}}}, "experts that differ between layers"),
-        ({"second": {"ffn": {"activation": "gelu"}}}, "several activations"),
-        ({"third": {"ffn": {"hidden": 7}}}, "dense layers that differ"),
-        ({"third": {"ffn": {"activation": "gelu"}}}, "several activations"),
+        ({"ffn": {"renormalize": False}}, None),
     ],
+    "mixtral": [
+        *ROUTED,
+        *PLAIN,
+        *SOFTMAX,
+        *ONE_WINDOW,
+        RENORMALIZED,
+        ({"mixer": {"qk_norm": True}}, "QK-norm"),
+        ({"second": {"ffn": GATED}}, "dense layers"),
+    ],
+    "ernie4_5_moe": [
+        *ROUTED,
+        *DENSE_TOO,
+        *SOFTMAX,
+        NO_WINDOW,
+        RENORMALIZED,
+        ({"mixer": {"qk_norm": True}}, "QK-norm"),
+        ({"third": {"ffn": GATED}, "fourth": {"ffn": MOE}}, "dense layers between experts"),
+        ({"first": {"ffn": MOE}}, None),
+        ({"ffn": {"balance": "bias", "n_shared": 3}}, None),
+    ],
+    "dots1": [
+        *ROUTED,
+        *SIGMOIDS,
+        ({"mixer": {"qk_norm": False}}, "no QK-norm"),
+        ({"second": {"mixer": {"window": 5}}}, None),
+        ({"mixer": {"window": 4}, "second": {"mixer": {"window": 5}}}, "windows of several widths"),
+    ],
+    "glm4_moe": [*ROUTED, *SIGMOIDS, NO_WINDOW, ({"mixer": {"qk_norm": True}}, None)],
+    "deepseek_v3": [
+        *(case for case in ROUTED if "mixer" not in case[0] and "second" not in case[0]),
+        *SIGMOIDS,
+        NO_WINDOW,
+        ({"second": {"mixer": {"rope_dim": 6}}}, "attention that differs between layers"),
+        ({"mixer": {"type": "attention"} | dict.fromkeys(LATENT.keys() - {"type"})}, "attention that is not latent"),
+        ({"mixer": {"q_rank": None}}, None),
+        ({"norm_eps": 1e-5}, "norm_eps 1e-05, where the latent vectors' is 1e-06"),
+    ],
+}
+# Of each of the four layers: dense, or experts; and what is in those beyond MOE.
+LAYOUTS = {
+    **dict.fromkeys(("llama", "qwen3"), ("dddd", {})),
+    "qwen3_moe": ("eedd", {}),
+    "mixtral": ("eeee", {}),
+    "ernie4_5_moe": ("deed", {}),
+    **dict.fromkeys(("dots1", "glm4_moe", "deepseek_v3"), ("ddee", SIGMOID)),
 }
 
 
@@ -501,18 +628,23 @@ WHY_NOT = {
     ids=str,
 )
 def test_what_the_others_do_not_have_is_named(model_type, changes, reason):
-    """`mixer` and `ffn` change every layer, `second` and `third` one; the last two layers are always dense."""
-    changes = dict(changes)
-    moe = model_type == "qwen3_moe" and changes.get("ffn", ()) is not None
-    mixer = {"head_dim": 12, "qk_norm": model_type != "llama"} | (changes.pop("mixer", None) or {})
-    mixer = {key: value for key, value in mixer.items() if value is not None}
-    ffn, layers = changes.pop("ffn", None) or {}, []
-    for i, first in enumerate([MOE, MOE, GATED, GATED] if moe else [GATED] * 4):
-        special = changes.get({1: "second", 2: "third"}.get(i), {})
-        own = special.get("ffn", {}) | ({} if moe and i >= 2 and "gated" not in ffn else ffn)
-        layers.append({"mixer": mixer | special.get("mixer", {}), "ffn": first | own})
-    options = {key: value for key, value in changes.items() if key not in ("second", "third")}
-    config = ModelConfig.model_validate(ROTARY | {"n_layer": 4, "blocks": layers} | options)
+    """`mixer` changes every layer, `ffn` every layer of experts where there are some; the others one layer."""
+    layout, routed = ("dddd", {}) if changes.get("ffn", ()) is None else LAYOUTS[model_type]
+    mixer, ffn = changes.get("mixer", {}), changes.get("ffn") or {}
+    base = {"head_dim": 12, "qk_norm": model_type in ("qwen3", "qwen3_moe", "dots1")}
+    base = (LATENT if model_type == "deepseek_v3" else base) | mixer
+    base = {key: value for key, value in base.items() if value is not None}
+    places = dict(zip(("first", "second", "third", "fourth"), range(4), strict=True))
+    places |= {"an expert": layout.find("e"), "dense": layout.find("d")}
+    layers = []
+    for i, kind in enumerate(layout):
+        special = next((changes[name] for name, place in places.items() if name in changes and place == i), {})
+        own = (ffn if kind == "e" or "e" not in layout or "gated" in ffn else {}) | special.get("ffn", {})
+        whole = {} if "type" in own else MOE | routed if kind == "e" else GATED
+        layers.append({"mixer": base | special.get("mixer", {}), "ffn": whole | own})
+    options = {key: value for key, value in changes.items() if key not in {"mixer", "ffn", *places}}
+    eps = {"norm_eps": 1e-6} if model_type == "deepseek_v3" else {}
+    config = ModelConfig.model_validate(ROTARY | {"n_layer": 4, "blocks": layers} | eps | options)
     assert hf.ARCHITECTURES[model_type].why_not(config) == reason
 
 
@@ -584,6 +716,10 @@ def test_fields_are_spelled_for_both_versions(exports):
     windows = written["qwen3, windows in some layers"]
     assert windows["layer_types"] == ["sliding_attention", "full_attention", "sliding_attention"]
     assert written["qwen3_moe"]["sliding_window"] is None and not written["qwen3_moe"]["use_sliding_window"]
+    for name in ("dots1", "glm4_moe", "deepseek_v3"):  # what other programs ask, and Transformers does not
+        said = {key: written[name][key] for key in ("scoring_func", "topk_method", "moe_layer_freq")}
+        assert said == {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+    assert (written["ernie4_5_moe"]["moe_layer_start_index"], written["ernie4_5_moe"]["moe_layer_end_index"]) == (1, 2)
 
 
 def test_a_selection_bias_that_nothing_moves_any_more_is_not_lost(tmp_path):
@@ -644,7 +780,8 @@ HARMLESS = {
     *("model_type", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "pretraining_tp"),
     *("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "reorder_and_upcast_attn"),
     *("summary_type", "summary_use_proj", "summary_activation", "summary_first_dropout", "summary_proj_to_labels"),
-    *("output_router_logits", "router_aux_loss_coef"),
+    *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
+    *("num_nextn_predict_layers", "num_mtp_layers"),  # further tokens, guessed by layers of their own
 }
 
 
@@ -661,17 +798,33 @@ def test_every_field_of_theirs_is_read_or_known_to_be_harmless(request, exports,
     assert set(found[name]["fields"]) - asked <= HARMLESS
 
 
+DEFAULTS = {
+    "gpt2, 12 layers": gpt2.DEFAULTS,
+    "llama": llama.DEFAULTS,
+    "qwen3": qwen3.DEFAULTS,
+    "qwen3_moe": qwen3.MOE_DEFAULTS,
+    "mixtral": mixtral.DEFAULTS,
+    "ernie4_5_moe": ernie.DEFAULTS,
+    "dots1": deepseek.DOTS1_DEFAULTS,
+    "glm4_moe": deepseek.GLM4_DEFAULTS,
+    "deepseek_v3": deepseek.DEEPSEEK_DEFAULTS,
+}
+
+
 @pytest.mark.parametrize("version", [4, 5])
 def test_what_a_file_leaves_out_is_what_transformers_takes(request, version):
     found = request.getfixturevalue(f"opened_by_{version}")
-    theirs = {name: found[name]["defaults"] for name in ("gpt2, 12 layers", "llama", "qwen3", "qwen3_moe")}
-    for defaults, known in zip(
-        (gpt2.DEFAULTS, llama.DEFAULTS, qwen3.DEFAULTS, qwen3.MOE_DEFAULTS), theirs.values(), strict=True
-    ):
+    for case, defaults in DEFAULTS.items():
+        known = found[case]["defaults"]
         for name, value in defaults.items():
-            if name == "sliding_window":  # the class shows null, as long as use_sliding_window is false
+            if name == "sliding_window" and "use_sliding_window" in defaults:  # null is shown while that is false
                 continue
-            assert known[name] == value, name
+            if name == "moe_layer_end_index":  # the last layer is shown
+                value = known["num_hidden_layers"] - 1
+            assert known[name] == value, (case, name)
+        if case != "gpt2, 12 layers":
+            theta = {"mixtral": mixtral.ROPE_THETA, "ernie4_5_moe": ernie.ROPE_THETA}.get(case, 10_000.0)
+            assert (known["rope_theta"] if version == 4 else known["rope_parameters"]["rope_theta"]) == theta, case
 
 
 def test_activations_are_what_transformers_calls_so():
@@ -727,6 +880,58 @@ REFUSED = [
     ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step: 0"),
     ("qwen3_moe", {"mlp_only_layers": 3}, "mlp_only_layers: 3 is not a list"),
     ("qwen3_moe", {"layer_types": ["full_attention"] * 3}, "layer_types: "),
+    ("mixtral", {"num_experts": 3}, "num_local_experts: not num_experts: which is meant?"),
+    ("mixtral", {"num_local_experts": None}, "num_local_experts: missing"),
+    ("mixtral", {"num_experts_per_tok": 6}, "top_k: 6 is more than n_experts 5"),
+    ("mixtral", {"num_experts_per_tok": None}, "num_experts_per_tok is missing"),
+    ("mixtral", {"intermediate_size": 24.0}, "intermediate_size: 24.0 is not a whole number"),
+    ("mixtral", {"sliding_window": 0}, "window"),
+    ("mixtral", {"layer_types": ["sliding_attention"] * 3}, "layer_types: "),
+    ("mixtral", {"attention_bias": True}, "attention_bias: True"),
+    ("mixtral", {"rope_theta": 1e6}, "rope_theta: 1e+06, rope_parameters.rope_theta: 10000: which is meant?"),
+    ("ernie4_5_moe", {"use_bias": True}, "use_bias: True"),
+    ("ernie4_5_moe", {"moe_norm_min": 1e-3}, "moe_norm_min: 0.001"),
+    ("ernie4_5_moe", {"moe_layer_interval": 2}, "moe_layer_interval: 2"),
+    ("ernie4_5_moe", {"moe_layer_start_index": None}, "moe_layer_start_index is missing"),
+    ("ernie4_5_moe", {"num_experts": 9}, "moe_num_experts: not num_experts: which is meant?"),
+    ("ernie4_5_moe", {"num_experts_per_tok": 1}, "moe_k: not num_experts_per_tok: which is meant?"),
+    ("ernie4_5_moe", {"moe_num_shared_experts": -1}, "n_shared"),
+    ("ernie4_5_moe", {"sliding_window": 5}, "sliding_window: 5"),
+    *(
+        (model_type, *case)
+        for model_type in ("dots1", "glm4_moe", "deepseek_v3")
+        for case in (
+            ({"n_group": 2}, "n_group: 2"),
+            ({"topk_group": 2}, "topk_group: 2"),
+            ({"scoring_func": "softmax"}, "scoring_func: 'softmax'"),
+            ({"topk_method": "greedy"}, "topk_method: 'greedy'"),
+            ({"moe_layer_freq": 2}, "moe_layer_freq: 2"),
+            ({"attention_bias": True}, "attention_bias: True"),
+            ({"n_shared_experts": None}, "n_shared_experts is missing"),
+            ({"n_routed_experts": None}, "n_routed_experts: missing"),
+            ({"num_local_experts": 9}, "n_routed_experts: not num_local_experts: which is meant?"),
+            ({"routed_scaling_factor": 0}, "route_scale"),
+            ({"routed_scaling_factor": "1.7"}, "routed_scaling_factor: '1.7' is not a number"),
+            ({"first_k_dense_replace": True}, "first_k_dense_replace: True is not a whole number"),
+            ({"norm_topk_prob": None}, "norm_topk_prob is missing"),
+            ({"rope_scaling": {"type": "yarn", "factor": 40}}, "rope_scaling: "),
+            ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5"),
+        )
+    ),
+    ("dots1", {"layer_types": ["sliding_attention"] * 4}, "layer_types: sliding_attention without"),
+    ("dots1", {"layer_types": ["chunked_attention"] * 4}, "layer_types: "),
+    ("glm4_moe", {"partial_rotary_factor": None}, "partial_rotary_factor: missing, which means 0.5"),
+    ("glm4_moe", {"use_qk_norm": 1}, "use_qk_norm: 1 is not true or false"),
+    ("glm4_moe", {"sliding_window": 5}, "sliding_window: 5"),
+    ("deepseek_v3", {"rope_interleave": False}, "rope_interleave: False"),
+    ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps: 1e-05 cannot be computed here, only 1e-06"),
+    ("deepseek_v3", {"num_key_value_heads": 3}, "num_key_value_heads: 3 cannot be computed here, only 6"),
+    ("deepseek_v3", {"head_dim": 16}, "head_dim: 16 cannot be computed here, only 8"),
+    ("deepseek_v3", {"qk_head_dim": 10}, "qk_head_dim: 10 cannot be computed here, only 18"),
+    ("deepseek_v3", {"v_head_dim": None}, "v_head_dim is missing"),
+    ("deepseek_v3", {"q_lora_rank": "no"}, "q_lora_rank: 'no' is not a whole number"),
+    ("deepseek_v3", {"qk_rope_head_dim": 7}, "rope_dim"),
+    ("deepseek_v3", {"layer_types": ["full_attention"] * 4}, "layer_types: "),
 ]
 
 
@@ -796,3 +1001,39 @@ def test_weights_of_half_the_width_are_read_exactly(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     found = hf.read_weights(tmp_path, *hf.read_config(tmp_path, hf.READABLE))
     assert all(torch.equal(found[name], tensor.bfloat16().float()) for name, tensor in model.named_parameters())
+
+
+def test_a_selection_bias_is_not_rounded(tmp_path):
+    """It moves by bias_rate at a time, which bf16 would not see."""
+    transformers = pytest.importorskip("transformers")
+    model = made(CASES["dots1"][1])
+    hf.write(tmp_path, model.state_dict(), model.config, end_of_text=5, dtype=torch.bfloat16)
+    found = hf.read_weights(tmp_path, *hf.read_config(tmp_path, hf.READABLE))
+    for name, tensor in model.state_dict().items():
+        if not name.endswith("ffn.load"):
+            assert torch.equal(found[name], tensor if "selection_bias" in name else tensor.bfloat16().float())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    bias = theirs.model.layers[2].mlp.gate.e_score_correction_bias
+    assert torch.equal(bias, model.blocks[2].ffn.selection_bias)
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        ({"model.layers.2.mlp.gate.e_score_correction_bias": None}, "tensors that are missing"),
+        ({"model.layers.2.mlp.shared_experts.up_proj.weight": None}, "tensors that are missing"),
+        ({"model.layers.2.mlp.shared_experts.up_proj.weight": (24, 32)}, r"is \(24, 32\) there, and \(48, 32\) by"),
+        ({"model.layers.0.mlp.gate.e_score_correction_bias": (5,)}, "tensors that are not known"),
+        ({"model.layers.4.mlp.gate.weight": (5, 32)}, "tensors that are not known"),  # as of further guesses
+        ({"model.layers.2.mlp.gate.e_score_correction_bias": (1, 5)}, r"is \(1, 5\) there, and \(5,\) by"),
+    ],
+    ids=str,
+)
+def test_weights_that_are_not_those_of_config_json_are_refused(tmp_path, harm, reason):
+    model = made(CASES["dots1"][1])
+    hf.write(tmp_path, model.state_dict(), model.config, end_of_text=5)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors |= {name: torch.ones(shape) for name, shape in harm.items() if shape is not None}
+    save_file({k: v for k, v in tensors.items() if harm.get(k, ()) is not None}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=reason):
+        hf.read_weights(tmp_path, *hf.read_config(tmp_path, hf.READABLE))

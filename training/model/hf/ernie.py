@@ -27,7 +27,12 @@ DEFAULTS = llama.DEFAULTS | {
     "moe_norm_min": 1e-12,
 }
 ROPE_THETA = 5e5  # the class's
-NEUTRAL = llama.NEUTRAL | {"use_bias": (None, False), "sliding_window": (None,), "layer_types": (None,)}
+NEUTRAL = llama.NEUTRAL | {
+    "use_bias": (None, False),
+    "sliding_window": (None,),
+    "layer_types": (None,),
+    "moe_layer_interval": (1,),
+}
 MOST_NORM_MIN = 1e-12  # the class's; the chosen experts' share of the softmax is more, unless a bias rules the choice
 
 
@@ -87,13 +92,10 @@ def _from_hf(hf: dict) -> dict:
         balance="bias",  # as ERNIE 4.5 was trained
     )
     n_layer = read(hf, "num_hidden_layers", int)
-    first, last, step = (read(hf, f"moe_layer_{name}", int) for name in ("start_index", "end_index", "interval"))
-    if step < 1:
-        raise UserError(f"moe_layer_interval: {step} is less than 1")
-    last = n_layer - 1 if last == -1 else last
-    there = [first <= i <= last and (i + 1) % step == 0 for i in range(n_layer)]
+    first, last = (read(hf, f"moe_layer_{name}_index", int) for name in ("start", "end"))
+    there = range(first, n_layer if last == -1 else last + 1)
     mixer = llama.read_mixer(hf)
-    layers = [{"mixer": mixer, "ffn": moe if routed else llama.read_mlp(hf)} for routed in there]
+    layers = [{"mixer": mixer, "ffn": moe if i in there else llama.read_mlp(hf)} for i in range(n_layer)]
     return llama.common_from_hf(hf, layers, ROPE_THETA)
 
 
