@@ -120,10 +120,10 @@ def test_the_live_console_says_it_once_above_the_bar(tmp_path):
 
 
 def validation(folder: Path, n_positions: int) -> Batches:
-    """A text whose last window is partly empty."""
-    path = folder / "text.txt"
-    path.write_text("the cat and the dog; naïve 日本\n\tthe end\n" * 40 + "x")
-    return Batches(read([str(path)], "text", tokenizers.byte()), n_positions=n_positions, seed=None)
+    """Documents that are shorter than a window, or longer; the last window is partly empty."""
+    for i in range(40):
+        (folder / f"{i}.txt").write_text("the cat and the dog; naïve 日本\n\tthe end\n"[i % 7 : 19 + i])
+    return Batches(read([str(folder / "*.txt")], "text", tokenizers.byte()), n_positions=n_positions, seed=None)
 
 
 def router_model(isolate_documents: bool = False) -> GPT:

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -511,23 +512,34 @@ def offline(folder: Path) -> list[Path]:
 
 
 def logged(path: Path) -> list[dict]:
-    """The history rows of an offline run, from its file: protobuf records in LevelDB's log format."""
+    """The history rows of an offline run, from its file, once W&B's own process has written its end there."""
+    until = time.monotonic() + 60
+    while not (records := records_in(path.read_bytes())) or not records[-1].HasField("exit"):
+        assert time.monotonic() < until, f"{path} has no end"
+        time.sleep(0.05)
+    histories = [record.history.item for record in records if record.HasField("history")]
+    return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row} for row in histories]
+
+
+def records_in(data: bytes) -> list:
+    """The whole records of LevelDB's log format, each a protobuf."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, rows, at, whole = path.read_bytes(), [], 7, b""
-    while at < len(data):
+    records, at, whole = [], 7, b""
+    while at + 7 <= len(data):
         left = 32768 - at % 32768
         if left < 7:
             at += left
             continue
         _, length, kind = struct.unpack_from("<IHB", data, at)
-        whole += data[at + 7 : at + 7 + length]
         at += 7 + length
+        if at > len(data):
+            break
+        whole += data[at - length : at]
         if kind in (1, 4):  # a full record, or the last part of one
-            items = Record.FromString(whole).history.item
-            rows += [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}]
+            records.append(Record.FromString(whole))
             whole = b""
-    return [row for row in rows if row]
+    return records
 
 
 def test_wandb_keeps_one_run_over_restarts_and_logs_no_step_twice(tmp_path, capfd):
