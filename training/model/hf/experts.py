@@ -38,7 +38,7 @@ def differences(config: ModelConfig, attention: type[MixerConfig] = AttentionCon
 
 
 def routing_differences(config: ModelConfig) -> Iterator[str]:
-    """What routers have not that know softmax alone: neither a bias nor shared experts."""
+    """What Qwen3's and Mixtral's do not have: they choose by a softmax alone, and no expert is shared."""
     for ffn in experts(config):
         if ffn.balance in ("bias", "both"):
             yield f"a selection bias (balance: {ffn.balance})"
@@ -48,14 +48,14 @@ def routing_differences(config: ModelConfig) -> Iterator[str]:
 
 
 def weight_differences(config: ModelConfig) -> Iterator[str]:
-    """What there is not where experts' weights are a softmax, as it is."""
+    """What there is not where experts are weighted by a softmax, not scaled."""
     for ffn in experts(config):
         if ffn.scoring != "softmax" or ffn.route_scale != 1:
             yield f"experts' weights of another kind ({ffn.scoring}, times {ffn.route_scale:g})"
 
 
 def window_differences(config: ModelConfig) -> Iterator[str]:
-    """What there is not where one window is for all layers."""
+    """What there is not where all layers have one window, or none has."""
     if len({block.mixer.window for block in config.layers()}) > 1:
         yield "windows that differ between layers"
 

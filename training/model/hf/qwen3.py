@@ -42,7 +42,7 @@ def _differences(config: ModelConfig) -> Iterator[str]:
 
 
 def window_differences(config: ModelConfig) -> Iterator[str]:
-    """What there is not where layers may differ in having the window."""
+    """What there is not where each layer has the one window or none."""
     if len({block.mixer.window for block in config.layers()} - {None}) > 1:
         yield "windows of several widths"
 
