@@ -138,8 +138,8 @@ def figures(folder) -> dict:
     ("ffn", "words"),
     [
         (COPIES, "2 layers of 4 experts, copies"),
-        (FINE, "2 layers of 4 experts, 2 groups of 2 shards"),
-        (FINE | {"hidden": 16, "n_shared": 2}, "2 layers of 4 experts, 2 groups of 2 shards and 2 shared"),
+        (FINE, "2 layers of 4 experts, groups of 2"),
+        (FINE | {"hidden": 16, "n_shared": 2}, "2 layers of 4 experts, groups of 2 and 2 shared"),
     ],
     ids=str,
 )
@@ -158,7 +158,7 @@ def test_only_layers_that_are_dense_there_become_experts(run, dense, capsys):
     first = run(name="first", model={"blocks": [{"ffn": COPIES}, {}]}, **still)
     capsys.readouterr()
     left = run(name="then", model={"blocks": [{}, {"ffn": FINE}]}, init_from=str(first), optim=STILL)
-    assert "1 layers of 4 experts, 2 groups" in capsys.readouterr().err
+    assert "1 layer of 4 experts, groups of 2;" in capsys.readouterr().err
     found = hf.read_config(left / "model", hf.READABLE)[1]
     assert [block.ffn.hidden for block in found.layers()] == [64, 32]
     assert figures(left)["val_loss"] == pytest.approx(figures(first)["val_loss"], abs=1e-5)
@@ -199,6 +199,15 @@ def test_the_loss_that_is_printed_is_the_one_of_an_evaluation(run, options, dens
         left = run(name=f"apart-{apart}", model=model, init_from=str(dense), optim=STILL, steps=3, data=data)
         before = float(LINE.search(capsys.readouterr().err)[3])
         assert before == pytest.approx(figures(left)["val_loss"], abs=1e-4)  # of the same 16 samples
+
+
+def test_of_a_long_context_the_beginning_is_compared(run, dense, monkeypatch):
+    monkeypatch.setattr(initial, "LONGEST", 16)
+    monkeypatch.setattr(initial, "TOKENS", 64)
+    samples, compared = upcycle.compare, []
+    monkeypatch.setattr(upcycle, "compare", lambda *given: compared.append(samples(*given)) or compared[0])
+    run(**asked(dense, steps=3))
+    assert compared[0].n_tokens == 64 and compared[0].difference < 1e-5
 
 
 def test_two_starts_are_the_same_and_a_restart_needs_no_folder(run, dense, capsys):
@@ -263,14 +272,14 @@ def test_noise_tells_copies_apart_after_the_check(run, dense, capsys):
         ({"hidden": 128}, "ffn.hidden of layer 0 is 128, which does not divide the dense layer's 64"),
         (
             {"hidden": 16},
-            "ffn.hidden of layer 0 is 16, which cuts the dense layer's 64 in PATH in 4 shards, 0 for shared experts; "
+            "ffn.hidden of layer 0 is 16, which makes 4 of the dense layer's 64 in PATH, 0 for shared experts; "
             "the other 4 must divide top_k 2 and n_experts 4: use 64 or 32",
         ),
         (
             {"hidden": 32, "n_experts": 6, "top_k": 3},
-            "2 shards, 0 for shared experts; the other 2 must divide top_k 3 and n_experts 6: use 64",
+            "0 for shared experts; the other 2 must divide top_k 3 and n_experts 6: use 64",
         ),
-        ({"n_shared": 1}, "1 shards, 1 for shared experts; and leaves none to choose: use 32"),
+        ({"n_shared": 1}, "which leaves nothing of the dense layer's 64 in PATH beside 1 for shared experts: use 32"),
         ({"n_shared": 6, "hidden": 8, "top_k": 1}, "the other 2 must divide top_k 1 and n_experts 4: no width fits"),
         ({"renormalize": False}, "ffn.renormalize of layer 0 is false: upcycling PATH needs true"),
         ({"activation": "silu"}, "ffn.activation of layer 0 is silu, and PATH has gelu_tanh; leave it out"),

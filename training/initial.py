@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 # Of training; no part of the model.
 BALANCING = {"balance", "bias_rate", "switch_weight", "z_loss_weight", "jitter", "capacity_factor"}
-SAMPLES, TOKENS = 16, 4096  # at most, that upcycling is checked on
+# What upcycling is checked on, at most: samples, tokens of them all, and of one, for scores in float64 take memory.
+SAMPLES, TOKENS, LONGEST = 16, 4096, 2048
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -100,11 +101,12 @@ def _device(run: Run) -> torch.device:
 
 
 def _samples(run: Run) -> Iterator[upcycle.Sample]:
-    """Samples of the validation set, spread evenly over it."""
+    """Samples of the validation set, spread evenly over it, of long ones the beginning."""
     batches, model, device = run.val_batches, run.config.model, _device(run)
-    n_samples = max(1, min(SAMPLES, TOKENS // model.n_positions, batches.n_samples))
+    n_tokens = min(model.n_positions, LONGEST)
+    n_samples = min(SAMPLES, TOKENS // n_tokens, batches.n_samples)
     for window in np.arange(n_samples) * batches.n_samples // n_samples:
-        tokens_BT, targets_BT = map(torch.from_numpy, batches.samples([window]))
+        tokens_BT, targets_BT = (torch.from_numpy(array[:, :n_tokens]) for array in batches.samples([window]))
         apart = None
         if model.isolate_documents:
             apart = Documents(*(t.to(device) for t in documents(tokens_BT, run.dataset.tokenizer.end_of_text)))

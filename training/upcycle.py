@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from math import gcd
 from typing import NamedTuple
 
@@ -27,7 +27,6 @@ from training.errors import UserError
 from training.kernels.attention import Documents
 from training.model import GPT
 from training.model.hf.layers import written_out
-from training.model.moe import MoE
 
 ALLOWED = 1e-4  # change of a logit that is rounding and nothing else
 TORN = 1e-3  # share of tokens: thousands of times what chance makes
@@ -76,15 +75,15 @@ def fitted(asked: MoEConfig, dense: MLPConfig, n_embd: int, layer: int, where: s
     cuts = [n_shared + g for g in range(1, common + 1) if common % g == 0]
     fits = [width // n for n in cuts if width % n == 0]
     if hidden not in fits:
-        use = f"use {' or '.join(map(str, fits))}" if fits else "no width fits these numbers of experts"
-        if width % hidden:
-            raise refuse("hidden", f"is {hidden}, which does not divide the dense layer's {width} in {where}: {use}")
         n_routed = width // hidden - n_shared
-        cut = f"cuts the dense layer's {width} in {where} in {width // hidden} shards, {n_shared} for shared experts"
-        rule = f"the other {n_routed} must divide top_k {asked.top_k} and n_experts {asked.n_experts}"
-        if n_routed < 1:
-            rule = "and leaves none to choose"
-        raise refuse("hidden", f"is {hidden}, which {cut}; {rule}: {use}")
+        why = f"makes {width // hidden} of the dense layer's {width} in {where}, {n_shared} for shared experts; "
+        why += f"the other {n_routed} must divide top_k {asked.top_k} and n_experts {asked.n_experts}"
+        if width % hidden:
+            why = f"does not divide the dense layer's {width} in {where}"
+        elif n_routed < 1:
+            why = f"leaves nothing of the dense layer's {width} in {where} beside {n_shared} for shared experts"
+        use = f"use {' or '.join(map(str, fits))}" if fits else "no width fits these numbers of experts"
+        raise refuse("hidden", f"is {hidden}, which {why}: {use}")
     return asked.model_copy(update={"activation": dense.activation, "gated": dense.gated})
 
 
@@ -99,13 +98,12 @@ def layers(theirs: ModelConfig, ours: ModelConfig) -> dict[int, tuple[MoEConfig,
 
 def described(found: dict[int, tuple[MoEConfig, int]]) -> str:
     """What becomes of how many layers, in words."""
-    first, *others = {
-        (section.n_experts // n_routed, n_routed, section.n_shared): None for section, n_routed in found.values()
+    (n_experts, n_routed, n_shared), *others = {
+        (section.n_experts, n_routed, section.n_shared): None for section, n_routed in found.values()
     }
-    n_groups, n_routed, n_shared = first
-    cut = "copies" if n_routed + n_shared == 1 else f"{n_groups} groups of {n_routed} shards"
+    cut = "copies" if n_routed + n_shared == 1 else f"groups of {n_routed}"
     cut += f" and {n_shared} shared" if n_shared else ""
-    return f"{len(found)} layers of {n_groups * n_routed} experts, {cut}{', and other kinds' if others else ''}"
+    return f"{len(found)} layer{'s' * (len(found) > 1)} of {n_experts} experts, {cut}{', and others' if others else ''}"
 
 
 def weights(
@@ -131,12 +129,10 @@ def _experts(layer: dict[str, Tensor], section: MoEConfig, n_routed: int) -> Ite
     n_copies, n_shared, width = section.n_experts // n_routed, section.n_shared, section.n_shared * section.hidden
     for name, tensor in layer.items():
         matrix, kind = name.split(".")
-        if name == "down.bias":  # the weights' sum is route_scale; where there are shared experts, one of them has it
-            shared, own_1C = (
-                tensor,
-                tensor.new_zeros(1, len(tensor)) if n_shared else tensor[None] / section.route_scale,
-            )
-            own = own_1C.expand(section.n_experts, -1)
+        if name == "down.bias":
+            # Where there are shared experts, one of them has it; else it comes as often as the weights' sum.
+            shared, own_C = tensor, torch.zeros_like(tensor) if n_shared else tensor / section.route_scale
+            own = own_C.expand(section.n_experts, -1)
         elif matrix == "down":  # (C, F)
             shared, routed = tensor[:, :width], tensor[:, width:]
             own = routed.unflatten(1, (n_routed, section.hidden)).transpose(0, 1) * (n_routed / section.route_scale)
@@ -175,13 +171,13 @@ def compare(dense: GPT, ours: GPT, samples: Sequence[Sample]) -> Change:
     sums, differences, n_torn, n_tokens = [0.0, 0.0], [], 0, 0
     made = layers(dense.config, ours.config)
     for tokens_BT, targets_BT, documents in samples:
-        with _choices(ours) as chosen:
+        with _choices(ours, made) as chosen:
             logits = [model.logits(tokens_BT, documents=documents)[0] for model in (dense, ours)]
         for i, logits_TV in enumerate(logits):
             sums[i] += F.cross_entropy(logits_TV, targets_BT[0], ignore_index=-1, reduction="sum").item()
         torn_T = torch.zeros_like(targets_BT[0], dtype=torch.bool)
         for i, (_, n_routed) in made.items():
-            group_TKG = (chosen[i] // n_routed).unflatten(1, (-1, n_routed))
+            group_TKG = (chosen[i].sort(dim=1).values // n_routed).unflatten(1, (-1, n_routed))
             torn_T |= (group_TKG != group_TKG[..., :1]).flatten(1).any(1)
         n_whole = int((torn_T.cumsum(0) == 0).sum())
         n_torn, n_tokens = n_torn + int(torn_T.sum()), n_tokens + len(torn_T)
@@ -193,16 +189,11 @@ def compare(dense: GPT, ours: GPT, samples: Sequence[Sample]) -> Change:
 
 
 @contextmanager
-def _choices(model: GPT) -> Iterator[dict[int, Tensor]]:
-    """The experts (N, K) of every token in every MoE layer, sorted, of the forward that is made meanwhile."""
+def _choices(model: GPT, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+    """The experts (N, K) of every token in these layers, of the forward that is made meanwhile."""
     found: dict[int, Tensor] = {}
-    moes = {i: block.ffn for i, block in enumerate(model.blocks) if isinstance(block.ffn, MoE)}
-    handles = [
-        moe.experts.register_forward_pre_hook(lambda _, args, i=i: found.update({i: args[1].sort(dim=1).values}))
-        for i, moe in moes.items()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for i in layers:
+            experts = model.blocks[i].ffn.experts
+            hooks.enter_context(experts.register_forward_pre_hook(lambda _, given, i=i: found.update({i: given[1]})))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
