@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from training.config import MLPConfig, ModelConfig, MoEConfig
-from training.kernels import EXPERTS, Kernels
+from training.kernels import Kernels
+from training.kernels.experts import EXPERTS
 from training.model import GPT
 from training.model.layers import ACTIVATIONS, Batch, uniform
 from training.model.mlp import MLP

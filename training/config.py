@@ -345,8 +345,8 @@ class ParallelConfig(Section):
     attention: Literal[
         "auto", "flash3", "flash4", "flash2", "cudnn", "flash", "varlen", "flex", "efficient", "sdpa", "reference"
     ] = option("auto", "attention kernel; auto: the first that really runs here, forward and backward")
-    experts: Literal["auto", "grouped", "loop", "reference"] = option(
-        "auto", "kernel of the experts; auto: the first that really runs here, forward and backward"
+    experts: Literal["auto", "triton", "grouped", "loop", "reference"] = option(
+        "auto", "kernel of the experts; auto: of those that really run here the first, on CUDA the fastest"
     )
     compile: bool = option(False, "compile the blocks with torch.compile")
 

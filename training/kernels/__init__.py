@@ -1,13 +1,14 @@
 """The kernels: dicts of functions of one signature, one of them a readable reference.
 
 Which one is used is found by running it, forward and backward, on a small input of the run's shapes, type
-and mask, and comparing it with the reference.
+and mask, and comparing it with the reference; of experts on a GPU then by the time it takes on a larger one.
 """
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -27,13 +28,31 @@ from training.kernels.attention import (
     machine,
     why_not,
 )
-from training.kernels.experts import EXPERTS, ExpertKernel, plan
+from training.kernels.experts import EXPERTS as PORTABLE
+from training.kernels.experts import ExpertKernel, Plan, plan
 from training.kernels.loss import LOSS
 
 __all__ = ["ATTENTION", "EXPERTS", "LOSS", "Backend", "Call", "Kernels", "Needs", "choose", "names"]
 
 # Largest relative error (in the Euclidean norm) that is rounding and nothing else.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+TIMED_ON = ("cuda",)  # types of devices where kernels of experts are told apart by time: elsewhere by their order
+TIMED_TOKENS = 4096
+
+
+def _triton_up(x_NC: Tensor, w_EFC: tuple[Tensor, ...], plan: Plan) -> tuple[Tensor, ...]:
+    from training.kernels.triton_experts import TRITON
+
+    return TRITON.up(x_NC, w_EFC, plan)
+
+
+def _triton_down(h_RF: Tensor, w_ECF: Tensor, weight_NK: Tensor, plan: Plan) -> Tensor:
+    from training.kernels.triton_experts import TRITON
+
+    return TRITON.down(h_RF, w_ECF, weight_NK, plan)
+
+
+EXPERTS = {"triton": ExpertKernel(_triton_up, _triton_down)} | PORTABLE
 
 
 class Kernels(NamedTuple):
@@ -61,10 +80,30 @@ class Trial(NamedTuple):
 
     def outcome(self, kernel: Any, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         """The result and the gradients of all inputs, in float32."""
-        inputs = [x.to(device, dtype).requires_grad_() for x in self.inputs]
-        y = self.run(kernel, *inputs)
-        direction = torch.linspace(-1, 1, y.numel(), device=device).to(dtype).view_as(y)  # fp16 cannot count so far
-        return [x.detach().float() for x in (y, *torch.autograd.grad(y, inputs, direction))]
+        return [x.detach().float() for x in self._pass(kernel, self._leaves(device, dtype))]
+
+    def seconds(self, kernel: Any, device: torch.device, dtype: torch.dtype) -> float:
+        """Of a forward and a backward, in the best of some rounds; where it waits for the device is in it."""
+        leaves, wait = self._leaves(device, dtype), torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+        def round_of(n: int) -> float:
+            wait()
+            start = time.perf_counter()
+            for _ in range(n):
+                self._pass(kernel, leaves)
+            wait()
+            return (time.perf_counter() - start) / n
+
+        round_of(1)  # compiles
+        return min(round_of(5) for _ in range(5))
+
+    def _leaves(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        return [x.to(device, dtype).requires_grad_() for x in self.inputs]
+
+    def _pass(self, kernel: Any, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+        y = self.run(kernel, *leaves)
+        direction = torch.linspace(-1, 1, y.numel(), device=y.device).to(y.dtype).view_as(y)  # fp16 cannot count so far
+        return y, *torch.autograd.grad(y, leaves, direction)
 
     def problem(self, name: str, kernel: Any, reference: Any, device: torch.device, dtype: torch.dtype) -> str | None:
         """Run the kernel beside the reference in float32; None if they agree, else in words why not."""
@@ -101,9 +140,9 @@ def _attention_trial(call: Call, needs: Needs, device: torch.device, dtype: torc
     return Trial(run, inputs, lambda name: why_not(name, call, needs.documents, machine(device), dtype))
 
 
-def _experts_trial(width: int, hidden: int, device: torch.device, compiled: bool) -> Trial:
+def _experts_trial(width: int, hidden: int, device: torch.device, compiled: bool, n_tokens: int = 64) -> Trial:
     """Tokens to two of four experts each, one of which gets none."""
-    expert_NK = torch.tensor([[0, 3], [3, 1], [0, 1], [1, 0]], device=device).repeat(16, 1)
+    expert_NK = torch.tensor([[0, 3], [3, 1], [0, 1], [1, 0]], device=device).repeat(n_tokens // 4, 1)
     rows = plan(expert_NK, 4)
 
     def layer(kernel: ExpertKernel, x_NC: Tensor, up: Tensor, gate: Tensor, down: Tensor, weight_NK: Tensor) -> Tensor:
@@ -113,8 +152,14 @@ def _experts_trial(width: int, hidden: int, device: torch.device, compiled: bool
     def run(kernel: ExpertKernel, *inputs: Tensor) -> Tensor:
         return (torch.compile(layer, backend="aot_eager") if compiled else layer)(kernel, *inputs)
 
-    shapes = [(64, width), (4, hidden, width), (4, hidden, width), (4, width, hidden), (64, 2)]
-    return Trial(run, [_random(*shape, seed=seed) for seed, shape in enumerate(shapes)])
+    shapes = [(n_tokens, width), (4, hidden, width), (4, hidden, width), (4, width, hidden), (n_tokens, 2)]
+    inputs = [_random(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+    return Trial(run, inputs, lambda name: None if _is_for(name, device) else "it runs on CUDA devices")
+
+
+def _is_for(name: str, device: torch.device) -> bool:
+    """Whether a kernel of experts could run there."""
+    return name != "triton" or device.type == "cuda"
 
 
 def _random(*shape: int, seed: int) -> Tensor:
@@ -131,7 +176,8 @@ def choose(
 ) -> tuple[Kernels, dict[str, str]]:
     """The kernels for this device, type and what the model asks for, and for each the reason, in words.
 
-    `auto` tries those named in `before` first: a run goes on with what it began with, and so in the same bits.
+    `auto` tries those named in `before` first: a run goes on with what it began with, and so in the same bits. Of
+    experts' kernels that do it, a run that begins on a GPU takes the fastest.
     With `compile` what runs has to compile as well; tracing alone tells, and is quick. Raises UserError where
     the kernel that was asked for does not do it.
     """
@@ -143,26 +189,55 @@ def choose(
     chosen, why = {}, {}
     for option, kernels, automatically, trials in (
         ("attention", ATTENTION, automatic(here), attention),
-        ("experts", EXPERTS, list(EXPERTS), experts),
+        ("experts", EXPERTS, [name for name in EXPERTS if _is_for(name, device)], experts),
     ):
-        asked, refused = getattr(config, option), {}  # names by what their problem is
-        first = before.get(option)
+        asked, first = getattr(config, option), before.get(option)
+        refused: dict[str, list[str]] = {}  # names by what their problem is
         automatically = sorted(automatically, key=lambda name: name != first)
-        for name in automatically if asked == "auto" else [asked]:
-            outcomes = (trial.problem(name, kernels[name], kernels["reference"], device, dtype) for trial in trials)
-            if problem := next(filter(None, outcomes), None):
-                refused.setdefault(problem, []).append(name)
-                continue
-            granted = "ran, and equals the reference" if asked == "auto" else "asked for"
-            if kernels is ATTENTION and not limits(name, here).deterministic:
-                granted += "; a restart does not repeat its gradients to the bit"
-            if first is not None and name != first:
-                granted += f"; it was {first} before"
-            chosen[option], why[option] = kernels[name], f"{name} ({_said(refused) or granted})"
-            break
-        else:
+        able = _able(automatically if asked == "auto" else [asked], kernels, trials, device, dtype, refused)
+        if (name := next(able, None)) is None:
             raise UserError(f"parallel.{option}: {_said(refused)}; use auto")
+        granted, timed = "ran, and equals the reference" if asked == "auto" else "asked for", ""
+        if kernels is EXPERTS and trials and asked == "auto" and name != first and device.type in TIMED_ON:
+            name, timed = _fastest([name, *able], needs, device, dtype)
+        if kernels is ATTENTION and not limits(name, here).deterministic:
+            granted += "; a restart does not repeat its gradients to the bit"
+        if first is not None and name != first:
+            granted += f"; it was {first} before"
+        reason = "; ".join(filter(None, (_said(refused), timed))) or granted
+        chosen[option], why[option] = kernels[name], f"{name} ({reason})"
     return Kernels(**chosen), why
+
+
+def _able(
+    names: list[str],
+    kernels: Mapping[str, Any],
+    trials: list[Trial],
+    device: torch.device,
+    dtype: torch.dtype,
+    refused: dict[str, list[str]],
+) -> Iterator[str]:
+    """Those of the kernels that pass every trial, one after the other; the names of the rest are put into `refused`."""
+    for name in names:
+        outcomes = (trial.problem(name, kernels[name], kernels["reference"], device, dtype) for trial in trials)
+        if problem := next(filter(None, outcomes), None):
+            refused.setdefault(problem, []).append(name)
+        else:
+            yield name
+
+
+def _fastest(able: list[str], needs: Needs, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The kernel of experts that takes the least time over all widths, and in words how long each took."""
+    rivals = [name for name in able if name != "reference"]  # which would copy a matrix for each of many rows
+    if len(rivals) < 2:
+        return able[0], ""
+    trials = [_experts_trial(*widths, device, False, TIMED_TOKENS) for widths in sorted(needs.experts)]
+    taken = {name: sum(trial.seconds(EXPERTS[name], device, dtype) for trial in trials) for name in rivals}
+    if device.type == "cuda":  # what this took is no memory of the run
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    ordered = sorted(taken, key=taken.__getitem__)
+    return ordered[0], "the fastest: " + ", ".join(f"{name} {1e3 * taken[name]:.2f} ms" for name in ordered)
 
 
 def names(kernels: Kernels) -> dict[str, str]:
