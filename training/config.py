@@ -386,7 +386,9 @@ class LoggingConfig(Section):
         10, "console line, and metrics fetched from the device, every so many steps", unit="steps", ge=1
     )
     tensorboard: bool = option(True, "write TensorBoard events")
-    histogram_every: int = option(100, "TensorBoard images of expert load every so many steps", unit="steps", ge=1)
+    histogram_every: int = option(
+        100, "images and histograms of expert load, for TensorBoard and W&B, every so many steps", unit="steps", ge=1
+    )
     wandb: WandbConfig | None = option(None, "log to Weights & Biases; null: no")
 
 
