@@ -115,10 +115,7 @@ class MoEConfig(Section):
     switch_weight: float = option(0.01, "weight of the Switch loss, where `balance` asks for it", gt=0)
     z_loss_weight: float = option(1e-3, "weight of the router z-loss (arXiv:2202.08906 eq. 5); 0: none", ge=0)
     capacity_factor: float | None = option(
-        None,
-        "in training, drop what an expert is sent beyond so many times its fair share of a micro-batch, which then "
-        "changes what is computed; null: drop nothing",
-        gt=0,
+        None, "in training, drop beyond so many fair shares of a micro-batch, on which results then depend", gt=0
     )
 
     def rules(self) -> Iterator[tuple[str, str]]:
