@@ -277,6 +277,7 @@ def test_an_export_has_equal_gradients(tmp_path, name, n_vocab):
     model = made(options)
     assert hf.write(tmp_path / "it", model.state_dict(), model.config, end_of_text=5, n_vocab=n_vocab) == model_type
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "it")
+    assert theirs.get_input_embeddings().padding_idx is None  # a token whose embedding would take none
     assert_same_gradients(tmp_path, model, theirs, n_vocab or 320)
 
 
