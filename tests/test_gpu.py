@@ -1,4 +1,4 @@
-"""What only a GPU can tell: `make test-gpu`. Attention back-ends at real widths, and runs that repeat to the bit."""
+"""What only a GPU can tell: `make test-gpu`. Kernels at real widths, what waits, and runs that repeat to the bit."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import torch
 from conftest import tensors
 from torch._dynamo.utils import counters
 
-from training.config import BlockConfig, ModelConfig, ParallelConfig
-from training.kernels import ATTENTION, Call, choose
+from training.config import BlockConfig, ModelConfig, MoEConfig, ParallelConfig
+from training.kernels import ATTENTION, EXPERTS, Call, Kernels, Needs, choose
 from training.kernels.attention import Seen, documents, limits, machine, why_not
+from training.kernels.experts import plan
 from training.model import GPT, needs
+from training.model.layers import Batch
+from training.model.moe import MoE
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -121,9 +124,150 @@ def test_a_model_computes_the_same_with_it_and_no_step_compiles_anew(name, packe
     assert n_graphs[1:] == [n_graphs[1]] * 4
 
 
+# --- experts ---------------------------------------------------------------------------------------
+
+TYPES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+over_experts = pytest.mark.parametrize("name", ["triton", "grouped", "loop"])
+over_types = pytest.mark.parametrize("dtype", TYPES, ids=["fp32", "bf16"])
+over_counts = pytest.mark.parametrize("n_experts", [8, 64])
+
+
+def skip_without(name, dtype):
+    if name == "triton":
+        pytest.importorskip("triton")
+    elif name == "grouped" and dtype != torch.bfloat16:
+        pytest.skip("grouped: PyTorch has it for bf16")
+
+
+def routed(n_tokens, n_experts, dtype, width=768, hidden=3072):
+    """(the inputs of a layer of experts, where tokens go: a third of the experts gets most of them, one nothing)."""
+    generator = torch.Generator(CUDA).manual_seed(n_tokens)
+    like = torch.rand(n_tokens, n_experts, device=CUDA, generator=generator)
+    like[:, : n_experts // 3] += 0.5
+    like[:, -1] = -1
+    matrices = [(n_experts, hidden, width), (n_experts, hidden, width), (n_experts, width, hidden)]
+    made = [torch.randn(shape, device=CUDA, generator=generator) / shape[-1] ** 0.5 for shape in matrices]
+    x, weight = (torch.randn(n_tokens, n, device=CUDA, generator=generator) for n in (width, 2))
+    return [*(each.to(dtype) for each in (x, *made)), weight], like.topk(2).indices
+
+
+def experts_layer(name, expert_NK, x, up, gate, down, weight):
+    rows = plan(expert_NK, len(up))
+    up_RF, gate_RF = EXPERTS[name].up(x, (up, gate), rows)
+    return EXPERTS[name].down(up_RF * gate_RF.tanh(), down, weight, rows)
+
+
+def experts_outcome(name, made, expert_NK, layer=experts_layer):
+    """The result and the gradients of tokens, matrices and weights."""
+    leaves = [each.detach().requires_grad_() for each in made]
+    y = layer(name, expert_NK, *leaves)
+    direction = torch.randn(y.shape, device=CUDA, generator=torch.Generator(CUDA).manual_seed(0))
+    return [y, *torch.autograd.grad(y, leaves, direction.to(y.dtype))]
+
+
+@over_counts
+@over_types
+@over_experts
+@pytest.mark.parametrize(
+    ("n_tokens", "than"), [(48, "reference"), (4099, "loop")], ids=["the reference", "a loop over many tokens"]
+)
+def test_a_kernel_of_experts_equals(name, dtype, n_experts, n_tokens, than):
+    skip_without(name, dtype)
+    made, expert_NK = routed(n_tokens, n_experts, dtype)
+    expected = experts_outcome(than, [each.float() for each in made], expert_NK)
+    for ours, theirs in zip(experts_outcome(name, made, expert_NK), expected, strict=True):
+        assert (ours.float() - theirs).norm() <= TYPES[dtype] * theirs.norm()
+
+
+@over_counts
+@over_types
+@over_experts
+def test_gradients_of_experts_are_the_same_bits_every_time(name, dtype, n_experts):
+    skip_without(name, dtype)
+    made, expert_NK = routed(4099, n_experts, dtype)
+    first = experts_outcome(name, made, expert_NK)
+    for _ in range(10):
+        again = experts_outcome(name, made, expert_NK)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("name", ["triton", "grouped"])
+def test_nothing_in_a_layer_of_experts_waits_for_the_device(name, top_k):
+    skip_without(name, torch.bfloat16)
+    if name == "grouped" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("grouped: PyTorch loops over experts before Hopper, and waits for their row counts")
+    section = MoEConfig(n_experts=8, top_k=top_k, hidden=3072, activation="silu", gated=True, balance="both")
+    layer = MoE(section, ModelConfig(n_embd=768, n_head=12), Kernels(experts=EXPERTS[name])).to(CUDA)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    x = torch.randn(2, 1024, 768, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+    batch = Batch(x[..., 0].numel(), torch.arange(2, device=CUDA))
+    for mode in ("default", "error"):  # the first time, kernels are compiled and loaded
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            y, routing = layer(x, batch)
+            (y.float().square().sum() + routing.aux_loss).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
+def test_rows_beyond_two_billion_numbers_are_found():
+    """The tokens, the places and their gradients are each more than 32 bits can count."""
+    pytest.importorskip("triton")
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free memory")
+    n_tokens, width, hidden = 2**19 + 77, 4096, 16
+    generator = torch.Generator(CUDA).manual_seed(0)
+    x = torch.randn(n_tokens, width, device=CUDA, dtype=torch.bfloat16, generator=generator).requires_grad_()
+    shapes = [(2, hidden, width), (2, width, hidden)]
+    up, down = (torch.randn(s, device=CUDA, dtype=torch.bfloat16, generator=generator) / s[2] ** 0.5 for s in shapes)
+    expert_NK = torch.arange(n_tokens, device=CUDA)[:, None] % 2
+    rows, weight = plan(expert_NK, 2), torch.ones(n_tokens, 1, device=CUDA)
+    (h,) = EXPERTS["triton"].up(x, (up,), rows)
+    y = EXPERTS["triton"].down(h, down, weight, rows)
+    (grad,) = torch.autograd.grad(y, x, x.detach())
+    for ours, one, other in ((y, up, down), (grad, down.mT, up.mT)):
+        for token in (0, 1, n_tokens // 2, n_tokens - 2, n_tokens - 1):
+            expert = token % 2
+            theirs = other[expert].float() @ (one[expert].float() @ x[token].detach().float())
+            assert (ours[token].float() - theirs).norm() < 2e-2 * theirs.norm()
+
+
+@over_types
+def test_the_fastest_kernel_of_experts_is_taken_and_kept(dtype):
+    asked = Needs(frozenset(), frozenset({(768, 3072)}), False)
+    _, why = choose(ParallelConfig(), asked, device=CUDA, dtype=dtype)
+    name, reason = why["experts"].split(maxsplit=1)
+    assert name != "reference" and ("the fastest: " in reason) == (reason.count(" ms") > 1)
+    for before in ("grouped", "loop") if dtype == torch.bfloat16 else ("loop",):
+        _, why = choose(ParallelConfig(), asked, device=CUDA, dtype=dtype, before={"experts": before})
+        assert why["experts"] == f"{before} (ran, and equals the reference)"
+
+
+@pytest.mark.filterwarnings("ignore")  # of compilers
+@pytest.mark.parametrize("name", ["triton", "grouped"])
+def test_a_compiled_layer_of_experts_is_one_graph_and_computes_the_same(name):
+    skip_without(name, torch.bfloat16)
+    made, expert_NK = routed(1024, 8, torch.bfloat16)
+    torch._dynamo.reset()
+    compiled = torch.compile(experts_layer, fullgraph=True)
+    for turn in range(3):  # other counts of rows
+        sent_NK = torch.where(expert_NK < 2 * turn, 7 - expert_NK, expert_NK)
+        expected = experts_outcome(name, made, sent_NK)
+        for ours, theirs in zip(experts_outcome(name, made, sent_NK, compiled), expected, strict=True):
+            assert (ours.float() - theirs.float()).norm() < 2e-2 * theirs.float().norm()
+
+
+# --- runs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("experts", ["triton", "grouped"])
 @pytest.mark.parametrize("isolate", [False, True], ids=["one document", "documents"])
-def test_two_runs_are_the_same_to_the_bit(run, options, isolate):
+def test_two_runs_are_the_same_to_the_bit(run, options, isolate, experts):
+    skip_without(experts, torch.bfloat16)
     model = options()["model"] | {"n_embd": 256, "n_head": 4, "n_positions": 128, "isolate_documents": isolate}
-    changes = {"model": model, "batch_tokens": 2048, "precision": "bf16"}
+    changes = {"model": model, "batch_tokens": 2048, "precision": "bf16", "parallel": {"experts": experts}}
     first, second = (tensors(run(name=name, **changes), 8) for name in ("first", "second"))
     assert first == second
