@@ -4,7 +4,7 @@
 
 8 experts, 2 a token, SwiGLU, each half as wide as the dense layer: forward and backward of all weights and inputs, in
 training. Everything that is compared takes turns within one run; a figure is the median over the rounds, and so is a
-ratio of two figures of one round. Memory is the peak of a fresh process beyond what it had before its first step.
+ratio of two figures of one round. Memory is the peak of a step in a fresh process beyond what there was before it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from training import device as devices
 from training.config import MLPConfig, ModelConfig, MoEConfig, ParallelConfig
-from training.kernels import EXPERTS, Needs, choose
+from training.kernels import EXPERTS, ExpertsCall, Needs, choose
 from training.model.layers import Batch
 from training.model.mlp import MLP
 from training.model.moe import MoE
@@ -32,20 +33,21 @@ BAR_TRANSFORMERS = 1.4  # Transformers' eager time over ours, at least
 MEMORY_TOKENS = [1024 * 2**i for i in range(7)]
 
 
-def layers(width: int, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The layers that are compared, by name; "auto" is what a run would use."""
+def layers(width: int, device: torch.device, dtype: torch.dtype, only: str | None = None) -> dict[str, nn.Module]:
+    """The layers that are compared, by name, or one of them; "auto" is what a run would use."""
     model = ModelConfig(n_embd=width, n_head=1, bias=False)
     section = MoEConfig(hidden=2 * width, activation="silu", gated=True)
-    needs = Needs(frozenset(), frozenset({(width, 2 * width)}), False)
+    needs = Needs(frozenset(), frozenset({ExpertsCall(width, 2 * width, section.n_experts, section.top_k)}), False)
     kernels, why = choose(ParallelConfig(), needs, device=device, dtype=dtype)
     print(f"  auto: {why['experts']}")
-    found: dict[str, nn.Module] = {
-        "dense": MLP(MLPConfig(hidden=4 * width, activation="silu", gated=True), model, kernels),
-        "auto": MoE(section, model, kernels),
-        "loop": MoE(section, model, kernels._replace(experts=EXPERTS["loop"])),
-        "transformers, eager": transformers_layer(section, width, "eager"),
-        "transformers, grouped": transformers_layer(section, width, "grouped_mm"),
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "dense": lambda: MLP(MLPConfig(hidden=4 * width, activation="silu", gated=True), model, kernels),
+        "auto": lambda: MoE(section, model, kernels),
+        "loop": lambda: MoE(section, model, kernels._replace(experts=EXPERTS["loop"])),
+        "transformers, eager": lambda: transformers_layer(section, width, "eager"),
+        "transformers, grouped": lambda: transformers_layer(section, width, "grouped_mm"),
     }
+    found = {name: make() for name, make in makers.items() if only in (None, name)}
     for layer in found.values():
         generator = torch.Generator().manual_seed(0)
         for parameter in layer.parameters():
@@ -136,18 +138,24 @@ def compare(width: int, n_tokens: int, rounds: int, device: torch.device, dtype:
 
 
 def peak_of(name: str, width: int, n_tokens: int, device: torch.device, dtype: torch.dtype) -> float:
-    """MiB that a step takes beyond a step of 256 tokens."""
-    import resource
+    """MiB that a step takes at its peak beyond what there was before it; of a second step, as caches are then full."""
+    layer, given = layers(width, device, dtype, only=name)[name], inputs(width, n_tokens, device, dtype)
+    step(layer, *inputs(width, 256, device, dtype))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(layer, *given)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again (Linux)
+    before = resident("VmRSS")
+    step(layer, *given)
+    return resident("VmHWM") - before
 
-    layer = layers(width, device, dtype)[name]
-    peaks = []
-    for n in (256, n_tokens):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        step(layer, *inputs(width, n, device, dtype))
-        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peaks.append(torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else kib / 1024)
-    return peaks[1] - peaks[0]
+
+def resident(field: str) -> float:
+    """MiB of this process: VmRSS is now, VmHWM the peak."""
+    found = Path("/proc/self/status").read_text().partition(f"{field}:")[2]
+    return int(found.split()[0]) / 1024
 
 
 def memory(path: Path, width: int, device: torch.device, precision: str) -> None:
@@ -188,6 +196,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw memory against tokens into this PNG")
     parser.add_argument("--peak", nargs=3, metavar=("LAYER", "WIDTH", "TOKENS"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    if asked.tokens < 256 or asked.tokens % 256:
+        parser.error(f"--tokens: {asked.tokens} is no multiple of 256")
     if asked.threads:
         torch.set_num_threads(asked.threads)
     device = devices.pick(asked.device)

@@ -24,6 +24,7 @@ from training import device as devices
 from training.config import Config
 from training.data import prepare
 from training.distributed import World
+from training.errors import UserError
 from training.loop import evaluate, train_step
 from training.run import Run, begin
 from training.twin import described, twin
@@ -137,7 +138,11 @@ def main() -> None:
     parser.add_argument("--cache_dir", default="data_cache", help="folder of the token shards (default %(default)s)")
     parser.add_argument("--plot", type=Path, help="draw the curves into this PNG")
     asked = parser.parse_args()
-    config = cli.load(asked.config, {"data.cache_dir": asked.cache_dir})
+    try:
+        config = cli.load(asked.config, {"data.cache_dir": asked.cache_dir})
+        twin(config)
+    except UserError as error:
+        parser.error(str(error))
     device = devices.pick(config.parallel.device)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     print(f"{devices.describe(device)}, torch {torch.__version__}, commit {commit}\n{described(config)}")

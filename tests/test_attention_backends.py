@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 
 from training.config import BlockConfig, ModelConfig, ParallelConfig
 from training.errors import UserError
-from training.kernels import ATTENTION, Backend, Call, Kernels, Needs, choose
+from training.kernels import ATTENTION, Backend, Call, ExpertsCall, Kernels, Needs, choose
 from training.kernels.attention import Limits, Machine, Seen, automatic, documents, limits, why_not
 from training.kernels.attention.repeatable import DeterministicBackward, attend_repeatably, deterministic
 from training.model import GPT
@@ -75,7 +75,7 @@ AS_PUBLISHED = ["flash2", "flash3", "flash4", "varlen"]  # run here with what th
 
 
 def needs(call=CALLS["multi-head"], packed=False):
-    return Needs(frozenset({call}), frozenset({(32, 64), (64, 32)}), packed)
+    return Needs(frozenset({call}), frozenset({ExpertsCall(32, 64)}), packed)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from conftest import tensors
 from torch._dynamo.utils import counters
 
 from training.config import BlockConfig, ModelConfig, MoEConfig, ParallelConfig
-from training.kernels import ATTENTION, EXPERTS, Call, Kernels, Needs, choose
+from training.kernels import ATTENTION, EXPERTS, Call, ExpertsCall, Kernels, Needs, choose
 from training.kernels.attention import Seen, documents, limits, machine, why_not
 from training.kernels.experts import plan
 from training.model import GPT, needs
@@ -237,7 +237,7 @@ def test_rows_beyond_two_billion_numbers_are_found():
 
 @over_types
 def test_the_fastest_kernel_of_experts_is_taken_and_kept(dtype):
-    asked = Needs(frozenset(), frozenset({(768, 3072)}), False)
+    asked = Needs(frozenset(), frozenset({ExpertsCall(768, 3072, 8)}), False)
     _, why = choose(ParallelConfig(), asked, device=CUDA, dtype=dtype)
     name, reason = why["experts"].split(maxsplit=1)
     assert name != "reference" and ("the fastest: " in reason) == (reason.count(" ms") > 1)

@@ -20,6 +20,13 @@ from training.model.moe import MoE, described_routing, starving
 MODEL = ModelConfig(n_embd=16, n_head=2, vocab_size=64, n_layer=2, n_positions=8)
 
 
+NO_GROUPED = not hasattr(torch.nn.functional, "grouped_mm")
+KERNELS = [
+    pytest.param(name, marks=pytest.mark.skipif(name == "grouped" and NO_GROUPED, reason="grouped: not in this torch"))
+    for name in EXPERTS
+]
+
+
 def layer(kernel="loop", model=MODEL, **options) -> MoE:
     section = MoEConfig.model_validate({"type": "moe", "n_experts": 4, "hidden": 32} | options)
     moe = MoE(section, model, Kernels(experts=EXPERTS[kernel]))
@@ -67,7 +74,7 @@ def outputs(function, moe, x):
     return {"y": y, **dict(zip(["x", *names], grads, strict=True))}
 
 
-@pytest.mark.parametrize("kernel", EXPERTS)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
     "options",
     [
@@ -106,7 +113,7 @@ def test_one_expert_is_the_dense_layer():
         torch.testing.assert_close(ours[name].view_as(expected), expected)
 
 
-@pytest.mark.parametrize("kernel", EXPERTS)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("favourites", [[2], [0, 3], [1, 2, 3]])
 def test_experts_without_tokens_get_zero_gradients_and_nothing_is_nan(kernel, favourites):
     moe = layer(kernel, top_k=len(favourites))
@@ -215,6 +222,9 @@ def test_routing_is_in_float32_under_bfloat16():
     assert moe(x, Batch(64))[0].dtype == torch.bfloat16
 
 
+GROUPED_BF16 = pytest.param(
+    "grouped", torch.bfloat16, marks=pytest.mark.skipif(NO_GROUPED, reason="grouped: not in this torch")
+)
 EVERYTHING = {"scoring": "sigmoid", "n_shared": 1, "jitter": 0.1, "capacity_factor": 1.0, "balance": "both"}
 
 
@@ -292,7 +302,7 @@ def test_recomputation_counts_no_token_twice_and_draws_the_same_noise():
 
 
 @pytest.mark.filterwarnings("ignore")  # of compilers
-@pytest.mark.parametrize(("kernel", "dtype"), [("loop", torch.float32), ("grouped", torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(("kernel", "dtype"), [("loop", torch.float32), GROUPED_BF16], ids=str)
 @pytest.mark.parametrize("ffn", [{}, EVERYTHING], ids=["default", "everything"])
 def test_a_block_compiles_without_a_graph_break_and_computes_the_same(ffn, kernel, dtype):
     model, plain = model_of(ffn, kernel, dtype), model_of(ffn, kernel, dtype)

@@ -2,9 +2,9 @@
 
 A dense layer's F hidden channels are cut in S + G shards of an expert's width, F = (S + G) h: the S shared experts hold
 the first ones, expert e holds shard e mod G of the others. G neighbours are a virtual group (arXiv:2410.07524): their
-rows of the router are equal, so that a token picks whole groups, and each shard is there in every group. The weights of
-a token's K experts then are route_scale / K each, and every shard comes K / G times: `down` makes up for it by
-G / route_scale. With G = 1 and nothing shared every expert is a copy.
+rows of the router are equal, so that a token picks whole groups, and each shard is there in every group. The
+weights of a group's members then are equal, and those of all K experts of a token sum to route_scale, so each shard's
+sum to route_scale / G: `down` makes up for it by G / route_scale. With G = 1 and nothing shared every expert is a copy.
 
 Shapes: C channels, F and h hidden channels of the dense layer and of an expert, E experts, K experts a token, G experts
 a group, B samples, T tokens, V vocabulary.

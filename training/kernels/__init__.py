@@ -32,7 +32,7 @@ from training.kernels.experts import EXPERTS as PORTABLE
 from training.kernels.experts import ExpertKernel, Plan, plan
 from training.kernels.loss import LOSS
 
-__all__ = ["ATTENTION", "EXPERTS", "LOSS", "Backend", "Call", "Kernels", "Needs", "choose", "names"]
+__all__ = ["ATTENTION", "EXPERTS", "LOSS", "Backend", "Call", "ExpertsCall", "Kernels", "Needs", "choose", "names"]
 
 # Largest relative error (in the Euclidean norm) that is rounding and nothing else.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -63,11 +63,21 @@ class Kernels(NamedTuple):
     loss: Callable[..., Tensor] = LOSS["chunked"]
 
 
+class ExpertsCall(NamedTuple):
+    """What a layer asks of its experts' kernel."""
+
+    width: int
+    hidden: int
+    n_experts: int = 4
+    top_k: int = 2
+    gated: bool = True
+
+
 class Needs(NamedTuple):
     """What a model asks of its kernels."""
 
     attention: frozenset[Call]
-    experts: frozenset[tuple[int, int]]  # (channels, hidden channels) of the experts
+    experts: frozenset[ExpertsCall]
     documents: bool  # packed documents do not see each other
 
 
@@ -113,11 +123,11 @@ class Trial(NamedTuple):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what is refused, PyTorch warns at length
                 found = self.outcome(kernel, device, dtype)
+            rounded = self._replace(inputs=[x.to(dtype).float() for x in self.inputs])
+            expected = rounded.outcome(reference, device, torch.float32)
         except Exception as error:  # of a package or a compiler, on a machine that nobody here has seen
             said = str(error).splitlines() or [type(error).__name__]
             return f"it does not run here: {said[0].rstrip('.')}"
-        rounded = self._replace(inputs=[x.to(dtype).float() for x in self.inputs])
-        expected = rounded.outcome(reference, device, torch.float32)
         errors = [(x - y).norm() / (y.norm() + 1e-6) for x, y in zip(found, expected, strict=True)]
         worst = float(torch.stack(errors).max())  # NaN where one is
         return None if worst <= TOLERANCE[dtype] else f"it differs from the reference by {worst:.0e}"
@@ -140,21 +150,38 @@ def _attention_trial(call: Call, needs: Needs, device: torch.device, dtype: torc
     return Trial(run, inputs, lambda name: why_not(name, call, needs.documents, machine(device), dtype))
 
 
-def _experts_trial(width: int, hidden: int, device: torch.device, compiled: bool, n_tokens: int = 64) -> Trial:
-    """Tokens to two of four experts each, one of which gets none."""
-    expert_NK = torch.tensor([[0, 3], [3, 1], [0, 1], [1, 0]], device=device).repeat(n_tokens // 4, 1)
-    rows = plan(expert_NK, 4)
+def _experts_trial(call: ExpertsCall, expert_NK: Tensor, dtype: torch.dtype, compiled: bool) -> Trial:
+    """Tokens to their experts and back, at the layer's widths."""
+    rows, device = plan(expert_NK, call.n_experts), expert_NK.device
 
-    def layer(kernel: ExpertKernel, x_NC: Tensor, up: Tensor, gate: Tensor, down: Tensor, weight_NK: Tensor) -> Tensor:
-        up_RF, gate_RF = kernel.up(x_NC, (up, gate), rows)
-        return kernel.down(up_RF * gate_RF.tanh(), down, weight_NK.float(), rows)
+    def layer(kernel: ExpertKernel, x_NC: Tensor, weight_NK: Tensor, down: Tensor, *ups: Tensor) -> Tensor:
+        up_RF, *gate_RF = kernel.up(x_NC, ups, rows)
+        return kernel.down(up_RF * gate_RF[0].tanh() if gate_RF else up_RF, down, weight_NK.float(), rows)
 
     def run(kernel: ExpertKernel, *inputs: Tensor) -> Tensor:
         return (torch.compile(layer, backend="aot_eager") if compiled else layer)(kernel, *inputs)
 
-    shapes = [(n_tokens, width), (4, hidden, width), (4, hidden, width), (4, width, hidden), (n_tokens, 2)]
-    inputs = [_random(*shape, seed=seed) for seed, shape in enumerate(shapes)]
-    return Trial(run, inputs, lambda name: None if _is_for(name, device) else "it runs on CUDA devices")
+    def cannot(name: str) -> str | None:
+        if not _is_for(name, device):
+            return "it runs on CUDA devices"
+        return "compiled, it is for bf16 alone" if name == "grouped" and compiled and dtype != torch.bfloat16 else None
+
+    n_experts, width, hidden = call.n_experts, call.width, call.hidden
+    shapes = [(len(expert_NK), width), expert_NK.shape, (n_experts, width, hidden)]
+    shapes += [(n_experts, hidden, width)] * (1 + call.gated)
+    return Trial(run, [_random(*shape, seed=seed, device=device) for seed, shape in enumerate(shapes)], cannot)
+
+
+def _small_trial(call: ExpertsCall, device: torch.device, dtype: torch.dtype, compiled: bool) -> Trial:
+    """Tokens to two of four experts each, one of which gets none."""
+    expert_NK = torch.tensor([[0, 3], [3, 1], [0, 1], [1, 0]], device=device).repeat(16, 1)
+    return _experts_trial(call._replace(n_experts=4, top_k=2, gated=True), expert_NK, dtype, compiled)
+
+
+def _large_trial(call: ExpertsCall, device: torch.device, dtype: torch.dtype) -> Trial:
+    """As many tokens as tell how fast a kernel is, to as many experts as the layer has, evenly by chance."""
+    score_NE = _random(TIMED_TOKENS, call.n_experts, seed=0, device=device)
+    return _experts_trial(call, score_NE.topk(call.top_k).indices, dtype, compiled=False)
 
 
 def _is_for(name: str, device: torch.device) -> bool:
@@ -162,8 +189,8 @@ def _is_for(name: str, device: torch.device) -> bool:
     return name != "triton" or device.type == "cuda"
 
 
-def _random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+def _random(*shape: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
 def choose(
@@ -185,7 +212,7 @@ def choose(
     attention = [
         _attention_trial(call, needs, device, dtype, config.compile) for call in sorted(needs.attention, key=str)
     ]
-    experts = [_experts_trial(*widths, device, config.compile) for widths in sorted(needs.experts)]
+    experts = [_small_trial(call, device, dtype, config.compile) for call in sorted(needs.experts)]
     chosen, why = {}, {}
     for option, kernels, automatically, trials in (
         ("attention", ATTENTION, automatic(here), attention),
@@ -228,10 +255,10 @@ def _able(
 
 def _fastest(able: list[str], needs: Needs, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """The kernel of experts that takes the least time over all widths, and in words how long each took."""
-    rivals = [name for name in able if name != "reference"]  # which would copy a matrix for each of many rows
+    rivals = [name for name in able if name != "reference"]  # which does the work of all experts for each row
     if len(rivals) < 2:
         return able[0], ""
-    trials = [_experts_trial(*widths, device, False, TIMED_TOKENS) for widths in sorted(needs.experts)]
+    trials = [_large_trial(call, device, dtype) for call in sorted(needs.experts)]
     taken = {name: sum(trial.seconds(EXPERTS[name], device, dtype) for trial in trials) for name in rivals}
     if device.type == "cuda":  # what this took is no memory of the run
         torch.cuda.empty_cache()

@@ -156,12 +156,20 @@ def _parts(x: Tensor, ends_E: Tensor) -> tuple[Tensor, ...]:
     return x.tensor_split(ends_E[:-1].to("cpu", torch.int64))
 
 
+def _reference_rows(x_RI: Tensor, w_EOI: Tensor, expert_R: Tensor) -> Tensor:
+    """Each row through every expert's matrix, of which its own is kept."""
+    y_RO = x_RI.new_zeros(len(x_RI), w_EOI.shape[1])
+    for expert, w_OI in enumerate(w_EOI):
+        y_RO = torch.where((expert_R == expert)[:, None], x_RI @ w_OI.T, y_RO)
+    return y_RO
+
+
 def _reference_up(x_NC: Tensor, w_EFC: tuple[Tensor, ...], plan: Plan) -> tuple[Tensor, ...]:
-    return tuple(torch.einsum("rc,rfc->rf", x_NC[plan.token_R], w[plan.expert_R]) for w in w_EFC)
+    return tuple(_reference_rows(x_NC[plan.token_R], w, plan.expert_R) for w in w_EFC)
 
 
 def _reference_down(h_RF: Tensor, w_ECF: Tensor, weight_NK: Tensor, plan: Plan) -> Tensor:
-    y_RC = torch.einsum("rf,rcf->rc", h_RF, w_ECF[plan.expert_R])
+    y_RC = _reference_rows(h_RF, w_ECF, plan.expert_R)
     weight_R = weight_NK.flatten()[plan.order_R].to(y_RC.dtype)
     return y_RC.new_zeros(len(weight_NK), y_RC.shape[1]).index_add(0, plan.token_R, y_RC * weight_R[:, None])
 

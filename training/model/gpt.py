@@ -24,7 +24,7 @@ from training.config import (
     ModelConfig,
     MoEConfig,
 )
-from training.kernels import ATTENTION, Backend, Kernels, Needs
+from training.kernels import ATTENTION, Backend, ExpertsCall, Kernels, Needs
 from training.kernels.attention import Documents, Seen, padded
 from training.kernels.loss import soft_capped
 from training.model.attention import Attention, Place
@@ -98,7 +98,10 @@ def needs(config: ModelConfig) -> Needs:
     experts = [block.ffn for block in config.blocks if block.ffn.type == "moe"]
     return Needs(
         frozenset(MIXERS[type(block.mixer)].asks(block.mixer, config) for block in config.blocks),
-        frozenset((config.n_embd, ffn.hidden or 4 * config.n_embd) for ffn in experts),
+        frozenset(
+            ExpertsCall(config.n_embd, ffn.hidden or 4 * config.n_embd, ffn.n_experts, ffn.top_k, ffn.gated)
+            for ffn in experts
+        ),
         config.isolate_documents,
     )
 

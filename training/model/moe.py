@@ -129,7 +129,9 @@ class MoE(nn.Module):
 
     def _aux_loss(self, z_loss: Tensor, share_NE: Tensor, n_targets: int) -> Tensor:
         """What this layer adds to the training loss."""
-        aux_loss = self.section.z_loss_weight / n_targets * z_loss
+        aux_loss = (
+            self.section.z_loss_weight / n_targets * z_loss if self.section.z_loss_weight else z_loss.new_zeros(())
+        )
         if self.section.balance in ("switch", "both"):
             # arXiv:2101.03961 eq. 4, with the fractions of the step before.
             switch = self.section.n_experts * (self.load * share_NE.sum(dim=0)).sum()
