@@ -224,8 +224,10 @@ def header(run: Run) -> dict[str, str]:
     ranks = f", {run.world.size} processes" if run.world.size > 1 else ""
     moe = [block.ffn for block in model.layers() if block.ffn.type == "moe"]
     capacities = dict.fromkeys(f"{ffn.capacity_factor:g}" for ffn in moe if ffn.capacity_factor is not None)
-    experts = f"{len(moe)} of them MoE, top {moe[0].top_k} of {moe[0].n_experts} experts" if moe else ""
-    experts += f" and {moe[0].n_shared} shared, " if moe and moe[0].n_shared else ", " if moe else ""
+    kinds = dict.fromkeys(
+        f"top {ffn.top_k} of {ffn.n_experts}" + (f" and {ffn.n_shared} shared" if ffn.n_shared else "") for ffn in moe
+    )
+    experts = f"{len(moe)} of them MoE, {' or '.join(kinds)} experts, " if moe else ""
     facts = {
         "run": str(run.folder),
         "device": f"{devices.describe(run.world.device)}{ranks}, {config.precision}",
