@@ -225,7 +225,7 @@ def choose(
         if (name := next(able, None)) is None:
             raise UserError(f"parallel.{option}: {_said(refused)}; use auto")
         granted, timed = "ran, and equals the reference" if asked == "auto" else "asked for", ""
-        if kernels is EXPERTS and trials and asked == "auto" and name != first and device.type in TIMED_ON:
+        if kernels is EXPERTS and trials and name != first and device.type in TIMED_ON:
             name, timed = _fastest([name, *able], needs, device, dtype)
         if kernels is ATTENTION and not limits(name, here).deterministic:
             granted += "; a restart does not repeat its gradients to the bit"
