@@ -163,7 +163,7 @@ def described_routing(layers: dict[str, list[Sequence[float]]], top_ks: list[int
     """
     counts_LE = layers["expert_count"]
     sent_L = [sum(count_E) for count_E in counts_LE]
-    load_LE = [[round(count / sent, 6) for count in count_E] for count_E, sent in zip(counts_LE, sent_L, strict=True)]
+    load_LE = [[round(count / sent, 8) for count in count_E] for count_E, sent in zip(counts_LE, sent_L, strict=True)]
     n_tokens_L = [sent / top_k for sent, top_k in zip(sent_L, top_ks, strict=True)]
 
     def per_token(name: str) -> list[float]:
