@@ -84,9 +84,11 @@ def export(run: str, out: str | None, dtype_name: str) -> list[str]:
         f"{seen.n_same} greedy tokens are the same",
     ]
     if own:
-        reasons = (f"{name} ({hf.why_not(a, weights, config.model)})" for name, a in hf.ARCHITECTURES.items())
-        lines.append(f"with a modeling file of its own; what does not fit: {', '.join(reasons)}")
-    if own:
+        unfit: dict[str | None, list[str]] = {}
+        for name, architecture in hf.ARCHITECTURES.items():
+            unfit.setdefault(hf.why_not(architecture, weights, config.model), []).append(name)
+        reasons = "; ".join(f"{reason} ({', '.join(names)})" for reason, names in unfit.items())
+        lines.append(f"with a modeling file of its own; what does not fit: {reasons}")
         lines.append(f"AutoTokenizer.from_pretrained({str(target)!r}, trust_remote_code=True)")
     return [*lines, call]
 
