@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
-from conftest import tensors
+from conftest import goes_on_with
 
 from training.config import ModelConfig, ParallelConfig
 from training.errors import UserError
@@ -99,12 +97,7 @@ def test_a_run_goes_on_with_the_kernel_that_it_began_with(run, monkeypatch, caps
     assert "attention   sdpa (ran, and equals the reference)" in capsys.readouterr().out
     monkeypatch.setitem(ATTENTION, "flash", fast)  # as if a package had been installed in the meantime
     assert choose_again({})[0] == "flash"
-    before = tensors(folder, 8)
-    shutil.rmtree(folder / "checkpoints" / "step-00000008")
-    run()
-    said = capsys.readouterr().out
-    assert "goes on     after step 6" in said and "attention   sdpa (ran, and equals the reference)" in said
-    assert tensors(folder, 8) == before
+    goes_on_with("attention   sdpa", run, folder, capsys)
 
 
 def choose_again(before):

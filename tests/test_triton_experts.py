@@ -6,7 +6,6 @@ Run as a program, this file is the other process of its tests: `interpret` or `c
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT, command, environment, tensors
+from conftest import ROOT, command, environment, goes_on_with
 from safetensors.torch import load_file, save_file
 
 from training.config import ParallelConfig
@@ -319,12 +318,7 @@ def test_a_restart_repeats_the_bits_whatever_is_faster_then(run, monkeypatch, ca
     assert "experts     loop (the fastest: loop " in capsys.readouterr().out
     monkeypatch.setitem(EXPERTS, "grouped", plain)
     monkeypatch.setitem(EXPERTS, "loop", slowed(EXPERTS["loop"]))
-    before = tensors(folder, 8)
-    shutil.rmtree(folder / "checkpoints" / "step-00000008")
-    run()
-    said = capsys.readouterr().out
-    assert "goes on     after step 6" in said and "experts     loop (ran, and equals the reference)" in said
-    assert tensors(folder, 8) == before
+    goes_on_with("experts     loop", run, folder, capsys)
 
 
 if __name__ == "__main__":

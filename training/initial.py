@@ -22,7 +22,7 @@ from torch import Tensor
 from training import cli, restart, upcycle
 from training.config import Config, ModelConfig
 from training.errors import UserError
-from training.kernels.attention import Documents, documents
+from training.kernels.attention import documents
 from training.model import GPT, hf
 from training.model.hf.layers import pattern, written_out
 
@@ -109,7 +109,7 @@ def _samples(run: Run) -> Iterator[upcycle.Sample]:
         tokens_BT, targets_BT = (torch.from_numpy(array[:, :n_tokens]) for array in batches.samples([window]))
         apart = None
         if model.isolate_documents:
-            apart = Documents(*(t.to(device) for t in documents(tokens_BT, run.dataset.tokenizer.end_of_text)))
+            apart = documents(tokens_BT, run.dataset.tokenizer.end_of_text).to(device)
         yield tokens_BT.to(device), targets_BT.to(device), apart
 
 

@@ -19,7 +19,7 @@ from training.data import Tokenizer
 from training.data.loader import Batches
 from training.distributed import World
 from training.errors import UserError
-from training.kernels.attention import Documents, documents
+from training.kernels.attention import documents
 from training.logging.report import write_report
 from training.model import GPT
 from training.model.continuation import continue_texts, prompt_ids
@@ -85,8 +85,7 @@ def model_inputs(model: GPT, tokens_BT: np.ndarray, targets_BT: np.ndarray, end_
         "targets_BT": to_device(targets_BT, device),
     }
     if model.config.isolate_documents:  # found here: on the device, counting them would be waited for
-        found = documents(torch.from_numpy(tokens_BT), end_of_text)
-        inputs["documents"] = Documents(*(tensor.to(device, non_blocking=True) for tensor in found))
+        inputs["documents"] = documents(torch.from_numpy(tokens_BT), end_of_text).to(device)
     return inputs
 
 

@@ -17,7 +17,7 @@ from training.data import Tokenizer
 from training.data.loader import Batches
 from training.data.tokenizer import byte_alphabet
 from training.files import write_atomically
-from training.kernels.attention import Documents, documents
+from training.kernels.attention import documents
 from training.model import GPT
 
 MOST_TOKENS = 65_536  # of the validation text; and never more than an evaluation reads
@@ -77,7 +77,7 @@ def counted(
         rows = slice(first, first + micro_batch)
         tokens, apart = torch.from_numpy(tokens_BT[rows]), None
         if model.config.isolate_documents:
-            apart = Documents(*(tensor.to(device) for tensor in documents(tokens, end_of_text)))
+            apart = documents(tokens, end_of_text).to(device)
         routes = model.routes(tokens.to(device), apart)
         slot_N1 = slot_BT[rows][text_BT[rows]][:, None]
         for layer, counts_SE in counts.items():

@@ -12,7 +12,6 @@ a group, B samples, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from math import gcd
@@ -27,6 +26,7 @@ from training.errors import UserError
 from training.kernels.attention import Documents
 from training.model import GPT
 from training.model.hf.layers import written_out
+from training.model.layers import normal
 
 ALLOWED = 1e-4  # change of a logit that is rounding and nothing else
 TORN = 1e-3  # share of tokens: thousands of times what chance makes
@@ -154,10 +154,8 @@ def noisy(found: dict[str, Tensor], made: Iterable[int], relative: float, seed: 
     noised = dict(found)
     for name in (f"blocks.{i}.ffn.experts.{matrix}" for i in made for matrix in ("up", "gate", "down")):
         if name in found:
-            digest = hashlib.sha256(f"{seed}/noise/{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
             deviation = relative * found[name].double().std().item()  # float64: the same on any number of threads
-            noised[name] = found[name] + deviation * torch.randn(found[name].shape, generator=generator)
+            noised[name] = found[name] + deviation * normal(f"{seed}/noise/{name}", found[name].shape)
     return noised
 
 

@@ -6,7 +6,6 @@ The contract with the loop is a value: `loss, metrics = model(tokens_BT, targets
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -31,7 +30,7 @@ from training.model.attention import Attention, Place
 from training.model.cache import Cache, LayerCache
 from training.model.differential import DifferentialAttention
 from training.model.latent import LatentAttention
-from training.model.layers import Batch, Linear, norm, rotary_table
+from training.model.layers import Batch, Linear, norm, normal, rotary_table
 from training.model.mlp import MLP
 from training.model.moe import MoE, Routing, described_routing
 
@@ -263,9 +262,7 @@ class GPT(nn.Module):
                 continue
             into_residual = name.endswith(("mixer.out.weight", "ffn.down.weight", "experts.down", "shared.down.weight"))
             deviation = 0.02 / math.sqrt(2 * self.config.n_layer) if into_residual else 0.02
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
+            parameter.copy_(normal(f"{seed}/{name}", parameter.shape) * deviation)
         return self
 
     def kinds(self) -> dict[str, Kind]:

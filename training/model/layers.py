@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, C channels, H heads, D head width.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,6 +26,13 @@ class Batch(NamedTuple):
     def layer(self, index: int) -> Batch:
         """The same with keys of this layer's own."""
         return self if self.key_B is None else self._replace(key_B=self.key_B + (index << 48))
+
+
+def normal(key: str, shape: torch.Size) -> Tensor:
+    """Standard normal numbers, float32 on the CPU, from a generator that is the key's own: no order matters."""
+    digest = hashlib.sha256(key.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+    return torch.randn(shape, generator=generator)
 
 
 def uniform(key_B: Tensor, n_tokens: int, width: int) -> Tensor:

@@ -18,6 +18,10 @@ class Documents(NamedTuple):
     position_BT: Tensor  # place of each query in its document
     ends_D: Tensor | None = None  # int32 (D + 1,): where documents end in the flattened (B x T), 0 first
 
+    def to(self, device: torch.device) -> Documents:
+        """The same on a device, without waiting for it."""
+        return Documents(*(tensor.to(device, non_blocking=True) for tensor in self))
+
 
 class Seen(NamedTuple):
     """What a back-end makes its mask from."""

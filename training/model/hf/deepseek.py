@@ -83,11 +83,6 @@ def _router_differences(config: ModelConfig) -> Iterator[str]:
         yield "dense layers after experts"
 
 
-def _no_window(config: ModelConfig) -> Iterator[str]:
-    if any(block.mixer.window is not None for block in config.layers()):
-        yield "a window"
-
-
 def _dots1_differences(config: ModelConfig) -> Iterator[str]:
     yield from experts.differences(config)
     yield from _router_differences(config)
@@ -99,7 +94,7 @@ def _dots1_differences(config: ModelConfig) -> Iterator[str]:
 def _glm4_differences(config: ModelConfig) -> Iterator[str]:
     yield from experts.differences(config)
     yield from _router_differences(config)
-    yield from _no_window(config)
+    yield from experts.no_window(config)
 
 
 def _deepseek_differences(config: ModelConfig) -> Iterator[str]:
@@ -107,7 +102,7 @@ def _deepseek_differences(config: ModelConfig) -> Iterator[str]:
         yield "attention that is not latent"
     yield from experts.differences(config, LatentConfig)
     yield from _router_differences(config)
-    yield from _no_window(config)
+    yield from experts.no_window(config)
     if config.norm_eps != LATENT_EPS:
         yield f"norm_eps {config.norm_eps:g}, where the latent vectors' is {LATENT_EPS:g}"
 

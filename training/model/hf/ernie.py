@@ -38,11 +38,9 @@ MOST_NORM_MIN = 1e-12  # the class's; the chosen experts' share of the softmax i
 
 def _differences(config: ModelConfig) -> Iterator[str]:
     yield from experts.differences(config)
-    mixers = [block.mixer for block in config.layers()]
-    if mixers[0].qk_norm:
+    if config.layers()[0].mixer.qk_norm:
         yield "QK-norm"
-    if any(mixer.window is not None for mixer in mixers):
-        yield "a window"
+    yield from experts.no_window(config)
     yield from experts.weight_differences(config)
     if not experts.experts(config)[0].renormalize:
         yield "experts' weights that do not sum to one"

@@ -60,6 +60,12 @@ def window_differences(config: ModelConfig) -> Iterator[str]:
         yield "windows that differ between layers"
 
 
+def no_window(config: ModelConfig) -> Iterator[str]:
+    """What there is not where no layer has a window."""
+    if any(block.mixer.window is not None for block in config.layers()):
+        yield "a window"
+
+
 def read_one(hf: dict, *names: str) -> int:
     """A number that has several names. Raises UserError where they do not say the same."""
     found = {read(hf, name, int) for name in names if hf.get(name) is not None}
