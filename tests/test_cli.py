@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 from types import NoneType
-from typing import Literal, get_args, get_origin
+from typing import Annotated, Literal, get_args, get_origin
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -428,7 +428,9 @@ def likely(annotation: object) -> st.SearchStrategy:
         return st.one_of([likely_section(variant) for variant in variants])
     if get_origin(annotation) is Literal:
         return st.sampled_from(get_args(annotation))
-    return PLAIN[annotation] if annotation in PLAIN else st.one_of([PLAIN[part] for part in get_args(annotation)])
+    if get_origin(annotation) is Annotated:
+        return likely(get_args(annotation)[0])
+    return PLAIN[annotation] if annotation in PLAIN else st.one_of([likely(part) for part in get_args(annotation)])
 
 
 def likely_section(section: type) -> st.SearchStrategy:

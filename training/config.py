@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from training.section import Section, one_of, option
 
@@ -335,6 +335,26 @@ Schedule = one_of(CosineSchedule, LinearSchedule, WSDSchedule, ConstantSchedule)
 # --- carrying it out, watching it, keeping it ------------------------------------------------------
 
 
+class MeshConfig(Section):
+    """The processes as a grid: their number is replicate x shard. docs/distributed.md says what to choose."""
+
+    replicate: int | None = option(
+        None, "copies of the weights, each on `shard` processes; null: as many as there are", unit="copies", ge=1
+    )
+    shard: int = option(
+        1, "processes that weights, gradients and optimizer state are split over (FSDP2)", unit="processes", ge=1
+    )
+    expert: int = option(
+        1, "processes that a layer's experts are split over; tokens travel to them", unit="processes", ge=1
+    )
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        if self.shard > 1 and self.shard % self.expert:
+            yield "expert", f"{self.expert} does not divide shard {self.shard}"
+        elif self.replicate is not None and (self.replicate * self.shard) % self.expert:
+            yield "expert", f"{self.expert} does not divide replicate x shard = {self.replicate * self.shard}"
+
+
 class ParallelConfig(Section):
     """How the run is carried out. Nothing here changes what is computed, beyond the order of sums."""
 
@@ -346,6 +366,13 @@ class ParallelConfig(Section):
         "auto", "kernel of the experts; auto: of those that really run here the first, on CUDA the fastest"
     )
     compile: bool = option(False, "compile the blocks with torch.compile")
+    recompute: Literal["none", "selective", "full"] = option(
+        "none", "activation checkpointing: compute again in the backward, all of a block or all but its products"
+    )
+    mesh: MeshConfig = option(MeshConfig(), "how weights and experts lie on several processes")
+    timeout_s: float = option(
+        600.0, "longest wait for another process before the run ends with a line that names it", unit="seconds", gt=0
+    )
 
 
 class CheckpointConfig(Section):
@@ -355,6 +382,10 @@ class CheckpointConfig(Section):
     every_minutes: float | None = option(10.0, "save after so long; null: not by time", unit="minutes", gt=0)
     keep: int = option(2, "newest checkpoints that are kept", unit="checkpoints", ge=1)
     keep_best: bool = option(True, "keep the one with the lowest validation loss as well")
+    background: bool = option(True, "write while training goes on, from a copy in memory")
+    one_file_gib: float = option(
+        8.0, "above this size each process writes its own part, and none needs the whole", unit="GiB", ge=0
+    )
 
 
 class EvalConfig(Section):
@@ -397,8 +428,8 @@ class Config(Section):
     seed: int = option(0, "seed of initial weights, data order and samples", ge=0, lt=2**32)
     steps: int = option(1000, "optimizer steps of the whole run", unit="steps", ge=1)
     batch_tokens: int = option(524_288, "tokens per optimizer step, over all devices", unit="tokens", ge=1)
-    micro_batch: int = option(
-        8, "samples per forward and backward; changes memory and speed only", unit="samples", ge=1
+    micro_batch: Literal["auto"] | PositiveInt = option(
+        "auto", "samples per forward and backward; auto: as many as fit; changes memory and speed only", unit="samples"
     )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto", "type of the matrix products; auto: bf16 where the device has units for it, else fp32"

@@ -59,8 +59,8 @@ class Watch:
         config, step, world = self.run.config, self.run.step, self.run.world
         minutes, last = config.checkpoint.every_minutes, step == config.steps
         late = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
-        received = world.max_int(self.signal)
-        save = last or received > 0 or bool(world.max_int(late)) or _every(config.checkpoint.every, step)
+        received, late = world.max_int(self.signal, late)
+        save = last or received > 0 or late > 0 or _every(config.checkpoint.every, step)
         if save:
             self.saved_at = time.monotonic()
         evaluate = last or _every(config.eval.every, step)

@@ -7,7 +7,7 @@ import json
 import textwrap
 from collections.abc import Iterable, Iterator
 from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -72,9 +72,10 @@ def locate(loc: Keys) -> Place:
             place = Place((*place.at, key), place.section, get_args(place.annotation)[0], None)
         elif len(inside) > 1:
             place = place._replace(annotation=next(section for section in inside if type_of(section) == key))
-        else:
+        elif inside:
             field = inside[0].model_fields.get(key)
             place = Place((*place.at, key), inside[0], field and field.annotation, field)
+        # Else it is a branch of a union of plain values, all of which are wrong.
     return place
 
 
@@ -82,6 +83,8 @@ def wants(annotation: Any, limits: list[Any] | tuple[()] = ()) -> str:
     """What a value has to be, such as `an integer >= 1 or null`."""
     if get_origin(annotation) in (Union, UnionType) and not sections(annotation):
         return " or ".join(wants(part, limits if part is not NoneType else ()) for part in get_args(annotation))
+    if get_origin(annotation) is Annotated:
+        annotation, *limits = get_args(annotation)
     if is_list(annotation):
         entries = "{...}, {...}" if sections(annotation) else "first, second"
         return f"a list{' with an entry' if any(hasattr(limit, 'min_length') for limit in limits) else ''}: [{entries}]"

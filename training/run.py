@@ -129,7 +129,8 @@ def agreed_kernels(
     kernels, why = choose(asked, needs(config.model), device=world.device, dtype=dtype, before=before)
     orders = {"attention": list(ATTENTION), "experts": list(EXPERTS)}
     chosen = names(kernels)
-    last = {option: order[world.max_int(order.index(chosen[option]))] for option, order in orders.items()}
+    places = world.max_int(*(order.index(chosen[option]) for option, order in orders.items()))
+    last = {option: order[place] for (option, order), place in zip(orders.items(), places, strict=True)}
     if last != chosen:
         asked = asked.model_copy(update=last)
         kernels, why = choose(asked, needs(config.model), device=world.device, dtype=dtype)
