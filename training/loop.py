@@ -105,8 +105,8 @@ def train_step(run: Run) -> None:
 
     end_of_text = run.dataset.tokenizer.end_of_text
     totals: dict[str, Tensor] = {}
-    for first in range(0, len(mine), config.micro_batch):
-        rows = slice(first, first + config.micro_batch)
+    for first in range(0, len(mine), run.micro_batch):
+        rows = slice(first, first + run.micro_batch)
         inputs = model_inputs(run.model, tokens_BT[rows], targets_BT[rows], end_of_text)
         loss, metrics = run.model(**inputs, n_targets=n_targets, key_B=to_device(key_B[rows], world.device))
         (loss if run.loss_scale is None else loss * run.loss_scale.scale).backward()
@@ -149,7 +149,7 @@ def record(run: Run, due: Due) -> None:
     improved = False
     if due.evaluate:
         val_tokens, tokenizer = run.config.eval.tokens, run.dataset.tokenizer
-        found = evaluate(run.model, run.val_batches, tokenizer, val_tokens, run.config.micro_batch, run.world)
+        found = evaluate(run.model, run.val_batches, tokenizer, val_tokens, run.micro_batch, run.world)
         rows[-1] |= found
         refuse_nonfinite(run, rows)
         improved = run.best is None or found["val_loss"] < run.best["val_loss"]

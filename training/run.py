@@ -56,6 +56,7 @@ class Run:
     batches: Batches
     val_batches: Batches
     metrics: Metrics
+    micro_batch: int  # samples at a time
     kernels: dict[str, str]  # their names
     kernels_why: dict[str, str]  # for each its name and the reason
     loss_scale: LossScale | None = None  # fp16 only
@@ -99,6 +100,7 @@ def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
         batches=Batches(dataset.train, n_positions=config.model.n_positions, seed=config.seed),
         val_batches=Batches(dataset.val, n_positions=config.model.n_positions, seed=None),
         metrics=Metrics(config, world, model),
+        micro_batch=8 if config.micro_batch == "auto" else config.micro_batch,
         kernels=names(kernels),
         kernels_why=kernels_why,
         loss_scale=LossScale() if config.precision == "fp16" else None,
@@ -245,7 +247,7 @@ def header(run: Run) -> dict[str, str]:
             for name, split in (("train", run.dataset.train), ("val", run.dataset.val))
         ),
         "batch": f"{config.batch_tokens:,} tokens = {samples} samples x {model.n_positions}, "
-        f"{config.micro_batch} at a time",
+        f"{run.micro_batch} at a time",
         "steps": f"{config.steps:,}, {config.steps * config.batch_tokens:,} tokens",
         "begins with": "" if run.step or config.init_from is None else config.init_from,
         "goes on": f"after step {run.step:,}" if run.step else "",
@@ -286,7 +288,7 @@ def finish(run: Run) -> None:
             run.val_batches,
             run.dataset.tokenizer,
             run.config.eval,
-            micro_batch=run.config.micro_batch,
+            micro_batch=run.micro_batch,
             step=run.step,
         )
     summary = {
