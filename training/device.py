@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import resource
@@ -87,6 +88,43 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.mps.driver_allocated_memory() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB here
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory that this process may use: the device's; of a CPU's, its share among the run's processes there."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        physical = min(physical, int(text))
+    return physical // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def forget_peak(device: torch.device) -> None:
+    """Begin to look for a new peak, where that can be told."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif (clear := Path("/proc/self/clear_refs")).exists():
+        clear.write_text("5")  # proc(5): the peak resident set is what it is now
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory this process had since `forget_peak`, or since it began where that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    status = Path("/proc/self/status")
+    if device.type == "cpu" and status.exists():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+    return round(peak_memory_gib(device) * 2**30)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocator raised it."""
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def _cpu_fields() -> dict[str, str]:

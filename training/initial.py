@@ -67,14 +67,15 @@ def start(run: Run) -> None:
     theirs, found = named(config)
     if upcycle.layers(theirs, config.model):
         found = _upcycled(run, theirs, found)
-    run.model.load_state_dict(run.model.state_dict() | found)
+    found = _initial(run) | found
+    run.layout.fill(lambda name, _shape: found[name])
 
 
 def _upcycled(run: Run, theirs: ModelConfig, dense: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of the run's model, made of a dense one's; what this changed is said on standard error."""
     config = run.config
     cut = upcycle.layers(theirs, config.model)
-    found = upcycle.weights(dense, theirs, config.model, run.model.state_dict())
+    found = upcycle.weights(dense, theirs, config.model, _initial(run))
     # float64: in float32, rounding alone changes the logits of a model like GPT-2 by 1e-3.
     before, after = (GPT(model, dtype=torch.float64).to(_device(run)) for model in (theirs, config.model))
     before.load_state_dict(before.state_dict() | dense)
@@ -93,6 +94,12 @@ def _upcycled(run: Run, theirs: ModelConfig, dense: dict[str, Tensor]) -> dict[s
     if run.world.main:
         print(*lines, sep="\n", file=sys.stderr)
     return found
+
+
+def _initial(run: Run) -> dict[str, Tensor]:
+    """The run's weights, all of them, where there is nothing to begin with."""
+    tensors = run.whole.state_dict().items()
+    return {name: run.whole.initial(name, tensor.shape, run.config.seed) for name, tensor in tensors}
 
 
 def _device(run: Run) -> torch.device:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training import device as devices
+from training import fit
 from training.config import EvalConfig
 from training.data import Tokenizer
 from training.data.loader import Batches
@@ -55,11 +57,13 @@ class Watch:
         signal.signal(number, signal.SIG_DFL)  # the second one ends the process at once
 
     def due(self) -> Due:
-        """What is due after the step just done. Collective."""
+        """What is due after the step just done. Raises UserError where a save has failed meanwhile. Collective."""
         config, step, world = self.run.config, self.run.step, self.run.world
         minutes, last = config.checkpoint.every_minutes, step == config.steps
         late = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
-        received, late = world.max_int(self.signal, late)
+        received, late, lost = world.max_int(self.signal, late, self.run.saver.failure is not None)
+        if lost:
+            self.run.saver.wait()  # raises it, on all ranks
         save = last or received > 0 or late > 0 or _every(config.checkpoint.every, step)
         if save:
             self.saved_at = time.monotonic()
@@ -89,11 +93,20 @@ def model_inputs(model: GPT, tokens_BT: np.ndarray, targets_BT: np.ndarray, end_
     return inputs
 
 
+class Sums(dict):
+    """Summed metrics of micro-batches."""
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            self[name] = self[name] + value if name in self else value
+
+
 def train_step(run: Run) -> None:
     """One update from the global batch; its metrics go to `run.metrics`.
 
     The gradient is that of the sum of losses over all targets of the global batch divided by their
-    number, however the batch is cut into ranks and micro-batches.
+    number, however the batch is cut into ranks and micro-batches. Where memory does not suffice, the same batch is
+    begun again in smaller ones. Collective.
     """
     config, world = run.config, run.world
     n_samples = config.batch_tokens // config.model.n_positions
@@ -102,40 +115,82 @@ def train_step(run: Run) -> None:
     tokens_BT, targets_BT = run.batches.samples(indices)
     key_B = run.batches.keys(indices)
     n_targets = world.sum_int(int((targets_BT >= 0).sum()))
-
-    end_of_text = run.dataset.tokenizer.end_of_text
-    totals: dict[str, Tensor] = {}
-    for first in range(0, len(mine), run.micro_batch):
-        rows = slice(first, first + run.micro_batch)
-        inputs = model_inputs(run.model, tokens_BT[rows], targets_BT[rows], end_of_text)
-        loss, metrics = run.model(**inputs, n_targets=n_targets, key_B=to_device(key_B[rows], world.device))
-        (loss if run.loss_scale is None else loss * run.loss_scale.scale).backward()
-        totals = {name: totals[name] + value if totals else value for name, value in metrics.items()}
-    parameters = [p for p in run.model.parameters() if p.grad is not None]
-    world.sum_([*(p.grad for p in parameters), *totals.values()])
-    grad_norm = update(run, parameters)
+    while (totals := gradients(run, tokens_BT, targets_BT, key_B, n_targets)) is None:
+        fit.back_off(run)
+    run.layout.sum_gradients(totals.values())
+    grad_norm = update(run)
     totals = run.model.finish_step(totals)
     run.metrics.add(run.step, totals | {"grad_norm": grad_norm}, n_targets)
     run.step += 1
 
 
+def gradients(
+    run: Run, tokens_BT: np.ndarray, targets_BT: np.ndarray, key_B: np.ndarray, n_targets: int
+) -> Sums | None:
+    """Leave this rank's part of the gradient in the model; its summed metrics, or None where memory is out on a rank.
+
+    Raises UserError for that where other ranks are in the middle of a forward that needs this one. Collective.
+    """
+    sums, out_of_memory = Sums(), False
+    try:
+        for rows in pieces(run, len(tokens_BT)):
+            forward_backward(run, tokens_BT[rows], targets_BT[rows], key_B[rows], n_targets, sums)
+    except RuntimeError as error:
+        if not devices.is_out_of_memory(error):
+            raise
+        if run.layout.grid.collective:
+            less = f"--micro_batch {run.micro_batch // 2}" if run.micro_batch > 1 else "--parallel.recompute full"
+            raise UserError(
+                f"step {run.step + 1}: out of memory on rank {run.world.rank}; start again with {less}: the run goes "
+                "on from its newest checkpoint"
+            ) from None
+        out_of_memory = True
+    return None if any(run.world.max_int(out_of_memory)) else sums
+
+
+def pieces(run: Run, n_mine: int) -> list[slice]:
+    """This rank's samples cut into micro-batches; where all ranks must make equally many, maybe an empty one more."""
+    cut = [slice(first, min(first + run.micro_batch, n_mine)) for first in range(0, n_mine, run.micro_batch)]
+    if run.layout.grid.collective:
+        (n_most,) = run.world.max_int(len(cut))
+        cut += [slice(n_mine, n_mine)] * (n_most - len(cut))
+    return cut
+
+
+def forward_backward(
+    run: Run, tokens_BT: np.ndarray, targets_BT: np.ndarray, key_B: np.ndarray, n_targets: int, sums: Sums
+) -> None:
+    """Add a micro-batch's gradient to the model's, and its metrics to the sums.
+
+    One without samples computes something, as other ranks wait for this one, and adds nothing.
+    """
+    empty = len(tokens_BT) == 0
+    if empty:
+        tokens_BT, targets_BT = np.zeros((2, 1, run.config.model.n_positions), np.int64)
+        key_B = np.zeros(1, np.int64)
+    inputs = model_inputs(run.model, tokens_BT, targets_BT, run.dataset.tokenizer.end_of_text)
+    loss, metrics = run.model(**inputs, n_targets=n_targets, key_B=to_device(key_B, run.world.device))
+    scale = 1.0 if run.loss_scale is None else run.loss_scale.scale
+    (loss * (0.0 if empty else scale)).backward()
+    sums.add({name: torch.zeros_like(value) for name, value in metrics.items()} if empty else metrics)
+
+
 @torch.no_grad()
-def update(run: Run, parameters: list[torch.nn.Parameter]) -> Tensor:
+def update(run: Run) -> Tensor:
     """Clip the summed gradient, update the weights, forget the gradient; returns its norm before clipping."""
-    gradients = [p.grad for p in parameters]
-    norm = torch.stack(torch._foreach_norm(gradients)).norm()
+    norm = run.layout.grad_norm()
     factor = torch.ones_like(norm)
     if run.loss_scale is not None:
         factor, norm = factor / run.loss_scale.scale, norm / run.loss_scale.scale
     if run.config.optim.grad_clip is not None:
         factor = factor * (run.config.optim.grad_clip / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(gradients, factor)
+    torch._foreach_mul_([p.grad for _, p in run.layout.leaves() if p.grad is not None], factor)
     finite = run.loss_scale is None or bool(norm.isfinite())  # fp16 has to know before it steps
     if finite:
         run.optimizer.step(rate(run.config.schedule, run.step, run.config.steps))
     if run.loss_scale is not None:
         run.loss_scale.update(finite)
-    run.optimizer.zero_grad()
+    run.layout.forget_gradients()
     return norm
 
 
@@ -150,14 +205,16 @@ def record(run: Run, due: Due) -> None:
     if due.evaluate:
         val_tokens, tokenizer = run.config.eval.tokens, run.dataset.tokenizer
         found = evaluate(run.model, run.val_batches, tokenizer, val_tokens, run.micro_batch, run.world)
+        run.layout.rest()
         rows[-1] |= found
         refuse_nonfinite(run, rows)
         improved = run.best is None or found["val_loss"] < run.best["val_loss"]
         if improved:
             run.best = {"step": run.step, "val_loss": found["val_loss"]}
     run.last_row = rows[-1]
-    if due.evaluate and run.world.main and run.config.eval.prompts:
+    if due.evaluate and run.config.eval.prompts and (run.world.main or run.layout.grid.collective):
         texts = samples(run.model, run.dataset.tokenizer, run.config.eval, seed=(run.config.seed, run.step))
+        run.layout.rest()
         rows[-1] = rows[-1] | {"samples": texts}
     for sink in run.sinks:
         sink.write(rows)
@@ -197,8 +254,12 @@ def evaluate(
     windows = np.arange(n_windows) * batches.n_samples // n_windows
     loss_sums, n_targets, n_bytes = [], 0, 0
     mine = world.share(n_windows)
-    for first in range(mine.start, mine.stop, micro_batch):
-        tokens_BT, targets_BT = batches.samples(windows[first : min(first + micro_batch, mine.stop)])
+    n_most = -(-n_windows // world.size)  # all ranks make equally many forwards: a model may lie on all of them
+    for first in range(0, n_most, micro_batch):
+        windows_here = windows[mine.start + first : min(mine.start + first + micro_batch, mine.stop)]
+        tokens_BT, targets_BT = batches.samples(windows_here if len(windows_here) else windows[:1])
+        if len(windows_here) == 0:
+            targets_BT[:] = -1
         _, metrics = model(**model_inputs(model, tokens_BT, targets_BT, tokenizer.end_of_text), n_targets=1)
         loss_sums.append(metrics["loss_sum"])
         n_targets += int((targets_BT >= 0).sum())

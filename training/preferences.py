@@ -6,9 +6,6 @@ all the others.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import torch
 
@@ -16,7 +13,6 @@ from training.config import EvalConfig, ModelConfig
 from training.data import Tokenizer
 from training.data.loader import Batches
 from training.data.tokenizer import byte_alphabet
-from training.files import write_atomically
 from training.kernels.attention import documents
 from training.model import GPT
 
@@ -29,10 +25,10 @@ LEAST_SHARE = 1 / 4096  # of the text that a token is of, to be told from chance
 LEAST_SEEN = 5  # ... and in a short text so often
 
 
-def write_preferences(
-    path: Path, model: GPT, batches: Batches, tokenizer: Tokenizer, config: EvalConfig, *, micro_batch: int, step: int
-) -> None:
-    """Write experts.json: for each MoE layer and each of its experts the tokens that it is sent most for its size.
+def preferences(
+    model: GPT, batches: Batches, tokenizer: Tokenizer, config: EvalConfig, *, micro_batch: int, step: int
+) -> dict:
+    """What experts.json says: for each MoE layer and each of its experts the tokens that it is sent most for its size.
 
     `batches` are the validation text, `step` says when in the run this is. The model is left as it is.
     """
@@ -61,8 +57,7 @@ def write_preferences(
         }
         for layer, counts_SE in counts.items()
     ]
-    found = {"step": step, "n_tokens": n_text, "seen_at_least": least, "layers": layers}
-    write_atomically(path, json.dumps(found) + "\n")
+    return {"step": step, "n_tokens": n_text, "seen_at_least": least, "layers": layers}
 
 
 def counted(

@@ -6,17 +6,18 @@ options are which.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from signal import Signals
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from training import checkpoint, cli
-from training.checkpoint import Checkpoint
 from training.config import MAY_CHANGE, Config
+from training.distributed import World
 from training.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,38 +46,60 @@ def lock(config: Config) -> Iterator[None]:
         held.release()
 
 
-def find(config: Config, resume: str, *, main: bool) -> tuple[Checkpoint | None, bool]:
-    """(what the run goes on from, whether it is the run's own); None: it begins.
+class Found(NamedTuple):
+    """What a run goes on from."""
+
+    path: Path
+    own: bool  # whether it is the run's own checkpoint
+    state: dict
+
+
+def agreed(config: Config, resume: str, world: World) -> Found | None:
+    """What all ranks go on from: the main one looks, so that one reads and checks the files. Collective.
+
+    Where the run is to start over, an old one is moved aside. Raises UserError, on the main rank alone, as `find`.
+    """
+    answer = None
+    if world.main:
+        if resume == "never":
+            move_aside(folder_of(config))
+        answer = find(config, resume)
+    told = world.gather_bytes(json.dumps(answer and [str(answer[0]), answer[1]]).encode())[0]
+    if (answer := json.loads(told)) is None:
+        return None
+    path, own = Path(answer[0]), answer[1]
+    return Found(path, own, checkpoint.state_of(path))
+
+
+def find(config: Config, resume: str) -> tuple[Path, bool] | None:
+    """(the checkpoint that the run goes on from, whether it is the run's own); None: it begins.
 
     `resume` is auto, never, or the path of a checkpoint or a run. A checkpoint of this run is gone back to; another
-    run's begins this one, unless it has a checkpoint of its own already. The main process sets those aside that are
-    damaged or undone. Raises UserError where no checkpoint is whole.
+    run's begins this one, unless it has a checkpoint of its own already. Those that are damaged or undone are set
+    aside. Raises UserError where no checkpoint is whole.
     """
     folder = folder_of(config) / "checkpoints"
-    warn = print if main else (lambda _: None)
-    asked = None if resume in ("auto", "never") else _checkpoint_at(Path(resume), warn)
+    asked = None if resume in ("auto", "never") else _checkpoint_at(Path(resume), print)
+    if asked is not None and (problem := checkpoint.damage(asked)):
+        raise UserError(problem)
     if asked is not None and asked.parent.resolve() == folder.resolve():
-        found = checkpoint.load(asked)
-        if main:
-            checkpoint.set_aside(folder, found.state["step"], "undone")
-        return found, True
+        checkpoint.set_aside(folder, checkpoint.state_of(asked)["step"], "undone")
+        return asked, True
     try:
-        own = checkpoint.newest(folder, warn)
+        own = checkpoint.newest(folder, print)
     except UserError as error:
         raise UserError(f"{error}; start over with --resume never") from error
     if own is not None:
-        found = checkpoint.read(own)
-        if main:
-            checkpoint.set_aside(folder, found.state["step"], "damaged")
+        checkpoint.set_aside(folder, checkpoint.state_of(own)["step"], "damaged")
         if asked is not None:
-            warn(f"{folder_of(config)}: goes on from its own {own.name}; --resume {resume} was for its beginning")
-        return found, True
+            print(f"{folder_of(config)}: goes on from its own {own.name}; --resume {resume} was for its beginning")
+        return own, True
     if asked is None:
-        return None, False
-    found = checkpoint.load(asked)
-    if found.state["step"] >= config.steps:
-        raise UserError(f"--resume {resume}: it is at step {found.state['step']}, and steps is {config.steps}")
-    return found, False
+        return None
+    step = checkpoint.state_of(asked)["step"]
+    if step >= config.steps:
+        raise UserError(f"--resume {resume}: it is at step {step}, and steps is {config.steps}")
+    return asked, False
 
 
 def refuse_another(config: Config, fingerprint: str) -> None:

@@ -6,26 +6,29 @@ import json
 import shlex
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
-from training import checkpoint, cli, initial, logging, restart
+from training import checkpoint, cli, fit, initial, logging, restart
 from training import device as devices
-from training.checkpoint import Checkpoint
+from training.checkpoint import Part, Peers, Saver
 from training.config import Config
 from training.data import Dataset
 from training.data.loader import Batches
 from training.distributed import World
+from training.distributed.parallelize import Layout, parallelize
 from training.errors import UserError
 from training.files import whole_folder, write_atomically
 from training.kernels import ATTENTION, EXPERTS, Kernels, choose, names
 from training.logging.report import write_report
 from training.metrics import Metrics
 from training.model import GPT, hf, needs
-from training.optim import Optimizer
-from training.preferences import write_preferences
+from training.optim import Optimizer, Whole
+from training.preferences import preferences
 
 
 @dataclass
@@ -52,14 +55,19 @@ class Run:
     dataset: Dataset
     world: World
     model: GPT
+    layout: Layout  # of the model's tensors on the ranks
+    whole: GPT  # the model in one piece, on the meta device: sizes and words, no numbers
     optimizer: Optimizer
     batches: Batches
     val_batches: Batches
     metrics: Metrics
-    micro_batch: int  # samples at a time
+    saver: Saver
     kernels: dict[str, str]  # their names
     kernels_why: dict[str, str]  # for each its name and the reason
     loss_scale: LossScale | None = None  # fp16 only
+    micro_batch: int = 1  # samples at a time
+    micro_batches: dict[str, int] = field(default_factory=dict)  # the same by `fit.place`: what was tried, once
+    back_offs: int = 0  # how often memory was out since the start
     step: int = 0  # steps that are done
     best: dict | None = None  # {"step", "val_loss"} of the lowest validation loss
     last_row: dict = field(default_factory=dict)
@@ -72,52 +80,60 @@ class Run:
 
 
 def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
-    """Build the run's parts, new or as the checkpoint that `restart.find` names, and open its logs."""
+    """Build the run's parts, new or as the checkpoint that `restart.find` names, and open its logs. Collective."""
     n_samples = config.batch_tokens // config.model.n_positions
     if n_samples < world.size:
         raise UserError(
             f"batch_tokens: {config.batch_tokens} are {n_samples} samples, fewer than {world.size} processes"
         )
-    if resume == "never" and world.main:
-        restart.move_aside(restart.folder_of(config))
-    world.wait()
-    found, own = restart.find(config, resume, main=world.main)
+    found = restart.agreed(config, resume, world)
     config = resolve(config, found, dataset, world.device)
-    if own:
+    if found is not None and found.own:
         restart.refuse_changes(config, dataset.fingerprint, found.state)
     elif found is None:
         restart.refuse_another(config, dataset.fingerprint)
     dtype = devices.DTYPES[config.precision]
-    kernels, kernels_why = agreed_kernels(config, world, dtype, found.state.get("kernels", {}) if own else {})
-    model = GPT(config.model, kernels, dtype).init_weights(config.seed).to(world.device)
+    before = found.state.get("kernels", {}) if found is not None and found.own else {}
+    kernels, kernels_why = agreed_kernels(config, world, dtype, before)
+    with torch.device("meta"):
+        model, whole = (GPT(config.model, kernels, dtype) for _ in range(2))
+    layout = parallelize(model, config.parallel, world, dtype)
+    together = Whole(layout.shapes(), layout.spread()) if world.size > 1 else None
+    folder = restart.folder_of(config)
     run = Run(
         config=config,
-        folder=restart.folder_of(config),
+        folder=folder,
         dataset=dataset,
         world=world,
         model=model,
-        optimizer=Optimizer(config.optim, model.named_parameters(), model.kinds(), dtype),
+        layout=layout,
+        whole=whole,
+        optimizer=Optimizer(config.optim, layout.leaves(), model.kinds(), dtype, together),
         batches=Batches(dataset.train, n_positions=config.model.n_positions, seed=config.seed),
         val_batches=Batches(dataset.val, n_positions=config.model.n_positions, seed=None),
-        metrics=Metrics(config, world, model),
-        micro_batch=8 if config.micro_batch == "auto" else config.micro_batch,
+        metrics=Metrics(config, world, whole),
+        saver=Saver(folder / "checkpoints", peers(world), config.checkpoint),
         kernels=names(kernels),
         kernels_why=kernels_why,
         loss_scale=LossScale() if config.precision == "fp16" else None,
     )
     if found is not None:
-        restore(run, found, own)
-    elif config.init_from is not None:
-        initial.start(run)
+        restore(run, found)
+    else:
+        layout.fill(lambda name, shape: whole.initial(name, shape, config.seed))
+        if config.init_from is not None:
+            initial.start(run)
+    fit.choose(run, found.state.get("micro_batch", {}) if found is not None else {})
     if world.main:
         open_logs(run)
     if config.parallel.compile:
-        # Blocks of different kinds are different programs of one function, and so are training, evaluation and their
-        # last batches; past the limit, PyTorch would go on uncompiled.
-        torch._dynamo.config.cache_size_limit = 8 * len(model.blocks)
-        for block in model.blocks:
-            block.compile()
+        layout.compile()
     return run
+
+
+def peers(world: World) -> Peers:
+    """The threads of all ranks that write a checkpoint together."""
+    return Peers(world.rank, world.size, partial(world.gather_bytes, background=True))
 
 
 def agreed_kernels(
@@ -139,7 +155,7 @@ def agreed_kernels(
     return kernels, why
 
 
-def resolve(config: Config, found: Checkpoint | None, dataset: Dataset, device: torch.device) -> Config:
+def resolve(config: Config, found: restart.Found | None, dataset: Dataset, device: torch.device) -> Config:
     """The options with `precision: auto` and `vocab_size: null` replaced by what they mean here.
 
     A run keeps the precision it began with, on any device. Raises UserError for a vocabulary that is too small.
@@ -155,40 +171,49 @@ def resolve(config: Config, found: Checkpoint | None, dataset: Dataset, device: 
     return config.model_copy(update={"precision": precision, "model": model})
 
 
-def restore(run: Run, found: Checkpoint, own: bool) -> None:
-    """Put the run where the checkpoint left it; another run's best is none of its own.
+def restore(run: Run, found: restart.Found) -> None:
+    """Put the run where the checkpoint left it; another run's best is none of its own. Each rank reads its rows.
 
     Raises UserError where the model or the optimizer is another one.
     """
+    shards, state = run.layout.shards, found.state
     try:
-        run.model.load_state_dict(found.model)
-        run.optimizer.load_state_dict(found.optimizer)
+        wanted = {name: (shard.rows.start, shard.rows.stop) for name, shard in shards.items()}
+        for name, rows in checkpoint.read_parts(found.path, "model", wanted).items():
+            shards[name].local().copy_(rows)
+        kept = checkpoint.names(found.path, "optimizer")
+        wanted = {key: wanted[key.rpartition("/")[0]] if shape else None for key, shape in kept.items()}
+        run.optimizer.load_state_dict(checkpoint.read_parts(found.path, "optimizer", wanted))
     except (RuntimeError, KeyError) as error:
         raise UserError(f"the checkpoint does not fit this model: {' '.join(str(error).split())}") from error
-    state = found.state
-    run.step, run.best, run.last_row = state["step"], state["best"] if own else None, state["last_row"]
+    run.step, run.best, run.last_row = state["step"], state["best"] if found.own else None, state["last_row"]
     run.metrics.time_s = state["time_s"]
     if run.loss_scale is not None and state["loss_scale"] is not None:
         run.loss_scale = LossScale(**state["loss_scale"])
 
 
 def save(run: Run) -> None:
-    """Save a checkpoint, then remove those that are no longer kept. Collective; the main process writes."""
-    if run.world.main:
-        folder, keep = run.folder / "checkpoints", run.config.checkpoint
-        state = {
-            "step": run.step,
-            "time_s": run.metrics.time_s,
-            "best": run.best,
-            "last_row": run.last_row,
-            "loss_scale": run.loss_scale and asdict(run.loss_scale),
-            "data": run.dataset.fingerprint,
-            "kernels": run.kernels,
-            "config": run.config.model_dump(mode="json"),
-        }
-        checkpoint.save(folder, Checkpoint(run.model.state_dict(), run.optimizer.state_dict(), state))
-        checkpoint.prune(folder, keep.keep, run.best["step"] if run.best and keep.keep_best else None)
-    run.world.wait()
+    """Save a checkpoint, then remove those that are no longer kept: begun here, done beside the loop. Collective."""
+    state = {
+        "step": run.step,
+        "time_s": run.metrics.time_s,
+        "best": run.best,
+        "last_row": run.last_row,
+        "loss_scale": run.loss_scale and asdict(run.loss_scale),
+        "data": run.dataset.fingerprint,
+        "kernels": run.kernels,
+        "micro_batch": run.micro_batches,
+        "config": run.config.model_dump(mode="json"),
+    }
+    shards = run.layout.shards
+    model = {name: Part(shard.local(), shard.rows.start, shard.shape, shard.writes) for name, shard in shards.items()}
+    optimizer = {}
+    for key, tensor in run.optimizer.state_dict().items():
+        shard = shards[key.rpartition("/")[0]]
+        rows = (shard.rows.start, shard.shape, shard.writes) if tensor.ndim else (0, tensor.shape, run.world.main)
+        optimizer[key] = Part(tensor, *rows)
+    best = run.best["step"] if run.best and run.config.checkpoint.keep_best else None
+    run.saver.save({"model": model, "optimizer": optimizer}, state, best)
 
 
 def open_logs(run: Run) -> None:
@@ -212,7 +237,7 @@ def open_logs(run: Run) -> None:
         moe_layers=[i for i, block in enumerate(config.model.layers()) if block.ffn.type == "moe"],
     )
     run.sinks = logging.open_sinks(config.logging, facts)
-    if run.step == 0:
+    if run.step == 0 and not run.layout.grid.collective:
         tokens, targets = (torch.from_numpy(a[:, :32]).to(run.world.device) for a in run.batches.samples([0]))
         chosen, run.model.attention = run.model.attention, run.model.any_attention  # a kernel cannot be looked into
         logging.write_graph(run.sinks, run.model, tokens, targets, targets.numel())
@@ -222,7 +247,7 @@ def open_logs(run: Run) -> None:
 def header(run: Run) -> dict[str, str]:
     """The facts that open the console's log and the report."""
     config, model = run.config, run.config.model
-    total, active = run.model.n_parameters()
+    total, active = run.whole.n_parameters()
     samples = config.batch_tokens // model.n_positions
     ranks = f", {run.world.size} processes" if run.world.size > 1 else ""
     moe = [block.ffn for block in model.layers() if block.ffn.type == "moe"]
@@ -255,13 +280,12 @@ def header(run: Run) -> dict[str, str]:
     return {label: text for label, text in facts.items() if text}
 
 
-def write_model(run: Run, folder: Path) -> None:
+def write_model(run: Run, folder: Path, weights: dict[str, Tensor]) -> None:
     """The final model and its tokenizer, whole or not at all. Raises UserError where the disk refuses."""
     tokenizer = run.dataset.tokenizer
     try:
         with whole_folder(folder) as partial:
-            weights, n_vocab = run.model.state_dict(), tokenizer.vocab_size
-            hf.write(partial, weights, run.config.model, tokenizer.end_of_text, n_vocab=n_vocab)
+            hf.write(partial, weights, run.config.model, tokenizer.end_of_text, n_vocab=tokenizer.vocab_size)
             tokenizer.save(partial)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: the model could not be written: {error}") from error
@@ -275,22 +299,20 @@ def command(name: str) -> str:
 
 def finish(run: Run) -> None:
     """Leave the final model, experts.json, summary.json and report.html, and close the logs with the summary."""
+    run.saver.wait()
+    weights, liked = run.layout.whole(), None
+    if run.model.top_ks and (run.world.main or run.layout.grid.collective):
+        run.layout.rest()
+        made = (run.val_batches, run.dataset.tokenizer, run.config.eval)
+        liked = preferences(run.model, *made, micro_batch=run.micro_batch, step=run.step)
     if not run.world.main:
         return
     folder, row = run.folder, run.last_row
-    total, active = run.model.n_parameters()
+    total, active = run.whole.n_parameters()
     prompt = (*run.config.eval.prompts, "The ")[0].rstrip("\n")
-    write_model(run, folder / "model")
-    if run.model.top_ks:
-        write_preferences(
-            folder / "experts.json",
-            run.model,
-            run.val_batches,
-            run.dataset.tokenizer,
-            run.config.eval,
-            micro_batch=run.micro_batch,
-            step=run.step,
-        )
+    write_model(run, folder / "model", weights)
+    if liked is not None:
+        write_atomically(folder / "experts.json", json.dumps(liked) + "\n")
     summary = {
         "steps": run.step,
         "tokens": row["tokens"],

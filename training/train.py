@@ -55,6 +55,7 @@ def train(config: Config, *, resume: str = "auto") -> int:
         if world.main:
             at_end.enter_context(lock(config))
         run = begin(config, dataset, world, resume)  # 2. initialize, or restore, model and optimizer
+        at_end.callback(run.saver.close)
         at_end.callback(run.close)
         watch = Watch(run)
         at_end.callback(watch.close)
@@ -65,6 +66,7 @@ def train(config: Config, *, resume: str = "auto") -> int:
             if due.log:
                 record(run, due)
             if due.signal:
+                run.saver.wait()
                 run.close()
                 stopped(run, due.signal)
                 return 128 + due.signal

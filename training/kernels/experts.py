@@ -88,12 +88,10 @@ class _Down(torch.autograd.Function):
     def backward(ctx: Any, grad_NC: Tensor):
         products = ctx.products
         order_R, inverse_NK, ends_E, h_RF, w_ECF, weight_NK, y_RC = ctx.saved_tensors
-        grad_RC = grad_NC.index_select(0, order_R // weight_NK.shape[1])
-        grad_weight_R = (grad_RC * y_RC).sum(dim=-1, dtype=weight_NK.dtype)
-        grad_RC *= weight_NK.flatten().index_select(0, order_R).to(grad_RC.dtype)[:, None]
+        grad_RC, grad_weight = _uncombine(grad_NC, order_R, inverse_NK, y_RC, weight_NK)
         grad_h = products.rows(grad_RC, w_ECF, ends_E)
         grad_w = products.outer(grad_RC, h_RF, ends_E)
-        return None, None, None, None, grad_h, grad_w, grad_weight_R[inverse_NK]
+        return None, None, None, None, grad_h, grad_w, grad_weight
 
 
 def _combine(y_RC: Tensor, inverse_NK: Tensor, weight_NK: Tensor | None) -> Tensor:
@@ -101,6 +99,52 @@ def _combine(y_RC: Tensor, inverse_NK: Tensor, weight_NK: Tensor | None) -> Tens
     if weight_NK is not None:
         weight_NK = weight_NK.to(y_RC.dtype)
     return F.embedding_bag(inverse_NK, y_RC, per_sample_weights=weight_NK, mode="sum")
+
+
+def _uncombine(
+    grad_NC: Tensor, order_R: Tensor, inverse_NK: Tensor, y_RC: Tensor, weight_NK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The backward of `_combine` by weight: gradients of y_RC and of weight_NK."""
+    grad_RC = grad_NC.index_select(0, order_R // weight_NK.shape[1])
+    grad_weight_R = (grad_RC * y_RC).sum(dim=-1, dtype=weight_NK.dtype)
+    grad_RC *= weight_NK.flatten().index_select(0, order_R).to(grad_RC.dtype)[:, None]
+    return grad_RC, grad_weight_R[inverse_NK]
+
+
+class _ToRows(torch.autograd.Function):
+    """x_NC -> x_RC."""
+
+    @staticmethod
+    def forward(ctx: Any, token_R: Tensor, inverse_NK: Tensor, x_NC: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_NK)
+        return x_NC.index_select(0, token_R)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RC: Tensor):
+        return None, None, _combine(grad_RC, *ctx.saved_tensors, None)
+
+
+class _ToTokens(torch.autograd.Function):
+    """y_RC -> y_NC, by weight."""
+
+    @staticmethod
+    def forward(ctx: Any, order_R: Tensor, inverse_NK: Tensor, y_RC: Tensor, weight_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(order_R, inverse_NK, y_RC, weight_NK)
+        return _combine(y_RC, inverse_NK, weight_NK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NC: Tensor):
+        return None, None, *_uncombine(grad_NC, *ctx.saved_tensors)
+
+
+def to_rows(x_NC: Tensor, plan: Plan) -> Tensor:
+    """Each token once for each of its experts, x_RC: the way to experts that are elsewhere."""
+    return _ToRows.apply(plan.token_R, plan.inverse_NK, x_NC)
+
+
+def to_tokens(y_RC: Tensor, weight_NK: Tensor, plan: Plan) -> Tensor:
+    """The way back: the sum of each token's rows by their weights, y_NC."""
+    return _ToTokens.apply(plan.order_R, plan.inverse_NK, y_RC, weight_NK)
 
 
 def _experts(products: Products) -> ExpertKernel:

@@ -187,7 +187,7 @@ class GPT(nn.Module):
         x_BTC, routings = self._embed(tokens_BT, places.position), {}
         for i, block in enumerate(self.blocks):
             # With a cache every call has a new length: not through the compiled block, which would start over.
-            run = block if cache is None else block.forward
+            run = block if cache is None else block._call_impl
             told = None if batch is None else batch.layer(i)
             x_BTC, routing = run(x_BTC, places.of(block.mixer), told, None if cache is None else cache.layers[i])
             if routing is not None:
@@ -249,33 +249,28 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> GPT:
+        """Give every parameter and buffer its `initial` value."""
+        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
+            tensor.copy_(self.initial(name, tensor.shape, seed))
+        return self
+
+    def initial(self, name: str, shape: torch.Size, seed: int) -> Tensor:
         """GPT-2's initial weights, as Transformers draws them: normal with deviation 0.02, that of the
         projections into the residual stream divided by sqrt(2 n_layer); biases 0, norms 1.
 
         Every parameter has a generator of its own, keyed by seed and name, so that neither the order of
-        construction nor the device matters.
+        construction nor the device matters, nor whether the model here holds all of it.
         """
-        kinds = self.kinds()
-        for name, parameter in self.named_parameters():
-            if kinds[name] == "vector":
-                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-                continue
-            into_residual = name.endswith(("mixer.out.weight", "ffn.down.weight", "experts.down", "shared.down.weight"))
-            deviation = 0.02 / math.sqrt(2 * self.config.n_layer) if into_residual else 0.02
-            parameter.copy_(normal(f"{seed}/{name}", parameter.shape) * deviation)
-        return self
+        if name.endswith(("selection_bias", "load")):
+            return torch.full(shape, 0.0 if name.endswith("bias") else 1 / shape[0])
+        if _kind(name, len(shape)) == "vector":
+            return torch.full(shape, 1.0 if name.endswith("weight") else 0.0)
+        into_residual = name.endswith(("mixer.out.weight", "ffn.down.weight", "experts.down", "shared.down.weight"))
+        return normal(f"{seed}/{name}", shape) * (0.02 / math.sqrt(2 * self.config.n_layer) if into_residual else 0.02)
 
     def kinds(self) -> dict[str, Kind]:
         """What every parameter is to an optimizer."""
-
-        def kind(name: str, parameter: nn.Parameter) -> Kind:
-            if parameter.ndim < 2 or name.endswith("bias"):
-                return "vector"
-            if ".router." in name:
-                return "router"
-            return "matrix" if name.startswith("blocks.") else "embedding"
-
-        return {name: kind(name, parameter) for name, parameter in self.named_parameters()}
+        return {name: _kind(name, parameter.ndim) for name, parameter in self.named_parameters()}
 
     def n_parameters(self) -> tuple[int, int]:
         """(all parameters, those that one token uses)."""
@@ -301,3 +296,11 @@ class GPT(nn.Module):
                 share = module.section.top_k / module.section.n_experts
                 matrices += round(share * sum(p.numel() for p in module.experts.parameters() if p.ndim == 3))
         return 6 * (matrices + attention)
+
+
+def _kind(name: str, n_dimensions: int) -> Kind:
+    if n_dimensions < 2 or name.endswith("bias"):
+        return "vector"
+    if ".router." in name:
+        return "router"
+    return "matrix" if name.startswith("blocks.") else "embedding"

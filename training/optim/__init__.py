@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from training.config import AdamWConfig, MuonConfig
-from training.optim.muon import Muon
+from training.optim.muon import Muon, Spread
 from training.optim.schedule import SCHEDULES, rate
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "Muon", "Optimizer", "rate"]
+__all__ = ["OPTIMIZERS", "SCHEDULES", "Muon", "Optimizer", "Whole", "rate"]
 
 STATE = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum",)}
 Named = list[tuple[str, nn.Parameter, str]]  # name, parameter, kind
+
+
+class Whole(NamedTuple):
+    """What an optimizer of rows is told of the whole parameters: their shapes, and how matrices come together."""
+
+    shapes: dict[nn.Parameter, torch.Size]
+    spread: Spread
 
 
 def _adamw(section: AdamWConfig, named: Named) -> torch.optim.Optimizer:
@@ -32,12 +40,17 @@ def _adamw(section: AdamWConfig, named: Named) -> torch.optim.Optimizer:
     return torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=section.eps, fused=True)
 
 
-def adamw(section: AdamWConfig, named: Named, dtype: torch.dtype) -> list[torch.optim.Optimizer]:  # noqa: ARG001
+def adamw(
+    section: AdamWConfig,
+    named: Named,
+    dtype: torch.dtype,
+    whole: Whole | None,  # noqa: ARG001 (one signature)
+) -> list[torch.optim.Optimizer]:
     """AdamW for everything."""
     return [_adamw(section, named)]
 
 
-def muon(section: MuonConfig, named: Named, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+def muon(section: MuonConfig, named: Named, dtype: torch.dtype, whole: Whole | None) -> list[torch.optim.Optimizer]:
     """Muon for matrices, AdamW for embeddings, routers and vectors."""
     matrices = [p for _, p, kind in named if kind == "matrix"]
     orthogonal = Muon(
@@ -47,6 +60,7 @@ def muon(section: MuonConfig, named: Named, dtype: torch.dtype) -> list[torch.op
         weight_decay=section.weight_decay,
         ns_steps=section.ns_steps,
         dtype=dtype,
+        **({} if whole is None else whole._asdict()),
     )
     return [orthogonal, _adamw(section, [entry for entry in named if entry[2] != "matrix"])]
 
@@ -58,7 +72,7 @@ class Optimizer:
     """The section's optimizers as one, its state as named tensors.
 
     `kinds` says for every name whether it is a "matrix", an "embedding", a "router" or a "vector";
-    `dtype` is the type of Muon's products.
+    `dtype` is the type of Muon's products. Parameters may be rows of `whole` ones; their state then is too.
     """
 
     def __init__(
@@ -67,9 +81,10 @@ class Optimizer:
         named_parameters: Iterable[tuple[str, nn.Parameter]],
         kinds: dict[str, str],
         dtype: torch.dtype = torch.float32,
+        whole: Whole | None = None,
     ):
         named = [(name, p, kinds[name]) for name, p in named_parameters]
-        self.parts = OPTIMIZERS[type(section)](section, named, dtype)
+        self.parts = OPTIMIZERS[type(section)](section, named, dtype, whole)
         self._names = {p: name for name, p, _ in named}
         self._peaks = [(group, group["lr"]) for part in self.parts for group in part.param_groups]
 
@@ -80,9 +95,16 @@ class Optimizer:
         for part in self.parts:
             part.step()
 
-    def zero_grad(self) -> None:
-        for part in self.parts:
-            part.zero_grad(set_to_none=True)
+    def missing_state(self) -> list[Tensor]:
+        """Memory of the size that the state will take, where no step was taken yet."""
+        return [
+            torch.empty_like(p)
+            for part in self.parts
+            for group in part.param_groups
+            for p in group["params"]
+            for what in STATE[type(part)]
+            if what != "step" and not part.state.get(p)
+        ]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every state tensor by "<parameter>/<what>"."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,16 +30,39 @@ def orthogonalize(g_XMN: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     return x.mT if tall else x
 
 
+Spread = Callable[[list[Tensor], list[Tensor], Callable[[Tensor], Tensor]], list[Tensor]]
+
+
+def here(parameters: list[Tensor], tensors: list[Tensor], work: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """`work` on the matrices of tensors, all of them whole and here, in one batch."""
+    stacks = [tensor.view(-1, *tensor.shape[-2:]) for tensor in tensors]
+    done = work(torch.cat(stacks)).split([len(stack) for stack in stacks])
+    return [part.view_as(tensor) for part, tensor in zip(done, tensors, strict=True)]
+
+
 class Muon(torch.optim.Optimizer):
     """For parameters that are matrices, (M, N), or stacks of them, (E, M, N): each matrix by itself.
 
     The update is scaled by sqrt(max(1, M / N)); weight decay is decoupled. Matrices of equal shape are
-    orthogonalised in one batched product.
+    orthogonalised in one batched product. Where a parameter holds some rows of a whole one, `shapes` says
+    which shape that has, and `spread`, of `here`'s signature, brings rows together.
     """
 
-    def __init__(self, params, *, lr: float, momentum: float, weight_decay: float, ns_steps: int, dtype: torch.dtype):
+    def __init__(
+        self,
+        params,
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        ns_steps: int,
+        dtype: torch.dtype,
+        shapes: dict[Tensor, torch.Size] | None = None,
+        spread: Spread = here,
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "ns_steps": ns_steps})
-        self.dtype = dtype
+        self.dtype, self.spread = dtype, spread
+        self.shapes = {p: p.shape for group in self.param_groups for p in group["params"]} | (shapes or {})
 
     @torch.no_grad()
     def step(self) -> None:
@@ -45,22 +70,22 @@ class Muon(torch.optim.Optimizer):
             by_shape = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape[p.shape[-2:]].append(p)
-            for same in by_shape.values():
-                self._step(same, group)
+                    by_shape[self.shapes[p][-2:]].append(p)
+            for shape, same in by_shape.items():
+                self._step(same, shape, group)
 
-    def _step(self, parameters: list[Tensor], group: dict) -> None:
+    def _step(self, parameters: list[Tensor], shape: torch.Size, group: dict) -> None:
         """One update of parameters whose matrices have equal shape."""
-        rows, columns = parameters[0].shape[-2:]
         directions = []
         for p in parameters:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
             average = self.state[p]["momentum"]
             average.lerp_(p.grad, 1 - group["momentum"])
-            directions.append(p.grad.lerp(average, group["momentum"]).view(-1, rows, columns))  # Nesterov
-        updates = orthogonalize(torch.cat(directions), group["ns_steps"], self.dtype)
-        scale = -group["lr"] * max(1, rows / columns) ** 0.5
-        for p, update in zip(parameters, updates.split([len(d) for d in directions]), strict=True):
+            directions.append(p.grad.lerp(average, group["momentum"]))  # Nesterov
+        work = partial(orthogonalize, steps=group["ns_steps"], dtype=self.dtype)
+        updates = self.spread(parameters, directions, work)
+        scale = -group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
+        for p, update in zip(parameters, updates, strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(update.view_as(p), alpha=scale)
+            p.add_(update, alpha=scale)

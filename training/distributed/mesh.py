@@ -1,0 +1,88 @@
+"""How ranks are laid out: rank = copy x shard + place, and an expert's ranks are neighbours."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from training.config import MeshConfig, ModelConfig
+from training.errors import UserError
+
+
+class Grid(NamedTuple):
+    """Numbers of ranks. Rank = (copy x shard + place in the shard); its part of the experts is rank % expert."""
+
+    replicate: int
+    shard: int
+    expert: int
+
+    @property
+    def collective(self) -> bool:
+        """Whether forward and backward need every rank: all have to make equally many."""
+        return self.shard > 1 or self.expert > 1
+
+    def rows(self, n: int, rank: int, of_experts: bool) -> range:
+        """The rows, of n, of a parameter that lie on a rank: contiguous, as FSDP2 cuts them."""
+        rows, n_shards, place = range(n), self.shard, rank % self.shard
+        if of_experts and self.expert > 1:
+            size = n // self.expert
+            first = rank % self.expert * size
+            rows, n_shards, place = range(first, first + size), max(1, self.shard // self.expert), place // self.expert
+        size = -(-len(rows) // n_shards)
+        return rows[min(place * size, len(rows)) : min((place + 1) * size, len(rows))]
+
+
+def grid(section: MeshConfig, size: int, model: ModelConfig) -> Grid:
+    """The section's numbers for so many ranks. Raises UserError where they do not multiply out."""
+    replicate = section.replicate or size // section.shard
+    if replicate * section.shard != size:
+        asked = f"replicate {section.replicate} x shard" if section.replicate else "a multiple of shard"
+        raise UserError(
+            f"parallel.mesh: {asked} {section.shard} is not {size}, the number of processes; change the mesh, or start "
+            f"{(section.replicate or max(1, replicate)) * section.shard} of them"
+        )
+    if size % section.expert:
+        raise UserError(f"parallel.mesh.expert: {section.expert} does not divide the {size} processes")
+    counts = [block.ffn.n_experts for block in model.blocks if block.ffn.type == "moe"]
+    if section.expert > 1 and not counts:
+        raise UserError(f"parallel.mesh.expert: {section.expert}, and the model has no experts; leave it out")
+    for n_experts in counts:
+        if n_experts % section.expert:
+            raise UserError(f"parallel.mesh.expert: {section.expert} does not divide n_experts {n_experts}")
+    return Grid(replicate, section.shard, section.expert)
+
+
+class Groups(NamedTuple):
+    """The process groups of a grid with more than one rank; None where a group would be one rank."""
+
+    shard: DeviceMesh | None  # for FSDP2: (shard,), or (replicate, shard)
+    expert_shard: DeviceMesh | None  # the same among the ranks that hold the same experts
+    expert: dist.ProcessGroup | None  # among which a layer's experts are split
+    same_experts: dist.ProcessGroup | None  # the ranks that hold the same experts, where these are not sharded
+
+
+def groups(grid: Grid, device: torch.device) -> Groups:
+    """Make them. Collective."""
+    replicate, shard, expert = grid
+    if not grid.collective:
+        return Groups(None, None, None, None)
+    plain = None
+    if shard > 1:
+        plain = _fsdp_mesh(init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("replicate", "shard")))
+    if expert == 1:
+        return Groups(plain, plain, None, None)
+    if shard == 1:
+        split = init_device_mesh(device.type, (replicate // expert, expert), mesh_dim_names=("same", "expert"))
+        same = split.get_group("same") if replicate > expert else None
+        return Groups(None, None, split.get_group("expert"), same)
+    sizes, names = (replicate, shard // expert, expert), ("replicate", "shard", "expert")
+    split = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+    return Groups(plain, _fsdp_mesh(split["replicate", "shard"]), split.get_group("expert"), None)
+
+
+def _fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """Of one copy, the plain sharding of it."""
+    return mesh["shard"] if mesh.size(0) == 1 else mesh

@@ -1,0 +1,238 @@
+"""A model put on several ranks, in place and from outside: it does not know.
+
+Experts are split over ranks, blocks sharded, computed again, compiled. All of these keep the names of parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from training.config import ParallelConfig
+from training.distributed import World
+from training.distributed.exchange import split_experts
+from training.distributed.matrices import Spread
+from training.distributed.mesh import Grid, Groups, grid, groups
+
+try:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+except ImportError:  # before PyTorch 2.6
+    from torch.distributed._composable.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+# What selective recomputation keeps: products and attention, which cost the time; all else is cheap.
+KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+class Shard(NamedTuple):
+    """A parameter, or a buffer, as it lies on this rank."""
+
+    name: str
+    held: Tensor  # the model's own: rows of the whole, or a DTensor of them
+    leaf: nn.Parameter | None  # what the optimizer updates, in the same memory; None for a buffer
+    shape: torch.Size  # of the whole
+    rows_of_rank: list[range]  # what each rank holds of the first dimension
+    rank: int
+    of_experts: bool
+
+    @property
+    def rows(self) -> range:
+        """Those of this rank."""
+        return self.rows_of_rank[self.rank]
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes its rows, where several hold the same."""
+        return self.rows_of_rank.index(self.rows) == self.rank
+
+    def local(self) -> Tensor:
+        """This rank's rows."""
+        return _local(self.held.detach())
+
+
+class Layout:
+    """Where a model's tensors lie, and the sums of their gradients."""
+
+    def __init__(self, model: nn.Module, world: World, grid: Grid, groups: Groups, shapes: dict[str, torch.Size]):
+        self.model, self.world, self.grid, self.groups = model, world, grid, groups
+        self.shards = {shard.name: shard for shard in self._shards(shapes)}
+        self.recomputes = "none"
+        self.learned = [shard for shard in self.shards.values() if shard.leaf is not None]
+
+    def _shards(self, shapes: dict[str, torch.Size]) -> Iterator[Shard]:
+        parameters, rank = dict(self.model.named_parameters()), self.world.rank
+        for name, held in (parameters | dict(self.model.named_buffers())).items():
+            shape, leaf, of_experts = shapes[name], None, name in parameters and ".experts." in name
+            rows_of_rank = [range(shape[0])] * self.world.size
+            if name in parameters:
+                rows_of_rank = [self.grid.rows(shape[0], rank, of_experts) for rank in range(self.world.size)]
+                leaf = nn.Parameter(held.detach().to_local()) if hasattr(held, "to_local") else held
+            yield Shard(name, held, leaf, shape, rows_of_rank, rank, of_experts)
+
+    def leaves(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that the optimizer updates, by name: this rank's rows of each."""
+        return [(shard.name, shard.leaf) for shard in self.learned]
+
+    def shapes(self) -> dict[nn.Parameter, torch.Size]:
+        """Of the whole parameters, by the leaves."""
+        return {shard.leaf: shard.shape for shard in self.learned}
+
+    def spread(self) -> Spread:
+        """Works on whole matrices, once each, where they are split or on several ranks."""
+        rows = {shard.leaf: shard.rows_of_rank for shard in self.learned}
+        return Spread(self.shapes(), rows, self.world, self.grid.shard)
+
+    def sum_gradients(self, others: Iterable[Tensor]) -> None:
+        """Sum the gradients, and other tensors, over the ranks, and give each leaf its rows. Collective."""
+        plain = [shard.held.grad for shard in self.learned if shard.held is shard.leaf and shard.leaf.grad is not None]
+        if not self.grid.collective:
+            self.world.sum_([*plain, *others])
+            return
+        self.world.sum_(others)
+        if self.grid.shard == 1:
+            experts = [s.leaf.grad for s in self.learned if s.of_experts and s.leaf.grad is not None]
+            held = {id(grad) for grad in experts}
+            self.world.sum_([grad for grad in plain if id(grad) not in held])
+            if self.groups.same_experts is not None:
+                self.world.sum_(experts, self.groups.same_experts)
+            return
+        for shard in self.learned:
+            # FSDP2 averages, and may have moved the rows since.
+            copies = self.grid.replicate * self.grid.shard // (self.grid.expert if shard.of_experts else 1)
+            shard.leaf.data = shard.local()
+            shard.leaf.grad = None if shard.held.grad is None else _local(shard.held.grad).mul_(copies)
+
+    def grad_norm(self) -> Tensor:
+        """The norm of the whole gradient. Collective where the parameters are split."""
+        if not self.grid.collective:
+            return torch.stack(torch._foreach_norm([p.grad for _, p in self.leaves() if p.grad is not None])).norm()
+        mine = [shard.leaf.grad for shard in self.learned if shard.writes and shard.leaf.grad is not None]
+        squares = torch.zeros((), device=self.world.device)
+        if mine:
+            squares = torch.stack(torch._foreach_norm(mine)).square().sum()
+        self.world.sum_([squares])
+        return squares.sqrt()
+
+    def forget_gradients(self) -> None:
+        """After an update, or of a step that is begun anew."""
+        for shard in self.learned:
+            shard.held.grad = shard.leaf.grad = None
+
+    @torch.no_grad()
+    def fill(self, value: Callable[[str, torch.Size], Tensor]) -> None:
+        """Give every tensor its rows of a whole value, one at a time."""
+        for shard in self.shards.values():
+            shard.local().copy_(value(shard.name, shard.shape)[shard.rows.start : shard.rows.stop])
+
+    def whole(self) -> dict[str, Tensor]:
+        """All weights, in the main rank's host memory; nothing on the others. Collective."""
+        if not self.grid.collective:
+            return dict(self.model.state_dict()) if self.world.main else {}
+        gathered = {shard.name: self._gathered(shard) for shard in self.shards.values()}
+        return gathered if self.world.main else {}
+
+    def _gathered(self, shard: Shard) -> Tensor:
+        """The whole of one tensor, on the main rank. Collective."""
+        mine = shard.local().cpu()
+        if not self.world.main:
+            if shard.writes and shard.rows:
+                dist.send(mine.contiguous(), 0)
+            return mine
+        whole = torch.empty(shard.shape, dtype=mine.dtype)
+        for rank, rows in enumerate(shard.rows_of_rank):
+            if rows and shard.rows_of_rank.index(rows) == rank:
+                part = whole[rows.start : rows.stop]
+                part.copy_(mine) if rank == 0 else dist.recv(part, rank)
+        return whole
+
+    def compile(self) -> None:
+        """Compile the blocks, in place."""
+        # Blocks of different kinds are different programs of one function, and so are training, evaluation and their
+        # last batches; past the limit, PyTorch would go on uncompiled.
+        torch._dynamo.config.cache_size_limit = 8 * len(self.model.blocks)
+        for block in self.model.blocks:
+            block.compile()
+
+    def rest(self) -> None:
+        """After a forward without backward: nothing is left gathered."""
+        if self.grid.shard > 1:
+            self.model.reshard()
+
+    def recompute(self, kind: str) -> None:
+        """From now on compute blocks again in the backward: "selective" or "full"."""
+        self.recomputes = kind
+        for block in self.model.blocks:
+            _recompute(block, kind)
+
+
+def parallelize(model: nn.Module, section: ParallelConfig, world: World, dtype: torch.dtype) -> Layout:
+    """Put the model on the ranks that the mesh says; `dtype` is what it computes in. Collective.
+
+    A model that is split may be on the meta device: this rank's part of it then is empty memory.
+    """
+    cells = grid(section.mesh, world.size, model.config)
+    made = groups(cells, world.device)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    moes = [block.ffn for block in model.blocks if hasattr(block.ffn, "experts")]
+    if cells.expert > 1:
+        for moe in moes:
+            split_experts(moe.experts, made.expert)
+    if cells.shard > 1:
+        _fully_shard(model, made, dtype)
+    if any(p.is_meta for p in model.parameters()):
+        model.to_empty(device=world.device)
+    layout = Layout(model, world, cells, made, shapes)
+    if section.recompute != "none":
+        layout.recompute(section.recompute)
+    return layout
+
+
+def _recompute(block: nn.Module, kind: str) -> None:
+    """Activation checkpointing (arXiv:1604.06174) of one block."""
+    forward, options = block.forward, {"use_reentrant": False, "preserve_rng_state": False}
+    if kind == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _kept)
+    block.forward = lambda *inputs: checkpoint(forward, *inputs, **options)
+
+
+def _kept(_context: object, op: object, *_args: object, **_kwargs: object) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _fully_shard(model: nn.Module, made: Groups, dtype: torch.dtype) -> None:
+    """FSDP2, a block at a time. What a block casts when it computes is cast before it travels, the same bits.
+
+    Routers compute in float32, and so do embeddings, which are in the model's own group.
+    """
+    cast = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    for block in model.blocks:
+        moe = block.ffn if hasattr(block.ffn, "experts") else None
+        if moe is not None and cast.param_dtype is not None:
+            fully_shard(moe.router, mesh=made.shard)
+        if moe is not None and made.expert is not None:
+            fully_shard(moe.experts, mesh=made.expert_shard, mp_policy=cast)
+        fully_shard(block, mesh=made.shard, mp_policy=cast)
+    fully_shard(model, mesh=made.shard)
+    for method in ("logits", "routes"):
+        register_fsdp_forward_method(model, method)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
