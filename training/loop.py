@@ -109,6 +109,7 @@ def train_step(run: Run) -> None:
     begun again in smaller ones. Collective.
     """
     config, world = run.config, run.world
+    world.doing(f"step {run.step + 1}", "together")
     n_samples = config.batch_tokens // config.model.n_positions
     mine = world.share(n_samples)
     indices = run.step * n_samples + np.arange(mine.start, mine.stop)
@@ -164,6 +165,7 @@ def forward_backward(
 
     One without samples computes something, as other ranks wait for this one, and adds nothing.
     """
+    run.world.doing(f"step {run.step + 1}", "together")  # a micro-batch is a sign of life
     empty = len(tokens_BT) == 0
     if empty:
         tokens_BT, targets_BT = np.zeros((2, 1, run.config.model.n_positions), np.int64)

@@ -152,6 +152,18 @@ def groups(section: type[Section] = Config, at: Keys = (), doc: str = "the run")
             yield from groups(variant, below, field.description or "")
 
 
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each value of nested dicts and lists, with its path: `model.blocks.0.repeat`."""
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(tree, list | tuple) and tree:
+        for i, value in enumerate(tree):
+            yield from leaves(value, f"{prefix}.{i}")
+    else:
+        yield prefix, None if tree in ((), [], {}) else tree
+
+
 def as_text(value: Any) -> str:
     """A default, as the help shows it."""
     if isinstance(value, Section):

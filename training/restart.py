@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from signal import Signals
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -19,6 +19,7 @@ from training import checkpoint, cli
 from training.config import MAY_CHANGE, Config
 from training.distributed import World
 from training.errors import UserError
+from training.options import leaves
 
 if TYPE_CHECKING:
     from training.run import Run
@@ -118,7 +119,7 @@ def stopped(run: Run, number: int) -> None:
 
 def refuse_changes(config: Config, fingerprint: str, state: dict) -> None:
     """Raise UserError, listing them, where options or data that a restart may not change have changed."""
-    was, now = dict(_leaves(state["config"])), dict(_leaves(config.model_dump(mode="json")))
+    was, now = dict(leaves(state["config"])), dict(leaves(config.model_dump(mode="json")))
     changed = [
         f"{key}: {was.get(key, 'unset')} -> {now.get(key, 'unset')}"
         for key in sorted(was.keys() | now.keys())
@@ -136,17 +137,6 @@ def refuse_changes(config: Config, fingerprint: str, state: dict) -> None:
 def _may_change(key: str) -> bool:
     parts = key.split(".")
     return any(".".join(parts[:n]) in MAY_CHANGE for n in range(1, len(parts) + 1))
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict) and tree:
-        for key, value in tree.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(tree, list | tuple) and tree:
-        for i, value in enumerate(tree):
-            yield from _leaves(value, f"{prefix}.{i}")
-    else:
-        yield prefix, None if tree in ((), [], {}) else tree
 
 
 def move_aside(folder: Path) -> None:

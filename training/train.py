@@ -23,10 +23,12 @@ FLAGS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Exit status: 0 done, 2 wrong input, 128 + n saved and stopped by signal n."""
+    """The command. Exit status: 0 done, 1 a rank was lost, 2 wrong input, 128 + n saved and stopped by signal n."""
     arguments = sys.argv[1:] if argv is None else argv
     config, flags = cli.parse(arguments, prog="python -m training.train", doc=__doc__, flags=FLAGS)
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once: large pages for tensors
+    # torch reads these once: large pages for tensors; no C++ stacks about ranks that are lost, which a line names
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR" if "WORLD_SIZE" in os.environ else "WARNING")
     try:
         return train(config, resume=flags["--resume"] or "auto")
     except UserError as error:
@@ -42,16 +44,21 @@ def train(config: Config, *, resume: str = "auto") -> int:
     from training.data import prepare
     from training.device import pick
     from training.distributed import join
+    from training.distributed.agreement import refuse_different_data, refuse_different_options
     from training.initial import options
     from training.loop import Watch, record, train_step
     from training.restart import lock, stopped
     from training.run import begin, finish
 
     with ExitStack() as at_end:
-        world = join(pick(config.parallel.device))
-        at_end.callback(world.leave)
+        world = join(pick(config.parallel.device), config.parallel)
+        at_end.push(world.leave)
+        refuse_different_options(world, config, resume)
+        world.doing("the preparation of data", "alone")
         config = options(config, fresh=resume == "never")
         dataset = prepare(config.data, quiet=not world.main)  # 1. load and preprocess the dataset
+        world.doing("the beginning", "alone")
+        refuse_different_data(world, dataset.fingerprint)
         if world.main:
             at_end.enter_context(lock(config))
         run = begin(config, dataset, world, resume)  # 2. initialize, or restore, model and optimizer
@@ -64,12 +71,14 @@ def train(config: Config, *, resume: str = "auto") -> int:
             train_step(run)
             due = watch.due()
             if due.log:
+                world.doing(f"the record of step {run.step}", "alone")
                 record(run, due)
             if due.signal:
                 run.saver.wait()
                 run.close()
                 stopped(run, due.signal)
                 return 128 + due.signal
+        world.doing("the end", "alone")
         finish(run)  # 5. save the final model and metrics
         return 0
 

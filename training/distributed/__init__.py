@@ -1,18 +1,28 @@
 """Processes that carry out one run together: the only room that imports torch.distributed.
 
 Every rank computes its share of the global batch; sums over ranks make the result that of one process.
-Started by torchrun (RANK, WORLD_SIZE, LOCAL_RANK), else alone.
+Started by torchrun or another launcher (`joining.py`), else alone. What every rank is in is known to the others, so
+that one that dies or hangs is named (`faults.py`).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import TracebackType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from training.config import ParallelConfig
+from training.distributed.faults import Monitor
+from training.distributed.joining import connection, meet, numbers, own
+from training.distributed.lost import BACKGROUND, LOOP, Kind
+from training.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -23,6 +33,8 @@ class World:
     size: int
     device: torch.device
     background: dist.ProcessGroup | None = None  # for a thread beside the loop's; None where there is one process
+    monitor: Monitor | None = field(default=None, repr=False)  # None where there is one process
+    borrowed: bool = False  # the process group was there before, and stays
 
     @property
     def main(self) -> bool:
@@ -33,7 +45,20 @@ class World:
         """This rank's part of n items: contiguous, sizes differ by one at most."""
         return range(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
-    def sum_(self, tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    def doing(self, what: str, kind: Kind = "work") -> None:
+        """Tell the other ranks what this one is in from now on: a noun, for the line about a rank that is lost.
+
+        work: other ranks wait `parallel.timeout_s` for it at most. together: there are collectives inside that World
+        does not make, so that the same holds for the time between two calls. alone: others wait as long as it takes.
+        """
+        if self.monitor is not None:
+            self.monitor.doing(what, kind)
+
+    def waiting(self, what: str, background: bool = False) -> AbstractContextManager[None]:
+        """Around a collective that is not made here; `background` as in `gather_bytes`."""
+        return self.monitor.waiting(what, BACKGROUND if background else LOOP) if self.monitor else nullcontext()
+
+    def sum_(self, tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None, what: str = "a sum") -> None:
         """Sum the tensors over all ranks, or a group's, in place, in one message a device and type. Collective."""
         if self.size == 1:
             return
@@ -42,7 +67,8 @@ class World:
             alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
         for same in alike.values():
             flat = torch.cat([tensor.flatten() for tensor in same])
-            dist.all_reduce(flat, group=group)
+            with self.waiting(what):
+                dist.all_reduce(flat, group=group)
             for tensor, summed in zip(same, flat.split([t.numel() for t in same]), strict=True):
                 tensor.copy_(summed.view_as(tensor))
 
@@ -57,7 +83,8 @@ class World:
         if self.size == 1:
             return list(values)
         largest = torch.tensor(values)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        with self.waiting("an agreement"):
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return largest.tolist()
 
     def gather_bytes(self, data: bytes, background: bool = False) -> list[bytes]:
@@ -67,34 +94,63 @@ class World:
         group = self.background if background else None
         length = torch.tensor([len(data)])
         lengths = [torch.empty_like(length) for _ in range(self.size)]
-        dist.all_gather(lengths, length, group=group)
+        with self.waiting("an exchange", background):
+            dist.all_gather(lengths, length, group=group)
         longest = max(1, *(int(n) for n in lengths))
         padded = torch.frombuffer(bytearray(data.ljust(longest)), dtype=torch.uint8)
         gathered = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(gathered, padded, group=group)
+        with self.waiting("an exchange", background):
+            dist.all_gather(gathered, padded, group=group)
         return [bytes(got[: int(n)].numpy()) for got, n in zip(gathered, lengths, strict=True)]
 
     def wait(self) -> None:
         """Until every rank is here. Collective."""
         if self.size > 1:
-            dist.barrier()
+            with self.waiting("a meeting"):
+                dist.barrier()
 
-    def leave(self) -> None:
-        """End the process group that `join` made."""
-        if self.size > 1:
+    def leave(
+        self,
+        _kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        _trace: TracebackType | None = None,
+    ) -> None:
+        """This rank's end; to be pushed on an ExitStack.
+
+        After an error the other ranks end too. Raises it, or, where another rank speaks, a SystemExit without a word.
+        """
+        if self.monitor is not None and error is not None and not isinstance(error, SystemExit):
+            found = self.monitor.fail(error)
+            if found is not error:
+                raise found from None
+        elif self.monitor is not None:
+            self.monitor.end()
+        if self.size > 1 and not self.borrowed:
             dist.destroy_process_group()
 
 
-def join(device: torch.device) -> World:
-    """Join the processes that torchrun started, or be the only one.
+def join(device: torch.device, section: ParallelConfig) -> World:
+    """Join the processes that were started together, or be the only one.
 
-    CUDA tensors go through NCCL and host tensors through gloo, so agreeing on a number waits for no device.
+    CUDA tensors go through NCCL and host tensors through gloo, so agreeing on a number waits for no device. A process
+    group that is there (Ray Train) is used, and left as it is. Raises UserError where ranks do not fit or do not come.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    borrowed = dist.is_available() and dist.is_initialized()
+    rank, size = (dist.get_rank(), dist.get_world_size()) if borrowed else numbers()
     if size == 1:
-        return World(0, 1, device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return World(dist.get_rank(), size, device, dist.new_group(backend="gloo"))
+        return World(0, 1, device, borrowed=borrowed)
+    device = own(device)
+    if borrowed and "gloo" not in str(dist.get_backend_config()):
+        raise UserError("the process group that is there has no gloo for host tensors; use backend cpu:gloo,cuda:nccl")
+    store = dist.distributed_c10d._get_default_store() if borrowed else meet(rank, size, section.timeout_s)
+    again, owner = connection(store, section.timeout_s)
+    monitor = Monitor(again, rank, size, section.timeout_s, owner)
+    # Longer than the monitor's, which knows who is missing; NCCL's own watch over its errors would abort the process.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    limit = timedelta(seconds=2 * section.timeout_s + 60)
+    with monitor.waiting("the first meeting", LOOP):
+        if not borrowed:
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+        background = dist.new_group(backend="gloo", timeout=limit)
+    return World(rank, size, device, background, monitor, borrowed)
