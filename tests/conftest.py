@@ -15,12 +15,13 @@ import torch
 
 from training import cli
 from training.config import Config
+from training.logging.times import PHASES
 from training.restart import folder_of
 from training.train import train
 
 ROOT = Path(__file__).parent.parent
 MOE = {"type": "moe", "n_experts": 4, "hidden": 32}
-TIME_FIELDS = {"tokens_per_s", "mfu", "memory_gib", "step_s", "time_s"}
+TIME_FIELDS = {"tokens_per_s", "mfu", "memory_gib", "step_s", "time_s", *(f"time_{phase}" for phase in PHASES)}
 
 torch.set_num_threads(1)
 
@@ -79,10 +80,11 @@ def run(config):
     return go
 
 
-def command(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
-    """Run `python ...` from the repository's root, with one thread."""
+def command(*arguments: str, env: dict[str, str] | None = None, **kwargs) -> subprocess.CompletedProcess:
+    """Run `python ...` from the repository's root, with one thread and these variables besides."""
+    made = environment() | (env or {})
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, **kwargs
+        [sys.executable, *arguments], cwd=ROOT, env=made, capture_output=True, text=True, timeout=240, **kwargs
     )
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from training.run import Run
 
 HEADROOM = 0.9  # of the memory: the rest is for fragments and for what else is on the device
-# On a CPU more tokens at a time are no faster (docs/log.md), and their memory is everybody's.
+# On a CPU more tokens at a time are slower (docs/log.md), and their memory is everybody's.
 CPU_TOKENS = 8192
 
 
@@ -114,7 +114,7 @@ def back_off(run: Run) -> None:
     run.back_offs += 1
     if run.micro_batch > 1:
         run.micro_batch = -(-run.micro_batch // 2)
-        now = f"{run.micro_batch} samples at a time from here"
+        now = f"{run.micro_batch} sample{'s' * (run.micro_batch > 1)} at a time from here"
     elif run.layout.recomputes != "full":
         run.layout.recompute("full")
         now = "activations are computed again from here (parallel.recompute: full)"

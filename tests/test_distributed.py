@@ -1,0 +1,157 @@
+"""One trajectory: micro-batch, ranks and layout change nothing that is computed, beyond the order of sums."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, command, write_config
+from safetensors.torch import load_file
+from trajectory import train
+
+from training.config import Config, MeshConfig, ModelConfig
+from training.distributed import World
+from training.distributed.mesh import Grid, grid
+from training.errors import UserError
+
+STEPS = 30
+MOE = {
+    "n_embd": 32,
+    "n_positions": 32,
+    "isolate_documents": True,
+    "blocks": [
+        {"ffn": {"type": "moe", "n_experts": 4, "hidden": 32, "jitter": 0.1, "balance": "both", "bias_rate": 0.01}},
+        {"ffn": {"type": "moe", "n_experts": 4, "hidden": 16, "scoring": "sigmoid", "n_shared": 1, "gated": True}},
+    ],
+}
+# Samples that ranks do not share evenly; three rows more than a multiple of four, which FSDP2 cuts unevenly.
+MODELS = {
+    "moe": {"batch_tokens": 10 * 32, "optim": {"type": "muon"}, "model": MOE | {"n_layer": 2, "n_head": 2}},
+    "dense": {
+        "batch_tokens": 9 * 16,
+        "model": {"n_layer": 6, "n_head": 2, "n_embd": 22, "n_positions": 16, "vocab_size": 259, "tie_head": False},
+    },
+}
+RANKS = {
+    2: [("moe", 1, {}), ("moe", 8, {"shard": 2}), ("moe", 2, {"expert": 2}), ("moe", 4, {"shard": 2, "expert": 2}),
+        ("dense", 2, {}), ("dense", 4, {"shard": 2})],
+    4: [("moe", 4, {}), ("moe", 2, {"shard": 4}), ("moe", 1, {"shard": 2, "replicate": 2}), ("moe", 2, {"expert": 4}),
+        ("moe", 8, {"expert": 2}), ("moe", 1, {"shard": 4, "expert": 2}), ("moe", 2, {"shard": 4, "expert": 4}),
+        ("moe", 2, {"shard": 2, "expert": 2}), ("dense", 8, {}), ("dense", 1, {"shard": 4})],
+}  # fmt: skip
+
+
+def changed(kind: str, name: str, micro_batch: int, mesh: dict, **more) -> dict:
+    """What the small run's options are changed to."""
+    parallel = {"device": "cpu", "mesh": mesh} | more.pop("parallel", {})
+    common = {
+        "name": name,
+        "steps": STEPS,
+        "micro_batch": micro_batch,
+        "parallel": parallel,
+        "logging": {"tensorboard": False},
+    }
+    return MODELS[kind] | common | more
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict:
+    """What one process computes, by the model; filled by the first test that asks."""
+    return {}
+
+
+def of_one(alone: dict, kind: str, config) -> tuple[dict, dict[str, torch.Tensor]]:
+    if kind not in alone:
+        made = config(**changed(kind, f"{kind}-alone", 4, {}))
+        alone[kind] = train(made, World(0, 1, torch.device("cpu")))
+    return alone[kind]
+
+
+def same(outcome: dict, weights: dict, alone: tuple[dict, dict], label: str) -> None:
+    """As close as the order of sums allows, after STEPS steps."""
+    theirs, their_weights = alone
+    assert outcome["tokens"] == theirs["tokens"], label
+    for step, (one, other) in enumerate(zip(outcome["steps"], theirs["steps"], strict=True)):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5), (label, step)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5), (label, step)
+        assert one.get("expert_load") == other.get("expert_load"), (label, step)
+    assert outcome["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-5), label
+    assert weights.keys() == their_weights.keys()
+    for name, tensor in weights.items():
+        assert (tensor - their_weights[name]).abs().max() < 1e-6 * STEPS, (label, name)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 8])
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_micro_batch_is_no_part_of_the_trajectory(kind, micro_batch, config, alone):
+    made = config(**changed(kind, "cut", micro_batch, {}))
+    same(*train(made, World(0, 1, torch.device("cpu"))), of_one(alone, kind, config), f"micro-batch {micro_batch}")
+
+
+@pytest.mark.parametrize("n_ranks", RANKS)
+def test_ranks_and_layouts_are_no_part_of_the_trajectory(n_ranks, options, config, alone, tmp_path):
+    paths = []
+    for i, (kind, micro_batch, mesh) in enumerate(RANKS[n_ranks]):
+        paths.append(write_config(tmp_path / f"{i}.yaml", options(**changed(kind, f"{i}", micro_batch, mesh))))
+    together(n_ranks, tmp_path, paths)
+    for i, (kind, _, mesh) in enumerate(RANKS[n_ranks]):
+        outcome = json.loads((tmp_path / f"{i}.json").read_text())
+        weights = load_file(tmp_path / f"{i}.safetensors")
+        same(outcome, weights, of_one(alone, kind, config), f"{kind} on {n_ranks} {mesh}")
+
+
+def together(n_ranks: int, folder, paths) -> None:
+    done = command(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks),
+        str(ROOT / "tests" / "trajectory.py"), str(folder), *map(str, paths),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_computing_blocks_again_is_the_same_run_bit_for_bit(kind, recompute, config, alone):
+    made = config(**changed(kind, "again", 4, {}, parallel={"recompute": recompute}))
+    outcome, weights = train(made, World(0, 1, torch.device("cpu")))
+    theirs, their_weights = of_one(alone, kind, config)
+    assert outcome == theirs
+    assert all(torch.equal(tensor, their_weights[name]) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize(
+    "cells", [Grid(1, 1, 1), Grid(2, 1, 2), Grid(1, 4, 1), Grid(1, 4, 2), Grid(2, 4, 4), Grid(2, 3, 1)]
+)
+@pytest.mark.parametrize("of_experts", [False, True])
+def test_a_copy_of_the_ranks_holds_every_row_once(cells, of_experts):
+    for n in (4, 8, 12):
+        n_copies = cells.replicate * cells.shard // max(cells.shard, cells.expert if of_experts else 1)
+        held = [row for rank in range(cells.replicate * cells.shard) for row in cells.rows(n, rank, of_experts)]
+        assert sorted(held) == sorted(list(range(n)) * n_copies), (cells, n)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "size", "said"),
+    [
+        ({"shard": 3}, 4, "parallel.mesh: a multiple of shard 3 is not 4, the number of processes"),
+        ({"shard": 2, "replicate": 3}, 4, "parallel.mesh: replicate 3 x shard 2 is not 4, the number of processes"),
+        ({"expert": 3}, 4, "parallel.mesh.expert: 3 does not divide the 4 processes"),
+        ({"expert": 8}, 8, "parallel.mesh.expert: 8 does not divide n_experts 4"),
+    ],
+)
+def test_a_mesh_that_does_not_multiply_out_is_refused_in_a_line(mesh, size, said):
+    model = ModelConfig.model_validate(MOE | {"n_layer": 2, "n_head": 2, "vocab_size": 320})
+    with pytest.raises(UserError, match=said):
+        grid(MeshConfig(**mesh), size, model)
+
+
+def test_experts_are_not_split_where_there_are_none():
+    with pytest.raises(UserError, match="the model has no experts"):
+        grid(MeshConfig(expert=2), 2, ModelConfig())
+
+
+def test_the_worst_mesh_is_refused_before_anything_starts():
+    with pytest.raises(ValueError, match="2 does not divide shard 3"):
+        Config.model_validate(
+            {"data": {"sources": [{"type": "stdlib"}]}, "parallel": {"mesh": {"shard": 3, "expert": 2}}}
+        )

@@ -1,0 +1,184 @@
+"""The micro-batch that fits, and what happens where it no longer does."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, command, write_config
+from safetensors.torch import load_file
+from trajectory import out_of_memory_at
+
+from training import device as devices
+from training import fit
+from training.data import prepare
+from training.distributed import World
+from training.errors import UserError
+from training.loop import train_step
+from training.run import begin
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def begun(config):
+    """Runs that have begun; closed at the end of the test."""
+    runs = []
+
+    def make(**changes):
+        made = config(**changes)
+        runs.append(begin(made, prepare(made.data, quiet=True), World(0, 1, CPU), "auto"))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        run.close()
+        run.saver.close()
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+
+
+def equal(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture
+def halved(begun):
+    """Weights after four steps, of which the last two were made with half the micro-batch."""
+    run = begun(name="halved")
+    for step in range(4):
+        run.micro_batch = 4 if step < 2 else 2
+        train_step(run)
+    return weights(run)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 1])
+@pytest.mark.parametrize("where", ["model", "second block", "backward"])
+def test_a_batch_whose_memory_ran_out_is_begun_again_in_halves(begun, halved, capsys, micro_batch, where):
+    run = begun(name="failing")
+    for step in range(4):
+        if step == 2 and where == "backward":
+            run.model.blocks[0].register_full_backward_pre_hook(raise_at(micro_batch))
+        elif step == 2:
+            out_of_memory_at(run.model if where == "model" else run.model.blocks[1], micro_batch)
+        train_step(run)
+    assert equal(weights(run), halved)
+    assert (run.micro_batch, run.back_offs) == (2, 1)
+    said = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
+    assert said == ["step 3: out of memory; the same batch again, 2 samples at a time from here"]
+
+
+def raise_at(call: int):
+    calls = iter(range(100))
+
+    def fail(*_):
+        if next(calls) == call:
+            raise torch.OutOfMemoryError("out of memory, by the test")
+
+    return fail
+
+
+def test_metrics_of_a_batch_begun_again_count_once(begun):
+    whole, failing = begun(name="whole"), begun(name="failing")
+    out_of_memory_at(failing.model.blocks[1], 1)
+    for run in (whole, failing):
+        train_step(run)
+    (ours,), (theirs,) = failing.metrics.rows(), whole.metrics.rows()
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+    assert ours["expert_load"] == theirs["expert_load"]
+
+
+def test_after_one_sample_at_a_time_blocks_are_computed_again_and_then_it_ends_in_a_line(begun, capsys):
+    run = begun(micro_batch=1)
+    out_of_memory_at(run.model, 0)
+    train_step(run)
+    assert run.layout.recomputes == "full"
+    said = "step 1: out of memory; the same batch again, activations are computed again from here"
+    assert said in capsys.readouterr().err
+    whole = begun(name="whole", micro_batch=1)
+    train_step(whole)
+    assert equal(weights(run), weights(whole))
+    out_of_memory_at(run.model, 0)
+    with pytest.raises(UserError, match=r"step 2: not one sample of 32 tokens fits into [\d.]+ GiB; use a smaller"):
+        train_step(run)
+
+
+def test_another_error_is_no_lack_of_memory(begun):
+    run = begun()
+    run.model.register_forward_pre_hook(lambda *_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        train_step(run)
+
+
+def test_a_tensor_beyond_all_memory_is_known_as_that():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60)
+    assert devices.is_out_of_memory(raised.value)
+    assert not devices.is_out_of_memory(RuntimeError("expected a float"))
+
+
+def test_auto_takes_the_whole_share_where_that_fits(begun):
+    run = begun(micro_batch="auto")
+    assert run.micro_batch == 8
+    assert run.micro_batches == {fit.place(run): 8}
+
+
+def test_auto_tries_the_worst_routing_and_leaves_the_model_as_it_was(begun):
+    asked, found = begun(name="asked", micro_batch=8), begun(name="found", micro_batch="auto")
+    assert equal(weights(asked), weights(found))
+    for run in (asked, found):
+        train_step(run)
+    assert equal(weights(asked), weights(found))
+    assert all(p.grad is None for p in found.model.parameters())
+
+    routed = []
+    found.model.blocks[0].ffn.register_forward_hook(lambda _m, _i, out: routed.append(out[1].expert_NK))
+    fit._fitting(found, 2)
+    assert len(routed) == 2 and all((expert_NK.sort().values == torch.tensor([0, 1])).all() for expert_NK in routed)
+
+
+@pytest.mark.parametrize(("gib", "fits"), [(1.9, 8), (1.05, 4), (1.0, 2)])
+def test_auto_is_what_the_memory_holds(begun, monkeypatch, gib, fits):
+    """Of peaks of 0.6, 0.7, 0.8 GiB, nine tenths of the memory are used, in equal parts of the 8 samples."""
+    run = begun()
+    monkeypatch.setattr(fit, "_peak", lambda _run, n: round((0.5 + 0.1 * n) * 2**30))
+    monkeypatch.setattr(devices, "memory_bytes", lambda _device: gib * 2**30)
+    assert fit._fitting(run, 8) == fits
+
+
+def test_a_memory_too_small_for_one_sample_is_a_line(begun, monkeypatch):
+    monkeypatch.setattr(devices, "memory_bytes", lambda _device: 2**24)
+    with pytest.raises(UserError, match=r"not one sample of 32 tokens fits into 0\.0 GiB, needs"):
+        begun(micro_batch="auto")
+
+
+def test_what_was_found_is_remembered_for_its_place(run, begun, monkeypatch):
+    folder = run(name="small", micro_batch="auto", steps=8)
+    state = json.loads((folder / "checkpoints/step-00000008/state.json").read_text())
+    assert list(state["micro_batch"].values()) == [8]
+    monkeypatch.setattr(fit, "_fitting", lambda *_: pytest.fail("tried again"))
+    assert begun(micro_batch="auto").micro_batch == 8
+
+
+def test_one_rank_without_memory_halves_on_all(options, tmp_path):
+    outcomes = {}
+    for name, failing in (("whole", ""), ("failing", "1:3")):
+        path = write_config(tmp_path / f"{name}.yaml", options(name=name, micro_batch=2, parallel={"device": "cpu"}))
+        done = command(
+            "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+            str(ROOT / "tests" / "trajectory.py"), str(tmp_path), str(path),
+            env={"OUT_OF_MEMORY": failing},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        outcomes[name] = (
+            json.loads((tmp_path / f"{name}.json").read_text()),
+            load_file(tmp_path / f"{name}.safetensors"),
+        )
+        assert ("step 2: out of memory; the same batch again, 1 sample at a time" in done.stderr) == bool(failing)
+    (ours, our_weights), (theirs, their_weights) = outcomes["failing"], outcomes["whole"]
+    assert ours["tokens"] == theirs["tokens"]
+    for name, tensor in our_weights.items():
+        assert (tensor - their_weights[name]).abs().max() < 1e-6 * 8

@@ -1,0 +1,88 @@
+"""Train on every rank of a process group, in several layouts one after the other, and write down what was computed.
+
+torchrun ... tests/trajectory.py FOLDER CONFIG.yaml... (each trained; its outcome is FOLDER/CONFIG.safetensors and .json)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch.utils.hooks import RemovableHandle
+
+from training import cli
+from training.config import Config
+from training.data import prepare
+from training.distributed import World, join
+from training.loop import evaluate, train_step
+from training.run import begin
+
+
+def train(config: Config, world: World) -> tuple[dict, dict[str, torch.Tensor]]:
+    """(what every step computed, the weights on the main rank)."""
+    run = begin(config, prepare(config.data, quiet=True), world, "auto")
+    seen: list[tuple[bytes, bytes]] = []
+
+    def see(_model: object, _inputs: tuple, inputs: dict) -> None:
+        """The tokens that the model was given, by the key of their sample; a stand-in for no sample has none."""
+        if torch.is_grad_enabled():
+            keys, tokens = inputs["key_B"].numpy(), inputs["tokens_BT"].numpy()
+            seen.extend((key.tobytes(), row.tobytes()) for key, row in zip(keys, tokens, strict=True) if key)
+
+    hooks, tokens_of_step = [run.model.register_forward_pre_hook(see, with_kwargs=True)], []
+    if failing := os.environ.get("OUT_OF_MEMORY"):
+        rank, call = map(int, failing.split(":"))
+        hooks += [out_of_memory_at(run.model, call)] * (rank == world.rank)
+    for _ in range(config.steps):
+        seen.clear()
+        train_step(run)
+        once = dict(seen)  # of a batch that was begun again too
+        of_ranks = world.gather_bytes(b"".join(once.values()))
+        tokens_of_step.append(hashlib.sha256(b"".join(of_ranks)).hexdigest())
+    for hook in hooks:
+        hook.remove()
+    rows = run.metrics.rows()
+    found = evaluate(run.model, run.val_batches, run.dataset.tokenizer, config.eval.tokens, run.micro_batch, world)
+    run.layout.rest()
+    weights = run.layout.whole()
+    run.close()
+    run.saver.close()
+    names = ("loss", "grad_norm", "expert_load")
+    steps = [{name: row[name] for name in names if name in row} for row in rows]
+    return {"steps": steps, "tokens": tokens_of_step, "val_loss": found["val_loss"]}, weights
+
+
+def out_of_memory_at(module: torch.nn.Module, call: int) -> RemovableHandle:
+    """From here on, fail once, as an allocator does."""
+    calls = itertools.count()
+
+    def fail(*_: object) -> None:
+        if next(calls) == call:
+            raise torch.OutOfMemoryError("out of memory, by the test")
+
+    return module.register_forward_pre_hook(fail)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder, *paths = map(Path, sys.argv[1:])
+    world = None
+    for path in paths:
+        config = cli.load(path)
+        world = world or join(torch.device("cpu"), *[config.parallel][: len(inspect.signature(join).parameters) - 1])
+        outcome, weights = train(config, world)
+        if world.main:
+            (folder / f"{path.stem}.json").write_text(json.dumps(outcome))
+            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / f"{path.stem}.safetensors")
+    world.leave()
+
+
+if __name__ == "__main__":
+    main()
