@@ -61,7 +61,9 @@ class Watch:
         config, step, world = self.run.config, self.run.step, self.run.world
         minutes, last = config.checkpoint.every_minutes, step == config.steps
         late = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
+        self.run.ledger.enter("communication")
         received, late, lost = world.max_int(self.signal, late, self.run.saver.failure is not None)
+        self.run.ledger.enter("idle")
         if lost:
             self.run.saver.wait()  # raises it, on all ranks
         save = last or received > 0 or late > 0 or _every(config.checkpoint.every, step)
@@ -112,17 +114,21 @@ def train_step(run: Run) -> None:
     world.doing(f"step {run.step + 1}", "together")
     n_samples = config.batch_tokens // config.model.n_positions
     mine = world.share(n_samples)
+    run.ledger.enter("data")
     indices = run.step * n_samples + np.arange(mine.start, mine.stop)
     tokens_BT, targets_BT = run.batches.samples(indices)
     key_B = run.batches.keys(indices)
+    run.ledger.enter("communication")
     n_targets = world.sum_int(int((targets_BT >= 0).sum()))
     while (totals := gradients(run, tokens_BT, targets_BT, key_B, n_targets)) is None:
         fit.back_off(run)
     run.layout.sum_gradients(totals.values())
+    run.ledger.enter("optimizer")
     grad_norm = update(run)
     totals = run.model.finish_step(totals)
     run.metrics.add(run.step, totals | {"grad_norm": grad_norm}, n_targets)
     run.step += 1
+    run.ledger.enter("idle")
 
 
 def gradients(
@@ -133,6 +139,7 @@ def gradients(
     Raises UserError for that where other ranks are in the middle of a forward that needs this one. Collective.
     """
     sums, out_of_memory = Sums(), False
+    run.ledger.enter("compute")
     try:
         for rows in pieces(run, len(tokens_BT)):
             forward_backward(run, tokens_BT[rows], targets_BT[rows], key_B[rows], n_targets, sums)
@@ -146,6 +153,7 @@ def gradients(
                 "on from its newest checkpoint"
             ) from None
         out_of_memory = True
+    run.ledger.enter("communication")
     return None if any(run.world.max_int(out_of_memory)) else sums
 
 
@@ -205,6 +213,7 @@ def record(run: Run, due: Due) -> None:
     refuse_nonfinite(run, rows)
     improved = False
     if due.evaluate:
+        run.ledger.enter("evaluation")
         val_tokens, tokenizer = run.config.eval.tokens, run.dataset.tokenizer
         found = evaluate(run.model, run.val_batches, tokenizer, val_tokens, run.micro_batch, run.world)
         run.layout.rest()
@@ -218,12 +227,15 @@ def record(run: Run, due: Due) -> None:
         texts = samples(run.model, run.dataset.tokenizer, run.config.eval, seed=(run.config.seed, run.step))
         run.layout.rest()
         rows[-1] = rows[-1] | {"samples": texts}
+    run.ledger.enter("idle")
     for sink in run.sinks:
         sink.write(rows)
     if due.evaluate and run.world.main:
         write_report(run.folder)
     if due.save or (improved and run.config.checkpoint.keep_best):
+        run.ledger.enter("checkpoint")
         save(run)
+        run.ledger.enter("idle")
     run.metrics.start_clock()
 
 

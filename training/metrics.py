@@ -11,6 +11,7 @@ from torch import Tensor
 from training import device as devices
 from training.config import Config
 from training.distributed import World
+from training.ledger import Ledger
 from training.model import GPT
 from training.optim import rate
 
@@ -22,6 +23,7 @@ class Metrics:
     config: Config
     world: World
     model: GPT
+    ledger: Ledger
     time_s: float = 0.0  # spent training, over restarts; evaluations and saves do not count
     _pending: list[tuple[int, dict[str, Tensor], int]] = field(default_factory=list)
     _since: float = 0.0
@@ -38,12 +40,14 @@ class Metrics:
         """The rows of the steps since the last call; their times are an average. Waits for the device."""
         if not self._pending:
             return []
+        self.ledger.enter("compute")  # which is what is waited for here
         fetched = _fetch([totals for _, totals, _ in self._pending])
-        now = time.perf_counter()
+        self.ledger.enter("idle")
+        now, times = time.perf_counter(), self.ledger.row_times(len(fetched))
         seconds, self._since = (now - self._since) / len(fetched), now
         steps = [(step, n_targets) for step, _, n_targets in self._pending]
         self._pending.clear()
-        return [self._row(step, n, values, seconds) for (step, n), values in zip(steps, fetched, strict=True)]
+        return [self._row(step, n, values, seconds) | times for (step, n), values in zip(steps, fetched, strict=True)]
 
     def _row(self, step: int, n_targets: int, values: dict[str, list[float]], seconds: float) -> dict:
         config = self.config

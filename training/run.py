@@ -24,6 +24,8 @@ from training.distributed.parallelize import Layout, parallelize
 from training.errors import UserError
 from training.files import whole_folder, write_atomically
 from training.kernels import ATTENTION, EXPERTS, Kernels, choose, names
+from training.ledger import Ledger
+from training.logging import jsonl
 from training.logging.report import write_report
 from training.metrics import Metrics
 from training.model import GPT, hf, needs
@@ -61,6 +63,7 @@ class Run:
     batches: Batches
     val_batches: Batches
     metrics: Metrics
+    ledger: Ledger
     saver: Saver
     kernels: dict[str, str]  # their names
     kernels_why: dict[str, str]  # for each its name and the reason
@@ -99,7 +102,7 @@ def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
         model, whole = (GPT(config.model, kernels, dtype) for _ in range(2))
     layout = parallelize(model, config.parallel, world, dtype)
     together = Whole(layout.shapes(), layout.spread()) if world.size > 1 else None
-    folder = restart.folder_of(config)
+    folder, ledger = restart.folder_of(config), Ledger(world.device)
     run = Run(
         config=config,
         folder=folder,
@@ -111,7 +114,8 @@ def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
         optimizer=Optimizer(config.optim, layout.leaves(), model.kinds(), dtype, together),
         batches=Batches(dataset.train, n_positions=config.model.n_positions, seed=config.seed),
         val_batches=Batches(dataset.val, n_positions=config.model.n_positions, seed=None),
-        metrics=Metrics(config, world, whole),
+        metrics=Metrics(config, world, whole, ledger),
+        ledger=ledger,
         saver=Saver(folder / "checkpoints", peers(world), config.checkpoint),
         kernels=names(kernels),
         kernels_why=kernels_why,
@@ -188,6 +192,7 @@ def restore(run: Run, found: restart.Found) -> None:
         raise UserError(f"the checkpoint does not fit this model: {' '.join(str(error).split())}") from error
     run.step, run.best, run.last_row = state["step"], state["best"] if found.own else None, state["last_row"]
     run.metrics.time_s = state["time_s"]
+    run.ledger.load_state_dict(state.get("ledger", {}))
     if run.loss_scale is not None and state["loss_scale"] is not None:
         run.loss_scale = LossScale(**state["loss_scale"])
 
@@ -197,6 +202,7 @@ def save(run: Run) -> None:
     state = {
         "step": run.step,
         "time_s": run.metrics.time_s,
+        "ledger": run.ledger.state_dict(),
         "best": run.best,
         "last_row": run.last_row,
         "loss_scale": run.loss_scale and asdict(run.loss_scale),
@@ -225,6 +231,7 @@ def open_logs(run: Run) -> None:
         raise UserError(f"{run.folder}: {error.strerror}; choose another --out_dir or --name") from error
     write_atomically(run.folder / "config.yaml", text)
     run.dataset.tokenizer.save(run.folder / "tokenizer")
+    run.ledger.redo(jsonl.read(run.folder / "metrics.jsonl"), run.step)
     facts = logging.Run(
         dir=run.folder,
         name=config.name,
@@ -299,10 +306,12 @@ def command(name: str) -> str:
 
 def finish(run: Run) -> None:
     """Leave the final model, experts.json, summary.json and report.html, and close the logs with the summary."""
+    run.ledger.enter("checkpoint")
     run.saver.wait()
     weights, liked = run.layout.whole(), None
     if run.model.top_ks and (run.world.main or run.layout.grid.collective):
         run.layout.rest()
+        run.ledger.enter("evaluation")
         made = (run.val_batches, run.dataset.tokenizer, run.config.eval)
         liked = preferences(run.model, *made, micro_batch=run.micro_batch, step=run.step)
     if not run.world.main:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from contextlib import ExitStack
 
 from training import cli
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(config: Config, *, resume: str = "auto") -> int:
     """The five steps of a run; returns the exit status. torch is imported here, once the options are known good."""
+    began = time.perf_counter()
     from training.data import prepare
     from training.device import pick
     from training.distributed import join
@@ -66,6 +68,7 @@ def train(config: Config, *, resume: str = "auto") -> int:
         at_end.callback(run.close)
         watch = Watch(run)
         at_end.callback(watch.close)
+        run.ledger.began(began)
         run.metrics.start_clock()
         while run.step < run.config.steps:  # 3. train, 4. evaluating on the way and after the last step
             train_step(run)
