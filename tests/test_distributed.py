@@ -101,6 +101,26 @@ def test_ranks_and_layouts_are_no_part_of_the_trajectory(n_ranks, options, confi
         same(outcome, weights, of_one(alone, kind, config), f"{kind} on {n_ranks} {mesh}")
 
 
+def test_a_rank_whose_experts_get_no_token_takes_part_with_zero_gradients(options, config, tmp_path, monkeypatch):
+    monkeypatch.setenv("ALL_TO", "0,1")
+    changes = {
+        "steps": 4,
+        "model": MOE | {"n_layer": 2, "n_head": 2, "blocks": [{"ffn": {**MOE["blocks"][0]["ffn"], "balance": "none"}}]},
+    }
+    alone = train(config(**changed("moe", "starved-alone", 4, {}, **changes)), World(0, 1, torch.device("cpu")))
+    assert {tuple(load) for step in alone[0]["steps"] for load in step["expert_load"]} == {(0.5, 0.5, 0, 0)}
+    meshes = [{"expert": 2}, {"shard": 2, "expert": 2}]
+    paths = [
+        write_config(tmp_path / f"{i}.yaml", options(**changed("moe", f"starved-{i}", 2, mesh, **changes)))
+        for i, mesh in enumerate(meshes)
+    ]
+    together(2, tmp_path, paths)
+    for i, mesh in enumerate(meshes):
+        same(
+            json.loads((tmp_path / f"{i}.json").read_text()), load_file(tmp_path / f"{i}.safetensors"), alone, f"{mesh}"
+        )
+
+
 def together(n_ranks: int, folder, paths) -> None:
     done = command(
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks),

@@ -140,7 +140,7 @@ def test_auto_tries_the_worst_routing_and_leaves_the_model_as_it_was(begun):
     assert len(routed) == 2 and all((expert_NK.sort().values == torch.tensor([0, 1])).all() for expert_NK in routed)
 
 
-@pytest.mark.parametrize(("gib", "fits"), [(1.9, 8), (1.05, 4), (1.0, 2)])
+@pytest.mark.parametrize(("gib", "fits"), [(1.9, 8), (1.05, 4), (0.95, 3), (0.85, 2), (0.7, 1)])
 def test_auto_is_what_the_memory_holds(begun, monkeypatch, gib, fits):
     """Of peaks of 0.6, 0.7, 0.8 GiB, nine tenths of the memory are used, in equal parts of the 8 samples."""
     run = begun()

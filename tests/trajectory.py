@@ -1,6 +1,8 @@
 """Train on every rank of a process group, in several layouts one after the other, and write down what was computed.
 
-torchrun ... tests/trajectory.py FOLDER CONFIG.yaml... (each trained; its outcome is FOLDER/CONFIG.safetensors and .json)
+    torchrun ... tests/trajectory.py FOLDER CONFIG.yaml...    each trained: FOLDER/CONFIG.safetensors and .json
+
+OUT_OF_MEMORY="1:5" makes the allocation of rank 1's sixth forward fail; ALL_TO="2,1" sends all tokens to these experts.
 """
 
 from __future__ import annotations
@@ -36,6 +38,10 @@ def train(config: Config, world: World) -> tuple[dict, dict[str, torch.Tensor]]:
             keys, tokens = inputs["key_B"].numpy(), inputs["tokens_BT"].numpy()
             seen.extend((key.tobytes(), row.tobytes()) for key, row in zip(keys, tokens, strict=True) if key)
 
+    favourites = [int(expert) for expert in os.environ.get("ALL_TO", "").split(",") if expert]
+    for name, bias in run.model.named_buffers():
+        if favourites and name.endswith("selection_bias"):
+            bias[favourites] = 1e6
     hooks, tokens_of_step = [run.model.register_forward_pre_hook(see, with_kwargs=True)], []
     if failing := os.environ.get("OUT_OF_MEMORY"):
         rank, call = map(int, failing.split(":"))
@@ -80,7 +86,9 @@ def main() -> None:
         outcome, weights = train(config, world)
         if world.main:
             (folder / f"{path.stem}.json").write_text(json.dumps(outcome))
-            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / f"{path.stem}.safetensors")
+            save_file(
+                {name: tensor.contiguous() for name, tensor in weights.items()}, folder / f"{path.stem}.safetensors"
+            )
     world.leave()
 
 

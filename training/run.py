@@ -15,6 +15,7 @@ from torch import Tensor
 
 from training import checkpoint, cli, fit, initial, logging, restart
 from training import device as devices
+from training.advice import advice, measured
 from training.checkpoint import Part, Peers, Saver
 from training.config import Config
 from training.data import Dataset
@@ -256,7 +257,7 @@ def header(run: Run) -> dict[str, str]:
     config, model = run.config, run.config.model
     total, active = run.whole.n_parameters()
     samples = config.batch_tokens // model.n_positions
-    ranks = f", {run.world.size} processes" if run.world.size > 1 else ""
+    ranks = f", {run.world.size} processes: {run.layout.grid}" if run.world.size > 1 else ""
     moe = [block.ffn for block in model.layers() if block.ffn.type == "moe"]
     capacities = dict.fromkeys(f"{ffn.capacity_factor:g}" for ffn in moe if ffn.capacity_factor is not None)
     kinds = dict.fromkeys(
@@ -316,6 +317,7 @@ def finish(run: Run) -> None:
         liked = preferences(run.model, *made, micro_batch=run.micro_batch, step=run.step)
     if not run.world.main:
         return
+    run.ledger.enter("checkpoint")
     folder, row = run.folder, run.last_row
     total, active = run.whole.n_parameters()
     prompt = (*run.config.eval.prompts, "The ")[0].rstrip("\n")
@@ -332,6 +334,9 @@ def finish(run: Run) -> None:
         "best_step": run.best["step"],
         "time_s": run.metrics.time_s,
         "tokens_per_s": row["tokens"] / run.metrics.time_s,
+        "goodput": run.ledger.goodput,
+        "time": run.ledger.seconds,
+        "advice": advice(measured(run)),
         "parameters": total,
         "active_parameters": active,
         "model_dir": str(folder / "model"),

@@ -19,6 +19,12 @@ class Grid(NamedTuple):
     shard: int
     expert: int
 
+    def __str__(self) -> str:
+        split = f"weights split over {self.shard}" if self.shard > 1 else ""
+        copies = f"{self.replicate} copies" if self.replicate > 1 else ""
+        experts = f"experts split over {self.expert}" if self.expert > 1 else ""
+        return ", ".join(filter(None, (copies, split, experts)))
+
     @property
     def collective(self) -> bool:
         """Whether forward and backward need every rank: all have to make equally many."""

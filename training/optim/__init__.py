@@ -43,8 +43,8 @@ def _adamw(section: AdamWConfig, named: Named) -> torch.optim.Optimizer:
 def adamw(
     section: AdamWConfig,
     named: Named,
-    dtype: torch.dtype,
-    whole: Whole | None,  # noqa: ARG001 (one signature)
+    dtype: torch.dtype,  # noqa: ARG001 (one signature)
+    whole: Whole | None,  # noqa: ARG001
 ) -> list[torch.optim.Optimizer]:
     """AdamW for everything."""
     return [_adamw(section, named)]

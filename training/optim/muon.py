@@ -33,7 +33,7 @@ def orthogonalize(g_XMN: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 Spread = Callable[[list[Tensor], list[Tensor], Callable[[Tensor], Tensor]], list[Tensor]]
 
 
-def here(parameters: list[Tensor], tensors: list[Tensor], work: Callable[[Tensor], Tensor]) -> list[Tensor]:
+def here(_parameters: list[Tensor], tensors: list[Tensor], work: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """`work` on the matrices of tensors, all of them whole and here, in one batch."""
     stacks = [tensor.view(-1, *tensor.shape[-2:]) for tensor in tensors]
     done = work(torch.cat(stacks)).split([len(stack) for stack in stacks])
