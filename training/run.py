@@ -335,7 +335,7 @@ def finish(run: Run) -> None:
         "time_s": run.metrics.time_s,
         "tokens_per_s": row["tokens"] / run.metrics.time_s,
         "goodput": run.ledger.goodput,
-        "time": run.ledger.seconds,
+        "time": {phase: round(seconds, 3) for phase, seconds in run.ledger.seconds.items()},
         "advice": advice(measured(run)),
         "parameters": total,
         "active_parameters": active,

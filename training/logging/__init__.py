@@ -4,8 +4,9 @@ The loop hands every sink the same rows. A row is a dict of one optimizer step, 
 hold; row k is the state after k steps.
 
 Always: `step loss learning_rate grad_norm tokens tokens_per_s mfu memory_gib step_s time_s`, where `mfu`
-may be None. After an evaluation: `val_loss val_perplexity val_bits_per_byte` and `samples`, dicts of a
-`prompt` and the `text` that continues it.
+may be None, and `time_compute`, `time_data`, ...: seconds a step of each phase (`times.PHASES`), the mean since the
+row that was fetched before, so that what follows a row is in the next. After an evaluation: `val_loss
+val_perplexity val_bits_per_byte` and `samples`, dicts of a `prompt` and the `text` that continues it.
 
 With experts, of the step's global batch:
 
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from training.config import LoggingConfig
 from training.files import write_atomically
+from training.logging.times import PHASES
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +55,7 @@ TAGS = {
     "router_z_loss": "router/z_loss",
     "router_bias_range": "router/bias_range",
     "dropped_share": "router/dropped_share",
+    **{f"time_{phase}": f"time/{phase}" for phase in PHASES},
 }
 LOAD_IMAGE = "router/load_layers_x_experts"
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from training.logging import Run, Sink
 from training.logging.format import clock, count, number, printable, share
 from training.logging.starvation import Starvation
+from training.logging.times import in_words
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -187,6 +188,8 @@ def closing(summary: dict) -> dict[str, str]:
         "training": f"loss {number(summary['train_loss'])}",
         "validation": validation,
         "model": summary["model_dir"],
+        "time": in_words(summary["time"]),
+        "advice": "\n".join(summary["advice"]),
     }
     return {label: text for label, text in facts.items() if text}
 
@@ -197,9 +200,10 @@ def commands(summary: dict) -> list[str]:
 
 
 def aligned(facts: dict[str, str]) -> list[str]:
-    """One line a fact, the texts below each other."""
+    """A fact a line, the texts and their further lines below each other."""
     width = max(map(len, facts), default=0)
-    return [f"{label:<{width}}  {text}" for label, text in facts.items()]
+    below = "\n" + " " * (width + 2)
+    return [f"{label:<{width}}  {text}".replace("\n", below) for label, text in facts.items()]
 
 
 def continuation(sample: dict) -> str:

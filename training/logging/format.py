@@ -21,6 +21,16 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}"
 
 
+def spoken(seconds: float) -> str:
+    """A duration as one would say it."""
+    for unit, size in (("hour", 3600), ("minute", 60), ("second", 1)):
+        amount = seconds / size
+        if amount >= 2 or size == 1:
+            rounded = f"{amount:.1f}".removesuffix(".0") if amount < 10 else f"{amount:.0f}"
+            return f"{rounded} {unit}" if rounded == "1" else f"{rounded} {unit}s"
+    raise AssertionError
+
+
 def share(ratio: float | None) -> str:
     """A ratio in per cent; "unknown" where there is none."""
     return "unknown" if ratio is None else f"{100 * ratio:.1f} %"

@@ -10,9 +10,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from training.errors import UserError
 from training.files import write_atomically
-from training.logging import experts
+from training.logging import experts, times
 from training.logging.charts import Curve, chart, noisy, points
-from training.logging.format import count, number, printable
+from training.logging.format import count, number, printable, spoken
 from training.logging.jsonl import read
 
 
@@ -33,6 +33,8 @@ def write_report(run_dir: Path) -> Path:
         routing=experts.routing(rows, facts.get("moe_layers")),
         liked=experts.liked(_json(run_dir / "experts.json")),
         samples=samples(rows),
+        time=times.bar(summary.get("time") or times.spent(rows)),
+        advice=[line.partition(": ") for line in summary.get("advice", ())],
         header=facts.get("header", {}),
         next=summary.get("next", []),
         config=_text(run_dir / "config.yaml"),
@@ -108,16 +110,6 @@ def samples(rows: list[dict]) -> list[dict]:
         }
         for title, row in zip(titles, (told[0], told[-1]) if told else (), strict=False)
     ]
-
-
-def spoken(seconds: float) -> str:
-    """A duration as one would say it."""
-    for unit, size in (("hour", 3600), ("minute", 60), ("second", 1)):
-        amount = seconds / size
-        if amount >= 2 or size == 1:
-            rounded = f"{amount:.1f}".removesuffix(".0") if amount < 10 else f"{amount:.0f}"
-            return f"{rounded} {unit}" if rounded == "1" else f"{rounded} {unit}s"
-    raise AssertionError
 
 
 def _template() -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from training.logging.format import number
+from training.logging.format import spoken
 
 # The phases of a run's time, as `training/ledger.py` measures them: what each is.
 PHASES = {
@@ -51,14 +51,20 @@ def in_words(seconds: dict[str, float]) -> str:
 
 
 def bar(seconds: dict[str, float]) -> dict | None:
-    """The report's bar; None where nothing was measured."""
+    """The report's bar, a part each phase with its place between two colours; None where nothing was measured."""
     found = shares(seconds)
     if not found:
         return None
-    return {
-        "goodput": f"{number(100 * goodput(seconds), '.1f')} %",
-        "parts": [
-            {"phase": phase, "what": PHASES[phase], "share": 100 * share, "seconds": seconds[phase]}
-            for phase, share in found.items()
-        ],
-    }
+    order = list(PHASES)
+    parts = [
+        {
+            "phase": phase,
+            "what": PHASES[phase],
+            "text": f"{100 * found[phase]:.0f} %",
+            "share": round(100 * found[phase], 2),
+            "lasted": spoken(seconds[phase]),
+            "shade": 100 * order.index(phase) // (len(order) - 1),
+        }
+        for phase in found
+    ]
+    return {"goodput": f"{100 * goodput(seconds):.0f} %", "parts": parts}
