@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 import time
 from dataclasses import dataclass
 
@@ -45,7 +46,9 @@ class Watch:
 
     def __init__(self, run: Run):
         self.run, self.signal, self.saved_at = run, 0, time.monotonic()
-        self.before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        ours = threading.current_thread() is threading.main_thread()  # Ray Train's is another: it stops a run itself
+        numbers = (signal.SIGTERM, signal.SIGINT) if ours else ()
+        self.before = {number: signal.signal(number, self._receive) for number in numbers}
 
     def close(self) -> None:
         """Give the signals back to who had them."""

@@ -74,14 +74,14 @@ def train(config: Config, *, resume: str = "auto") -> int:
             train_step(run)
             due = watch.due()
             if due.log:
-                world.doing(f"the record of step {run.step}", "alone")
+                world.doing(f"the record of step {run.step}", "alone" if world.main else "work")
                 record(run, due)
             if due.signal:
                 run.saver.wait()
                 run.close()
                 stopped(run, due.signal)
                 return 128 + due.signal
-        world.doing("the end", "alone")
+        world.doing("the end", "alone" if world.main else "work")
         finish(run)  # 5. save the final model and metrics
         return 0
 

@@ -193,7 +193,7 @@ class Monitor:
     def _store_lost(self) -> Verdict | None:
         """Where the store is gone, or does not answer, so are the ranks behind it."""
         during = f"while {self.me.text()} was in {self.me.lane().text()}"
-        if self.cut is not None and self.now - self.cut > GRACE_S and not self.ranks[0].ended:
+        if self.cut is not None and self.now - self.cut > 1 and not self.ranks[0].ended:
             return Verdict(f"{self.owner} has ended, {during}", 1)
         if self.asked is not None and self.now - self.asked > self.limit:
             return Verdict(f"{self.owner} has not answered for {self.now - self.asked:.0f} s, {during}", 1)
@@ -237,7 +237,7 @@ class Monitor:
     def _linger(self, verdict: Verdict) -> None:
         """Until the others know, which may not be told once this process has ended."""
         keys = [f"left/{rank.number}" for rank in self.others if not rank.ended and rank.number not in verdict.lost]
-        until = time.monotonic() + 1.5
+        until = time.monotonic() + (1.5 if self.cut is None else 0.5)
         while keys and time.monotonic() < until and not self._ask(lambda: self.store.check(keys)):
             time.sleep(0.05)
 

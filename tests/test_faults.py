@@ -1,0 +1,248 @@
+"""Ranks that die, hang, fail or differ: all end, in time, and one line says why; then the run goes on."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_config
+from launched import Launched, rows_in, train, wait_for_rows
+
+from training.config import ParallelConfig
+from training.distributed import join
+from training.distributed.lost import LOOP, Lane, Rank, lost
+from training.distributed.place import Place, here
+from training.errors import UserError
+
+LIMIT = 4.0
+EXITS = 3.0  # after the limit, or after a death
+SLOW = 0.5  # until a test sees it
+AGAIN = "start again with the same command: the run goes on from its newest checkpoint"
+
+
+@pytest.fixture
+def small(options, tmp_path):
+    """A run's YAML file and its folder."""
+
+    def make(**changes) -> tuple[Path, Path]:
+        made = options(
+            eval={"every": None, "tokens": 64}, checkpoint={"every": 10}, logging={"every": 1, "tensorboard": False},
+            parallel={"timeout_s": LIMIT},
+        )  # fmt: skip
+        return write_config(tmp_path / "small.yaml", made | changes), tmp_path / "runs/small"
+
+    return make
+
+
+BORROWS = """
+import sys, threading
+import torch.distributed as dist
+from training import cli, train
+
+dist.init_process_group("gloo")
+config, statuses = cli.load(sys.argv[1]), []
+thread = threading.Thread(target=lambda: statuses.append(train.train(config)))
+thread.start()
+thread.join()
+dist.barrier()
+assert statuses == [0]
+"""
+
+
+def test_a_rank_that_is_killed_or_stopped_ends_all_with_one_line_and_the_run_goes_on(small, tmp_path):
+    path, folder = small(steps=120)
+    faults = [(2, 1, signal.SIGKILL, "died"), (2, 0, signal.SIGKILL, "died"), (4, 2, signal.SIGSTOP, "has not been")]
+    for n, (size, rank, number, what) in enumerate(faults):
+        ranks = train(tmp_path / f"logs{n}", path, size)
+        try:
+            wait_for_rows(folder, rows_in(folder) + 15, ranks)
+            pid = ranks.pids()[rank]
+            ranks.signal(rank, number)
+            seconds = ranks.ends(within=EXITS + LIMIT * (number == signal.SIGSTOP) + SLOW)
+        finally:
+            ranks.kill()
+        assert ranks.process.returncode == 1
+        assert re.fullmatch(
+            rf"error: rank {rank} \(host \S+, pid {pid}\) {what}.* while rank \d \(host \S+, pid \d+\) "
+            rf"(waited for it|was) in .*(step|record of step) \d+; {AGAIN}",
+            ranks.line(),
+        ), ranks.line()
+        print(f"{number.name} of rank {rank} of {size}: {seconds:.1f} s: {ranks.line()}")
+    # as Ray Train does: a process group that is there, and a thread that is not the main one
+    (program := tmp_path / "borrows.py").write_text(BORROWS)
+    ranks = Launched(tmp_path / "logs", "--standalone", "--nproc-per-node", "2", str(program), str(path))
+    try:
+        assert ranks.process.wait(60) == 0, ranks.said()
+    finally:
+        ranks.kill()
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 121)) and (folder / "summary.json").exists()
+
+
+def test_ranks_that_are_stopped_together_go_on_together_and_without_their_launcher_end(small, tmp_path):
+    path, folder = small(steps=100_000)
+    ranks = train(tmp_path / "logs", path)
+    try:
+        wait_for_rows(folder, 5, ranks)
+        pids = ranks.pids()
+        for number, seconds in ((signal.SIGSTOP, LIMIT + 1), (signal.SIGCONT, 1.5)):
+            for rank in pids:
+                ranks.signal(rank, number)
+            time.sleep(seconds)
+        wait_for_rows(folder, rows_in(folder) + 5, ranks)
+        assert ranks.pids() == pids
+        ranks.process.kill()
+        ranks.ends(within=EXITS + SLOW)
+    finally:
+        ranks.kill()
+    assert "torchrun, which keeps the ranks' store at " in ranks.line() and "has ended" in ranks.line()
+
+
+HANGS = """
+import time
+from training import loop, train
+
+step, record = loop.train_step, loop.record
+
+def hangs(run):
+    while run.step == 4 and run.world.rank == 1:
+        pass
+    step(run)
+
+def is_slow(run, due):
+    if run.step == 2 and run.world.main:
+        time.sleep(LIMIT + 2)
+    record(run, due)
+
+loop.train_step, loop.record = hangs, is_slow
+raise SystemExit(train.main())
+"""
+
+
+def test_work_that_others_have_to_wait_for_takes_its_time_and_a_loop_without_end_does_not(small, tmp_path):
+    path, folder = small(steps=100_000)
+    program = tmp_path / "hangs.py"
+    program.write_text(HANGS.replace("LIMIT", str(LIMIT)))
+    ranks = Launched(tmp_path / "logs", "--standalone", "--nproc-per-node", "2", str(program), "--config", str(path))
+    try:
+        wait_for_rows(folder, 4, ranks)
+        ranks.ends(within=LIMIT + EXITS + SLOW)
+    finally:
+        ranks.kill()
+    assert rows_in(folder) == 4
+    assert re.search(
+        r"rank 1 \(host \S+, pid \d+\) does not come out of .* while rank 0 .* waited \d+ s for it in .* of step 5;",
+        ranks.line(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("unlike", "said"),
+    [
+        ("options", r"the ranks were not given the same: steps: 8 on rank 0, 9 on rank 1; start all of them alike"),
+        ("data", r'the ranks were not given the same: data: "\w+" on rank 0, "\w+" on rank 1; start all of them alike'),
+        ("nothing", r"rank 1 \(host \S+, pid \d+\): texts: no such file or folder"),
+    ],
+)
+def test_ranks_that_were_given_different_things_end_before_the_run_begins(options, tmp_path, unlike, said):
+    data = {"sources": [{"paths": ["texts"]}], "tokenizer": {"type": "byte"}, "val_fraction": 0.3, "cache_dir": "cache"}
+    for rank in (0, 1):
+        home = tmp_path / str(rank)
+        home.mkdir()
+        other = rank == 1 and unlike
+        made = options(data=data, parallel={"timeout_s": LIMIT}, steps=9 if other == "options" else 8)
+        write_config(home / "run.yaml", made)
+        if other != "nothing":
+            (home / "texts").mkdir()
+            for i in range(30):
+                (home / "texts" / f"{i}.txt").write_text(f"document {i} " * (41 if other == "data" else 40))
+    program = f"cd {tmp_path}/$RANK && exec {sys.executable} -m training.train --config run.yaml"
+    ranks = Launched(
+        tmp_path / "logs", "--standalone", "--nproc-per-node", "2", "--no-python", "bash", "-c", program,
+    )  # fmt: skip
+    try:
+        ranks.process.wait(40)
+    finally:
+        ranks.kill()
+    assert re.fullmatch(f"error: {said}", ranks.line()), ranks.line()
+    statuses = re.findall(r"exitcode +: (-?\d+)", (ranks.logs / "launcher").read_text())
+    assert set(statuses) == {"2"}
+    assert not (tmp_path / "runs/small").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is not a number: 'two'; start with torchrun"),
+        ({"WORLD_SIZE": "2"}, "RANK is not set; start with torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK 2 does not fit WORLD_SIZE 2"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "MASTER_PORT is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "1"}, "MASTER_ADDR is not set"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "1", "MASTER_ADDR": "127.0.0.1"},
+            r"rank 1 found nobody at 127.0.0.1:1 \(MASTER_ADDR, MASTER_PORT\) in 0.5 s: ",
+        ),
+    ],
+)
+def test_what_a_launcher_did_not_set_is_named(monkeypatch, variables, said):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said) as error:
+        join(torch.device("cpu"), ParallelConfig(timeout_s=0.5))
+    assert "\n" not in str(error.value)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="LOCAL_RANK 3 has no GPU: this host has 2; start at most 2"):
+        join(torch.device("cuda"), ParallelConfig())
+
+
+def rank(number: int, **lane) -> Rank:
+    return Rank(number, Place("a", "", 100 + number, ""), {LOOP: Lane(**lane)}, heard=9.0)
+
+
+BEHIND, ALONE = {"doing": "step 5", "count": 6}, {"doing": "the end", "count": 6, "kind": "alone"}
+
+
+@pytest.mark.parametrize(
+    ("other", "change", "said"),
+    [
+        (BEHIND, {}, "rank 1 .* does not come out of step 5, while rank 0 .* waited 10 s"),
+        (BEHIND, {"ended": True}, "rank 1 .* has ended, while rank 0"),
+        (BEHIND | {"waits": "a sum", "count": 7}, {}, "no rank has gone on for 10 s: rank 0 is in a sum of step 5"),
+        (BEHIND | {"since": 8.0}, {}, None),
+        (ALONE, {}, None),
+        (ALONE, {"ended": True}, "rank 1 .* has ended"),
+        (ALONE, {"gone": 8.0}, "rank 1 .* died while rank 0 .* waited for it"),
+        (ALONE, {"gone": 9.5}, None),
+        (ALONE, {"gone": 8.0, "ended": True}, "rank 1 .* has ended"),
+        (ALONE, {"heard": 3.0}, "rank 1 .* has not been heard of for 7 s"),
+    ],
+)
+def test_who_is_lost(other, change, said):
+    me, peer = rank(0, doing="step 5", count=7, waits="a sum"), rank(1, **other)
+    for name, value in change.items():
+        setattr(peer, name, value)
+    found = lost(me, [peer], now=10.0, limit=5.0, silence=5.0, read=9.0)
+    assert (found is None) if said is None else re.search(said, found.line)
+
+
+def test_a_process_of_another_host_or_space_is_never_taken_for_dead():
+    assert not here().dead() and here().able()
+    gone = Place(here().host, here().kernel, 2**22 + 1, "")
+    assert gone.dead() and not gone.able()
+    for other in (Place("elsewhere", here().kernel, gone.pid, ""), Place(here().host, "another", gone.pid, "")):
+        assert not other.dead() and not other.able()
+    again = Place(here().host, here().kernel, here().pid, "long ago")
+    assert again.dead()
