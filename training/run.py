@@ -183,6 +183,8 @@ def restore(run: Run, found: restart.Found) -> None:
     """
     shards, state = run.layout.shards, found.state
     try:
+        if strange := sorted(checkpoint.names(found.path, "model").items() ^ {(n, s.shape) for n, s in shards.items()}):
+            raise KeyError(f"{strange[0][0]} {tuple(strange[0][1])}")
         wanted = {name: (shard.rows.start, shard.rows.stop) for name, shard in shards.items()}
         for name, rows in checkpoint.read_parts(found.path, "model", wanted).items():
             shards[name].local().copy_(rows)
@@ -335,7 +337,7 @@ def finish(run: Run) -> None:
         "time_s": run.metrics.time_s,
         "tokens_per_s": row["tokens"] / run.metrics.time_s,
         "goodput": run.ledger.goodput,
-        "time": {phase: round(seconds, 3) for phase, seconds in run.ledger.seconds.items()},
+        "time": {phase: round(seconds, 6) for phase, seconds in run.ledger.seconds.items()},
         "advice": advice(measured(run)),
         "parameters": total,
         "active_parameters": active,

@@ -1,0 +1,142 @@
+"""Reading checkpoints, whole or the rows that a process needs; finding those that are whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from training.checkpoint.parts import MANIFEST
+from training.errors import UserError
+
+Rows = tuple[int, int]
+
+
+class Checkpoint(NamedTuple):
+    """Everything a run needs to go on: named tensors, and JSON for the rest (with "step")."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint. Raises UserError naming the file that is missing or not what the manifest says."""
+    if problem := damage(path):
+        raise UserError(problem)
+    return read(path)
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a checkpoint that was found whole."""
+    return Checkpoint(read_parts(path, "model"), read_parts(path, "optimizer"), state_of(path))
+
+
+def state_of(path: Path) -> dict:
+    """What a checkpoint that was found whole says beside tensors."""
+    return json.loads((path / "state.json").read_text())
+
+
+def names(path: Path, kind: str) -> dict[str, torch.Size]:
+    """The tensors of a kind, "model" or "optimizer", and the shapes of the whole ones."""
+    return {name: shape for name, (shape, _) in _index(path, kind).items()}
+
+
+def read_parts(path: Path, kind: str, wanted: dict[str, Rows | None] | None = None) -> dict[str, Tensor]:
+    """Rows start .. stop - 1 of the named tensors, or where that is None the whole; of all, where none are named.
+
+    Nothing else is read. Raises KeyError for a tensor that is not there.
+    """
+    index = _index(path, kind)
+    wanted = dict.fromkeys(index) if wanted is None else wanted
+    with ExitStack() as open_files:
+        files = {
+            file: open_files.enter_context(safe_open(path / file, framework="pt"))
+            for file in dict.fromkeys(file for _, places in index.values() for file, _, _ in places)
+        }
+        return {name: _rows(files, name, *index[name], rows) for name, rows in wanted.items()}
+
+
+def _rows(files: dict, name: str, shape: torch.Size, places: list[tuple[str, int, int]], rows: Rows | None) -> Tensor:
+    """Some rows of a tensor, of all files that have some of them."""
+    if not shape:
+        return files[places[0][0]].get_tensor(name)
+    start, stop = rows or (0, shape[0])
+    found = []
+    for file, first, last in places:
+        low, high = max(start, first), min(stop, last)
+        if low < high:
+            found.append(files[file].get_slice(name)[low - first : high - first])
+    if not found:
+        return files[places[0][0]].get_slice(name)[:0]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _index(path: Path, kind: str) -> dict[str, tuple[torch.Size, list[tuple[str, int, int]]]]:
+    """Each tensor's shape, and its (file, first row, last row + 1), in the order of the rows."""
+    index = path / f"{kind}.safetensors.index.json"
+    if index.exists():
+        entries = json.loads(index.read_text()).items()
+        return {name: (torch.Size(entry["shape"]), [tuple(p) for p in entry["parts"]]) for name, entry in entries}
+    file = f"{kind}.safetensors"
+    with safe_open(path / file, framework="pt") as opened:
+        shapes = {name: torch.Size(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    return {name: (shape, [(file, 0, shape[0] if shape else 1)]) for name, shape in shapes.items()}
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in one line that names the file; None where it is whole."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        for name in ("state.json", *manifest):  # one that lists nothing is none
+            if _sha256(path / name) != manifest[name]["sha256"]:
+                return f"{path / name}: damaged: its SHA-256 is not the one in {MANIFEST}"
+        if kinds := [kind for kind in ("model", "optimizer") if not any(name.startswith(kind) for name in manifest)]:
+            return f"{path / MANIFEST}: damaged: it lists no {kinds[0]}"
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    except (ValueError, KeyError, TypeError):
+        return f"{path / MANIFEST}: damaged: not a checkpoint's manifest"
+    return None
+
+
+def steps(folder: Path) -> list[tuple[int, Path]]:
+    """The checkpoints in a folder, (step, path), oldest first; whole or not."""
+    found = [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+    return sorted((int(path.name[5:]), path) for path in found)
+
+
+def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint, with a warning for each newer one that is damaged; None where there is none.
+
+    Raises UserError where there are checkpoints and all are damaged: never a silent fresh start.
+    """
+    found = steps(folder)
+    for _, path in reversed(found):
+        problem = damage(path)
+        if problem is None:
+            return path
+        warn(f"{problem}; falling back to the checkpoint before it")
+    if found:
+        raise UserError(f"{folder}: no checkpoint is whole")
+    return None
+
+
+def set_aside(folder: Path, after: int, why: str) -> None:
+    """Rename the checkpoints after a step, so that they no longer count; nothing is removed."""
+    for step, path in steps(folder):
+        if step > after:
+            n = sum(1 for _ in folder.glob(f"{why}-*{path.name}"))
+            path.rename(folder / f"{why}-{n}-{path.name}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

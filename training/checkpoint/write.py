@@ -1,0 +1,189 @@
+"""Saving beside the loop: a copy in memory, then a thread that writes it with the other processes' threads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from training.checkpoint.parts import KINDS, MANIFEST, Entry, Part, Peers, Written, write_bytes, write_tensors
+from training.checkpoint.read import steps
+from training.config import CheckpointConfig
+from training.errors import UserError
+from training.files import sync
+
+Parts = dict[str, dict[str, Part]]  # by kind and name
+
+
+class Saver:
+    """Saves checkpoints to a folder, at most one at a time, while training goes on.
+
+    All processes call it alike. `failure` is what went wrong with the last save, the same on all of them.
+    """
+
+    def __init__(self, folder: Path, peers: Peers, section: CheckpointConfig):
+        self.folder, self.peers, self.section = folder, peers, section
+        self.failure: UserError | None = None
+        self._thread: threading.Thread | None = None
+        self._copies: dict[tuple[str, str], Tensor] = {}  # their memory serves the next save too
+
+    def save(self, parts: Parts, state: dict, best_step: int | None) -> None:
+        """Begin to save a step as `folder`/step-N, replacing nothing; then those that are no longer kept go.
+
+        `parts` are all of "model" and "optimizer", each with the whole tensor's shape. They may be changed as soon as
+        this returns. Raises UserError where the last save failed, or, not in the background, this one.
+        """
+        self.wait()
+        copy = {kind: self._copied(kind, some) for kind, some in parts.items()}
+        self._thread = threading.Thread(target=self._write, args=(copy, state, best_step), name="saver")
+        self._thread.start()
+        if not self.section.background:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until nothing is being saved. Raises UserError where that failed."""
+        self.close()
+        if self.failure is not None:
+            failure, self.failure = self.failure, None
+            raise failure
+
+    def close(self) -> None:
+        """Until nothing is being saved."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _copied(self, kind: str, parts: dict[str, Part]) -> dict[str, Part]:
+        """What this process writes, in host memory of our own; of the rest only what it is."""
+        found, on_device = {}, False
+        for name, part in parts.items():
+            tensor = part.tensor.detach()
+            if not part.mine:
+                found[name] = part._replace(tensor=tensor.new_empty(0, device="cpu"))
+                continue
+            copy = self._copies.get((kind, name))
+            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                pinned = tensor.device.type == "cuda"
+                copy = self._copies[kind, name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            on_device |= tensor.device.type == "cuda"
+            found[name] = part._replace(tensor=copy.copy_(tensor, non_blocking=True))
+        if on_device:
+            torch.cuda.synchronize()
+        return found
+
+    def _write(self, parts: Parts, state: dict, best_step: int | None) -> None:
+        """The thread: three steps, after each of which all processes know whether all could do it."""
+        target = self.folder / f"step-{state['step']:08d}"
+        partial = self.folder / f".{target.name}.tmp"
+        n_bytes = sum(part.n_bytes for some in parts.values() for part in some.values())
+        in_one = n_bytes <= self.section.one_file_gib * 2**30
+        main = self.peers.rank == 0
+
+        def make_room() -> dict:
+            if main and not target.exists():
+                for leftover in self.folder.glob(".step-*"):  # of a save or a removal that was killed
+                    shutil.rmtree(leftover)
+                partial.mkdir(parents=True)
+            return {"exists": target.exists()}
+
+        def write_parts() -> dict:
+            names = {kind: f"{kind}-{self.peers.rank + 1:05d}-of-{self.peers.size:05d}.safetensors" for kind in KINDS}
+            return {kind: self._write_own(partial / names[kind], parts[kind], in_one) for kind in KINDS}
+
+        def finish() -> dict:
+            if main:
+                manifest = {}
+                for kind in KINDS:
+                    manifest |= _collect(partial, kind, parts[kind], [answer[kind] for answer in written], in_one)
+                _finish(partial, target, manifest, state)
+                prune(self.folder, self.section.keep, best_step)
+            return {}
+
+        found = self._agreed(make_room, target)
+        if found is None or found[0]["exists"]:
+            return
+        written = self._agreed(write_parts, target)
+        if (written is None or self._agreed(finish, target) is None) and main:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _write_own(self, path: Path, parts: dict[str, Part], in_one: bool) -> dict:
+        """Write what this process has, but not what the main one will write into one file of all."""
+        mine = {name: part for name, part in parts.items() if part.mine and (part.tensor.numel() or not part.shape)}
+        rows = {name: [part.start, part.start + (len(part.tensor) if part.shape else 1)] for name, part in mine.items()}
+        if not mine or (in_one and self.peers.rank == 0):
+            return {"rows": rows, "file": None}
+        entries = {name: Entry(part.tensor.dtype, part.tensor.shape, [part.tensor]) for name, part in mine.items()}
+        return {"rows": rows, "file": path.name, **write_tensors(path, entries)._asdict()}
+
+    def _agreed(self, work: Callable[[], dict], target: Path) -> list[dict] | None:
+        """Every process's answer; None, with `failure` set, where one of them could not."""
+        try:
+            answer = {"answer": work()}
+        except (OSError, SafetensorError) as error:
+            answer = {"error": getattr(error, "strerror", None) or str(error)}
+        answers = [json.loads(told) for told in self.peers.exchange(json.dumps(answer).encode())]
+        errors = [answer["error"] for answer in answers if "error" in answer]
+        if errors:
+            self.failure = UserError(f"{target}: the checkpoint could not be saved: {errors[0]}")
+            return None
+        return [answer["answer"] for answer in answers]
+
+
+def _collect(partial: Path, kind: str, parts: dict[str, Part], answers: list[dict], in_one: bool) -> dict[str, dict]:
+    """The manifest's entries of a kind, once its tensors are in one file, or have an index."""
+    places: dict[str, list[tuple[int, int, str | None]]] = {name: [] for name in parts}
+    for answer in answers:
+        for name, (start, stop) in answer["rows"].items():
+            places[name].append((start, stop, answer["file"]))
+    places = {name: sorted(some, key=lambda place: place[:2]) for name, some in places.items()}
+    if not in_one:
+        index = {
+            name: {"shape": list(parts[name].shape), "parts": [[file, start, stop] for start, stop, file in some]}
+            for name, some in places.items()
+        }
+        written = {answer["file"]: Written(answer["sha256"], answer["bytes"]) for answer in answers if answer["file"]}
+        name = f"{kind}.safetensors.index.json"
+        written[name] = write_bytes(partial / name, [json.dumps(index).encode()])
+    else:
+        name = f"{kind}.safetensors"
+        entries = {
+            key: Entry(part.tensor.dtype, part.shape, _pieces(partial, key, part, places[key]))
+            for key, part in parts.items()
+        }
+        written = {name: write_tensors(partial / name, entries)}
+        for answer in answers:
+            if answer["file"]:
+                (partial / answer["file"]).unlink()
+    return {name: file._asdict() for name, file in written.items()}
+
+
+def _pieces(partial: Path, name: str, part: Part, places: list[tuple[int, int, str | None]]) -> Iterator[Tensor]:
+    """A tensor's rows: the main process's own from memory, the others' from their files."""
+    for _, _, file in places:
+        if file is None:
+            yield part.tensor
+        else:
+            with safe_open(partial / file, framework="pt") as opened:
+                yield opened.get_tensor(name)
+
+
+def _finish(partial: Path, target: Path, manifest: dict[str, dict], state: dict) -> None:
+    """What makes it a checkpoint: the state, then the manifest, then its name, each durable before the next."""
+    manifest["state.json"] = write_bytes(partial / "state.json", [json.dumps(state, indent=1).encode()])._asdict()
+    write_bytes(partial / MANIFEST, [json.dumps(manifest, indent=1).encode()])
+    sync(partial)
+    partial.rename(target)
+    sync(target.parent)
+
+
+def prune(folder: Path, keep: int, best_step: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints and the best. Damaged ones were set aside when the run began."""
+    for step, path in steps(folder)[:-keep]:
+        if step != best_step:
+            shutil.rmtree(path.rename(folder / f".{path.name}.old"))
