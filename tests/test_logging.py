@@ -32,11 +32,14 @@ from training.logging.format import clock, count, printable, share
 from training.logging.graph import record
 from training.logging.heat_map import CELL, LEFT, TOP, heat_map
 from training.logging.jsonl import JSONLSink, read
+from training.logging.times import PHASES
 
 SUMMARY = {
     "steps": 4, "tokens": 128, "train_loss": 2.5, "val_loss": 2.6, "val_perplexity": 13.5, "val_bits_per_byte": 1.25,
     "best_val_loss": 2.6, "best_step": 4, "time_s": 61.0, "tokens_per_s": 9800.0, "parameters": 1000,
     "active_parameters": 500, "model_dir": "runs/r/model", "next": ["python -m training.generate --run runs/r"],
+    "goodput": 0.95, "time": dict.fromkeys(PHASES, 0.0) | {"compute": 95.0, "start": 5.0},
+    "advice": ["memory: enough", "speed: 31 % of the time waits for data"],
 }  # fmt: skip
 
 
@@ -50,6 +53,7 @@ def row(step: int, **more) -> dict:
             "entropy": [0.93, 0.96], "confidence": [0.3, 0.5], "z_loss": [0.6, 0.8], "bias_range": [0.01, 0.02],
             "dropped": [0.0, 0.2],
         },
+        "time_compute": 0.4, "time_data": 0.1,
     } | more  # fmt: skip
 
 
@@ -185,6 +189,11 @@ def test_plain_lines_do_not_wrap_and_say_what_is_known(tmp_path, capsys):
     assert lines[lines.index(steps[2]) + 1 :][:2] == ["    | def f(x):", "    |     return x"]
     assert lines[-1] == "  python -m training.generate --run runs/r"
     assert any("best 2.6000 at step 4" in line for line in lines)
+    told = lines.index("time        95 % compute, 5 % start; goodput 95 %")
+    assert lines[told + 1 : told + 3] == [
+        "advice      memory: enough",
+        "            speed: 31 % of the time waits for data",
+    ]
 
 
 def test_an_interrupted_run_has_no_closing_summary(tmp_path, capsys):
@@ -335,6 +344,9 @@ def test_tensorboard_reads_back_every_number_text_image_and_histogram(tmp_path):
         (1, 3.9), (2, 3.8), (3, 3.7), (4, 3.6)
     ]  # fmt: skip
     assert [event.step for event in found.Scalars("speed/mfu")] == [3]
+    assert {tag: round(found.Scalars(tag)[0].value, 4) for tag in tags["scalars"] if tag.startswith("time")} == {
+        "time/compute": 0.4, "time/data": 0.1,
+    }  # fmt: skip
     assert {tag: found.Scalars(tag)[0].value for tag in tags["scalars"] if tag.startswith("router")} == pytest.approx(
         {
             "router/expert_load_max": 1.5, "router/expert_entropy": 0.93, "router/dead_experts": 0,

@@ -17,8 +17,9 @@ from training.logging.charts import COLUMNS, READINGS, Curve, chart, limits, smo
 from training.logging.experts import heat_map
 from training.logging.format import LONGEST, spoken, visible
 from training.logging.report import write_report
+from training.logging.times import PHASES
 
-VOID = {"meta", "input", "line", "path", "progress"}
+VOID = {"meta", "input", "line", "path", "progress", "br"}
 
 
 class Page(HTMLParser):
@@ -97,6 +98,14 @@ PREFERENCES = {
 }  # fmt: skip
 
 
+FINISHED = {
+    "steps": 40, "tokens": 1_280_000, "train_loss": 2.2, "val_loss": 2.6, "val_perplexity": 13.46,
+    "val_bits_per_byte": 1.25, "best_val_loss": 2.6, "best_step": 10, "time_s": 20.0, "tokens_per_s": 9800.0,
+    "parameters": 124_439_808, "active_parameters": 60_000_000, "model_dir": "m",
+    "next": ["python -m training.generate --prompt 'a < b'"],
+}  # fmt: skip
+
+
 def validation(text: str = "f(x)") -> dict:
     samples = [{"prompt": "def ", "text": text}]
     return {"val_loss": 2.6, "val_perplexity": 13.46, "val_bits_per_byte": 1.25, "samples": samples}
@@ -120,13 +129,7 @@ def test_a_finished_mixture_of_experts_is_told_from_its_first_loss_to_its_next_c
     (tmp_path / "run.json").write_text(json.dumps(facts))
     (tmp_path / "config.yaml").write_text("steps: 40 # <b>\n")
     rows = [with_experts(step, **(validation(f"words {step}") if step % 10 == 0 else {})) for step in range(1, 41)]
-    summary = {
-        "steps": 40, "tokens": 1_280_000, "train_loss": 2.2, "val_loss": 2.6, "val_perplexity": 13.46,
-        "val_bits_per_byte": 1.25, "best_val_loss": 2.6, "best_step": 10, "time_s": 20.0, "tokens_per_s": 9800.0,
-        "parameters": 124_439_808, "active_parameters": 60_000_000, "model_dir": "m",
-        "next": ["python -m training.generate --prompt 'a < b'"],
-    }  # fmt: skip
-    page = report(tmp_path, rows, summary)
+    page = report(tmp_path, rows, FINISHED)
     assert page.of("title") == page.of("h1") == ["tiny"]
     assert page.of("p")[0].startswith("In 20 seconds this model read 1.28M tokens. Its loss went from 9.00 to ")
     assert "needs 1.25 bits for a byte" in page.of("p")[0]
@@ -144,6 +147,29 @@ def test_a_finished_mixture_of_experts_is_told_from_its_first_loss_to_its_next_c
     assert "python -m training.generate --prompt 'a < b'" in page.of("pre")
     assert "steps: 40 # <b>\n" in page.of("pre")
     assert "H < 200" in page.of("dd")
+
+
+def test_the_time_is_a_bar_whose_parts_are_named_and_add_up_and_the_advice_is_below(tmp_path):
+    seconds = dict.fromkeys(PHASES, 0.0) | {"compute": 3600.0, "data": 1200.0, "start": 1195.0, "idle": 5.0}
+    advice = ["memory: fits", "speed: 20 % of the time: a < b"]
+    page = report(tmp_path, [row(1)], FINISHED | {"time": seconds, "goodput": 0.8, "advice": advice})
+    widths = [float(re.search(r"flex-grow: ([\d.]+)", style)[1]) for style in page.values("i", "style")]
+    assert widths == [60.0, 20.0, 19.92]  # five seconds of 6000 are nothing
+    assert page.values("i", "title") == ["compute: 60 %", "data: 20 %", "start: 20 %"]
+    assert [text.strip() for text in page.of("li")] == [
+        "compute", "forward and backward, 60 minutes", "data", "waiting for a batch, 20 minutes",
+        "start", "start-up, with the first step, 20 minutes",
+    ]  # fmt: skip
+    assert "80 % of all the time, restarts included, went into steps that count." in page.of("p")
+    assert page.of("dt")[:2] == ["memory", "speed"] and page.of("dd")[:2] == ["fits", "20 % of the time: a < b"]
+
+
+def test_the_time_of_a_run_that_is_not_finished_is_what_its_rows_say(tmp_path):
+    rows = [row(1, time_start=3.0, time_compute=0.5), row(2, time_compute=0.5)]
+    page = report(tmp_path, rows)
+    assert page.values("i", "title") == ["start: 75 %", "compute: 25 %"]
+    assert page.of("dt") == []
+    assert "Where the time went" not in report(tmp_path, [row(1)]).of("h2")
 
 
 def test_charts_of_what_went_wrong_are_there_where_it_did(tmp_path):

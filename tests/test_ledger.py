@@ -1,0 +1,251 @@
+"""The ledger of time: every moment is in one phase, waiting shows where it is, and restarts add up."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, command, environment, write_config
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from training.advice import advice, measured
+from training.data import prepare
+from training.data.loader import Batches
+from training.distributed import World
+from training.ledger import Ledger
+from training.logging.jsonl import read
+from training.logging.times import PHASES, WORK, in_words, spent
+from training.loop import Watch, record, train_step
+from training.restart import folder_of
+from training.run import begin
+from training.train import train
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")]
+
+
+class SlowDisk(Batches):
+    """Batches that have to be waited for."""
+
+    SECONDS = 0.05
+
+    def samples(self, indices):
+        time.sleep(self.SECONDS)
+        return super().samples(indices)
+
+
+def start(config, device=DEVICE, slow=False, **changes):
+    made = config(**{"logging": {"every": 3, "tensorboard": False}} | changes)
+    run = begin(made, prepare(made.data, quiet=True), World(0, 1, device), "auto")
+    if slow:
+        run.batches = SlowDisk(run.dataset.train, n_positions=32, seed=0)
+    return run
+
+
+def go(run, steps: int) -> None:
+    """Train as `train` does."""
+    watch = Watch(run)
+    for _ in range(steps):
+        train_step(run)
+        if (due := watch.due()).log:
+            record(run, due)
+    watch.close()
+
+
+def test_each_phase_is_as_long_as_it_lasted():
+    ledger, begin = Ledger(torch.device("cpu")), time.perf_counter()
+    lasting = {"data": 0.06, "compute": 0.12, "optimizer": 0.03}
+    time.sleep(0.05)
+    for phase in ("idle", *lasting, *lasting):
+        ledger.enter(phase)
+        time.sleep(lasting.get(phase, 0.0))
+    ledger.settle()
+    wall = time.perf_counter() - begin
+    assert sum(ledger.seconds.values()) == pytest.approx(wall, rel=0.02)
+    for phase, seconds in lasting.items():
+        assert ledger.seconds[phase] == pytest.approx(2 * seconds, abs=0.03)
+    assert ledger.seconds["start"] == pytest.approx(0.05, abs=0.03)
+    assert ledger.goodput == pytest.approx(0.42 / wall, abs=0.05)
+
+
+def test_start_up_is_one_phase_until_the_first_step_is_done():
+    ledger = Ledger(torch.device("cpu"))
+    ledger.began(time.perf_counter() - 10)
+    for phase in ("data", "compute", "optimizer", "evaluation"):
+        ledger.enter(phase)
+        time.sleep(0.005)
+    ledger.enter("idle")
+    ledger.settle()
+    assert 10.02 < ledger.seconds["start"] < 10.5
+    assert sum(ledger.seconds[phase] for phase in (*WORK, "evaluation")) == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
+def test_the_phases_add_up_to_the_wall_clock_and_a_slow_disk_is_data(config, device):
+    run, began = start(config, torch.device(device), slow=True), time.perf_counter()
+    run.ledger.settle()
+    before = sum(run.ledger.seconds.values())
+    go(run, steps=8)  # with evaluations after 4 and 8, saves after 3, 6 and 8
+    run.ledger.settle()
+    wall, seconds = time.perf_counter() - began, run.ledger.seconds
+    assert sum(seconds.values()) - before == pytest.approx(wall, rel=0.02)
+    assert 7 * SlowDisk.SECONDS <= seconds["data"] < 7 * SlowDisk.SECONDS + 0.05  # the first is start-up
+    assert all(seconds[phase] > 0 for phase in PHASES if phase != "redone")
+    rows = read(run.folder / "metrics.jsonl")
+    assert all(row["time_data"] >= SlowDisk.SECONDS for row in rows[3:])
+    assert all(row["time_evaluation"] == 0 for row in rows[:4]) and rows[4]["time_evaluation"] > 0
+    assert all(row["time_checkpoint"] == 0 for row in rows[:3]) and rows[3]["time_checkpoint"] > 0
+    assert ["time_start" in row for row in rows] == [True] * 3 + [False] * 5
+    run.close()
+    assert any("of the time waits for data" in line for line in advice(measured(run)))
+
+
+def test_a_disk_that_keeps_up_is_not_data(config):
+    run = start(config)
+    go(run, steps=8)
+    run.ledger.settle()
+    assert run.ledger.seconds["data"] < 0.3 * run.ledger.seconds["compute"]
+    run.close()
+
+
+class NothingFetched(TorchDispatchMode):
+    """Refuses what would wait for a device: to read a number that it computed."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default or not args[0].is_floating_point()
+        return func(*args, **kwargs or {})
+
+
+def test_nothing_inside_a_step_reads_what_was_computed(config):
+    run = start(config, torch.device("cpu"))
+    train_step(run)
+    with NothingFetched():
+        train_step(run)
+    with pytest.raises(AssertionError), NothingFetched():
+        run.model.wte.weight.sum().item()
+    run.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+def test_nothing_inside_a_step_waits_for_the_gpu(config):
+    run = start(config)
+    train_step(run)  # the first time, kernels are compiled and loaded
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train_step(run)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    run.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+def test_what_is_computed_while_a_batch_is_read_is_compute():
+    """On a GPU the host runs ahead: 0.2 s of reading beside 0.4 s of computing cost nothing."""
+    ledger, big = Ledger(DEVICE), torch.randn(8192, 8192, device=DEVICE)
+    big @ big
+    ledger.enter("idle")
+    ledger.enter("compute")
+    torch.cuda._sleep(int(0.4 * torch.cuda.get_device_properties(DEVICE).clock_rate * 1000))
+    ledger.enter("data")
+    time.sleep(0.2)
+    ledger.enter("optimizer")
+    ledger.settle()
+    assert ledger.seconds["compute"] > 0.3 and ledger.seconds["data"] < 0.02
+
+
+def summary(folder) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_a_stopped_run_adds_its_sessions_up_and_one_without_a_ledger_goes_on(config, monkeypatch):
+    from training import loop
+
+    original, made = loop.train_step, config()
+
+    def then_stop(run):
+        original(run)
+        if run.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "train_step", then_stop)
+    begin = time.time()
+    assert train(made) == 128 + signal.SIGTERM
+    first = time.time() - begin
+    monkeypatch.undo()
+    (folder,) = (folder_of(made) / "checkpoints").glob("step-00000005")
+    kept = json.loads((folder / "state.json").read_text())["ledger"]
+    assert sum(kept["seconds"].values()) == pytest.approx(first, abs=0.25)
+    begin = time.time()
+    assert train(made) == 0
+    second = (folder_of(made) / "summary.json").stat().st_mtime - begin
+    found = summary(folder_of(made))
+    assert sum(found["time"].values()) == pytest.approx(sum(kept["seconds"].values()) + second, rel=0.02, abs=0.05)
+    assert found["time"]["redone"] == 0 and found["time"]["start"] > kept["seconds"]["start"]
+    assert found["goodput"] == pytest.approx(
+        sum(found["time"][phase] for phase in WORK) / sum(found["time"].values()), abs=1e-3
+    )
+    assert len(found["advice"]) >= 3
+    rows = read(folder_of(made) / "metrics.jsonl")  # hold all but what followed the last of them
+    assert sum(spent(rows).values()) == pytest.approx(sum(found["time"].values()), abs=0.5)
+    assert spent(rows)["compute"] == pytest.approx(found["time"]["compute"], rel=0.01)
+    fresh = Ledger(torch.device("cpu"))
+    fresh.load_state_dict({})
+    assert sum(fresh.seconds.values()) == 0
+
+
+def test_what_a_kill_took_away_is_redone_once_however_often_it_happens():
+    def row(step, **times):
+        return {"step": step, **{f"time_{phase}": seconds for phase, seconds in times.items()}}
+
+    saved = {"seconds": {"compute": 10.0, "evaluation": 2.0}, "since_row": {"evaluation": 2.0}}
+    rows = [row(20, compute=9.0), row(21, compute=3.0, evaluation=2.0), row(22, compute=4.0, idle=1.0)]
+    second = Ledger(torch.device("cpu"))
+    second.load_state_dict(saved)
+    second.redo(rows, step=20)
+    assert second.seconds["redone"] == 8 and second.seconds["compute"] == 10 and second.seconds["evaluation"] == 2
+    told = second.row_times(1)
+    assert (told["time_redone"], told["time_evaluation"]) == (8, 2)
+    third = Ledger(torch.device("cpu"))
+    third.load_state_dict(saved)
+    third.redo([rows[0], {"step": 21, **told, "time_compute": 5.0, "time_start": 0.0}], step=20)
+    assert third.seconds["redone"] == 13
+
+
+def test_steps_after_kill_9_are_counted_as_redone(options, tmp_path):
+    made = options(name="killed", steps=90, eval={"every": None, "tokens": 64}, checkpoint={"every": 40})
+    path, folder = write_config(tmp_path / "killed.yaml", made), tmp_path / "runs" / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "training.train", "--config", str(path)], cwd=ROOT, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while len(read(folder / "metrics.jsonl")) < 60:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    rows = read(folder / "metrics.jsonl")
+    from_step = max(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
+    lost = sum(spent(row for row in rows if row["step"] > from_step).values())
+    assert from_step < rows[-1]["step"] and lost > 0
+    done = command("-m", "training.train", "--config", str(path))
+    assert done.returncode == 0, done.stderr
+    found = summary(folder)
+    assert 0.9 * lost < found["time"]["redone"] <= lost * 1.01
+    told = [row for row in read(folder / "metrics.jsonl") if "time_redone" in row]
+    assert {row["step"] for row in told} <= {from_step + 1, from_step + 2} and told
+    assert f"; goodput {100 * found['goodput']:.0f} %" in done.stdout
+
+
+def test_the_time_in_words_is_the_largest_share_first_without_those_that_round_to_nothing():
+    seconds = dict.fromkeys(PHASES, 0.0) | {"start": 5.0, "compute": 92.0, "optimizer": 2.6, "data": 0.4}
+    assert in_words(seconds) == "92 % compute, 5 % start, 3 % optimizer; goodput 95 %"
+    assert in_words(dict.fromkeys(PHASES, 0.0)) == ""
