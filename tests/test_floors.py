@@ -19,6 +19,8 @@ FLOORS = [
         "loop",
         "run",
         "fit",
+        "memory",
+        "plan",
         "metrics",
         "ledger",
         "advice",

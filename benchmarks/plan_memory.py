@@ -1,0 +1,103 @@
+"""Memory as `training.plan` foretells it, beside that of real runs on a CPU.
+
+    python benchmarks/plan_memory.py | tee benchmarks/results/plan_memory.txt
+
+Each run is a process of its own, of a few steps with evaluation, checkpoints and the final model; its memory is the
+most that was resident at one time (ru_maxrss). The bar: foretold within 15 % of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from training import cli, memory
+from training.config import Config
+
+BAR = 0.15
+SIZES = {"n_layer": 12, "n_head": 8, "n_embd": 512, "n_positions": 512, "vocab_size": 8192}
+MOE = {"type": "moe", "n_experts": 8, "top_k": 2, "hidden": 1024}
+# By name: what differs in the model, and in the other options.
+CASES = {
+    "dense": ({}, {"batch_tokens": 2048}),
+    "dense, accumulating": ({}, {"batch_tokens": 2048, "micro_batch": 2}),
+    "large vocabulary": ({"n_layer": 4, "vocab_size": 65536}, {"micro_batch": 2, "batch_tokens": 2048}),
+    "experts": ({"n_layer": 6, "blocks": [{"ffn": MOE}]}, {"batch_tokens": 2048}),
+    "Muon": ({"n_layer": 8, "n_embd": 768}, {"batch_tokens": 2048, "optim": {"type": "muon"}}),
+    "long context": (
+        {"n_layer": 8, "n_embd": 256, "n_head": 4, "n_positions": 4096, "position": "rope"},
+        {"micro_batch": 1, "batch_tokens": 4096},
+    ),
+    "packed documents": (
+        {"n_layer": 8, "n_head": 4, "n_embd": 256, "n_positions": 2048, "isolate_documents": True, "norm": "rmsnorm"},
+        {"micro_batch": 2, "batch_tokens": 4096},
+    ),
+    "recompute selective": ({}, {"micro_batch": 8, "batch_tokens": 4096, "parallel": {"recompute": "selective"}}),
+    "recompute full": ({}, {"micro_batch": 8, "batch_tokens": 4096, "parallel": {"recompute": "full"}}),
+    "saved in the background": (
+        {"n_embd": 768},
+        {"micro_batch": 1, "batch_tokens": 1024, "checkpoint": {"every": 1, "background": True}},
+    ),
+}
+
+
+def config_of(name: str, folder: Path) -> Config:
+    """The run of a case, which leaves everything in a folder."""
+    model, others = CASES[name]
+    options = {
+        "name": "run",
+        "out_dir": str(folder / "runs"),
+        "steps": 3,
+        "micro_batch": 4,
+        "precision": "fp32",
+        "model": SIZES | model,
+        "data": {
+            "sources": [{"type": "stdlib"}],
+            "tokenizer": {"type": "byte"},
+            "cache_dir": str(folder / "cache"),
+        },
+        "schedule": {"type": "constant", "warmup_steps": 1},
+        "eval": {"every": None, "tokens": 4096, "prompts": ["def "], "sample_tokens": 4},
+        "checkpoint": {"every": 2, "keep": 1, "background": False},
+    }
+    return Config.model_validate(options | others)
+
+
+def measured(config: Config, folder: Path) -> int:
+    """Bytes that were resident at most, in a process that trains it."""
+    path = folder / "config.yaml"
+    path.write_text(cli.dump(config))
+    command = [sys.executable, "-m", "training.train", "--config", str(path), "--resume", "never"]
+    with (folder / "said.txt").open("wb") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit((folder / "said.txt").read_text())
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main() -> None:
+    """Print a line a case, and whether all are within the bar."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=CASES, action="append", help="one case; may be given several times")
+    worst = 0.0
+    print(f"{'GiB at the peak':<26}{'measured':>9}{'foretold':>9}{'':>8}  of which", flush=True)
+    for name in parser.parse_args().only or CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            config = config_of(name, Path(folder))
+            found, foretold = measured(config, Path(folder)), memory.estimate(config, config.micro_batch)
+        error = foretold.total / found - 1
+        worst = max(worst, abs(error))
+        parts = foretold._asdict()
+        parts.pop("in_step")
+        said = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in parts.items() if size >= 2**24)
+        print(f"{name:<26}{found / 2**30:>9.2f}{foretold.total / 2**30:>9.2f}{error:>+8.1%}  {said}", flush=True)
+    print(f"the largest error is {worst:.1%}; the bar is {BAR:.0%}")
+
+
+if __name__ == "__main__":
+    main()
