@@ -209,7 +209,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 
 def rank(number: int, **lane) -> Rank:
-    return Rank(number, Place("a", "", 100 + number, ""), {LOOP: Lane(**lane)}, heard=9.0)
+    return Rank(number, Place("a", "", 100 + number, ""), {LOOP: Lane(**lane)}, heard=8.5)
 
 
 BEHIND, ALONE = {"doing": "step 5", "count": 6}, {"doing": "the end", "count": 6, "kind": "alone"}
@@ -227,7 +227,8 @@ BEHIND, ALONE = {"doing": "step 5", "count": 6}, {"doing": "the end", "count": 6
         (ALONE, {"gone": 8.0}, "rank 1 .* died while rank 0 .* waited for it"),
         (ALONE, {"gone": 9.5}, None),
         (ALONE, {"gone": 8.0, "ended": True}, "rank 1 .* has ended"),
-        (ALONE, {"heard": 3.0}, "rank 1 .* has not been heard of for 7 s"),
+        (ALONE, {"heard": 3.0}, "rank 1 .* has not been heard of for 6 s"),
+        (BEHIND, {"heard": 6.0}, None),
     ],
 )
 def test_who_is_lost(other, change, said):

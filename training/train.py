@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     config, flags = cli.parse(arguments, prog="python -m training.train", doc=__doc__, flags=FLAGS)
     # torch reads these once: large pages for tensors; no C++ stacks about ranks that are lost, which a line names
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR" if "WORLD_SIZE" in os.environ else "WARNING")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL" if "WORLD_SIZE" in os.environ else "WARNING")
     try:
         return train(config, resume=flags["--resume"] or "auto")
     except UserError as error:

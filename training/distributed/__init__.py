@@ -153,4 +153,5 @@ def join(device: torch.device, section: ParallelConfig) -> World:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         background = dist.new_group(backend="gloo", timeout=limit)
+    monitor.meet()
     return World(rank, size, device, background, monitor, borrowed)

@@ -56,10 +56,15 @@ class Monitor:
         self.telling, self.concluding, self.closed = threading.Lock(), threading.Lock(), threading.Event()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._terminate)
+        self._tell()
         for thread in (self._beat, self._look):
             threading.Thread(target=thread, name=f"monitor{thread.__name__}", daemon=True).start()
 
     # --- said by this rank's threads ---------------------------------------------------------------
+
+    def meet(self) -> None:
+        """Know all other ranks, which have come."""
+        self._tell()
 
     def doing(self, what: str, kind: Kind) -> None:
         """The loop is in `what` from now on."""
@@ -152,17 +157,17 @@ class Monitor:
             come = [rank for rank in self.others if rank.place or self.store.check([f"beat/{rank.number}"])]
             beats = self.store.multi_get([f"beat/{rank.number}" for rank in come]) if come else []
             for rank, heard in zip(come, beats, strict=True):
-                self._hear(rank, json.loads(heard))
+                self._hear(rank, json.loads(heard), asked)
             if self.store.check(["verdict"]):
                 self.verdict = Verdict(**json.loads(self.store.get("verdict")))
             self.read, self.asked = asked, None
 
-    def _hear(self, rank: Rank, beat: dict[str, Any]) -> None:
+    def _hear(self, rank: Rank, beat: dict[str, Any], asked: float) -> None:
         if beat["beat"] != rank.beat:
-            rank.heard = self.now
+            rank.heard = asked
         rank.beat, rank.place = beat["beat"], Place(**beat["place"])
         for name, fields in beat["lanes"].items():
-            lane = Lane(**fields | {"since": self.now})
+            lane = Lane(**fields | {"since": asked})
             if rank.lanes.get(name) != lane:
                 rank.lanes[name] = lane
         rank.ended = beat["ended"]
@@ -191,11 +196,14 @@ class Monitor:
         return lost(self.me, self.others, self.now, self.limit, silence, self.read)
 
     def _store_lost(self) -> Verdict | None:
-        """Where the store is gone, or does not answer, so are the ranks behind it."""
-        during = f"while {self.me.text()} was in {self.me.lane().text()}"
+        """Where the store is gone, or does not answer: with it go the ranks of other hosts."""
+        far = [rank.text() for rank in self.others if rank.place and not rank.place.near() and not rank.ended]
+        reach = f"; {far[0]}{f' and {len(far) - 1} more are' if far[1:] else ' is'} out of reach" if far else ""
+        during = f"while {self.me.text()} was in {self.me.lane().text()}{reach}"
         if self.cut is not None and self.now - self.cut > 1 and not self.ranks[0].ended:
             return Verdict(f"{self.owner} has ended, {during}", 1)
         if self.asked is not None and self.now - self.asked > self.limit:
+            self.cut = self.now  # it is not asked any more
             return Verdict(f"{self.owner} has not answered for {self.now - self.asked:.0f} s, {during}", 1)
         return None
 

@@ -12,6 +12,7 @@ from training.distributed.place import Place
 # collectives inside that nobody announces, so that it waits itself when it does not go on. alone: it takes as long as
 # it takes, and others wait; only its end, or its silence, is a fault.
 Kind = Literal["work", "together", "alone"]
+FRESH_S = 2.5  # the age of a beat that still tells where its rank is
 LOOP, BACKGROUND = "loop", "background"  # the threads of a rank that wait for other ranks
 
 
@@ -64,8 +65,8 @@ class Verdict:
 def lost(me: Rank, others: Sequence[Rank], now: float, limit: float, silence: float, read: float) -> Verdict | None:
     """Who keeps the run from going on, if anybody does.
 
-    `limit` is the longest wait and `silence` the longest time without a beat, in seconds; `read` is when the last
-    beats were asked for: a rank that said that it ends is not missed when its process has ended.
+    `limit` is the longest wait and `silence` the longest time without a beat, in seconds; `read` is when the store was
+    last asked for beats and answered: a rank that told of its end is not missed, nor one that is not asked for.
     """
     lane = me.lane()
     during = f"while {me.text()} {'waited for it' if lane.waits else 'was'} in {lane.text()}"
@@ -73,19 +74,21 @@ def lost(me: Rank, others: Sequence[Rank], now: float, limit: float, silence: fl
         if not rank.ended and rank.gone is not None and read > rank.gone:
             return Verdict(f"{rank.text()} died {during}", 1, (rank.number,))
     for rank in others:
-        if not rank.ended and now - rank.heard > silence:
+        if not rank.ended and read - rank.heard > silence:
             how = "has not been heard of for" if rank.place else "has not come in"
-            return Verdict(f"{rank.text()} {how} {now - rank.heard:.0f} s, {during}", 1, (rank.number,))
-    found = (_behind(me, name, [rank for rank in others if name in rank.lanes], now, limit) for name in me.lanes)
+            return Verdict(f"{rank.text()} {how} {read - rank.heard:.0f} s, {during}", 1, (rank.number,))
+    if any(not rank.ended and read - rank.heard > FRESH_S for rank in others):
+        return None  # what it was in then says little
+    found = (_behind(me, name, [r for r in others if name in r.lanes], now, limit, read) for name in me.lanes)
     return next(filter(None, found), None)
 
 
-def _behind(me: Rank, name: str, others: Sequence[Rank], now: float, limit: float) -> Verdict | None:
+def _behind(me: Rank, name: str, others: Sequence[Rank], now: float, limit: float, read: float) -> Verdict | None:
     """Who is behind, where this rank has waited too long in a lane and nobody else has moved in it either."""
     mine, theirs = me.lanes[name], {rank.number: rank.lanes[name] for rank in others}
     if not (others and (mine.waits or mine.kind == "together")):
         return None
-    if any(now - lane.since <= limit for lane in (mine, *theirs.values())):
+    if now - mine.since <= limit or any(read - lane.since <= limit for lane in theirs.values()):
         return None
     if any(lane.kind == "alone" and not lane.waits and not rank.ended for rank in others if (lane := rank.lanes[name])):
         return None
