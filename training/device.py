@@ -32,6 +32,24 @@ PEAK_FLOPS = {
     "B200": 2250e12,
 }
 
+# What the driver says that each has, in GiB; of those that come in two sizes the larger.
+MEMORY_GIB = {
+    "V100": 31.7,
+    "T4": 14.6,
+    "A10G": 22.0,
+    "A100": 79.3,
+    "L4": 22.0,
+    "L40S": 44.4,
+    "RTX 3090": 23.7,
+    "RTX 4090": 23.6,
+    "H100": 79.2,
+    "H100 PCIe": 79.2,
+    "H100 NVL": 93.1,
+    "H200": 139.8,
+    "GH200": 94.5,
+    "B200": 178.4,
+}
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 

@@ -55,7 +55,7 @@ class Memory(NamedTuple):
     logits: int  # of a chunk of tokens, and the gradients of the head that are made with them
     routing: int  # what more it takes where all tokens of all ranks go to this one's experts
     pieces: int  # between activations, which the C library cannot use; 0 on a GPU
-    copy: int  # for saves in the background; 0 on a GPU, where it is in the host's memory
+    copy: int  # that saves are written from; 0 on a GPU, where it is in the host's memory
     process: int  # interpreter and libraries; 0 on a GPU
     in_step: bool  # whether the peak is in the optimizer's step rather than in forward and backward
 
@@ -86,10 +86,39 @@ def estimate(config: Config, micro_batch: int, world: int = 1, device: str = "cp
         logits=worst["logits"],
         routing=max(0, worst["small"] + worst["large"] - parts["small"] - parts["large"]),
         pieces=round(PIECES * worst["small"]) if on_cpu else 0,
-        copy=kept if on_cpu and config.checkpoint.background else 0,
+        copy=kept if on_cpu else 0,
         process=PROCESS if on_cpu else 0,
         in_step=worst_in_step,
     )
+
+
+def largest(config: Config, limit: float, world: int = 1, device: str = "cpu") -> int:
+    """The most samples at a time whose memory is within a limit in bytes, up to a device's share of the batch.
+
+    0 where not one's is.
+    """
+
+    def needed(n_samples: int) -> int:
+        return estimate(config, n_samples, world, device).total
+
+    fits, too_many = 1, share(config, world)
+    if (most := needed(too_many)) <= limit:
+        return too_many
+    if too_many == 1 or (least := needed(1)) > limit:
+        return 0
+    while too_many - fits > 1:  # nearly a straight line
+        n = fits + int((too_many - fits) * (limit - least) / (most - least))
+        n = min(max(n, fits + 1), too_many - 1)
+        if (found := needed(n)) <= limit:
+            fits, least = n, found
+        else:
+            too_many, most = n, found
+    return fits
+
+
+def share(config: Config, world: int) -> int:
+    """Samples of a step on the process that has the most of them."""
+    return math.ceil(config.batch_tokens // config.model.n_positions / world)
 
 
 class Held(NamedTuple):
@@ -154,7 +183,7 @@ def _peak(
     config: Config, micro_batch: int, world: int, device: str, cells: Grid, *, worst: bool
 ) -> tuple[Counter[str], bool]:
     """Bytes by kind at the peak of a step that is not the first, and whether that was in the optimizer's."""
-    n_mine = math.ceil(config.batch_tokens // config.model.n_positions / world)
+    n_mine = share(config, world)
     micro_batch, accumulates = min(micro_batch, n_mine), n_mine > micro_batch
     replicated = world > 1 and cells.shard == 1
     dtype, live = DTYPES[config.precision], Live(cells)
