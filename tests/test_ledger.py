@@ -11,10 +11,11 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, command, environment, write_config
+from conftest import ROOT, environment, write_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from training.advice import advice, measured
+from training.config import Config
 from training.data import prepare
 from training.data.loader import Batches
 from training.distributed import World
@@ -182,20 +183,21 @@ def test_a_stopped_run_adds_its_sessions_up_and_one_without_a_ledger_goes_on(con
     monkeypatch.undo()
     (folder,) = (folder_of(made) / "checkpoints").glob("step-00000005")
     kept = json.loads((folder / "state.json").read_text())["ledger"]
-    assert sum(kept["seconds"].values()) == pytest.approx(first, abs=0.25)
+    assert 0.5 * first < sum(kept["seconds"].values()) < first
     begin = time.time()
     assert train(made) == 0
     second = (folder_of(made) / "summary.json").stat().st_mtime - begin
     found = summary(folder_of(made))
-    assert sum(found["time"].values()) == pytest.approx(sum(kept["seconds"].values()) + second, rel=0.02, abs=0.05)
+    assert 0.8 * second < sum(found["time"].values()) - sum(kept["seconds"].values()) < second
     assert found["time"]["redone"] == 0 and found["time"]["start"] > kept["seconds"]["start"]
     assert found["goodput"] == pytest.approx(
         sum(found["time"][phase] for phase in WORK) / sum(found["time"].values()), abs=1e-3
     )
     assert len(found["advice"]) >= 3
-    rows = read(folder_of(made) / "metrics.jsonl")  # hold all but what followed the last of them
-    assert sum(spent(rows).values()) == pytest.approx(sum(found["time"].values()), abs=0.5)
-    assert spent(rows)["compute"] == pytest.approx(found["time"]["compute"], rel=0.01)
+    told = spent(read(folder_of(made) / "metrics.jsonl"))  # all but what followed the last row
+    assert {phase: told[phase] for phase in (*WORK, "start")} == pytest.approx(
+        {phase: found["time"][phase] for phase in (*WORK, "start")}, rel=0.01, abs=1e-4
+    )
     fresh = Ledger(torch.device("cpu"))
     fresh.load_state_dict({})
     assert sum(fresh.seconds.values()) == 0
@@ -219,7 +221,7 @@ def test_what_a_kill_took_away_is_redone_once_however_often_it_happens():
     assert third.seconds["redone"] == 13
 
 
-def test_steps_after_kill_9_are_counted_as_redone(options, tmp_path):
+def test_steps_after_kill_9_are_counted_as_redone(options, tmp_path, capsys):
     made = options(name="killed", steps=90, eval={"every": None, "tokens": 64}, checkpoint={"every": 40})
     path, folder = write_config(tmp_path / "killed.yaml", made), tmp_path / "runs" / "killed"
     process = subprocess.Popen(
@@ -233,16 +235,16 @@ def test_steps_after_kill_9_are_counted_as_redone(options, tmp_path):
     process.kill()
     process.communicate()
     rows = read(folder / "metrics.jsonl")
-    from_step = max(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
-    lost = sum(spent(row for row in rows if row["step"] > from_step).values())
+    newest = max((folder / "checkpoints").glob("step-*"))
+    from_step, kept = int(newest.name[5:]), json.loads((newest / "state.json").read_text())["ledger"]
+    lost = sum(spent(row for row in rows if row["step"] > from_step).values()) - sum(kept["since_row"].values())
     assert from_step < rows[-1]["step"] and lost > 0
-    done = command("-m", "training.train", "--config", str(path))
-    assert done.returncode == 0, done.stderr
+    assert train(Config.model_validate(made)) == 0
     found = summary(folder)
-    assert 0.9 * lost < found["time"]["redone"] <= lost * 1.01
+    assert found["time"]["redone"] == pytest.approx(lost, rel=0.01)
     told = [row for row in read(folder / "metrics.jsonl") if "time_redone" in row]
     assert {row["step"] for row in told} <= {from_step + 1, from_step + 2} and told
-    assert f"; goodput {100 * found['goodput']:.0f} %" in done.stdout
+    assert f"; goodput {100 * found['goodput']:.0f} %" in capsys.readouterr().out
 
 
 def test_the_time_in_words_is_the_largest_share_first_without_those_that_round_to_nothing():
