@@ -28,16 +28,8 @@ class Launched:
             )
 
     def pids(self) -> dict[int, int]:
-        """Each rank's process, by the environment that it was given."""
-        mine, found = f"TEST_LAUNCH={self.logs}", {}
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                variables = (path / "environ").read_text().split("\0")  # a zombie has none
-                if mine in variables:
-                    found |= {int(v[5:]): int(path.name) for v in variables if v.startswith("RANK=")}
-            except OSError:
-                continue
-        return found
+        """Each rank's process."""
+        return ranks_of(self.logs)
 
     def signal(self, rank: int, number: signal.Signals) -> None:
         os.kill(self.pids()[rank], number)
@@ -69,6 +61,19 @@ class Launched:
         assert "Traceback" not in said and "frame #" not in said, said
         (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
         return line
+
+
+def ranks_of(logs: Path) -> dict[int, int]:
+    """The processes that were given a rank and TEST_LAUNCH."""
+    mine, found = f"TEST_LAUNCH={logs}", {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (path / "environ").read_text().split("\0")  # a zombie has none
+            if mine in variables:
+                found |= {int(v[5:]): int(path.name) for v in variables if v.startswith("RANK=")}
+        except OSError:
+            continue
+    return found
 
 
 def train(logs: Path, config: Path, ranks: int = 2, **variables: str) -> Launched:

@@ -1,0 +1,37 @@
+#!/bin/bash
+# sbatch recipes/slurm.sh configs/gpt2_124m.yaml [--options of the run]
+#
+# From the repository, on a file system that all nodes share. One task a GPU, without torchrun: srun gives a signal to
+# the ranks themselves, and nobody counts 30 seconds until they are killed.
+#SBATCH --job-name=training
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -u
+
+export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
+
+srun bash -c '
+    export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
+    exec .venv/bin/python -m training.train --config "$@"
+' rank "$@" &
+ranks=$!
+
+# 120 seconds before the time is over, or at `scancel --batch --signal=TERM`: the ranks save, and end with 143.
+trap 'kill -TERM "$ranks"' TERM
+wait "$ranks"; status=$?
+while kill -0 "$ranks" 2>/dev/null; do wait "$ranks"; status=$?; done
+
+# 143: stopped and saved. 1, 137, ...: a rank was lost. 2, wrong input, would be wrong again; 0 is the end of the run.
+if ((status != 0 && status != 2)) && ((${SLURM_RESTART_COUNT:-0} < 50)); then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
