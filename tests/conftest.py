@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from training import cli
-from training.config import Config
+from training.checkpoint import Checkpoint, Part, Saver, alone
+from training.config import CheckpointConfig, Config
 from training.logging.times import PHASES
 from training.restart import folder_of
 from training.train import train
@@ -108,6 +109,18 @@ def tensors(run: Path, step: int) -> dict[str, str]:
     """The SHA-256 of a checkpoint's tensor files."""
     manifest = json.loads((run / "checkpoints" / f"step-{step:08d}" / "manifest.json").read_text())
     return {name: entry["sha256"] for name, entry in manifest.items() if name.endswith(".safetensors")}
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Save it as one process does, and wait; nothing that is there goes."""
+    saver = Saver(folder, alone, CheckpointConfig(keep=1000))
+    parts = {
+        kind: {name: Part(tensor, 0, tensor.shape, mine=True) for name, tensor in getattr(checkpoint, kind).items()}
+        for kind in ("model", "optimizer")
+    }
+    saver.save(parts, checkpoint.state, None)
+    saver.wait()
+    return folder / f"step-{checkpoint.state['step']:08d}"
 
 
 def goes_on_with(kernel: str, run, folder: Path, capsys) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import save_checkpoint as save
 
-from training.checkpoint import Checkpoint, damage, load, newest, prune, save, steps
+from training.checkpoint import Checkpoint, damage, load, newest, prune, steps
 from training.errors import UserError
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")

@@ -176,6 +176,19 @@ def test_ranks_that_were_given_different_things_end_before_the_run_begins(option
     assert not (tmp_path / "runs/small").exists()
 
 
+@pytest.mark.parametrize("wrong", ["--parallel.device mps", "--steps none"])
+def test_what_all_processes_of_a_host_find_wrong_is_said_once(small, tmp_path, wrong):
+    path, _ = small()
+    where = ["--standalone", "--nproc-per-node", "2", "-m", "training.train"]
+    ranks = Launched(tmp_path / "logs", *where, "--config", str(path), *wrong.split())
+    try:
+        ranks.process.wait(40)
+    finally:
+        ranks.kill()
+    assert wrong.split()[0][2:] in ranks.line()
+    assert set(re.findall(r"exitcode +: (-?\d+)", (ranks.logs / "launcher").read_text())) <= {"2", "-15"}
+
+
 @pytest.mark.parametrize(
     ("variables", "said"),
     [

@@ -34,7 +34,6 @@ def begun(config):
     yield make
     for run in runs:
         run.close()
-        run.saver.close()
 
 
 def weights(run) -> dict[str, torch.Tensor]:

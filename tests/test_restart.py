@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command, environment, rows, tensors, write_config
+from conftest import ROOT, command, environment, rows, save_checkpoint, tensors, write_config
 
 from training import checkpoint, loop
 from training.errors import UserError
@@ -84,7 +84,7 @@ def test_a_branch_has_a_best_of_its_own(run):
     state = json.loads((path / "state.json").read_text())
     saved = checkpoint.read(path)
     saved.state["best"] = {"step": 4, "val_loss": 0.5}
-    copied = checkpoint.save(first.parent / "elsewhere", saved)
+    copied = save_checkpoint(first.parent / "elsewhere", saved)
     assert state["best"]["val_loss"] > 0.5
     branch = run(name="branch", resume=str(copied))
     assert json.loads((branch / "summary.json").read_text())["best_step"] == 8
@@ -136,10 +136,10 @@ def test_out_dir_that_is_a_file_is_one_line(config, tmp_path):
 def test_a_gradient_that_is_not_finite_is_not_saved(config, tmp_path, monkeypatch):
     update = loop.update
 
-    def poisoned(run, parameters):
+    def poisoned(run):
         if run.step == 2:
-            parameters[0].grad[0, 0] = float("nan")
-        return update(run, parameters)
+            run.model.wte.weight.grad[0, 0] = float("nan")
+        return update(run)
 
     monkeypatch.setattr(loop, "update", poisoned)
     with pytest.raises(UserError, match="step 3: grad_norm is nan"):

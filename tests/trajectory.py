@@ -59,7 +59,6 @@ def train(config: Config, world: World) -> tuple[dict, dict[str, torch.Tensor]]:
     run.layout.rest()
     weights = run.layout.whole()
     run.close()
-    run.saver.close()
     names = ("loss", "grad_norm", "expert_load")
     steps = [{name: row[name] for name in names if name in row} for row in rows]
     return {"steps": steps, "tokens": tokens_of_step, "val_loss": found["val_loss"]}, weights

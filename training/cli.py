@@ -96,7 +96,8 @@ def parse(argv: list[str], *, prog: str, doc: str, flags: dict[str, str]) -> tup
     elif not any(line.startswith("--config:") for line in lines):
         lines.append("--config: missing; give the run's YAML file, as in --config configs/quickstart.yaml")
     if lines:
-        print(*(f"error: {line}" for line in lines), sep="\n", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the processes of a host read the same
+            print(*(f"error: {line}" for line in lines), sep="\n", file=sys.stderr)
         raise SystemExit(2)
     if print_config:
         _answer(dump(config))

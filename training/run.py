@@ -78,7 +78,8 @@ class Run:
     sinks: list[logging.Sink] = field(default_factory=list)  # of the main process
 
     def close(self, summary: dict | None = None) -> None:
-        """Close the logs. `summary` is None where the run did not come to its end."""
+        """Close the logs, once nothing is being saved. `summary` is None where the run did not come to its end."""
+        self.saver.close()
         while self.sinks:
             self.sinks.pop(0).close(summary)
 

@@ -47,13 +47,15 @@ def train(config: Config, *, resume: str = "auto") -> int:
     from training.device import pick
     from training.distributed import join
     from training.distributed.agreement import refuse_different_data, refuse_different_options
+    from training.distributed.joining import said_once
     from training.initial import options
     from training.loop import Watch, record, train_step
     from training.restart import lock, stopped
     from training.run import begin, finish
 
     with ExitStack() as at_end:
-        world = join(pick(config.parallel.device), config.parallel)
+        with said_once():
+            world = join(pick(config.parallel.device), config.parallel)
         at_end.push(world.leave)
         refuse_different_options(world, config, resume)
         world.doing("the preparation of data", "alone")
@@ -64,7 +66,6 @@ def train(config: Config, *, resume: str = "auto") -> int:
         if world.main:
             at_end.enter_context(lock(config))
         run = begin(config, dataset, world, resume)  # 2. initialize, or restore, model and optimizer
-        at_end.callback(run.saver.close)
         at_end.callback(run.close)
         watch = Watch(run)
         at_end.callback(watch.close)

@@ -62,7 +62,7 @@ class Saver:
     def _copied(self, kind: str, parts: dict[str, Part]) -> dict[str, Part]:
         """What this process writes, in host memory of our own; of the rest only what it is."""
         found, on_device = {}, False
-        for name, part in parts.items():
+        for name, part in sorted(parts.items()):  # the same bytes, whichever order they came to be in
             tensor = part.tensor.detach()
             if not part.mine:
                 found[name] = part._replace(tensor=tensor.new_empty(0, device="cpu"))

@@ -121,7 +121,7 @@ class Monitor:
         texts = self._ask(lambda: self.store.multi_get(keys)) if come else None
         self._linger(verdict)
         alike = texts is not None and all(each == text.encode() for each in texts)
-        if isinstance(error, UserError) and not alike:
+        if isinstance(error, UserError) and not alike and self.me.number:  # rank 0 is the one that is expected to speak
             return UserError(f"{self.me.text()}: {error}")
         if not isinstance(error, UserError | KeyboardInterrupt):
             say(f"{self.me.text()} failed in {self.me.lane().text()} with {first_line(text)}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -10,6 +12,17 @@ import torch.distributed as dist
 
 from training.distributed.faults import first_line
 from training.errors import UserError
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """Of the processes of a host, which find the same wrong before they can agree, the first says so."""
+    try:
+        yield
+    except UserError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            raise SystemExit(2) from None
+        raise
 
 
 def numbers() -> tuple[int, int]:
