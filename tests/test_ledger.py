@@ -115,6 +115,30 @@ def test_a_disk_that_keeps_up_is_not_data(config):
     run.close()
 
 
+class Straggling(World):
+    """Ranks that one is waited for among, with every number that they agree on."""
+
+    SECONDS = 0.03
+
+    def sum_int(self, value):
+        time.sleep(self.SECONDS)
+        return super().sum_int(value)
+
+    def max_int(self, *values):
+        time.sleep(self.SECONDS)
+        return super().max_int(*values)
+
+
+def test_waiting_for_another_rank_is_communication(config):
+    run = start(config, torch.device("cpu"), eval={"every": None, "tokens": 64})
+    run.world = Straggling(0, 1, torch.device("cpu"))
+    go(run, steps=5)
+    run.ledger.settle()
+    assert run.ledger.seconds["communication"] > 4 * 3 * Straggling.SECONDS  # of a batch's targets, memory, what is due
+    assert run.ledger.seconds["data"] < Straggling.SECONDS
+    run.close()
+
+
 class NothingFetched(TorchDispatchMode):
     """Refuses what would wait for a device: to read a number that it computed."""
 
