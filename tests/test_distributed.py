@@ -10,6 +10,7 @@ from conftest import ROOT, command, write_config
 from safetensors.torch import load_file
 from trajectory import train
 
+from training.checkpoint import damage
 from training.config import Config, MeshConfig, ModelConfig
 from training.distributed import World
 from training.distributed.mesh import Grid, grid
@@ -121,10 +122,33 @@ def test_a_rank_whose_experts_get_no_token_takes_part_with_zero_gradients(option
         )
 
 
-def together(n_ranks: int, folder, paths) -> None:
+@pytest.mark.parametrize(
+    ("kind", "legs"),
+    [
+        ("moe", [(1, 8, 4, {}), (2, 16, 1, {"shard": 2, "expert": 2}), (4, 24, 2, {"shard": 4}), (1, 30, 4, {})]),
+        ("dense", [(4, 10, 8, {"shard": 4}), (2, 20, 2, {}), (1, 30, 4, {})]),
+    ],
+)
+def test_a_run_that_moves_between_layouts_is_the_run_that_never_did(kind, legs, options, config, alone, tmp_path):
+    outcome = {"steps": [], "tokens": []}
+    for n_ranks, stop, micro_batch, mesh in legs:
+        files = {"one_file_gib": 0 if n_ranks == 2 else 8}
+        path = write_config(
+            tmp_path / "leg.yaml", options(**changed(kind, "moved", micro_batch, mesh, checkpoint=files))
+        )
+        together(n_ranks, tmp_path, [path], STOP_AT=str(stop))
+        leg = json.loads((tmp_path / "leg.json").read_text())
+        outcome = {name: outcome[name] + leg[name] for name in outcome} | {"val_loss": leg["val_loss"]}
+        saved = tmp_path / "runs" / "moved" / "checkpoints" / f"step-{stop:08d}"
+        assert damage(saved) is None
+        assert (saved / "model-00002-of-00002.safetensors").exists() == (n_ranks == 2 and "shard" in mesh)
+    same(outcome, load_file(tmp_path / "leg.safetensors"), of_one(alone, kind, config), f"{kind} {legs}")
+
+
+def together(n_ranks: int, folder, paths, **variables: str) -> None:
     done = command(
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks),
-        str(ROOT / "tests" / "trajectory.py"), str(folder), *map(str, paths),
+        str(ROOT / "tests" / "trajectory.py"), str(folder), *map(str, paths), env=variables,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 

@@ -2,7 +2,8 @@
 
     torchrun ... tests/trajectory.py FOLDER CONFIG.yaml...    each trained: FOLDER/CONFIG.safetensors and .json
 
-OUT_OF_MEMORY="1:5" makes the allocation of rank 1's sixth forward fail; ALL_TO="2,1" sends all tokens to these experts.
+OUT_OF_MEMORY="1:5" makes the allocation of rank 1's sixth forward fail; ALL_TO="2,1" sends all tokens to these experts;
+STOP_AT="8" saves after the eighth step and ends there.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from training.config import Config
 from training.data import prepare
 from training.distributed import World, join
 from training.loop import evaluate, train_step
-from training.run import begin
+from training.run import begin, save
 
 
 def train(config: Config, world: World) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -46,7 +47,8 @@ def train(config: Config, world: World) -> tuple[dict, dict[str, torch.Tensor]]:
     if failing := os.environ.get("OUT_OF_MEMORY"):
         rank, call = map(int, failing.split(":"))
         hooks += [out_of_memory_at(run.model, call)] * (rank == world.rank)
-    for _ in range(config.steps):
+    stop = int(os.environ.get("STOP_AT", config.steps))
+    while run.step < stop:
         seen.clear()
         train_step(run)
         once = dict(seen)  # of a batch that was begun again too
@@ -55,6 +57,8 @@ def train(config: Config, world: World) -> tuple[dict, dict[str, torch.Tensor]]:
     for hook in hooks:
         hook.remove()
     rows = run.metrics.rows()
+    run.last_row = rows[-1]
+    save(run)
     found = evaluate(run.model, run.val_batches, run.dataset.tokenizer, config.eval.tokens, run.micro_batch, world)
     run.layout.rest()
     weights = run.layout.whole()
