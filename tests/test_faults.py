@@ -7,15 +7,18 @@ import re
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import write_config
 from launched import Launched, rows_in, train, wait_for_rows
 
 from training.config import ParallelConfig
 from training.distributed import join
+from training.distributed.joining import name_of_start
 from training.distributed.lost import LOOP, Lane, Rank, lost
 from training.distributed.place import Place, here
 from training.errors import UserError
@@ -211,6 +214,23 @@ def test_what_a_launcher_did_not_set_is_named(monkeypatch, variables, said):
     with pytest.raises(UserError, match=said) as error:
         join(torch.device("cpu"), ParallelConfig(timeout_s=0.5))
     assert "\n" not in str(error.value)
+
+
+def test_a_start_in_a_store_that_an_earlier_one_has_used_has_a_name_of_its_own():
+    store = dist.HashStore()
+    names = []
+    for size in (3, 3, 2):  # each start ends before a number of the one before is overwritten, in one order or another
+        order = list(range(size)) if len(names) % 2 else list(reversed(range(size)))
+        with ThreadPoolExecutor(size) as ranks:
+            found = []
+            for rank in order:
+                found.append(ranks.submit(name_of_start, store, rank, size, 5.0))
+                time.sleep(0.1)
+            (name,) = {each.result() for each in found}
+        names.append(name)
+    assert len(set(names)) == 3
+    with pytest.raises(UserError, match=r"rank 1 has not come in 0\.2 s"):
+        name_of_start(dist.HashStore(), 0, 2, 0.2)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

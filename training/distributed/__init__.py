@@ -20,7 +20,7 @@ from torch import Tensor
 
 from training.config import ParallelConfig
 from training.distributed.faults import Monitor
-from training.distributed.joining import connection, meet, numbers, own
+from training.distributed.joining import connection, meet, name_of_start, numbers, own
 from training.distributed.lost import BACKGROUND, LOOP, Kind
 from training.errors import UserError
 
@@ -143,15 +143,17 @@ def join(device: torch.device, section: ParallelConfig) -> World:
     if borrowed and "gloo" not in str(dist.get_backend_config()):
         raise UserError("the process group that is there has no gloo for host tensors; use backend cpu:gloo,cuda:nccl")
     store = dist.distributed_c10d._get_default_store() if borrowed else meet(rank, size, section.timeout_s)
+    name = name_of_start(store, rank, size, section.timeout_s)
     again, owner = connection(store, section.timeout_s)
-    monitor = Monitor(again, rank, size, section.timeout_s, owner)
+    monitor = Monitor(dist.PrefixStore(f"monitor/{name}", again), rank, size, section.timeout_s, owner)
     # Longer than the monitor's, which knows who is missing; NCCL's own watch over its errors would abort the process.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     limit = timedelta(seconds=2 * section.timeout_s + 60)
     with monitor.waiting("the first meeting", LOOP):
         if not borrowed:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+            named = dist.PrefixStore(f"group/{name}", store)
+            dist.init_process_group(backend, store=named, rank=rank, world_size=size, timeout=limit)
         background = dist.new_group(backend="gloo", timeout=limit)
     monitor.meet()
     return World(rank, size, device, background, monitor, borrowed)

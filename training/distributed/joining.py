@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -72,16 +75,38 @@ def meet(rank: int, size: int, limit_s: float) -> dist.Store:
         raise UserError(f"{what}: {first_line(str(error))}") from None
 
 
+def name_of_start(store: dist.Store, rank: int, size: int, limit_s: float) -> str:
+    """A name that all ranks of this start agree on, and no other start has: torchrun keeps a store over its restarts.
+
+    Each rank draws a number; rank 0 tells its own, as the name, with those that it has seen. Who finds its number there
+    is meant. Raises UserError where a rank does not come.
+    """
+    mine, keys, until = secrets.token_hex(8), [f"start/{n}" for n in range(size)], time.monotonic() + limit_s
+    store.set(keys[rank], mine)
+    while time.monotonic() < until:
+        if rank == 0 and store.check(keys):
+            drawn = [number.decode() for number in store.multi_get(keys)]
+            store.set("start", json.dumps(drawn))
+            if store.check([f"start/{mine}/{n}" for n in range(1, size)]):
+                return mine
+        elif rank and store.check(["start"]):
+            drawn = json.loads(store.get("start"))
+            if drawn[rank : rank + 1] == [mine]:
+                store.set(f"start/{drawn[0]}/{rank}", "")
+                return drawn[0]
+        time.sleep(0.02)
+    missing = [n for n in range(1, size) if not store.check([f"start/{mine}/{n}"])] if rank == 0 else [0]
+    raise UserError(f"rank {missing[0]} has not come in {limit_s:g} s" + f" (of {len(missing)})" * (len(missing) > 1))
+
+
 def connection(store: dist.Store, limit_s: float) -> tuple[dist.Store, str]:
-    """(a connection of its own to what keeps the store, what that is). It has names of its own for this start."""
-    names, inner = "monitor", store
+    """(a connection of its own to what keeps the store, what that is)."""
+    inner = store
     while isinstance(inner, dist.PrefixStore):
         inner = inner.underlying_store
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if not isinstance(inner, dist.TCPStore):
-        return dist.PrefixStore(f"{names}/{start}", store), "the store of the process group"
+        return store, "the store of the process group"
     limit = timedelta(seconds=limit_s)
     again = dist.TCPStore(inner.host, inner.port, is_master=False, wait_for_workers=False, timeout=limit)
     owner = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
-    keeper = f"{owner}, which keeps the ranks' store at {inner.host}:{inner.port},"
-    return dist.PrefixStore(f"{names}/{start}", again), keeper
+    return again, f"{owner}, which keeps the ranks' store at {inner.host}:{inner.port},"
