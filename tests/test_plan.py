@@ -139,18 +139,21 @@ def test_the_command_prints_a_page_that_can_be_checked_by_hand(tmp_path):
 
 
 def test_prepared_data_tell_the_epochs_and_a_run_its_speed(run, config):
-    small = config(steps=200, logging={"every": 1, "tensorboard": False})
+    small = config(steps=200, optim={"type": "muon"}, logging={"every": 1, "tensorboard": False})
     n_tokens = prepare(small.data, quiet=True).train.n_tokens
     here = plan.machine("cpu", small)
     found = plan.plan(small, here, 1)
     assert plan.epochs(found) == pytest.approx(200 * 256 / n_tokens)
     said = "\n".join(plan.lines(found, None, here=True))
     assert f"{n_tokens:,} tokens to train on" in said and "unknown: no peak is known" in said
-    folder = run(steps=4, logging={"every": 1, "tensorboard": False})
+    folder = run(steps=4, optim={"type": "muon"}, logging={"every": 1, "tensorboard": False})
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     middle = sorted(row["tokens_per_s"] for row in rows[1:])[1]
     assert f"at {middle:,.0f} tokens/s as this run was measured here" in plan._time(found, None, here=True)
-    assert plan.measured(plan.plan(small.model_copy(update={"batch_tokens": 512}), here, 1)) is None
+    others = small.model_copy(update={"batch_tokens": 512}), here._replace(name="H200")
+    assert plan.measured(found._replace(config=others[0])) is None
+    assert plan.measured(found._replace(machine=others[1])) is None
+    assert plan.measured(found._replace(world=2)) is None
     files = [(folder / "checkpoints" / "step-00000004" / f"{kind}.safetensors") for kind in ("model", "optimizer")]
     sizes = [path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], "little") for path in files]  # no header
     assert plan.checkpoint_bytes(found) == pytest.approx(sum(sizes), abs=300)  # buffers, and counts of steps
@@ -179,12 +182,18 @@ def test_what_is_likely_to_be_regretted_is_said(changes, device, expected):
     assert any(expected in line for line in plan.warnings(found)), list(plan.warnings(found))
 
 
-def test_epochs_beyond_four_are_warned_of(config):
+def test_epochs_are_those_of_the_source_that_is_read_the_most(config):
     small = config(steps=100_000)
-    prepare(small.data, quiet=True)
-    assert any(
-        "beyond 4 it teaches little" in line for line in plan.warnings(plan.plan(small, plan.machine("cpu", small), 1))
-    )
+    paths = small.data.sources[0].paths
+    weighted = [{"paths": [path], "weight": weight} for path, weight in zip(paths, (3.0, 0.5, 0.5), strict=True)]
+    data = small.data.model_dump() | {"sources": weighted}
+    small = Config.model_validate(small.model_dump() | {"data": data})
+    n_tokens = [len(stream.tokens) for stream in prepare(small.data, quiet=True).train.streams]
+    found = plan.plan(small, plan.machine("cpu", small), 1)
+    shares = (3 / 4, 1 / 8, 1 / 8)
+    most = max(100_000 * 256 * share / n for share, n in zip(shares, n_tokens, strict=True))
+    assert plan.epochs(found) == pytest.approx(most)
+    assert any("beyond 4 it teaches little" in line for line in plan.warnings(found))
 
 
 @pytest.mark.parametrize(

@@ -88,9 +88,9 @@ def main(argv: list[str] | None = None) -> int:
     config, flags = cli.parse(arguments, prog="python -m training.plan", doc=__doc__, flags=FLAGS)
     try:
         world = int(_number("--world", flags["--world"] or "1", "a number of processes, 1 or more", "[1-9][0-9]{0,6}"))
-        mfu = flags["--mfu"] and _number(
-            "--mfu", flags["--mfu"], "above 0 and at most 1", r"0?\.[0-9]*[1-9][0-9]*|1(\.0*)?"
-        )
+        mfu = flags["--mfu"]
+        if mfu is not None:
+            mfu = _number("--mfu", mfu, "above 0 and at most 1", r"0?\.[0-9]*[1-9][0-9]*|1(\.0*)?")
         found = plan(config, machine(flags["--device"], config), world)
         print(*lines(found, mfu, here=flags["--device"] is None), sep="\n")
     except UserError as error:
