@@ -262,6 +262,7 @@ BEHIND, ALONE = {"doing": "step 5", "count": 6}, {"doing": "the end", "count": 6
         (ALONE, {"gone": 8.0, "ended": True}, "rank 1 .* has ended"),
         (ALONE, {"heard": 3.0}, "rank 1 .* has not been heard of for 6 s"),
         (BEHIND, {"heard": 6.0}, None),
+        (ALONE, {"heard": 4.5}, None),
     ],
 )
 def test_who_is_lost(other, change, said):
