@@ -99,15 +99,15 @@ class Layout:
         """Sum the gradients, and other tensors, over the ranks, and give each leaf its rows. Collective."""
         plain = [shard.held.grad for shard in self.learned if shard.held is shard.leaf and shard.leaf.grad is not None]
         if not self.grid.collective:
-            self.world.sum_([*plain, *others])
+            self.world.sum_([*plain, *others], what="the sum of gradients")
             return
-        self.world.sum_(others)
+        self.world.sum_(others, what="the sum of metrics")
         if self.grid.shard == 1:
             experts = [s.leaf.grad for s in self.learned if s.of_experts and s.leaf.grad is not None]
             held = {id(grad) for grad in experts}
-            self.world.sum_([grad for grad in plain if id(grad) not in held])
+            self.world.sum_([grad for grad in plain if id(grad) not in held], what="the sum of gradients")
             if self.groups.same_experts is not None:
-                self.world.sum_(experts, self.groups.same_experts)
+                self.world.sum_(experts, self.groups.same_experts, what="the sum of experts' gradients")
             return
         for shard in self.learned:
             # FSDP2 averages, and may have moved the rows since.
@@ -123,7 +123,7 @@ class Layout:
         squares = torch.zeros((), device=self.world.device)
         if mine:
             squares = torch.stack(torch._foreach_norm(mine)).square().sum()
-        self.world.sum_([squares])
+        self.world.sum_([squares], what="the norm of the gradient")
         return squares.sqrt()
 
     def forget_gradients(self) -> None:
