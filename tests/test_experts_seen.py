@@ -26,7 +26,7 @@ from training.logging.starvation import PATIENCE, Starvation
 from training.loop import model_inputs
 from training.model import GPT
 from training.model.moe import MoE, starving
-from training.preferences import liked, spelled, watched, write_preferences
+from training.preferences import liked, spelled, watched
 
 EVEN = [1 / 8] * 8
 THREE_STARVE = [0.005, 0.0, 0.009, *[0.1972] * 5]
@@ -183,10 +183,7 @@ def liked_by(expert: int, counts: Counter, top_k: int, n_ids: int) -> list[tuple
 def test_the_tokens_that_experts_like_are_those_that_a_loop_over_the_text_finds(tmp_path, monkeypatch, isolate, n_ids):
     monkeypatch.setattr(preferences, "MOST_IDS", n_ids)
     model, batches, tokenizer = router_model(isolate), validation(tmp_path, 32), tokenizers.byte()
-    write_preferences(
-        tmp_path / "experts.json", model, batches, tokenizer, EvalConfig(tokens=None), micro_batch=3, step=7
-    )
-    found = json.loads((tmp_path / "experts.json").read_text())
+    found = preferences.preferences(model, batches, tokenizer, EvalConfig(tokens=None), micro_batch=3, step=7)
     assert (found["step"], found["n_tokens"], found["seen_at_least"]) == (7, batches.split.n_tokens - 1, 5)
     assert [(layer["layer"], layer["n_experts"]) for layer in found["layers"]] == [(1, 4), (2, 6)]
     seen = journeys(model, batches, tokenizer.end_of_text)
@@ -230,9 +227,7 @@ def test_a_large_model_has_a_bounded_table():
 def test_looking_leaves_the_model_and_the_random_numbers_alone(tmp_path):
     model = router_model()
     state, weights = torch.get_rng_state(), {name: value.clone() for name, value in model.state_dict().items()}
-    write_preferences(
-        tmp_path / "e.json", model, validation(tmp_path, 32), tokenizers.byte(), EvalConfig(), micro_batch=4, step=1
-    )
+    preferences.preferences(model, validation(tmp_path, 32), tokenizers.byte(), EvalConfig(), micro_batch=4, step=1)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
