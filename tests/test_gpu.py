@@ -8,12 +8,16 @@ from conftest import tensors
 from torch._dynamo.utils import counters
 
 from training.config import BlockConfig, ModelConfig, MoEConfig, ParallelConfig
+from training.data import prepare
+from training.distributed import World
 from training.kernels import ATTENTION, EXPERTS, Call, ExpertsCall, Kernels, Needs, choose
 from training.kernels.attention import Seen, documents, limits, machine, why_not
 from training.kernels.experts import plan
+from training.loop import train_step
 from training.model import GPT, needs
 from training.model.layers import Batch
 from training.model.moe import MoE
+from training.run import begin
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -271,3 +275,50 @@ def test_two_runs_are_the_same_to_the_bit(run, options, isolate, experts):
     changes = {"model": model, "batch_tokens": 2048, "precision": "bf16", "parallel": {"experts": experts}}
     first, second = (tensors(run(name=name, **changes), 8) for name in ("first", "second"))
     assert first == second
+
+
+@pytest.fixture
+def limited():
+    """Lets a test take so many more bytes than it has, by PyTorch's allocator; lifted at its end."""
+    total = torch.cuda.get_device_properties(CUDA).total_memory
+
+    def limit(more: int) -> None:
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(CUDA) + more) / total)
+
+    yield limit
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+WIDE = {
+    "batch_tokens": 64 * 256,
+    "model": {"n_layer": 2, "n_head": 2, "n_embd": 128, "n_positions": 256, "vocab_size": 50304},
+    "optim": {"type": "adamw"},
+}
+
+
+def begun_on_cuda(config, **changes):
+    made = config(precision="fp32", parallel={"device": "cuda"}, **WIDE, **changes)
+    return begin(made, prepare(made.data, quiet=True), World(0, 1, CUDA), "auto")
+
+
+def test_a_step_that_the_allocator_refuses_is_made_in_halves(config, limited):
+    """Scores of 64 samples are 3.3 GB, of 16 a quarter of that."""
+    whole, cut = begun_on_cuda(config, name="whole", micro_batch=16), begun_on_cuda(config, name="cut", micro_batch=64)
+    train_step(whole)
+    limited(2 * 2**30)
+    train_step(cut)
+    assert cut.back_offs > 0 and cut.micro_batch < 64
+    for (name, ours), theirs in zip(cut.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert (ours - theirs).abs().max() < 1e-5, name
+    for run in (whole, cut):
+        run.close()
+
+
+def test_auto_finds_what_the_allocator_allows(config, limited):
+    limited(2 * 2**30)
+    run = begun_on_cuda(config, name="auto", micro_batch="auto")
+    assert 1 < run.micro_batch < 64
+    train_step(run)
+    assert run.back_offs == 0
+    run.close()

@@ -109,9 +109,9 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Memory that this process may use: the device's; of a CPU's, its share among the run's processes there."""
+    """Memory that this process may use: what others leave of a GPU's, or its share of a CPU's among the run's."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -6,10 +6,11 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from training.checkpoint.parts import KINDS, MANIFEST, Entry, Part, Peers, Written, write_bytes, write_tensors
@@ -32,6 +33,20 @@ class Saver:
         self.failure: UserError | None = None
         self._thread: threading.Thread | None = None
         self._copies: dict[tuple[str, str], Tensor] = {}  # their memory serves the next save too
+
+    def prepare(self, parts: Parts) -> None:
+        """Begin to take the memory that such parts are copied to: of new pages, that takes longer than the copy."""
+        self.wait()
+
+        def take() -> None:
+            with suppress(RuntimeError):  # no memory: the save will say so
+                for kind, some in parts.items():
+                    for name, part in some.items():
+                        if part.mine:
+                            self._memory(kind, name, part.tensor).zero_()
+
+        self._thread = threading.Thread(target=take, name="saver")
+        self._thread.start()
 
     def save(self, parts: Parts, state: dict, best_step: int | None) -> None:
         """Begin to save a step as `folder`/step-N, replacing nothing; then those that are no longer kept go.
@@ -67,15 +82,19 @@ class Saver:
             if not part.mine:
                 found[name] = part._replace(tensor=tensor.new_empty(0, device="cpu"))
                 continue
-            copy = self._copies.get((kind, name))
-            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
-                pinned = tensor.device.type == "cuda"
-                copy = self._copies[kind, name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
             on_device |= tensor.device.type == "cuda"
-            found[name] = part._replace(tensor=copy.copy_(tensor, non_blocking=True))
+            found[name] = part._replace(tensor=self._memory(kind, name, tensor).copy_(tensor, non_blocking=True))
         if on_device:
             torch.cuda.synchronize()
         return found
+
+    def _memory(self, kind: str, name: str, tensor: Tensor) -> Tensor:
+        """Host memory for a copy of the tensor: that of the last time, where it fits."""
+        copy = self._copies.get((kind, name))
+        if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+            pinned = tensor.device.type == "cuda"
+            copy = self._copies[kind, name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        return copy
 
     def _write(self, parts: Parts, state: dict, best_step: int | None) -> None:
         """The thread: three steps, after each of which all processes know whether all could do it."""
@@ -125,14 +144,22 @@ class Saver:
         """Every process's answer; None, with `failure` set, where one of them could not."""
         try:
             answer = {"answer": work()}
-        except (OSError, SafetensorError) as error:
-            answer = {"error": getattr(error, "strerror", None) or str(error)}
-        answers = [json.loads(told) for told in self.peers.exchange(json.dumps(answer).encode())]
+        except Exception as error:  # whatever it is: the others wait for an answer
+            answer = {"error": _reason(error)}
+        try:
+            answers = [json.loads(told) for told in self.peers.exchange(json.dumps(answer).encode())]
+        except RuntimeError as error:  # they are out of reach
+            answers = [{"error": _reason(error)}]
         errors = [answer["error"] for answer in answers if "error" in answer]
         if errors:
             self.failure = UserError(f"{target}: the checkpoint could not be saved: {errors[0]}")
             return None
         return [answer["answer"] for answer in answers]
+
+
+def _reason(error: Exception) -> str:
+    """In one line."""
+    return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".strip().partition("\n")[0]
 
 
 def _collect(partial: Path, kind: str, parts: dict[str, Part], answers: list[dict], in_one: bool) -> dict[str, dict]:

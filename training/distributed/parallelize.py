@@ -19,10 +19,14 @@ from training.distributed import World
 from training.distributed.exchange import split_experts
 from training.distributed.matrices import Spread
 from training.distributed.mesh import Grid, Groups, grid, groups
+from training.errors import UserError
 
 try:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    SHARDS_ON_CPU = True
 except ImportError:  # before PyTorch 2.6
+    SHARDS_ON_CPU = False
     from torch.distributed._composable.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 # What selective recomputation keeps: products and attention, which cost the time; all else is cheap.
@@ -69,7 +73,7 @@ class Layout:
     def __init__(self, model: nn.Module, world: World, grid: Grid, groups: Groups, shapes: dict[str, torch.Size]):
         self.model, self.world, self.grid, self.groups = model, world, grid, groups
         self.shards = {shard.name: shard for shard in self._shards(shapes)}
-        self.recomputes = "none"
+        self.recomputes, self.forwards = "none", [block.forward for block in model.blocks]
         self.learned = [shard for shard in self.shards.values() if shard.leaf is not None]
 
     def _shards(self, shapes: dict[str, torch.Size]) -> Iterator[Shard]:
@@ -174,8 +178,8 @@ class Layout:
     def recompute(self, kind: str) -> None:
         """From now on compute blocks again in the backward: "selective" or "full"."""
         self.recomputes = kind
-        for block in self.model.blocks:
-            _recompute(block, kind)
+        for block, forward in zip(self.model.blocks, self.forwards, strict=True):
+            block.forward = _recomputed(forward, kind)
 
 
 def parallelize(model: nn.Module, section: ParallelConfig, world: World, dtype: torch.dtype) -> Layout:
@@ -184,6 +188,8 @@ def parallelize(model: nn.Module, section: ParallelConfig, world: World, dtype: 
     A model that is split may be on the meta device: this rank's part of it then is empty memory.
     """
     cells = grid(section.mesh, world.size, model.config)
+    if cells.shard > 1 and world.device.type == "cpu" and not SHARDS_ON_CPU:
+        raise UserError(f"parallel.mesh.shard: PyTorch {torch.__version__} shards on CUDA only; use a newer one")
     made = groups(cells, world.device)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     moes = [block.ffn for block in model.blocks if hasattr(block.ffn, "experts")]
@@ -200,12 +206,12 @@ def parallelize(model: nn.Module, section: ParallelConfig, world: World, dtype: 
     return layout
 
 
-def _recompute(block: nn.Module, kind: str) -> None:
-    """Activation checkpointing (arXiv:1604.06174) of one block."""
-    forward, options = block.forward, {"use_reentrant": False, "preserve_rng_state": False}
+def _recomputed(forward: Callable, kind: str) -> Callable:
+    """A block's forward under activation checkpointing (arXiv:1604.06174)."""
+    options = {"use_reentrant": False, "preserve_rng_state": False}
     if kind == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _kept)
-    block.forward = lambda *inputs: checkpoint(forward, *inputs, **options)
+    return lambda *inputs: checkpoint(forward, *inputs, **options)
 
 
 def _kept(_context: object, op: object, *_args: object, **_kwargs: object) -> CheckpointPolicy:
