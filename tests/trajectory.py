@@ -46,7 +46,8 @@ def train(config: Config, world: World) -> tuple[dict, dict[str, torch.Tensor]]:
     hooks, tokens_of_step = [run.model.register_forward_pre_hook(see, with_kwargs=True)], []
     if failing := os.environ.get("OUT_OF_MEMORY"):
         rank, call = map(int, failing.split(":"))
-        hooks += [out_of_memory_at(run.model, call)] * (rank == world.rank)
+        if rank == world.rank:
+            hooks.append(out_of_memory_at(run.model, call))
     stop = int(os.environ.get("STOP_AT", config.steps))
     while run.step < stop:
         seen.clear()

@@ -89,7 +89,8 @@ class Spread:
         for piece in pieces:
             of_matrix.setdefault(piece.matrix, []).append(piece)
         owner = {matrix: some[matrix % len(some)].rank for matrix, some in of_matrix.items()}
-        needed = [p for matrix, some in of_matrix.items() for p in self._needed(some, owner[matrix])]
+        copy = {matrix: rank // self.n_shards for matrix, rank in owner.items()}  # in which each row lies once
+        needed = [p for p in pieces if p.rank // self.n_shards == copy[p.matrix]]
 
         def way(among: list[Piece], end: Callable[[Piece], int], other: Callable[[Piece], int]) -> Way:
             mine = [[p for p in among if end(p) == me and other(p) == rank] for rank in range(self.world.size)]
@@ -126,12 +127,6 @@ class Spread:
                     if index in stack:
                         yield Piece(matrix, rank, range(shape[1]), number, (index - stack.start) * shape[1])
                 matrix += 1
-
-    def _needed(self, pieces: list[Piece], owner: int) -> list[Piece]:
-        """Of a matrix's pieces each row once: the owner's own, or else from the owner's copy."""
-        near = [p for p in pieces if p.rank // self.n_shards == owner // self.n_shards]
-        by_rows = {p.rows: p for p in near} | {p.rows: p for p in near if p.rank == owner}
-        return list(by_rows.values())
 
 
 def _of(tensor: Tensor, first: int, piece: Piece) -> Tensor:
