@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 
 import pytest
 import torch
 from conftest import ROOT, command, write_config
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from trajectory import train
 
 from training.checkpoint import damage
 from training.config import Config, MeshConfig, ModelConfig
+from training.data import prepare
 from training.distributed import World
 from training.distributed.mesh import Grid, grid
+from training.distributed.parallelize import KEPT
 from training.errors import UserError
+from training.loop import train_step
+from training.run import begin
 
 STEPS = 30
 MOE = {
@@ -70,11 +77,11 @@ def of_one(alone: dict, kind: str, config) -> tuple[dict, dict[str, torch.Tensor
     return alone[kind]
 
 
-def same(outcome: dict, weights: dict, alone: tuple[dict, dict], label: str) -> None:
-    """As close as the order of sums allows, after STEPS steps."""
+def same(outcome: dict, weights: dict, alone: tuple[dict, dict], label: str, begins: int = 0) -> None:
+    """As close as the order of sums allows, after STEPS steps; `outcome` is of a run that went on after `begins`."""
     theirs, their_weights = alone
-    assert outcome["tokens"] == theirs["tokens"], label
-    for step, (one, other) in enumerate(zip(outcome["steps"], theirs["steps"], strict=True)):
+    assert outcome["tokens"] == theirs["tokens"][begins:], label
+    for step, (one, other) in enumerate(zip(outcome["steps"], theirs["steps"][begins:], strict=True), start=begins):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5), (label, step)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5), (label, step)
         assert one.get("expert_load") == other.get("expert_load"), (label, step)
@@ -139,19 +146,75 @@ def test_a_run_that_moves_between_layouts_is_the_run_that_never_did(kind, legs, 
         )
         together(n_ranks, tmp_path, [path], STOP_AT=str(stop))
         leg = json.loads((tmp_path / "leg.json").read_text())
-        outcome = {name: outcome[name] + leg[name] for name in outcome} | {"val_loss": leg["val_loss"]}
+        outcome = leg | {name: outcome[name] + leg[name] for name in ("steps", "tokens")}
         saved = tmp_path / "runs" / "moved" / "checkpoints" / f"step-{stop:08d}"
         assert damage(saved) is None
         assert (saved / "model-00002-of-00002.safetensors").exists() == (n_ranks == 2 and "shard" in mesh)
     same(outcome, load_file(tmp_path / "leg.safetensors"), of_one(alone, kind, config), f"{kind} {legs}")
 
 
-def together(n_ranks: int, folder, paths, **variables: str) -> None:
+def test_a_rank_without_memory_in_a_forward_of_all_ends_the_run_which_goes_on_with_less(options, config, tmp_path):
+    path = write_config(tmp_path / "ended.yaml", options(**changed("moe", "ended", 4, {"shard": 2}, steps=6)))
+    together(2, tmp_path, [path], STOP_AT="2")
+    said = together(2, tmp_path, [path], status=1, OUT_OF_MEMORY="1:1")
+    (line,) = [line for line in said.splitlines() if "out of memory" in line]
+    assert re.fullmatch(
+        r"error: rank 1 \(host \S+, pid \d+\): step 3: out of memory; "
+        "the same command goes on from the newest checkpoint, 2 samples at a time",
+        line,
+    )
+    together(2, tmp_path, [path])
+    outcome = json.loads((tmp_path / "ended.json").read_text())
+    assert outcome["micro_batch"] == 2
+    alone = train(config(**changed("moe", "alone", 4, {}, steps=6)), World(0, 1, torch.device("cpu")))
+    same(outcome, load_file(tmp_path / "ended.safetensors"), alone, "ended and gone on", begins=2)
+
+
+def test_ranks_of_unlike_processors_agree_on_what_is_remembered(options, tmp_path):
+    """A run that began on two alike goes on on two that are not: what fits is tried again, by both."""
+    path = write_config(tmp_path / "unlike.yaml", options(**changed("dense", "unlike", "auto", {}, steps=4)))
+    together(2, tmp_path, [path], STOP_AT="2")
+    together(2, tmp_path, [path], THREADS="1,2")
+    places = json.loads((tmp_path / "runs/unlike/checkpoints/step-00000004/state.json").read_text())["micro_batch"]
+    assert sorted("1 thread " in place and "2 threads" in place for place in places) == [False, True]
+
+
+def together(n_ranks: int, folder, paths, *, status: int = 0, **variables: str) -> str:
+    """Run the driver; returns what it said."""
     done = command(
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks),
         str(ROOT / "tests" / "trajectory.py"), str(folder), *map(str, paths), env=variables,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
+    return done.stderr
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operators that selective recomputation keeps, where they run."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if (name := func.name().partition(".")[0]) in KEPT:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_is_costly_is_not_computed_again_where_that_is_selective(config):
+    """Products and attention of a forward and backward, counted as they run."""
+    counts = {}
+    for recompute in ("none", "selective", "full"):
+        made = config(**changed("moe", recompute, 4, {}, parallel={"recompute": recompute}))
+        run = begin(made, prepare(made.data, quiet=True), World(0, 1, torch.device("cpu")), "auto")
+        with Counted() as counts[recompute]:
+            train_step(run)
+        run.close()
+    none, selective, full = (counted.counts for counted in counts.values())
+    assert selective == none
+    for name in ("aten::addmm", "aten::_grouped_mm", "aten::_scaled_dot_product_flash_attention_for_cpu"):
+        assert full[name] > none[name] > 0
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -178,7 +241,11 @@ def test_a_copy_of_the_ranks_holds_every_row_once(cells, of_experts):
 @pytest.mark.parametrize(
     ("mesh", "size", "said"),
     [
-        ({"shard": 3}, 4, "parallel.mesh: a multiple of shard 3 is not 4, the number of processes"),
+        (
+            {"shard": 3},
+            4,
+            "parallel.mesh.shard: 3 does not divide the 4 processes; change the mesh, or start 3 of them",
+        ),
         ({"shard": 2, "replicate": 3}, 4, "parallel.mesh: replicate 3 x shard 2 is not 4, the number of processes"),
         ({"expert": 3}, 4, "parallel.mesh.expert: 3 does not divide the 4 processes"),
         ({"expert": 8}, 8, "parallel.mesh.expert: 8 does not divide n_experts 4"),

@@ -204,7 +204,7 @@ def test_epochs_are_those_of_the_source_that_is_read_the_most(config):
         (["--world", "9"], "--world: 9 processes are more than the 8 samples of batch_tokens 512"),
         (["--mfu", "40"], "--mfu: '40' is not above 0"),
         (["--mfu", "0.4", "--device", "cpu"], "--mfu: no peak is known of CPU"),
-        (["--parallel.mesh.shard", "3"], "parallel.mesh: a multiple of shard 3 is not 1"),
+        (["--parallel.mesh.shard", "3"], "parallel.mesh.shard: 3 does not divide the 1 processes"),
         (
             ["--model.vocab_size", "null", "--data.tokenizer", "{type: huggingface, name: x/y}"],
             "model.vocab_size: unknown",

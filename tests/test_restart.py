@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT, command, environment, rows, save_checkpoint, tensors, write_config
 
 from training import checkpoint, loop
@@ -155,13 +154,10 @@ def test_a_kernel_is_chosen_that_runs_at_the_models_own_widths(run, capsys):
 
 
 def test_fewer_samples_than_processes_are_refused(config):
-    from training.data import prepare
-    from training.distributed import World
-    from training.run import begin
+    from training.distributed.mesh import refuse_misfit
 
-    made = config(batch_tokens=32)
     with pytest.raises(UserError, match="batch_tokens: 32 are 1 samples, fewer than 2 processes"):
-        begin(made, prepare(made.data), World(0, 2, torch.device("cpu")), "auto")
+        refuse_misfit(config(batch_tokens=32), 2)
 
 
 def test_a_run_whose_text_has_changed_is_not_judged_on_it(options, tmp_path):

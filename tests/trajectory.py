@@ -3,17 +3,17 @@
     torchrun ... tests/trajectory.py FOLDER CONFIG.yaml...    each trained: FOLDER/CONFIG.safetensors and .json
 
 OUT_OF_MEMORY="1:5" makes the allocation of rank 1's sixth forward fail; ALL_TO="2,1" sends all tokens to these experts;
-STOP_AT="8" saves after the eighth step and ends there.
+STOP_AT="8" saves after the eighth step and ends there; THREADS="1,2" are those of each rank.
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import itertools
 import json
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from training import cli
 from training.config import Config
 from training.data import prepare
 from training.distributed import World, join
+from training.errors import UserError
 from training.loop import evaluate, train_step
 from training.run import begin, save
 
@@ -66,7 +67,8 @@ def train(config: Config, world: World) -> tuple[dict, dict[str, torch.Tensor]]:
     run.close()
     names = ("loss", "grad_norm", "expert_load")
     steps = [{name: row[name] for name in names if name in row} for row in rows]
-    return {"steps": steps, "tokens": tokens_of_step, "val_loss": found["val_loss"]}, weights
+    facts = {"val_loss": found["val_loss"], "micro_batch": run.micro_batch}
+    return {"steps": steps, "tokens": tokens_of_step} | facts, weights
 
 
 def out_of_memory_at(module: torch.nn.Module, call: int) -> RemovableHandle:
@@ -80,21 +82,27 @@ def out_of_memory_at(module: torch.nn.Module, call: int) -> RemovableHandle:
     return module.register_forward_pre_hook(fail)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def main() -> int:
+    threads = os.environ.get("THREADS", "").split(",")
+    torch.set_num_threads(int(threads[int(os.environ["RANK"])]) if len(threads) > 1 else 1)
     folder, *paths = map(Path, sys.argv[1:])
-    world = None
-    for path in paths:
-        config = cli.load(path)
-        world = world or join(torch.device("cpu"), *[config.parallel][: len(inspect.signature(join).parameters) - 1])
-        outcome, weights = train(config, world)
-        if world.main:
-            (folder / f"{path.stem}.json").write_text(json.dumps(outcome))
-            save_file(
-                {name: tensor.contiguous() for name, tensor in weights.items()}, folder / f"{path.stem}.safetensors"
-            )
-    world.leave()
+    configs = {path: cli.load(path) for path in paths}
+    try:
+        with ExitStack() as at_end:
+            world = join(torch.device("cpu"), configs[paths[0]].parallel)
+            at_end.push(world.leave)
+            for path, config in configs.items():
+                outcome, weights = train(config, world)
+                if world.main:
+                    path = folder / path.name
+                    path.with_suffix(".json").write_text(json.dumps(outcome))
+                    whole = {name: tensor.contiguous() for name, tensor in weights.items()}
+                    save_file(whole, path.with_suffix(".safetensors"))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

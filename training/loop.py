@@ -9,6 +9,7 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -139,22 +140,20 @@ def gradients(
 ) -> Sums | None:
     """Leave this rank's part of the gradient in the model; its summed metrics, or None where memory is out on a rank.
 
-    Raises UserError for that where other ranks are in the middle of a forward that needs this one. Collective.
+    Raises StartAgain for that where other ranks are in the middle of a forward that needs this one. Collective.
     """
     sums, out_of_memory = Sums(), False
     run.ledger.enter("compute")
     try:
-        for rows in pieces(run, len(tokens_BT)):
+        cut = pieces(run, len(tokens_BT))
+        for number, rows in enumerate(cut, start=1):
+            run.layout.last(number == len(cut))
             forward_backward(run, tokens_BT[rows], targets_BT[rows], key_B[rows], n_targets, sums)
     except RuntimeError as error:
         if not devices.is_out_of_memory(error):
             raise
         if run.layout.grid.collective:
-            less = f"--micro_batch {run.micro_batch // 2}" if run.micro_batch > 1 else "--parallel.recompute full"
-            raise UserError(
-                f"step {run.step + 1}: out of memory on rank {run.world.rank}; start again with {less}: the run goes "
-                "on from its newest checkpoint"
-            ) from None
+            fit.end(run)
         out_of_memory = True
     run.ledger.enter("communication")
     return None if any(run.world.max_int(out_of_memory)) else sums
@@ -162,11 +161,9 @@ def gradients(
 
 def pieces(run: Run, n_mine: int) -> list[slice]:
     """This rank's samples cut into micro-batches; where all ranks must make equally many, maybe an empty one more."""
-    cut = [slice(first, min(first + run.micro_batch, n_mine)) for first in range(0, n_mine, run.micro_batch)]
-    if run.layout.grid.collective:
-        (n_most,) = run.world.max_int(len(cut))
-        cut += [slice(n_mine, n_mine)] * (n_most - len(cut))
-    return cut
+    n_most = fit.most_samples(run.config, run.world.size) if run.layout.grid.collective else n_mine
+    cuts = range(0, n_most, run.micro_batch)
+    return [slice(min(first, n_mine), min(first + run.micro_batch, n_mine)) for first in cuts]
 
 
 def forward_backward(
@@ -227,7 +224,9 @@ def record(run: Run, due: Due) -> None:
             run.best = {"step": run.step, "val_loss": found["val_loss"]}
     run.last_row = rows[-1]
     if due.evaluate and run.config.eval.prompts and (run.world.main or run.layout.grid.collective):
-        texts = samples(run.model, run.dataset.tokenizer, run.config.eval, seed=(run.config.seed, run.step))
+        made = (run.model, run.dataset.tokenizer, run.config.eval)
+        agree = run.world.mains if run.layout.grid.collective else None
+        texts = samples(*made, seed=(run.config.seed, run.step), agree=agree)
         run.layout.rest()
         rows[-1] = rows[-1] | {"samples": texts}
     run.ledger.enter("idle")
@@ -293,8 +292,17 @@ def evaluate(
     }
 
 
-def samples(model: GPT, tokenizer: Tokenizer, config: EvalConfig, seed: tuple[int, int]) -> list[dict[str, str]]:
-    """A continuation of every prompt; each the same for the same weights and seed, whatever the other prompts are."""
+def samples(
+    model: GPT,
+    tokenizer: Tokenizer,
+    config: EvalConfig,
+    seed: tuple[int, int],
+    agree: Callable[[Tensor], Tensor] | None = None,
+) -> list[dict[str, str]]:
+    """A continuation of every prompt; each the same for the same weights and seed, whatever the other prompts are.
+
+    `agree` as in `model/sampling.py`.
+    """
     texts = continue_texts(
         model,
         tokenizer,
@@ -302,5 +310,6 @@ def samples(model: GPT, tokenizer: Tokenizer, config: EvalConfig, seed: tuple[in
         config.sample_tokens,
         seeds=[seed] * len(config.prompts),
         rules=Rules(config.temperature, config.top_k),
+        agree=agree,
     )
     return [{"prompt": prompt, "text": text.text} for prompt, text in zip(config.prompts, texts, strict=True)]

@@ -11,7 +11,6 @@ flash kernel (for a GPU: without masks), which keeps what the GPUs' do; workspac
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -26,9 +25,10 @@ from torch.utils._pytree import tree_leaves
 
 from training.config import Config, MeshConfig
 from training.device import DTYPES
-from training.distributed import World
+from training.distributed import BUCKET, World
 from training.distributed.mesh import Grid, grid
 from training.distributed.parallelize import Layout, parallelize
+from training.fit import most_samples
 from training.kernels import ATTENTION, EXPERTS, Backend, Kernels, loss
 from training.kernels.attention import Documents
 from training.kernels.experts import Plan, plan, to_rows, to_tokens
@@ -101,7 +101,7 @@ def largest(config: Config, limit: float, world: int = 1, device: str = "cpu") -
     def needed(n_samples: int) -> int:
         return estimate(config, n_samples, world, device).total
 
-    fits, too_many = 1, share(config, world)
+    fits, too_many = 1, most_samples(config, world)
     if (most := needed(too_many)) <= limit:
         return too_many
     if too_many == 1 or (least := needed(1)) > limit:
@@ -114,11 +114,6 @@ def largest(config: Config, limit: float, world: int = 1, device: str = "cpu") -
         else:
             too_many, most = n, found
     return fits
-
-
-def share(config: Config, world: int) -> int:
-    """Samples of a step on the process that has the most of them."""
-    return math.ceil(config.batch_tokens // config.model.n_positions / world)
 
 
 class Held(NamedTuple):
@@ -183,7 +178,7 @@ def _peak(
     config: Config, micro_batch: int, world: int, device: str, cells: Grid, *, worst: bool
 ) -> tuple[Counter[str], bool]:
     """Bytes by kind at the peak of a step that is not the first, and whether that was in the optimizer's."""
-    n_mine = share(config, world)
+    n_mine = most_samples(config, world)
     micro_batch, accumulates = min(micro_batch, n_mine), n_mine > micro_batch
     replicated = world > 1 and cells.shard == 1
     dtype, live = DTYPES[config.precision], Live(cells)
@@ -295,11 +290,12 @@ def _forward_backward(model: GPT, micro_batch: int) -> None:
 def _update(
     layout: Layout, optimizer: Optimizer, shares: dict[nn.Parameter, float], live: Live, replicated: bool
 ) -> None:
-    """The optimizer's step, and before it the sum over ranks, which travels in one piece."""
+    """The optimizer's step, and before it the sum over ranks."""
     gradients = [parameter.grad for parameter in shares if parameter.grad is not None]
     live.kind = "optimizer"
     if replicated:
-        torch.cat([gradient.flatten() for gradient in gradients])
+        n_bytes = sum(gradient.nbytes for gradient in gradients)
+        torch.empty(min(n_bytes, BUCKET), dtype=torch.int8)
     layout.grad_norm()
     torch._foreach_mul_(gradients, torch.ones(()))
     optimizer.step(1.0)

@@ -115,8 +115,8 @@ def machine(name: str | None, config: Config) -> Machine:
         return Machine(
             devices.describe(here), here.type, devices.memory_bytes(here), peak, devices.multiplies_bf16(here)
         )
-    known = {" ".join(re.findall("[a-z0-9]+", key.lower())): key for key in devices.MEMORY_GIB}
-    key = known.get(" ".join(re.findall("[a-z0-9]+", name.lower())))
+    known = {"".join(re.findall("[a-z0-9]+", key.lower())): key for key in devices.MEMORY_GIB}
+    key = known.get("".join(re.findall("[a-z0-9]+", name.lower())))
     if key is None:
         raise UserError(f"--device: {name!r} is none of cpu, {', '.join(devices.MEMORY_GIB)}")
     n_bytes = round(devices.MEMORY_GIB[key] * 2**30)
@@ -127,9 +127,9 @@ def plan(config: Config, machine: Machine, world: int) -> Plan:
     """Look at what is prepared, and work out memory. Raises UserError for what the run would refuse."""
     import torch
 
-    from training.fit import CPU_TOKENS, HEADROOM
+    from training.fit import HEADROOM, equal_parts, most_samples
     from training.initial import options
-    from training.memory import estimate, largest, share
+    from training.memory import estimate, largest
     from training.model import GPT
 
     config = options(config)
@@ -137,7 +137,7 @@ def plan(config: Config, machine: Machine, world: int) -> Plan:
     precision = config.precision if config.precision != "auto" else "bf16" if machine.bf16 else "fp32"
     model = config.model.model_copy(update={"vocab_size": config.model.vocab_size or _vocabulary(config, manifest)})
     config = config.model_copy(update={"precision": precision, "model": model})
-    n_mine = share(config, world)
+    n_mine = most_samples(config, world)
     if config.batch_tokens // model.n_positions < world:
         raise UserError(
             f"--world: {world} processes are more than the {config.batch_tokens // model.n_positions} samples of "
@@ -145,11 +145,8 @@ def plan(config: Config, machine: Machine, world: int) -> Plan:
         )
     fits = largest(config, HEADROOM * machine.n_bytes, world, machine.type)
     micro_batch = config.micro_batch
-    if micro_batch == "auto":  # as the run chooses it: equal parts, and on a CPU no more than is of use
-        micro_batch = max(1, fits)
-        if machine.type == "cpu":
-            micro_batch = min(micro_batch, max(1, CPU_TOKENS // model.n_positions))
-        micro_batch = math.ceil(n_mine / math.ceil(n_mine / micro_batch))
+    if micro_batch == "auto":
+        micro_batch = equal_parts(n_mine, max(1, fits), config, machine.type)
     micro_batch = min(micro_batch, n_mine)
     with torch.device("meta"):
         network = GPT(model)
@@ -204,7 +201,7 @@ def lines(plan: Plan, mfu: float | None, *, here: bool) -> list[str]:
         + (f", {n_mine} a device" if world > 1 else "")
         + f", {plan.micro_batch} at a time"
         + (" (chosen)" if config.micro_batch == "auto" else ""),
-        "steps": f"{config.steps:,} = {tokens:,} tokens, {tokens / active:,.3g} a parameter"
+        "steps": f"{config.steps:,} = {tokens:,} tokens, {_figure(tokens / active)} a parameter"
         + (" that is active" if active < total else ""),
         "data": _data(plan),
         "checkpoints": f"{checkpoint_bytes(plan) / 2**30:,.2f} GiB each, {n_kept} of them on disk while one is written",
@@ -261,7 +258,12 @@ def _time(plan: Plan, mfu: float | None, here: bool) -> str:
         return "unknown: no peak is known; train some steps here, and ask again"
     speed = (mfu or MFU) * peak * plan.world / plan.model.flops_per_token()
     how = f"{mfu or MFU:.0%} of {peak / 1e12:,.0f} TFLOP/s" + ("" if mfu else ", assumed; --mfu says otherwise")
+    how += "; what travels between devices is not counted" if plan.world > 1 else ""
     return f"{hours(tokens / speed)}, at {speed:,.0f} tokens/s = {how}"
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def hours(seconds: float) -> str:
@@ -326,7 +328,8 @@ def warnings(plan: Plan) -> Iterator[str]:
     low, high = TOKENS_A_PARAMETER
     if not low <= tokens / active <= high:
         change = "a smaller model, or more steps," if tokens / active < low else "a larger model"
-        yield f"{tokens / active:.3g} tokens a parameter, where about 20 are best: {change} learns more in that time"
+        each = _figure(tokens / active)
+        yield f"{each} tokens a parameter, where about 20 are best: {change} learns more in that time"
     needed = (config.checkpoint.keep + config.checkpoint.keep_best + 1) * checkpoint_bytes(plan)
     out_dir = Path(config.out_dir).absolute()
     there = next(path for path in (out_dir, *out_dir.parents) if path.exists())

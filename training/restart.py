@@ -6,7 +6,6 @@ options are which.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,10 +64,9 @@ def agreed(config: Config, resume: str, world: World) -> Found | None:
         if resume == "never":
             move_aside(folder_of(config))
         answer = find(config, resume)
-    told = world.gather_bytes(json.dumps(answer and [str(answer[0]), answer[1]]).encode())[0]
-    if (answer := json.loads(told)) is None:
+    if (told := world.told(answer and [str(answer[0]), answer[1]])) is None:
         return None
-    path, own = Path(answer[0]), answer[1]
+    path, own = Path(told[0]), told[1]
     return Found(path, own, checkpoint.state_of(path))
 
 

@@ -70,7 +70,8 @@ class Run:
     kernels_why: dict[str, str]  # for each its name and the reason
     loss_scale: LossScale | None = None  # fp16 only
     micro_batch: int = 1  # samples at a time
-    micro_batches: dict[str, int] = field(default_factory=dict)  # the same by `fit.place`: what was tried, once
+    place: str = ""  # what that was found for
+    fits: dict[str, dict] = field(default_factory=dict)  # by place: "micro_batch", "recompute"; found once
     back_offs: int = 0  # how often memory was out since the start
     step: int = 0  # steps that are done
     best: dict | None = None  # {"step", "val_loss"} of the lowest validation loss
@@ -86,11 +87,6 @@ class Run:
 
 def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
     """Build the run's parts, new or as the checkpoint that `restart.find` names, and open its logs. Collective."""
-    n_samples = config.batch_tokens // config.model.n_positions
-    if n_samples < world.size:
-        raise UserError(
-            f"batch_tokens: {config.batch_tokens} are {n_samples} samples, fewer than {world.size} processes"
-        )
     found = restart.agreed(config, resume, world)
     config = resolve(config, found, dataset, world.device)
     if found is not None and found.own:
@@ -201,6 +197,24 @@ def restore(run: Run, found: restart.Found) -> None:
         run.loss_scale = LossScale(**state["loss_scale"])
 
 
+def parts(run: Run) -> dict[str, dict[str, Part]]:
+    """What this rank has of all that is saved as tensors."""
+    shards = run.layout.shards
+    model = {name: Part(shard.local(), shard.rows.start, shard.shape, shard.writes) for name, shard in shards.items()}
+    optimizer = {}
+    for key, tensor in run.optimizer.state_dict().items():
+        shard = shards[key.rpartition("/")[0]]
+        rows = (shard.rows.start, shard.shape, shard.writes) if tensor.ndim else (0, tensor.shape, run.world.main)
+        optimizer[key] = Part(tensor, *rows)
+    return {"model": model, "optimizer": optimizer}
+
+
+def expect_save(run: Run) -> None:
+    """After the first step, when there is all that will be saved: have memory for its copy taken beside the loop."""
+    if not run.saver.prepared:
+        run.saver.prepare(parts(run))
+
+
 def save(run: Run) -> None:
     """Save a checkpoint, then remove those that are no longer kept: begun here, done beside the loop. Collective."""
     state = {
@@ -212,18 +226,11 @@ def save(run: Run) -> None:
         "loss_scale": run.loss_scale and asdict(run.loss_scale),
         "data": run.dataset.fingerprint,
         "kernels": run.kernels,
-        "micro_batch": run.micro_batches,
+        "micro_batch": dict(run.fits),
         "config": run.config.model_dump(mode="json"),
     }
-    shards = run.layout.shards
-    model = {name: Part(shard.local(), shard.rows.start, shard.shape, shard.writes) for name, shard in shards.items()}
-    optimizer = {}
-    for key, tensor in run.optimizer.state_dict().items():
-        shard = shards[key.rpartition("/")[0]]
-        rows = (shard.rows.start, shard.shape, shard.writes) if tensor.ndim else (0, tensor.shape, run.world.main)
-        optimizer[key] = Part(tensor, *rows)
     best = run.best["step"] if run.best and run.config.checkpoint.keep_best else None
-    run.saver.save({"model": model, "optimizer": optimizer}, state, best)
+    run.saver.save(parts(run), state, best)
 
 
 def open_logs(run: Run) -> None:

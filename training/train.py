@@ -24,7 +24,7 @@ FLAGS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Exit status: 0 done, 1 a rank was lost, 2 wrong input, 128 + n saved and stopped by signal n."""
+    """The command. Exit status: 0 done, 1 to be started again, 2 wrong input, 128 + n saved and stopped by signal n."""
     arguments = sys.argv[1:] if argv is None else argv
     config, flags = cli.parse(arguments, prog="python -m training.train", doc=__doc__, flags=FLAGS)
     # torch reads these once: large pages for tensors; no C++ stacks about ranks that are lost, which a line names
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         return train(config, resume=flags["--resume"] or "auto")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.status
     except KeyboardInterrupt:  # before the first step
         print("interrupted", file=sys.stderr)
         return 130
@@ -44,22 +44,25 @@ def train(config: Config, *, resume: str = "auto") -> int:
     """The five steps of a run; returns the exit status. torch is imported here, once the options are known good."""
     began = time.perf_counter()
     from training.data import prepare
-    from training.device import pick
+    from training.device import pick, resolve_precision
     from training.distributed import join
     from training.distributed.agreement import refuse_different_data, refuse_different_options
     from training.distributed.joining import said_once
+    from training.distributed.mesh import refuse_misfit
+    from training.fit import told_in_a_line
     from training.initial import options
     from training.loop import Watch, record, train_step
     from training.restart import lock, stopped
-    from training.run import begin, finish
+    from training.run import begin, expect_save, finish
 
     with ExitStack() as at_end:
         with said_once():
             world = join(pick(config.parallel.device), config.parallel)
         at_end.push(world.leave)
-        refuse_different_options(world, config, resume)
+        refuse_different_options(world, config, resume, resolve_precision(config.precision, world.device))
         world.doing("the preparation of data", "alone")
         config = options(config, fresh=resume == "never")
+        refuse_misfit(config, world.size)
         dataset = prepare(config.data, quiet=not world.main)  # 1. load and preprocess the dataset
         world.doing("the beginning", "alone")
         refuse_different_data(world, dataset.fingerprint)
@@ -67,12 +70,14 @@ def train(config: Config, *, resume: str = "auto") -> int:
             at_end.enter_context(lock(config))
         run = begin(config, dataset, world, resume)  # 2. initialize, or restore, model and optimizer
         at_end.callback(run.close)
+        at_end.enter_context(told_in_a_line(run))
         watch = Watch(run)
         at_end.callback(watch.close)
         run.ledger.began(began)
         run.metrics.start_clock()
         while run.step < run.config.steps:  # 3. train, 4. evaluating on the way and after the last step
             train_step(run)
+            expect_save(run)
             due = watch.due()
             if due.log:
                 world.doing(f"the record of step {run.step}", "alone" if world.main else "work")

@@ -31,12 +31,14 @@ class Saver:
     def __init__(self, folder: Path, peers: Peers, section: CheckpointConfig):
         self.folder, self.peers, self.section = folder, peers, section
         self.failure: UserError | None = None
+        self.prepared = False
         self._thread: threading.Thread | None = None
         self._copies: dict[tuple[str, str], Tensor] = {}  # their memory serves the next save too
 
     def prepare(self, parts: Parts) -> None:
         """Begin to take the memory that such parts are copied to: of new pages, that takes longer than the copy."""
         self.wait()
+        self.prepared = True
 
         def take() -> None:
             with suppress(RuntimeError):  # no memory: the save will say so

@@ -7,12 +7,14 @@ that one that dies or hangs is named (`faults.py`).
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,8 @@ from training.distributed.faults import Monitor
 from training.distributed.joining import connection, meet, name_of_start, numbers, own
 from training.distributed.lost import BACKGROUND, LOOP, Kind
 from training.errors import UserError
+
+BUCKET = 2**26  # bytes of tensors that are summed in one message: more would be memory, fewer waiting
 
 
 @dataclass(frozen=True)
@@ -59,18 +63,19 @@ class World:
         return self.monitor.waiting(what, BACKGROUND if background else LOOP) if self.monitor else nullcontext()
 
     def sum_(self, tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None, what: str = "a sum") -> None:
-        """Sum the tensors over all ranks, or a group's, in place, in one message a device and type. Collective."""
+        """Sum the tensors over all ranks, or a group's, in place, small ones together. Collective."""
         if self.size == 1:
             return
         alike: dict[tuple, list[Tensor]] = {}
         for tensor in tensors:
             alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-        for same in alike.values():
-            flat = torch.cat([tensor.flatten() for tensor in same])
+        for some in (bucket for same in alike.values() for bucket in _buckets(same)):
+            flat = some[0] if len(some) == 1 and some[0].is_contiguous() else torch.cat([t.flatten() for t in some])
             with self.waiting(what):
                 dist.all_reduce(flat, group=group)
-            for tensor, summed in zip(same, flat.split([t.numel() for t in same]), strict=True):
-                tensor.copy_(summed.view_as(tensor))
+            if flat is not some[0]:
+                for tensor, summed in zip(some, flat.split([t.numel() for t in some]), strict=True):
+                    tensor.copy_(summed.view_as(tensor))
 
     def sum_int(self, value: int) -> int:
         """The sum of a host's number over all ranks. Collective."""
@@ -103,6 +108,16 @@ class World:
             dist.all_gather(gathered, padded, group=group)
         return [bytes(got[: int(n)].numpy()) for got, n in zip(gathered, lengths, strict=True)]
 
+    def mains(self, tensor: Tensor) -> Tensor:
+        """The main rank's tensor, on all of them. Collective."""
+        with self.waiting("a message"):
+            dist.broadcast(tensor, 0)
+        return tensor
+
+    def told(self, value: Any) -> Any:
+        """The main rank's value, of JSON's types, on all of them. Collective."""
+        return json.loads(self.gather_bytes(json.dumps(value if self.main else None).encode())[0])
+
     def wait(self) -> None:
         """Until every rank is here. Collective."""
         if self.size > 1:
@@ -127,6 +142,18 @@ class World:
             self.monitor.end()
         if self.size > 1 and not self.borrowed:
             dist.destroy_process_group()
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in their order, in lists of up to BUCKET bytes; a larger one is alone."""
+    some, n_bytes = [], 0
+    for tensor in tensors:
+        if some and n_bytes + tensor.nbytes > BUCKET:
+            yield some
+            some, n_bytes = [], 0
+        some.append(tensor)
+        n_bytes += tensor.nbytes
+    yield some
 
 
 def join(device: torch.device, section: ParallelConfig) -> World:

@@ -20,9 +20,9 @@ OWN = {"cache_dir", "workers"}  # options of `data` that each host may have its 
 SHOWN = 3  # differences that are listed
 
 
-def refuse_different_options(world: World, config: Config, resume: str) -> None:
-    """Raise UserError where ranks were started with other options or other code. Collective."""
-    options = dict(leaves(config.model_dump(mode="json", exclude={"data": OWN})))
+def refuse_different_options(world: World, config: Config, resume: str, precision: str) -> None:
+    """Raise UserError where ranks have other options or other code, or `auto` is another precision. Collective."""
+    options = dict(leaves(config.model_dump(mode="json", exclude={"data": OWN}))) | {"precision": precision}
     _refuse(world, options | {"--resume": resume, "torch": torch.__version__, "the code of training": _source()})
 
 

@@ -93,7 +93,10 @@ class Spread:
         needed = [p for p in pieces if p.rank // self.n_shards == copy[p.matrix]]
 
         def way(among: list[Piece], end: Callable[[Piece], int], other: Callable[[Piece], int]) -> Way:
-            mine = [[p for p in among if end(p) == me and other(p) == rank] for rank in range(self.world.size)]
+            mine: list[list[Piece]] = [[] for _ in range(self.world.size)]
+            for p in among:
+                if end(p) == me:
+                    mine[other(p)].append(p)
             return Way([p for some in mine for p in some], [sum(len(p.rows) for p in some) for some in mine])
 
         def holds(p: Piece) -> int:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from training.config import MeshConfig, ModelConfig
+from training.config import Config, MeshConfig, ModelConfig
 from training.errors import UserError
 
 
@@ -41,15 +41,22 @@ class Grid(NamedTuple):
         return rows[min(place * size, len(rows)) : min((place + 1) * size, len(rows))]
 
 
+def refuse_misfit(config: Config, size: int) -> None:
+    """Raise UserError where the options cannot be carried out by so many ranks."""
+    n_samples = config.batch_tokens // config.model.n_positions
+    if n_samples < size:
+        raise UserError(f"batch_tokens: {config.batch_tokens} are {n_samples} samples, fewer than {size} processes")
+    grid(config.parallel.mesh, size, config.model)
+
+
 def grid(section: MeshConfig, size: int, model: ModelConfig) -> Grid:
     """The section's numbers for so many ranks. Raises UserError where they do not multiply out."""
     replicate = section.replicate or size // section.shard
     if replicate * section.shard != size:
-        asked = f"replicate {section.replicate} x shard" if section.replicate else "a multiple of shard"
-        raise UserError(
-            f"parallel.mesh: {asked} {section.shard} is not {size}, the number of processes; change the mesh, or start "
-            f"{(section.replicate or max(1, replicate)) * section.shard} of them"
-        )
+        wrong = f".shard: {section.shard} does not divide the {size} processes"
+        if section.replicate:
+            wrong = f": replicate {section.replicate} x shard {section.shard} is not {size}, the number of processes"
+        raise UserError(f"parallel.mesh{wrong}; change the mesh, or start {max(1, replicate) * section.shard} of them")
     if size % section.expert:
         raise UserError(f"parallel.mesh.expert: {section.expert} does not divide the {size} processes")
     counts = [block.ffn.n_experts for block in model.blocks if block.ffn.type == "moe"]
@@ -77,7 +84,8 @@ def groups(grid: Grid, device: torch.device) -> Groups:
         return Groups(None, None, None, None)
     plain = None
     if shard > 1:
-        plain = _fsdp_mesh(init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("replicate", "shard")))
+        root = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+        plain = root if replicate > 1 else root["shard"]
     if expert == 1:
         return Groups(plain, plain, None, None)
     if shard == 1:
@@ -86,9 +94,5 @@ def groups(grid: Grid, device: torch.device) -> Groups:
         return Groups(None, None, split.get_group("expert"), same)
     sizes, names = (replicate, shard // expert, expert), ("replicate", "shard", "expert")
     split = init_device_mesh(device.type, sizes, mesh_dim_names=names)
-    return Groups(plain, _fsdp_mesh(split["replicate", "shard"]), split.get_group("expert"), None)
-
-
-def _fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """Of one copy, the plain sharding of it."""
-    return mesh["shard"] if mesh.size(0) == 1 else mesh
+    of_experts = split["replicate", "shard"] if replicate > 1 else split["shard"]
+    return Groups(plain, of_experts, split.get_group("expert"), None)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,15 +29,21 @@ except ImportError:  # before PyTorch 2.6
     SHARDS_ON_CPU = False
     from torch.distributed._composable.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-# What selective recomputation keeps: products and attention, which cost the time; all else is cheap.
+# The operators whose results selective recomputation keeps: products and attention, which cost the time.
 KEPT = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::_grouped_mm",
+    "training_kernels_experts::loop_rows",
+    "training_kernels_triton_experts::to_rows",
+    "training_kernels_triton_experts::to_places",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "flash_attn::_flash_attn_forward",
+    "flash_attn_3::fwd",
 }
 
 
@@ -51,16 +57,12 @@ class Shard(NamedTuple):
     rows_of_rank: list[range]  # what each rank holds of the first dimension
     rank: int
     of_experts: bool
+    writes: bool  # whether this rank writes its rows, where several hold the same
 
     @property
     def rows(self) -> range:
         """Those of this rank."""
         return self.rows_of_rank[self.rank]
-
-    @property
-    def writes(self) -> bool:
-        """Whether this rank writes its rows, where several hold the same."""
-        return self.rows_of_rank.index(self.rows) == self.rank
 
     def local(self) -> Tensor:
         """This rank's rows."""
@@ -84,7 +86,8 @@ class Layout:
             if name in parameters:
                 rows_of_rank = [self.grid.rows(shape[0], rank, of_experts) for rank in range(self.world.size)]
                 leaf = nn.Parameter(held.detach().to_local()) if hasattr(held, "to_local") else held
-            yield Shard(name, held, leaf, shape, rows_of_rank, rank, of_experts)
+            writes = rows_of_rank.index(rows_of_rank[rank]) == rank
+            yield Shard(name, held, leaf, shape, rows_of_rank, rank, of_experts, writes)
 
     def leaves(self) -> list[tuple[str, nn.Parameter]]:
         """The parameters that the optimizer updates, by name: this rank's rows of each."""
@@ -154,7 +157,7 @@ class Layout:
         if not self.world.main:
             if shard.writes and shard.rows:
                 dist.send(mine.contiguous(), 0)
-            return mine
+            return mine.new_empty(0)
         whole = torch.empty(shard.shape, dtype=mine.dtype)
         for rank, rows in enumerate(shard.rows_of_rank):
             if rows and shard.rows_of_rank.index(rows) == rank:
@@ -169,6 +172,11 @@ class Layout:
         torch._dynamo.config.cache_size_limit = 8 * len(self.model.blocks)
         for block in self.model.blocks:
             block.compile()
+
+    def last(self, is_last: bool) -> None:
+        """Whether the backward that comes is the step's last: sums over copies of what is sharded wait for it."""
+        if self.grid.shard > 1 and self.grid.replicate > 1:
+            self.model.set_requires_all_reduce(is_last)
 
     def rest(self) -> None:
         """After a forward without backward: nothing is left gathered."""
@@ -214,8 +222,8 @@ def _recomputed(forward: Callable, kind: str) -> Callable:
     return lambda *inputs: checkpoint(forward, *inputs, **options)
 
 
-def _kept(_context: object, op: object, *_args: object, **_kwargs: object) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+def _kept(_context: object, op: Any, *_args: object, **_kwargs: object) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op.name().partition(".")[0] in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _fully_shard(model: nn.Module, made: Groups, dtype: torch.dtype) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, Protocol
 
 import numpy as np
+from torch import Tensor
 
 from training.model.gpt import GPT
 from training.model.sampling import Rules, sample
@@ -87,6 +88,7 @@ def continue_texts(
     rules: Rules,
     stops: Sequence[str] = (),
     watch: Callable[[str], object] | None = None,
+    agree: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Continuation]:
     """What follows each prompt (of `prompt_ids`), ended; `watch` is shown what is settled, whichever text it is of."""
     texts = [Continuation(tokenizer, stops, watch) for _ in prompts]
@@ -94,7 +96,7 @@ def continue_texts(
     def take(i: int, token: int) -> bool:
         return texts[i].take(token)
 
-    sample(model, prompts, n_tokens, take, n_vocab=tokenizer.vocab_size, seeds=seeds, rules=rules)
+    sample(model, prompts, n_tokens, take, n_vocab=tokenizer.vocab_size, seeds=seeds, rules=rules, agree=agree)
     for text in texts:
         text.end()
     return texts

@@ -75,14 +75,16 @@ def sample(
     n_vocab: int,
     seeds: Sequence[int | Sequence[int]],
     rules: Rules,
+    agree: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """Continue the prompts (token ids, at least one each) side by side, by up to `n_tokens` tokens each.
 
     `take(i, token)` gets the next token of prompt i and returns whether that text goes on. Only ids below `n_vocab`
     are drawn: rows of the embedding past the tokenizer's size have no text. Where the context is full, the older
     half is forgotten. A text is a function of its prompt and its seed (whole numbers), whatever is beside it.
+    Processes that hold a model together have to go on with the same tokens, (B, 1): `agree` makes them so.
     """
-    batch = _Batch(model, prompts, n_vocab, seeds, rules)
+    batch = _Batch(model, prompts, n_vocab, seeds, rules, agree)
     numbers = list(range(len(prompts)))
     for _ in range(n_tokens):
         going_on = [row for row, token in enumerate(batch.next()) if take(numbers[row], token)]
@@ -103,8 +105,9 @@ class _Batch:
         n_vocab: int,
         seeds: Sequence[int | Sequence[int]],
         rules: Rules,
+        agree: Callable[[Tensor], Tensor] | None,
     ):
-        self.model, self.n_vocab, self.rules = model, n_vocab, rules
+        self.model, self.n_vocab, self.rules, self.agree = model, n_vocab, rules, agree
         self.device, self.limit = model.wte.weight.device, model.config.n_positions
         self.contexts = [list(prompt)[-self.limit :] for prompt in prompts]
         self.cache = self._read(self.contexts)
@@ -125,6 +128,8 @@ class _Batch:
             uniform_B1 = uniform_B1.to(self.device)
         logits_BV = self.model.logits(self.fresh_B1, self.cache, n_last=1)[:, -1, : self.n_vocab]
         self.fresh_B1 = draw(logits_BV, self.seen_BV, uniform_B1, self.rules)
+        if self.agree is not None:
+            self.fresh_B1 = self.agree(self.fresh_B1)
         if self.seen_BV is not None:
             self.seen_BV.scatter_(1, self.fresh_B1, True)
         tokens = self.fresh_B1.flatten().tolist()  # the only time in a step that the device is waited for
