@@ -14,8 +14,12 @@ import torch
 from conftest import ROOT, command, environment, rows, tensors, write_config
 
 from training.config import Config
+from training.data import prepare
+from training.distributed import World
 from training.errors import UserError
+from training.loop import train_step
 from training.restart import folder_of
+from training.run import begin, expect_save, parts, save
 from training.train import train
 
 
@@ -179,6 +183,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(config, tmp_pa
 
     for _, path in checkpoint.steps(tmp_path / "runs/small/checkpoints"):
         assert all(tensor.isfinite().all() for tensor in checkpoint.load(path).model.values())
+
+
+def test_a_save_that_failed_ends_the_run_before_the_next_one(config, tmp_path):
+    in_the_way = tmp_path / "runs/small/checkpoints/.step-00000001.tmp"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch()  # where the save makes a folder
+    seldom = {"every": 300, "tokens": 64, "prompts": []}
+    with pytest.raises(UserError, match=r"step-00000100: the checkpoint could not be saved: Not a directory"):
+        train(config(steps=300, eval=seldom, checkpoint={"every": 100}, logging={"every": 1, "tensorboard": False}))
+    assert 100 <= rows(tmp_path / "runs/small")[-1]["step"] < 200
+
+
+def test_memory_for_the_first_save_is_there_after_the_first_step(config):
+    made = config()
+    run = begin(made, prepare(made.data, quiet=True), World(0, 1, torch.device("cpu")), "auto")
+    train_step(run)
+    expect_save(run)
+    run.saver.wait()
+    taken = {key: copy.data_ptr() for key, copy in run.saver._copies.items()}
+    assert len(taken) == sum(len(some) for some in parts(run).values())
+    run.last_row = {}
+    save(run)
+    run.close()
+    assert {key: copy.data_ptr() for key, copy in run.saver._copies.items()} == taken
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
