@@ -9,7 +9,7 @@ train: .venv/installed
 	$(RUN) -m training.train --config configs/quickstart.yaml
 
 test: .venv/installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 test-gpu: .venv/installed
 	$(RUN) -m pytest -m gpu
@@ -17,7 +17,7 @@ test-gpu: .venv/installed
 check: .venv/installed
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 format: .venv/installed
 	$(RUN) -m ruff check --fix

@@ -90,7 +90,8 @@ def command(*arguments: str, env: dict[str, str] | None = None, **kwargs) -> sub
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    ours = {name: value for name, value in os.environ.items() if name != "TORCH_CPP_LOG_LEVEL"}  # set by `main` here
+    return ours | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
 
 
 def write_config(path: Path, options: dict) -> Path:

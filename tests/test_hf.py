@@ -608,7 +608,7 @@ WHY_NOT = {
         *SIGMOIDS,
         NO_WINDOW,
         ({"second": {"mixer": {"rope_dim": 6}}}, "attention that differs between layers"),
-        ({"mixer": {"type": "attention"} | dict.fromkeys(LATENT.keys() - {"type"})}, "attention that is not latent"),
+        ({"mixer": dict.fromkeys(LATENT) | {"type": "attention"}}, "attention that is not latent"),
         ({"mixer": {"q_rank": None}}, None),
         ({"norm_eps": 1e-5}, "norm_eps 1e-05, where the latent vectors' is 1e-06"),
     ],
