@@ -70,6 +70,25 @@ def config(options):
 
 
 @pytest.fixture
+def begun(config):
+    """Small runs that have begun, or go on, in this process; closed at the end of the test."""
+    from training.data import prepare
+    from training.distributed import World
+    from training.run import begin
+
+    runs = []
+
+    def make(**changes):
+        made = config(**changes)
+        runs.append(begin(made, prepare(made.data, quiet=True), World(0, 1, torch.device("cpu")), "auto"))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        run.close()
+
+
+@pytest.fixture
 def run(config):
     """Train the small run with some options changed; returns its folder."""
 

@@ -12,28 +12,10 @@ from trajectory import out_of_memory_at
 
 from training import device as devices
 from training import fit
-from training.data import prepare
-from training.distributed import World
 from training.errors import UserError
 from training.loop import train_step
-from training.run import begin
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def begun(config):
-    """Runs that have begun; closed at the end of the test."""
-    runs = []
-
-    def make(**changes):
-        made = config(**changes)
-        runs.append(begin(made, prepare(made.data, quiet=True), World(0, 1, CPU), "auto"))
-        return runs[-1]
-
-    yield make
-    for run in runs:
-        run.close()
 
 
 def weights(run) -> dict[str, torch.Tensor]:

@@ -28,6 +28,7 @@ FLOORS = [
         "initial",
         "upcycle",
         "restart",
+        "skips",
         "trained",
         "prepare",
         "generate",

@@ -2,7 +2,8 @@
 
     torchrun ... tests/trajectory.py FOLDER CONFIG.yaml...    each trained: FOLDER/CONFIG.safetensors and .json
 
-OUT_OF_MEMORY="1:5" makes the allocation of rank 1's sixth forward fail; ALL_TO="2,1" sends all tokens to these experts;
+OUT_OF_MEMORY="1:5" makes the allocation of rank 1's sixth forward fail, POISON="1:5" its loss no number; ALL_TO="2,1"
+sends all tokens to these experts;
 STOP_AT="8" saves after the eighth step and ends there; THREADS="1,2" are those of each rank.
 """
 
@@ -49,6 +50,10 @@ def train(config: Config, world: World) -> tuple[dict, dict[str, torch.Tensor]]:
         rank, call = map(int, failing.split(":"))
         if rank == world.rank:
             hooks.append(out_of_memory_at(run.model, call))
+    if poisoned := os.environ.get("POISON"):
+        rank, call = map(int, poisoned.split(":"))
+        if rank == world.rank:
+            hooks.append(not_finite_at(run.model, call))
     stop = int(os.environ.get("STOP_AT", config.steps))
     while run.step < stop:
         seen.clear()
@@ -80,6 +85,18 @@ def out_of_memory_at(module: torch.nn.Module, call: int) -> RemovableHandle:
             raise torch.OutOfMemoryError("out of memory, by the test")
 
     return module.register_forward_pre_hook(fail)
+
+
+def not_finite_at(module: torch.nn.Module, call: int) -> RemovableHandle:
+    """The loss of that forward is not a number."""
+    calls = itertools.count()
+
+    def spoil(_module: object, _inputs: tuple, outputs: tuple) -> tuple:
+        loss, metrics = outputs
+        worse = float("nan") if next(calls) == call else 1.0
+        return loss * worse, metrics | {"loss_sum": metrics["loss_sum"] * worse}
+
+    return module.register_forward_hook(spoil)
 
 
 def main() -> int:

@@ -376,7 +376,7 @@ class ParallelConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When the run is saved. The end of the run, SIGTERM and SIGINT always save."""
+    """When the run is saved. The end of the run, SIGTERM, SIGINT and SIGUSR1 always save."""
 
     every: int | None = option(500, "save every so many steps; null: not by steps", unit="steps", ge=1)
     every_minutes: float | None = option(10.0, "save after so long; null: not by time", unit="minutes", gt=0)
@@ -442,6 +442,12 @@ class Config(Section):
     upcycle_noise: float | None = option(
         None,
         "noise on the experts that init_from's dense layers become, relative to their weights; null: none",
+        gt=0,
+    )
+    skip_spikes: float | None = option(
+        None,
+        "skip a step whose loss or gradient norm is so far above the last 128; null: take every finite one",
+        unit="standard deviations",
         gt=0,
     )
     model: ModelConfig = option(ModelConfig(), "the network")

@@ -1,16 +1,19 @@
 """What the loop does with a run: a step, an evaluation, samples.
 
-Nothing here waits for the device inside a step: metrics stay there until a row is due.
+A step waits for the device once, before it learns from what may not be finite; metrics stay there until a row is due.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -30,6 +33,11 @@ from training.model.continuation import continue_texts, prompt_ids
 from training.model.sampling import Rules
 from training.optim import rate
 from training.run import Run, save
+from training.skips import MOST
+
+# SIGUSR1 is what schedulers send before a job's time is over.
+STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+AGAIN_S = 1.0  # a terminal and a launcher both pass a signal on; one that comes later ends the process at once
 
 
 @dataclass(frozen=True)
@@ -46,10 +54,9 @@ class Watch:
     """Signals and the clock: what can interrupt the loop, asked once a step."""
 
     def __init__(self, run: Run):
-        self.run, self.signal, self.saved_at = run, 0, time.monotonic()
+        self.run, self.signal, self.since, self.saved_at = run, 0, 0.0, time.monotonic()
         ours = threading.current_thread() is threading.main_thread()  # Ray Train's is another: it stops a run itself
-        numbers = (signal.SIGTERM, signal.SIGINT) if ours else ()
-        self.before = {number: signal.signal(number, self._receive) for number in numbers}
+        self.before = {number: signal.signal(number, self._receive) for number in (STOPS if ours else ())}
 
     def close(self) -> None:
         """Give the signals back to who had them."""
@@ -57,8 +64,11 @@ class Watch:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _frame: object) -> None:
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)  # the second one ends the process at once
+        if not self.signal:
+            self.signal, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since > AGAIN_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def due(self) -> Due:
         """What is due after the step just done. Raises UserError where a save has failed meanwhile. Collective."""
@@ -74,7 +84,8 @@ class Watch:
         if save:
             self.saved_at = time.monotonic()
         evaluate = last or _every(config.eval.every, step)
-        return Due(save or evaluate or _every(config.logging.every, step), evaluate, save, received)
+        log = save or evaluate or self.run.skips.in_a_row >= MOST or _every(config.logging.every, step)
+        return Due(log, evaluate, save, received)
 
 
 def _every(interval: int | None, step: int) -> bool:
@@ -128,9 +139,13 @@ def train_step(run: Run) -> None:
         fit.back_off(run)
     run.layout.sum_gradients(totals.values())
     run.ledger.enter("optimizer")
-    grad_norm = update(run)
-    totals = run.model.finish_step(totals)
-    run.metrics.add(run.step, totals | {"grad_norm": grad_norm}, n_targets)
+    grad_norm = run.layout.grad_norm() / (1.0 if run.loss_scale is None else run.loss_scale.scale)
+    taken = takes(run, totals["loss_sum"] / n_targets, grad_norm)
+    if taken:
+        update(run, grad_norm)
+    run.layout.forget_gradients()
+    totals = run.model.finish_step(totals, taken)
+    run.metrics.add(run.step, totals | {"grad_norm": grad_norm}, n_targets, run.skips.total)
     run.step += 1
     run.ledger.enter("idle")
 
@@ -185,32 +200,44 @@ def forward_backward(
     sums.add({name: torch.zeros_like(value) for name, value in metrics.items()} if empty else metrics)
 
 
+def takes(run: Run, loss: Tensor, grad_norm: Tensor) -> bool:
+    """Whether the step is taken: never where its loss or gradient is not finite. Waits for the device. Collective.
+
+    In fp16 an overflow at first only lowers the loss scale.
+    """
+    loss, grad_norm = torch.stack([loss, grad_norm]).tolist()
+    finite = math.isfinite(loss) and math.isfinite(grad_norm)
+    if (scale := run.loss_scale) is not None:
+        lowered = not finite and scale.scale > 1
+        scale.update(finite)
+        if lowered:
+            return False
+    why = run.skips.why(loss, grad_norm)
+    if why and run.world.main:
+        print(f"step {run.step + 1}: {why}; skipped, nothing is learned from it", file=sys.stderr)
+    return not any(run.world.max_int(why is not None))
+
+
 @torch.no_grad()
-def update(run: Run) -> Tensor:
-    """Clip the summed gradient, update the weights, forget the gradient; returns its norm before clipping."""
-    norm = run.layout.grad_norm()
-    factor = torch.ones_like(norm)
+def update(run: Run, grad_norm: Tensor) -> None:
+    """Clip the summed gradient, whose norm that is, and update the weights."""
+    factor = torch.ones_like(grad_norm)
     if run.loss_scale is not None:
-        factor, norm = factor / run.loss_scale.scale, norm / run.loss_scale.scale
+        factor = factor / run.loss_scale.scale
     if run.config.optim.grad_clip is not None:
-        factor = factor * (run.config.optim.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+        factor = factor * (run.config.optim.grad_clip / (grad_norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_([p.grad for _, p in run.layout.leaves() if p.grad is not None], factor)
-    finite = run.loss_scale is None or bool(norm.isfinite())  # fp16 has to know before it steps
-    if finite:
-        run.optimizer.step(rate(run.config.schedule, run.step, run.config.steps))
-    if run.loss_scale is not None:
-        run.loss_scale.update(finite)
-    run.layout.forget_gradients()
-    return norm
+    run.optimizer.step(rate(run.config.schedule, run.step, run.config.steps))
 
 
 def record(run: Run, due: Due) -> None:
     """Write the rows of the steps since the last time; evaluate and save if that is due. Collective.
 
-    Raises UserError where a loss is not finite: nothing that it touched is saved.
+    Raises UserError where too many steps in a row were not finite, or the validation loss is not: nothing is saved.
     """
     rows = run.metrics.rows()
-    refuse_nonfinite(run, rows)
+    if run.skips.in_a_row >= MOST:
+        refuse(run, rows, f"the last {MOST} steps' losses or gradients were not finite")
     improved = False
     if due.evaluate:
         run.ledger.enter("evaluation")
@@ -218,7 +245,8 @@ def record(run: Run, due: Due) -> None:
         found = evaluate(run.model, run.val_batches, tokenizer, val_tokens, run.micro_batch, run.world)
         run.layout.rest()
         rows[-1] |= found
-        refuse_nonfinite(run, rows)
+        if not math.isfinite(found["val_loss"]):
+            refuse(run, rows, f"val_loss is {found['val_loss']}")
         improved = run.best is None or found["val_loss"] < run.best["val_loss"]
         if improved:
             run.best = {"step": run.step, "val_loss": found["val_loss"]}
@@ -241,18 +269,14 @@ def record(run: Run, due: Due) -> None:
     run.metrics.start_clock()
 
 
-def refuse_nonfinite(run: Run, rows: list[dict]) -> None:
-    """Raise UserError where a loss or a gradient is not finite, with the rows that led there written."""
-    for row in rows:
-        for key in ("loss", "val_loss") if run.loss_scale is not None else ("loss", "grad_norm", "val_loss"):
-            if math.isfinite(row.get(key, 0.0)):
-                continue
-            for sink in run.sinks:
-                sink.write(rows)
-            raise UserError(
-                f"step {row['step']}: {key} is {row[key]}, and nothing after it is saved; lower the learning rate and "
-                "start over with --resume never, or with another --name"
-            )
+def refuse(run: Run, rows: list[dict], why: str) -> NoReturn:
+    """Raise UserError, with the rows that led there written."""
+    for sink in run.sinks:
+        sink.write(rows)
+    raise UserError(
+        f"step {run.step}: {why}, and nothing more is saved; lower the learning rate and start over with --resume "
+        "never, or with another --name"
+    )
 
 
 @torch.no_grad()

@@ -25,31 +25,31 @@ class Metrics:
     model: GPT
     ledger: Ledger
     time_s: float = 0.0  # spent training, over restarts; evaluations and saves do not count
-    _pending: list[tuple[int, dict[str, Tensor], int]] = field(default_factory=list)
+    _pending: list[tuple[int, dict[str, Tensor], int, int]] = field(default_factory=list)
     _since: float = 0.0
 
     def start_clock(self) -> None:
         """Training begins, or goes on after an evaluation or a save."""
         self._since = time.perf_counter()
 
-    def add(self, step: int, totals: dict[str, Tensor], n_targets: int) -> None:
-        """Keep the summed metrics of step 0 .. steps - 1, and "grad_norm", on the device."""
-        self._pending.append((step, totals, n_targets))
+    def add(self, step: int, totals: dict[str, Tensor], n_targets: int, n_skipped: int) -> None:
+        """Keep the summed metrics of step 0 .. steps - 1, and "grad_norm", on the device; and steps skipped so far."""
+        self._pending.append((step, totals, n_targets, n_skipped))
 
     def rows(self) -> list[dict]:
         """The rows of the steps since the last call; their times are an average. Waits for the device."""
         if not self._pending:
             return []
         self.ledger.enter("compute")  # which is what is waited for here
-        fetched = _fetch([totals for _, totals, _ in self._pending])
+        fetched = _fetch([totals for _, totals, _, _ in self._pending])
         self.ledger.enter("idle")
         now, times = time.perf_counter(), self.ledger.row_times(len(fetched))
         seconds, self._since = (now - self._since) / len(fetched), now
-        steps = [(step, n_targets) for step, _, n_targets in self._pending]
+        counts = [(step, n_targets, n_skipped) for step, _, n_targets, n_skipped in self._pending]
         self._pending.clear()
-        return [self._row(step, n, values, seconds) | times for (step, n), values in zip(steps, fetched, strict=True)]
+        return [self._row(*of_step, values, seconds) | times for of_step, values in zip(counts, fetched, strict=True)]
 
-    def _row(self, step: int, n_targets: int, values: dict[str, list[float]], seconds: float) -> dict:
+    def _row(self, step: int, n_targets: int, n_skipped: int, values: dict[str, list[float]], seconds: float) -> dict:
         config = self.config
         (grad_norm,) = values.pop("grad_norm")
         tokens_per_s = config.batch_tokens / seconds
@@ -60,6 +60,7 @@ class Metrics:
             **self.model.describe(values, n_targets),
             "learning_rate": config.optim.learning_rate * rate(config.schedule, step, config.steps),
             "grad_norm": grad_norm,
+            "skipped_steps": n_skipped,
             "tokens": (step + 1) * config.batch_tokens,
             "tokens_per_s": tokens_per_s,
             "mfu": peak and tokens_per_s * self.model.flops_per_token() / (peak * self.world.size),

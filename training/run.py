@@ -32,6 +32,7 @@ from training.metrics import Metrics
 from training.model import GPT, hf, needs
 from training.optim import Optimizer, Whole
 from training.preferences import preferences
+from training.skips import Skips
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Run:
     saver: Saver
     kernels: dict[str, str]  # their names
     kernels_why: dict[str, str]  # for each its name and the reason
+    skips: Skips
     loss_scale: LossScale | None = None  # fp16 only
     micro_batch: int = 1  # samples at a time
     place: str = ""  # what that was found for
@@ -117,6 +119,7 @@ def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
         saver=Saver(folder / "checkpoints", peers(world), config.checkpoint),
         kernels=names(kernels),
         kernels_why=kernels_why,
+        skips=Skips(config.skip_spikes),
         loss_scale=LossScale() if config.precision == "fp16" else None,
     )
     if found is not None:
@@ -193,6 +196,7 @@ def restore(run: Run, found: restart.Found) -> None:
     run.step, run.best, run.last_row = state["step"], state["best"] if found.own else None, state["last_row"]
     run.metrics.time_s = state["time_s"]
     run.ledger.load_state_dict(state.get("ledger", {}))
+    run.skips.load_state_dict(state["skips"])
     if run.loss_scale is not None and state["loss_scale"] is not None:
         run.loss_scale = LossScale(**state["loss_scale"])
 
@@ -224,6 +228,7 @@ def save(run: Run) -> None:
         "best": run.best,
         "last_row": run.last_row,
         "loss_scale": run.loss_scale and asdict(run.loss_scale),
+        "skips": run.skips.state_dict(),
         "data": run.dataset.fingerprint,
         "kernels": run.kernels,
         "micro_batch": dict(run.fits),
@@ -337,6 +342,7 @@ def finish(run: Run) -> None:
     summary = {
         "steps": run.step,
         "tokens": row["tokens"],
+        "skipped_steps": run.skips.total,
         "train_loss": row["loss"],
         **{key: row[key] for key in ("val_loss", "val_perplexity", "val_bits_per_byte")},
         **{key: row[key] for key in ("expert_load_max", "expert_entropy", "dead_experts") if key in row},

@@ -3,7 +3,7 @@
 The loop hands every sink the same rows. A row is a dict of one optimizer step, plain data that JSON can
 hold; row k is the state after k steps.
 
-Always: `step loss learning_rate grad_norm tokens tokens_per_s mfu memory_gib step_s time_s`, where `mfu`
+Always: `step loss learning_rate grad_norm skipped_steps tokens tokens_per_s mfu memory_gib step_s time_s`, where `mfu`
 may be None, and `time_compute`, `time_data`, ...: seconds a step of each phase (`times.PHASES`), the mean since the
 row that was fetched before, so that what follows a row is in the next. After an evaluation: `val_loss
 val_perplexity val_bits_per_byte` and `samples`, dicts of a `prompt` and the `text` that continues it.
@@ -40,6 +40,7 @@ TAGS = {
     "loss": "train/loss",
     "learning_rate": "train/learning_rate",
     "grad_norm": "train/grad_norm",
+    "skipped_steps": "train/skipped_steps",
     "tokens": "train/tokens",
     "val_loss": "val/loss",
     "val_perplexity": "val/perplexity",

@@ -230,13 +230,14 @@ class GPT(nn.Module):
                 parameter.data = parameter.data.to(self.dtype)
         return self
 
-    def finish_step(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Take the global batch's summed metrics: what a model learns outside its gradients.
+    def finish_step(self, metrics: dict[str, Tensor], taken: bool = True) -> dict[str, Tensor]:
+        """Take the global batch's summed metrics: what a model learns outside its gradients, if the step is `taken`.
 
         Returns the metrics with those that are known now: for every MoE layer i "bias_range.i".
         """
         moes = {i: block.ffn for i, block in enumerate(self.blocks) if isinstance(block.ffn, MoE)}
-        return metrics | {f"bias_range.{i}": moe.finish_step(metrics[f"expert_count.{i}"]) for i, moe in moes.items()}
+        ranges = {f"bias_range.{i}": moe.finish_step(metrics[f"expert_count.{i}"], taken) for i, moe in moes.items()}
+        return metrics | ranges
 
     def describe(self, metrics: dict[str, Sequence[float]], n_targets: int) -> dict[str, object]:
         """Summed metrics, fetched to the host as flat lists, in words that a log can print."""

@@ -139,11 +139,15 @@ class MoE(nn.Module):
         return aux_loss
 
     @torch.no_grad()
-    def finish_step(self, count_E: Tensor) -> Tensor:
-        """Take the global batch's counts: move the selection bias, remember the load. Returns the bias's range."""
-        if self.section.balance in ("bias", "both"):
+    def finish_step(self, count_E: Tensor, taken: bool = True) -> Tensor:
+        """Take the global batch's counts: move the selection bias, remember the load. Returns the bias's range.
+
+        Of a step that was not `taken` nothing is learned.
+        """
+        if taken and self.section.balance in ("bias", "both"):
             self.selection_bias += self.section.bias_rate * (count_E.mean() - count_E).sign()
-        self.load.copy_(count_E / count_E.sum())
+        if taken:
+            self.load.copy_(count_E / count_E.sum())
         return self.selection_bias.max() - self.selection_bias.min()
 
 

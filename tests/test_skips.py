@@ -1,0 +1,192 @@
+"""Steps that are not finite, or spikes: not taken, by no rank, and nothing of them stays."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, command, rows, tensors, write_config
+from safetensors.torch import load_file
+
+from training import checkpoint
+from training.errors import UserError
+from training.logging.report import write_report
+from training.loop import train_step
+from training.run import save
+from training.skips import FEWEST, MOST, WINDOW, Skips
+from training.train import train
+
+
+def spoil_loss(run, value):
+    """Every forward's loss is that value from here on, until the hook is removed."""
+
+    def spoiled(_model, _inputs, outputs):
+        loss, metrics = outputs
+        return loss * value, metrics | {"loss_sum": metrics["loss_sum"] * value}
+
+    return run.model.register_forward_hook(spoiled)
+
+
+def spoil_gradient(name, value):
+    def spoil(run, _):
+        return dict(run.model.named_parameters())[name].register_hook(
+            lambda gradient: gradient.index_fill(0, torch.tensor([1]), value)
+        )
+
+    return spoil
+
+
+SPOILED = {
+    "loss nan": spoil_loss,
+    "loss inf": lambda run, _: spoil_loss(run, math.inf),
+    "a row of a gradient": spoil_gradient("wte.weight", math.nan),
+    "an expert": spoil_gradient("blocks.0.ffn.experts.up", math.inf),
+}
+
+
+def everything(run) -> dict[str, torch.Tensor]:
+    return {**run.model.state_dict(), **run.optimizer.state_dict()}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(begun, spoil, optimizer, capsys):
+    run = begun(optim={"type": optimizer})
+    for _ in range(2):
+        train_step(run)
+    before = {name: tensor.clone() for name, tensor in everything(run).items()}
+    hook = spoil(run, math.nan)
+    train_step(run)
+    hook.remove()
+    after = everything(run)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert all(p.grad is None for p in run.model.parameters())
+    train_step(run)
+    assert not torch.equal(before["wte.weight"], run.model.wte.weight)
+    assert (run.step, run.skips.total, run.skips.in_a_row) == (4, 1, 0)
+    assert [row["skipped_steps"] for row in run.metrics.rows()] == [0, 0, 1, 1]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert line.startswith("step 3: ") and line.endswith("; skipped, nothing is learned from it")
+
+
+def test_the_steps_around_one_that_is_skipped_are_those_that_never_saw_it(begun):
+    """The third batch teaches nothing: the run is that of the others, at their own rates."""
+    run, other = begun(name="run"), begun(name="other")
+    for step in range(4):
+        hook = spoil_loss(run, math.nan) if step == 2 else None
+        train_step(run)
+        if hook is not None:
+            hook.remove()
+            other.step += 1
+        else:
+            train_step(other)
+    ours, theirs = everything(run), everything(other)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_ten_in_a_row_end_the_run_in_a_line_with_their_rows_and_no_checkpoint(config, tmp_path, monkeypatch):
+    from training import loop
+
+    before = loop.train_step
+
+    def poisoned(run):
+        hook = spoil_loss(run, math.nan) if run.step >= 5 else None
+        before(run)
+        if hook is not None:
+            hook.remove()
+
+    monkeypatch.setattr(loop, "train_step", poisoned)
+    with pytest.raises(UserError, match=rf"step 15: the last {MOST} steps' losses or gradients were not finite"):
+        train(config(steps=40, checkpoint={"every": 3}, eval={"every": None, "tokens": 64}))
+    folder = tmp_path / "runs/small"
+    assert [step for step, _ in checkpoint.steps(folder / "checkpoints")] == [9, 12]
+    for _, path in checkpoint.steps(folder / "checkpoints"):
+        loaded = checkpoint.load(path)
+        assert all(tensor.isfinite().all() for tensor in [*loaded.model.values(), *loaded.optimizer.values()])
+    found = rows(folder)
+    assert [row["skipped_steps"] for row in found] == [0] * 5 + list(range(1, 11))
+    assert [row["loss"] is None for row in found] == [False] * 5 + [True] * 10
+    write_report(folder)
+
+
+def test_a_run_goes_on_counting(begun):
+    run = begun()
+    hook = spoil_loss(run, math.nan)
+    for _ in range(3):
+        train_step(run)
+    hook.remove()
+    run.last_row = run.metrics.rows()[-1]
+    save(run)
+    run.close()
+    again = begun()
+    assert (again.step, again.skips.total, again.skips.in_a_row) == (3, 3, 3)
+
+
+def test_what_one_rank_alone_cannot_compute_no_rank_learns(options, tmp_path):
+    outcomes = {}
+    for name, poison in (("whole", ""), ("poisoned", "1:3")):
+        path = write_config(tmp_path / f"{name}.yaml", options(name=name, micro_batch=2, parallel={"device": "cpu"}))
+        done = command(
+            "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+            str(ROOT / "tests" / "trajectory.py"), str(tmp_path), str(path),
+            env={"POISON": poison, "STOP_AT": "2"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("step 2: loss is nan; skipped") == (poison != "")
+        outcomes[name] = load_file(tmp_path / f"{name}.safetensors")
+    one = command(
+        str(ROOT / "tests" / "trajectory.py"), str(tmp_path),
+        str(write_config(tmp_path / "one.yaml", options(name="one", micro_batch=2, parallel={"device": "cpu"}))),
+        env={"STOP_AT": "1"},
+    )  # fmt: skip
+    assert one.returncode == 0, one.stderr
+    first = load_file(tmp_path / "one.safetensors")
+    assert all((tensor - first[name]).abs().max() < 1e-6 for name, tensor in outcomes["poisoned"].items())
+    assert any((tensor - first[name]).abs().max() > 1e-6 for name, tensor in outcomes["whole"].items())
+
+
+def test_a_spike_is_skipped_and_a_new_level_is_not_for_long():
+    skips, noise = Skips(6.0), random.Random(0)
+    level = 3.0
+    for _ in range(FEWEST):
+        assert skips.why(level + noise.gauss(0, 0.1), 1 + noise.gauss(0, 0.1)) is None
+    assert skips.why(level + 0.3, 1.2) is None
+    assert skips.why(level + 3, 1.0).startswith("loss is 6, and was")
+    assert skips.why(level, 5.0).startswith("grad_norm is 5, and was")
+    assert skips.why(level - 3, 0.1) is None, "better is no spike"
+    assert skips.total == 2
+    answers = [skips.why(level + 50, 1.0) for _ in range(MOST + 1)]
+    assert all(answers[:MOST]) and answers[MOST] is None
+    assert skips.why(level + 50, 1.0) is None, "that is the level now"
+
+
+def test_the_window_of_spikes_is_part_of_the_state():
+    skips, again = Skips(3.0), Skips(3.0)
+    for step in range(2 * WINDOW):
+        skips.why(3 + math.sin(step), 1.0)
+    again.load_state_dict(json.loads(json.dumps(skips.state_dict())))
+    assert again == skips
+    assert len(again.losses) == WINDOW
+
+
+def test_a_run_with_spikes_skipped_resumes_to_the_same_bits(run, config):
+    spiky = {
+        "steps": 60,
+        "skip_spikes": 1.0,
+        "batch_tokens": 32,
+        "eval": {"every": None, "tokens": 64},
+        "checkpoint": {"every": 30},
+    }
+    through = run(name="through", **spiky)
+    skipped = rows(through)[-1]["skipped_steps"]
+    assert 0 < skipped < 30
+    run(name="stopped", **spiky)
+    shutil.rmtree(through.with_name("stopped") / "checkpoints/step-00000060")
+    train(config(name="stopped", **spiky))
+    assert rows(through.with_name("stopped")) == rows(through)
+    assert tensors(through.with_name("stopped"), 60) == tensors(through, 60)
