@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from conftest import ROOT, command, environment, rows, save_checkpoint, tensors,
 
 from training import checkpoint, loop
 from training.errors import UserError
-from training.restart import lock
+from training.files import held
+from training.restart import folder_of
 from training.train import train
 
 
@@ -95,35 +97,37 @@ def test_a_checkpoint_of_another_optimizer_is_refused(run, config):
         train(config(name="other", steps=9, optim={"type": "muon"}), resume=str(first))
 
 
-def test_a_second_starter_is_refused_in_one_line_and_the_first_goes_on(options, config, tmp_path):
-    path = write_config(tmp_path / "one.yaml", options())
-    with lock(config()):
-        done = command("-m", "training.train", "--config", str(path))
-    assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path}/runs/small: another process is training this run; choose another --name\n"
-    assert train(config()) == 0
+def test_of_twenty_that_start_at_once_one_trains_and_the_others_say_so(options, config, tmp_path):
+    folder = folder_of(config())
+    path = write_config(tmp_path / "one.yaml", options(steps=1_000_000, checkpoint={"every": 50}))
+    arguments = [sys.executable, "-m", "training.train", "--config", str(path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen(arguments, cwd=ROOT, env=environment(), **pipes) for _ in range(20)]
+    wait_for_rows(folder / "metrics.jsonl", 1, started)
+    running = [process for process in started if process.poll() is None]
+    assert len(running) == 1
+    said = f"error: {folder}: another process is training this run; choose another --name\n"
+    for process in started:
+        if process not in running:
+            assert (*process.communicate(), process.returncode) == ("", said, 2)
+    late = command("-X", "importtime", *arguments[1:])
+    assert late.returncode == 2 and late.stderr.endswith(said)
+    assert "pydantic" in late.stderr and "torch" not in late.stderr
+    with pytest.raises(UserError, match="another process"), held(folder):
+        pass
+    running[0].kill()
+    running[0].communicate()
+    with held(folder):
+        pass
 
 
-def test_a_folder_is_free_again_after_kill_9(config):
-    asked = config().model_dump(mode="json")
-    code = f"""
-import time
-from training.config import Config
-from training.restart import lock
-with lock(Config.model_validate({asked!r})):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match="another process"), lock(config()):
-        pass
-    holder.kill()
-    holder.communicate()
-    with lock(config()):
-        pass
+def wait_for_rows(path, at_least: int, processes) -> None:
+    for _ in range(6000):
+        if path.exists() and path.read_bytes().count(b"\n") >= at_least:
+            return
+        assert any(process.poll() is None for process in processes)
+        time.sleep(0.01)
+    raise AssertionError(f"{at_least} rows never came")
 
 
 def test_out_dir_that_is_a_file_is_one_line(config, tmp_path):

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and folders that one process has."""
 
 from __future__ import annotations
 
@@ -54,6 +54,25 @@ def whole_folder(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a run's folder; it is free again when the process ends, however. Raises UserError where another has it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{folder}: another process is training this run; choose another --name") from None
+    except OSError as error:
+        raise UserError(f"{folder.parent}: {error.strerror or error}; choose another --out_dir") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def sync(path: Path) -> None:

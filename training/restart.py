@@ -6,13 +6,10 @@ options are which.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from signal import Signals
 from typing import TYPE_CHECKING, NamedTuple
-
-from filelock import FileLock, Timeout
 
 from training import checkpoint, cli
 from training.config import MAY_CHANGE, Config
@@ -27,23 +24,6 @@ if TYPE_CHECKING:
 def folder_of(config: Config) -> Path:
     """The run's folder."""
     return Path(config.out_dir, config.name)
-
-
-@contextmanager
-def lock(config: Config) -> Iterator[None]:
-    """Hold the run's folder; it is free again when the process ends, however. Raises UserError where another has it."""
-    held = FileLock(Path(config.out_dir, f".{config.name}.lock"))
-    try:
-        Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-        held.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"{folder_of(config)}: another process is training this run; choose another --name") from None
-    except OSError as error:
-        raise UserError(f"{config.out_dir}: {error.strerror}; choose another --out_dir") from error
-    try:
-        yield
-    finally:
-        held.release()
 
 
 class Found(NamedTuple):

@@ -12,10 +12,12 @@ import os
 import sys
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 from training import cli
 from training.config import Config
 from training.errors import UserError
+from training.files import held
 
 FLAGS = {
     "--resume": "auto: go on from the run's newest checkpoint (default); never: start over, the old run is moved "
@@ -42,23 +44,28 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(config: Config, *, resume: str = "auto") -> int:
     """The five steps of a run; returns the exit status. torch is imported here, once the options are known good."""
-    began = time.perf_counter()
-    from training.data import prepare
-    from training.device import pick, resolve_precision
-    from training.distributed import join
-    from training.distributed.agreement import refuse_different_data, refuse_different_options
-    from training.distributed.joining import said_once
-    from training.distributed.mesh import refuse_misfit
-    from training.fit import told_in_a_line
-    from training.initial import options
-    from training.loop import Watch, record, train_step
-    from training.restart import lock, stopped
-    from training.run import begin, expect_save, finish
-
+    began, folder = time.perf_counter(), Path(config.out_dir, config.name)
     with ExitStack() as at_end:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            at_end.enter_context(held(folder))  # a second starter is told at once
+
+        from training.data import prepare
+        from training.device import pick, resolve_precision
+        from training.distributed import join
+        from training.distributed.agreement import refuse_different_data, refuse_different_options
+        from training.distributed.joining import said_once
+        from training.distributed.mesh import refuse_misfit
+        from training.fit import told_in_a_line
+        from training.initial import options
+        from training.loop import Watch, record, train_step
+        from training.restart import stopped
+        from training.run import begin, expect_save, finish
+
         with said_once():
             world = join(pick(config.parallel.device), config.parallel)
         at_end.push(world.leave)
+        if world.main and world.size > 1:
+            at_end.enter_context(held(folder))
         refuse_different_options(world, config, resume, resolve_precision(config.precision, world.device))
         world.doing("the preparation of data", "alone")
         config = options(config, fresh=resume == "never")
@@ -66,8 +73,6 @@ def train(config: Config, *, resume: str = "auto") -> int:
         dataset = prepare(config.data, quiet=not world.main)  # 1. load and preprocess the dataset
         world.doing("the beginning", "alone")
         refuse_different_data(world, dataset.fingerprint)
-        if world.main:
-            at_end.enter_context(lock(config))
         run = begin(config, dataset, world, resume)  # 2. initialize, or restore, model and optimizer
         at_end.callback(run.close)
         at_end.enter_context(told_in_a_line(run))
