@@ -29,6 +29,7 @@ FLOORS = [
         "upcycle",
         "restart",
         "skips",
+        "disk",
         "trained",
         "prepare",
         "generate",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 import statistics
 import sys
 from collections.abc import Iterator
@@ -186,13 +185,15 @@ def _vocabulary(config: Config, manifest: Manifest | None) -> int:
 
 def lines(plan: Plan, mfu: float | None, *, here: bool) -> list[str]:
     """The plan in words and figures."""
+    from training.disk import checkpoint_bytes, n_checkpoints
+
     config, machine, world = plan.config, plan.machine, plan.world
     devices = f"{world} x {machine.name}" if world > 1 else machine.name
     total, active = plan.model.n_parameters()
     samples, tokens = config.batch_tokens // config.model.n_positions, config.steps * config.batch_tokens
     flops = plan.model.flops_per_token()
     n_mine = math.ceil(samples / world)
-    n_kept = config.checkpoint.keep + config.checkpoint.keep_best + 1
+    n_bytes = checkpoint_bytes(plan.model, config)
     facts = {
         "plan": f"{config.name} on {devices}, {config.precision}",
         "parameters": f"{total:,}" + (f", {active:,} of them active for a token" if active < total else ""),
@@ -204,7 +205,7 @@ def lines(plan: Plan, mfu: float | None, *, here: bool) -> list[str]:
         "steps": f"{config.steps:,} = {tokens:,} tokens, {_figure(tokens / active)} a parameter"
         + (" that is active" if active < total else ""),
         "data": _data(plan),
-        "checkpoints": f"{checkpoint_bytes(plan) / 2**30:,.2f} GiB each, {n_kept} of them on disk while one is written",
+        "checkpoints": f"{n_bytes / 2**30:,.2f} GiB each, {n_checkpoints(config)} of them on disk while one is written",
         "time": _time(plan, mfu, here),
         "micro-batch": _micro_batch(plan, n_mine),
     }
@@ -235,15 +236,6 @@ def epochs(plan: Plan) -> float:
     streams = [record.n_tokens for record in plan.manifest.streams if record.split == "train"]
     weights = [source.weight or 1.0 for source in plan.config.data.sources] if len(streams) > 1 else [1.0]
     return max(tokens * weight / sum(weights) / n for n, weight in zip(streams, weights, strict=True))
-
-
-def checkpoint_bytes(plan: Plan) -> int:
-    """Weights and the optimizer's state in float32: two tensors a parameter, of Muon's matrices one."""
-    muon, kinds = plan.config.optim.type == "muon", plan.model.kinds()
-    numbers = sum(
-        p.numel() * (2 if muon and kinds[name] == "matrix" else 3) for name, p in plan.model.named_parameters()
-    )
-    return 4 * numbers
 
 
 def _time(plan: Plan, mfu: float | None, here: bool) -> str:
@@ -303,6 +295,8 @@ def _micro_batch(plan: Plan, n_mine: int) -> str:
 
 def warnings(plan: Plan) -> Iterator[str]:
     """What is likely to be regretted, each with what to do."""
+    from training.disk import lack
+
     config, machine = plan.config, plan.machine
     samples, tokens = config.batch_tokens // config.model.n_positions, config.steps * config.batch_tokens
     if not plan.fits:
@@ -330,12 +324,8 @@ def warnings(plan: Plan) -> Iterator[str]:
         change = "a smaller model, or more steps," if tokens / active < low else "a larger model"
         each = _figure(tokens / active)
         yield f"{each} tokens a parameter, where about 20 are best: {change} learns more in that time"
-    needed = (config.checkpoint.keep + config.checkpoint.keep_best + 1) * checkpoint_bytes(plan)
-    out_dir = Path(config.out_dir).absolute()
-    there = next(path for path in (out_dir, *out_dir.parents) if path.exists())
-    if (free := shutil.disk_usage(there).free) < needed:
-        free, needed = (f"{n / 2**30:.1f}" for n in (free, needed))
-        yield f"{there} has {free} GiB free, and checkpoints need {needed}: lower checkpoint.keep"
+    if problem := lack(plan.model, config):
+        yield problem
 
 
 if __name__ == "__main__":

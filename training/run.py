@@ -20,6 +20,7 @@ from training.checkpoint import Part, Peers, Saver
 from training.config import Config
 from training.data import Dataset
 from training.data.loader import Batches
+from training.disk import refuse_lack
 from training.distributed import World
 from training.distributed.parallelize import Layout, parallelize
 from training.errors import UserError
@@ -128,6 +129,8 @@ def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
         layout.fill(lambda name, shape: whole.initial(name, shape, config.seed))
         if config.init_from is not None:
             initial.start(run)
+    if world.main and run.step < config.steps:
+        refuse_lack(whole, config)
     fit.choose(run, found.state.get("micro_batch", {}) if found is not None else {})
     if world.main:
         open_logs(run)
