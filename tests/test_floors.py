@@ -78,7 +78,7 @@ def test_only_one_file_imports_torch_distributed():
 
 def test_the_ground_floor_imports_no_torch():
     ground = [path for path in FILES if room_of(path) in FLOORS[0]]
-    allowed = {"pydantic", "pydantic_core", "ruamel", "training"} | set(sys.stdlib_module_names)
+    allowed = {"filelock", "pydantic", "pydantic_core", "ruamel", "training"} | set(sys.stdlib_module_names)
     used = {name.split(".")[0] for path in ground for name in imported(path)}
     assert used <= allowed, used - allowed
 
