@@ -36,6 +36,7 @@ def facts(**changes) -> Facts:
         most=16,
         back_offs=0,
         clipped=0.1,
+        skipped=0,
         losses=[(step, 5 - step / 1000) for step in range(1, 1001)],
         val_losses=[(step, 4.02 - step / 50_000) for step in range(100, 1001, 100)],
         dead_experts=0,
@@ -116,6 +117,10 @@ def test_all_that_is_wrong_is_said_with_its_figures():
         "schedule.warmup_steps",
         "learning: 3 of 64 experts are dead; raise bias_rate or switch_weight of their layers, or use fewer experts",
     ]
+
+
+def test_skipped_steps_are_told():
+    assert any("learning: 3 steps were skipped, of a loss or gradient" in line for line in advice(facts(skipped=3)))
 
 
 def test_memory_that_ran_out_is_answered_by_what_fitted_and_what_makes_room():

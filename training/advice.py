@@ -12,6 +12,7 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, NamedTuple
 
 from training import device as devices
+from training.fit import most_samples
 from training.logging.charts import Point, points
 from training.logging.jsonl import read
 from training.logging.times import goodput
@@ -62,6 +63,7 @@ class Facts(NamedTuple):
     most: int  # samples of a rank's share of a batch
     back_offs: int  # how often memory was out
     clipped: float  # share of steps
+    skipped: int  # steps
     losses: list[Point]  # training's
     val_losses: list[Point]
     dead_experts: int
@@ -84,9 +86,10 @@ def measured(run: Run) -> Facts:
         memory=peak * 2**30 / devices.memory_bytes(device),
         memory_gib=peak,
         micro_batch=run.micro_batch,
-        most=-(-config.batch_tokens // config.model.n_positions // run.world.size),
+        most=most_samples(config, run.world.size),
         back_offs=run.back_offs,
         clipped=n_clipped / len(norms) if norms else 0.0,
+        skipped=run.skips.total,
         losses=points(rows, "loss"),
         val_losses=points(rows, "val_loss"),
         dead_experts=row.get("dead_experts", 0),
@@ -158,6 +161,11 @@ def learning(facts: Facts) -> Iterator[str]:
         yield (
             f"{facts.clipped:.0%} of the steps were clipped to optim.grad_clip {optim.grad_clip:g}; lower "
             "optim.learning_rate or raise schedule.warmup_steps"
+        )
+    if facts.skipped:
+        yield (
+            f"{facts.skipped} step{'s were' if facts.skipped > 1 else ' was'} skipped, of a loss or gradient that was "
+            "not finite or a spike; lower optim.learning_rate, or look at the text there"
         )
     if facts.dead_experts:
         yield (

@@ -27,6 +27,7 @@ from training.data.loader import Batches
 from training.distributed import World
 from training.errors import UserError
 from training.kernels.attention import documents
+from training.logging.jsonl import finite
 from training.logging.report import write_report
 from training.model import GPT
 from training.model.continuation import continue_texts, prompt_ids
@@ -250,7 +251,7 @@ def record(run: Run, due: Due) -> None:
         improved = run.best is None or found["val_loss"] < run.best["val_loss"]
         if improved:
             run.best = {"step": run.step, "val_loss": found["val_loss"]}
-    run.last_row = rows[-1]
+    run.last_row = finite(rows[-1])
     if due.evaluate and run.config.eval.prompts and (run.world.main or run.layout.grid.collective):
         made = (run.model, run.dataset.tokenizer, run.config.eval)
         agree = run.world.mains if run.layout.grid.collective else None

@@ -25,7 +25,7 @@ class JSONLSink:
 
     def write(self, rows: list[dict]) -> None:
         """Append the rows, durably: rows that a checkpoint relies on survive a power cut as it does."""
-        lines = "".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows)
+        lines = "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
         with writing(self.path), self.path.open("ab") as file:
             file.write(lines.encode("utf-8", "backslashreplace"))
             file.flush()
@@ -65,10 +65,10 @@ def _rows(path: Path, text: str) -> list[tuple[str, dict]]:
     return found
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """NaN and infinities as null, since JSON has no word for them."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
