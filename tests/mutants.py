@@ -1,0 +1,148 @@
+"""Plant defects in a copy of the package, one at a time, and see that a test catches each.
+
+    python tests/mutants.py [WORD...]      those whose name has one of the words; exit status 1 where one survives
+
+A defect whose text is no longer in the file is told as well: it has to be planted anew.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Defect(NamedTuple):
+    """Text of a file that is replaced, once, and the tests that should mind."""
+
+    name: str
+    file: str
+    text: str
+    planted: str
+    tests: str
+
+
+RANKS = "tests/test_distributed.py -k ranks_and_layouts"
+MOVES = "tests/test_distributed.py -k moves_between"
+SAVES = "tests/test_checkpoint.py tests/test_background_save.py"
+DEFECTS = [
+    # what is computed
+    Defect("loss divided by the local count", "loop.py", "n_targets = world.sum_int(int((targets_BT >= 0).sum()))",
+           "n_targets = int((targets_BT >= 0).sum()) * world.size", RANKS),
+    Defect("an empty micro-batch counts", "loop.py", "(0.0 if empty else scale)", "scale", RANKS),
+    Defect("its metrics count", "loop.py", "for name, value in metrics.items()} if empty else metrics",
+           "for name, value in metrics.items()} if False else metrics", RANKS),
+    Defect("evaluation counts windows twice", "loop.py", "if len(windows_here) == 0:", "if False:", RANKS),
+    Defect("bias updated by micro-batch", "model/moe.py", "(count_E.mean() - count_E).sign()",
+           "(count_E[:1] - count_E).sign()", "tests/test_loop.py -k balances"),
+    Defect("off by one in the window", "data/loader.py", "start = window * self.n_positions",
+           "start = window * self.n_positions + (window > 0)", "tests/test_data_loader.py"),
+    Defect("an epoch is not shuffled anew", "data/loader.py", "key(self.seed, stream, epoch))",
+           "key(self.seed, stream, 0 * epoch))", "tests/test_data_loader.py"),
+    Defect("schedule off by one", "optim/schedule.py", "return (step + 1) / (section.warmup_steps + 1)",
+           "return step / (section.warmup_steps + 1)", "tests/test_optim.py tests/test_loop.py"),
+    Defect("clipped by the local norm", "distributed/parallelize.py",
+           'self.world.sum_([squares], what="the norm of the gradient")', "pass", RANKS),
+    Defect("copies' experts not summed", "distributed/parallelize.py", "if self.groups.same_experts is not None:",
+           "if False:", RANKS),
+    Defect("experts' gradients scaled as others'", "distributed/parallelize.py",
+           "// (self.grid.expert if shard.of_experts else 1)", "", RANKS),
+    Defect("hybrid sharding never sums its copies", "distributed/parallelize.py",
+           "self.model.set_requires_all_reduce(is_last)", "self.model.set_requires_all_reduce(False)", RANKS),
+    Defect("gradients of rows sent to the wrong ranks", "distributed/exchange.py",
+           "_exchanged(ctx.group, ctx.received_P, ctx.sent_P, grad_SC)",
+           "_exchanged(ctx.group, ctx.sent_P, ctx.received_P, grad_SC)", RANKS),
+    Defect("a stack's matrix taken from the wrong place", "distributed/matrices.py",
+           "(index - stack.start) * shape[1]", "index * shape[1]", RANKS),
+    # memory
+    Defect("a gradient from before an error stays", "fit.py", "    _forget(run)\n    run.back_offs += 1",
+           "    run.back_offs += 1", "tests/test_fit.py"),
+    Defect("lack of memory is not agreed", "loop.py", "any(run.world.max_int(out_of_memory))", "out_of_memory",
+           "tests/test_fit.py -k one_rank"),
+    Defect("the trial moves the router", "fit.py", "            bias.copy_(old)", "            pass",
+           "tests/test_fit.py"),
+    # checkpoints
+    Defect("optimizer not restored", "run.py",
+           'run.optimizer.load_state_dict(checkpoint.read_parts(found.path, "optimizer", wanted))', "pass",
+           "tests/test_runs.py -k never_stopped"),
+    Defect("best so far not restored", "run.py", 'state["best"] if found.own else None', "None",
+           "tests/test_runs.py tests/test_restart.py tests/test_loop.py"),
+    Defect("no copy before the save", "checkpoint/write.py",
+           "self._memory(kind, name, tensor).copy_(tensor, non_blocking=True)", "tensor", SAVES),
+    Defect("no fsync of files", "checkpoint/parts.py", "        os.fsync(file.fileno())\n", "", SAVES),
+    Defect("no fsync of the folder", "checkpoint/write.py", "    sync(target.parent)\n", "", SAVES),
+    Defect("a failure is not looked for", "loop.py", "self.run.saver.failure is not None)", "False)",
+           "tests/test_runs.py -k save_that"),
+    Defect("rows read past their part", "checkpoint/read.py", "min(stop, last)", "last", SAVES),
+    Defect("rows are not dropped at a restart", "logging/jsonl.py", 'if row["step"] <= run.start_step', "if True",
+           "tests/test_runs.py -k rows_after"),
+    Defect("TensorBoard shows steps twice", "logging/tensorboard.py", "purge_step=first", "purge_step=None",
+           "tests/test_logging.py"),
+    # steps that are not taken
+    Defect("a skipped step moves the bias", "loop.py", "run.model.finish_step(totals, taken)",
+           "run.model.finish_step(totals)", "tests/test_skips.py"),
+    Defect("a skipped step is taken", "loop.py", "    if taken:\n        update", "    if True:\n        update",
+           "tests/test_skips.py"),
+    Defect("skips are not in the state", "run.py", 'run.skips.load_state_dict(state["skips"])', "pass",
+           "tests/test_skips.py"),
+    Defect("ten in a row go on", "loop.py", "    if run.skips.in_a_row >= MOST:\n        refuse",
+           "    if False:\n        refuse", "tests/test_skips.py"),
+    # signals, locks, disks
+    Defect("a signal is not agreed", "loop.py", "world.max_int(self.signal, late,", "world.max_int(0, late,",
+           "tests/test_signals.py -k saves_after"),
+    Defect("a second signal is not heard", "loop.py", "            os.kill(os.getpid(), number)\n",
+           "            pass\n", "tests/test_signals.py -k second"),
+    Defect("no lock", "files.py", "        lock.acquire(timeout=0)\n", "", "tests/test_restart.py -k twenty"),
+    Defect("space is not asked for", "disk.py", "if problem := lack(model, config):", "if problem := None:",
+           "tests/test_disk.py"),
+]  # fmt: skip
+
+
+def main(words: list[str]) -> int:
+    """Plant, test, tell."""
+    chosen = [defect for defect in DEFECTS if not words or any(word in defect.name for word in words)]
+    survivors = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "data_cache", "__pycache__"))
+        for defect in chosen:
+            began = time.perf_counter()
+            said = planted(copy, defect)
+            survivors += said != "caught"
+            print(f"{said:<9} {time.perf_counter() - began:5.0f} s  {defect.name}", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} caught")
+    return survivors > 0
+
+
+def planted(copy: Path, defect: Defect) -> str:
+    """What became of it: caught, survived, or its text is not there."""
+    path = copy / "training" / defect.file
+    text = path.read_text()
+    if defect.text not in text:
+        return "not there"
+    path.write_text(text.replace(defect.text, defect.planted, 1))
+    variables = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+    try:
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *_split(defect.tests)]
+        done = subprocess.run(command, cwd=copy, env=variables, capture_output=True, timeout=300)
+        return "caught" if done.returncode == 1 else "survived"
+    except subprocess.TimeoutExpired:
+        return "caught"  # it hangs
+    finally:
+        path.write_text(text)
+
+
+def _split(tests: str) -> list[str]:
+    files, _, chosen = tests.partition(" -k ")
+    return [*files.split(), *(["-k", chosen] if chosen else [])]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
