@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, command, rows, tensors, write_config
 from safetensors.torch import load_file
 
-from training import checkpoint
+from training import checkpoint, loop
 from training.errors import UserError
 from training.logging.report import write_report
 from training.loop import train_step
@@ -90,8 +90,6 @@ def test_the_steps_around_one_that_is_skipped_are_those_that_never_saw_it(begun)
 
 
 def test_ten_in_a_row_end_the_run_in_a_line_with_their_rows_and_no_checkpoint(config, tmp_path, monkeypatch):
-    from training import loop
-
     before = loop.train_step
 
     def poisoned(run):
@@ -112,6 +110,27 @@ def test_ten_in_a_row_end_the_run_in_a_line_with_their_rows_and_no_checkpoint(co
     assert [row["skipped_steps"] for row in found] == [0] * 5 + list(range(1, 11))
     assert [row["loss"] is None for row in found] == [False] * 5 + [True] * 10
     write_report(folder)
+
+
+def test_a_run_whose_last_step_was_skipped_ends_well(config, tmp_path, monkeypatch, capsys):
+    before = loop.train_step
+
+    def poisoned(run):
+        hook = spoil_loss(run, math.nan) if run.step == 7 else None
+        before(run)
+        if hook is not None:
+            hook.remove()
+
+    monkeypatch.setattr(loop, "train_step", poisoned)
+    assert train(config(logging={"every": 1, "tensorboard": True})) == 0
+    folder = tmp_path / "runs/small"
+    for text in [(folder / "summary.json").read_text(), *(folder / "metrics.jsonl").read_text().splitlines()]:
+        assert "NaN" not in text
+        json.loads(text, parse_constant=pytest.fail)
+    assert json.loads((folder / "checkpoints/step-00000008/state.json").read_text(), parse_constant=pytest.fail)
+    assert json.loads((folder / "summary.json").read_text())["skipped_steps"] == 1
+    said = capsys.readouterr().out
+    assert "step 8/8  loss nan" in said and "1 step was skipped, of a loss or gradient" in said
 
 
 def test_a_run_goes_on_counting(begun):
