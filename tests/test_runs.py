@@ -95,8 +95,9 @@ def stop_after(monkeypatch, step: int) -> None:
 
 
 def test_rows_after_the_checkpoint_are_not_written_twice(run, config, monkeypatch):
-    through = run(name="through")
-    killed = config(name="killed")
+    seldom = {"every": 3, "keep_best": False}
+    through = run(name="through", checkpoint=seldom)
+    killed = config(name="killed", checkpoint=seldom)
     from training import loop
 
     original = loop.train_step
