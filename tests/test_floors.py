@@ -30,6 +30,7 @@ FLOORS = [
         "restart",
         "skips",
         "disk",
+        "checkpoints",
         "trained",
         "prepare",
         "generate",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from training.checkpoint.parts import MANIFEST
+from training.checkpoint.parts import KINDS, MANIFEST, Written
 from training.errors import UserError
 
 Rows = tuple[int, int]
@@ -94,17 +95,33 @@ def _index(path: Path, kind: str) -> dict[str, tuple[torch.Size, list[tuple[str,
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, in one line that names the file; None where it is whole."""
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        text = (path / MANIFEST).read_bytes()
+        manifest = json.loads(text)
         for name in ("state.json", *manifest):  # one that lists nothing is none
-            if _sha256(path / name) != manifest[name]["sha256"]:
-                return f"{path / name}: damaged: its SHA-256 is not the one in {MANIFEST}"
-        if kinds := [kind for kind in ("model", "optimizer") if not any(name.startswith(kind) for name in manifest)]:
+            if Path(name).name != name or (path / name).is_symlink():
+                return f"{path / MANIFEST}: damaged: {name!r} is no file of this folder"
+            if written(path / name) != manifest[name]:
+                return f"{path / name}: damaged: its size and SHA-256 are not those in {MANIFEST}"
+        if kinds := [kind for kind in KINDS if not any(name.startswith(kind) for name in manifest)]:
             return f"{path / MANIFEST}: damaged: it lists no {kinds[0]}"
+        if json.dumps(manifest, indent=1).encode() != text:
+            raise ValueError
+        if re.fullmatch(r"step-\d+", path.name) and state_of(path)["step"] != int(path.name[5:]):
+            return f"{path}: damaged: it is the checkpoint of another step"
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
     except (ValueError, KeyError, TypeError):
         return f"{path / MANIFEST}: damaged: not a checkpoint's manifest"
     return None
+
+
+def looks_whole(path: Path) -> bool:
+    """Whether all files are there in their sizes, which costs next to nothing to see."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        return all((path / name).stat().st_size == manifest[name]["bytes"] for name in ("state.json", *manifest))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def steps(folder: Path) -> list[tuple[int, Path]]:
@@ -137,6 +154,7 @@ def set_aside(folder: Path, after: int, why: str) -> None:
             path.rename(folder / f"{why}-{n}-{path.name}")
 
 
-def _sha256(path: Path) -> str:
+def written(path: Path) -> dict[str, str | int]:
+    """A file, as a manifest has it."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return Written(hashlib.file_digest(file, "sha256").hexdigest(), file.tell())._asdict()

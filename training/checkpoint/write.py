@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from training.checkpoint.parts import KINDS, MANIFEST, Entry, Part, Peers, Written, write_bytes, write_tensors
-from training.checkpoint.read import steps
+from training.checkpoint.read import looks_whole, steps
 from training.config import CheckpointConfig
 from training.errors import UserError
 from training.files import sync
@@ -136,6 +136,9 @@ class Saver:
     def _write_own(self, path: Path, parts: dict[str, Part], in_one: bool) -> dict:
         """Write what this process has, but not what the main one will write into one file of all."""
         mine = {name: part for name, part in parts.items() if part.mine and (part.tensor.numel() or not part.shape)}
+        for name, part in mine.items():
+            if not part.tensor.isfinite().all():
+                raise UserError(f"{name} is not finite")
         rows = {name: [part.start, part.start + (len(part.tensor) if part.shape else 1)] for name, part in mine.items()}
         if not mine or (in_one and self.peers.rank == 0):
             return {"rows": rows, "file": None}
@@ -161,6 +164,8 @@ class Saver:
 
 def _reason(error: Exception) -> str:
     """In one line."""
+    if isinstance(error, UserError):
+        return str(error)
     return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".strip().partition("\n")[0]
 
 
@@ -211,8 +216,9 @@ def _finish(partial: Path, target: Path, manifest: dict[str, dict], state: dict)
     sync(target.parent)
 
 
-def prune(folder: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints and the best. Damaged ones were set aside when the run began."""
-    for step, path in steps(folder)[:-keep]:
+def prune(folder: Path, keep: int, best_step: int | None, whole: Callable[[Path], bool] = looks_whole) -> None:
+    """Remove all but the newest `keep` and the best of those that are whole; the others do not count, and stay."""
+    whole = [(step, path) for step, path in steps(folder) if whole(path)]
+    for step, path in whole[:-keep]:
         if step != best_step:
             shutil.rmtree(path.rename(folder / f".{path.name}.old"))

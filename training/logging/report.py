@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ def samples(rows: list[dict]) -> list[dict]:
     ]
 
 
+@cache
 def _template() -> Any:
     folder = FileSystemLoader(Path(__file__).parent)
     return Environment(
