@@ -3,7 +3,7 @@ RUN := .venv/bin/python
 # The older Transformers that exports have to open in as well, in a folder of its own; its tests are skipped without it.
 TRANSFORMERS_4 := transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
 
-.PHONY: train test test-gpu mutants check format clean
+.PHONY: train test test-gpu soak mutants check format clean
 
 train: .venv/installed
 	$(RUN) -m training.train --config configs/quickstart.yaml
@@ -13,6 +13,9 @@ test: .venv/installed
 
 test-gpu: .venv/installed
 	$(RUN) -m pytest -m gpu
+
+soak: .venv/installed
+	$(RUN) -m pytest -m soak -s
 
 mutants: .venv/installed
 	$(RUN) tests/mutants.py

@@ -88,6 +88,20 @@ def test_a_failure_comes_up_at_the_next_look_and_the_checkpoint_before_stays(tmp
     assert newest(tmp_path, pytest.fail).name == "step-00000002"
 
 
+@pytest.mark.parametrize("kind", ["model", "optimizer"])
+def test_what_is_not_finite_is_not_saved(tmp_path, kind):
+    saver = Saver(tmp_path, alone, CheckpointConfig())
+    saver.save(parts(1), {"step": 1}, None)
+    spoiled = parts(2)
+    name, spoilt = next((name, p) for name, p in spoiled[kind].items() if p.tensor.is_floating_point())
+    spoilt.tensor.view(-1)[-1] = float("nan")
+    saver.save(spoiled, {"step": 2}, None)
+    with pytest.raises(UserError, match=rf"step-00000002: the checkpoint could not be saved: {name} is not finite"):
+        saver.wait()
+    assert newest(tmp_path, pytest.fail).name == "step-00000001"
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
 def test_a_full_disk_is_a_line_and_leaves_no_part(tmp_path):
     program = f"""
 import resource, signal
