@@ -92,7 +92,7 @@ def test_a_failure_comes_up_at_the_next_look_and_the_checkpoint_before_stays(tmp
 def test_what_is_not_finite_is_not_saved(tmp_path, kind):
     saver = Saver(tmp_path, alone, CheckpointConfig())
     saver.save(parts(1), {"step": 1}, None)
-    spoiled = parts(2)
+    spoiled = parts(2.0)
     name, spoilt = next((name, p) for name, p in spoiled[kind].items() if p.tensor.is_floating_point())
     spoilt.tensor.view(-1)[-1] = float("nan")
     saver.save(spoiled, {"step": 2}, None)

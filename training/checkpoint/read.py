@@ -95,8 +95,7 @@ def _index(path: Path, kind: str) -> dict[str, tuple[torch.Size, list[tuple[str,
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, in one line that names the file; None where it is whole."""
     try:
-        text = (path / MANIFEST).read_bytes()
-        manifest = json.loads(text)
+        manifest = json.loads((path / MANIFEST).read_bytes())
         for name in ("state.json", *manifest):  # one that lists nothing is none
             if Path(name).name != name or (path / name).is_symlink():
                 return f"{path / MANIFEST}: damaged: {name!r} is no file of this folder"
@@ -104,8 +103,6 @@ def damage(path: Path) -> str | None:
                 return f"{path / name}: damaged: its size and SHA-256 are not those in {MANIFEST}"
         if kinds := [kind for kind in KINDS if not any(name.startswith(kind) for name in manifest)]:
             return f"{path / MANIFEST}: damaged: it lists no {kinds[0]}"
-        if json.dumps(manifest, indent=1).encode() != text:
-            raise ValueError
         if re.fullmatch(r"step-\d+", path.name) and state_of(path)["step"] != int(path.name[5:]):
             return f"{path}: damaged: it is the checkpoint of another step"
     except OSError as error:
