@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from training import prepare as command
 from training.config import DataConfig
-from training.data import Batches, build, memory, prepare, workers
+from training.data import Batches, build, memory, prepare, shards, workers
 from training.data.shards import open_split, read_manifest
 from training.errors import UserError
 
@@ -353,6 +353,10 @@ def test_sources_without_text_are_named(folder):
     ("name", "damage", "message"),
     [
         ("train-0.tokens", lambda path: path.write_bytes(path.read_bytes()[:-1]), r"bytes long, not \d+"),
+        ("train-0.tokens", lambda path: path.write_bytes(b"text " * path.stat().st_size), r"bytes long, not \d+"),
+        ("train-0.tokens", lambda path: path.write_bytes(b"t" * path.stat().st_size), "SHA-256 is not the one"),
+        ("train-0.tokens", lambda path: flip_a_bit(path), "SHA-256 is not the one"),
+        ("manifest.json", lambda path: path.write_text(path.read_text().replace("<u2", "<u4")), "bytes long, not"),
         ("val-0.documents", lambda path: path.write_bytes(b""), r"0 bytes long, not \d+"),
         ("val-0.tokens", Path.unlink, "No such file"),
         ("manifest.json", Path.unlink, "No such file"),
@@ -368,12 +372,19 @@ def test_a_damaged_cache_is_named_and_what_to_delete(folder, name, damage, messa
     with pytest.raises(UserError, match=message) as error:
         prepare(config_of(folder), quiet=True)
     line = str(error.value)
-    assert line.startswith(f"{place / name}: damaged (")
+    assert line.startswith((f"{place / name}: damaged (", f"{place}/train-0.tokens: damaged ("))
     assert f"delete {place} and start again" in line
     assert "\n" not in line
 
 
-def test_a_token_beyond_the_vocabulary_on_disk_is_named(folder):
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_token_beyond_the_vocabulary_in_a_file_too_long_to_read_is_named(folder, monkeypatch):
+    monkeypatch.setattr(shards, "READ", 0)
     place = Path(prepare(config_of(folder), quiet=True).report["folder"])
     path = place / "val-0.tokens"
     path.write_bytes(b"\xff" * path.stat().st_size)

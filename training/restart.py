@@ -26,6 +26,10 @@ def folder_of(config: Config) -> Path:
     return Path(config.out_dir, config.name)
 
 
+# What is in a checkpoint's state.json, beside what older or newer ones may have.
+STATE = {"step", "time_s", "best", "last_row", "loss_scale", "skips", "data", "config"}
+
+
 class Found(NamedTuple):
     """What a run goes on from."""
 
@@ -47,7 +51,10 @@ def agreed(config: Config, resume: str, world: World) -> Found | None:
     if (told := world.told(answer and [str(answer[0]), answer[1]])) is None:
         return None
     path, own = Path(told[0]), told[1]
-    return Found(path, own, checkpoint.state_of(path))
+    state = checkpoint.state_of(path)
+    if STATE - state.keys() or not isinstance(state["config"], dict):
+        raise UserError(f"{path / 'state.json'}: not the state of a run; start over with --resume never")
+    return Found(path, own, state)
 
 
 def find(config: Config, resume: str) -> tuple[Path, bool] | None:
@@ -69,6 +76,7 @@ def find(config: Config, resume: str) -> tuple[Path, bool] | None:
     except UserError as error:
         raise UserError(f"{error}; start over with --resume never") from error
     if own is not None:
+        checkpoint.remove_leftovers(folder)
         checkpoint.set_aside(folder, checkpoint.state_of(own)["step"], "damaged")
         if asked is not None:
             print(f"{folder_of(config)}: goes on from its own {own.name}; --resume {resume} was for its beginning")

@@ -20,7 +20,7 @@ from training.checkpoint.read import (
     state_of,
     steps,
 )
-from training.checkpoint.write import Saver, prune
+from training.checkpoint.write import Saver, prune, remove_leftovers
 
 __all__ = [
     "MANIFEST",
@@ -37,6 +37,7 @@ __all__ = [
     "prune",
     "read",
     "read_parts",
+    "remove_leftovers",
     "set_aside",
     "state_of",
     "steps",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from training.checkpoint.parts import KINDS, MANIFEST, Written
@@ -59,10 +59,17 @@ def read_parts(path: Path, kind: str, wanted: dict[str, Rows | None] | None = No
     wanted = dict.fromkeys(index) if wanted is None else wanted
     with ExitStack() as open_files:
         files = {
-            file: open_files.enter_context(safe_open(path / file, framework="pt"))
+            file: open_files.enter_context(_opened(path / file))
             for file in dict.fromkeys(file for _, places in index.values() for file, _, _ in places)
         }
         return {name: _rows(files, name, *index[name], rows) for name, rows in wanted.items()}
+
+
+def _opened(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a file of tensors: {error}") from None
 
 
 def _rows(files: dict, name: str, shape: torch.Size, places: list[tuple[str, int, int]], rows: Rows | None) -> Tensor:
@@ -87,7 +94,7 @@ def _index(path: Path, kind: str) -> dict[str, tuple[torch.Size, list[tuple[str,
         entries = json.loads(index.read_text()).items()
         return {name: (torch.Size(entry["shape"]), [tuple(p) for p in entry["parts"]]) for name, entry in entries}
     file = f"{kind}.safetensors"
-    with safe_open(path / file, framework="pt") as opened:
+    with _opened(path / file) as opened:
         shapes = {name: torch.Size(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     return {name: (shape, [(file, 0, shape[0] if shape else 1)]) for name, shape in shapes.items()}
 

@@ -108,8 +108,7 @@ class Saver:
 
         def make_room() -> dict:
             if main and not target.exists():
-                for leftover in self.folder.glob(".step-*"):  # of a save or a removal that was killed
-                    shutil.rmtree(leftover)
+                remove_leftovers(self.folder)
                 partial.mkdir(parents=True)
             return {"exists": target.exists()}
 
@@ -214,6 +213,12 @@ def _finish(partial: Path, target: Path, manifest: dict[str, dict], state: dict)
     sync(partial)
     partial.rename(target)
     sync(target.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a save or a removal that was killed left."""
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover)
 
 
 def prune(folder: Path, keep: int, best_step: int | None, whole: Callable[[Path], bool] = looks_whole) -> None:

@@ -22,6 +22,7 @@ from training.errors import UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+READ = 2**28  # bytes of a file that are read to see that they are those that were written: under a second
 
 
 class StreamRecord(Section):
@@ -129,12 +130,17 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def open_split(folder: Path, manifest: Manifest, name: str, weights: Sequence[float] | None = None) -> Split:
-    """Map the streams of one split. Raises UserError where a file is not as long as the manifest says."""
+    """Map the streams of one split. Raises UserError where a file is not what the manifest says.
+
+    Of a file beyond `READ` that is its length, and of what is read of it that tokens are below the vocabulary's size.
+    """
     records = [record for record in manifest.streams if record.split == name]
     streams = []
     for i, record in enumerate(records):
         path = folder / f"{name}-{i}.tokens"
         tokens = _mapped(path, manifest.dtype, record.n_tokens)
+        if tokens.nbytes <= READ and hashlib.sha256(tokens.data).hexdigest() != record.sha256:
+            raise _damaged(path, "its SHA-256 is not the one in the manifest")
         documents = _mapped(path.with_suffix(".documents"), "<u8", record.n_documents)
         streams.append(Stream(path, tokens, documents))
     return Split(

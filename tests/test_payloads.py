@@ -1,0 +1,224 @@
+"""Files that want to run something: nothing is run, and there is a line."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, command, write_config
+
+from training import cli
+from training.checkpoint import damage
+from training.data import prepare
+from training.errors import UserError
+from training.train import train
+
+FORBIDDEN = ("pickle.find_class", "os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.spawn")
+watched: list[str] | None = None
+
+
+def watch(event: str, _arguments: tuple) -> None:
+    if watched is not None and event in FORBIDDEN:
+        watched.append(event)
+
+
+sys.addaudithook(watch)
+
+
+class Payload:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, canary: Path):
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.canary}",)
+
+
+@pytest.fixture
+def payload(tmp_path):
+    """A pickle that makes a file; at the end of the test it must not be there, nor anything have been run."""
+    global watched
+    canary, watched = tmp_path / "canary", []
+    yield pickle.dumps(Payload(canary))
+    found, watched = watched, None
+    assert not canary.exists() and found == []
+
+
+def refused(work, *words: str) -> None:
+    with pytest.raises(UserError) as error:
+        work()
+    line = str(error.value)
+    assert "\n" not in line and all(word in line for word in words), line
+
+
+def sealed(folder: Path, name: str, data: bytes) -> None:
+    """Put a file into a checkpoint, and make the manifest fit it: someone meant it."""
+    (folder / name).write_bytes(data)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    assert damage(folder) is None
+
+
+HUGE = (2**60).to_bytes(8, "little") + b"{}"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("kind", ["pickle", "header of 2^60", "header that is no JSON", "empty"])
+def test_a_checkpoints_tensors_that_are_none_are_a_line_though_the_manifest_fits(run, config, payload, name, kind):
+    folder = run() / "checkpoints/step-00000006"
+    shutil.rmtree(folder.with_name("step-00000008"))
+    data = {"pickle": payload, "header of 2^60": HUGE, "empty": b""}.get(kind, b"\x08" + bytes(7) + b"notjson!")
+    sealed(folder, name, data)
+    refused(lambda: train(config()), str(folder / name))
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", '{"step": 6}', '{"step": "6", "config": {}, "data": ""}', '{"step": 6, "config": 3}']
+)
+def test_a_checkpoints_state_of_another_kind_is_a_line(run, config, text):
+    folder = run() / "checkpoints/step-00000006"
+    shutil.rmtree(folder.with_name("step-00000008"))
+    (folder / "state.json").write_text(text)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["state.json"] = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "bytes": len(text)}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    refused(lambda: train(config()), "start over with --resume never")
+
+
+def test_a_link_in_a_checkpoint_is_damage(run, tmp_path):
+    folder = run() / "checkpoints/step-00000008"
+    shutil.move(folder / "state.json", tmp_path / "elsewhere")
+    (folder / "state.json").symlink_to(tmp_path / "elsewhere")
+    assert damage(folder) == f"{folder}/manifest.json: damaged: 'state.json' is no file of this folder"
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet", "txt.gz", "jsonl.zst", "csv"])
+@pytest.mark.parametrize("kind", ["pickle", "object array"])
+def test_a_data_file_that_is_a_pickle_is_a_line(config, tmp_path, payload, suffix, kind):
+    file = tmp_path / f"text.{suffix}"
+    file.write_bytes(payload)
+    if kind == "object array":
+        with file.open("wb") as opened:
+            np.save(opened, np.array([Payload(tmp_path / "canary")], dtype=object), allow_pickle=True)
+    data = config().data.model_copy(
+        update={"sources": (config().data.sources[0].model_copy(update={"paths": (str(file),)}),)}
+    )
+    refused(lambda: prepare(data, quiet=True), str(file))
+
+
+def test_a_tokenizer_that_is_a_pickle_is_a_line(config, tmp_path, payload):
+    (tmp_path / "tokenizer.json").write_bytes(payload)
+    made = config(
+        data=config().data.model_dump() | {"tokenizer": {"type": "file", "path": str(tmp_path / "tokenizer.json")}}
+    )
+    refused(lambda: prepare(made.data, quiet=True), "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!!python/object/apply:os.system ['touch CANARY']",
+        "name: !!python/object/new:os.system ['touch CANARY']",
+        "name: $(touch CANARY)",
+        'name: \'{__import__("os").system("touch CANARY")}\'',
+        "name: `touch CANARY`",
+        "name: ../../CANARY",
+    ],
+)
+def test_a_configuration_is_never_run(tmp_path, payload, text):  # noqa: ARG001 (the canary)
+    path = tmp_path / "a.yaml"
+    path.write_text(text.replace("CANARY", str(tmp_path / "canary")) + "\n")
+    with pytest.raises(UserError):
+        cli.load(path)
+
+
+@pytest.fixture
+def evil_model(tmp_path):
+    """A model's folder with code of its own that would make the canary, and weights as a pickle."""
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    code = f"from pathlib import Path\nPath({str(tmp_path / 'canary')!r}).touch()\nclass Evil: pass\n"
+    (folder / "modeling_evil.py").write_text(code)
+    (folder / "configuration_evil.py").write_text(code)
+    auto = {"AutoConfig": "configuration_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil"}
+    config = {
+        "model_type": "evil",
+        "architectures": ["Evil"],
+        "auto_map": auto,
+        "n_embd": 16,
+        "n_layer": 1,
+        "n_head": 2,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("model_type", ["evil", "gpt2"])
+def test_a_models_own_code_is_never_run(config, evil_model, payload, model_type):
+    (evil_model / "pytorch_model.bin").write_bytes(payload)
+    said = json.loads((evil_model / "config.json").read_text()) | {"model_type": model_type}
+    (evil_model / "config.json").write_text(json.dumps(said))
+    refused(lambda: train(config(init_from=str(evil_model), model={})), str(evil_model))
+
+
+def test_a_data_sets_own_code_is_never_run(options, tmp_path):
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    (folder / "evil.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'canary')!r}).touch()\n")
+    made = options()
+    made["data"] = made["data"] | {"sources": [{"type": "huggingface", "name": str(folder)}]}
+    done = command("-m", "training.train", "--config", str(write_config(tmp_path / "a.yaml", made)))
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: {folder}: cannot be read: ")
+    assert not (tmp_path / "canary").exists()
+
+
+BANNED_CALLS = {
+    "eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "yaml.load", "pickle.load",
+    "pickle.loads", "marshal.loads", "np.load", "numpy.load", "joblib.load", "shelve.open", "tempfile.mktemp",
+}  # fmt: skip
+BANNED_MODULES = {"pickle", "dill", "shelve", "marshal", "joblib", "cloudpickle"}
+
+
+def dangers(source: str) -> list[str]:
+    """What in it could run what a file holds."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            named = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            if name in BANNED_CALLS or named.get("shell") == "True" or named.get("trust_remote_code") == "True":
+                found.append(name)
+            if named.get("allow_pickle", "False") != "False":
+                found.append(name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            found += [module for module in modules if module.split(".")[0] in BANNED_MODULES]
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "training").rglob("*.py")), ids=lambda path: path.stem)
+def test_nothing_here_runs_what_a_file_holds(path):
+    assert dangers(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "eval(text)", "exec(text)", "__import__(name)", "os.system(text)", "torch.load(path)", "yaml.load(text)",
+        "np.load(path)", "import pickle", "from dill import loads", "subprocess.run(text, shell=True)",
+        "AutoModel.from_pretrained(path, trust_remote_code=True)", "np.fromfile(path, allow_pickle=True)",
+    ],
+)  # fmt: skip
+def test_a_danger_would_be_seen(source):
+    assert len(dangers(source)) == 1

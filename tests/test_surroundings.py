@@ -1,0 +1,73 @@
+"""What surrounds a run changes no bit of it: where it is started, the environment, the order of files, its logs."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, environment, rows, tensors, write_config
+
+from training import loop
+from training.train import train
+
+SURROUNDINGS = {
+    "plain": {},
+    "elsewhere": {"PYTHONHASHSEED": "1", "LC_ALL": "C", "TZ": "Pacific/Kiritimati", "PYTHONUTF8": "0"},
+    "again": {"PYTHONHASHSEED": "4711", "LC_ALL": "tr_TR.UTF-8", "TZ": "America/St_Johns", "COLUMNS": "40"},
+}
+
+
+def test_three_fresh_processes_in_other_surroundings_end_in_the_same_bits(options, tmp_path):
+    made = {}
+    for i, (name, variables) in enumerate(SURROUNDINGS.items()):
+        texts = tmp_path / f"texts-{i}"
+        texts.mkdir()
+        order = sorted(
+            (ROOT / "training/data").glob("*.py"), key=lambda path, i=i: hash((path.name, i)) if i else path.name
+        )
+        for path in order:  # a folder lists its files as they came
+            shutil.copy(path, texts)
+        changes = options(name=name)
+        changes["data"] |= {
+            "sources": [{"type": "files", "paths": [str(texts)]}],
+            "cache_dir": str(tmp_path / f"c-{i}"),
+        }
+        changes["logging"] = {"every": 1 + i, "tensorboard": i == 1}
+        where, temporary = tmp_path / f"cwd-{i}", tmp_path / f"tmp-{i}"
+        where.mkdir()
+        temporary.mkdir()
+        path = write_config(tmp_path / f"{name}.yaml", changes)
+        done = subprocess.run(
+            [sys.executable, "-m", "training.train", "--config", str(path)], cwd=where, capture_output=True, text=True,
+            env=environment() | {"TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)} | variables,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        folder = tmp_path / "runs" / name
+        made[name] = (tensors(folder, 8), rows(folder), (folder / "model/model.safetensors").read_bytes())
+    assert made["plain"] == made["elsewhere"] == made["again"]
+
+
+@pytest.mark.parametrize("deleted", ["cache", "sources"])
+def test_data_that_are_deleted_while_a_run_reads_them_are_still_there_for_it(
+    run, config, monkeypatch, tmp_path, deleted
+):
+    """A mapped file stays until it is let go; what is gone is missed at the next start, or made anew."""
+    texts, cache = tmp_path / "texts", tmp_path / "own-cache"
+    shutil.copytree(ROOT / "training/data", texts, ignore=shutil.ignore_patterns("__pycache__"))
+    data = config().data.model_dump() | {"sources": [{"type": "files", "paths": [str(texts)]}], "cache_dir": str(cache)}
+    through = run(name="through", data=data)
+    step = loop.train_step
+
+    def deleting(run):
+        step(run)
+        if run.step == 3:
+            shutil.rmtree(cache if deleted == "cache" else texts)
+
+    monkeypatch.setattr(loop, "train_step", deleting)
+    assert train(config(name="robbed", data=data)) == 0
+    robbed = through.with_name("robbed")
+    assert rows(robbed) == rows(through)
+    assert tensors(robbed, 8) == tensors(through, 8)
+    assert cache.exists() == (deleted == "sources")
