@@ -62,8 +62,9 @@ def prepare(config: DataConfig, *, quiet: bool = False) -> Dataset:
                 if not folder.exists():
                     remove_leftovers(cache)
                     build(corpus, folder, digests, quiet)
+        dataset = open_dataset(folder, corpus.weights, digests, found, start)
         digests.save()
-    return open_dataset(folder, corpus.weights, found, time.perf_counter() - start)
+    return dataset
 
 
 @contextmanager
@@ -189,14 +190,17 @@ def check_splits(config: DataConfig, records: Sequence[StreamRecord]) -> None:
     for i, count in enumerate(train):
         if not count:
             where = f"data.sources.{i}" if len(train) > 1 else "data.sources"
-            raise UserError(f"{where}: no document is left to train on {share}: lower it, or name data.val_sources")
+            todo = "give more text, lower it, or name data.val_sources"
+            raise UserError(f"{where}: no document is left to train on {share}: {todo}")
 
 
-def open_dataset(folder: Path, weights: Sequence[float], found: bool, seconds: float) -> Dataset:
+def open_dataset(folder: Path, weights: Sequence[float], digests: Digests, found: bool, start: float) -> Dataset:
     """Map a dataset that is complete. Raises UserError where it is damaged."""
     manifest = shards.read_manifest(folder)
     train = shards.open_split(folder, manifest, "train", weights)
     val = shards.open_split(folder, manifest, "val")
+    for split in (train, val):
+        shards.verify(split, manifest, digests)
     tokenizer = shards.open_tokenizer(folder, manifest)
     parts = [manifest.key, manifest.tokenizer_sha256, *(record.sha256 for record in manifest.streams)]
     counts = {
@@ -209,6 +213,6 @@ def open_dataset(folder: Path, weights: Sequence[float], found: bool, seconds: f
         "blank_documents": manifest.n_blank,
         "folder": str(folder),
         "found": found,
-        "seconds": seconds,
+        "seconds": time.perf_counter() - start,
     }
     return Dataset(tokenizer, train, val, hashlib.sha256(" ".join(parts).encode()).hexdigest(), report)

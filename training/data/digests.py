@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,6 +33,8 @@ class Digests:
         try:
             # The status comes first: a change during the reading leaves a memo that no longer fits.
             status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise UserError(f"{path}: not a file but a folder, a pipe or a device")
             seen = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
             if (entry := self.known.get(name)) and entry[:3] == seen:
                 return entry[3]
@@ -47,5 +50,8 @@ class Digests:
         if self.changed:
             temporary = self.memo.with_name(f"{self.memo.name}.{os.getpid()}")
             with suppress(OSError):
-                temporary.write_text(json.dumps(self.known))
-                temporary.replace(self.memo)
+                try:
+                    temporary.write_text(json.dumps(self.known))
+                    temporary.replace(self.memo)
+                finally:
+                    temporary.unlink(missing_ok=True)

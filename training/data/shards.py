@@ -8,6 +8,8 @@ begins with the end-of-text token, so that all of its text, first token included
 from __future__ import annotations
 
 import hashlib
+import mmap
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +19,13 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from training.config import Section
+from training.data.digests import Digests
 from training.data.tokenizer import Tokenizer
 from training.errors import UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-READ = 2**28  # bytes of a file that are read to see that they are those that were written: under a second
+READ = 2**28  # bytes of a file that are read at every start, to see that they are those that were written
 
 
 class StreamRecord(Section):
@@ -49,11 +52,20 @@ class Manifest(Section):
 
 @dataclass(frozen=True)
 class Stream:
-    """Documents in a row. `tokens` (n_tokens,) and `documents` (n_documents,) are mapped files."""
+    """Documents in a row. `tokens` (n_tokens,) and `documents` (n_documents,) are mapped files.
+
+    `mapped` is the tokens' file, where there is one: it is there as long as it is mapped, deleted or not.
+    """
 
     path: Path
     tokens: np.ndarray
     documents: np.ndarray
+    mapped: mmap.mmap | None = None
+
+    def refuse_cut(self) -> None:
+        """Raise UserError where the file is shorter than it was: reading on would end the process without a word."""
+        if self.mapped is not None and (size := self.mapped.size()) < self.tokens.nbytes:
+            raise _damaged(self.path, f"cut to {size} bytes while it was read")
 
 
 @dataclass(frozen=True)
@@ -130,19 +142,14 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def open_split(folder: Path, manifest: Manifest, name: str, weights: Sequence[float] | None = None) -> Split:
-    """Map the streams of one split. Raises UserError where a file is not what the manifest says.
-
-    Of a file beyond `READ` that is its length, and of what is read of it that tokens are below the vocabulary's size.
-    """
+    """Map the streams of one split. Raises UserError where a file is not as long as the manifest says."""
     records = [record for record in manifest.streams if record.split == name]
     streams = []
     for i, record in enumerate(records):
         path = folder / f"{name}-{i}.tokens"
-        tokens = _mapped(path, manifest.dtype, record.n_tokens)
-        if tokens.nbytes <= READ and hashlib.sha256(tokens.data).hexdigest() != record.sha256:
-            raise _damaged(path, "its SHA-256 is not the one in the manifest")
-        documents = _mapped(path.with_suffix(".documents"), "<u8", record.n_documents)
-        streams.append(Stream(path, tokens, documents))
+        tokens, mapped = _mapped(path, manifest.dtype, record.n_tokens)
+        documents, _ = _mapped(path.with_suffix(".documents"), "<u8", record.n_documents)
+        streams.append(Stream(path, tokens, documents, mapped))
     return Split(
         name=name,
         streams=tuple(streams),
@@ -154,14 +161,31 @@ def open_split(folder: Path, manifest: Manifest, name: str, weights: Sequence[fl
     )
 
 
-def _mapped(path: Path, dtype: str, length: int) -> np.ndarray:
-    """A file as a read-only array. A plain ndarray: slicing np.memmap costs several times as much."""
+def verify(split: Split, manifest: Manifest, digests: Digests) -> None:
+    """Raise UserError where the tokens are not those that were written.
+
+    A file of up to `READ` bytes is read; a longer one only where its size or times have changed since it was.
+    """
+    records = (record for record in manifest.streams if record.split == split.name)
+    for stream, record in zip(split.streams, records, strict=True):
+        read = stream.tokens.nbytes <= READ
+        digest = hashlib.sha256(stream.tokens.data).hexdigest() if read else digests.of(stream.path)
+        if digest != record.sha256:
+            raise _damaged(stream.path, "its SHA-256 is not the one in the manifest")
+        if read and (largest := stream.tokens.max(initial=0)) >= split.vocab_size:
+            raise _damaged(stream.path, f"token {largest} is not below the vocabulary's {split.vocab_size}")
+
+
+def _mapped(path: Path, dtype: str, length: int) -> tuple[np.ndarray, mmap.mmap | None]:
+    """A file as a read-only array and as what is mapped. Not np.memmap, whose slices cost several times as much."""
     expected = length * np.dtype(dtype).itemsize
     try:
-        size = path.stat().st_size
-        if size != expected:
-            raise _damaged(path, f"{size} bytes long, not {expected}")
-        return np.asarray(np.memmap(path, dtype, "r")) if length else np.empty(0, dtype)
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != expected:
+                raise _damaged(path, f"{size} bytes long, not {expected}")
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if length else None
+        return np.empty(0, dtype) if mapped is None else np.frombuffer(mapped, dtype), mapped
     except OSError as error:
         raise _damaged(path, error.strerror) from None
 

@@ -65,7 +65,8 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json, which Transformers' `AutoTokenizer` opens."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.inner.save(str(folder / "tokenizer.json"))
+        # Not by `inner.save`, whose refusal by the system is a bare Exception.
+        (folder / "tokenizer.json").write_text(self.inner.to_str(pretty=True), encoding="utf-8", newline="")
         special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
