@@ -26,6 +26,7 @@ from training.data.corpus import Corpus
 from training.data.digests import Digests
 from training.data.progress import progress
 from training.data.shards import Manifest, Split, StreamRecord, Writer
+from training.data.sources import no_text
 from training.data.text import Piece
 from training.data.tokenizer import Tokenizer
 from training.data.workers import encoded
@@ -128,7 +129,7 @@ def write(corpus: Corpus, folder: Path, key: str, quiet: bool) -> None:
         writers = {stream: stack.enter_context(Writer(folder, *stream, tokenizer)) for stream in streams}
         n_blank = write_streams(corpus, folder / "tokenizer", writers, advance)
         records = [writer.finish() for writer in writers.values()]
-    check_splits(corpus.config, records)
+    check_splits(corpus, records)
     manifest = Manifest(
         format=shards.FORMAT,
         key=key,
@@ -174,11 +175,13 @@ def write_streams(
     return n_blank
 
 
-def check_splits(config: DataConfig, records: Sequence[StreamRecord]) -> None:
+def check_splits(corpus: Corpus, records: Sequence[StreamRecord]) -> None:
     """Raise UserError, which says what to do, where there is nothing to train on or nothing to validate on."""
     *train, val = (record.n_documents for record in records)
-    n_documents = sum(train) + val
+    config, n_documents = corpus.config, sum(train) + val
     share = f"of {n_documents} documents, with data.val_fraction {config.val_fraction}"
+    if n_documents == 0 and corpus.lone is not None:
+        raise no_text(corpus.lone)
     if n_documents == 0:
         raise UserError("data.sources: no text in them: every document is empty, or all white space")
     if config.val_sources:

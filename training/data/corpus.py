@@ -35,7 +35,8 @@ class Corpus:
         self.weights = [source.weight for source in config.sources if source.weight]
         self.n_streams = len(self.weights) or 1
         first = self.train[0]
-        self.lone = not self.val and len(self.train) == 1 and isinstance(first, Files) and first.is_one_text
+        alone = not self.val and len(self.train) == 1 and isinstance(first, Files)
+        self.lone = first.one_text if alone else None
 
     def key(self, digests: Digests) -> str:
         """A name for all that decides the tokens on disk: weights do not, whether there are any does."""
@@ -51,7 +52,7 @@ class Corpus:
 
     def pieces(self) -> Iterator[Iterator[Piece]]:
         """For each source an iterator over its pieces."""
-        if self.lone:
+        if self.lone is not None:
             yield cut_in_two(lambda: next(self.train[0].documents()).pieces, self.config.val_fraction)
             return
         val_fraction = 0.0 if self.val else self.config.val_fraction

@@ -70,9 +70,10 @@ class Files:
             yield from _holding_text(path, read(path, self.column)) if named else read(path, self.column)
 
     @property
-    def is_one_text(self) -> bool:
-        """Whether this is a single text file, and so a single document."""
-        return len(self.paths) == 1 and FORMATS[format_of(next(iter(self.paths)))] is read_text
+    def one_text(self) -> Path | None:
+        """The file, where this is a single text file, and so a single document."""
+        first = next(iter(self.paths))
+        return first if len(self.paths) == 1 and FORMATS[format_of(first)] is read_text else None
 
     def identity(self, digests: Digests) -> Any:
         return [self.column, [(format_of(path), digests.of(path)) for path in self.paths]]
@@ -86,7 +87,12 @@ def _holding_text(path: Path, documents: Iterator[Document]) -> Iterator[Documen
         blank = blank and not first.strip()
         yield Document(chain([first], each.pieces), each.key)
     if blank:
-        raise UserError(f"{path}: no text in this file: it is empty, or all white space")
+        raise no_text(path)
+
+
+def no_text(path: Path) -> UserError:
+    """What is said of a file that was named by itself."""
+    return UserError(f"{path}: no text in this file: it is empty, or all white space")
 
 
 class HuggingFace:
