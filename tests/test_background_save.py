@@ -60,10 +60,10 @@ def test_a_save_is_waited_for_by_the_next_one_and_by_the_end(tmp_path):
     saver = Saver(tmp_path, alone, CheckpointConfig(keep=100))
     for step in range(4):
         saver.save(parts(step), {"step": step}, None)
-        assert sum(thread.name == "saver" for thread in threading.enumerate()) <= 1
+        assert sum(thread.name.startswith("saver") for thread in threading.enumerate()) <= 1
     saver.close()
     assert [step for step, path in steps(tmp_path) if damage(path) is None] == [0, 1, 2, 3]
-    assert not any(thread.name == "saver" for thread in threading.enumerate())
+    assert not any(thread.name.startswith("saver") for thread in threading.enumerate())
 
 
 def test_in_the_foreground_it_is_there_when_the_call_returns(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,3 +165,33 @@ def test_one_rank_without_memory_halves_on_all(options, tmp_path):
     assert ours["tokens"] == theirs["tokens"]
     for name, tensor in our_weights.items():
         assert (tensor - their_weights[name]).abs().max() < 1e-6 * 8
+
+
+LIMITED = """
+import resource
+from pathlib import Path
+from training import cli, loop
+from training.train import train
+config = cli.load({path!r})
+before = loop.train_step
+def limited(run):
+    if run.step == 2:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
+    before(run)
+loop.train_step = limited
+raise SystemExit(train(config))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux, to limit a process's memory")
+def test_where_the_system_gives_no_more_memory_fewer_samples_go_at_a_time(options, run, tmp_path):
+    """A real limit, from the third step on; saves, rows and the model are made within it."""
+    wide = {"n_layer": 2, "n_head": 2, "n_embd": 64, "n_positions": 128, "blocks": [{"ffn": {"type": "moe"}}, {}]}
+    changes = {"model": wide, "batch_tokens": 2**14, "micro_batch": 128, "steps": 4, "checkpoint": {"every": 2}}
+    path = write_config(tmp_path / "limited.yaml", options(name="limited", **changes))
+    done = command("-c", LIMITED.format(path=str(path)))
+    assert done.returncode == 0, done.stderr
+    assert "step 3: out of memory; the same batch again, 64 samples at a time from here" in done.stderr
+    ours, theirs = (load_file(run_ / "model/model.safetensors") for run_ in (tmp_path / "runs/limited", run(**changes)))
+    assert all((tensor - theirs[name]).abs().max() < 1e-5 for name, tensor in ours.items())

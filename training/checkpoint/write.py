@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -32,7 +33,9 @@ class Saver:
         self.folder, self.peers, self.section = folder, peers, section
         self.failure: UserError | None = None
         self.prepared = False
-        self._thread: threading.Thread | None = None
+        # One thread for all saves, begun while there is memory: Python waits for ever for one that cannot begin.
+        self._pool: ThreadPoolExecutor | None = None
+        self._work: Future | None = None
         self._copies: dict[tuple[str, str], Tensor] = {}  # their memory serves the next save too
 
     def prepare(self, parts: Parts) -> None:
@@ -47,8 +50,7 @@ class Saver:
                         if part.mine:
                             self._memory(kind, name, part.tensor).zero_()
 
-        self._thread = threading.Thread(target=take, name="saver")
-        self._thread.start()
+        self._begin(take)
 
     def save(self, parts: Parts, state: dict, best_step: int | None) -> None:
         """Begin to save a step as `folder`/step-N, replacing nothing; then those that are no longer kept go.
@@ -58,23 +60,28 @@ class Saver:
         """
         self.wait()
         copy = {kind: self._copied(kind, some) for kind, some in parts.items()}
-        self._thread = threading.Thread(target=self._write, args=(copy, state, best_step), name="saver")
-        self._thread.start()
+        self._begin(self._write, copy, state, best_step)
         if not self.section.background:
             self.wait()
 
     def wait(self) -> None:
         """Until nothing is being saved. Raises UserError where that failed."""
-        self.close()
+        if self._work is not None:
+            self._work.result()
         if self.failure is not None:
             failure, self.failure = self.failure, None
             raise failure
 
     def close(self) -> None:
         """Until nothing is being saved."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+    def _begin(self, work: Callable, *arguments: Any) -> None:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
+        self._work = self._pool.submit(work, *arguments)
 
     def _copied(self, kind: str, parts: dict[str, Part]) -> dict[str, Part]:
         """What this process writes, in host memory of our own; of the rest only what it is."""
