@@ -343,7 +343,7 @@ def test_sources_without_text_are_named(folder):
     (folder / "empty").mkdir()
     (folder / "empty" / "a.txt").touch()
     empty = [{"paths": [str(folder / "empty")]}]
-    with pytest.raises(UserError, match=r"^data.sources: no text"):
+    with pytest.raises(UserError, match=r"a.txt: no text in this file"):
         prepare(config_of(folder, sources=empty), quiet=True)
     with pytest.raises(UserError, match=r"^data.val_sources: no text"):
         prepare(config_of(folder, val_sources=empty), quiet=True)
