@@ -46,12 +46,10 @@ class Batches:
 
     def samples(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and targets, both int64 (len(indices), n_positions), of samples 0, 1, 2, ... of the run."""
-        for stream in self.split.streams:
-            stream.refuse_cut()
         rows = np.full((len(indices), self.n_positions + 1), IGNORED, np.int64)
         for row, stream, window in zip(rows, *self.locate(np.asarray(indices, np.int64)), strict=True):
             start = window * self.n_positions
-            tokens = self.split.streams[stream].tokens[start : start + self.n_positions + 1]
+            tokens = self.split.streams[stream].window(start, start + self.n_positions + 1)
             row[: len(tokens)] = tokens
         if rows.max(initial=0) >= self.split.vocab_size:
             raise UserError(

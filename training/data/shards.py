@@ -62,10 +62,14 @@ class Stream:
     documents: np.ndarray
     mapped: mmap.mmap | None = None
 
-    def refuse_cut(self) -> None:
-        """Raise UserError where the file is shorter than it was: reading on would end the process without a word."""
+    def window(self, start: int, stop: int) -> np.ndarray:
+        """Some of the tokens, to be read at once.
+
+        Raises UserError where the file is shorter than it was: reading would end the process without a word.
+        """
         if self.mapped is not None and (size := self.mapped.size()) < self.tokens.nbytes:
             raise _damaged(self.path, f"cut to {size} bytes while it was read")
+        return self.tokens[start:stop]
 
 
 @dataclass(frozen=True)
