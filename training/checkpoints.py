@@ -9,23 +9,21 @@ Exit status: 0 done, 1 where one is damaged, 2 wrong input.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from training.cli import Parser
 from training.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.checkpoints", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m training.checkpoints", description=__doc__)
     parser.add_argument("what", choices=["verify", "list", "prune"])
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("--keep", type=int, default=2, help="newest checkpoints that prune leaves (default 2)")
-    asked = parser.parse_args(argv)
     try:
+        asked = parser.parse_args(argv)
         folder = _folder(asked.run)
         if asked.what == "prune":
             _prune(asked.run, folder, asked.keep)

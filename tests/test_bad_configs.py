@@ -1,0 +1,390 @@
+"""Wrong configs, each mistake known: a line for each with its place, its value and the reason, and nothing is begun."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from itertools import combinations
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+
+import pytest
+from conftest import ROOT, rows
+from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from training import cli
+from training.config import Config, Section
+from training.options import groups, is_list, sections, stand_in, type_of
+from training.train import main, train
+from training.yaml_source import Keys
+
+# --- mistakes that are known -----------------------------------------------------------------------
+
+# As written, and what YAML 1.2 reads it as.
+VALUES = [
+    ("x y", "x y"), ("3", 3), ("-7", -7), ("0", 0), ("2.5", 2.5), ("1e-4", 1e-4), ("010", 10), ("no", "no"),
+    ("12:30:45", "12:30:45"), ("true", True), ("null", None), ("[]", []), ("[1, 2]", [1, 2]), ("{a: 1}", {"a": 1}),
+    (".nan", math.nan), ("-.inf", -math.inf), ("1e999", math.inf), ("''", ""), ("9" * 30, int("9" * 30)),
+    ("2001-01-01", "2001-01-01"), ("$(id)", "$(id)"), ("'{0.__class__}'", "{0.__class__}"), ("../../x", "../../x"),
+]  # fmt: skip
+BOUNDS = {
+    "ge": lambda x, limit: x >= limit, "gt": lambda x, limit: x > limit,
+    "le": lambda x, limit: x <= limit, "lt": lambda x, limit: x < limit,
+    "min_length": lambda x, limit: len(x) >= limit, "pattern": lambda x, limit: re.search(limit, x) is not None,
+}  # fmt: skip
+
+
+def right(annotation: Any, limits: list, value: Any) -> bool:
+    """Whether an option may have a value, told slowly and without pydantic."""
+    if get_origin(annotation) is Annotated and not sections(annotation):
+        annotation, *more = get_args(annotation)
+        limits = [*limits, *(part for one in more for part in getattr(one, "metadata", [one]))]
+    if sections(annotation):
+        if is_list(annotation):
+            return type(value) is list and value != []
+        return isinstance(value, dict) or (value is None and NoneType in get_args(annotation))
+    if is_list(annotation):
+        return type(value) is list and within(limits, value)
+    if get_origin(annotation) is Literal:
+        return type(value) is str and value in get_args(annotation)
+    if parts := get_args(annotation):
+        return any(right(part, limits, value) for part in parts)
+    if annotation is NoneType:
+        return value is None
+    if annotation is float:
+        return type(value) in (int, float) and math.isfinite(value) and within(limits, value)
+    return type(value) is annotation and within(limits, value)
+
+
+def within(limits: list, value: Any) -> bool:
+    return all(
+        test(value, getattr(limit, name)) for limit in limits for name, test in BOUNDS.items()
+        if getattr(limit, name, None) is not None
+    )  # fmt: skip
+
+
+class Mistake(NamedTuple):
+    """What is written at a path, and how the line that tells of it goes on."""
+
+    section: type[Section]
+    at: Keys
+    text: str
+    reason: str
+    by_flag: bool
+
+
+def shown(text: str, value: Any) -> str:
+    """A value as an error has it."""
+    if isinstance(value, list | dict):
+        return ("a section" if isinstance(value, dict) else "a list") if value else text
+    return f"'{value}'" if isinstance(value, str) else text
+
+
+GROUPS = [(tuple(0 if key == "N" else key for key in group.at), group.section) for group in groups()]
+NAMES = sorted({name for _, section in GROUPS for name in section.model_fields} - {"type"})
+
+
+@st.composite
+def mistakes(draw: st.DrawFn) -> Mistake:
+    """An option that is misspelt or belongs elsewhere, a value that cannot be, or a type that there is not."""
+    at, section = draw(st.sampled_from(GROUPS))
+    name = draw(st.sampled_from(sorted(section.model_fields)))
+    kind = draw(st.sampled_from(["value", "value", "value", "misspelt", "elsewhere"]))
+    by_flag = draw(st.booleans())
+    if name == "type":
+        types = type_of(section)
+        return Mistake(section, (*at, "type"), f"{types}x", f"'{types}x' is not one of ", False)
+    field = section.model_fields[name]
+    if kind == "value":
+        text, value = draw(st.sampled_from(VALUES))
+        assume(not right(field.annotation, field.metadata, value))
+        assume(not (is_list(field.annotation) and value == [1, 2]))  # its entries are wrong, a line each
+        assume(not (sections(field.annotation) and isinstance(value, dict)))
+        by_flag = by_flag and "str" not in repr(field.annotation) and not sections(field.annotation)
+        return Mistake(section, (*at, name), text, f"{shown(text, value)} is not ", by_flag)
+    if kind == "misspelt":
+        n = draw(st.integers(0, len(name) - 1))
+        edited = {name[:n] + name[n + 1 :], name[:n] + name[n] + name[n:], name[:n] + name[n:].swapcase()}
+        name = draw(st.sampled_from(sorted(edited)))
+    else:
+        name = draw(st.sampled_from(NAMES))
+    known = {option for place, one in GROUPS if place == at for option in one.model_fields}
+    assume(name and name not in known)
+    return Mistake(section, (*at, name), "1", "unknown option", by_flag)
+
+
+def fit(chosen: list[Mistake]) -> bool:
+    """Whether each can be seen beside the others."""
+    for one, other in combinations(chosen, 2):
+        short, long = sorted((one.at, other.at), key=len)
+        same_place = one.at[:-1] == other.at[:-1]
+        hides = "type" in (one.at[-1], other.at[-1]) or one.section is not other.section
+        if long[: len(short)] == short or (same_place and hides):
+            return False
+    return True
+
+
+def planted(chosen: list[Mistake]) -> dict:
+    """The least tree that has the mistakes, the sections that they are in complete."""
+    tree: dict = {"data": {"sources": [{"type": "stdlib"}]}}
+    for mistake in chosen:
+        *parents, name = mistake.at
+        if mistake.by_flag and mistake.reason == "unknown option":
+            continue
+        node: Any = tree
+        for key, following in zip(parents, mistake.at[1:], strict=True):
+            empty = [{}] if isinstance(following, int) else {}
+            node = node[key] if isinstance(key, int) else node.setdefault(key, empty)
+        if kind := type_of(mistake.section):
+            node["type"] = kind
+        node |= {key: value for key, value in stand_in(mistake.section).items() if key not in node}
+        if mistake.by_flag:
+            node.pop(name, None)
+        else:
+            node[name] = mistake.text
+    return tree
+
+
+def written(tree: Any, indent: int = 0, at: Keys = ()) -> Iterator[tuple[Keys, str]]:
+    """A tree as lines of YAML, each with the path that begins on it."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    for key, value in items:
+        start = " " * indent + (f"{key}:" if isinstance(tree, dict) else "-")
+        if isinstance(value, dict | list) and value:
+            yield (*at, key), start
+            yield from written(value, indent + 2, (*at, key))
+        else:
+            yield (*at, key), f"{start} {value}"
+
+
+def dotted(at: Keys) -> str:
+    return ".".join(map(str, at))
+
+
+def answer(*argv: str) -> list[str]:
+    """The error lines of the command, which ends with status 2 in time, and makes and prints nothing."""
+    before, start, out, err = set(Path().iterdir()), time.process_time(), io.StringIO(), io.StringIO()
+    with pytest.raises(SystemExit) as stop, redirect_stdout(out), redirect_stderr(err):
+        main(list(argv))
+    took, lines = time.process_time() - start, err.getvalue().splitlines()
+    assert (stop.value.code, out.getvalue()) == (2, "")
+    assert set(Path().iterdir()) == before
+    assert took < 1  # of this process: others may be busy
+    assert lines and len(set(lines)) == len(lines)
+    assert all(line.startswith("error: ") and line.isprintable() and len(line) < 1000 for line in lines), lines
+    return [line.removeprefix("error: ") for line in lines]
+
+
+def each_mistake_has_its_line(chosen: list[Mistake]) -> None:
+    lines = list(written(planted(chosen)))
+    Path("my.yaml").write_text("\n".join(text for _, text in lines) + "\n")
+    numbers = {at: number for number, (at, _) in enumerate(lines, 1)}
+    flags = [f"--{dotted(mistake.at)}={mistake.text}" for mistake in chosen if mistake.by_flag]
+    expected = [
+        f"--{dotted(mistake.at)}: {mistake.reason}"
+        if mistake.by_flag
+        else f"my.yaml:{numbers[mistake.at]}: {dotted(mistake.at)}: {mistake.reason}"
+        for mistake in chosen
+    ]
+    found = answer("--config", "my.yaml", *flags)
+    told = [next((one for one in expected if line.startswith(one)), line) for line in found]
+    assert sorted(told) == sorted(expected), (found, Path("my.yaml").read_text())
+
+
+FUZZ = settings(
+    derandomize=True, database=None, deadline=None, phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much, HealthCheck.too_slow],
+)  # fmt: skip
+SOME = st.lists(mistakes(), min_size=1, max_size=3).filter(fit)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@settings(FUZZ, max_examples=1000)
+@given(chosen=SOME)
+def test_every_mistake_has_one_line_with_its_place_value_and_reason(chosen):
+    each_mistake_has_its_line(chosen)
+
+
+@pytest.mark.soak
+@settings(FUZZ, max_examples=100_000)
+@given(chosen=SOME)
+def test_each_of_100_000_configs_has_its_lines(chosen):
+    each_mistake_has_its_line(chosen)
+
+
+def test_sections_in_each_others_places_are_told_option_by_option():
+    below = [(at[0], section) for at, section in GROUPS if len(at) == 1 and at != ("data",)]
+    for (one, section), (other, another) in combinations(below, 2):
+        if one != other:
+            swapped = [(one, section, another), (other, another, section)]
+            each_mistake_has_its_line([
+                Mistake(into, (at, name), "1", "unknown option", by_flag=False)
+                for at, into, source in swapped
+                for name in source.model_fields
+                if name not in {known for place, each in GROUPS if place == (at,) for known in each.model_fields}
+            ])  # fmt: skip
+
+
+# --- YAML that is an attack ------------------------------------------------------------------------
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join(['*' + before] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+DATA = "data: {sources: [{type: stdlib}]}\n"
+ATTACKS = {
+    "a tag that runs": (b"name: !!python/object/apply:os.system ['touch made']\n", "my.yaml:1: name: no tags"),
+    "a tag at the top": (b"!!python/object/new:os.system ['touch made']\n", "my.yaml:1: not a mapping of options"),
+    "aliases that explode": (BOMB.encode(), "my.yaml:1: a: no anchors here"),
+    "an alias of itself": (b"model: &a {blocks: *a}\n", "my.yaml:1: model: no anchors here"),
+    "a merge key": (b"model: {<<: {n_layer: 3}}\n", "my.yaml:1: model.<<: unknown option"),
+    "20,000 brackets": (b"[" * 20_000, "my.yaml:1: nested more than 12 deep"),
+    "10 MB": (b"# " + b"x" * 10_000_000, "my.yaml: longer than 32768 bytes"),
+    "binary": (bytes(range(256)), "my.yaml: not UTF-8 text (byte 128)"),
+    "a tab": (b"model:\n\tn_layer: 3\n", "my.yaml:2: not YAML: a tab; indent with spaces"),
+    "UTF-16": ("\ufeffsteps: 3\n".encode("utf-16-le"), "my.yaml: not UTF-8 text (byte 0)"),
+    "a byte order mark in the middle": ("steps: 3\n\ufeffseed: 1\n".encode(), "my.yaml:2: "),
+    "empty": (b"", "my.yaml: data.sources: missing"),
+    "a list at the top": (b"- steps: 3\n", "my.yaml:1: not a mapping of options"),
+    "a time": (b"optim: {learning_rate: 12:30:45}\n", "my.yaml:1: optim.learning_rate: '12:30:45' is not a number > 0"),
+    "a no": (b"parallel: {compile: no}\n", "my.yaml:1: parallel.compile: 'no' is not true or false"),
+    "an octal": (b"name: 010\n", "my.yaml:1: name: 010 is not text matching"),
+    "a key twice": (b"steps: 200\nsteps: 300\n", "my.yaml:2: steps: given twice, first on line 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ATTACKS)
+def test_an_attack_is_answered_in_lines(kind):
+    raw, start = ATTACKS[kind]
+    Path("my.yaml").write_bytes(raw)
+    found = answer("--config", "my.yaml")
+    assert any(line.startswith(start) for line in found), found
+    assert not Path("made").exists()
+
+
+def test_a_byte_order_mark_and_yaml_1_2_numbers_are_no_attack():
+    Path("my.yaml").write_bytes(b"\xef\xbb\xbfsteps: 0200\r\noptim: {learning_rate: 1e-4}\n" + DATA.encode())
+    config = cli.load("my.yaml")
+    assert (config.steps, config.optim.learning_rate) == (200, 1e-4)
+
+
+# --- the commands themselves -----------------------------------------------------------------------
+
+OK = ["--config", str(ROOT / "configs" / "quickstart.yaml")]
+COMMANDS = [
+    ("train --config wrong.yaml", "wrong.yaml:1: steps: 'x' is not an integer >= 1"),
+    ("train --config /dev/zero", "/dev/zero: longer than 32768 bytes"),
+    ("train OK --optim.learning_rte=1 --seed -1", "--optim.learning_rte: unknown option"),
+    ("train OK --model.blocks.3.ffn.n_experts 4", "--model.blocks.3.ffn.n_experts: model.blocks has 1 of them"),
+    ("train OK --model {n_layer:", "--model: not YAML: "),
+    ("train OK steps=3", "steps: not a flag"),
+    ("train OK --resume", "--resume: a value is missing"),
+    ("prepare OK --data.tokenizer '{type: &a byte}'", "--data.tokenizer: no anchors here (&a)"),
+    ("plan OK --world 0", "--world: '0' is not a number of processes"),
+    ("plan OK --mfu 1e9", "--mfu: '1e9' is not above 0"),
+    ("twin --config wrong.yaml --out made.yaml", "wrong.yaml:1: steps: "),
+    ("generate --run x --prompt a --temperature nan", "--temperature: nan is not a number"),
+    ("evaluate --run x --nope 3", "unrecognized arguments: --nope"),
+    ("export --run x --dtype int8", "--dtype: invalid choice: 'int8'"),
+    ("checkpoints remove x", "what: invalid choice: 'remove'"),
+    ("checkpoints prune x --keep many", "--keep: invalid int value: 'many'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "start"), COMMANDS)
+def test_a_wrong_command_line_is_a_line_before_torch_is_imported(tmp_path, line, start):
+    Path("wrong.yaml").write_text("steps: x\n" + DATA)
+    trap = tmp_path / "trap"
+    trap.mkdir()
+    (trap / "torch.py").write_text("raise AssertionError('torch was imported')\n")
+    module, *words = shlex.split(line)
+    argv = [part for word in words for part in (OK if word == "OK" else [word])]
+    before = set(tmp_path.rglob("*"))
+    environment = os.environ | {"PYTHONPATH": f"{trap}{os.pathsep}{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", f"training.{module}", *argv], env=environment, capture_output=True, text=True, timeout=60
+    )
+    lines = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert all(each.startswith("error: ") for each in lines) and len(lines) == 1 + (" -1" in line), done.stderr
+    assert lines[0].startswith(f"error: {start}")
+    assert set(tmp_path.rglob("*")) == before
+
+
+# --- what is accepted runs -------------------------------------------------------------------------
+
+# Sizes stay small, and what lies outside this machine is not asked for.
+LEFT = {
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "n_positions",
+    "vocab_size",
+    "window",
+    "steps",
+    "batch_tokens",
+    "name",
+    "out_dir",
+}
+LEFT |= {"init_from", "upcycle_noise", "wandb", "type", "repeat", "ns_steps", "histogram_every", "blocks"}
+CHANGED = [
+    (at, section, name, field)
+    for at, section in GROUPS
+    for name, field in section.model_fields.items()
+    if at[:1] not in [("data",), ("parallel",)] and at[:2] != ("logging", "wandb") and name not in LEFT
+    if not sections(field.annotation)
+]
+
+
+@st.composite
+def accepted(draw: st.DrawFn, options: dict) -> Config:
+    """The small run with up to eight other options set to what they may have, mechanisms among them."""
+    tree = options | {"steps": 1, "schedule": {"type": "constant", "warmup_steps": 0}, "precision": "fp32"}
+    model = tree["model"] = options["model"] | {"blocks": [{"mixer": {}, "ffn": {}}]}
+    block = model["blocks"][0]
+    for parent, name in ((block, "mixer"), (block, "ffn"), (tree, "optim")):
+        kinds = [section for at, section in GROUPS if at[-1:] == (name,)]
+        parent[name] = {"type": type_of(draw(st.sampled_from(kinds)))}
+    for at, section, name, field in draw(st.lists(st.sampled_from(CHANGED), max_size=8, unique_by=lambda one: one[2])):
+        node: Any = tree
+        for key in at:
+            node = node[key] if isinstance(node, list) else node.setdefault(key, {})
+        given = [*VALUES, *((word, word) for word in get_args(field.annotation) if isinstance(word, str))]
+        values = [value for _, value in given if right(field.annotation, field.metadata, value)]
+        values = [value for value in values if not isinstance(value, int) or value < 10**9]
+        if node.get("type") == type_of(section) and values:
+            node[name] = draw(st.sampled_from(values))
+    try:
+        return Config.model_validate(tree)
+    except ValidationError:  # a rule between options
+        return assume(False)
+
+
+@pytest.mark.parametrize("n", [5, pytest.param(25, marks=pytest.mark.soak)])
+def test_what_is_accepted_runs_a_finite_step(options, tmp_path, n):
+    @settings(FUZZ, max_examples=n)
+    @given(data=st.data())
+    def runs(data: st.DataObject) -> None:
+        config = data.draw(accepted(options(out_dir=str(tmp_path / f"{time.monotonic_ns()}"))))
+        assert train(config) == 0, config
+        (row,) = rows(Path(config.out_dir, config.name))
+        assert math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
+        ran.append(config)
+
+    ran: list[Config] = []
+    runs()
+    assert len(ran) >= n
