@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tensorboard.compat.proto.config_pb2 import RunMetadata
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import histogram, hparams, image, text
 
 from training.files import writing
 from training.logging import LOAD_IMAGE, Run, layer_tag, scalars
@@ -20,6 +24,8 @@ from training.logging.heat_map import due, heat_map
 if TYPE_CHECKING:
     import torch
 
+LOAD_BINS = [0.0, *np.geomspace(1e-4, 1.1, 99)]  # of an expert's share of the tokens: a tenth apart
+
 
 class TensorBoardSink:
     """Writes events below `run.dir / "tensorboard"`; `tensorboard --logdir` on the folder of runs compares them."""
@@ -27,49 +33,57 @@ class TensorBoardSink:
     def __init__(self, run: Run, histogram_every: int) -> None:
         self.histogram_every, self.steps, self.moe_layers = histogram_every, run.steps, run.moe_layers
         self.path = run.dir / "tensorboard"
-        first = run.start_step + 1
-        with writing(self.path):
-            self.writer = SummaryWriter(str(self.path), purge_step=first)
-        self.writer.add_text("config", fenced(run.config_yaml), first)
-        facts = "\n".join(f"| {label} | {cell(text)} |" for label, text in run.header.items())
-        self.writer.add_text("run", f"| | |\n|---|---|\n{facts}", first)
+        purge_step = run.start_step + 1
+        facts = "\n".join(f"| {label} | {cell(fact)} |" for label, fact in run.header.items())
         _, start, self.end = hparams(flat(run.config), {})
-        self.writer.file_writer.add_summary(start)
-        self._flush()
+        # torch's SummaryWriter writes in a thread, which prints a traceback where a disk is full.
+        name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.file = (self.path / name).open("xb")
+        self._write(
+            Event(file_version="brain.Event:2"),
+            Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)),
+            Event(step=purge_step, summary=text("config", fenced(run.config_yaml))),
+            Event(step=purge_step, summary=text("run", f"| | |\n|---|---|\n{facts}")),
+            Event(summary=start),
+        )
 
     def write(self, rows: list[dict]) -> None:
         for row in rows:
-            # All in one event: `add_scalar` writes one a number, which for a deep model takes five times as long.
+            # All in one event, for one a number takes five times as long to write where a model is deep.
             found = scalars(row, self.moe_layers).items()
-            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in found]
-            self.writer.file_writer.add_summary(Summary(value=values), row["step"])
+            summaries = [Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in found])]
             if due(row, self.histogram_every, self.steps):
-                self._expert_load(row["expert_load"], row["step"])
+                summaries += self._expert_load(row["expert_load"])
             if row.get("samples"):
-                text = "\n\n---\n".join(fenced(printable(s["prompt"] + s["text"])) for s in row["samples"])
-                self.writer.add_text("samples", text, row["step"])
-        self._flush()
+                said = "\n\n---\n".join(fenced(printable(s["prompt"] + s["text"])) for s in row["samples"])
+                summaries.append(text("samples", said))
+            self._write(*(Event(step=row["step"], summary=summary) for summary in summaries))
 
     def graph(self, model: torch.nn.Module, *inputs: Any) -> None:
         """Show `model(*inputs)` in the Graphs tab."""
-        # add_graph wants device statistics as well, which only torch's own tracer has: none.
-        self.writer.file_writer.add_graph((record(model, *inputs), RunMetadata()))
-        self._flush()
+        self._write(Event(graph_def=record(model, *inputs).SerializeToString()))
 
     def close(self, summary: dict | None) -> None:
         if summary is not None:
-            self.writer.file_writer.add_summary(self.end)
-        with writing(self.path):
-            self.writer.close()
+            self._write(Event(summary=self.end))
+        with suppress(OSError):  # every event was flushed; what a disk refused then, it refuses again
+            self.file.close()
 
-    def _expert_load(self, load: list[list[float]], step: int) -> None:
-        self.writer.add_image(LOAD_IMAGE, heat_map(load, self.moe_layers), step, dataformats="HWC")
+    def _expert_load(self, load: list[list[float]]) -> list[Summary]:
+        found = [image(LOAD_IMAGE, heat_map(load, self.moe_layers), dataformats="HWC")]
         for layer, shares in zip(self.moe_layers, load, strict=True):
-            self.writer.add_histogram(layer_tag("load", layer), np.asarray(shares), step)
+            found.append(histogram(layer_tag("load", layer), np.asarray(shares), LOAD_BINS))
+        return found
 
-    def _flush(self) -> None:
+    def _write(self, *events: Event) -> None:
+        """Append events, and hand them to the system."""
         with writing(self.path):
-            self.writer.flush()
+            for event in events:
+                event.wall_time = time.time()
+                RecordWriter(self.file).write(event.SerializeToString())
+            self.file.flush()
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
