@@ -95,8 +95,8 @@ DEFECTS = [
     Defect("rows read past their part", "checkpoint/read.py", "min(stop, last)", "last", SAVES),
     Defect("rows are not dropped at a restart", "logging/jsonl.py", 'if row["step"] <= run.start_step', "if True",
            "tests/test_runs.py -k rows_after"),
-    Defect("TensorBoard shows steps twice", "logging/tensorboard.py", "purge_step = run.start_step", "purge_step = run.steps",
-           "tests/test_logging.py"),
+    Defect("TensorBoard shows steps twice", "logging/tensorboard.py", "purge_step = run.start_step",
+           "purge_step = run.steps", "tests/test_logging.py"),
     # steps that are not taken
     Defect("a skipped step moves the bias", "loop.py", "run.model.finish_step(totals, taken)",
            "run.model.finish_step(totals)", "tests/test_skips.py"),
