@@ -26,8 +26,12 @@ def folder_of(config: Config) -> Path:
     return Path(config.out_dir, config.name)
 
 
-# What is in a checkpoint's state.json, beside what older or newer ones may have.
-STATE = {"step", "time_s", "best", "last_row", "loss_scale", "skips", "data", "config"}
+# What is in a checkpoint's state.json, and what not every version's has.
+STATE = {
+    "step": int, "time_s": int | float, "best": dict | None, "last_row": dict, "loss_scale": dict | None, "skips": dict,
+    "data": str, "config": dict,
+}  # fmt: skip
+MAY_HAVE = {"ledger": dict, "kernels": dict, "micro_batch": dict}
 
 
 class Found(NamedTuple):
@@ -52,7 +56,8 @@ def agreed(config: Config, resume: str, world: World) -> Found | None:
         return None
     path, own = Path(told[0]), told[1]
     state = checkpoint.state_of(path)
-    if STATE - state.keys() or not isinstance(state["config"], dict):
+    kinds = [(state[name], kind) for name, kind in (STATE | MAY_HAVE).items() if name in state]
+    if STATE.keys() - state.keys() or not all(isinstance(value, kind) for value, kind in kinds):
         raise UserError(f"{path / 'state.json'}: not the state of a run; start over with --resume never")
     return Found(path, own, state)
 

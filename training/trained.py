@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from training import checkpoint
 from training import device as devices
 from training.checkpoint import Checkpoint
-from training.config import Config, ParallelConfig
+from training.config import Config, ModelConfig, ParallelConfig
 from training.data import Tokenizer
 from training.errors import UserError
 from training.kernels import choose
@@ -38,11 +39,27 @@ def read(run: str) -> Stored:
     if found is None:
         raise UserError(f"--run {run}: no run with a checkpoint; a run is a folder such as runs/quickstart")
     try:
-        config = Config.model_validate(found.state["config"])
+        config, step, data = (found.state[name] for name in ("config", "step", "data"))
+        config = Config.model_validate(config)
     except ValidationError as error:
         raise UserError(f"{path}: its configuration is not one of this version: {error.errors()[0]['msg']}") from error
-    tokenizer = Tokenizer.load(path.parent.parent / "tokenizer")
-    return Stored(config, found.model, tokenizer, found.state["step"], found.state["data"])
+    except (KeyError, TypeError):
+        raise UserError(f"{path / 'state.json'}: not the state of a run") from None
+    if not _fits(config.model, found.model):
+        raise UserError(f"{path}: its weights are not those of the model that its configuration describes")
+    return Stored(config, found.model, Tokenizer.load(path.parent.parent / "tokenizer"), step, data)
+
+
+def _fits(model: ModelConfig, weights: dict[str, Tensor]) -> bool:
+    """Whether the weights are the model's, seen before it takes memory."""
+    if model.vocab_size is None or model.n_layer > len(weights):
+        return False
+    try:
+        with torch.device("meta"):
+            shapes = {name: tensor.shape for name, tensor in GPT(model).state_dict().items()}
+    except RuntimeError:  # sizes beyond all addresses
+        return False
+    return shapes == {name: tensor.shape for name, tensor in weights.items()}
 
 
 def load(run: str, asked_device: str = "auto") -> tuple[GPT, Stored]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -62,7 +62,10 @@ def read_parts(path: Path, kind: str, wanted: dict[str, Rows | None] | None = No
             file: open_files.enter_context(_opened(path / file))
             for file in dict.fromkeys(file for _, places in index.values() for file, _, _ in places)
         }
-        return {name: _rows(files, name, *index[name], rows) for name, rows in wanted.items()}
+        try:
+            return {name: _rows(files, name, *index[name], rows) for name, rows in wanted.items()}
+        except SafetensorError as error:
+            raise UserError(f"{path}: its files of tensors are not what their index says: {error}") from None
 
 
 def _opened(path: Path) -> safe_open:
@@ -91,12 +94,23 @@ def _index(path: Path, kind: str) -> dict[str, tuple[torch.Size, list[tuple[str,
     """Each tensor's shape, and its (file, first row, last row + 1), in the order of the rows."""
     index = path / f"{kind}.safetensors.index.json"
     if index.exists():
-        entries = json.loads(index.read_text()).items()
-        return {name: (torch.Size(entry["shape"]), [tuple(p) for p in entry["parts"]]) for name, entry in entries}
+        try:
+            listed = json.loads((path / MANIFEST).read_bytes()).keys()
+            return {name: _places(listed, **entry) for name, entry in json.loads(index.read_bytes()).items()}
+        except (ValueError, TypeError, AttributeError, RuntimeError):  # RecursionError is one, torch.Size's another
+            raise UserError(f"{index}: damaged: not an index of tensors in files of this folder") from None
     file = f"{kind}.safetensors"
     with _opened(path / file) as opened:
         shapes = {name: torch.Size(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     return {name: (shape, [(file, 0, shape[0] if shape else 1)]) for name, shape in shapes.items()}
+
+
+def _places(listed: Set[str], shape: list[int], parts: list) -> tuple[torch.Size, list[tuple[str, int, int]]]:
+    """An entry of an index. Raises ValueError or TypeError where it is none, or names what the manifest does not."""
+    places = [(file, int(first), int(last)) for file, first, last in parts]
+    if not places or {file for file, _, _ in places} - listed:
+        raise ValueError
+    return torch.Size(shape), places
 
 
 def damage(path: Path) -> str | None:
@@ -104,7 +118,7 @@ def damage(path: Path) -> str | None:
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         for name in ("state.json", *manifest):  # one that lists nothing is none
-            if Path(name).name != name or (path / name).is_symlink():
+            if Path(name).name != name or (path / name).is_symlink() or (path / name).is_fifo():
                 return f"{path / MANIFEST}: damaged: {name!r} is no file of this folder"
             if written(path / name) != manifest[name]:
                 return f"{path / name}: damaged: its size and SHA-256 are not those in {MANIFEST}"
@@ -114,7 +128,7 @@ def damage(path: Path) -> str | None:
             return f"{path}: damaged: it is the checkpoint of another step"
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"{path / MANIFEST}: damaged: not a checkpoint's manifest"
     return None
 
@@ -124,7 +138,7 @@ def looks_whole(path: Path) -> bool:
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         return all((path / name).stat().st_size == manifest[name]["bytes"] for name in ("state.json", *manifest))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
