@@ -26,7 +26,7 @@ from pydantic import ValidationError
 from training import cli
 from training.config import Config, Section
 from training.options import groups, is_list, sections, stand_in, type_of
-from training.train import main, train
+from training.train import FLAGS, train
 from training.yaml_source import Keys
 
 # --- mistakes that are known -----------------------------------------------------------------------
@@ -173,10 +173,10 @@ def dotted(at: Keys) -> str:
 
 
 def answer(*argv: str) -> list[str]:
-    """The error lines of the command, which ends with status 2 in time, and makes and prints nothing."""
+    """The error lines of the train command, which ends with status 2 in time, and makes and prints nothing."""
     before, start, out, err = set(Path().iterdir()), time.process_time(), io.StringIO(), io.StringIO()
     with pytest.raises(SystemExit) as stop, redirect_stdout(out), redirect_stderr(err):
-        main(list(argv))
+        cli.parse(list(argv), prog="train", doc="Train.", flags=FLAGS)
     took, lines = time.process_time() - start, err.getvalue().splitlines()
     assert (stop.value.code, out.getvalue()) == (2, "")
     assert set(Path().iterdir()) == before
