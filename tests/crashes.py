@@ -138,7 +138,17 @@ def digest(config: Config) -> dict[str, str]:
     found = {"state and rows": hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest(), "last": last.name}
     for path in [*last.glob("*.safetensors"), *(folder / "model").glob("*.safetensors")]:
         found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    if config.logging.tensorboard:
+        found["tensorboard"] = shown(folder / "tensorboard")
     return found
+
+
+def shown(folder: Path) -> str:
+    """The losses that TensorBoard shows of all that was written, by step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    seen = EventAccumulator(str(folder)).Reload()
+    return json.dumps([(event.step, event.value) for event in seen.Scalars("train/loss")])
 
 
 def leftovers(config: Config) -> list[str]:
@@ -199,7 +209,9 @@ def main(arguments: list[str]) -> int:
         draw = random.Random(0)
         trials = [[draw.randrange(1, len(operations)) for _ in range(20)] for _ in range(asked.chains)]
     wrong = {str(kills): found for kills in trials if (found := trial(named, expected, kills, asked.torn))}
-    print(json.dumps({"operations": operations, "trials": len(trials), "wrong": wrong, "run_s": alone_s}))
+    rows = (asked.folder / "runs/reference/metrics.jsonl").read_text().splitlines()
+    found = {"operations": operations, "trials": len(trials), "wrong": wrong, "run_s": alone_s}
+    print(json.dumps(found | {"skipped": json.loads(rows[-1])["skipped_steps"]}))
     return 0
 
 

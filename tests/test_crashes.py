@@ -89,6 +89,14 @@ def test_twenty_kills_in_one_run_with_saves_that_are_waited_for(killed):
     assert found["wrong"] == {}
 
 
+def test_twenty_kills_with_a_loss_scale_spikes_that_are_skipped_and_tensorboard(killed):
+    found = killed(
+        "--chains", "1", precision="fp16", skip_spikes=1.0, steps=40, logging=SMALL["logging"] | {"tensorboard": True}
+    )
+    assert found["wrong"] == {}
+    assert found["skipped"] > 0
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("more", [[], ["--torn"], ["--chains", "25"]], ids=["every operation", "torn", "500 kills"])
 @pytest.mark.parametrize("background", [True, False])
@@ -168,17 +176,24 @@ def test_of_a_thousand_bits_that_flip_every_one_is_found(run):
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
-@pytest.mark.parametrize("harm", ["gone", "empty", "one byte less", "one byte more", "of another step"])
+@pytest.mark.parametrize(
+    "harm", ["gone", "empty", "half", "one byte less", "one byte more", "of another step", "of another run", "a folder"]
+)
 def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(run, config, capsys, file, harm):
     folder = run(**SMALL)
     bits, found = tensors(folder, 8), rows(folder)
+    other = run(name="other", seed=1, **SMALL) if harm == "of another run" else folder
     path = folder / "checkpoints/step-00000008" / file
     data = path.read_bytes()
     path.unlink()
-    if harm == "of another step":
-        shutil.copy(folder / "checkpoints/step-00000006" / file, path)
+    if harm.startswith("of another"):
+        step = path.parent.name if harm == "of another run" else "step-00000006"
+        shutil.copy(other / "checkpoints" / step / file, path)
+    elif harm == "a folder":
+        path.mkdir()
     elif harm != "gone":
-        path.write_bytes({"empty": b"", "one byte less": data[:-1], "one byte more": data + b"\\0"}[harm])
+        half = data[: len(data) // 2]
+        path.write_bytes({"empty": b"", "half": half, "one byte less": data[:-1], "one byte more": data + b"\0"}[harm])
     capsys.readouterr()
     assert train(config(**SMALL)) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "falling back" in line]
