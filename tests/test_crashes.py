@@ -85,7 +85,7 @@ def test_writes_that_are_torn_count_for_nothing(killed):
 
 
 def test_twenty_kills_in_one_run_with_saves_that_are_waited_for(killed):
-    found = killed("--chains", "1", checkpoint=SMALL["checkpoint"] | {"background": False})
+    found = killed("--chains", "1", steps=40, checkpoint=SMALL["checkpoint"] | {"background": False})
     assert found["wrong"] == {}
 
 
@@ -101,7 +101,8 @@ def test_twenty_kills_with_a_loss_scale_spikes_that_are_skipped_and_tensorboard(
 @pytest.mark.parametrize("more", [[], ["--torn"], ["--chains", "25"]], ids=["every operation", "torn", "500 kills"])
 @pytest.mark.parametrize("background", [True, False])
 def test_killed_at_every_operation(killed, more, background):
-    found = killed(*more, checkpoint=SMALL["checkpoint"] | {"background": background})
+    steps = 40 if "--chains" in more else 8
+    found = killed(*more, steps=steps, checkpoint=SMALL["checkpoint"] | {"background": background})
     print(f"{found['trials']} trials, {len(found['operations'])} operations, wrong: {found['wrong']}")
     assert found["wrong"] == {}
 
