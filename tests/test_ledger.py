@@ -32,13 +32,16 @@ on_gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE.type != "cuda", reason="nee
 
 
 class SlowDisk(Batches):
-    """Batches that have to be waited for."""
+    """Batches that have to be waited for; `lasted` is how long each was, on a machine with other work too."""
 
     SECONDS = 0.05
 
     def samples(self, indices):
+        began = time.perf_counter()
         time.sleep(self.SECONDS)
-        return super().samples(indices)
+        found = super().samples(indices)
+        self.lasted = [*getattr(self, "lasted", []), time.perf_counter() - began]
+        return found
 
 
 def start(config, device=DEVICE, slow=False, **changes):
@@ -63,16 +66,19 @@ def test_each_phase_is_as_long_as_it_lasted():
     ledger, begin = Ledger(torch.device("cpu")), time.perf_counter()
     lasting = {"data": 0.06, "compute": 0.12, "optimizer": 0.03}
     time.sleep(0.05)
+    lasted = dict.fromkeys(("idle", *lasting), 0.0)
     for phase in ("idle", *lasting, *lasting):
         ledger.enter(phase)
+        entered = time.perf_counter()
         time.sleep(lasting.get(phase, 0.0))
+        lasted[phase] += time.perf_counter() - entered
     ledger.settle()
     wall = time.perf_counter() - begin
     assert sum(ledger.seconds.values()) == pytest.approx(wall, rel=0.02)
-    for phase, seconds in lasting.items():
-        assert ledger.seconds[phase] == pytest.approx(2 * seconds, abs=0.03)
-    assert ledger.seconds["start"] == pytest.approx(0.05, abs=0.03)
-    assert ledger.goodput == pytest.approx(0.42 / wall, abs=0.05)
+    for phase in lasting:
+        assert lasted[phase] <= ledger.seconds[phase] == pytest.approx(lasted[phase], abs=0.03)
+    assert ledger.seconds["start"] >= 0.05
+    assert ledger.goodput == pytest.approx(sum(lasted[phase] for phase in lasting) / wall, abs=0.05)
 
 
 def test_start_up_is_one_phase_until_the_first_step_is_done():
@@ -96,7 +102,8 @@ def test_the_phases_add_up_to_the_wall_clock_and_a_slow_disk_is_data(config, dev
     run.ledger.settle()
     wall, seconds = time.perf_counter() - began, run.ledger.seconds
     assert sum(seconds.values()) - before == pytest.approx(wall, rel=0.02)
-    assert 7 * SlowDisk.SECONDS <= seconds["data"] < 7 * SlowDisk.SECONDS + 0.05  # the first is start-up
+    waited = sum(run.batches.lasted[1:])  # the first is start-up
+    assert 7 * SlowDisk.SECONDS <= waited <= seconds["data"] < waited + seconds["compute"]
     assert all(seconds[phase] > 0 for phase in PHASES if phase != "redone")
     rows = read(run.folder / "metrics.jsonl")
     assert all(row["time_data"] >= SlowDisk.SECONDS for row in rows[3:])
