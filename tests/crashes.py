@@ -160,11 +160,13 @@ def leftovers(config: Config) -> list[str]:
     return extra + [str(path.relative_to(folder)) for path in folder.rglob("*") if path.name.startswith(".")]
 
 
-def trial(config: Config, expected: dict[str, str], kills: list[int], torn: bool) -> str | None:
+def trial(config: Config, expected: dict[str, str], n_operations: int, kills: list[int], torn: bool) -> str | None:
     """Kill at those operations, each counted from a start of its own, then go on; what is wrong."""
     shutil.rmtree(Path(config.out_dir, config.name), ignore_errors=True)
     for k in kills:
-        if (status := forked(lambda k=k: train(config, k, torn))) != -signal.SIGKILL:
+        status = forked(lambda k=k: train(config, k, torn))
+        at_end = status == 0 and kills == [k] and k > n_operations - 5  # threads take turns: the last ones vary
+        if status != -signal.SIGKILL and not at_end:
             return f"ended with {status} before operation {k}"
     if status := forked(lambda: train(config)):
         return f"went on, and ended with {status}"
@@ -208,7 +210,8 @@ def main(arguments: list[str]) -> int:
         draw = random.Random(0)
         furthest = len(operations) // 20  # so that twenty do not reach the end
         trials = [[draw.randrange(1, furthest) for _ in range(20)] for _ in range(asked.chains)]
-    wrong = {str(kills): found for kills in trials if (found := trial(named, expected, kills, asked.torn))}
+    n = len(operations)
+    wrong = {str(kills): found for kills in trials if (found := trial(named, expected, n, kills, asked.torn))}
     rows = (asked.folder / "runs/reference/metrics.jsonl").read_text().splitlines()
     found = {"operations": operations, "trials": len(trials), "wrong": wrong, "run_s": alone_s}
     print(json.dumps(found | {"skipped": json.loads(rows[-1])["skipped_steps"]}))
