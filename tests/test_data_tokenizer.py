@@ -19,7 +19,9 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from training import config
 from training.data import tokenizer as tokenizer_module
+from training.data.alphabet import byte_alphabet
 from training.data.digests import Digests
+from training.data.fast import fast
 from training.data.tokenizer import END_OF_TEXT, PROBE, Tokenizer, byte, from_vocab_and_merges, train_bpe
 from training.data.tokenizer_choice import TOKENIZERS, from_tiktoken, identity, make
 from training.errors import UserError
@@ -49,6 +51,75 @@ def test_text_comes_back_and_its_bytes_add_up(tokenizer, text):
     assert tokenizer.decode(ids) == text
     assert tokenizer.token_bytes[ids].sum() == len(text.encode())
     assert [each.tolist() for each in tokenizer.encode_batch([text, "a"])] == [ids.tolist(), [*tokenizer.encode("a")]]
+
+
+def refuse_other_tokens(tokenizer: Tokenizer, text: str) -> None:
+    found, expected = fast(tokenizer.inner)(text), tokenizer.inner.encode(text, add_special_tokens=False).ids
+    assert found.tolist() == expected
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\n\r\t  'sStTlL0123ééß日本🙂")))
+@settings(max_examples=300, deadline=None)
+def test_the_fast_engine_gives_the_same_tokens(text):
+    for tokenizer in (BPE, byte()):
+        refuse_other_tokens(tokenizer, text)
+
+
+def test_the_fast_engine_tells_letters_digits_and_spaces_apart_as_the_other():
+    points = [chr(point) for point in [*range(0xD800), *range(0xE000, 0x18000), *range(0x1D000, 0x20000)]]
+    refuse_other_tokens(BPE, "".join(f"a{c}{c}1 {c} \n" for c in points))
+
+
+@needs_gpt2
+def test_the_fast_engine_gives_gpt2s_tokens():
+    tokenizer = from_vocab_and_merges(GPT2 / "vocab.json", GPT2 / "merges.txt")
+    words = ["naïve", "日本語", "🙂🙂", "1234567", "don't", "I'LL", "_x__", "...,", "\t\n\n", "", "\r\n", END_OF_TEXT]
+    refuse_other_tokens(tokenizer, Path(subprocess.__file__).read_text() + " ".join(words) + "aaaa" * 5000 + " " * 5000)
+
+
+PAIRS = [("b", "c"), ("a", "b"), ("ab", "c")]  # of "abc" the first joins b and c: "abc" does not come about
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"normalizer": {"type": "Lowercase"}}, "another text"),
+        (
+            {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+            "",
+        ),
+        (
+            {
+                "pre_tokenizer": {
+                    "type": "ByteLevel",
+                    "add_prefix_space": False,
+                    "trim_offsets": True,
+                    "use_regex": False,
+                }
+            },
+            "",
+        ),
+        ({"model": {"ignore_merges": True}}, ""),
+        ({"model": {"dropout": 0.5}}, "chance"),
+        ({"model": {"merges": PAIRS, "vocab": {"bc": 256, "ab": 257, "abc": 258}}}, "not its own text"),
+        (
+            {"model": {"merges": [*PAIRS[1:], ("b", "c"), ("a", "bc")], "vocab": {"bc": 256, "ab": 257, "abc": 258}}},
+            "two",
+        ),
+        ({"added_tokens": [{"special": False}]}, "whole words"),
+    ],
+)
+def test_what_the_fast_engine_would_do_otherwise_is_left_to_the_other(change, why):
+    described = json.loads(BPE.inner.to_str())
+    for name, value in change.items():
+        if name == "added_tokens":
+            described[name].append(described[name][0] | {"id": 400, "content": "whole", "special": False})
+        elif isinstance(value, dict) and name == "model":
+            vocab = byte_alphabet() if "vocab" in value else described["model"]["vocab"]
+            described["model"] |= value | {"vocab": vocab | value.get("vocab", {})}
+        else:
+            described[name] = value
+    assert fast(tokenizers.Tokenizer.from_str(json.dumps(described))) is None, why
 
 
 def test_token_i_of_the_byte_tokenizer_is_byte_i():
@@ -135,7 +206,7 @@ def test_tiktokens_gpt2_is_gpt2(tmp_path, monkeypatch):
 def tiktoken_encoding(pattern: str) -> tiktoken.Encoding:
     """An encoding with merges of letters and of digits, a word that no merges lead to, and a gap in its ids."""
     learned = train_bpe([TEXT, "1234 1234. " * 99], 400)
-    letters = tokenizer_module.byte_alphabet()
+    letters = byte_alphabet()
     ranks = {bytes(letters[c] for c in token): i for token, i in learned.inner.get_vocab(False).items() if i < 399}
     return tiktoken.Encoding(
         "mine", pat_str=pattern, mergeable_ranks={**ranks, b"bsbs": 402}, special_tokens={END_OF_TEXT: 405}
@@ -169,7 +240,7 @@ def test_a_tokenizer_without_an_end_of_text_gets_one():
 
 
 def test_a_large_vocabulary_takes_four_bytes_a_token():
-    vocab = {**tokenizer_module.byte_alphabet(), **{f"a{i}": i for i in range(256, 2**16)}}
+    vocab = {**byte_alphabet(), **{f"a{i}": i for i in range(256, 2**16)}}
     inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     inner.pre_tokenizer, inner.decoder = byte().inner.pre_tokenizer, byte().inner.decoder
     assert Tokenizer(inner, "large").dtype == np.dtype("<u4")

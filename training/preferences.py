@@ -11,8 +11,8 @@ import torch
 
 from training.config import EvalConfig, ModelConfig
 from training.data import Tokenizer
+from training.data.alphabet import byte_alphabet
 from training.data.loader import Batches
-from training.data.tokenizer import byte_alphabet
 from training.kernels.attention import documents
 from training.model import GPT
 

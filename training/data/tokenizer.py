@@ -11,6 +11,8 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from training.data.alphabet import byte_alphabet
+from training.data.fast import Encode, fast
 from training.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -43,9 +45,15 @@ class Tokenizer:
         return np.array(self.inner.encode(text, add_special_tokens=False).ids, np.int64)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The tokens of each text, in `dtype`; faster than one by one."""
+        """The tokens of each text, in `dtype`; for many and long texts."""
+        if self._fast is not None:
+            return [self._fast(text).astype(self.dtype, copy=False) for text in texts]
         encodings = self.inner.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, self.dtype) for encoding in encodings]
+
+    @cached_property
+    def _fast(self) -> Encode | None:
+        return fast(self.inner)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of tokens, end-of-text tokens written out; bytes that are not UTF-8 become U+FFFD."""
@@ -127,11 +135,3 @@ def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     return inner
-
-
-def byte_alphabet() -> dict[str, int]:
-    """The printable character that byte-level BPE writes for each byte (`bytes_to_unicode` of GPT-2's encoder.py)."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = (byte for byte in range(256) if byte not in printable)
-    shifted = {byte: chr(256 + i) for i, byte in enumerate(others)}
-    return {shifted.get(byte, chr(byte)): byte for byte in range(256)}

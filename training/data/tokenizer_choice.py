@@ -18,13 +18,13 @@ from training.config import (
     Section,
     TiktokenTokenizer,
 )
+from training.data.alphabet import byte_alphabet
 from training.data.digests import Digests
 from training.data.tokenizer import (
     END_OF_TEXT,
     PROBE,
     Tokenizer,
     byte,
-    byte_alphabet,
     from_json,
     from_vocab_and_merges,
     train_bpe,
