@@ -120,7 +120,7 @@ def mistakes(draw: st.DrawFn) -> Mistake:
     else:
         name = draw(st.sampled_from(NAMES))
     known = {option for place, one in GROUPS if place == at for option in one.model_fields}
-    assume(name and name not in known)
+    assume(name and name not in known and dotted((*at, name)) not in ("config", "resume", "help"))
     return Mistake(section, (*at, name), "1", "unknown option", by_flag)
 
 

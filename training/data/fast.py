@@ -39,10 +39,9 @@ def fast(inner: tokenizers.Tokenizer) -> Encode | None:
     model = described["model"]
     if not _plain(described) or not BYTE_OF.keys() <= model["vocab"].keys():
         return None
-    ids = [model["vocab"][letter] for letter in BYTE_OF]
+    ids = [model["vocab"][letter] for letter in BYTE_OF]  # in the order of bytes
     if not model["merges"]:
-        id_of_byte = np.zeros(256, np.int64)
-        id_of_byte[list(BYTE_OF.values())] = ids
+        id_of_byte = np.array(ids)
         return lambda text: id_of_byte[np.frombuffer(text.encode(), np.uint8)]
     merged = [left + right for left, right in model["merges"]]
     if len({*BYTE_OF, *merged}) < len(BYTE_OF) + len(merged):
