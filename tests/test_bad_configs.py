@@ -52,7 +52,7 @@ def right(annotation: Any, limits: list, value: Any) -> bool:
         limits = [*limits, *(part for one in more for part in getattr(one, "metadata", [one]))]
     if sections(annotation):
         if is_list(annotation):
-            return type(value) is list and value != []
+            return type(value) is list and within(limits, value)
         return isinstance(value, dict) or (value is None and NoneType in get_args(annotation))
     if is_list(annotation):
         return type(value) is list and within(limits, value)
