@@ -83,7 +83,7 @@ def test_a_plan_sorts_tokens_by_expert_and_then_by_order():
 @pytest.mark.parametrize("chunk", [7, 64, 10_000])
 @pytest.mark.parametrize("name", LOSS)
 def test_the_loss_equals_log_softmax_at_the_targets(name, chunk, softcap, monkeypatch):
-    monkeypatch.setattr("training.kernels.loss.CHUNK_LOGITS", chunk * 50)
+    monkeypatch.setattr("training.kernels.loss.CHUNKS", {"cpu": (0, chunk)})
     x, w, targets = random(23, 8), random(50, 8), torch.randint(-1, 50, (23,))
     targets[:2] = -1
 

@@ -212,13 +212,13 @@ def _put_gradients(shares: dict[nn.Parameter, float], live: Live) -> None:
 @contextmanager
 def _chunks_of(device: str) -> Iterator[None]:
     """The loss works on chunks as on the device, though tensors say that they are on a CPU."""
-    before = loss.CHUNK_LOGITS
+    before = loss.CHUNKS
     if device != "cpu":
-        loss.CHUNK_LOGITS = loss.CHUNK_LOGITS_GPU
+        loss.CHUNKS = {}
     try:
         yield
     finally:
-        loss.CHUNK_LOGITS = before
+        loss.CHUNKS = before
 
 
 def _model(config: Config, cells: Grid, dtype: torch.dtype, device: str, worst: bool) -> tuple[GPT, Layout]:

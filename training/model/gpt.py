@@ -167,7 +167,7 @@ class GPT(nn.Module):
         x_BTC, _ = self._hidden(tokens_BT, None, cache, documents)
         if n_last is not None:
             x_BTC = x_BTC[:, -n_last:]
-        return soft_capped(F.linear(x_BTC, self._head_weight()).float(), self.config.logit_softcap)
+        return soft_capped(F.linear(x_BTC, self._head_weight().to(self.dtype)).float(), self.config.logit_softcap)
 
     @torch.no_grad()
     def routes(self, tokens_BT: Tensor, documents: Documents | None = None) -> dict[int, Tensor]:
@@ -216,7 +216,7 @@ class GPT(nn.Module):
     def _head_weight(self) -> Tensor:
         if self.cast_head is not None:
             return self.cast_head
-        return (self.wte if self.head is None else self.head).weight.to(self.dtype)
+        return (self.wte if self.head is None else self.head).weight
 
     def for_inference(self) -> GPT:
         """Cast once what every call would cast; the same bits come out, but there is no training from here.
@@ -224,7 +224,7 @@ class GPT(nn.Module):
         Routers compute in float32, and so does the sum of the embeddings: these stay as they are.
         """
         self.requires_grad_(False)
-        self.cast_head = self._head_weight().detach()  # detached: no parameter of its own
+        self.cast_head = self._head_weight().detach().to(self.dtype)  # detached: no parameter of its own
         for name, parameter in self.named_parameters():
             if name not in ("wte.weight", "wpe.weight") and ".router." not in name:
                 parameter.data = parameter.data.to(self.dtype)
