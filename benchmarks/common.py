@@ -1,0 +1,91 @@
+"""What the benchmarks share: the line about the machine, turns, ratios, memory in fresh processes."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from training import device as devices
+
+Times = dict[str, list[float]]  # seconds of each round, by side
+
+
+def header(device: torch.device, *packages: str) -> str:
+    """The machine, the commit and the versions: what a figure is worth nothing without."""
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True).stdout
+    versions = [f"torch {torch.__version__}", *(f"{name} {__import__(name).__version__}" for name in packages)]
+    machine = f"{devices.describe(device)}; Python {platform.python_version()}, {', '.join(versions)}"
+    return f"{machine}; commit {commit.strip() or 'unknown'}"
+
+
+def waiting(device: torch.device) -> Callable[[], None]:
+    """What waits until the device has done all it was given."""
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+
+def turns(sides: dict[str, Callable[[], object]], rounds: int, device: torch.device, warm: int = 1) -> Times:
+    """Seconds of each side's call, the sides taking turns; the first `warm` rounds do not count."""
+    times: Times = {name: [] for name in sides}
+    wait = waiting(device)
+    for turn in range(-warm, rounds):
+        for name, side in sides.items():
+            wait()
+            start = time.perf_counter()
+            side()
+            wait()
+            if turn >= 0:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(times: Times, one: str, other: str) -> float:
+    """The median over the rounds of one side's time over the other's."""
+    return statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))
+
+
+def line(name: str, seconds: list[float], n_tokens: int) -> str:
+    """A side's median, and the best and worst of its rounds."""
+    median = statistics.median(seconds)
+    rate, spread = n_tokens / median, f"{min(seconds):.3f} to {max(seconds):.3f}"
+    return f"    {name:<26} {median:8.3f} s  ({spread})  {rate:10,.0f} tokens/s"
+
+
+def against(value: float, bar: float, *, least: bool) -> str:
+    """A figure beside its bar."""
+    met = value >= bar if least else value <= bar
+    return f"{value:.2f} (bar: at {'least' if least else 'most'} {bar:g}, {'met' if met else 'MISSED'})"
+
+
+def in_a_process(script: str, *arguments: object) -> object:
+    """The last line of JSON that the script prints, in a fresh process with these arguments."""
+    command = [sys.executable, script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_gib(work: Callable[[], object], device: torch.device, before: float) -> float:
+    """GiB at the peak of `work`, beyond `before` (`resident_gib` of an earlier moment; on CUDA nothing was there)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() / 2**30
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again (Linux)
+    work()
+    return resident_gib("VmHWM") - before
+
+
+def resident_gib(field: str = "VmRSS") -> float:
+    """Of this process: VmRSS is now, VmHWM the peak."""
+    found = Path("/proc/self/status").read_text().partition(f"{field}:")[2]
+    return int(found.split()[0]) / 2**20

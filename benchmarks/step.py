@@ -1,0 +1,261 @@
+"""A training step beside what a user would take instead: Transformers, nanoGPT, nanoMoE, and a MoE's dense twin.
+
+    python benchmarks/step.py --nanogpt PATH --nanomoe PATH | tee benchmarks/results/step.txt
+
+One step is forward, backward, clipping and AdamW on a global batch, of 6 layers, 384 wide, context 256. Ours is the
+loop's own step, its batches read from disk, its metrics kept. The others hold one batch in memory, compute under
+autocast, and have fused AdamW; all have large pages. PATHs are folders with their `model.py`; without, they are left
+out. Sides take turns within one run; a figure is the median over the rounds, and so is a ratio of two figures of one
+round. Memory is the peak of a third step in a fresh process, beyond what its imports took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch; as training.train does
+
+import torch
+from common import against, header, in_a_process, line, peak_gib, ratio, resident_gib, turns
+from torch import Tensor, nn
+
+from training import device as devices
+from training.config import Config
+from training.data import prepare
+from training.distributed import World
+from training.loop import train_step
+from training.model import GPT, hf
+from training.run import begin
+from training.twin import twin
+
+Step = Callable[[], object]
+SIZES = {"n_layer": 6, "n_head": 6, "n_embd": 384, "n_positions": 256}
+GPT2 = {"position": "learned", "norm": "layernorm", "bias": True}
+LLAMA = {"position": "rope", "norm": "rmsnorm", "bias": False}
+SWIGLU = {"type": "moe", "n_experts": 8, "top_k": 2, "hidden": 768, "activation": "silu", "gated": True}
+GELU = {"type": "moe", "n_experts": 8, "top_k": 2, "hidden": 1536, "activation": "gelu"}
+
+
+def text(folder: Path) -> Path:
+    """A file to learn from; which one does not matter to speed."""
+    path = folder / "text.txt"
+    if not path.exists():
+        path.write_text("".join(f"{n} and {n} are {n + n}.\n" for n in range(20000)))
+    return path
+
+
+def options(model: dict, asked: argparse.Namespace, folder: Path, **parallel: object) -> Config:
+    """A run of ours: `model` is what its section holds beside the sizes."""
+    sizes = {name: getattr(asked, name) or value for name, value in SIZES.items()}
+    return Config.model_validate(
+        {
+            "name": "run",
+            "out_dir": str(folder / "runs"),
+            "steps": 1000,
+            "batch_tokens": asked.samples * sizes["n_positions"],
+            "micro_batch": asked.micro_batch,
+            "precision": asked.precision,
+            "model": sizes | {"vocab_size": asked.vocab_size} | model,
+            "data": {
+                "sources": [{"paths": [str(text(folder))]}],
+                "tokenizer": {"type": "byte"},
+                "cache_dir": str(folder / "cache"),
+            },
+            "eval": {"tokens": 1024, "prompts": []},
+            "logging": {"tensorboard": False},
+            "parallel": {"device": asked.device} | parallel,
+        }
+    )
+
+
+def ours(config: Config, device: torch.device) -> Step:
+    """The loop's own step."""
+    with redirect_stdout(sys.stderr):
+        run = begin(config, prepare(config.data), World(0, 1, device), "never")
+    run.close()
+
+    def step() -> None:
+        train_step(run)
+        run.metrics.rows()
+
+    return step
+
+
+def theirs(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], config: Config, device: torch.device) -> Step:
+    """A step as their users write it."""
+    optimizer = torch.optim.AdamW(model.to(device).parameters(), lr=6e-4, betas=(0.9, 0.95), fused=True)
+    generator = torch.Generator().manual_seed(0)
+    sections = config.model
+    shape = (config.batch_tokens // sections.n_positions, sections.n_positions + 1)
+    text = torch.randint(0, 256, shape, generator=generator).to(device)
+    tokens_BT, targets_BT = text[:, :-1].contiguous(), text[:, 1:].contiguous()
+    dtype = devices.DTYPES[config.precision]
+    cast = partial(torch.autocast, device.type, dtype) if dtype != torch.float32 else nullcontext
+
+    def step() -> None:
+        with cast():
+            loss = loss_of(tokens_BT, targets_BT)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+
+    return step
+
+
+def transformers_side(config: Config, device: torch.device) -> Step:
+    """The class that Transformers has for this model: the one that our export of it opens as."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    vocab_size = config.model.vocab_size
+    with tempfile.TemporaryDirectory() as folder:
+        weights = GPT(config.model).init_weights(0).state_dict()
+        hf.write(Path(folder), weights, config.model, vocab_size - 1)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder).train()
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        assert not getattr(model.config, name, 0)
+
+    def loss_of(tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:  # noqa: ARG001 (it shifts by itself)
+        return model(tokens_BT, labels=tokens_BT, use_cache=False).loss
+
+    return theirs(model, loss_of, config, device)
+
+
+def from_folder(path: Path, config: Config, device: torch.device, *, compiled: bool, **more: object) -> Step:
+    """nanoGPT's model, or nanoMoE's, from the folder with its `model.py`."""
+    sys.path.insert(0, str(path))
+    for name in ("model", "manager"):
+        sys.modules.pop(name, None)
+    from model import GPT, GPTConfig
+
+    section = config.model
+    sizes = {name: getattr(section, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size", "bias")}
+    with redirect_stdout(sys.stderr):
+        model = GPT(GPTConfig(block_size=section.n_positions, dropout=0.0, **sizes, **more))
+    sys.path.remove(str(path))
+    called = torch.compile(model) if compiled else model
+
+    def loss_of(tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        return called(tokens_BT, targets_BT)[1]
+
+    return theirs(model, loss_of, config, device)
+
+
+def dense_sides(asked: argparse.Namespace, folder: Path, device: torch.device) -> dict[str, Callable[[], Step]]:
+    """GPT-2 as it is, everywhere."""
+    config = options(GPT2, asked, folder)
+    sides = {
+        "this": lambda: ours(config, device),
+        "this, compiled": lambda: ours(options(GPT2, asked, folder, compile=True), device),
+        "transformers": lambda: transformers_side(config, device),
+    }
+    if asked.nanogpt:
+        sides["nanogpt"] = lambda: from_folder(asked.nanogpt, config, device, compiled=False)
+        sides["nanogpt, compiled"] = lambda: from_folder(asked.nanogpt, config, device, compiled=True)
+    return sides
+
+
+def moe_sides(asked: argparse.Namespace, folder: Path, device: torch.device) -> dict[str, Callable[[], Step]]:
+    """Experts in every layer, SwiGLU as Transformers has them; those of nanoMoE are GELU, four times as wide."""
+    config = options(LLAMA | {"blocks": [{"ffn": SWIGLU}]}, asked, folder)
+    sides = {
+        "this": lambda: ours(config, device),
+        "its dense twin": lambda: ours(twin(config), device),
+        "transformers": lambda: transformers_side(config, device),
+    }
+    if asked.nanomoe:
+        wide = options(LLAMA | {"position": "learned", "norm": "layernorm", "blocks": [{"ffn": GELU}]}, asked, folder)
+        shipped = {"n_exp": 8, "top_k": 2, "stride": 1, "use_aux_loss": True, "use_router_z_loss": True}
+        sides["this, as nanomoe"] = lambda: ours(wide, device)
+        sides["nanomoe"] = lambda: from_folder(asked.nanomoe, wide, device, compiled=False, **shipped)
+    return sides
+
+
+SIDES = {"dense": dense_sides, "moe": moe_sides}
+# Of what is compared: one side's time over another's, its bar, and whether that is the least or the most.
+BARS = {
+    "dense": [
+        ("transformers", "this", 1.8, True),
+        ("transformers", "this, compiled", 1.8, True),
+        ("nanogpt, compiled", "this, compiled", 1.2, True),
+    ],
+    "moe": [
+        ("this", "its dense twin", 1.25, False),
+        ("transformers", "this", 1.5, True),
+        ("nanomoe", "this, as nanomoe", 4.0, True),
+    ],
+}
+
+
+def compare(kind: str, asked: argparse.Namespace, folder: Path, device: torch.device) -> None:
+    """Print each side's time, and the ratios that have bars."""
+    n_tokens = asked.samples * (asked.n_positions or SIZES["n_positions"])
+    print(f"{kind}, {asked.precision}, vocabulary {asked.vocab_size:,}, {n_tokens:,} tokens, {asked.rounds} rounds")
+    sides = {name: make() for name, make in SIDES[kind](asked, folder, device).items()}
+    times = turns(sides, asked.rounds, device, warm=2)
+    for name, seconds in times.items():
+        print(line(name, seconds, n_tokens))
+    for one, other, bar, least in BARS[kind]:
+        if one in times and other in times:
+            print(f"    {one} / {other}: {against(ratio(times, one, other), bar, least=least)}", flush=True)
+
+
+def memory(kind: str, asked: argparse.Namespace, folder: Path, device: torch.device) -> None:
+    """Print each side's peak, found in a process of its own."""
+    names = SIDES[kind](asked, folder, device)
+    peaks = {name: in_a_process(__file__, *sys.argv[1:], "--peak", kind, name) for name in names}
+    print(f"{kind}: GiB at the peak of a step: {', '.join(f'{name} {gib:.2f}' for name, gib in peaks.items())}")
+    if kind == "dense":
+        print(
+            f"    this / transformers: {against(peaks['this'] / peaks['transformers'], 0.5, least=False)}", flush=True
+        )
+
+
+def peak_of(kind: str, name: str, asked: argparse.Namespace, folder: Path, device: torch.device) -> float:
+    """GiB of a side, in this fresh process."""
+    before = resident_gib()
+    step = SIDES[kind](asked, folder, device)[name]()
+    for _ in range(2):
+        step()
+    return peak_gib(step, device, before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=SIDES, help="one of the comparisons")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each side (default %(default)s)")
+    parser.add_argument("--samples", type=int, default=16, help="of the global batch (default %(default)s)")
+    parser.add_argument("--micro_batch", type=int, default=4, help="of ours (default %(default)s)")
+    parser.add_argument("--vocab_size", type=int, default=50304, help="default %(default)s")
+    for name, value in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, help=f"default {value}")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="default %(default)s")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default %(default)s)")
+    parser.add_argument("--nanogpt", type=Path, help="folder with nanoGPT's model.py")
+    parser.add_argument("--nanomoe", type=Path, help="folder with nanoMoE's model.py")
+    parser.add_argument("--no_memory", action="store_true", help="leave the peaks out")
+    parser.add_argument("--peak", nargs=2, metavar=("KIND", "SIDE"), help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    device = devices.pick(asked.device)
+    with tempfile.TemporaryDirectory() as folder:
+        if asked.peak:
+            print(peak_of(*asked.peak, asked, Path(folder), device))
+            return
+        print(header(device, "transformers"))
+        for kind in SIDES if asked.only is None else [asked.only]:
+            compare(kind, asked, Path(folder), device)
+            if not asked.no_memory:
+                memory(kind, asked, Path(folder), device)
+
+
+if __name__ == "__main__":
+    main()
