@@ -72,20 +72,22 @@ def test_in_the_foreground_it_is_there_when_the_call_returns(tmp_path):
 
 
 def test_a_failure_comes_up_at_the_next_look_and_the_checkpoint_before_stays(tmp_path):
-    saver = Saver(tmp_path, alone, CheckpointConfig())
+    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    saver = Saver(folder, alone, CheckpointConfig())
     saver.save(parts(1), {"step": 1}, None)
     saver.wait()
-    (tmp_path / ".step-00000002.tmp").write_text("a file where the folder should be")
+    folder.rename(elsewhere).with_name("checkpoints").write_text("a file where the folder should be")
     saver.save(parts(2), {"step": 2}, None)
     saver.close()
     assert "step-00000002: the checkpoint could not be saved" in str(saver.failure)
     with pytest.raises(UserError, match="could not be saved"):
         saver.wait()
-    assert newest(tmp_path, pytest.fail).name == "step-00000001"
-    (tmp_path / ".step-00000002.tmp").unlink()
+    folder.unlink()
+    elsewhere.rename(folder)
+    assert newest(folder, pytest.fail).name == "step-00000001"
     saver.save(parts(2), {"step": 2}, None)
     saver.wait()
-    assert newest(tmp_path, pytest.fail).name == "step-00000002"
+    assert newest(folder, pytest.fail).name == "step-00000002"
 
 
 @pytest.mark.parametrize("kind", ["model", "optimizer"])

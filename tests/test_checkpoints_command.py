@@ -63,6 +63,13 @@ def test_one_that_is_damaged_does_not_count_as_newest(trained, harm):
     assert steps_of(trained) == ["step-00000002", "step-00000004", "step-00000005"]
 
 
+def test_from_within_the_folder_and_what_a_prune_that_was_killed_left(trained, monkeypatch):
+    (trained / "checkpoints/.step-00000001.old").mkdir()
+    monkeypatch.chdir(trained)
+    assert main(["prune", "."]) == 0
+    assert steps_of(trained) == ["step-00000002", "step-00000004", "step-00000005"]
+
+
 def test_wrong_input_is_a_line(trained, tmp_path, capsys):
     assert main(["verify", str(tmp_path)]) == 2
     assert main(["prune", str(trained), "--keep", "0"]) == 2

@@ -187,11 +187,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(config, tmp_pa
 
 
 def test_a_save_that_failed_ends_the_run_before_the_next_one(config, tmp_path):
-    in_the_way = tmp_path / "runs/small/checkpoints/.step-00000001.tmp"
+    in_the_way = tmp_path / "runs/small/checkpoints"
     in_the_way.parent.mkdir(parents=True)
     in_the_way.touch()  # where the save makes a folder
     seldom = {"every": 300, "tokens": 64, "prompts": []}
-    with pytest.raises(UserError, match=r"step-00000100: the checkpoint could not be saved: Not a directory"):
+    with pytest.raises(UserError, match=r"step-00000100: the checkpoint could not be saved: File exists"):
         train(config(steps=300, eval=seldom, checkpoint={"every": 100}, logging={"every": 1, "tensorboard": False}))
     assert 100 <= rows(tmp_path / "runs/small")[-1]["step"] < 200
 

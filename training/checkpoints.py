@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from training.cli import Parser
-from training.errors import UserError
+from training.errors import UserError, in_a_line
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,8 +28,8 @@ def main(argv: list[str] | None = None) -> int:
         if asked.what == "prune":
             _prune(asked.run, folder, asked.keep)
         return _tell(folder, verify=asked.what == "verify")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"error: {in_a_line(error)}", file=sys.stderr)
         return 2
 
 
@@ -49,7 +49,10 @@ def _tell(folder: Path, *, verify: bool) -> int:
 
     n_damaged = 0
     for step, path in steps(folder):
-        size = sum(file.stat().st_size for file in path.iterdir()) / 2**20
+        try:
+            size = sum(file.stat().st_size for file in path.iterdir()) / 2**20
+        except FileNotFoundError:  # removed meanwhile, or a link that leads nowhere
+            continue
         problem = damage(path) if verify else None if looks_whole(path) else f"{path}: damaged"
         n_damaged += problem is not None
         print(f"step {step:>10,}  {size:>10,.1f} MiB  {problem or ('whole' if verify else path)}")
@@ -58,13 +61,14 @@ def _tell(folder: Path, *, verify: bool) -> int:
 
 def _prune(run: Path, folder: Path, keep: int) -> None:
     """Raises UserError for a number that leaves none, and where the run is being trained."""
-    from training.checkpoint import damage, newest, prune, state_of
+    from training.checkpoint import damage, newest, prune, remove_leftovers, state_of
     from training.files import held
 
     if keep < 1:
         raise UserError(f"--keep: {keep} would leave no checkpoint; give 1 or more")
     with held(run):
-        best = state_of(newest(folder, lambda problem: print(f"{problem}; it stays")))["best"]
+        best = state_of(newest(folder, lambda problem: print(f"{problem}; it stays"))).get("best")
+        remove_leftovers(folder)
         prune(folder, keep, best and best["step"], lambda path: damage(path) is None)
 
 

@@ -21,13 +21,16 @@ def n_checkpoints(config: Config) -> int:
     return config.checkpoint.keep + config.checkpoint.keep_best + 1
 
 
-def lack(model: GPT, config: Config) -> str | None:
-    """What is wrong where checkpoints and the final model do not fit beside what is there; in words."""
-    out_dir, checkpoints = Path(config.out_dir).absolute(), Path(config.out_dir, config.name, "checkpoints")
-    there = next(path for path in (out_dir, *out_dir.parents) if path.exists())
+def lack(model: GPT, config: Config, *, fresh: bool = False) -> str | None:
+    """What is wrong where checkpoints and the final model do not fit beside what is there; in words.
+
+    Checkpoints that are there will be replaced, but those of a run that is moved aside (`fresh`) stay.
+    """
+    checkpoints = Path(config.out_dir, config.name, "checkpoints").absolute()
+    there = next(path for path in (checkpoints, *checkpoints.parents) if path.exists())
     weights = 4 * sum(p.numel() for p in model.parameters())
     needed = n_checkpoints(config) * checkpoint_bytes(model, config) + weights
-    needed -= sum(path.stat().st_size for path in checkpoints.glob("step-*/*"))
+    needed -= 0 if fresh else sum(path.stat().st_size for path in checkpoints.glob("step-*/*"))
     if (free := shutil.disk_usage(there).free) >= needed:
         return None
     return (
@@ -40,7 +43,7 @@ def _in_words(n_bytes: int) -> str:
     return f"{n_bytes / 2**30:,.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.2f} MiB"
 
 
-def refuse_lack(model: GPT, config: Config) -> None:
+def refuse_lack(model: GPT, config: Config, *, fresh: bool) -> None:
     """Raise UserError where there is too little space for the whole run."""
-    if problem := lack(model, config):
+    if problem := lack(model, config, fresh=fresh):
         raise UserError(problem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -47,32 +48,65 @@ def whole_folder(target: Path) -> Iterator[Path]:
         for path in [*sorted(partial.iterdir()), partial]:
             path.chmod(path.stat().st_mode | 0o444)  # safetensors writes for the owner alone
             sync(path)
+        before = target.with_name(f".{target.name}.old")
+        remove(before)
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(before)
         partial.rename(target)
         sync(target.parent)
+        remove(before)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path) -> Iterator[Held]:
     """Hold a run's folder; it is free again when the process ends, however. Raises UserError where another has it."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    real = folder.resolve()  # by whichever name another goes to it
+    lock = FileLock(real.with_name(f".{real.name}.lock"))
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(real.parent)
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(f"{folder}: another process is training this run; choose another --name") from None
     except OSError as error:
-        raise UserError(f"{folder.parent}: {error.strerror or error}; choose another --out_dir") from error
+        option = "--name" if error.errno == errno.ENAMETOOLONG else "--out_dir"
+        raise UserError(f"{folder.parent}: {error.strerror or error}; choose another {option}") from error
     try:
-        yield
+        yield Held(folder, Path(lock.lock_file))
     finally:
         lock.release()
+
+
+class Held:
+    """A folder that is held, as long as the lock's file is the one that was locked."""
+
+    def __init__(self, folder: Path, lock: Path):
+        self.folder, self.lock, self.inode = folder, lock, lock.stat().st_ino
+
+    def refuse_lost(self) -> None:
+        """Raise UserError where the lock's file was removed: another process may have the folder now."""
+        if not self.lock.exists() or self.lock.stat().st_ino != self.inode:
+            raise UserError(f"{self.lock}: was removed, so another process may be training {self.folder}; start again")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those that it is in, durably."""
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in new:
+        sync(folder.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, a file or a link, if it is there; never what a link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -81,7 +81,9 @@ class Watch:
         self.run.ledger.enter("idle")
         if lost:
             self.run.saver.wait()  # raises it, on all ranks
-        save = last or received > 0 or late > 0 or _every(config.checkpoint.every, step)
+        # Of steps that are not finite nothing is saved: what they follow may be why, and would push out what is good.
+        well = self.run.skips.in_a_row == 0
+        save = last or received > 0 or (well and (late > 0 or _every(config.checkpoint.every, step)))
         if save:
             self.saved_at = time.monotonic()
         evaluate = last or _every(config.eval.every, step)
@@ -276,7 +278,7 @@ def refuse(run: Run, rows: list[dict], why: str) -> NoReturn:
         sink.write(rows)
     raise UserError(
         f"step {run.step}: {why}, and nothing more is saved; lower the learning rate and start over with --resume "
-        "never, or with another --name"
+        f"never, or with another --name that begins with --resume {run.folder / 'checkpoints'}/step-N"
     )
 
 

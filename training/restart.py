@@ -15,6 +15,7 @@ from training import checkpoint, cli
 from training.config import MAY_CHANGE, Config
 from training.distributed import World
 from training.errors import UserError
+from training.files import sync, writing
 from training.options import leaves
 
 if TYPE_CHECKING:
@@ -45,13 +46,9 @@ class Found(NamedTuple):
 def agreed(config: Config, resume: str, world: World) -> Found | None:
     """What all ranks go on from: the main one looks, so that one reads and checks the files. Collective.
 
-    Where the run is to start over, an old one is moved aside. Raises UserError, on the main rank alone, as `find`.
+    Nothing is changed by it. Raises UserError, on the main rank alone, as `find`.
     """
-    answer = None
-    if world.main:
-        if resume == "never":
-            move_aside(folder_of(config))
-        answer = find(config, resume)
+    answer = find(config, resume) if world.main and resume != "never" else None
     if (told := world.told(answer and [str(answer[0]), answer[1]])) is None:
         return None
     path, own = Path(told[0]), told[1]
@@ -65,24 +62,20 @@ def agreed(config: Config, resume: str, world: World) -> Found | None:
 def find(config: Config, resume: str) -> tuple[Path, bool] | None:
     """(the checkpoint that the run goes on from, whether it is the run's own); None: it begins.
 
-    `resume` is auto, never, or the path of a checkpoint or a run. A checkpoint of this run is gone back to; another
-    run's begins this one, unless it has a checkpoint of its own already. Those that are damaged or undone are set
-    aside. Raises UserError where no checkpoint is whole.
+    `resume` is auto, or the path of a checkpoint or a run. A checkpoint of this run is gone back to; another run's
+    begins this one, unless it has a checkpoint of its own already. Raises UserError where no checkpoint is whole.
     """
     folder = folder_of(config) / "checkpoints"
-    asked = None if resume in ("auto", "never") else _checkpoint_at(Path(resume), print)
+    asked = None if resume == "auto" else _checkpoint_at(Path(resume), print)
     if asked is not None and (problem := checkpoint.damage(asked)):
         raise UserError(problem)
     if asked is not None and asked.parent.resolve() == folder.resolve():
-        checkpoint.set_aside(folder, checkpoint.state_of(asked)["step"], "undone")
         return asked, True
     try:
         own = checkpoint.newest(folder, print)
     except UserError as error:
         raise UserError(f"{error}; start over with --resume never") from error
     if own is not None:
-        checkpoint.remove_leftovers(folder)
-        checkpoint.set_aside(folder, checkpoint.state_of(own)["step"], "damaged")
         if asked is not None:
             print(f"{folder_of(config)}: goes on from its own {own.name}; --resume {resume} was for its beginning")
         return own, True
@@ -94,6 +87,19 @@ def find(config: Config, resume: str) -> tuple[Path, bool] | None:
     return asked, False
 
 
+def make_way(config: Config, resume: str, found: Found | None) -> None:
+    """What changes the folder, once nothing refuses the run any more: where it starts over, an old one is moved aside;
+    checkpoints past the one that it goes on from, which are damaged or undone, no longer count.
+    """
+    folder = folder_of(config)
+    with writing(folder):
+        if resume == "never":
+            move_aside(folder)
+        elif found is not None and found.own:
+            checkpoint.remove_leftovers(folder / "checkpoints")
+            checkpoint.set_aside(found.path.parent, found.state["step"], "damaged" if resume == "auto" else "undone")
+
+
 def refuse_another(config: Config, fingerprint: str) -> None:
     """Raise UserError where the folder holds another run's rows, though no checkpoint yet."""
     folder = folder_of(config)
@@ -102,10 +108,11 @@ def refuse_another(config: Config, fingerprint: str) -> None:
         refuse_changes(config, fingerprint, {"config": cli.load(kept).model_dump(mode="json"), "data": fingerprint})
 
 
-def stopped(run: Run, number: int) -> None:
+def stopped(run: Run, number: int, resume: str) -> None:
     """Say that a signal ended the run, and how it goes on."""
     if run.world.main:
-        print(f"stopped by {Signals(number).name}, saved after step {run.step}; the same command goes on", flush=True)
+        command = "the same command" if resume == "auto" else "the same command without --resume"
+        print(f"stopped by {Signals(number).name}, saved after step {run.step}; {command} goes on", flush=True)
 
 
 def refuse_changes(config: Config, fingerprint: str, state: dict) -> None:
@@ -138,6 +145,7 @@ def move_aside(folder: Path) -> None:
     while (aside := folder.with_name(f"{folder.name}.old-{n}")).exists():
         n += 1
     folder.rename(aside)
+    sync(folder.parent)
     print(f"{folder}: the run that was here is now {aside}")
 
 

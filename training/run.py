@@ -24,7 +24,7 @@ from training.disk import refuse_lack
 from training.distributed import World
 from training.distributed.parallelize import Layout, parallelize
 from training.errors import UserError
-from training.files import whole_folder, write_atomically
+from training.files import make_folder, whole_folder, write_atomically
 from training.kernels import ATTENTION, EXPERTS, Kernels, choose, names
 from training.ledger import Ledger
 from training.logging import jsonl
@@ -90,11 +90,11 @@ class Run:
 
 def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
     """Build the run's parts, new or as the checkpoint that `restart.find` names, and open its logs. Collective."""
-    found = restart.agreed(config, resume, world)
+    fresh, found = resume == "never", restart.agreed(config, resume, world)
     config = resolve(config, found, dataset, world.device)
     if found is not None and found.own:
         restart.refuse_changes(config, dataset.fingerprint, found.state)
-    elif found is None:
+    elif found is None and not fresh:
         restart.refuse_another(config, dataset.fingerprint)
     dtype = devices.DTYPES[config.precision]
     before = found.state.get("kernels", {}) if found is not None and found.own else {}
@@ -129,8 +129,10 @@ def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
         layout.fill(lambda name, shape: whole.initial(name, shape, config.seed))
         if config.init_from is not None:
             initial.start(run)
-    if world.main and run.step < config.steps:
-        refuse_lack(whole, config)
+    if world.main:
+        if run.step < config.steps:
+            refuse_lack(whole, config, fresh=fresh)
+        restart.make_way(config, resume, found)
     fit.choose(run, found.state.get("micro_batch", {}) if found is not None else {})
     if world.main:
         open_logs(run)
@@ -198,10 +200,13 @@ def restore(run: Run, found: restart.Found) -> None:
         raise UserError(f"the checkpoint does not fit this model: {' '.join(str(error).split())}") from error
     run.step, run.best, run.last_row = state["step"], state["best"] if found.own else None, state["last_row"]
     run.metrics.time_s = state["time_s"]
-    run.ledger.load_state_dict(state.get("ledger", {}))
-    run.skips.load_state_dict(state["skips"])
-    if run.loss_scale is not None and state["loss_scale"] is not None:
-        run.loss_scale = LossScale(**state["loss_scale"])
+    try:
+        run.ledger.load_state_dict(state.get("ledger", {}))
+        run.skips.load_state_dict(state["skips"])
+        if run.loss_scale is not None and state["loss_scale"] is not None:
+            run.loss_scale = LossScale(**state["loss_scale"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{found.path / 'state.json'}: not the state of a run: {error}") from error
 
 
 def parts(run: Run) -> dict[str, dict[str, Part]]:
@@ -245,7 +250,7 @@ def open_logs(run: Run) -> None:
     """Write the configuration and the tokenizer, and open the logs that are asked for."""
     config, text = run.config, cli.dump(run.config)
     try:
-        run.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(run.folder)
     except OSError as error:
         raise UserError(f"{run.folder}: {error.strerror}; choose another --out_dir or --name") from error
     write_atomically(run.folder / "config.yaml", text)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from training import cli
 from training.config import Config
-from training.errors import UserError
+from training.errors import UserError, in_a_line
 from training.files import held
 
 FLAGS = {
@@ -33,21 +33,34 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL" if "WORLD_SIZE" in os.environ else "WARNING")
     try:
-        return train(config, resume=flags["--resume"] or "auto")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.status
+        return train(config, resume=resumed(flags["--resume"]))
+    except (UserError, OSError) as error:
+        print(f"error: {in_a_line(error)}", file=sys.stderr)
+        return error.status if isinstance(error, UserError) else 2
     except KeyboardInterrupt:  # before the first step
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def resumed(asked: str | None) -> str:
+    """What `--resume` means: a launcher that starts processes again does not start the run over again.
+
+    Raises UserError for nothing at all, such as a variable that is not set.
+    """
+    if asked == "":
+        raise UserError("--resume: '' is neither auto, never nor a path")
+    if asked == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        return "auto"
+    return asked or "auto"
 
 
 def train(config: Config, *, resume: str = "auto") -> int:
     """The five steps of a run; returns the exit status. torch is imported here, once the options are known good."""
     began, folder = time.perf_counter(), Path(config.out_dir, config.name)
     with ExitStack() as at_end:
+        lock = None
         if os.environ.get("WORLD_SIZE", "1") == "1":
-            at_end.enter_context(held(folder))  # a second starter is told at once
+            lock = at_end.enter_context(held(folder))  # a second starter is told at once
 
         from training.data import prepare
         from training.device import pick, resolve_precision
@@ -65,7 +78,7 @@ def train(config: Config, *, resume: str = "auto") -> int:
             world = join(pick(config.parallel.device), config.parallel)
         at_end.push(world.leave)
         if world.main and world.size > 1:
-            at_end.enter_context(held(folder))
+            lock = at_end.enter_context(held(folder))
         refuse_different_options(world, config, resume, resolve_precision(config.precision, world.device))
         world.doing("the preparation of data", "alone")
         config = options(config, fresh=resume == "never")
@@ -86,11 +99,13 @@ def train(config: Config, *, resume: str = "auto") -> int:
             due = watch.due()
             if due.log:
                 world.doing(f"the record of step {run.step}", "alone" if world.main else "work")
+                if lock is not None:
+                    lock.refuse_lost()
                 record(run, due)
             if due.signal:
                 run.saver.wait()
                 run.close()
-                stopped(run, due.signal)
+                stopped(run, due.signal, resume)
                 return 128 + due.signal
         world.doing("the end", "alone" if world.main else "work")
         finish(run)  # 5. save the final model and metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Set
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from training.checkpoint.parts import KINDS, MANIFEST, Written
 from training.errors import UserError
+from training.files import sync
 
 Rows = tuple[int, int]
 
@@ -124,7 +126,9 @@ def damage(path: Path) -> str | None:
                 return f"{path / name}: damaged: its size and SHA-256 are not those in {MANIFEST}"
         if kinds := [kind for kind in KINDS if not any(name.startswith(kind) for name in manifest)]:
             return f"{path / MANIFEST}: damaged: it lists no {kinds[0]}"
-        if re.fullmatch(r"step-\d+", path.name) and state_of(path)["step"] != int(path.name[5:]):
+        if type(step := state_of(path)["step"]) is not int or step < 0:
+            return f"{path / 'state.json'}: damaged: not the state of a step"
+        if re.fullmatch(r"step-\d+", path.name) and step != int(path.name[5:]):
             return f"{path}: damaged: it is the checkpoint of another step"
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
@@ -165,11 +169,12 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def set_aside(folder: Path, after: int, why: str) -> None:
-    """Rename the checkpoints after a step, so that they no longer count; nothing is removed."""
-    for step, path in steps(folder):
+    """Rename the checkpoints after a step, the newest first, so that they no longer count; nothing is removed."""
+    for step, path in reversed(steps(folder)):
         if step > after:
-            n = sum(1 for _ in folder.glob(f"{why}-*{path.name}"))
-            path.rename(folder / f"{why}-{n}-{path.name}")
+            names = (folder / f"{why}-{n}-{path.name}" for n in itertools.count())
+            path.rename(next(name for name in names if not name.exists()))
+            sync(folder)
 
 
 def written(path: Path) -> dict[str, str | int]:

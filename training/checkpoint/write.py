@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -18,7 +19,7 @@ from training.checkpoint.parts import KINDS, MANIFEST, Entry, Part, Peers, Writt
 from training.checkpoint.read import looks_whole, steps
 from training.config import CheckpointConfig
 from training.errors import UserError
-from training.files import sync
+from training.files import make_folder, remove, sync
 
 Parts = dict[str, dict[str, Part]]  # by kind and name
 
@@ -115,8 +116,9 @@ class Saver:
 
         def make_room() -> dict:
             if main and not target.exists():
+                make_folder(self.folder)
                 remove_leftovers(self.folder)
-                partial.mkdir(parents=True)
+                partial.mkdir()
             return {"exists": target.exists()}
 
         def write_parts() -> dict:
@@ -129,7 +131,10 @@ class Saver:
                 for kind in KINDS:
                     manifest |= _collect(partial, kind, parts[kind], [answer[kind] for answer in written], in_one)
                 _finish(partial, target, manifest, state)
-                prune(self.folder, self.section.keep, best_step)
+                try:
+                    prune(self.folder, self.section.keep, best_step)
+                except OSError as error:  # what is too many harms nobody
+                    print(f"{error.filename}: {error.strerror}; an old checkpoint stays", file=sys.stderr)
             return {}
 
         found = self._agreed(make_room, target)
@@ -225,7 +230,7 @@ def _finish(partial: Path, target: Path, manifest: dict[str, dict], state: dict)
 def remove_leftovers(folder: Path) -> None:
     """Remove what a save or a removal that was killed left."""
     for leftover in folder.glob(".step-*"):
-        shutil.rmtree(leftover)
+        remove(leftover)
 
 
 def prune(folder: Path, keep: int, best_step: int | None, whole: Callable[[Path], bool] = looks_whole) -> None:
@@ -233,4 +238,4 @@ def prune(folder: Path, keep: int, best_step: int | None, whole: Callable[[Path]
     whole = [(step, path) for step, path in steps(folder) if whole(path)]
     for step, path in whole[:-keep]:
         if step != best_step:
-            shutil.rmtree(path.rename(folder / f".{path.name}.old"))
+            remove(path.rename(folder / f".{path.name}.old"))

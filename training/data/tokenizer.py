@@ -14,6 +14,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from training.data.alphabet import byte_alphabet
 from training.data.fast import Encode, fast
 from training.errors import UserError
+from training.files import make_folder, write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
 PROBE = "Def F(x):\r\n\treturn  x  # naïve 日本語 🙂 1234567 don't <|endoftext|>\n\n\n"
@@ -72,9 +73,9 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which Transformers' `AutoTokenizer` opens."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         # Not by `inner.save`, whose refusal by the system is a bare Exception.
-        (folder / "tokenizer.json").write_text(self.inner.to_str(pretty=True), encoding="utf-8", newline="")
+        write_atomically(folder / "tokenizer.json", self.inner.to_str(pretty=True))
         special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -82,7 +83,7 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             **special,
         }
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_atomically(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
