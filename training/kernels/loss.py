@@ -58,10 +58,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if softcap is not None:
                 tanh_nV = p_nV.div_(softcap).tanh_().clone()
                 p_nV.mul_(softcap)
-            most_n1, most_likely_n1 = p_nV.max(dim=1, keepdim=True)
-            margin_n1 = most_n1 - p_nV.gather(1, target_n1)
+            margin_n1 = p_nV.amax(dim=1, keepdim=True) - p_nV.gather(1, target_n1)
             torch.softmax(p_nV, 1, out=p_nV)
-            total += ((margin_n1 - p_nV.gather(1, most_likely_n1).log()) * counted_n1).sum()
+            total += ((margin_n1 - p_nV.amax(dim=1, keepdim=True).log()) * counted_n1).sum()
             if not (needs_x or needs_w):
                 continue
             p_nV.scatter_add_(1, target_n1, p_nV.new_full((), -1.0).expand_as(target_n1))
