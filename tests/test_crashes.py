@@ -10,13 +10,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, command, environment, rows, tensors, write_config
+from launched import rows_in
 
 from training import loop
-from training.checkpoint import damage, steps
+from training.checkpoint import damage, newest, steps
 from training.data import prepare
 from training.data.loader import Batches
 from training.errors import UserError
@@ -61,6 +63,9 @@ def test_killed_at_operations_on_files_it_goes_on_to_the_same_bits(killed):
     in_order(found["operations"])
 
 
+WRITES = ("open", "write", "fsync")
+
+
 def in_order(operations: list[tuple[str, str]]) -> None:
     """Of each of four saves: every file synced, the manifest last, the folder, its name, its parent; then others go."""
     names = [(name, path.rpartition("/checkpoints")[2]) for name, path in operations if "/checkpoints" in path]
@@ -73,8 +78,8 @@ def in_order(operations: list[tuple[str, str]]) -> None:
         renamed = places["rename", partial][0]
         assert max(synced) < manifest[0] < manifest[1] < places["fsync", partial][0] < renamed
         durable = min(i for i in places["fsync", ""] if i > renamed)
-        gone = [i for i, (name, _) in enumerate(names) if name in ("unlink", "rmdir") and i > renamed]
-        assert all(durable < i for i in gone)
+        changes = [name for name, _ in names[places["mkdir", partial][0] + 1 : durable] if name not in WRITES]
+        assert changes == ["rename"], "nothing goes before the new one is durable"
         for path in files:
             assert max(places["write", path]) < places["fsync", path][0]
 
@@ -107,24 +112,97 @@ def test_killed_at_every_operation(killed, more, background):
     assert found["wrong"] == {}
 
 
-@pytest.mark.parametrize("n_kills", [pytest.param(4), pytest.param(50, marks=pytest.mark.soak)])
-def test_real_kills_at_random_moments_lose_nothing(options, run, tmp_path, n_kills):
-    long = SMALL | {"steps": 60, "checkpoint": {"every": 5}, "eval": {"every": 20, "tokens": 128}}
-    through = run(name="through", **long)
-    path, draw = write_config(tmp_path / "killed.yaml", options(name="killed", **long)), random.Random(1)
-    for _ in range(n_kills):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "training.train", "--config", str(path)], cwd=ROOT, env=environment(),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+class Real:
+    """The command as a process that is killed by what can be seen of its run from outside."""
+
+    def __init__(self, config: Path, folder: Path):
+        self.folder, self.checkpoints, self.n_before = folder, folder / "checkpoints", rows_in(folder)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "training.train", "--config", str(config)], cwd=ROOT, env=environment(),
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
-        time.sleep(draw.uniform(0.1, 5.0))
-        process.kill()
-        process.wait()
+
+    def until(self, seen: Callable[[], bool]) -> None:
+        while not seen():
+            assert self.process.poll() is None, f"it ended before it was killed: {self.process.stderr.read()}"
+            time.sleep(0.0005)
+
+    def kill(self, draw: random.Random, moment: str) -> bool:
+        """Kill it, alive, at such a moment; whether what it left says that it was."""
+        if moment == "at start-up":
+            time.sleep(draw.uniform(0.2, 1.0))
+        else:
+            far = self.n_before + draw.randrange(3, 30)
+            self.until(lambda: rows_in(self.folder) > far)
+        if moment == "in a save":
+            self.until(self.saving)
+            time.sleep(draw.uniform(0, 0.005))
+        elif moment == "in an evaluation":
+            self.until(self.evaluating)
+        elif moment == "before what is old goes":
+            self.until(self.too_many)
+        assert self.process.poll() is None
+        self.process.kill()
+        self.process.communicate()
+        assert self.process.returncode == -signal.SIGKILL
+        return {
+            "at start-up": lambda: rows_in(self.folder) == self.n_before,
+            "training": lambda: True,
+            "in a save": self.saving,
+            "in an evaluation": lambda: rows_in(self.folder) % EVAL_EVERY == EVAL_EVERY - 1,
+            "before what is old goes": self.too_many,
+        }[moment]()
+
+    def names(self) -> list[str]:
+        return os.listdir(self.checkpoints) if self.checkpoints.exists() else []  # noqa: PTH208 (the quickest look)
+
+    def saving(self) -> bool:
+        return any(name.endswith(".tmp") for name in self.names())
+
+    def too_many(self) -> bool:
+        return sum(name.startswith("step-") for name in self.names()) > 2 + 1  # of two kept, and the best
+
+    def evaluating(self) -> bool:
+        """Whether the row of an evaluation's step is due, and does not come."""
+        n_rows = rows_in(self.folder)
+        if n_rows % EVAL_EVERY != EVAL_EVERY - 1:
+            return False
+        time.sleep(0.05)
+        return rows_in(self.folder) == n_rows
+
+
+EVAL_EVERY = 50
+IN_SMALL = ["in a save", "in an evaluation", "at start-up", "training"]
+IN_FULL = {"in a save": 20, "in an evaluation": 5, "at start-up": 5, "before what is old goes": 5, "training": 15}
+
+
+@pytest.mark.parametrize(
+    ("steps", "moments"),
+    [
+        pytest.param(200, IN_SMALL, id="4"),
+        pytest.param(4000, [m for m, n in IN_FULL.items() for _ in range(n)], marks=pytest.mark.soak, id="50"),
+    ],
+)
+def test_real_kills_of_a_process_that_trains_lose_nothing(options, run, tmp_path, steps, moments):
+    long = SMALL | {
+        "steps": steps,
+        "model": SMALL["model"] | {"vocab_size": 4096},  # so that a save takes a while
+        "checkpoint": {"every": 5, "keep": 2},
+        "eval": {"every": EVAL_EVERY, "tokens": 2**12},  # and an evaluation
+    }
+    path, draw = write_config(tmp_path / "killed.yaml", options(name="killed", **long)), random.Random(1)
+    folder, seen = tmp_path / "runs/killed", []
+    for moment in draw.sample(moments, len(moments)):
+        while not Real(path, folder).kill(draw, moment):  # the save was quicker than the signal
+            continue
+        seen.append(moment)
+        newest(folder / "checkpoints", pytest.fail)
+    assert sorted(seen) == sorted(moments)
     done = command("-m", "training.train", "--config", str(path))
     assert done.returncode == 0, done.stderr
-    folder = through.with_name("killed")
+    through = run(name="through", **long)
     assert rows(folder) == rows(through)
-    assert tensors(folder, 60) == tensors(through, 60)
+    assert tensors(folder, steps) == tensors(through, steps)
 
 
 @pytest.mark.parametrize("n_stops", [1, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 
@@ -10,10 +11,12 @@ from conftest import rows, tensors
 
 from training import checkpoint, loop
 from training.config import Config
-from training.disk import checkpoint_bytes
+from training.disk import checkpoint_bytes, lack, n_checkpoints
 from training.errors import UserError
 from training.model import GPT
 from training.train import train
+
+PAGE = 4096
 
 
 @pytest.fixture
@@ -42,6 +45,46 @@ def test_a_run_that_will_not_fit_is_refused_before_the_first_step(config, small_
         train(config(out_dir=str(disk / "runs")))
     assert not (disk / "runs/small").exists()
     assert train(config(out_dir=str(disk / "runs"), checkpoint={"keep": 1, "keep_best": False})) == 0
+
+
+def test_space_is_for_all_checkpoints_and_the_model_and_those_that_are_there_count(config, small_disk):
+    disk = small_disk(4096)
+    made = config(out_dir=str(disk / "runs"))
+    sized = GPT(made.model.model_copy(update={"vocab_size": 320}))
+    a_save, weights = checkpoint_bytes(sized, made), 4 * sum(p.numel() for p in sized.parameters())
+    whole = n_checkpoints(made) * a_save + weights
+    assert n_checkpoints(made) == made.checkpoint.keep + 2, "the best, and the one that is written"
+    assert a_save == 3 * weights > 2 * PAGE
+    for room, fits in ((whole, True), (whole - weights // 2, False)):
+        fill(disk, room + PAGE)
+        assert (lack(sized, made) is None) == fits, room
+    (disk / "filler").unlink()
+    there = disk / "runs/small/checkpoints/step-00000003"
+    there.mkdir(parents=True)
+    (there / "model.safetensors").write_bytes(bytes(a_save))
+    fill(disk, whole - a_save + PAGE)
+    assert lack(sized, made) is None
+    assert "lower checkpoint.keep" in lack(sized, made, fresh=True), "they stay where the run is moved aside"
+
+
+def test_the_disk_that_is_asked_for_is_enough(config, small_disk):
+    """But for 256 KiB of logs and names."""
+    disk = small_disk(4096)
+    made = config(out_dir=str(disk / "runs"), checkpoint={"every": 1, "keep": 3})
+    sized = GPT(made.model.model_copy(update={"vocab_size": 320}))
+    weights = 4 * sum(p.numel() for p in sized.parameters())
+    fill(disk, n_checkpoints(made) * checkpoint_bytes(sized, made) + weights + 2**18)
+    assert train(made) == 0
+
+
+def test_the_best_is_saved_and_kept_only_where_that_is_asked_for(run):
+    """The learning rate rises until nothing is learned, so the best is an early one; it pushes nothing out."""
+    rising = {"steps": 40, "optim": {"learning_rate": 1.0}, "schedule": {"type": "constant", "warmup_steps": 39}}
+    for every, keep in ((4, 1), (None, 10)):
+        section = {"every": every, "keep": keep, "keep_best": False}
+        folder = run(name=f"kept-{keep}", checkpoint=section, eval={"every": 4, "tokens": 512}, **rising)
+        assert json.loads((folder / "summary.json").read_text())["best_step"] < 40
+        assert [step for step, _ in checkpoint.steps(folder / "checkpoints")] == [40]
 
 
 @pytest.mark.parametrize("background", [True, False])
@@ -82,6 +125,7 @@ def of_a_save(config: Config, n_vocab: int) -> int:
 
 
 def fill(disk, room: int) -> None:
-    """Leave so many bytes."""
+    """Leave so many bytes, or less than a page more."""
+    (disk / "filler").unlink(missing_ok=True)
     there = os.statvfs(disk)
     (disk / "filler").write_bytes(b"x" * max(0, there.f_bavail * there.f_frsize - room))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +11,10 @@ import time
 
 import pytest
 from conftest import ROOT, command, environment, rows, tensors, write_config
+from launched import rows_in
 
 from training import checkpoint, loop
+from training.errors import UserError
 from training.train import train
 
 STEPS = 16
@@ -89,6 +92,67 @@ def test_a_signal_saves_after_the_step_and_the_run_goes_on(config, through, monk
     assert tensors(folder, STEPS) == tensors(through, STEPS)
 
 
+def test_a_save_that_fails_is_not_said_to_be_there(config, monkeypatch, tmp_path, capsys):
+    """The one that a signal asks for, beside the loop: a file is where its folder should be."""
+    at(loop, "update", 1)(monkeypatch, signal.SIGTERM)
+    at_save = loop.save
+
+    def blocked(run):
+        (tmp_path / "runs/stopped/checkpoints").write_text("a file")
+        at_save(run)
+
+    monkeypatch.setattr(loop, "save", blocked)
+    with pytest.raises(UserError, match="step-00000002: the checkpoint could not be saved: File exists"):
+        train(config(name="stopped", **OFTEN))
+    assert "stopped by" not in capsys.readouterr().out
+
+
+RESUMING = """
+import os, signal
+from pathlib import Path
+from crashes import forked
+from training import checkpoint, cli, restart, run
+from training.loop import Watch
+from training.train import main
+folder = Path({folder!r})
+places = [(checkpoint, "read_parts"), (checkpoint, "set_aside"), (restart, "make_way"), (run, "open_logs")]
+places.append((Watch, "__init__"))
+
+def files():
+    return {{path: path.read_bytes() for path in (folder / "checkpoints/step-00000005").iterdir()}}
+
+before = files()
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for where, name in places:
+        does = getattr(where, name)
+        def sent(*arguments, does=does, number=number, **named):
+            os.kill(os.getpid(), number)
+            return does(*arguments, **named)
+        setattr(where, name, sent)
+        print(forked(lambda: main(["--config", {path!r}])), number.value)
+        setattr(where, name, does)
+        assert files() == before
+"""
+
+
+def test_a_signal_while_a_run_is_resumed_ends_it_and_harms_nothing(options, run, through, tmp_path):
+    """While it reads the checkpoint, sets later ones aside, opens its logs, and as it begins to look for signals."""
+    changes = OFTEN | {"checkpoint": {"every": 5, "keep": 10}}
+    folder = run(name="resumed", **changes)
+    for step, path in checkpoint.steps(folder / "checkpoints"):
+        if step > 5:
+            shutil.rmtree(path)
+    path = write_config(tmp_path / "resumed.yaml", options(name="resumed", **changes))
+    done = command("-c", RESUMING.format(folder=str(folder), path=str(path)), env={"PYTHONPATH": str(ROOT / "tests")})
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    ends = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert len(ends) == 15
+    assert all(status in (-number, 128 + number) for status, number in ends), ends
+    run(name="resumed", **changes)
+    assert rows(folder) == rows(through)
+    assert tensors(folder, STEPS) == tensors(through, STEPS)
+
+
 def start(path, *launcher: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "training.train", "--config", str(path)],
@@ -111,7 +175,13 @@ def test_a_signal_before_the_first_step_ends_at_once_and_harms_nothing(options, 
 
 def test_a_second_signal_a_while_later_ends_at_once_and_harms_nothing(options, run, tmp_path):
     """Steps of some seconds, so that the first signal has to wait for one."""
-    slow = {"steps": 3, "batch_tokens": 2**15, "checkpoint": {"every": 1}, "eval": {"every": None, "tokens": 64}}
+    slow = {
+        "steps": 2,
+        "batch_tokens": 2**15,
+        "schedule": {"warmup_steps": 1},
+        "checkpoint": {"every": 1},
+        "eval": {"every": None, "tokens": 64},
+    }
     path = write_config(tmp_path / "slow.yaml", options(name="slow", **slow))
     process, folder = start(path), tmp_path / "runs/slow/checkpoints"
     until = time.monotonic() + 60
@@ -125,21 +195,35 @@ def test_a_second_signal_a_while_later_ends_at_once_and_harms_nothing(options, r
     assert process.returncode == -signal.SIGTERM
     assert command("-m", "training.train", "--config", str(path)).returncode == 0
     through = run(name="through", **slow)
-    assert tensors(tmp_path / "runs/slow", 3) == tensors(through, 3)
+    assert tensors(tmp_path / "runs/slow", 2) == tensors(through, 2)
 
 
-def test_a_signal_to_torchrun_stops_all_its_ranks_at_one_step(options, tmp_path):
-    made = options(name="two", steps=1_000_000, eval={"every": None, "tokens": 64}, checkpoint={"every": None})
-    path = write_config(tmp_path / "two.yaml", made)
-    launcher = start(path, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    metrics = tmp_path / "runs/two/metrics.jsonl"
-    until = time.monotonic() + 60
-    while not (metrics.exists() and metrics.read_bytes().count(b"\n") > 3):
-        assert launcher.poll() is None and time.monotonic() < until
-        time.sleep(0.05)
-    launcher.send_signal(signal.SIGTERM)
-    said, _ = launcher.communicate(timeout=60)
-    (step,) = {path for _, path in checkpoint.steps(tmp_path / "runs/two/checkpoints")}
-    assert checkpoint.damage(step) is None
-    assert f"stopped by SIGTERM, saved after step {int(step.name[5:])}; the same command goes on" in said
-    assert rows(tmp_path / "runs/two")[-1]["step"] == int(step.name[5:])
+def test_signals_to_torchrun_stop_all_its_ranks_at_one_step_and_the_run_goes_on(options, run, tmp_path):
+    """Two ranks of a micro-batch each compute the bits of one process with two: a sum of two has one order."""
+    alike = {
+        "steps": 400,
+        "eval": {"every": None, "tokens": 64},
+        "checkpoint": {"every": None},
+        "logging": {"every": 1},
+    }
+    path = write_config(tmp_path / "two.yaml", options(name="two", **alike))
+    folder = tmp_path / "runs/two"
+    launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+    passed_on = "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"
+    for number, more in ((signal.SIGTERM, ()), (signal.SIGINT, ()), (signal.SIGUSR1, passed_on)):
+        before = rows_in(folder)
+        process = start(path, *launcher, *more)
+        until = time.monotonic() + 60
+        while rows_in(folder) < before + 4:
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=60)
+        step, newest = checkpoint.steps(folder / "checkpoints")[-1]
+        assert checkpoint.damage(newest) is None
+        assert f"stopped by {number.name}, saved after step {step}; the same command goes on" in said
+        assert before < rows(folder)[-1]["step"] == step < alike["steps"]
+    run(name="two", **alike)
+    through = run(name="through", **alike)
+    assert rows(folder) == rows(through)
+    assert tensors(folder, alike["steps"]) == tensors(through, alike["steps"])

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+from copy import deepcopy
 
 import pytest
 import torch
@@ -21,14 +22,14 @@ from training.skips import FEWEST, MOST, WINDOW, Skips
 from training.train import train
 
 
-def spoil_loss(run, value):
+def spoil_loss(model, value):
     """Every forward's loss is that value from here on, until the hook is removed."""
 
     def spoiled(_model, _inputs, outputs):
         loss, metrics = outputs
         return loss * value, metrics | {"loss_sum": metrics["loss_sum"] * value}
 
-    return run.model.register_forward_hook(spoiled)
+    return model.register_forward_hook(spoiled)
 
 
 def spoil_gradient(name, value):
@@ -41,8 +42,8 @@ def spoil_gradient(name, value):
 
 
 SPOILED = {
-    "loss nan": spoil_loss,
-    "loss inf": lambda run, _: spoil_loss(run, math.inf),
+    "loss nan": lambda run, _: spoil_loss(run.model, math.nan),
+    "loss inf": lambda run, _: spoil_loss(run.model, math.inf),
     "a row of a gradient": spoil_gradient("wte.weight", math.nan),
     "an expert": spoil_gradient("blocks.0.ffn.experts.up", math.inf),
 }
@@ -78,7 +79,7 @@ def test_the_steps_around_one_that_is_skipped_are_those_that_never_saw_it(begun)
     """The third batch teaches nothing: the run is that of the others, at their own rates."""
     run, other = begun(name="run"), begun(name="other")
     for step in range(4):
-        hook = spoil_loss(run, math.nan) if step == 2 else None
+        hook = spoil_loss(run.model, math.nan) if step == 2 else None
         train_step(run)
         if hook is not None:
             hook.remove()
@@ -93,7 +94,7 @@ def test_ten_in_a_row_end_the_run_in_a_line_with_their_rows_and_no_checkpoint(co
     before = loop.train_step
 
     def poisoned(run):
-        hook = spoil_loss(run, math.nan) if run.step >= 5 else None
+        hook = spoil_loss(run.model, math.nan) if run.step >= 5 else None
         before(run)
         if hook is not None:
             hook.remove()
@@ -102,7 +103,7 @@ def test_ten_in_a_row_end_the_run_in_a_line_with_their_rows_and_no_checkpoint(co
     with pytest.raises(UserError, match=rf"step 15: the last {MOST} steps' losses or gradients were not finite"):
         train(config(steps=40, checkpoint={"every": 3}, eval={"every": None, "tokens": 64}))
     folder = tmp_path / "runs/small"
-    assert [step for step, _ in checkpoint.steps(folder / "checkpoints")] == [9, 12]
+    assert [step for step, _ in checkpoint.steps(folder / "checkpoints")] == [3], "nothing is saved meanwhile"
     for _, path in checkpoint.steps(folder / "checkpoints"):
         loaded = checkpoint.load(path)
         assert all(tensor.isfinite().all() for tensor in [*loaded.model.values(), *loaded.optimizer.values()])
@@ -116,7 +117,7 @@ def test_a_run_whose_last_step_was_skipped_ends_well(config, tmp_path, monkeypat
     before = loop.train_step
 
     def poisoned(run):
-        hook = spoil_loss(run, math.nan) if run.step == 7 else None
+        hook = spoil_loss(run.model, math.nan) if run.step == 7 else None
         before(run)
         if hook is not None:
             hook.remove()
@@ -135,7 +136,7 @@ def test_a_run_whose_last_step_was_skipped_ends_well(config, tmp_path, monkeypat
 
 def test_a_run_goes_on_counting(begun):
     run = begun()
-    hook = spoil_loss(run, math.nan)
+    hook = spoil_loss(run.model, math.nan)
     for _ in range(3):
         train_step(run)
     hook.remove()
@@ -146,27 +147,59 @@ def test_a_run_goes_on_counting(begun):
     assert (again.step, again.skips.total, again.skips.in_a_row) == (3, 3, 3)
 
 
-def test_what_one_rank_alone_cannot_compute_no_rank_learns(options, tmp_path):
-    outcomes = {}
-    for name, poison in (("whole", ""), ("poisoned", "1:3")):
-        path = write_config(tmp_path / f"{name}.yaml", options(name=name, micro_batch=2, parallel={"device": "cpu"}))
-        done = command(
-            "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            str(ROOT / "tests" / "trajectory.py"), str(tmp_path), str(path),
-            env={"POISON": poison, "STOP_AT": "2"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("step 2: loss is nan; skipped") == (poison != "")
-        outcomes[name] = load_file(tmp_path / f"{name}.safetensors")
-    one = command(
-        str(ROOT / "tests" / "trajectory.py"), str(tmp_path),
-        str(write_config(tmp_path / "one.yaml", options(name="one", micro_batch=2, parallel={"device": "cpu"}))),
-        env={"STOP_AT": "1"},
+def test_every_count_and_both_windows_go_on_with_the_run(begun):
+    run = begun(skip_spikes=3.0, precision="fp16")
+    run.skips.total, run.skips.in_a_row, run.skips.spikes = 7, 4, 3
+    run.skips.losses.extend(range(100, 140))
+    run.skips.norms.extend(range(200, 240))
+    run.loss_scale.scale, run.loss_scale.good_steps = 2.0**7, 11
+    run.last_row = {"step": 0}
+    before = deepcopy((run.skips, run.loss_scale))
+    save(run)
+    run.close()
+    again = begun(skip_spikes=3.0, precision="fp16")
+    for ours, theirs in zip((again.skips, again.loss_scale), before, strict=True):
+        for name, value in vars(theirs).items():
+            assert getattr(ours, name) == value, name
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_evaluation_that_alone_is_not_finite_ends_the_run_and_is_not_saved(config, tmp_path, monkeypatch, value):
+    """Every step's loss is a number; the validation's is none."""
+    before = loop.evaluate
+
+    def spoiled(model, *arguments):
+        hook = spoil_loss(model, value)
+        found = before(model, *arguments)
+        hook.remove()
+        return found
+
+    monkeypatch.setattr(loop, "evaluate", spoiled)
+    with pytest.raises(UserError, match=rf"^step 4: val_loss is {value}, and nothing more is saved; lower"):
+        train(config())
+    folder = tmp_path / "runs/small"
+    assert [step for step, _ in checkpoint.steps(folder / "checkpoints")] == [3]
+    found = rows(folder)
+    assert [row["step"] for row in found] == [1, 2, 3, 4] and all(row["loss"] is not None for row in found)
+    assert found[-1]["val_loss"] is None and found[-1]["skipped_steps"] == 0
+
+
+def test_what_one_rank_alone_cannot_compute_no_rank_learns(options, begun, tmp_path):
+    alike = {"micro_batch": 2, "parallel": {"device": "cpu"}}
+    path = write_config(tmp_path / "poisoned.yaml", options(name="poisoned", **alike))
+    done = command(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        str(ROOT / "tests" / "trajectory.py"), str(tmp_path), str(path),
+        env={"POISON": "1:3", "STOP_AT": "2"},
     )  # fmt: skip
-    assert one.returncode == 0, one.stderr
-    first = load_file(tmp_path / "one.safetensors")
-    assert all((tensor - first[name]).abs().max() < 1e-6 for name, tensor in outcomes["poisoned"].items())
-    assert any((tensor - first[name]).abs().max() > 1e-6 for name, tensor in outcomes["whole"].items())
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("step 2: loss is nan; skipped") == 1
+    poisoned, run = load_file(tmp_path / "poisoned.safetensors"), begun(name="one", **alike)
+    train_step(run)
+    assert all((tensor - run.model.state_dict()[name]).abs().max() < 1e-6 for name, tensor in poisoned.items())
+    train_step(run)
+    assert run.skips.total == 0
+    assert any((tensor - run.model.state_dict()[name]).abs().max() > 1e-6 for name, tensor in poisoned.items())
 
 
 def test_a_spike_is_skipped_and_a_new_level_is_not_for_long():
