@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command, write_config
+from conftest import ROOT, command, rows, tensors, write_config
 from safetensors.torch import load_file
 from trajectory import out_of_memory_at
 
+from training import checkpoint, fit
 from training import device as devices
-from training import fit
 from training.errors import UserError
 from training.loop import train_step
 
@@ -182,6 +183,39 @@ def limited(run):
 loop.train_step = limited
 raise SystemExit(train(config))
 """
+
+
+BUILT = """
+import resource
+from pathlib import Path
+from training import cli, run
+from training.train import main
+before = run.restore
+def limited(*arguments):
+    before(*arguments)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
+run.restore = limited
+raise SystemExit(main(["--config", {path!r}]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux, to limit a process's memory")
+def test_where_memory_is_out_once_the_model_is_built_there_is_a_line_and_checkpoints_are_whole(options, run, tmp_path):
+    """A real limit, from the moment on that the weights are restored; with memory again it goes on exactly."""
+    wide = {"n_layer": 2, "n_head": 2, "n_embd": 64, "n_positions": 1024, "blocks": [{"ffn": {"type": "moe"}}, {}]}
+    changes = {"model": wide, "batch_tokens": 2**12, "micro_batch": 4, "steps": 4, "checkpoint": {"every": 2}}
+    folder = run(**changes)
+    before = tensors(folder, 4), rows(folder)
+    shutil.rmtree(folder / "checkpoints/step-00000004")
+    path = write_config(tmp_path / "built.yaml", options(**changes))
+    done = command("-c", BUILT.format(path=str(path)))
+    assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "not one sample of 1024 tokens fits" in line and "use a smaller model.n_positions" in line
+    assert checkpoint.damage(folder / "checkpoints/step-00000002") is None
+    run(**changes)
+    assert (tensors(folder, 4), rows(folder)) == before
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux, to limit a process's memory")
