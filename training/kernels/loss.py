@@ -41,7 +41,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         needs_x, needs_w, *_ = ctx.needs_input_grad
         total = torch.zeros((), dtype=torch.float32, device=x_NC.device)
         grad_x_NC = torch.empty_like(x_NC) if needs_x else None
-        grad_w_VC = torch.zeros_like(w_VC, dtype=torch.float32) if needs_w else None
+        grad_w_VC = torch.empty_like(w_VC, dtype=torch.float32) if needs_w else None
         w_VC, exact = w_VC.to(x_NC.dtype), x_NC.dtype == torch.float32
         size = min(len(x_NC), _chunk(x_NC.device, len(w_VC)))
         logits_nV = x_NC.new_empty(size, len(w_VC))
@@ -71,7 +71,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(grad_nV, w_VC, out=grad_x_NC[rows])
                 grad_x_NC[rows] *= counted_n1
             if needs_w:
-                _add_product(grad_w_VC, grad_nV.t(), x_nC * counted_n1)
+                _add_product(grad_w_VC, grad_nV.t(), x_nC * counted_n1, first=start == 0)
         ctx.grads = grad_x_NC, grad_w_VC
         return total
 
@@ -90,10 +90,12 @@ def _chunk(device: torch.device, n_vocab: int) -> int:
     return max(at_least, n_logits // n_vocab)
 
 
-def _add_product(sum_IO: Tensor, x_IN: Tensor, y_NO: Tensor) -> None:
-    """Add x y to a float32 sum."""
+def _add_product(sum_IO: Tensor, x_IN: Tensor, y_NO: Tensor, *, first: bool) -> None:
+    """Add x y to a float32 sum; the first is written over what is there."""
     if x_IN.dtype == torch.float32:
-        sum_IO.addmm_(x_IN, y_NO)
+        sum_IO.addmm_(x_IN, y_NO, beta=0 if first else 1)
+    elif first:
+        sum_IO.copy_(x_IN @ y_NO)
     else:
         sum_IO += x_IN @ y_NO
 
