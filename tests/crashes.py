@@ -23,6 +23,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -160,14 +161,27 @@ def leftovers(config: Config) -> list[str]:
     return extra + [str(path.relative_to(folder)) for path in folder.rglob("*") if path.name.startswith(".")]
 
 
-def trial(config: Config, expected: dict[str, str], kills: list[int], torn: bool) -> str | None:
+def lacking(config: Config, operations: list[list[str]], told: Path) -> list[str]:
+    """Operations of the reference that another run did not do."""
+    done, _ = json.loads(told.read_text())
+    named = Counter((name, path.replace(f"/{config.name}", "/reference")) for name, path in done)
+    return [f"{name} {path}" for name, path in (Counter(map(tuple, operations)) - named).elements()]
+
+
+def trial(
+    config: Config, expected: dict[str, str], operations: list[list[str]], kills: list[int], torn: bool
+) -> str | None:
     """Kill at those operations, each counted from a start of its own, then go on; what is wrong.
 
-    Threads take turns, so the k-th operation is not always the same one; how many there are is.
+    Threads take turns, so the k-th operation is not always the same one; how many there are is, and where it is not
+    the difference is told.
     """
+    told = Path(config.out_dir, "trial.json")
     shutil.rmtree(Path(config.out_dir, config.name), ignore_errors=True)
     for k in kills:
-        status = forked(lambda k=k: train(config, k, torn))
+        status = forked(lambda k=k: train(config, k, torn, told))
+        if status == 0 and kills == [k]:
+            return f"not killed at operation {k}; did not {lacking(config, operations, told)}"
         if status != -signal.SIGKILL:
             return f"ended with {status} before operation {k}"
     if status := forked(lambda: train(config)):
@@ -213,7 +227,7 @@ def main(arguments: list[str]) -> int:
         draw = random.Random(0)
         furthest = len(operations) // 20  # so that twenty do not reach the end
         trials = [[draw.randrange(1, furthest) for _ in range(20)] for _ in range(asked.chains)]
-    wrong = {str(kills): found for kills in trials if (found := trial(named, expected, kills, asked.torn))}
+    wrong = {str(kills): found for kills in trials if (found := trial(named, expected, operations, kills, asked.torn))}
     rows = (asked.folder / "runs/reference/metrics.jsonl").read_text().splitlines()
     found = {"operations": operations, "trials": len(trials), "wrong": wrong, "run_s": alone_s}
     print(json.dumps(found | {"skipped": json.loads(rows[-1])["skipped_steps"]}))
