@@ -118,9 +118,8 @@ def test_a_line_that_is_no_row_is_named(tmp_path):
 
 
 def test_a_folder_that_is_not_there_is_one_line_for_the_user(tmp_path):
-    sink = JSONLSink(run_in(tmp_path / "gone"))
     with pytest.raises(UserError, match=r"cannot write .*gone.metrics\.jsonl: No such file"):
-        sink.write([row(1)])
+        JSONLSink(run_in(tmp_path / "gone"))
 
 
 def test_a_full_disk_is_one_line_and_the_next_start_mends_the_file(tmp_path):

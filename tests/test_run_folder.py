@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -18,8 +19,10 @@ from test_restart import flip_a_bit, names, wait_for_rows
 from training import checkpoint, loop
 from training import train as train_module
 from training.checkpoint.read import written
+from training.data import files
 from training.errors import UserError
 from training.files import held
+from training.logging.report import renew_report
 from training.restart import folder_of
 from training.train import train
 
@@ -202,3 +205,87 @@ def test_what_resume_cannot_be(capsys, options, tmp_path):
     assert capsys.readouterr().err == "error: --resume: '' is neither auto, never nor a path\n"
     assert train_module.main(["--config", str(path), "--name", "x" * 300]) == 2
     assert capsys.readouterr().err.endswith("File name too long; choose another --name\n")
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda lines: lines[:0], "not every step up to 6 has a row of its own"),
+        (lambda lines: lines[:2] + lines[3:], "not every step up to 6 has a row of its own"),
+        (lambda lines: [*lines[:3], *lines[2:]], "not every step up to 6 has a row of its own"),
+        (lambda lines: lines, None),
+    ],
+)
+def test_rows_that_someone_removed_are_missed_aloud_and_the_run_goes_on(run, capsys, harm, said):
+    folder = run(**OFTEN)
+    before = tensors(folder, 8)
+    shutil.rmtree(folder / "checkpoints/step-00000008")
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(harm(path.read_text().splitlines(keepends=True))))
+    capsys.readouterr()
+    run(**OFTEN)
+    told = capsys.readouterr().err
+    assert told == ("" if said is None else f"{path}: {said}; the run goes on, without these rows\n")
+    assert tensors(folder, 8) == before
+
+
+def test_a_log_that_is_removed_meanwhile_is_missed_once(config, tmp_path, capsys, monkeypatch):
+    step, path = loop.train_step, tmp_path / "runs/small/metrics.jsonl"
+
+    def removing(run):
+        step(run)
+        if run.step == 5:
+            path.unlink()
+
+    monkeypatch.setattr(loop, "train_step", removing)
+    assert train(config()) == 0
+    said = f"{path}: removed or changed while the run wrote it; the run goes on, without these rows\n"
+    assert capsys.readouterr().err.count(said) == 1
+    assert rows(path.parent)[-1]["step"] == 8
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("summary.json", "[]"),
+        ("summary.json", '{"advice": 3}'),
+        ("summary.json", '{"time": 5}'),
+        ("summary.json", "{"),
+        ("experts.json", "3"),
+        ("experts.json", '{"x": 5}'),
+        ("micro_batch.json", "["),
+        ("micro_batch.json", "3"),
+        ("micro_batch.json", '{"x": 3}'),
+    ],
+)
+def test_side_files_that_were_edited_end_no_run(run, file, text):
+    folder = run(**OFTEN)
+    before = tensors(folder, 8), rows(folder)
+    shutil.rmtree(folder / "checkpoints/step-00000008")
+    (folder / file).write_text(text)
+    run(**OFTEN)
+    assert (tensors(folder, 8), rows(folder)) == before
+
+
+@pytest.mark.parametrize("row", ['{"step": "x"}', '{"step": 7, "time_compute": "x"}', "3"])
+def test_a_row_that_is_none_is_named(run, config, row):
+    folder = run(**OFTEN)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(f"{row}\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl line 9 is not a row of metrics"):
+        train(config(**OFTEN))
+
+
+def test_a_report_of_rows_that_lack_everything_is_a_line(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": 1e999, "tokens": "x"}\n')
+    renew_report(tmp_path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path}: its files are not what a run writes") and line.endswith("is not renewed")
+
+
+def test_a_line_that_no_document_is_as_long_as_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LINE", 1000)
+    path = tmp_path / "long.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "fine"}\n' + json.dumps({"text": "x" * 1000}).encode()))
+    with pytest.raises(UserError, match=r"long.jsonl.gz: line 2 is longer than"):
+        list(files.read(path, "text"))

@@ -77,8 +77,11 @@ def _remember(run: Run) -> None:
 
 def _kept(run: Run) -> dict[str, dict]:
     """What was remembered by a rank that ended."""
-    file = run.folder / KEPT
-    return json.loads(file.read_text()) if file.exists() else {}
+    try:
+        kept = json.loads((run.folder / KEPT).read_bytes())
+        return {place: {name: known[name] for name in ("micro_batch", "recompute")} for place, known in kept.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or torn: found anew
+        return {}
 
 
 def _fitting(run: Run, most: int) -> int:

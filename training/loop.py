@@ -28,7 +28,7 @@ from training.distributed import World
 from training.errors import UserError
 from training.kernels.attention import documents
 from training.logging.jsonl import finite
-from training.logging.report import write_report
+from training.logging.report import renew_report
 from training.model import GPT
 from training.model.continuation import continue_texts, prompt_ids
 from training.model.sampling import Rules
@@ -264,7 +264,7 @@ def record(run: Run, due: Due) -> None:
     for sink in run.sinks:
         sink.write(rows)
     if due.evaluate and run.world.main:
-        write_report(run.folder)
+        renew_report(run.folder)
     if due.save or (improved and run.config.checkpoint.keep_best):
         run.ledger.enter("checkpoint")
         save(run)

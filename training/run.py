@@ -28,7 +28,7 @@ from training.files import make_folder, whole_folder, write_atomically
 from training.kernels import ATTENTION, EXPERTS, Kernels, choose, names
 from training.ledger import Ledger
 from training.logging import jsonl
-from training.logging.report import write_report
+from training.logging.report import renew_report
 from training.metrics import Metrics
 from training.model import GPT, hf, needs
 from training.optim import Optimizer, Whole
@@ -371,5 +371,5 @@ def finish(run: Run) -> None:
         ],
     }
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    write_report(folder)
+    renew_report(folder)
     run.close(summary)

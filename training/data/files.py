@@ -19,6 +19,7 @@ from training.data.text import Document, cut, decoded, document
 from training.errors import UserError
 
 SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages"})
+LINE = 2**26  # bytes of a line of JSON at most: a document is in memory in one piece
 
 
 # --- finding ---------------------------------------------------------------------------------------
@@ -120,7 +121,9 @@ def _pieces(path: Path) -> Iterator[str]:
 def read_jsonl(path: Path, column: str) -> Iterator[Document]:
     """A line is one document; blank lines are passed over."""
     with opened(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(LINE + 1), b""), 1):
+            if len(line) > LINE:
+                raise UserError(f"{path}: line {number} is longer than {LINE >> 20} MiB, more than a document has")
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():

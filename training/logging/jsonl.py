@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,37 @@ from training.logging import Run
 
 
 class JSONLSink:
-    """Appends rows to `run.dir / "metrics.jsonl"`, after dropping what is past `run.start_step`."""
+    """Appends rows to `run.dir / "metrics.jsonl"`, after dropping what is past `run.start_step`.
+
+    Rows that someone else removed are missed aloud: a run does not end for its log.
+    """
 
     def __init__(self, run: Run) -> None:
         self.path = run.dir / "metrics.jsonl"
         text = _text(self.path)
-        kept = "".join(f"{line}\n" for line, row in _rows(self.path, text) if row["step"] <= run.start_step)
-        if kept != text:
+        rows = [(line, row["step"]) for line, row in _rows(self.path, text) if row["step"] <= run.start_step]
+        kept = "".join(f"{line}\n" for line, _ in rows)
+        if kept != text or not self.path.exists():
             write_atomically(self.path, kept)
+        steps, begun = [step for _, step in rows], (run.dir / "checkpoints").exists()
+        first = run.start_step + 1 - len(steps)  # a run that began with another's checkpoint has rows from there
+        if steps != list(range(first, run.start_step + 1)) or (begun and run.start_step and not steps):
+            self._miss(f"not every step up to {run.start_step} has a row of its own")
+        self.size = self.path.stat().st_size
 
     def write(self, rows: list[dict]) -> None:
         """Append the rows, durably: rows that a checkpoint relies on survive a power cut as it does."""
         lines = "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
         with writing(self.path), self.path.open("ab") as file:
+            if file.tell() != self.size:
+                self._miss("removed or changed while the run wrote it")
             file.write(lines.encode("utf-8", "backslashreplace"))
             file.flush()
             os.fsync(file.fileno())
+            self.size = file.tell()
+
+    def _miss(self, why: str) -> None:
+        print(f"{self.path}: {why}; the run goes on, without these rows", file=sys.stderr)
 
     def close(self, summary: dict | None) -> None:
         """Nothing is held open."""
@@ -59,10 +75,15 @@ def _rows(path: Path, text: str) -> list[tuple[str, dict]]:
             row = json.loads(line)
         except ValueError:
             row = None
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        if not isinstance(row, dict) or not _is_row(row):
             raise UserError(f"{path} line {number} is not a row of metrics: remove the line to go on")
         found.append((line, row))
     return found
+
+
+def _is_row(row: dict) -> bool:
+    times = [value for name, value in row.items() if name.startswith("time_")]
+    return type(row.get("step")) is int and all(type(value) in (int, float) for value in times)
 
 
 def finite(value: Any) -> Any:

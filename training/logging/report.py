@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,30 @@ def write_report(run_dir: Path) -> Path:
     """Write `run_dir / "report.html"` from what the folder holds of the run, finished or not; return its path.
 
     Reads metrics.jsonl, summary.json, run.json, experts.json and config.yaml, each of which may be absent.
-    Raises `UserError` where one cannot be read or the page cannot be written.
+    Raises `UserError` where one cannot be read, is not what a run writes, or the page cannot be written.
     """
+    try:
+        page = _page(run_dir)
+    except UserError:
+        raise
+    except Exception as error:  # whatever was made of these files by hand
+        raise UserError(f"{run_dir}: its files are not what a run writes ({type(error).__name__}: {error})") from error
+    write_atomically(run_dir / "report.html", page)
+    return run_dir / "report.html"
+
+
+def renew_report(run_dir: Path) -> None:
+    """Write the report; where that fails say so, as a run does not end for its report."""
+    try:
+        write_report(run_dir)
+    except UserError as error:
+        print(f"{error}; the report is not renewed", file=sys.stderr)
+
+
+def _page(run_dir: Path) -> str:
     rows, summary = read(run_dir / "metrics.jsonl"), _json(run_dir / "summary.json")
     facts = _json(run_dir / "run.json")
-    page = _template().render(
+    return _template().render(
         name=facts.get("name", run_dir.resolve().name),
         lede=lede(rows, summary, facts.get("steps")),
         done=rows[-1]["step"] / facts["steps"] if rows and facts and not summary else None,
@@ -40,8 +60,6 @@ def write_report(run_dir: Path) -> Path:
         next=summary.get("next", []),
         config=_text(run_dir / "config.yaml"),
     )
-    write_atomically(run_dir / "report.html", page)
-    return run_dir / "report.html"
 
 
 def lede(rows: list[dict], summary: dict, steps: int | None) -> str:

@@ -61,9 +61,15 @@ class WandbSink:
 
 def _state(marker: Path, name: str) -> dict:
     """The run's id and the last step logged; new ones are made and kept, since a folder's name may be used again."""
-    if not marker.exists():
-        write_atomically(marker, json.dumps({"id": f"{name[:32]}-{uuid.uuid4().hex[:8]}", "step": 0}) + "\n")
-    return json.loads(marker.read_text(encoding="utf-8"))
+    if marker.exists():
+        try:
+            known = json.loads(marker.read_bytes())
+            return {"id": str(known["id"]), "step": int(known["step"])}
+        except (ValueError, KeyError, TypeError):
+            print(f"{marker}: does not tell the W&B run any more; a new one begins", file=sys.stderr)
+    new = {"id": f"{name[:32]}-{uuid.uuid4().hex[:8]}", "step": 0}
+    write_atomically(marker, json.dumps(new) + "\n")
+    return new
 
 
 def _init(wandb: Any, config: WandbConfig, run: Run, **options: Any) -> Any:
