@@ -67,7 +67,7 @@ MOMENTS = {
     "in the last step": at(loop, "update", STEPS - 1),
     "in an evaluation": at(loop, "evaluate", 0),
     "in a save": at(loop, "save", 0),
-    "while rows are written": at(loop, "write_report", 1),
+    "while rows are written": at(loop, "renew_report", 1),
     "twice": at(loop, "update", 7, times=2),
 }
 

@@ -118,6 +118,11 @@ def memory_bytes(device: torch.device) -> int:
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.exists() and (text := limit.read_text().strip()).isdigit():
         physical = min(physical, int(text))
+    if os.name == "posix":
+        import resource
+
+        asked, _ = resource.getrlimit(resource.RLIMIT_AS)
+        physical = physical if asked == resource.RLIM_INFINITY else min(physical, asked)
     return physical // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
