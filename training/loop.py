@@ -251,7 +251,7 @@ def record(run: Run, due: Due) -> None:
         if not math.isfinite(found["val_loss"]):
             refuse(run, rows, f"val_loss is {found['val_loss']}")
         best = run.best is None or found["val_loss"] < run.best["val_loss"]
-        improved = best and run.skips.in_a_row == 0  # of which nothing is saved
+        improved = best and (due.save or run.skips.in_a_row == 0)  # else it is not saved
         if improved:
             run.best = {"step": run.step, "val_loss": found["val_loss"]}
     run.last_row = finite(rows[-1])
