@@ -51,8 +51,8 @@ def text(folder: Path) -> Path:
     return path
 
 
-def options(model: dict, asked: argparse.Namespace, folder: Path, **parallel: object) -> Config:
-    """A run of ours: `model` is what its section holds beside the sizes."""
+def options(model: dict, asked: argparse.Namespace, folder: Path, optim: str = "adamw", **parallel: object) -> Config:
+    """A run of ours: `model` is what its section holds beside the sizes, `parallel` what its section holds."""
     sizes = {name: getattr(asked, name) or value for name, value in SIZES.items()}
     return Config.model_validate(
         {
@@ -68,6 +68,7 @@ def options(model: dict, asked: argparse.Namespace, folder: Path, **parallel: ob
                 "tokenizer": {"type": "byte"},
                 "cache_dir": str(folder / "cache"),
             },
+            "optim": {"type": optim},
             "eval": {"tokens": 1024, "prompts": []},
             "logging": {"tensorboard": False},
             "parallel": {"device": asked.device} | parallel,
@@ -85,6 +86,7 @@ def ours(config: Config, device: torch.device) -> Step:
         train_step(run)
         run.metrics.rows()
 
+    step.run = run
     return step
 
 
@@ -111,7 +113,7 @@ def theirs(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], config
     return step
 
 
-def transformers_side(config: Config, device: torch.device) -> Step:
+def transformers_side(config: Config, device: torch.device, *, compiled: bool = False) -> Step:
     """The class that Transformers has for this model: the one that our export of it opens as."""
     import transformers
 
@@ -123,9 +125,10 @@ def transformers_side(config: Config, device: torch.device) -> Step:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder).train()
     for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
         assert not getattr(model.config, name, 0)
+    called = torch.compile(model) if compiled else model
 
     def loss_of(tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:  # noqa: ARG001 (it shifts by itself)
-        return model(tokens_BT, labels=tokens_BT, use_cache=False).loss
+        return called(tokens_BT, labels=tokens_BT, use_cache=False).loss
 
     return theirs(model, loss_of, config, device)
 
@@ -196,11 +199,17 @@ BARS = {
 }
 
 
+def sides_of(kind: str, asked: argparse.Namespace, folder: Path, device: torch.device) -> dict[str, Callable]:
+    """Those that are asked for."""
+    found = SIDES[kind](asked, folder, device)
+    return {name: make for name, make in found.items() if not (asked.uncompiled and "compiled" in name)}
+
+
 def compare(kind: str, asked: argparse.Namespace, folder: Path, device: torch.device) -> None:
     """Print each side's time, and the ratios that have bars."""
     n_tokens = asked.samples * (asked.n_positions or SIZES["n_positions"])
     print(f"{kind}, {asked.precision}, vocabulary {asked.vocab_size:,}, {n_tokens:,} tokens, {asked.rounds} rounds")
-    sides = {name: make() for name, make in SIDES[kind](asked, folder, device).items()}
+    sides = {name: make() for name, make in sides_of(kind, asked, folder, device).items()}
     times = turns(sides, asked.rounds, device, warm=2)
     for name, seconds in times.items():
         print(line(name, seconds, n_tokens))
@@ -211,7 +220,7 @@ def compare(kind: str, asked: argparse.Namespace, folder: Path, device: torch.de
 
 def memory(kind: str, asked: argparse.Namespace, folder: Path, device: torch.device) -> None:
     """Print each side's peak, found in a process of its own."""
-    names = SIDES[kind](asked, folder, device)
+    names = sides_of(kind, asked, folder, device)
     peaks = {name: in_a_process(__file__, *sys.argv[1:], "--peak", kind, name) for name in names}
     print(f"{kind}: GiB at the peak of a step: {', '.join(f'{name} {gib:.2f}' for name, gib in peaks.items())}")
     if kind == "dense":
@@ -242,6 +251,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default %(default)s)")
     parser.add_argument("--nanogpt", type=Path, help="folder with nanoGPT's model.py")
     parser.add_argument("--nanomoe", type=Path, help="folder with nanoMoE's model.py")
+    parser.add_argument("--uncompiled", action="store_true", help="leave out what compiles")
     parser.add_argument("--no_memory", action="store_true", help="leave the peaks out")
     parser.add_argument("--peak", nargs=2, metavar=("KIND", "SIDE"), help=argparse.SUPPRESS)
     asked = parser.parse_args()

@@ -49,3 +49,22 @@ def test_a_moe_and_its_twin_are_trained_side_by_side(tmp_path):
     ]
     assert "with 1.5 times fewer tokens" in said and "a step takes" in said and "on the clock" in said
     assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
+
+
+TINY = ("--n_layer", 2, "--n_embd", 32, "--n_head", 2, "--n_positions", 32, "--samples", 4, "--vocab_size", 512)
+
+
+def test_a_step_is_compared_with_transformers_and_a_moe_with_its_twin():
+    arguments = (*TINY, "--precision", "fp32", "--rounds", 1, "--device", "cpu", "--uncompiled")
+    said = output_of("step.py", *arguments, "--no_memory")
+    for name in ("this", "transformers", "its dense twin"):
+        assert f"    {name} " in said
+    assert "transformers / this: " in said and "this / its dense twin: " in said
+    assert 0 < float(output_of("step.py", *arguments, "--peak", "dense", "this").splitlines()[-1]) < 4
+
+
+def test_what_is_asked_of_an_accelerator_runs_on_a_cpu_at_a_toys_size():
+    said = output_of("gpu.py", "--toy", "--device", "cpu", "--rounds", 1, "--micro_batch", 2)
+    assert "not here" not in said
+    assert "ceilings: a product of 256^3" in said and "MoE / twin: " in said
+    assert "samples fit at a time" in said and "in kernels" in said

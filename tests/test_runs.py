@@ -245,27 +245,6 @@ def test_compiled_blocks_compute_the_same(run):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def test_sigterm_and_kill_9_to_the_real_command_lose_nothing(options, tmp_path, run):
-    through = run(name="through", steps=200, eval={"every": None, "tokens": 64}, checkpoint={"every": 20})
-    made = options(name="killed", steps=200, eval={"every": None, "tokens": 64}, checkpoint={"every": 20})
-    path = write_config(tmp_path / "killed.yaml", made)
-    folder = tmp_path / "runs" / "killed"
-    for number, at_least in ((signal.SIGKILL, 30), (signal.SIGTERM, 80)):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "training.train", "--config", str(path)], cwd=ROOT, env=environment(), text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        wait_for_rows(folder / "metrics.jsonl", at_least, process)
-        process.send_signal(number)
-        printed, _ = process.communicate()
-        assert ("stopped by SIGTERM, saved after step" in printed) == (number == signal.SIGTERM)
-        assert process.returncode == (128 + number if number == signal.SIGTERM else -number)
-    done = command("-m", "training.train", "--config", str(path))
-    assert done.returncode == 0, done.stderr
-    assert rows(folder) == rows(through)
-    assert tensors(folder, 200) == tensors(through, 200)
-
-
 def wait_for_rows(path, at_least: int, process) -> None:
     for _ in range(2000):
         if path.exists() and path.read_bytes().count(b"\n") >= at_least:

@@ -1,0 +1,170 @@
+"""What an accelerator makes of us: its ceilings, GPT-2 124M, a MoE beside its twin, memory, and where a step goes.
+
+    bash benchmarks/cuda.sh                        correctness first, then this; about 8 minutes
+    python benchmarks/gpu.py --toy --device cpu   at a size at which the figures say nothing
+
+Sides run one after the other, each with the memory to itself; a figure is the median over its rounds. MFU counts the
+FLOPs of active parameters against the 8192 x 8192 x 8192 product measured in the same run, not against a data sheet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import step as steps
+import torch
+from common import Times, against, header, peak_gib, ratio, resident_gib, turns, waiting
+from torch.profiler import ProfilerActivity, profile
+
+from training import device as devices
+from training.kernels.attention import automatic, machine
+from training.model import GPT
+from training.twin import twin
+
+LARGE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "samples": 64, "vocab_size": 50304}
+TOY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "samples": 4, "vocab_size": 512}
+GOAL_MFU, BAR_TWIN = 0.6, 1.25
+
+
+def rate(work: Callable[[], object], amount: float, device: torch.device) -> float:
+    """So much a second, of the best of ten."""
+    return amount / min(turns({"it": work}, 10, device, warm=3)["it"])
+
+
+def ceilings(device: torch.device, dtype: torch.dtype, n: int) -> float:
+    """Print what the device does at most; returns FLOP/s of a product."""
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    flops = rate(lambda: a @ b, 2 * n**3, device)
+    source = torch.empty(n * n * 4, device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    copied = rate(lambda: target.copy_(source), 2 * source.numel(), device)
+    print(f"ceilings: a product of {n}^3 {flops / 1e12:.1f} TFLOP/s, a copy {copied / 1e9:.0f} GB/s", flush=True)
+    return flops
+
+
+def tell(times: Times, flops: dict[str, float], n_tokens: int, ceiling: float) -> None:
+    """A line a side: tokens/s, and the share of the ceiling."""
+    for name, seconds in times.items():
+        rate = n_tokens / statistics.median(seconds)
+        print(f"    {name:<34} {rate:12,.0f} tokens/s  MFU {rate * flops[name] / ceiling:6.1%}", flush=True)
+
+
+def flops_of(config) -> float:
+    """Of a token, forward and backward."""
+    with torch.device("meta"):
+        return GPT(config.model).flops_per_token()
+
+
+class Sides:
+    """What is compared, one at a time in memory; what cannot run here says why and is left out."""
+
+    def __init__(self, device: torch.device, rounds: int, n_tokens: int, ceiling: float):
+        self.device, self.rounds, self.n_tokens, self.ceiling = device, rounds, n_tokens, ceiling
+        self.times: Times = {}
+
+    def run(self, sides: dict[str, tuple[Callable[[], steps.Step], float]]) -> None:
+        """Time each, given how it is made and a token's FLOPs; print its line."""
+        for name, (make, flops) in sides.items():
+            try:
+                found = turns({name: make()}, self.rounds, self.device, warm=3)
+            except Exception as error:  # of a package that is not here, or of memory
+                print(f"    {name:<34} not here: {' '.join(str(error).split())[:110]}", flush=True)
+                continue
+            finally:
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+            self.times |= found
+            tell(found, {name: flops}, self.n_tokens, self.ceiling)
+
+    def judge(self, one: str, other: str, bar: float) -> None:
+        """A ratio of two sides beside the most that it should be."""
+        if one in self.times and other in self.times:
+            print(f"    {one} / {other}: {against(ratio(self.times, one, other), bar, least=False)}", flush=True)
+
+
+def dense(asked: argparse.Namespace, folder: Path, device: torch.device) -> Iterator[tuple[str, tuple]]:
+    """GPT-2 as it is: plain, compiled, by attention back-end, with Muon; and Transformers' compiled."""
+    plain = steps.options(steps.GPT2, asked, folder)
+    flops = flops_of(plain)
+    yield "this", (lambda: steps.ours(plain, device), flops)
+    for backend in automatic(machine(device))[: 1 if asked.toy else None]:
+        config = steps.options(steps.GPT2, asked, folder, compile=True, attention=backend)
+        yield f"this, compiled, {backend}", (lambda config=config: steps.ours(config, device), flops)
+    muon = steps.options(steps.GPT2, asked, folder, optim="muon", compile=not asked.toy)
+    yield "this, compiled, Muon", (lambda: steps.ours(muon, device), flops)
+    yield "transformers, compiled", (lambda: steps.transformers_side(plain, device, compiled=not asked.toy), flops)
+
+
+def experts(asked: argparse.Namespace, folder: Path, device: torch.device) -> Iterator[tuple[str, tuple]]:
+    """8 experts, 2 a token, in every layer, the twin, and Transformers with its grouped products."""
+    hidden = 2 * asked.n_embd
+    config = steps.options(
+        steps.LLAMA | {"blocks": [{"ffn": steps.SWIGLU | {"hidden": hidden}}]}, asked, folder, compile=not asked.toy
+    )
+    for name, one in (("MoE", config), ("twin", twin(config))):
+        yield name, (lambda one=one: steps.ours(one, device), flops_of(one))
+    yield "transformers", (lambda: steps.transformers_side(config, device, compiled=False), flops_of(config))
+
+
+def memory(asked: argparse.Namespace, folder: Path, device: torch.device) -> None:
+    """Print the micro-batch that fits, and the peak of a step with it."""
+    before = resident_gib()
+    automatic = argparse.Namespace(**vars(asked) | {"micro_batch": "auto"})
+    step = steps.ours(steps.options(steps.GPT2, automatic, folder), device)
+    step()
+    fits = step.run.micro_batch
+    print(
+        f"memory: {fits} samples fit at a time; {peak_gib(step, device, before):.2f} GiB at the peak of a step",
+        flush=True,
+    )
+
+
+def kernels(asked: argparse.Namespace, folder: Path, device: torch.device) -> None:
+    """Print the kernels of a compiled step, the longest first, and how long the device had nothing to do."""
+    step = steps.ours(steps.options(steps.GPT2, asked, folder, compile=device.type == "cuda"), device)
+    for _ in range(3):
+        step()
+    on_device = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_device) as found:
+        wall = min(turns({"step": step}, 1, device, warm=0)["step"])
+        waiting(device)()
+    which = "self_device_time_total" if on_device else "self_cpu_time_total"
+    events = sorted(found.key_averages(), key=lambda event: -getattr(event, which))
+    busy = sum(getattr(event, which) for event in events) / 1e6
+    print(f"a step: {wall:.4f} s, of which {busy:.4f} s in kernels")
+    for event in events[:20]:
+        seconds = getattr(event, which) / 1e6
+        print(f"    {seconds / wall:6.1%} {1e3 * seconds:9.3f} ms {event.count:5} x  {event.key[:80]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--toy", action="store_true", help="a small model")
+    parser.add_argument("--device", default="cuda", help="default %(default)s")
+    parser.add_argument("--rounds", type=int, default=10, help="default %(default)s")
+    parser.add_argument("--micro_batch", type=int, default=32, help="default %(default)s")
+    given = parser.parse_args()
+    device = devices.pick(given.device)
+    precision = devices.resolve_precision("auto", device)
+    sizes = TOY if given.toy else LARGE
+    asked = argparse.Namespace(**vars(given) | sizes | {"precision": precision})
+    print(header(device, "transformers"))
+    ceiling = ceilings(device, devices.DTYPES[precision], 256 if given.toy else 8192)
+    n_tokens = asked.samples * asked.n_positions
+    with tempfile.TemporaryDirectory() as folder:
+        sides = Sides(device, given.rounds, n_tokens, ceiling)
+        for title, some in (("GPT-2 124M", dense), ("8 experts, 2 a token", experts)):
+            print(f"{title}, {precision}, {n_tokens:,} tokens a step, {asked.micro_batch} samples at a time")
+            print(f"    the goal of the dense ones is an MFU of {GOAL_MFU:.0%}")
+            sides.run(dict(some(asked, Path(folder), device)))
+        sides.judge("MoE", "twin", BAR_TWIN)
+        memory(asked, Path(folder), device)
+        kernels(asked, Path(folder), device)
+
+
+if __name__ == "__main__":
+    main()
