@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from common import header
 from torch import Tensor, nn
 
 from training import device as devices
@@ -206,11 +207,7 @@ def main() -> None:
         name, width, n_tokens = asked.peak
         print(peak_of(name, int(width), int(n_tokens), device, dtype))
         return
-    import transformers
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    print(f"{devices.describe(device)}, commit {commit}")
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}")
+    print(header(device, "transformers"))
     for width in asked.width:
         compare(width, asked.tokens, asked.rounds, device, dtype)
     if asked.plot:

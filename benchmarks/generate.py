@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from common import header
 
 from training import device as devices
 from training.config import ModelConfig
@@ -105,9 +105,7 @@ def main() -> None:
     if asked.threads:
         torch.set_num_threads(asked.threads)
     transformers.utils.logging.disable_progress_bar()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    print(f"{devices.describe(device)}, float32, commit {commit}")
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"{header(device, 'transformers')}; float32")
     for name, shape in SHAPES.items():
         model = GPT(ModelConfig.model_validate(shape)).init_weights(0).to(device)
         hugging_face = in_transformers(model)

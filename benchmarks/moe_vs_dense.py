@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from common import header
 
 from training import cli
 from training import device as devices
@@ -144,8 +144,7 @@ def main() -> None:
     except UserError as error:
         parser.error(str(error))
     device = devices.pick(config.parallel.device)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    print(f"{devices.describe(device)}, torch {torch.__version__}, commit {commit}\n{described(config)}")
+    print(f"{header(device)}\n{described(config)}")
     with tempfile.TemporaryDirectory() as folder:
         found = sides(config, folder, World(0, 1, device))
         while any(side.run.step < side.run.config.steps for side in found):

@@ -8,17 +8,15 @@ its first steps; how long that would keep the first save is told too.
 
 from __future__ import annotations
 
-import platform
 import shutil
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from common import header
 
-from training import device as devices
 from training.checkpoint import Part, Saver, alone
 from training.config import CheckpointConfig, ModelConfig
 from training.model import GPT
@@ -36,9 +34,7 @@ def parts(model: GPT) -> dict[str, dict[str, Part]]:
 
 
 def main() -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    device = devices.describe(torch.device("cpu"))
-    print(f"{device}; Python {platform.python_version()}, torch {torch.__version__}; commit {commit}")
+    print(header(torch.device("cpu")))
     some = parts(GPT(ModelConfig(vocab_size=50304)).init_weights(0))
     n_bytes = sum(part.n_bytes for named in some.values() for part in named.values())
     print(f"GPT-2 124M with AdamW's state: {n_bytes / 2**30:.2f} GiB, {SAVES} saves of each kind, in turn")
