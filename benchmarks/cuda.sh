@@ -5,7 +5,6 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 python="${1:-.venv/bin/python}"
 out=benchmarks/results
-export THP_MEM_ALLOC_ENABLE=1
 "$python" -m pytest -m gpu -q 2>&1 | tee "$out/cuda-tests.txt"
 "$python" benchmarks/gpu.py 2>&1 | tee "$out/cuda-steps.txt"
 "$python" benchmarks/experts.py --device cuda --dtype bf16 2>&1 | tee "$out/cuda-experts.txt"

@@ -1,6 +1,6 @@
 """How long training stands still for a save: in the background against in the foreground, GPT-2 124M with AdamW.
 
-    THP_MEM_ALLOC_ENABLE=1 python benchmarks/save.py | tee benchmarks/results/save.txt
+    python benchmarks/save.py | tee benchmarks/results/save.txt
 
 Large pages as training.train asks for. Both kinds take turns, each with its memory prepared, which a run does beside
 its first steps; how long that would keep the first save is told too.

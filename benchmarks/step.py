@@ -4,7 +4,7 @@
 
 One step is forward, backward, clipping and AdamW on a global batch, of 6 layers, 384 wide, context 256. Ours is the
 loop's own step, its batches read from disk, its metrics kept. The others hold one batch in memory, compute under
-autocast, and have fused AdamW; all have large pages. PATHs are folders with their `model.py`; without, they are left
+autocast, and have fused AdamW. PATHs are folders with their `model.py`; without, they are left
 out. Sides take turns within one run; a figure is the median over the rounds, and so is a ratio of two figures of one
 round. Memory is the peak of a third step in a fresh process, beyond what its imports took.
 """
@@ -12,15 +12,12 @@ round. Memory is the peak of a third step in a fresh process, beyond what its im
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
-
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch; as training.train does
 
 import torch
 from common import against, header, in_a_process, line, peak_gib, ratio, resident_gib, turns
@@ -41,6 +38,11 @@ GPT2 = {"position": "learned", "norm": "layernorm", "bias": True}
 LLAMA = {"position": "rope", "norm": "rmsnorm", "bias": False}
 SWIGLU = {"type": "moe", "n_experts": 8, "top_k": 2, "hidden": 768, "activation": "silu", "gated": True}
 GELU = {"type": "moe", "n_experts": 8, "top_k": 2, "hidden": 1536, "activation": "gelu"}
+
+
+def samples(argument: str) -> int | str:
+    """A micro-batch as it is written."""
+    return argument if argument == "auto" else int(argument)
 
 
 def text(folder: Path) -> Path:
@@ -243,7 +245,7 @@ def main() -> None:
     parser.add_argument("--only", choices=SIDES, help="one of the comparisons")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each side (default %(default)s)")
     parser.add_argument("--samples", type=int, default=16, help="of the global batch (default %(default)s)")
-    parser.add_argument("--micro_batch", type=int, default=4, help="of ours (default %(default)s)")
+    parser.add_argument("--micro_batch", type=samples, default="auto", help="of ours (default %(default)s)")
     parser.add_argument("--vocab_size", type=int, default=50304, help="default %(default)s")
     for name, value in SIZES.items():
         parser.add_argument(f"--{name}", type=int, help=f"default {value}")

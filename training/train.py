@@ -29,8 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Exit status: 0 done, 1 to be started again, 2 wrong input, 128 + n saved and stopped by signal n."""
     arguments = sys.argv[1:] if argv is None else argv
     config, flags = cli.parse(arguments, prog="python -m training.train", doc=__doc__, flags=FLAGS)
-    # torch reads these once: large pages for tensors; no C++ stacks about ranks that are lost, which a line names
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # read once by torch: no C++ stacks about ranks that are lost, which a line names
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL" if "WORLD_SIZE" in os.environ else "WARNING")
     try:
         return train(config, resume=resumed(flags["--resume"]))
