@@ -1,9 +1,10 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
+RESULTS := benchmarks/results
 # The older Transformers that exports have to open in as well, in a folder of its own; its tests are skipped without it.
 TRANSFORMERS_4 := transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
 
-.PHONY: train test test-gpu soak mutants check format clean
+.PHONY: train test test-gpu soak mutants bench check format clean
 
 train: .venv/installed
 	$(RUN) -m training.train --config configs/quickstart.yaml
@@ -24,6 +25,18 @@ check: .venv/installed
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m pytest -n 2 --dist loadfile
+
+# Speed beside others', as ratios; some forty minutes, with nothing else running. NANOGPT, NANOMOE: folders with their
+# model.py; TOKENIZER: one with GPT-2's vocab.json and merges.txt. What is not given is left out.
+bench: .venv/installed
+	$(RUN) benchmarks/step.py $(if $(NANOGPT),--nanogpt $(NANOGPT)) $(if $(NANOMOE),--nanomoe $(NANOMOE)) | tee $(RESULTS)/step.txt
+	$(RUN) benchmarks/around.py | tee $(RESULTS)/around.txt
+	$(RUN) benchmarks/scaling.py | tee $(RESULTS)/scaling.txt
+	$(RUN) benchmarks/tokens.py $(if $(TOKENIZER),--tokenizer $(TOKENIZER)) --plot $(RESULTS)/tokens_memory.png | tee $(RESULTS)/tokens.txt
+	$(RUN) benchmarks/growth.py --plot $(RESULTS)/growth.png | tee $(RESULTS)/growth.txt
+	$(RUN) benchmarks/experts.py --plot $(RESULTS)/experts_memory.png | tee $(RESULTS)/experts.txt
+	$(RUN) benchmarks/generate.py | tee $(RESULTS)/generate.txt
+	$(RUN) benchmarks/save.py | tee $(RESULTS)/save.txt
 
 format: .venv/installed
 	$(RUN) -m ruff check --fix

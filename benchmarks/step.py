@@ -4,9 +4,9 @@
 
 One step is forward, backward, clipping and AdamW on a global batch, of 6 layers, 384 wide, context 256. Ours is the
 loop's own step, its batches read from disk, its metrics kept. The others hold one batch in memory, compute under
-autocast, and have fused AdamW. PATHs are folders with their `model.py`; without, they are left
-out. Sides take turns within one run; a figure is the median over the rounds, and so is a ratio of two figures of one
-round. Memory is the peak of a third step in a fresh process, beyond what its imports took.
+autocast, and have fused AdamW. PATHs are folders with their `model.py`; without, they are left out. Sides take turns
+within one run; a figure is the median over the rounds, and so is a ratio of two figures of one round. Memory is the
+peak of a third step in a fresh process, beyond what its imports took.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--vocab_size", type=int, default=50304, help="default %(default)s")
     for name, value in SIZES.items():
         parser.add_argument(f"--{name}", type=int, help=f"default {value}")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="default %(default)s")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="default %(default)s")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default %(default)s)")
     parser.add_argument("--nanogpt", type=Path, help="folder with nanoGPT's model.py")
     parser.add_argument("--nanomoe", type=Path, help="folder with nanoMoE's model.py")
@@ -258,6 +258,7 @@ def main() -> None:
     parser.add_argument("--peak", nargs=2, metavar=("KIND", "SIDE"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
     device = devices.pick(asked.device)
+    asked.precision = devices.resolve_precision(asked.precision, device)
     with tempfile.TemporaryDirectory() as folder:
         if asked.peak:
             print(peak_of(*asked.peak, asked, Path(folder), device))

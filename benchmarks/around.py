@@ -1,0 +1,87 @@
+"""What is round a step: the time to the first one, batches, logs and saves. Real runs of quickstart.
+
+    python benchmarks/around.py | tee benchmarks/results/around.txt
+
+Shares are of the time of all steps, as the run's own ledger has them in its rows: `data` is what batches take, `idle`
+what logs do (TensorBoard among them), `checkpoint` how long the loop stands still for its saves in the background.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from common import against, header
+
+from training import cli
+from training.data import prepare
+
+HERE = Path(__file__).parent.parent
+QUICKSTART = HERE / "configs" / "quickstart.yaml"
+BARS = {"data": 0.01, "idle": 0.01, "checkpoint": 0.05}
+
+
+def command(*arguments: object) -> list[str]:
+    """The command, as it is typed."""
+    return [sys.executable, "-m", "training.train", *map(str, arguments)]
+
+
+def seconds_of_help() -> float:
+    """From the command to its end."""
+    start = time.perf_counter()
+    subprocess.run(command("--help"), cwd=HERE, stdout=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - start
+
+
+def seconds_to_first_step(options: list[object]) -> float:
+    """From the command to the line that says that the first step is done."""
+    start = time.perf_counter()
+    run = subprocess.Popen(command(*options, "--logging.every", 1), cwd=HERE, stdout=subprocess.PIPE, text=True)
+    with run:
+        for line in run.stdout:
+            if line.startswith("step"):
+                found = time.perf_counter() - start
+                run.kill()
+                return found
+    raise SystemExit("the run ended before its first step")
+
+
+def shares(options: list[object], folder: Path) -> dict[str, float]:
+    """Of the steps' time, from the second row on: the first has what happens once."""
+    subprocess.run(command(*options), cwd=HERE, stdout=subprocess.DEVNULL, check=True)
+    rows = [json.loads(line) for line in (folder / "quickstart" / "metrics.jsonl").read_text().splitlines()][5:]
+    steps = sum(row["step_s"] for row in rows)
+    return {phase: sum(row[f"time_{phase}"] for row in rows) / steps for phase in BARS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=160, help="of the run that is looked at (default %(default)s)")
+    parser.add_argument("--every", type=int, default=50, help="steps from save to save (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="of what is short (default %(default)s)")
+    asked = parser.parse_args()
+    print(header(torch.device("cpu")))
+    with tempfile.TemporaryDirectory() as folder:
+        common = ["--config", QUICKSTART, "--out_dir", folder, "--data.cache_dir", f"{folder}/cache"]
+        config, _ = cli.parse(list(map(str, common)), prog="around", doc="", flags={})
+        prepare(config.data, quiet=True)
+        help_s = statistics.median(seconds_of_help() for _ in range(asked.rounds))
+        print(f"--help: {against(help_s, 0.5, least=False)} s", flush=True)
+        common += ["--resume", "never"]
+        first_s = statistics.median(seconds_to_first_step(common) for _ in range(asked.rounds))
+        print(f"first step of the cached quickstart: {against(first_s, 8, least=False)} s", flush=True)
+        common += ["--steps", asked.steps, "--schedule.decay_steps", asked.steps // 2, "--eval.every", "null"]
+        found = shares([*common, "--checkpoint.every", asked.every], Path(folder))
+        for phase, share in found.items():
+            print(f"{phase:<10} {share:7.3%} of the steps' time; bar {BARS[phase]:.0%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""How a step grows: its time with the context and with the number of experts, its memory with the tokens at a time.
+
+    python benchmarks/growth.py --plot benchmarks/results/growth.png | tee benchmarks/results/growth.txt
+
+4 layers of 256 on a CPU. Beside each figure stands what arithmetic makes of the first one of its line: forward and
+backward grow with the FLOPs of a token, the optimizer with the parameters; memory is what `training.plan` foretells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import step
+import torch
+from common import header, in_a_process, peak_gib, resident_gib
+
+from training import memory
+from training.config import Config
+from training.model import GPT
+
+CPU = torch.device("cpu")
+CONTEXTS = [128, 256, 512, 1024, 2048, 4096]
+EXPERTS = [1, 2, 4, 8, 16, 32, 64]
+AT_A_TIME = [512, 1024, 2048, 4096, 8192, 16384]
+
+
+class Point(NamedTuple):
+    """A measured figure and what was to be expected."""
+
+    x: int
+    measured: float
+    expected: float
+
+
+def config_of(asked: argparse.Namespace, folder: Path, *, context: int = 128, experts: int = 0, at_a_time: int = 0):
+    """A run of ours. Without experts it is dense; `at_a_time` counts tokens, all that fit where it is 0."""
+    sizes = {"n_layer": 4, "n_head": 4, "n_embd": asked.width, "n_positions": context, "vocab_size": 4096}
+    samples = max(asked.tokens, at_a_time) // context
+    about = argparse.Namespace(
+        **sizes, samples=samples, micro_batch=at_a_time // context or "auto", precision="fp32", device="cpu"
+    )
+    ffn = {"type": "moe", "n_experts": experts, "top_k": min(2, experts), "hidden": asked.width, "activation": "relu2"}
+    return step.options(step.LLAMA | ({"blocks": [{"ffn": ffn}]} if experts else {}), about, folder)
+
+
+def seconds(config: Config, n_steps: int) -> tuple[float, float]:
+    """Of a step: (forward and backward, optimizer), by the run's own ledger."""
+    taken = step.ours(config, CPU)
+    taken()
+    taken()
+    before = dict(taken.run.ledger.seconds)
+    for _ in range(n_steps):
+        taken()
+    return tuple((taken.run.ledger.seconds[phase] - before[phase]) / n_steps for phase in ("compute", "optimizer"))
+
+
+def sizes_of(config: Config) -> tuple[int, int]:
+    """(FLOPs of a token, parameters)."""
+    with torch.device("meta"):
+        model = GPT(config.model)
+    return model.flops_per_token(), model.n_parameters()[0]
+
+
+def times(configs: dict[int, Config], n_steps: int) -> Iterator[tuple[Point, Point]]:
+    """Of each config the seconds of forward and backward, and of the optimizer."""
+    first = None
+    for x, config in configs.items():
+        found, size = seconds(config, n_steps), sizes_of(config)
+        first = first or (found, size)
+        expected = [of_first * grown / base for of_first, base, grown in zip(*first, size, strict=True)]
+        yield Point(x, found[0], expected[0]), Point(x, found[1], expected[1])
+
+
+def tell(title: str, points: list[Point], unit: str) -> None:
+    """A line a point."""
+    print(f"{title}: measured, expected, their ratio")
+    for x, measured, expected in points:
+        print(f"    {x:>6,}  {measured:8.3f} {unit}  {expected:8.3f} {unit}  {measured / expected:5.2f}", flush=True)
+
+
+def peak(asked: argparse.Namespace, folder: Path, at_a_time: int) -> float:
+    """GiB of this fresh process in a step, over what its imports took."""
+    before = resident_gib()
+    taken = step.ours(config_of(asked, folder, at_a_time=at_a_time), CPU)
+    taken()
+    return peak_gib(taken, CPU, before)
+
+
+def memories(asked: argparse.Namespace, folder: Path) -> Iterator[Point]:
+    """GiB, in fresh processes; and as foretold."""
+    for n in asked.at_a_time:
+        config = config_of(asked, folder, at_a_time=n)
+        foretold = memory.estimate(config, n // config.model.n_positions)
+        expected = (foretold.total - foretold.process - foretold.copy) / 2**30
+        yield Point(n, in_a_process(__file__, *sys.argv[1:], "--peak", n), expected)
+
+
+def draw(panels: dict[str, tuple[str, dict[str, list[Point]]]], path: Path) -> None:
+    """A panel for each title: (its axes' names, its lines)."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, all_axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4.2), layout="constrained")
+    for axes, (title, (names, lines)) in zip(all_axes, panels.items(), strict=True):
+        for colour, (name, points) in zip(("C0", "C1"), lines.items(), strict=False):
+            x = [point.x for point in points]
+            axes.plot(x, [point.measured for point in points], marker="o", color=colour, label=name)
+            axes.plot(x, [point.expected for point in points], "--", color=colour, label=f"{name}, expected")
+        x_name, y_name = names.split("|")
+        axes.set_xscale("log", base=2)
+        axes.set(title=title, xlabel=x_name, ylabel=y_name, ylim=(0, None), xticks=x, xticklabels=map(str, x))
+        axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=4, help="that are timed (default %(default)s)")
+    parser.add_argument("--width", type=int, default=256, help="channels (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=8192, help="of a step (default %(default)s)")
+    for name, values in (("contexts", CONTEXTS), ("experts", EXPERTS), ("at_a_time", AT_A_TIME)):
+        parser.add_argument(f"--{name}", type=int, nargs="+", default=values, help="default %(default)s")
+    parser.add_argument("--plot", type=Path, help="draw them into this PNG")
+    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if asked.peak:
+            print(peak(asked, folder, asked.peak))
+            return
+        print(header(CPU))
+        by_context = dict(
+            zip(asked.contexts, [config_of(asked, folder, context=n) for n in asked.contexts], strict=True)
+        )
+        by_experts = dict(zip(asked.experts, [config_of(asked, folder, experts=n) for n in asked.experts], strict=True))
+        context = [compute for compute, _ in times(by_context, asked.steps)]
+        tell("forward and backward by context", context, "s")
+        compute, optimizer = map(list, zip(*times(by_experts, asked.steps), strict=True))
+        tell("forward and backward by experts", compute, "s")
+        tell("optimizer by experts", optimizer, "s")
+        memory_gib = list(memories(asked, folder))
+        tell("memory by tokens at a time", memory_gib, "GiB")
+    if asked.plot:
+        panels = {
+            f"{asked.tokens:,} tokens, by context": ("tokens|seconds a step", {"forward, backward": context}),
+            "by experts": ("experts|seconds a step", {"forward, backward": compute, "optimizer": optimizer}),
+            "memory": ("tokens at a time|GiB", {"peak of a step": memory_gib}),
+        }
+        draw(panels, asked.plot)
+
+
+if __name__ == "__main__":
+    main()

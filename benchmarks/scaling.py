@@ -1,0 +1,95 @@
+"""Two processes of one thread each against one of two threads: real runs of the same global batch, by torchrun.
+
+    python benchmarks/scaling.py | tee benchmarks/results/scaling.txt
+
+The sides take turns; a side's figure is the median of its rows' seconds a step, over all its runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import step
+import torch
+from common import Times, against, header, line, ratio
+
+from training import cli
+from training.data import prepare
+
+HERE = Path(__file__).parent.parent
+BAR = 0.9
+STEPS = 12
+SIZES = {
+    "quickstart's sizes": {"n_layer": 4, "n_head": 2, "n_embd": 128, "n_positions": 128, "vocab_size": 4096},
+    "6 layers of 384": {"vocab_size": 50304},
+}
+EXPERTS = {"type": "moe", "n_experts": 8, "top_k": 2, "hidden": 256, "activation": "relu2"}
+KINDS = {"dense": {}, "experts": {"blocks": [{"ffn": EXPERTS}]}}
+PROCESSES = {"one of two threads": (1, 2), "two of one thread": (2, 1)}
+
+
+def steps_of(config: Path, folder: Path, n_processes: int, n_threads: int) -> list[float]:
+    """Seconds of the steps of a run, without those in which memory is first touched."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
+    command = [sys.executable, *(launcher if n_processes > 1 else []), "-m", "training.train", "--config", str(config)]
+    done = subprocess.run(
+        [*command, "--resume", "never"],
+        cwd=HERE,
+        env=os.environ | {"OMP_NUM_THREADS": str(n_threads)},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    rows = (folder / "runs" / "run" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(row)["step_s"] for row in rows[2:]]
+
+
+def compare(sizes: dict, model: dict, rounds: int, samples: int, folder: Path) -> Times:
+    """Seconds a step of each round of each side."""
+    asked = argparse.Namespace(
+        **dict.fromkeys(step.SIZES) | sizes, samples=samples, micro_batch="auto", precision="fp32", device="cpu"
+    )
+    config = step.options(step.LLAMA | model, asked, folder)
+    config = config.model_copy(
+        update={"steps": STEPS, "schedule": config.schedule.model_copy(update={"warmup_steps": 1})}
+    )
+    config = config.model_copy(update={"logging": config.logging.model_copy(update={"every": 1})})
+    prepare(config.data, quiet=True)
+    (folder / "config.yaml").write_text(cli.dump(config))
+    times: Times = {name: [] for name in PROCESSES}
+    for _ in range(rounds):
+        for name, (n_processes, n_threads) in PROCESSES.items():
+            times[name].append(statistics.median(steps_of(folder / "config.yaml", folder, n_processes, n_threads)))
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each side (default %(default)s)")
+    parser.add_argument("--samples", type=int, default=32, help="of the global batch (default %(default)s)")
+    parser.add_argument("--only", choices=SIZES, help="one of the sizes")
+    asked = parser.parse_args()
+    print(header(torch.device("cpu")))
+    for title, sizes in SIZES.items():
+        for kind, model in KINDS.items():
+            if asked.only in (None, title):
+                with tempfile.TemporaryDirectory() as folder:
+                    times = compare(sizes, model, asked.rounds, asked.samples, Path(folder))
+                print(f"{title}, {kind}")
+                for name, seconds in times.items():
+                    n_tokens = asked.samples * sizes.get("n_positions", step.SIZES["n_positions"])
+                    print(line(name, seconds, n_tokens))
+                speed = ratio(times, *PROCESSES)
+                print(f"    tokens/s of two processes over one's: {against(speed, BAR, least=True)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
