@@ -86,6 +86,17 @@ def test_the_parts_are_what_arithmetic_says():
     assert on_gpu.copy == on_gpu.pieces == on_gpu.process == 0
 
 
+def test_on_a_gpu_logits_have_one_piece_of_memory_unless_another_loss_is_asked_for():
+    def taken(device, **parallel):
+        return estimate(config_of({"vocab_size": 8192}, precision="bf16", parallel=parallel), 8, device=device).total
+
+    n_logits = 8 * 64 * 8192  # fewer than a GPU has at a time
+    alone, copied = taken("cuda"), taken("cuda", loss="chunked")
+    assert copied - alone == pytest.approx(4 * n_logits, rel=0.05)  # in float32
+    assert taken("cuda", loss="reference") > copied
+    assert taken("cpu") == taken("cpu", loss="chunked")
+
+
 def test_a_mesh_divides_what_it_splits_and_the_worst_routing_sends_every_row_to_one_rank():
     model, batch = {"blocks": [{"ffn": MOE}], "n_embd": 128}, {"batch_tokens": 4096}
     whole = estimate(config_of(model, **batch), 8)

@@ -25,6 +25,7 @@ from training.kernels.experts import REFERENCE, plan
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
+PLAIN = {int: "i32", float: "fp32"}
 INPUTS = ("x", "up", "gate", "down", "weight")
 
 
@@ -121,7 +122,7 @@ class Launch(NamedTuple):
     def __getitem__(self, grid):
         return self
 
-    def __call__(self, *values, num_warps: int, num_stages: int, **constants) -> None:
+    def __call__(self, *values, num_warps: int, num_stages: int = 3, **constants) -> None:
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
@@ -133,8 +134,8 @@ class Launch(NamedTuple):
                 signature[name], constexprs[i,] = "constexpr", value
             else:
                 kinds = {v: k for k, v in DTYPES.items()} | {torch.int64: "i64", torch.int32: "i32"}
-                signature[name] = f"*{kinds[value.dtype]}" if isinstance(value, torch.Tensor) else "i32"
-                if not isinstance(value, int) or value % 16 == 0:
+                signature[name] = f"*{kinds[value.dtype]}" if isinstance(value, torch.Tensor) else PLAIN[type(value)]
+                if not isinstance(value, int | float) or value % 16 == 0:
                     hints[i,] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constexprs, hints)
         options = {"num_warps": num_warps, "num_stages": num_stages}
@@ -155,10 +156,10 @@ def compile_for_gpus(path: str) -> None:
     Path(path).write_text(json.dumps(found))
 
 
-def other_process(part: str, path, **variables: str) -> subprocess.Popen:
+def other_process(part: str, path, file: str = __file__, **variables: str) -> subprocess.Popen:
     pytest.importorskip("triton", minversion="3.7", reason="needs Triton 3.7 or later")
     return subprocess.Popen(
-        [sys.executable, __file__, part, str(path)],
+        [sys.executable, file, part, str(path)],
         cwd=ROOT,
         env=environment() | variables,
         stderr=subprocess.PIPE,
@@ -166,7 +167,7 @@ def other_process(part: str, path, **variables: str) -> subprocess.Popen:
     )
 
 
-def file_of(process: subprocess.Popen):
+def file_of(process: subprocess.Popen) -> str:
     errors = process.communicate(timeout=240)[1]
     assert process.returncode == 0, errors
     return process.args[-1]

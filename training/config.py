@@ -366,6 +366,9 @@ class ParallelConfig(Section):
     experts: Literal["auto", "triton", "grouped", "loop", "reference"] = option(
         "auto", "kernel of the experts; auto: of those that really run here the first, on CUDA the fastest"
     )
+    loss: Literal["auto", "triton", "chunked", "reference"] = option(
+        "auto", "kernel of the loss; auto: the first that really runs here; reference holds all logits at once"
+    )
     compile: bool = option(False, "compile the blocks with torch.compile")
     recompute: Literal["none", "selective", "full"] = option(
         "none", "activation checkpointing: compute again in the backward, all of a block or all but its products"

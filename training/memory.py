@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from training.distributed import BUCKET, World
 from training.distributed.mesh import Grid, grid
 from training.distributed.parallelize import Layout, parallelize
 from training.fit import most_samples
-from training.kernels import ATTENTION, EXPERTS, Backend, Kernels, loss
+from training.kernels import ATTENTION, EXPERTS, PORTABLE_LOSS, Backend, Kernels, loss
 from training.kernels.attention import Documents
 from training.kernels.experts import Plan, plan, to_rows, to_tokens
 from training.model import GPT
@@ -229,7 +230,8 @@ def _model(config: Config, cells: Grid, dtype: torch.dtype, device: str, worst: 
         backend = ATTENTION["reference"]
     elif device != "cpu" and asked not in ("reference", "sdpa", "efficient"):
         backend = Backend(lambda _: None, _attend)
-    kernels = Kernels(backend, EXPERTS["reference" if config.parallel.experts == "reference" else "loop"])
+    experts = EXPERTS["reference" if config.parallel.experts == "reference" else "loop"]
+    kernels = Kernels(backend, experts, _loss(config.parallel.loss, device))
     model = GPT(config.model, kernels, dtype)
     if cells.expert > 1:
         for module in model.modules():
@@ -237,6 +239,13 @@ def _model(config: Config, cells: Grid, dtype: torch.dtype, device: str, worst: 
                 _split(module, cells.expert, cells.expert if worst else 1)
     alone = config.parallel.model_copy(update={"mesh": MeshConfig()})
     return model, parallelize(model, alone, World(0, 1, torch.device("cpu")), dtype)
+
+
+def _loss(asked: str, device: str) -> Callable[..., Tensor]:
+    """On a GPU that which works in the memory of the logits alone, unless another is asked for."""
+    if asked in PORTABLE_LOSS or device == "cpu":
+        return PORTABLE_LOSS["chunked" if asked in ("auto", "triton") else asked]
+    return partial(loss.in_chunks, lambda _, targets_N, softcap, gradient: targets_N.float())  # noqa: ARG005
 
 
 def _attend(*inputs: Any, scale: float | None, softcap: float | None) -> Tensor:  # noqa: ARG001 (done within the kernel)

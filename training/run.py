@@ -25,7 +25,7 @@ from training.distributed import World
 from training.distributed.parallelize import Layout, parallelize
 from training.errors import UserError
 from training.files import make_folder, whole_folder, write_atomically
-from training.kernels import ATTENTION, EXPERTS, Kernels, choose, names
+from training.kernels import ATTENTION, EXPERTS, LOSS, Kernels, choose, names
 from training.ledger import Ledger
 from training.logging import jsonl
 from training.logging.report import renew_report
@@ -155,7 +155,7 @@ def agreed_kernels(
     """
     asked = config.parallel
     kernels, why = choose(asked, needs(config.model), device=world.device, dtype=dtype, before=before)
-    orders = {"attention": list(ATTENTION), "experts": list(EXPERTS)}
+    orders = {"attention": list(ATTENTION), "experts": list(EXPERTS), "loss": list(LOSS)}
     chosen = names(kernels)
     places = world.max_int(*(order.index(chosen[option]) for option, order in orders.items()))
     last = {option: order[place] for (option, order), place in zip(orders.items(), places, strict=True)}
@@ -292,6 +292,7 @@ def header(run: Run) -> dict[str, str]:
         "device": f"{devices.describe(run.world.device)}{ranks}, {config.precision}",
         "attention": run.kernels_why["attention"],
         "experts": run.kernels_why["experts"] if moe else "",
+        "loss": run.kernels_why["loss"],
         "capacity": f"{', '.join(capacities)}: drops tokens, so micro-batch and ranks change what is computed"
         if capacities
         else "",

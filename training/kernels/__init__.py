@@ -30,14 +30,29 @@ from training.kernels.attention import (
 )
 from training.kernels.experts import EXPERTS as PORTABLE
 from training.kernels.experts import ExpertKernel, Plan, plan
-from training.kernels.loss import LOSS
+from training.kernels.loss import LOSS as PORTABLE_LOSS
+from training.kernels.loss import in_chunks
 
-__all__ = ["ATTENTION", "EXPERTS", "LOSS", "Backend", "Call", "ExpertsCall", "Kernels", "Needs", "choose", "names"]
+__all__ = [
+    "ATTENTION",
+    "EXPERTS",
+    "LOSS",
+    "PORTABLE_LOSS",
+    "Backend",
+    "Call",
+    "ExpertsCall",
+    "Kernels",
+    "LossCall",
+    "Needs",
+    "choose",
+    "names",
+]
 
 # Largest relative error (in the Euclidean norm) that is rounding and nothing else.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 TIMED_ON = ("cuda",)  # types of devices where kernels of experts are told apart by time: elsewhere by their order
 TIMED_TOKENS = 4096
+ELSEWHERE = "it runs on CUDA devices"
 
 
 def _triton_up(x_NC: Tensor, w_EFC: tuple[Tensor, ...], plan: Plan) -> tuple[Tensor, ...]:
@@ -52,7 +67,14 @@ def _triton_down(h_RF: Tensor, w_ECF: Tensor, weight_NK: Tensor, plan: Plan) -> 
     return TRITON.down(h_RF, w_ECF, weight_NK, plan)
 
 
+def _triton_loss(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None = None) -> Tensor:
+    from training.kernels.triton_loss import by_triton
+
+    return in_chunks(by_triton, x_NC, w_VC, targets_N, softcap)
+
+
 EXPERTS = {"triton": ExpertKernel(_triton_up, _triton_down)} | PORTABLE
+LOSS = {"triton": _triton_loss} | PORTABLE_LOSS
 
 
 class Kernels(NamedTuple):
@@ -73,12 +95,21 @@ class ExpertsCall(NamedTuple):
     gated: bool = True
 
 
+class LossCall(NamedTuple):
+    """What the head asks of the loss."""
+
+    width: int
+    n_vocab: int
+    softcap: float | None = None
+
+
 class Needs(NamedTuple):
     """What a model asks of its kernels."""
 
     attention: frozenset[Call]
     experts: frozenset[ExpertsCall]
     documents: bool  # packed documents do not see each other
+    loss: frozenset[LossCall] = frozenset()
 
 
 class Trial(NamedTuple):
@@ -163,7 +194,7 @@ def _experts_trial(call: ExpertsCall, expert_NK: Tensor, dtype: torch.dtype, com
 
     def cannot(name: str) -> str | None:
         if not _is_for(name, device):
-            return "it runs on CUDA devices"
+            return ELSEWHERE
         return "compiled, it is for bf16 alone" if name == "grouped" and compiled and dtype != torch.bfloat16 else None
 
     n_experts, width, hidden = call.n_experts, call.width, call.hidden
@@ -184,8 +215,22 @@ def _large_trial(call: ExpertsCall, device: torch.device, dtype: torch.dtype) ->
     return _experts_trial(call, score_NE.topk(call.top_k).indices, dtype, compiled=False)
 
 
+def _loss_trial(call: LossCall, device: torch.device) -> Trial:
+    """A few tokens, some of which are not counted; of a large vocabulary a part that takes more than one round."""
+    n_tokens, n_vocab = 24, min(call.n_vocab, 5000)
+    targets_N = torch.arange(n_tokens, device=device) * (n_vocab // n_tokens)
+    targets_N[::5] = -1
+
+    def run(kernel: Callable[..., Tensor], x_NC: Tensor, w_VC: Tensor) -> Tensor:
+        return kernel(x_NC, w_VC, targets_N, call.softcap)
+
+    inputs = [_random(n, call.width, seed=seed, device=device) for seed, n in enumerate((n_tokens, n_vocab))]
+    inputs[1] *= call.width**-0.5
+    return Trial(run, inputs, lambda name: None if _is_for(name, device) else ELSEWHERE)
+
+
 def _is_for(name: str, device: torch.device) -> bool:
-    """Whether a kernel of experts could run there."""
+    """Whether a kernel of experts, or of the loss, could run there."""
     return name != "triton" or device.type == "cuda"
 
 
@@ -213,10 +258,12 @@ def choose(
         _attention_trial(call, needs, device, dtype, config.compile) for call in sorted(needs.attention, key=str)
     ]
     experts = [_small_trial(call, device, dtype, config.compile) for call in sorted(needs.experts)]
+    loss = [_loss_trial(call, device) for call in needs.loss]
     chosen, why = {}, {}
     for option, kernels, automatically, trials in (
         ("attention", ATTENTION, automatic(here), attention),
         ("experts", EXPERTS, [name for name in EXPERTS if _is_for(name, device)], experts),
+        ("loss", LOSS, [name for name in LOSS if _is_for(name, device)], loss),
     ):
         asked, first = getattr(config, option), before.get(option)
         refused: dict[str, list[str]] = {}  # names by what their problem is
@@ -269,8 +316,9 @@ def _fastest(able: list[str], needs: Needs, device: torch.device, dtype: torch.d
 
 def names(kernels: Kernels) -> dict[str, str]:
     """What the chosen kernels are called."""
-    registries = {"attention": (ATTENTION, kernels.attention), "experts": (EXPERTS, kernels.experts)}
-    return {option: next(n for n in of if of[n] is chosen) for option, (of, chosen) in registries.items()}
+    registries = {"attention": ATTENTION, "experts": EXPERTS, "loss": LOSS}
+    chosen = kernels._asdict()
+    return {option: next(n for n in of if of[n] is chosen[option]) for option, of in registries.items()}
 
 
 def _said(refused: dict[str, list[str]]) -> str:

@@ -23,7 +23,7 @@ from training.config import (
     ModelConfig,
     MoEConfig,
 )
-from training.kernels import ATTENTION, Backend, ExpertsCall, Kernels, Needs
+from training.kernels import ATTENTION, Backend, ExpertsCall, Kernels, LossCall, Needs
 from training.kernels.attention import Documents, Seen, padded
 from training.kernels.loss import soft_capped
 from training.model.attention import Attention, Place
@@ -102,6 +102,7 @@ def needs(config: ModelConfig) -> Needs:
             for ffn in experts
         ),
         config.isolate_documents,
+        frozenset({LossCall(config.n_embd, config.vocab_size, config.logit_softcap)}),
     )
 
 

@@ -64,7 +64,7 @@ def parts() -> Iterator[tuple[str, tuple[str, ...]]]:
     yield BACKENDS, ()
     yield "kernels/experts.py", ()
     yield "kernels/loss.py", ()
-    yield "kernels/__init__.py", ("Kernels", "ExpertsCall", "Needs")
+    yield "kernels/__init__.py", ("Kernels", "ExpertsCall", "LossCall", "Needs")
     yield "model/cache.py", ()
     yield "model/layers.py", ()
     mechanisms = [*MIXERS.values(), *FEED_FORWARDS.values()]

@@ -1,0 +1,185 @@
+"""The loss in Triton: as the interpreter runs it on a CPU, as it compiles for GPUs, when it is taken.
+
+Run as a program, this file is the other process of its tests: `interpret` or `compile`, and a file for what is found.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_triton_experts import Launch, file_of, other_process
+
+from training.config import ParallelConfig
+from training.errors import UserError
+from training.kernels import LOSS, LossCall, Needs, choose
+from training.kernels.loss import in_chunks
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TOLERANCE = {"fp32": 1e-6, "bf16": 1e-2, "fp16": 2e-3}
+
+
+class Case(NamedTuple):
+    """Tokens, some of which are not counted, and a vocabulary."""
+
+    n_tokens: int
+    n_vocab: int
+    softcap: float | None = None
+    factor: float = 1.0  # of the logits
+
+    def inputs(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        x, w = (torch.randn(n, 16, generator=generator).to(dtype) for n in (self.n_tokens, self.n_vocab))
+        targets = torch.randint(0, self.n_vocab, (self.n_tokens,), generator=generator)
+        targets[1::3] = -1
+        targets[0] = self.n_vocab - 1
+        return x * self.factor, w, targets
+
+
+# A program has 4096 logits at a time.
+CASES = {
+    "less than a block": Case(5, 50),
+    "one token": Case(1, 3),
+    "a block": Case(4, 4096),
+    "blocks and a part": Case(7, 9001),
+    "soft-capped": Case(7, 5000, softcap=4.0),
+    "beyond exp": Case(6, 60, factor=100.0),
+}
+RUN = [(name, kind) for name in CASES for kind in ("fp32", "bf16") if (name, kind) != ("beyond exp", "bf16")]
+RUN.append(("blocks and a part", "fp16"))
+
+
+def outcome(loss, case: Case, inputs, *, gradient: bool = True) -> dict[str, torch.Tensor]:
+    """The loss and its gradient by x and w."""
+    x, w, targets = inputs
+    if not gradient:
+        with torch.no_grad():
+            return {"loss": loss(x, w, targets, case.softcap)}
+    leaves = [x.clone().requires_grad_(), w.clone().requires_grad_()]
+    found = loss(*leaves, targets, case.softcap)
+    grads = torch.autograd.grad(found, leaves)
+    return {"loss": found.detach(), "x": grads[0], "w": grads[1]}
+
+
+# --- the other process -----------------------------------------------------------------------------
+
+
+def interpret(path: str) -> None:
+    """Outcomes of all cases, with logits that exist at a time for three tokens, and once without gradients."""
+    from training.kernels import loss
+    from training.kernels.triton_loss import by_triton
+
+    torch.use_deterministic_algorithms(True)  # what is not written is NaN
+    loss.CHUNKS, ours = {"cpu": (0, 3)}, partial(in_chunks, by_triton)
+    found = {run: outcome(ours, CASES[run[0]], CASES[run[0]].inputs(DTYPES[run[1]])) for run in RUN}
+    name = "blocks and a part"
+    found[name, "again"] = outcome(ours, CASES[name], CASES[name].inputs(torch.float32))
+    found[name, "alone"] = outcome(ours, CASES[name], CASES[name].inputs(torch.float32), gradient=False)
+    save_file({"/".join((*key, name)): x.contiguous() for key, of in found.items() for name, x in of.items()}, path)
+
+
+def compile_for_gpus(path: str) -> None:
+    """What the kernel becomes on GPUs of two kinds, with and without a soft-cap and a gradient."""
+    from training.kernels import triton_loss
+
+    kernel, found = triton_loss._loss_kernel, []
+    for kind, capability in (("bf16", 90), ("fp32", 80)):
+        triton_loss._loss_kernel = Launch(kernel, capability, found)
+        for softcap in (None, 15.0):
+            x, w, targets = Case(8, 50304).inputs(DTYPES[kind])
+            for gradient in (False, True):
+                triton_loss.by_triton(x @ w.T, targets, softcap, gradient=gradient)
+    Path(path).write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """Both at a time."""
+    folder = tmp_path_factory.mktemp("triton")
+    return {
+        "interpret": other_process("interpret", folder / "found.safetensors", __file__, TRITON_INTERPRET="1"),
+        "compile": other_process("compile", folder / "found.json", __file__, TRITON_CACHE_DIR=str(folder)),
+    }
+
+
+@pytest.fixture(scope="module")
+def interpreted(processes):
+    """Tensors by (case, type or which run) and name."""
+    found = {}
+    for key, value in load_file(file_of(processes["interpret"])).items():
+        case, kind, name = key.split("/")
+        found.setdefault((case, kind), {})[name] = value
+    return found
+
+
+# --- tests -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "kind"), RUN)
+def test_the_loss_and_its_gradients_equal_the_reference(interpreted, name, kind):
+    x, w, targets = CASES[name].inputs(DTYPES[kind])
+    expected = outcome(LOSS["reference"], CASES[name], (x.float(), w.float(), targets))
+    for key, theirs in expected.items():
+        ours = interpreted[name, kind][key].float()
+        assert (ours - theirs).norm() <= TOLERANCE[kind] * theirs.norm(), key
+    assert not interpreted[name, kind]["x"][targets < 0].any()
+
+
+def test_the_same_bits_every_time_and_without_gradients(interpreted):
+    once = interpreted["blocks and a part", "fp32"]
+    assert all(torch.equal(value, once[key]) for key, value in interpreted["blocks and a part", "again"].items())
+    assert torch.equal(interpreted["blocks and a part", "alone"]["loss"], once["loss"])
+
+
+def test_the_kernel_compiles_for_gpus_that_are_not_here(processes):
+    found = json.loads(Path(file_of(processes["compile"])).read_text())
+    assert len(found) == 8
+    for launch in found:
+        assert launch["shared"] <= 99 * 1024
+        assert not launch["atom"]
+
+
+def choice(before: str | None = None, **options) -> str:
+    needs = Needs(frozenset(), frozenset(), False, frozenset({LossCall(8, 300, 5.0)}))
+    started = {"device": torch.device("cpu"), "dtype": torch.float32, "before": {"loss": before} if before else {}}
+    kernels, why = choose(ParallelConfig(**options), needs, **started)
+    assert kernels.loss is LOSS[why["loss"].split()[0]]
+    return why["loss"]
+
+
+def test_a_cpu_passes_it_over():
+    assert choice() == "chunked (ran, and equals the reference)"
+    assert choice("triton") == "chunked (ran, and equals the reference; it was triton before)"
+    assert choice(loss="reference") == "reference (asked for)"
+    with pytest.raises(UserError, match=r"^parallel.loss: triton: it runs on CUDA devices; use auto$"):
+        choice(loss="triton")
+
+
+@pytest.mark.parametrize("wrong", ["loss", "x", "w", "softcap", "counted"])
+def test_a_loss_that_differs_is_passed_over(wrong, monkeypatch):
+    right = LOSS["chunked"]
+
+    def differs(x, w, targets, softcap):
+        if wrong == "softcap":
+            return right(x, w, targets, None)
+        if wrong == "counted":
+            return right(x, w, targets.clamp(min=0), softcap)
+        if wrong == "loss":
+            return 1.01 * right(x, w, targets, softcap)
+        return right(
+            x.detach() + 0 * x if wrong == "x" else x, w.detach() + 0 * w if wrong == "w" else w, targets, softcap
+        )
+
+    monkeypatch.setitem(LOSS, "chunked", differs)
+    assert choice().startswith("reference (chunked: it differs from the reference by ")
+
+
+if __name__ == "__main__":
+    part, path = sys.argv[1:]
+    {"interpret": interpret, "compile": compile_for_gpus}[part](path)
