@@ -25,7 +25,6 @@ from training.data import prepare
 
 HERE = Path(__file__).parent.parent
 BAR = 0.9
-STEPS = 12
 SIZES = {
     "quickstart's sizes": {"n_layer": 4, "n_head": 2, "n_embd": 128, "n_positions": 128, "vocab_size": 4096},
     "6 layers of 384": {"vocab_size": 50304},
@@ -52,20 +51,20 @@ def steps_of(config: Path, folder: Path, n_processes: int, n_threads: int) -> li
     return [json.loads(row)["step_s"] for row in rows[2:]]
 
 
-def compare(sizes: dict, model: dict, rounds: int, samples: int, folder: Path) -> Times:
+def compare(sizes: dict, model: dict, asked: argparse.Namespace, folder: Path) -> Times:
     """Seconds a step of each round of each side."""
-    asked = argparse.Namespace(
-        **dict.fromkeys(step.SIZES) | sizes, samples=samples, micro_batch="auto", precision="fp32", device="cpu"
+    options = argparse.Namespace(
+        **dict.fromkeys(step.SIZES) | sizes, samples=asked.samples, micro_batch="auto", precision="fp32", device="cpu"
     )
-    config = step.options(step.LLAMA | model, asked, folder)
+    config = step.options(step.LLAMA | model, options, folder)
     config = config.model_copy(
-        update={"steps": STEPS, "schedule": config.schedule.model_copy(update={"warmup_steps": 1})}
+        update={"steps": asked.steps, "schedule": config.schedule.model_copy(update={"warmup_steps": 1})}
     )
     config = config.model_copy(update={"logging": config.logging.model_copy(update={"every": 1})})
     prepare(config.data, quiet=True)
     (folder / "config.yaml").write_text(cli.dump(config))
     times: Times = {name: [] for name in PROCESSES}
-    for _ in range(rounds):
+    for _ in range(asked.rounds):
         for name, (n_processes, n_threads) in PROCESSES.items():
             times[name].append(statistics.median(steps_of(folder / "config.yaml", folder, n_processes, n_threads)))
     return times
@@ -74,6 +73,7 @@ def compare(sizes: dict, model: dict, rounds: int, samples: int, folder: Path) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=12, help="of a run (default %(default)s)")
     parser.add_argument("--samples", type=int, default=32, help="of the global batch (default %(default)s)")
     parser.add_argument("--only", choices=SIZES, help="one of the sizes")
     asked = parser.parse_args()
@@ -82,7 +82,7 @@ def main() -> None:
         for kind, model in KINDS.items():
             if asked.only in (None, title):
                 with tempfile.TemporaryDirectory() as folder:
-                    times = compare(sizes, model, asked.rounds, asked.samples, Path(folder))
+                    times = compare(sizes, model, asked, Path(folder))
                 print(f"{title}, {kind}")
                 for name, seconds in times.items():
                     n_tokens = asked.samples * sizes.get("n_positions", step.SIZES["n_positions"])

@@ -68,3 +68,32 @@ def test_what_is_asked_of_an_accelerator_runs_on_a_cpu_at_a_toys_size():
     assert "not here" not in said
     assert "ceilings: a product of 256^3" in said and "MoE / twin: " in said
     assert "samples fit at a time" in said and "in kernels" in said
+
+
+def test_what_is_round_a_step_is_told_beside_its_bars():
+    said = output_of("around.py", "--steps", 12, "--every", 5, "--rounds", 1)
+    for name in ("--help: ", "first step of the cached quickstart: ", "data  ", "idle  ", "checkpoint "):
+        assert f"\n{name}" in said
+    assert said.count("bar") == 5
+
+
+def test_two_processes_are_compared_with_one():
+    said = output_of("scaling.py", "--rounds", 1, "--samples", 4, "--steps", 4, "--only", "quickstart's sizes")
+    assert said.count("one of two threads ") == said.count("two of one thread ") == 2
+    assert said.count("tokens/s of two processes over one's: ") == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_tokenizer_is_timed_and_its_memory_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    said = output_of("tokens.py", "--rounds", 1, "--timed", 0.5, "--megabytes", 1, 2, "--plot", tmp_path / "it.png")
+    assert "tokenizers / this: " in said and "2 MB of text: " in said
+    assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_growth_is_told_beside_what_arithmetic_says(tmp_path):
+    pytest.importorskip("matplotlib")
+    sizes = ("--width", 32, "--tokens", 256, "--contexts", 64, 128, "--experts", 1, 4, "--at_a_time", 128)
+    said = output_of("growth.py", "--steps", 1, *sizes, "--plot", tmp_path / "it.png")
+    assert said.count("measured, expected, their ratio") == 4
+    assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")

@@ -15,7 +15,7 @@ from training.kernels import ATTENTION
 from training.kernels.attention import Machine, Seen, automatic, documents, why_not
 from training.model import FEED_FORWARDS, GPT, MIXERS
 from training.model.attention import Place
-from training.model.layers import Batch, rotary_table
+from training.model.layers import Batch, RMSNorm, rotary_table
 
 BLOCKS = {
     "mlp": {},
@@ -236,6 +236,26 @@ def test_bfloat16_stays_near_float32(block, style):
         torch.testing.assert_close(model.logits(x), exact, rtol=0.1, atol=0.03)
     assert model.logits(x).dtype == torch.float32
     assert model.logits(x).isfinite().all()
+
+
+@pytest.mark.parametrize("eps", [1e-5, 0.5])
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 7, 64)], ids=str)
+def test_rmsnorm_is_pytorchs(shape, eps):
+    """In float64 too, which takes the other way, and of a view, as heads are."""
+    generator = torch.Generator().manual_seed(0)
+    norm = RMSNorm(shape[-1], eps)
+    norm.weight.data = torch.randn(shape[-1], generator=generator)
+    x, direction = (torch.randn(shape[1], shape[0], *shape[2:], generator=generator).transpose(0, 1) for _ in range(2))
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        leaf = x.to(dtype).requires_grad_()
+        y = norm(leaf)
+        found.append([y, *torch.autograd.grad(y, [leaf, norm.weight], direction.to(dtype))])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+    with torch.no_grad():
+        assert torch.equal(norm(x), found[0][0])
 
 
 def test_initial_weights_depend_on_seed_and_name_only():
