@@ -653,7 +653,7 @@ def test_no_option_was_added_that_nobody_thought_of_here():
     """An option of the network that an architecture does not ask about would be lost on the way out."""
     asked = {
         ModelConfig: "n_layer n_head n_embd n_positions vocab_size position rope_theta norm norm_eps bias tie_head "
-        "zero_init logit_softcap isolate_documents blocks",  # zero_init is over when there is something to write
+        "logit_softcap isolate_documents blocks",
         BlockConfig: "repeat mixer ffn",
         AttentionConfig: "type head_dim window n_kv_head softcap qk_norm rope",
         LatentConfig: "type head_dim window kv_rank q_rank rope_dim value_dim",

@@ -151,7 +151,6 @@ class ModelConfig(Section):
     norm_eps: float = option(1e-5, "epsilon of the normalisation", gt=0)
     bias: bool = option(True, "biases in linear layers and LayerNorm")
     tie_head: bool = option(True, "use the token embedding as the output projection")
-    zero_init: bool = option(False, "projections into the residual stream begin at zero (arXiv:2203.03466 D.2)")
     logit_softcap: float | None = option(None, "bound logits smoothly: softcap x tanh(logit / softcap)", gt=0)
     isolate_documents: bool = option(False, "documents in a sample do not see each other; positions restart in each")
     blocks: Annotated[tuple[BlockConfig, ...], Field(strict=False)] = option(

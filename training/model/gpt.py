@@ -258,7 +258,7 @@ class GPT(nn.Module):
 
     def initial(self, name: str, shape: torch.Size, seed: int) -> Tensor:
         """GPT-2's initial weights, as Transformers draws them: normal with deviation 0.02, that of the
-        projections into the residual stream divided by sqrt(2 n_layer), or 0 with `zero_init`; biases 0, norms 1.
+        projections into the residual stream divided by sqrt(2 n_layer); biases 0, norms 1.
 
         Every parameter has a generator of its own, keyed by seed and name, so that neither the order of
         construction nor the device matters, nor whether the model here holds all of it.
@@ -268,8 +268,6 @@ class GPT(nn.Module):
         if _kind(name, len(shape)) == "vector":
             return torch.full(shape, 1.0 if name.endswith("weight") else 0.0)
         into_residual = name.endswith(("mixer.out.weight", "ffn.down.weight", "experts.down", "shared.down.weight"))
-        if into_residual and self.config.zero_init:
-            return torch.zeros(shape)
         return normal(f"{seed}/{name}", shape) * (0.02 / math.sqrt(2 * self.config.n_layer) if into_residual else 0.02)
 
     def kinds(self) -> dict[str, Kind]:
