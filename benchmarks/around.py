@@ -77,7 +77,8 @@ def main() -> None:
         common += ["--resume", "never"]
         first_s = statistics.median(seconds_to_first_step(common) for _ in range(asked.rounds))
         print(f"first step of the cached quickstart: {against(first_s, 8, least=False)} s", flush=True)
-        common += ["--steps", asked.steps, "--schedule.decay_steps", asked.steps // 2, "--eval.every", "null"]
+        decay_steps = (asked.steps - config.schedule.warmup_steps) // 2
+        common += ["--steps", asked.steps, "--schedule.decay_steps", decay_steps, "--eval.every", "null"]
         found = shares([*common, "--checkpoint.every", asked.every], Path(folder))
         for phase, share in found.items():
             print(f"{phase:<10} {share:7.3%} of the steps' time; bar {BARS[phase]:.0%}", flush=True)

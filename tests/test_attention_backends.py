@@ -447,7 +447,11 @@ def test_the_drawn_graph_does_not_look_into_kernels(run, monkeypatch):
     assert list(folder.glob("tensorboard/*")) and any(not modes for modes in seen) and not any(seen)
 
 
-COMPILES = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore:`torch.jit.script_method`")
+COMPILES = pytest.mark.filterwarnings(  # what PyTorch warns of while it traces
+    "ignore:The .grad attribute of a Tensor",
+    "ignore:`torch.jit.script_method`",
+    "ignore:<class 'torch.autograd.function.Function'> should not be instantiated",
+)
 
 
 @COMPILES
