@@ -30,6 +30,7 @@ check: .venv/installed
 # model.py; TOKENIZER: one with GPT-2's vocab.json and merges.txt. What is not given is left out.
 bench: .venv/installed
 	$(RUN) benchmarks/step.py $(if $(NANOGPT),--nanogpt $(NANOGPT)) $(if $(NANOMOE),--nanomoe $(NANOMOE)) | tee $(RESULTS)/step.txt
+	$(RUN) benchmarks/speedrun.py --plot $(RESULTS)/speedrun.png | tee $(RESULTS)/speedrun.txt
 	$(RUN) benchmarks/around.py | tee $(RESULTS)/around.txt
 	$(RUN) benchmarks/scaling.py | tee $(RESULTS)/scaling.txt
 	$(RUN) benchmarks/tokens.py $(if $(TOKENIZER),--tokenizer $(TOKENIZER)) --plot $(RESULTS)/tokens_memory.png | tee $(RESULTS)/tokens.txt

@@ -21,13 +21,16 @@ from common import Times, against, header, peak_gib, ratio, resident_gib, turns,
 from torch.profiler import ProfilerActivity, profile
 
 from training import device as devices
+from training.kernels import LOSS
 from training.kernels.attention import automatic, machine
 from training.model import GPT
 from training.twin import twin
 
 LARGE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "samples": 64, "vocab_size": 50304}
 TOY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "samples": 4, "vocab_size": 512}
-GOAL_MFU, BAR_TWIN = 0.6, 1.25
+GOAL_MFU, GOAL_NANOGPT, BAR_TWIN = 0.6, 1.25, 1.25
+PRODUCTS = ("mm", "gemm", "nvjet", "cutlass", "xmma", "flash", "fmha", "attention")  # in the names of kernels
+WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize")
 
 
 def rate(work: Callable[[], object], amount: float, device: torch.device) -> float:
@@ -80,23 +83,28 @@ class Sides:
             self.times |= found
             tell(found, {name: flops}, self.n_tokens, self.ceiling)
 
-    def judge(self, one: str, other: str, bar: float) -> None:
-        """A ratio of two sides beside the most that it should be."""
+    def judge(self, one: str, other: str, bar: float, *, least: bool) -> None:
+        """A ratio of two sides' times beside its bar."""
         if one in self.times and other in self.times:
-            print(f"    {one} / {other}: {against(ratio(self.times, one, other), bar, least=False)}", flush=True)
+            print(f"    {one} / {other}: {against(ratio(self.times, one, other), bar, least=least)}", flush=True)
 
 
 def dense(asked: argparse.Namespace, folder: Path, device: torch.device) -> Iterator[tuple[str, tuple]]:
-    """GPT-2 as it is: plain, compiled, by attention back-end, with Muon; and Transformers' compiled."""
+    """GPT-2 as it is: plain, compiled, by attention back-end, by loss, with Muon; Transformers and nanoGPT compiled."""
     plain = steps.options(steps.GPT2, asked, folder)
     flops = flops_of(plain)
     yield "this", (lambda: steps.ours(plain, device), flops)
     for backend in automatic(machine(device))[: 1 if asked.toy else None]:
         config = steps.options(steps.GPT2, asked, folder, compile=True, attention=backend)
         yield f"this, compiled, {backend}", (lambda config=config: steps.ours(config, device), flops)
+    for loss in LOSS:
+        config = steps.options(steps.GPT2, asked, folder, compile=not asked.toy, loss=loss)
+        yield f"this, compiled, loss {loss}", (lambda config=config: steps.ours(config, device), flops)
     muon = steps.options(steps.GPT2, asked, folder, optim="muon", compile=not asked.toy)
     yield "this, compiled, Muon", (lambda: steps.ours(muon, device), flops)
     yield "transformers, compiled", (lambda: steps.transformers_side(plain, device, compiled=not asked.toy), flops)
+    if asked.nanogpt:
+        yield "nanogpt, compiled", (lambda: steps.from_folder(asked.nanogpt, plain, device, compiled=True), flops)
 
 
 def experts(asked: argparse.Namespace, folder: Path, device: torch.device) -> Iterator[tuple[str, tuple]]:
@@ -139,6 +147,14 @@ def kernels(asked: argparse.Namespace, folder: Path, device: torch.device) -> No
     for event in events[:20]:
         seconds = getattr(event, which) / 1e6
         print(f"    {seconds / wall:6.1%} {1e3 * seconds:9.3f} ms {event.count:5} x  {event.key[:80]}")
+    waits = sum(event.count for event in events if event.key in WAITS)
+    print(f"    waits of the host: {waits} (one is for its metrics)")
+    lost = {"nothing runs": wall - busy}
+    for event in events:
+        if not any(part in event.key.lower() for part in PRODUCTS):
+            lost[event.key] = getattr(event, which) / 1e6
+    largest = sorted(lost, key=lost.__getitem__, reverse=True)[:3]
+    print(f"    the largest gaps: {', '.join(f'{name[:60]} {lost[name] / wall:.1%}' for name in largest)}")
 
 
 def main() -> None:
@@ -147,6 +163,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="default %(default)s")
     parser.add_argument("--rounds", type=int, default=10, help="default %(default)s")
     parser.add_argument("--micro_batch", type=int, default=32, help="default %(default)s")
+    parser.add_argument("--nanogpt", type=Path, help="folder with nanoGPT's model.py")
     given = parser.parse_args()
     device = devices.pick(given.device)
     precision = devices.resolve_precision("auto", device)
@@ -161,7 +178,9 @@ def main() -> None:
             print(f"{title}, {precision}, {n_tokens:,} tokens a step, {asked.micro_batch} samples at a time")
             print(f"    the goal of the dense ones is an MFU of {GOAL_MFU:.0%}")
             sides.run(dict(some(asked, Path(folder), device)))
-        sides.judge("MoE", "twin", BAR_TWIN)
+        fastest = f"this, compiled, {automatic(machine(device))[0]}"
+        sides.judge("nanogpt, compiled", fastest, GOAL_NANOGPT, least=True)
+        sides.judge("MoE", "twin", BAR_TWIN, least=False)
         memory(asked, Path(folder), device)
         kernels(asked, Path(folder), device)
 

@@ -23,12 +23,13 @@ BAR = 0.4
 NAMES = ("plain", "speedrun")
 
 
-def rows_of(name: str, folder: Path, options: list[str]) -> list[dict]:
+def rows_of(recipe: Path, folder: Path) -> list[dict]:
     """The rows with an evaluation of the run."""
-    command = [sys.executable, "-m", "training.train", "--config", f"recipes/{name}.yaml", "--out_dir", str(folder)]
-    cache = ["--data.cache_dir", str(folder / "cache")]
+    command = [sys.executable, "-m", "training.train", "--config", str(recipe), "--out_dir", str(folder)]
+    command += ["--data.cache_dir", str(folder / "cache")]
+    name = recipe.stem
     with (folder / f"{name}.txt").open("w") as said:
-        done = subprocess.run([*command, *cache, *options], cwd=HERE, stdout=said, stderr=said)
+        done = subprocess.run(command, cwd=HERE, stdout=said, stderr=said)
     if done.returncode:
         raise SystemExit((folder / f"{name}.txt").read_text())
     rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
@@ -59,11 +60,11 @@ def draw(runs: dict[str, list[dict]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plot", type=Path, help="draw the curves into this PNG")
-    parser.add_argument("options", nargs="*", help="of both runs, after --: such as -- --steps 20")
+    parser.add_argument("--recipes", type=Path, default=HERE / "recipes", help="folder of the two (default: recipes)")
     asked = parser.parse_args()
     print(header(torch.device("cpu")))
     with tempfile.TemporaryDirectory() as folder:
-        runs = {name: rows_of(name, Path(folder), asked.options) for name in NAMES}
+        runs = {name: rows_of(asked.recipes.absolute() / f"{name}.yaml", Path(folder)) for name in NAMES}
     for name, rows in runs.items():
         last = rows[-1]
         print(f"    {name:<9} {last['step']:5} steps  {last['time_s']:6.1f} s  validation loss {last['val_loss']:.4f}")

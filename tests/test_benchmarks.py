@@ -65,9 +65,13 @@ def test_a_step_is_compared_with_transformers_and_a_moe_with_its_twin():
 
 def test_what_is_asked_of_an_accelerator_runs_on_a_cpu_at_a_toys_size():
     said = output_of("gpu.py", "--toy", "--device", "cpu", "--rounds", 1, "--micro_batch", 2)
-    assert "not here" not in said
+    (missing,) = (line for line in said.splitlines() if "not here" in line)
+    assert "this, compiled, loss triton" in missing  # which is for CUDA
     assert "ceilings: a product of 256^3" in said and "MoE / twin: " in said
     assert "samples fit at a time" in said and "in kernels" in said
+    for name in ("triton", "chunked", "reference"):
+        assert f"\n    this, compiled, loss {name} " in said
+    assert "waits of the host: " in said and "the largest gaps: " in said
 
 
 def test_what_is_round_a_step_is_told_beside_its_bars():
@@ -81,6 +85,25 @@ def test_two_processes_are_compared_with_one():
     said = output_of("scaling.py", "--rounds", 1, "--samples", 4, "--steps", 4, "--only", "quickstart's sizes")
     assert said.count("one of two threads ") == said.count("two of one thread ") == 2
     assert said.count("tokens/s of two processes over one's: ") == 2
+
+
+def test_the_speedrun_is_timed_beside_the_plain_recipe(tmp_path):
+    pytest.importorskip("matplotlib")
+    yaml = YAML(typ="safe")
+    (tmp_path / "text.txt").write_text("".join(f"{n} and {n} are {n + n}.\n" for n in range(30000)))
+    for name in ("plain", "speedrun"):
+        config = yaml.load((HERE.parent / "recipes" / f"{name}.yaml").read_text())
+        config |= {"steps": 12, "batch_tokens": 1024}
+        config["eval"]["every"] = 4
+        config["schedule"] |= {"warmup_steps": 2} | ({"decay_steps": 6} if name == "speedrun" else {})
+        config["data"] |= {"sources": [{"paths": [str(tmp_path / "text.txt")]}]}
+        config["data"]["tokenizer"]["vocab_size"] = 300
+        with (tmp_path / f"{name}.yaml").open("w") as file:
+            yaml.dump(config, file)
+    said = output_of("speedrun.py", "--recipes", tmp_path, "--plot", tmp_path / "it.png")
+    assert "\n    plain        12 steps " in said and "\n    speedrun     12 steps " in said
+    assert "plain's final loss is reached at step " in said
+    assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

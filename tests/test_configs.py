@@ -10,7 +10,8 @@ import torch
 from training import cli
 from training.model import GPT
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parent.parent
+CONFIGS = [*sorted((ROOT / "configs").glob("*.yaml")), *(ROOT / "recipes" / f"{n}.yaml" for n in ("plain", "speedrun"))]
 TOKENS = {"bpe": lambda tokenizer: tokenizer.vocab_size, "byte": lambda _: 257, "huggingface": lambda _: 50257}
 
 
