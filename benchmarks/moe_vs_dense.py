@@ -52,7 +52,7 @@ class Side:
         if run.step % config.eval.every == 0 or run.step == config.steps:
             run.metrics.rows()  # nothing is logged here
             end = run.dataset.tokenizer
-            found = evaluate(run.model, run.val_batches, end, config.eval.tokens, config.micro_batch, run.world)
+            found = evaluate(run.model, run.val_batches, end, config.eval.tokens, run.micro_batch, run.world)
             self.curve.append((run.step, sum(self.step_s), found["val_loss"]))
             print(f"  {self.name:10} step {run.step:5}/{config.steps}  loss {found['val_loss']:.4f}", flush=True)
 

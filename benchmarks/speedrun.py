@@ -1,82 +1,82 @@
-"""How soon recipes/speedrun.yaml is where recipes/plain.yaml ends: two real runs on the standard library.
+"""How soon recipes/speedrun.yaml is where recipes/plain.yaml ends, on the standard library.
 
     python benchmarks/speedrun.py --plot benchmarks/results/speedrun.png | tee benchmarks/results/speedrun.txt
 
-Time is that of the steps, by the run's own clock: evaluations and start-up are the same in both and left out. The
-second run is as long as it is because its learning rate ends with it; it counts where it is done.
+Both runs take turns, whichever has done less of its steps, so that what else the machine does is shared out. A run's
+clock stands still while the other trains or any is evaluated. The second is as long as it is because its learning rate
+ends with it; it counts where it is evaluated to be done.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from common import against, header
+from moe_vs_dense import Side
 
-HERE = Path(__file__).parent.parent
+from training import cli
+from training.data import prepare
+from training.distributed import World
+from training.run import begin
+
+RECIPES = Path(__file__).parent.parent / "recipes"
 BAR = 0.4
-NAMES = ("plain", "speedrun")
 
 
-def rows_of(recipe: Path, folder: Path) -> list[dict]:
-    """The rows with an evaluation of the run."""
-    command = [sys.executable, "-m", "training.train", "--config", str(recipe), "--out_dir", str(folder)]
-    command += ["--data.cache_dir", str(folder / "cache")]
-    name = recipe.stem
-    with (folder / f"{name}.txt").open("w") as said:
-        done = subprocess.run(command, cwd=HERE, stdout=said, stderr=said)
-    if done.returncode:
-        raise SystemExit((folder / f"{name}.txt").read_text())
-    rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "val_loss" in row]
+def side_of(recipe: Path, folder: str) -> Side:
+    """The recipe's run, at its beginning."""
+    config = cli.load(recipe, {"out_dir": folder, "data.cache_dir": f"{folder}/cache", "logging.tensorboard": "false"})
+    run = begin(config, prepare(config.data, quiet=True), World(0, 1, torch.device("cpu")), "never")
+    run.close()
+    return Side(config.name, run)
 
 
-def draw(runs: dict[str, list[dict]], path: Path) -> None:
+def draw(sides: list[Side], path: Path) -> None:
     """Validation loss by time and by tokens."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
-    for axes, field, scale, name in zip(
-        panels, ("time_s", "tokens"), (1, 1e6), ("seconds", "million tokens"), strict=True
-    ):
-        for run, rows in runs.items():
-            losses = [row["val_loss"] for row in rows]
-            axes.plot([row[field] / scale for row in rows], losses, marker="o", markersize=3, label=run)
-        axes.axhline(runs["plain"][-1]["val_loss"], color="grey", linestyle="--", linewidth=1)
-        axes.set(xlabel=name, ylabel="validation loss (nats a token)" if field == "time_s" else None, xlim=(0, None))
-        axes.legend()
-    figure.suptitle("Python's standard library, the same model size")
+    figure, (by_time, by_tokens) = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
+    for side in sides:
+        steps, seconds, losses = zip(*side.curve, strict=True)
+        millions = [step * side.run.config.batch_tokens / 1e6 for step in steps]
+        for panel, x in ((by_time, seconds), (by_tokens, millions)):
+            panel.plot(x, losses, marker="o", markersize=3, label=f"{side.name}: {side.loss:.3f}")
+    for panel, unit in ((by_time, "seconds of training"), (by_tokens, "million tokens")):
+        panel.axhline(sides[0].loss, color="grey", linestyle="--", linewidth=1)
+        panel.set(xlabel=unit, xlim=(0, None))
+        panel.grid(alpha=0.25)
+    by_time.set_ylabel("validation loss, nats a token")
+    by_time.legend()
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", type=Path, default=RECIPES, help="folder of the two (default: recipes)")
     parser.add_argument("--plot", type=Path, help="draw the curves into this PNG")
-    parser.add_argument("--recipes", type=Path, default=HERE / "recipes", help="folder of the two (default: recipes)")
     asked = parser.parse_args()
-    print(header(torch.device("cpu")))
+    print(header(torch.device("cpu")), flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        runs = {name: rows_of(asked.recipes.absolute() / f"{name}.yaml", Path(folder)) for name in NAMES}
-    for name, rows in runs.items():
-        last = rows[-1]
-        print(f"    {name:<9} {last['step']:5} steps  {last['time_s']:6.1f} s  validation loss {last['val_loss']:.4f}")
-    (*_, plain), speedrun = runs["plain"], runs["speedrun"]
-    reached = next((row for row in speedrun if row["val_loss"] <= plain["val_loss"]), None)
+        sides = [side_of(asked.recipes / f"{name}.yaml", folder) for name in ("plain", "speedrun")]
+        while any(side.run.step < side.run.config.steps for side in sides):
+            min(sides, key=lambda side: side.run.step / side.run.config.steps).step()
+    for side in sides:
+        print(f"{side.name:9} {side.run.step:5} steps, {sum(side.step_s):6.1f} s, validation loss {side.loss:.4f}")
+    plain, speedrun = sides
+    reached = next(((step, seconds) for step, seconds, loss in speedrun.curve if loss <= plain.loss), None)
     if reached is None:
-        print("    the speedrun does not get there")
+        print("the speedrun does not get there")
     else:
-        share = against(reached["time_s"] / plain["time_s"], BAR, least=False)
-        print(f"    plain's final loss is reached at step {reached['step']}, in so much of its time: {share}")
+        share = against(reached[1] / sum(plain.step_s), BAR, least=False)
+        print(f"plain's final loss is reached at step {reached[0]}, in so much of its time: {share}")
     if asked.plot:
-        draw(runs, asked.plot)
+        draw(sides, asked.plot)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def test_the_speedrun_is_timed_beside_the_plain_recipe(tmp_path):
         with (tmp_path / f"{name}.yaml").open("w") as file:
             yaml.dump(config, file)
     said = output_of("speedrun.py", "--recipes", tmp_path, "--plot", tmp_path / "it.png")
-    assert "\n    plain        12 steps " in said and "\n    speedrun     12 steps " in said
+    assert "\nplain        12 steps, " in said and "\nspeedrun     12 steps, " in said
     assert "plain's final loss is reached at step " in said
     assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
 
