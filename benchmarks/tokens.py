@@ -95,9 +95,11 @@ def memory_gib(pid: int) -> float:
 def peak_of(size: int) -> tuple[float, float]:
     """(GiB at the most, seconds) of preparing so many bytes."""
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "text").mkdir()
-        write_text(Path(folder) / "text", size)
-        config = {"sources": [{"paths": [f"{folder}/text"]}], "tokenizer": {"type": "bpe"}, "cache_dir": f"{folder}/c"}
+        for name, n_bytes in (("text", size), ("val", 100_000)):
+            (Path(folder) / name).mkdir()
+            write_text(Path(folder) / name, n_bytes)
+        sources, val_sources = ([{"paths": [f"{folder}/{name}"]}] for name in ("text", "val"))
+        config = {"sources": sources, "val_sources": val_sources, "cache_dir": f"{folder}/c"}
         path = Path(folder) / "config.yaml"
         path.write_text(cli.dump(Config.model_validate({"name": "run", "steps": 1000, "data": config})))
         start, most = time.perf_counter(), 0.0
