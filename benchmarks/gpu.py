@@ -10,6 +10,7 @@ FLOPs of active parameters against the 8192 x 8192 x 8192 product measured in th
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,7 +18,8 @@ from pathlib import Path
 
 import step as steps
 import torch
-from common import Times, against, header, peak_gib, ratio, resident_gib, turns, waiting
+from common import Times, against, header, peak_gib, ratio, resident_gib, turns
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from training import device as devices
@@ -62,6 +64,13 @@ def flops_of(config) -> float:
         return GPT(config.model).flops_per_token()
 
 
+def forget(device: torch.device) -> None:
+    """Free what the side before has left."""
+    gc.collect()  # a compiled module is part of a cycle
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 class Sides:
     """What is compared, one at a time in memory; what cannot run here says why and is left out."""
 
@@ -78,8 +87,7 @@ class Sides:
                 print(f"    {name:<34} not here: {' '.join(str(error).split())[:110]}", flush=True)
                 continue
             finally:
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                forget(self.device)
             self.times |= found
             tell(found, {name: flops}, self.n_tokens, self.ceiling)
 
@@ -132,29 +140,31 @@ def memory(asked: argparse.Namespace, folder: Path, device: torch.device) -> Non
 
 
 def kernels(asked: argparse.Namespace, folder: Path, device: torch.device) -> None:
-    """Print the kernels of a compiled step, the longest first, and how long the device had nothing to do."""
-    step = steps.ours(steps.options(steps.GPT2, asked, folder, compile=device.type == "cuda"), device)
+    """Print the kernels of a compiled step, the longest first, what the host waited for, and the three largest gaps."""
+    on_device = device.type == "cuda"
+    step = steps.ours(steps.options(steps.GPT2, asked, folder, compile=on_device), device)
     for _ in range(3):
         step()
-    on_device = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_device) as found:
-        wall = min(turns({"step": step}, 1, device, warm=0)["step"])
-        waiting(device)()
-    which = "self_device_time_total" if on_device else "self_cpu_time_total"
-    events = sorted(found.key_averages(), key=lambda event: -getattr(event, which))
-    busy = sum(getattr(event, which) for event in events) / 1e6
+        (wall,) = turns({"step": step}, 1, device, warm=0)["step"]
+    # An operation of the host has the time of its kernels as well: these alone are counted.
+    where, which = (DeviceType.CUDA, "self_device_time_total") if on_device else (DeviceType.CPU, "self_cpu_time_total")
+    averages = found.key_averages()
+    taken = {
+        event.key: (getattr(event, which) / 1e6, event.count)
+        for event in sorted(averages, key=lambda event: -getattr(event, which))
+        if event.device_type == where and not event.is_user_annotation
+    }
+    busy = sum(seconds for seconds, _ in taken.values())
     print(f"a step: {wall:.4f} s, of which {busy:.4f} s in kernels")
-    for event in events[:20]:
-        seconds = getattr(event, which) / 1e6
-        print(f"    {seconds / wall:6.1%} {1e3 * seconds:9.3f} ms {event.count:5} x  {event.key[:80]}")
-    waits = sum(event.count for event in events if event.key in WAITS)
-    print(f"    waits of the host: {waits} (one is for its metrics)")
-    lost = {"nothing runs": wall - busy}
-    for event in events:
-        if not any(part in event.key.lower() for part in PRODUCTS):
-            lost[event.key] = getattr(event, which) / 1e6
-    largest = sorted(lost, key=lost.__getitem__, reverse=True)[:3]
-    print(f"    the largest gaps: {', '.join(f'{name[:60]} {lost[name] / wall:.1%}' for name in largest)}")
+    for name, (seconds, count) in list(taken.items())[:20]:
+        print(f"    {seconds / wall:6.1%} {1e3 * seconds:9.3f} ms {count:5} x  {name[:80]}")
+    waits = sum(event.count for event in averages if event.key in WAITS)
+    print(f"    waits of the host: {waits} (one is whether the step is finite, one for its metrics)")
+    gaps = {name: seconds for name, (seconds, _) in taken.items() if not any(x in name.lower() for x in PRODUCTS)}
+    gaps["nothing runs"] = wall - busy
+    largest = sorted(gaps, key=gaps.__getitem__, reverse=True)[:3]
+    print(f"    the largest gaps: {', '.join(f'{name[:60]} {gaps[name] / wall:.1%}' for name in largest)}")
 
 
 def main() -> None:
@@ -181,8 +191,9 @@ def main() -> None:
         fastest = f"this, compiled, {automatic(machine(device))[0]}"
         sides.judge("nanogpt, compiled", fastest, GOAL_NANOGPT, least=True)
         sides.judge("MoE", "twin", BAR_TWIN, least=False)
-        memory(asked, Path(folder), device)
-        kernels(asked, Path(folder), device)
+        for work in (memory, kernels):
+            work(asked, Path(folder), device)
+            forget(device)
 
 
 if __name__ == "__main__":
