@@ -1,4 +1,4 @@
-"""What is round a step: the time to the first one, batches, logs and saves. Real runs of quickstart.
+"""What is round a step: the time to the first one, batches, logs and saves. Real runs, of quickstart.
 
     python benchmarks/around.py | tee benchmarks/results/around.txt
 
@@ -56,30 +56,31 @@ def seconds_to_first_step(options: list[object]) -> float:
 def shares(options: list[object], folder: Path) -> dict[str, float]:
     """Of the steps' time, from the second row on: the first has what happens once."""
     subprocess.run(command(*options), cwd=HERE, stdout=subprocess.DEVNULL, check=True)
-    rows = [json.loads(line) for line in (folder / "quickstart" / "metrics.jsonl").read_text().splitlines()][5:]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][5:]
     steps = sum(row["step_s"] for row in rows)
     return {phase: sum(row[f"time_{phase}"] for row in rows) / steps for phase in BARS}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=QUICKSTART, help="the run (default: quickstart)")
     parser.add_argument("--steps", type=int, default=160, help="of the run that is looked at (default %(default)s)")
     parser.add_argument("--every", type=int, default=50, help="steps from save to save (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="of what is short (default %(default)s)")
     asked = parser.parse_args()
     print(header(torch.device("cpu")))
     with tempfile.TemporaryDirectory() as folder:
-        common = ["--config", QUICKSTART, "--out_dir", folder, "--data.cache_dir", f"{folder}/cache"]
+        common = ["--config", asked.config.absolute(), "--out_dir", folder, "--data.cache_dir", f"{folder}/cache"]
         config, _ = cli.parse(list(map(str, common)), prog="around", doc="", flags={})
         prepare(config.data, quiet=True)
         help_s = statistics.median(seconds_of_help() for _ in range(asked.rounds))
         print(f"--help: {against(help_s, 0.5, least=False)} s", flush=True)
         common += ["--resume", "never"]
         first_s = statistics.median(seconds_to_first_step(common) for _ in range(asked.rounds))
-        print(f"first step of the cached quickstart: {against(first_s, 8, least=False)} s", flush=True)
+        print(f"first step of the cached {config.name}: {against(first_s, 8, least=False)} s", flush=True)
         decay_steps = (asked.steps - config.schedule.warmup_steps) // 2
         common += ["--steps", asked.steps, "--schedule.decay_steps", decay_steps, "--eval.every", "null"]
-        found = shares([*common, "--checkpoint.every", asked.every], Path(folder))
+        found = shares([*common, "--checkpoint.every", asked.every], Path(folder) / config.name)
         for phase, share in found.items():
             print(f"{phase:<10} {share:7.3%} of the steps' time; bar {BARS[phase]:.0%}", flush=True)
 

@@ -76,13 +76,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="of a run (default %(default)s)")
     parser.add_argument("--samples", type=int, default=32, help="of the global batch (default %(default)s)")
     parser.add_argument("--only", choices=SIZES, help="one of the sizes")
+    parser.add_argument("--kinds", choices=KINDS, nargs="*", default=list(KINDS), help="default: both")
     asked = parser.parse_args()
     print(header(torch.device("cpu")))
     for title, sizes in SIZES.items():
-        for kind, model in KINDS.items():
+        for kind in asked.kinds:
             if asked.only in (None, title):
                 with tempfile.TemporaryDirectory() as folder:
-                    times = compare(sizes, model, asked, Path(folder))
+                    times = compare(sizes, KINDS[kind], asked, Path(folder))
                 print(f"{title}, {kind}")
                 for name, seconds in times.items():
                     n_tokens = asked.samples * sizes.get("n_positions", step.SIZES["n_positions"])

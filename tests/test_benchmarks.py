@@ -74,32 +74,42 @@ def test_what_is_asked_of_an_accelerator_runs_on_a_cpu_at_a_toys_size():
     assert "waits of the host: " in said and "the largest gaps: " in said
 
 
-def test_what_is_round_a_step_is_told_beside_its_bars():
-    said = output_of("around.py", "--steps", 12, "--every", 5, "--rounds", 1)
+def small(recipe: Path, folder: Path, steps: int) -> Path:
+    """A file like the recipe, of a few steps on little text."""
+    yaml = YAML(typ="safe")
+    config = yaml.load(recipe.read_text())
+    (folder / "text.txt").write_text("".join(f"{n} and {n} are {n + n}.\n" for n in range(30000)))
+    config |= {"steps": steps, "batch_tokens": 1024}
+    config["eval"]["every"] = 4
+    config["schedule"]["warmup_steps"] = 2
+    if "decay_steps" in config["schedule"]:
+        config["schedule"]["decay_steps"] = steps // 2
+    config["data"]["sources"] = [{"paths": [str(folder / "text.txt")]}]
+    config["data"]["tokenizer"]["vocab_size"] = 300
+    with (folder / recipe.name).open("w") as file:
+        yaml.dump(config, file)
+    return folder / recipe.name
+
+
+def test_what_is_round_a_step_is_told_beside_its_bars(tmp_path):
+    config = small(HERE.parent / "configs" / "quickstart.yaml", tmp_path, 8)
+    said = output_of("around.py", "--config", config, "--steps", 12, "--every", 5, "--rounds", 1)
     for name in ("--help: ", "first step of the cached quickstart: ", "data  ", "idle  ", "checkpoint "):
         assert f"\n{name}" in said
     assert said.count("bar") == 5
 
 
 def test_two_processes_are_compared_with_one():
-    said = output_of("scaling.py", "--rounds", 1, "--samples", 4, "--steps", 4, "--only", "quickstart's sizes")
-    assert said.count("one of two threads ") == said.count("two of one thread ") == 2
-    assert said.count("tokens/s of two processes over one's: ") == 2
+    arguments = ("--only", "quickstart's sizes", "--kinds", "experts")
+    said = output_of("scaling.py", "--rounds", 1, "--samples", 4, "--steps", 4, *arguments)
+    assert said.count("one of two threads ") == said.count("two of one thread ") == 1
+    assert "tokens/s of two processes over one's: " in said
 
 
 def test_the_speedrun_is_timed_beside_the_plain_recipe(tmp_path):
     pytest.importorskip("matplotlib")
-    yaml = YAML(typ="safe")
-    (tmp_path / "text.txt").write_text("".join(f"{n} and {n} are {n + n}.\n" for n in range(30000)))
     for name in ("plain", "speedrun"):
-        config = yaml.load((HERE.parent / "recipes" / f"{name}.yaml").read_text())
-        config |= {"steps": 12, "batch_tokens": 1024}
-        config["eval"]["every"] = 4
-        config["schedule"] |= {"warmup_steps": 2} | ({"decay_steps": 6} if name == "speedrun" else {})
-        config["data"] |= {"sources": [{"paths": [str(tmp_path / "text.txt")]}]}
-        config["data"]["tokenizer"]["vocab_size"] = 300
-        with (tmp_path / f"{name}.yaml").open("w") as file:
-            yaml.dump(config, file)
+        small(HERE.parent / "recipes" / f"{name}.yaml", tmp_path, 12)
     said = output_of("speedrun.py", "--recipes", tmp_path, "--plot", tmp_path / "it.png")
     assert "\nplain        12 steps, " in said and "\nspeedrun     12 steps, " in said
     assert "plain's final loss is reached at step " in said
