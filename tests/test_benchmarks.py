@@ -91,6 +91,7 @@ def small(recipe: Path, folder: Path, steps: int) -> Path:
     return folder / recipe.name
 
 
+@pytest.mark.soak
 def test_what_is_round_a_step_is_told_beside_its_bars(tmp_path):
     config = small(HERE.parent / "configs" / "quickstart.yaml", tmp_path, 8)
     said = output_of("around.py", "--config", config, "--steps", 12, "--every", 5, "--rounds", 1)
@@ -99,6 +100,7 @@ def test_what_is_round_a_step_is_told_beside_its_bars(tmp_path):
     assert said.count("bar") == 5
 
 
+@pytest.mark.soak
 def test_two_processes_are_compared_with_one():
     arguments = ("--only", "quickstart's sizes", "--kinds", "experts")
     said = output_of("scaling.py", "--rounds", 1, "--samples", 4, "--steps", 4, *arguments)
@@ -106,6 +108,7 @@ def test_two_processes_are_compared_with_one():
     assert "tokens/s of two processes over one's: " in said
 
 
+@pytest.mark.soak
 def test_the_speedrun_is_timed_beside_the_plain_recipe(tmp_path):
     pytest.importorskip("matplotlib")
     for name in ("plain", "speedrun"):

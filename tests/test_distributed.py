@@ -42,11 +42,12 @@ MODELS = {
     },
 }
 RANKS = {
-    2: [("moe", 1, {}), ("moe", 8, {"shard": 2}), ("moe", 2, {"expert": 2}), ("moe", 4, {"shard": 2, "expert": 2}),
-        ("dense", 2, {}), ("dense", 4, {"shard": 2})],
-    4: [("moe", 4, {}), ("moe", 2, {"shard": 4}), ("moe", 1, {"shard": 2, "replicate": 2}), ("moe", 2, {"expert": 4}),
-        ("moe", 8, {"expert": 2}), ("moe", 1, {"shard": 4, "expert": 2}), ("moe", 2, {"shard": 4, "expert": 4}),
-        ("moe", 2, {"shard": 2, "expert": 2}), ("dense", 8, {}), ("dense", 1, {"shard": 4})],
+    "2": [("moe", 1, {}), ("moe", 8, {"shard": 2}), ("moe", 2, {"expert": 2}), ("moe", 4, {"shard": 2, "expert": 2}),
+          ("dense", 2, {}), ("dense", 4, {"shard": 2})],
+    "4": [("moe", 1, {"shard": 2, "replicate": 2}), ("moe", 2, {"expert": 4}), ("moe", 1, {"shard": 4, "expert": 2}),
+          ("moe", 2, {"shard": 2, "expert": 2}), ("dense", 8, {}), ("dense", 1, {"shard": 4})],
+    "4, others": [("moe", 4, {}), ("moe", 2, {"shard": 4}), ("moe", 8, {"expert": 2}),
+                  ("moe", 2, {"shard": 4, "expert": 4})],
 }  # fmt: skip
 
 
@@ -98,13 +99,13 @@ def test_the_micro_batch_is_no_part_of_the_trajectory(kind, micro_batch, config,
     same(*train(made, World(0, 1, torch.device("cpu"))), of_one(alone, kind, config), f"micro-batch {micro_batch}")
 
 
-@pytest.mark.parametrize("n_ranks", RANKS)
-def test_ranks_and_layouts_are_no_part_of_the_trajectory(n_ranks, options, config, alone, tmp_path):
-    paths = []
-    for i, (kind, micro_batch, mesh) in enumerate(RANKS[n_ranks]):
+@pytest.mark.parametrize("runs", ["2", "4", pytest.param("4, others", marks=pytest.mark.soak)])
+def test_ranks_and_layouts_are_no_part_of_the_trajectory(runs, options, config, alone, tmp_path):
+    paths, n_ranks = [], int(runs[0])
+    for i, (kind, micro_batch, mesh) in enumerate(RANKS[runs]):
         paths.append(write_config(tmp_path / f"{i}.yaml", options(**changed(kind, f"{i}", micro_batch, mesh))))
     together(n_ranks, tmp_path, paths)
-    for i, (kind, _, mesh) in enumerate(RANKS[n_ranks]):
+    for i, (kind, _, mesh) in enumerate(RANKS[runs]):
         outcome = json.loads((tmp_path / f"{i}.json").read_text())
         weights = load_file(tmp_path / f"{i}.safetensors")
         same(outcome, weights, of_one(alone, kind, config), f"{kind} on {n_ranks} {mesh}")
@@ -134,7 +135,7 @@ def test_a_rank_whose_experts_get_no_token_takes_part_with_zero_gradients(option
     ("kind", "legs"),
     [
         ("moe", [(1, 8, 4, {}), (2, 16, 1, {"shard": 2, "expert": 2}), (4, 24, 2, {"shard": 4}), (1, 30, 4, {})]),
-        ("dense", [(4, 10, 8, {"shard": 4}), (2, 20, 2, {}), (1, 30, 4, {})]),
+        pytest.param("dense", [(4, 10, 8, {"shard": 4}), (2, 20, 2, {}), (1, 30, 4, {})], marks=pytest.mark.soak),
     ],
 )
 def test_a_run_that_moves_between_layouts_is_the_run_that_never_did(kind, legs, options, config, alone, tmp_path):
