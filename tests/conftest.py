@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -25,6 +26,8 @@ MOE = {"type": "moe", "n_experts": 4, "hidden": 32}
 TIME_FIELDS = {"tokens_per_s", "mfu", "memory_gib", "step_s", "time_s", *(f"time_{phase}" for phase in PHASES)}
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's background job; what tests start would ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

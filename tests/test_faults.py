@@ -181,8 +181,13 @@ def test_ranks_that_were_given_different_things_end_before_the_run_begins(option
 
 @pytest.mark.parametrize("wrong", ["--parallel.device mps", "--steps none"])
 def test_what_all_processes_of_a_host_find_wrong_is_said_once(small, tmp_path, wrong):
+    """And that one, here the last to find it, is not ended by the launcher before."""
     path, _ = small()
-    where = ["--standalone", "--nproc-per-node", "2", "-m", "training.train"]
+    (tmp_path / "late.py").write_text(
+        "import os, sys, time\nfrom training.train import main\n"
+        "if os.environ['LOCAL_RANK'] == '0':\n    time.sleep(2)\nsys.exit(main())\n"
+    )
+    where = ["--standalone", "--nproc-per-node", "2", str(tmp_path / "late.py")]
     ranks = Launched(tmp_path / "logs", *where, "--config", str(path), *wrong.split())
     try:
         ranks.process.wait(40)

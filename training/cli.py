@@ -23,7 +23,7 @@ from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
 from training.config import Config, Section
-from training.errors import UserError
+from training.errors import UserError, leave_it_to_the_first
 from training.options import closest, help_text, is_list, lookup, schema, unknown, variants
 from training.validation import validate
 from training.yaml_source import ConfigErrors, Document, Given, Keys, Problem, dotted, printable, read, read_value
@@ -96,8 +96,8 @@ def parse(argv: list[str], *, prog: str, doc: str, flags: dict[str, str]) -> tup
     elif not any(line.startswith("--config:") for line in lines):
         lines.append("--config: missing; give the run's YAML file, as in --config configs/quickstart.yaml")
     if lines:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the processes of a host read the same
-            print(*(f"error: {line}" for line in lines), sep="\n", file=sys.stderr)
+        leave_it_to_the_first()
+        print(*(f"error: {line}" for line in lines), sep="\n", file=sys.stderr)
         raise SystemExit(2)
     if print_config:
         _answer(dump(config))

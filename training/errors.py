@@ -1,5 +1,12 @@
 """The exceptions a user is meant to see: each one's text is one line that says what to do."""
 
+from __future__ import annotations
+
+import os
+import time
+
+LATER_S = 5.0
+
 
 class UserError(Exception):
     """Wrong input. Commands print `error: <text>` and exit with this status."""
@@ -11,6 +18,16 @@ class StartAgain(UserError):
     """What the same command goes on from, as it is: a launcher that starts it again does right."""
 
     status = 1
+
+
+def leave_it_to_the_first() -> None:
+    """End this process with status 2, unless it is its host's first: all find the same wrong, and that one says so.
+
+    The others end later, as a launcher ends all processes with the first that ends.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(LATER_S)
+        raise SystemExit(2)
 
 
 def in_a_line(error: UserError | OSError) -> str:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from training.distributed.faults import first_line
-from training.errors import UserError
+from training.errors import UserError, leave_it_to_the_first
 
 
 @contextmanager
@@ -23,8 +23,7 @@ def said_once() -> Iterator[None]:
     try:
         yield
     except UserError:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            raise SystemExit(2) from None
+        leave_it_to_the_first()
         raise
 
 
