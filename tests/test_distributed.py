@@ -45,9 +45,8 @@ RANKS = {
     "2": [("moe", 1, {}), ("moe", 8, {"shard": 2}), ("moe", 2, {"expert": 2}), ("moe", 4, {"shard": 2, "expert": 2}),
           ("dense", 2, {}), ("dense", 4, {"shard": 2})],
     "4": [("moe", 1, {"shard": 2, "replicate": 2}), ("moe", 2, {"expert": 4}), ("moe", 1, {"shard": 4, "expert": 2}),
-          ("moe", 2, {"shard": 2, "expert": 2}), ("dense", 8, {}), ("dense", 1, {"shard": 4})],
-    "4, others": [("moe", 4, {}), ("moe", 2, {"shard": 4}), ("moe", 8, {"expert": 2}),
-                  ("moe", 2, {"shard": 4, "expert": 4})],
+          ("moe", 2, {"shard": 2, "expert": 2}), ("moe", 8, {"expert": 2}), ("dense", 1, {"shard": 4})],
+    "4, others": [("moe", 4, {}), ("moe", 2, {"shard": 4}), ("moe", 2, {"shard": 4, "expert": 4}), ("dense", 8, {})],
 }  # fmt: skip
 
 
