@@ -32,6 +32,6 @@ def test_equal_blocks_are_compiled_once_and_whole_and_never_anew(ffn, begun):
         train_step(run)
         record(run, Due(log=True, evaluate=True, save=False, signal=0))
         programs.append(counters["stats"]["unique_graphs"])
-    assert programs == [programs[0]] * 4 and programs[0] <= 3
-    assert counters["frames"]["ok"] == counters["frames"]["total"] == programs[0]
+    assert programs == [programs[0]] * 4 and 2 <= programs[0] <= 3
+    assert counters["frames"]["ok"] == counters["frames"]["total"]  # others' finalizers may be frames, without a program
     assert not counters["graph_break"] and not counters["recompile_limit"]
