@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import get_args
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from training.config import ParallelConfig
 from training.kernels import EXPERTS, LOSS, Call, ExpertsCall, Needs, choose
 from training.kernels.experts import EXPERTS as PORTABLE
-from training.kernels.experts import plan
+from training.kernels.experts import _spans, plan
 
 NO_GROUPED = not hasattr(torch.nn.functional, "grouped_mm")
 KERNELS = [
@@ -59,6 +60,36 @@ def test_experts_equal_one_product_a_row(name, sent):
     assert_equal(layer, by_token, inputs, tolerance=1e-4)
 
 
+COUNTS = [[0, 37, 1, 300, 17], [200, 0, 0, 3, 0], [1, 1, 1, 1, 513], [16, 32, 128, 64, 48], [90, 91, 92, 93, 94]]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("count", COUNTS, ids=str)
+def test_experts_of_sixteen_bits_keep_to_their_rows(name, count):
+    """On a CPU the loop rounds numbers of rows up: what is computed for others must stay theirs."""
+    expert_N1 = torch.arange(5).repeat_interleave(torch.tensor(count))[torch.randperm(sum(count))][:, None]
+    rows = plan(expert_N1, 5)
+    shapes = [(sum(count), 16), (5, 32, 16), (5, 32, 16), (5, 16, 32)]
+    inputs = [random(*shape).bfloat16() for shape in shapes]
+
+    def layer(kernel, x, up, gate, down):
+        up, gate = kernel.up(x, (up, gate), rows)
+        return kernel.down(up * gate, down, torch.ones(expert_N1.shape), rows)
+
+    found = grads(partial(layer, EXPERTS[name]), inputs)
+    expected = grads(partial(layer, EXPERTS["reference"]), [x.float() for x in inputs])
+    for ours, theirs in zip(found, expected, strict=True):
+        error = (ours.float() - theirs).flatten(1).norm(dim=1) / (theirs.flatten(1).norm(dim=1) + 1e-3)
+        assert error.max() < 0.03
+
+
+def test_the_loop_has_few_programs_and_little_waste():
+    sizes = range(1, 5000)
+    rounded = [_spans(torch.empty(0, 4, dtype=torch.bfloat16), torch.tensor([n]))[0][2] for n in sizes]
+    assert all(n <= more <= max(n + 15, n * 9 / 8) for n, more in zip(sizes, rounded, strict=True))
+    assert len(set(rounded)) < 80
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_an_expert_without_tokens_has_a_zero_gradient(name):
     rows = plan(torch.tensor([[0], [2], [0]]), 3)
@@ -83,7 +114,7 @@ def test_a_plan_sorts_tokens_by_expert_and_then_by_order():
 @pytest.mark.parametrize("chunk", [7, 64, 10_000])
 @pytest.mark.parametrize("name", ["chunked", "reference"])
 def test_the_loss_equals_log_softmax_at_the_targets(name, chunk, softcap, monkeypatch):
-    monkeypatch.setattr("training.kernels.loss.CHUNKS", {"cpu": (0, chunk)})
+    monkeypatch.setattr("training.kernels.loss.CHUNKS", {"cpu": 4 * chunk})
     x, w, targets = random(23, 8), random(50, 8), torch.randint(-1, 50, (23,))
     targets[:2] = -1
 

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Logits that exist at a time. On a CPU few enough for its caches, but never those of fewer tokens than make a product
-# fast: all of the weights' gradient is read and written for each chunk. Elsewhere enough for large products (1 GiB).
-CHUNKS = {"cpu": (2**20, 256)}  # by type of device: (logits, tokens at least)
-CHUNK_ELSEWHERE = (2**28, 1)
+# Logits that exist at a time, in bytes of a column: on a CPU so many tokens that products are fast and all of the weights'
+# gradient is seldom read and written. Elsewhere by their number, 1 GiB of float32.
+CHUNKS = {"cpu": 2**12}  # by type of device
+CHUNK_ELSEWHERE = 2**28
+BLOCK = 2**19  # numbers that are worked on at a time on a CPU
 
 # Takes logits_NV, targets_N, softcap and whether the gradient is wanted. Returns the tokens' losses, float32 (N,), 0
 # where a target is not counted; the logits then are the losses' gradients, but for rows that are not counted.
@@ -35,12 +36,20 @@ def reference_loss(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float
 
 
 class ByTorch:
-    """`Rows` of PyTorch's operations: logits become probabilities and these the gradient in one piece of memory."""
+    """`Rows` of PyTorch's operations: logits become probabilities, and these the gradient.
+
+    On a CPU it is done for so few tokens at a time that its caches hold them.
+    """
 
     def __init__(self):
-        self.work_NV: Tensor | None = None  # for logits that are not float32: theirs in float32, used again
+        self.work_nV: Tensor | None = None  # for logits that are not float32: theirs in float32, used again
 
     def __call__(self, logits_NV: Tensor, targets_N: Tensor, softcap: float | None, *, gradient: bool) -> Tensor:
+        size = max(1, BLOCK // logits_NV.shape[1]) if logits_NV.device.type == "cpu" else len(logits_NV)
+        blocks = zip(logits_NV.split(size), targets_N.split(size), strict=True)
+        return torch.cat([self._block(logits_nV, targets_n, softcap, gradient) for logits_nV, targets_n in blocks])
+
+    def _block(self, logits_NV: Tensor, targets_N: Tensor, softcap: float | None, gradient: bool) -> Tensor:
         p_NV = logits_NV if logits_NV.dtype == torch.float32 else self._in_float32(logits_NV)
         target_N1 = targets_N[:, None].clamp(min=0)
         if softcap is not None:
@@ -58,9 +67,9 @@ class ByTorch:
         return loss_N1.squeeze(1) * (targets_N >= 0)
 
     def _in_float32(self, logits_NV: Tensor) -> Tensor:
-        if self.work_NV is None:
-            self.work_NV = torch.empty_like(logits_NV, dtype=torch.float32)
-        return self.work_NV[: len(logits_NV)].copy_(logits_NV)
+        if self.work_nV is None:
+            self.work_nV = torch.empty_like(logits_NV, dtype=torch.float32)
+        return self.work_nV[: len(logits_NV)].copy_(logits_NV)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -77,7 +86,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_x_NC = torch.empty_like(x_NC) if needs_x else None
         grad_w_VC = torch.empty_like(w_VC, dtype=torch.float32) if needs_w else None
         w_VC = w_VC.to(x_NC.dtype)
-        size = min(len(x_NC), _chunk(x_NC.device, len(w_VC)))
+        size = min(len(x_NC), _chunk(x_NC, len(w_VC)))
         logits_nV = x_NC.new_empty(size, len(w_VC))
         for start in range(0, len(x_NC), size):
             part = slice(start, start + size)
@@ -103,10 +112,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return None, grad_x_NC, grad_w_VC, None, None
 
 
-def _chunk(device: torch.device, n_vocab: int) -> int:
+def _chunk(x_NC: Tensor, n_vocab: int) -> int:
     """Tokens whose logits exist at a time."""
-    n_logits, at_least = CHUNKS.get(device.type, CHUNK_ELSEWHERE)
-    return max(at_least, n_logits // n_vocab)
+    if x_NC.device.type in CHUNKS:
+        return max(1, CHUNKS[x_NC.device.type] // x_NC.element_size())
+    return max(1, CHUNK_ELSEWHERE // n_vocab)
 
 
 def _add_product(sum_IO: Tensor, x_IN: Tensor, y_NO: Tensor, *, first: bool) -> None:
@@ -115,8 +125,12 @@ def _add_product(sum_IO: Tensor, x_IN: Tensor, y_NO: Tensor, *, first: bool) -> 
         sum_IO.addmm_(x_IN, y_NO, beta=0 if first else 1)
     elif first:
         sum_IO.copy_(x_IN @ y_NO)
-    else:
+    elif sum_IO.device.type != "cpu":
         sum_IO += x_IN @ y_NO
+    else:  # where a sum of two types is slow
+        size = max(1, BLOCK // sum_IO.shape[1])
+        for sum_iO, product_iO in zip(sum_IO.split(size), (x_IN @ y_NO).split(size), strict=True):
+            sum_iO += product_iO.float()
 
 
 def in_chunks(rows: Rows, x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None) -> Tensor:
