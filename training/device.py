@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -124,6 +125,18 @@ def memory_bytes(device: torch.device) -> int:
         asked, _ = resource.getrlimit(resource.RLIMIT_AS)
         physical = physical if asked == resource.RLIM_INFINITY else min(physical, asked)
     return physical // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """On a CPU with glibc, what is freed stays the process's own and is used again.
+
+    Else large tensors are mapped and unmapped at each use, and the kernel clears their pages one by one: up to a third
+    of a step. What the process has is its peak so far (mallopt(3)).
+    """
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_max = -1, -4  # malloc.h
+        for parameter, value in ((mmap_max, 0), (trim_threshold, -1)):  # no mapping of its own, no trimming
+            ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def forget_peak(device: torch.device) -> None:
