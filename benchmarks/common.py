@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -35,16 +36,52 @@ def waiting(device: torch.device) -> Callable[[], None]:
 def turns(sides: dict[str, Callable[[], object]], rounds: int, device: torch.device, warm: int = 1) -> Times:
     """Seconds of each side's call, the sides taking turns; the first `warm` rounds do not count."""
     times: Times = {name: [] for name in sides}
-    wait = waiting(device)
     for turn in range(-warm, rounds):
         for name, side in sides.items():
-            wait()
-            start = time.perf_counter()
-            side()
-            wait()
+            taken = seconds_of(side, device)
             if turn >= 0:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(taken)
     return times
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """From when the device has nothing to do until it has done this."""
+    wait = waiting(device)
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - start
+
+
+class Worker:
+    """A side in a process of its own, which says "ready", and then for each line how long its step took."""
+
+    def __init__(self, script: str, *arguments: object, env: dict[str, str]):
+        command = [sys.executable, script, *map(str, arguments)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | env
+        )
+        self._line("ready")
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def seconds(self) -> float:
+        """Of one step, now."""
+        print(file=self.process.stdin, flush=True)
+        return float(self._line())
+
+    def _line(self, until: str = "") -> str:
+        """The next line, or the next that is `until`."""
+        for said in self.process.stdout:
+            if until in (said.strip(), ""):
+                return said
+        raise SystemExit(f"a side ended: {' '.join(map(str, self.process.args))}")
 
 
 def ratio(times: Times, one: str, other: str) -> float:
@@ -65,10 +102,10 @@ def against(value: float, bar: float, *, least: bool) -> str:
     return f"{value:.2f} (bar: at {'least' if least else 'most'} {bar:g}, {'met' if met else 'MISSED'})"
 
 
-def in_a_process(script: str, *arguments: object) -> object:
+def in_a_process(script: str, *arguments: object, env: dict[str, str] | None = None) -> object:
     """The last line of JSON that the script prints, in a fresh process with these arguments."""
     command = [sys.executable, script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | (env or {}))
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])

@@ -4,9 +4,10 @@
 
 One step is forward, backward, clipping and AdamW on a global batch, of 6 layers, 384 wide, context 256. Ours is the
 loop's own step, its batches read from disk, its metrics kept. The others hold one batch in memory, compute under
-autocast, and have fused AdamW. PATHs are folders with their `model.py`; without, they are left out. Sides take turns
-within one run; a figure is the median over the rounds, and so is a ratio of two figures of one round. Memory is the
-peak of a third step in a fresh process, beyond what its imports took.
+autocast, and have fused AdamW; "large pages" is PyTorch's own THP_MEM_ALLOC_ENABLE=1, which is theirs to set. PATHs are
+folders with their `model.py`; without, they are left out. Each side has a process of its own, so that none has what
+another asked of the allocator, and they take turns; a figure is the median over the rounds, and so is a ratio of two
+figures of one round. Memory is the peak of a third step in a fresh process, beyond what its imports took.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
+from contextlib import ExitStack, nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 
 import torch
-from common import against, header, in_a_process, line, peak_gib, ratio, resident_gib, turns
+from common import Times, Worker, against, header, in_a_process, line, peak_gib, ratio, resident_gib, seconds_of
 from torch import Tensor, nn
 
 from training import device as devices
@@ -166,6 +167,8 @@ def dense_sides(asked: argparse.Namespace, folder: Path, device: torch.device) -
     if asked.nanogpt:
         sides["nanogpt"] = lambda: from_folder(asked.nanogpt, config, device, compiled=False)
         sides["nanogpt, compiled"] = lambda: from_folder(asked.nanogpt, config, device, compiled=True)
+        if device.type == "cpu":
+            sides["nanogpt, compiled, large pages"] = sides["nanogpt, compiled"]
     return sides
 
 
@@ -192,6 +195,7 @@ BARS = {
         ("transformers", "this", 1.8, True),
         ("transformers", "this, compiled", 1.8, True),
         ("nanogpt, compiled", "this, compiled", 1.2, True),
+        ("nanogpt, compiled, large pages", "this, compiled", 1.2, True),
     ],
     "moe": [
         ("this", "its dense twin", 1.25, False),
@@ -211,8 +215,15 @@ def compare(kind: str, asked: argparse.Namespace, folder: Path, device: torch.de
     """Print each side's time, and the ratios that have bars."""
     n_tokens = asked.samples * (asked.n_positions or SIZES["n_positions"])
     print(f"{kind}, {asked.precision}, vocabulary {asked.vocab_size:,}, {n_tokens:,} tokens, {asked.rounds} rounds")
-    sides = {name: make() for name, make in sides_of(kind, asked, folder, device).items()}
-    times = turns(sides, asked.rounds, device, warm=2)
+    times: Times = {name: [] for name in sides_of(kind, asked, folder, device)}
+    with ExitStack() as at_end:
+        workers = {
+            name: at_end.enter_context(Worker(__file__, *sys.argv[1:], "--side", kind, name, env=environment(name)))
+            for name in times
+        }
+        for _ in range(asked.rounds):
+            for name, worker in workers.items():
+                times[name].append(worker.seconds())
     for name, seconds in times.items():
         print(line(name, seconds, n_tokens))
     for one, other, bar, least in BARS[kind]:
@@ -220,10 +231,24 @@ def compare(kind: str, asked: argparse.Namespace, folder: Path, device: torch.de
             print(f"    {one} / {other}: {against(ratio(times, one, other), bar, least=least)}", flush=True)
 
 
+def environment(side: str) -> dict[str, str]:
+    """What a side's users would set."""
+    return {"THP_MEM_ALLOC_ENABLE": "1"} if "large pages" in side else {}
+
+
+def take_turns(step: Step, device: torch.device) -> None:
+    """In a process of a side: a step for every line that comes, and its seconds; the first two do not count."""
+    for _ in range(2):
+        step()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        print(seconds_of(step, device), flush=True)
+
+
 def memory(kind: str, asked: argparse.Namespace, folder: Path, device: torch.device) -> None:
     """Print each side's peak, found in a process of its own."""
     names = sides_of(kind, asked, folder, device)
-    peaks = {name: in_a_process(__file__, *sys.argv[1:], "--peak", kind, name) for name in names}
+    peaks = {name: in_a_process(__file__, *sys.argv[1:], "--peak", kind, name, env=environment(name)) for name in names}
     print(f"{kind}: GiB at the peak of a step: {', '.join(f'{name} {gib:.2f}' for name, gib in peaks.items())}")
     if kind == "dense":
         print(
@@ -255,13 +280,18 @@ def main() -> None:
     parser.add_argument("--nanomoe", type=Path, help="folder with nanoMoE's model.py")
     parser.add_argument("--uncompiled", action="store_true", help="leave out what compiles")
     parser.add_argument("--no_memory", action="store_true", help="leave the peaks out")
-    parser.add_argument("--peak", nargs=2, metavar=("KIND", "SIDE"), help=argparse.SUPPRESS)
+    for what in ("--peak", "--side"):
+        parser.add_argument(what, nargs=2, metavar=("KIND", "SIDE"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
     device = devices.pick(asked.device)
     asked.precision = devices.resolve_precision(asked.precision, device)
     with tempfile.TemporaryDirectory() as folder:
         if asked.peak:
             print(peak_of(*asked.peak, asked, Path(folder), device))
+            return
+        if asked.side:
+            kind, name = asked.side
+            take_turns(sides_of(kind, asked, Path(folder), device)[name](), device)
             return
         print(header(device, "transformers"))
         for kind in SIDES if asked.only is None else [asked.only]:

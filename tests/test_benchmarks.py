@@ -20,7 +20,7 @@ def output_of(name, *arguments) -> str:
 
 
 def test_experts_are_compared_with_the_dense_layer_and_with_transformers():
-    said = output_of("experts.py", "--width", 64, "--tokens", 256, "--rounds", 1, "--threads", 1)
+    said = output_of("experts.py", "--width", 64, "--tokens", 256, "--rounds", 1, "--threads", 1, "--dtype", "fp32")
     assert "auto: grouped (ran, and equals the reference)" in said
     for name in ("dense", "auto", "loop", "transformers, eager", "transformers, grouped"):
         assert f"    {name} " in said

@@ -33,5 +33,6 @@ def test_equal_blocks_are_compiled_once_and_whole_and_never_anew(ffn, begun):
         record(run, Due(log=True, evaluate=True, save=False, signal=0))
         programs.append(counters["stats"]["unique_graphs"])
     assert programs == [programs[0]] * 4 and 2 <= programs[0] <= 3
-    assert counters["frames"]["ok"] == counters["frames"]["total"]  # others' finalizers may be frames, without a program
+    # More than programs: what finalizers run of earlier tests may be a frame, without one.
+    assert counters["frames"]["ok"] == counters["frames"]["total"]
     assert not counters["graph_break"] and not counters["recompile_limit"]

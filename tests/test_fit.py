@@ -179,6 +179,7 @@ def limited(run):
     if run.step == 2:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
+        run.micro_batch = 128  # more than there was memory for so far, which stays the process's own
     before(run)
 loop.train_step = limited
 raise SystemExit(train(config))
@@ -222,7 +223,7 @@ def test_where_memory_is_out_once_the_model_is_built_there_is_a_line_and_checkpo
 def test_where_the_system_gives_no_more_memory_fewer_samples_go_at_a_time(options, run, tmp_path):
     """A real limit, from the third step on; saves, rows and the model are made within it."""
     wide = {"n_layer": 2, "n_head": 2, "n_embd": 64, "n_positions": 128, "blocks": [{"ffn": {"type": "moe"}}, {}]}
-    changes = {"model": wide, "batch_tokens": 2**14, "micro_batch": 128, "steps": 4, "checkpoint": {"every": 2}}
+    changes = {"model": wide, "batch_tokens": 2**14, "micro_batch": 32, "steps": 4, "checkpoint": {"every": 2}}
     path = write_config(tmp_path / "limited.yaml", options(name="limited", **changes))
     done = command("-c", LIMITED.format(path=str(path)))
     assert done.returncode == 0, done.stderr

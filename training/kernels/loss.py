@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Logits that exist at a time, in bytes of a column: on a CPU so many tokens that products are fast and all of the weights'
-# gradient is seldom read and written. Elsewhere by their number, 1 GiB of float32.
+# Logits that exist at a time, in bytes of a column: on a CPU so many tokens that products are fast and all of the
+# weights' gradient is seldom read and written. Elsewhere by their number, 1 GiB of float32.
 CHUNKS = {"cpu": 2**12}  # by type of device
 CHUNK_ELSEWHERE = 2**28
-BLOCK = 2**19  # numbers that are worked on at a time on a CPU
+BLOCK = 2**19  # numbers that are worked on at a time where there are CHUNKS, which caches hold
 
 # Takes logits_NV, targets_N, softcap and whether the gradient is wanted. Returns the tokens' losses, float32 (N,), 0
 # where a target is not counted; the logits then are the losses' gradients, but for rows that are not counted.
@@ -45,7 +45,7 @@ class ByTorch:
         self.work_nV: Tensor | None = None  # for logits that are not float32: theirs in float32, used again
 
     def __call__(self, logits_NV: Tensor, targets_N: Tensor, softcap: float | None, *, gradient: bool) -> Tensor:
-        size = max(1, BLOCK // logits_NV.shape[1]) if logits_NV.device.type == "cpu" else len(logits_NV)
+        size = max(1, BLOCK // logits_NV.shape[1]) if logits_NV.device.type in CHUNKS else len(logits_NV)
         blocks = zip(logits_NV.split(size), targets_N.split(size), strict=True)
         return torch.cat([self._block(logits_nV, targets_n, softcap, gradient) for logits_nV, targets_n in blocks])
 
@@ -125,7 +125,7 @@ def _add_product(sum_IO: Tensor, x_IN: Tensor, y_NO: Tensor, *, first: bool) -> 
         sum_IO.addmm_(x_IN, y_NO, beta=0 if first else 1)
     elif first:
         sum_IO.copy_(x_IN @ y_NO)
-    elif sum_IO.device.type != "cpu":
+    elif sum_IO.device.type not in CHUNKS:
         sum_IO += x_IN @ y_NO
     else:  # where a sum of two types is slow
         size = max(1, BLOCK // sum_IO.shape[1])

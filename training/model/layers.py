@@ -79,27 +79,30 @@ class LayerNorm(nn.Module):
 
 
 class _RMSNormOnCPU(torch.autograd.Function):
-    """RMSNorm of float32 numbers. PyTorch has no kernel for it on CPUs, and its operations take five times as long.
+    """RMSNorm, in float32. PyTorch has no kernel for it on CPUs, and its operations take several times as long.
 
     With a mean of zero, LayerNorm's backward lacks of RMSNorm's one term: 1/rms x mean(gradient x weight).
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        exact = x.float()
+        square = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_()
         inverse_rms = square.div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse_rms)
-        return (x * inverse_rms).mul_(weight)
+        return (exact * inverse_rms).mul_(weight.float()).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse_rms = ctx.saved_tensors
+        exact, dtype = weight.float(), x.dtype
+        x, grad = x.float(), grad.float()
         grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
-            grad, x, weight.shape, torch.zeros_like(inverse_rms), inverse_rms, weight, None, [True, True, False]
+            grad, x, weight.shape, torch.zeros_like(inverse_rms), inverse_rms, exact, None, [True, True, False]
         )
-        mean = (grad @ weight).div_(x.shape[-1])
-        return grad_x.add_(inverse_rms * mean[..., None]), grad_weight, None
+        mean = (grad @ exact).div_(x.shape[-1])
+        return grad_x.add_(inverse_rms * mean[..., None]).to(dtype), grad_weight.to(dtype), None
 
 
 class RMSNorm(nn.Module):
@@ -111,9 +114,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling():
-            return _RMSNormOnCPU.apply(x, self.weight, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        weight = self.weight.to(x.dtype)
+        if x.device.type == "cpu" and x.dtype != torch.float64 and not torch.compiler.is_compiling():
+            return _RMSNormOnCPU.apply(x, weight, self.eps)
+        return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
 def norm(config: ModelConfig) -> nn.Module:
