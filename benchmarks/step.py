@@ -237,8 +237,8 @@ def environment(side: str) -> dict[str, str]:
 
 
 def take_turns(step: Step, device: torch.device) -> None:
-    """In a process of a side: a step for every line that comes, and its seconds; the first two do not count."""
-    for _ in range(2):
+    """In a process of a side: a step for every line that comes, and its seconds; the first six do not count."""
+    for _ in range(6):
         step()
     print("ready", flush=True)
     for _ in sys.stdin:

@@ -166,7 +166,7 @@ class Trial(NamedTuple):
 
 def _attention_trial(call: Call, needs: Needs, device: torch.device, dtype: torch.dtype, compiled: bool) -> Trial:
     """A batch of two, each of two documents, with a window that bites."""
-    n_tokens = 128  # of a few keys, gradients of their scores would be rounding and little else
+    n_tokens = 256  # of a few keys, gradients of their scores would be rounding and little else
     tokens_BT = torch.ones(2, n_tokens, dtype=torch.int64, device=device)
     tokens_BT[0, n_tokens // 3] = tokens_BT[1, n_tokens // 2] = 0
     window = None if call.window is None else max(2, min(call.window, n_tokens // 2))

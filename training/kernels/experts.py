@@ -68,10 +68,10 @@ class _Up(torch.autograd.Function):
         x_RC = x_NC.index_select(0, token_R)
         grad_RF = [grad.contiguous() for grad in grad_RF]
         grad_w = [products.outer(grad, x_RC, ends_E) for grad in grad_RF]
-        grad_RC = products.rows(grad_RF[0], w_EFC[0], ends_E)
-        for grad, w in zip(grad_RF[1:], w_EFC[1:], strict=True):
-            grad_RC += products.rows(grad, w, ends_E)
-        return None, None, None, None, _combine(grad_RC, inverse_NK, None), *grad_w
+        grad_x = [
+            _combine(products.rows(grad, w, ends_E), inverse_NK, None) for grad, w in zip(grad_RF, w_EFC, strict=True)
+        ]
+        return None, None, None, None, sum(grad_x[1:], grad_x[0]), *grad_w
 
 
 class _Down(torch.autograd.Function):
