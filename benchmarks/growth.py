@@ -19,11 +19,13 @@ import step
 import torch
 from common import header, in_a_process, peak_gib, resident_gib
 
+from training import device as devices
 from training import memory
 from training.config import Config
 from training.model import GPT
 
 CPU = torch.device("cpu")
+PRECISION = devices.resolve_precision("auto", CPU)
 CONTEXTS = [128, 256, 512, 1024, 2048, 4096]
 EXPERTS = [1, 2, 4, 8, 16, 32, 64]
 AT_A_TIME = [512, 1024, 2048, 4096, 8192, 16384]
@@ -42,7 +44,7 @@ def config_of(asked: argparse.Namespace, folder: Path, *, context: int = 128, ex
     sizes = {"n_layer": 4, "n_head": 4, "n_embd": asked.width, "n_positions": context, "vocab_size": 4096}
     samples = max(asked.tokens, at_a_time) // context
     about = argparse.Namespace(
-        **sizes, samples=samples, micro_batch=at_a_time // context or "auto", precision="fp32", device="cpu"
+        **sizes, samples=samples, micro_batch=at_a_time // context or "auto", precision=PRECISION, device="cpu"
     )
     ffn = {"type": "moe", "n_experts": experts, "top_k": min(2, experts), "hidden": asked.width, "activation": "relu2"}
     return step.options(step.LLAMA | ({"blocks": [{"ffn": ffn}]} if experts else {}), about, folder)
@@ -51,8 +53,8 @@ def config_of(asked: argparse.Namespace, folder: Path, *, context: int = 128, ex
 def seconds(config: Config, n_steps: int) -> tuple[float, float]:
     """Of a step: (forward and backward, optimizer), by the run's own ledger."""
     taken = step.ours(config, CPU)
-    taken()
-    taken()
+    for _ in range(6):  # until numbers of an expert's rows have come before
+        taken()
     before = dict(taken.run.ledger.seconds)
     for _ in range(n_steps):
         taken()
@@ -135,7 +137,7 @@ def main() -> None:
         if asked.peak:
             print(peak(asked, folder, asked.peak))
             return
-        print(header(CPU))
+        print(f"{header(CPU)}; {PRECISION}")
         by_context = dict(
             zip(asked.contexts, [config_of(asked, folder, context=n) for n in asked.contexts], strict=True)
         )

@@ -21,10 +21,12 @@ import torch
 from common import Times, against, header, line, ratio
 
 from training import cli
+from training import device as devices
 from training.data import prepare
 
 HERE = Path(__file__).parent.parent
 BAR = 0.9
+PRECISION = devices.resolve_precision("auto", torch.device("cpu"))
 SIZES = {
     "quickstart's sizes": {"n_layer": 4, "n_head": 2, "n_embd": 128, "n_positions": 128, "vocab_size": 4096},
     "6 layers of 384": {"vocab_size": 50304},
@@ -54,7 +56,11 @@ def steps_of(config: Path, folder: Path, n_processes: int, n_threads: int) -> li
 def compare(sizes: dict, model: dict, asked: argparse.Namespace, folder: Path) -> Times:
     """Seconds a step of each round of each side."""
     options = argparse.Namespace(
-        **dict.fromkeys(step.SIZES) | sizes, samples=asked.samples, micro_batch="auto", precision="fp32", device="cpu"
+        **dict.fromkeys(step.SIZES) | sizes,
+        samples=asked.samples,
+        micro_batch="auto",
+        precision=PRECISION,
+        device="cpu",
     )
     config = step.options(step.LLAMA | model, options, folder)
     config = config.model_copy(
@@ -78,7 +84,7 @@ def main() -> None:
     parser.add_argument("--only", choices=SIZES, help="one of the sizes")
     parser.add_argument("--kinds", choices=KINDS, nargs="*", default=list(KINDS), help="default: both")
     asked = parser.parse_args()
-    print(header(torch.device("cpu")))
+    print(f"{header(torch.device('cpu'))}; {PRECISION}")
     for title, sizes in SIZES.items():
         for kind in asked.kinds:
             if asked.only in (None, title):
