@@ -4,12 +4,14 @@
 
 Shares are of the time of all steps, as the run's own ledger has them in its rows: `data` is what batches take, `idle`
 what logs do (TensorBoard among them), `checkpoint` how long the loop stands still for its saves in the background.
+Compiled, the run has 12 equal blocks, and the compiler's cache at first is empty.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -40,10 +42,11 @@ def seconds_of_help() -> float:
     return time.perf_counter() - start
 
 
-def seconds_to_first_step(options: list[object]) -> float:
+def seconds_to_first_step(options: list[object], **env: str) -> float:
     """From the command to the line that says that the first step is done."""
     start = time.perf_counter()
-    run = subprocess.Popen(command(*options, "--logging.every", 1), cwd=HERE, stdout=subprocess.PIPE, text=True)
+    words = command(*options, "--logging.every", 1)
+    run = subprocess.Popen(words, cwd=HERE, stdout=subprocess.PIPE, text=True, env=os.environ | env)
     with run:
         for line in run.stdout:
             if line.startswith("step"):
@@ -67,6 +70,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=160, help="of the run that is looked at (default %(default)s)")
     parser.add_argument("--every", type=int, default=50, help="steps from save to save (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="of what is short (default %(default)s)")
+    parser.add_argument("--uncompiled", action="store_true", help="leave out what compiles")
     asked = parser.parse_args()
     print(header(torch.device("cpu")))
     with tempfile.TemporaryDirectory() as folder:
@@ -78,6 +82,11 @@ def main() -> None:
         common += ["--resume", "never"]
         first_s = statistics.median(seconds_to_first_step(common) for _ in range(asked.rounds))
         print(f"first step of the cached {config.name}: {against(first_s, 8, least=False)} s", flush=True)
+        if not asked.uncompiled:
+            compiled = [*common, "--parallel.compile", "true", "--model.n_layer", 12]
+            for title in ("12 equal blocks, compiled, first step", "again, from the cache"):
+                found = seconds_to_first_step(compiled, TORCHINDUCTOR_CACHE_DIR=f"{folder}/compiled")
+                print(f"{title}: {against(found, 40, least=False)} s", flush=True)
         decay_steps = (asked.steps - config.schedule.warmup_steps) // 2
         common += ["--steps", asked.steps, "--schedule.decay_steps", decay_steps, "--eval.every", "null"]
         found = shares([*common, "--checkpoint.every", asked.every], Path(folder) / config.name)

@@ -95,9 +95,10 @@ def small(recipe: Path, folder: Path, steps: int) -> Path:
 def test_what_is_round_a_step_is_told_beside_its_bars(tmp_path):
     config = small(HERE.parent / "configs" / "quickstart.yaml", tmp_path, 8)
     said = output_of("around.py", "--config", config, "--steps", 12, "--every", 5, "--rounds", 1)
-    for name in ("--help: ", "first step of the cached quickstart: ", "data  ", "idle  ", "checkpoint "):
+    first = ("first step of the cached quickstart", "12 equal blocks, compiled, first step", "again, from the cache")
+    for name in ("--help: ", *(f"{title}: " for title in first), "data  ", "idle  ", "checkpoint "):
         assert f"\n{name}" in said
-    assert said.count("bar") == 5
+    assert said.count("bar") == 7
 
 
 @pytest.mark.soak
