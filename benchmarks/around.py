@@ -57,7 +57,7 @@ def seconds_to_first_step(options: list[object], **env: str) -> float:
 
 
 def shares(options: list[object], folder: Path) -> dict[str, float]:
-    """Of the steps' time, from the second row on: the first has what happens once."""
+    """Of the steps' time, from the sixth row on: those before have what happens once."""
     subprocess.run(command(*options), cwd=HERE, stdout=subprocess.DEVNULL, check=True)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][5:]
     steps = sum(row["step_s"] for row in rows)

@@ -22,7 +22,8 @@ Times = dict[str, list[float]]  # seconds of each round, by side
 def header(device: torch.device, *packages: str) -> str:
     """The machine, the commit and the versions: what a figure is worth nothing without."""
     here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True).stdout
+    asked = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(asked, cwd=here, capture_output=True, text=True).stdout
     versions = [f"torch {torch.__version__}", *(f"{name} {__import__(name).__version__}" for name in packages)]
     machine = f"{devices.describe(device)}; Python {platform.python_version()}, {', '.join(versions)}"
     return f"{machine}; commit {commit.strip() or 'unknown'}"
@@ -55,32 +56,32 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 
 class Worker:
-    """A side in a process of its own, which says "ready", and then for each line how long its step took."""
+    """A side in a process of its own. It says "ready", and then for each line that comes "took" and the seconds."""
 
     def __init__(self, script: str, *arguments: object, env: dict[str, str]):
         command = [sys.executable, script, *map(str, arguments)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | env
         )
-        self._line("ready")
+        self._said("ready")
 
     def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()
+        self.process.stdin.close()  # it ends
         self.process.wait()
 
     def seconds(self) -> float:
         """Of one step, now."""
         print(file=self.process.stdin, flush=True)
-        return float(self._line())
+        return float(self._said("took"))
 
-    def _line(self, until: str = "") -> str:
-        """The next line, or the next that is `until`."""
-        for said in self.process.stdout:
-            if until in (said.strip(), ""):
-                return said
+    def _said(self, word: str) -> str:
+        """What follows the word in the next line that begins with it."""
+        for line in self.process.stdout:
+            if line.startswith(word):
+                return line.removeprefix(word)
         raise SystemExit(f"a side ended: {' '.join(map(str, self.process.args))}")
 
 

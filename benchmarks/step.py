@@ -4,10 +4,11 @@
 
 One step is forward, backward, clipping and AdamW on a global batch, of 6 layers, 384 wide, context 256. Ours is the
 loop's own step, its batches read from disk, its metrics kept. The others hold one batch in memory, compute under
-autocast, and have fused AdamW; "large pages" is PyTorch's own THP_MEM_ALLOC_ENABLE=1, which is theirs to set. PATHs are
-folders with their `model.py`; without, they are left out. Each side has a process of its own, so that none has what
-another asked of the allocator, and they take turns; a figure is the median over the rounds, and so is a ratio of two
-figures of one round. Memory is the peak of a third step in a fresh process, beyond what its imports took.
+autocast, and have fused AdamW. "large pages" is PyTorch's own THP_MEM_ALLOC_ENABLE=1, "kept memory" glibc told by
+MALLOC_MMAP_MAX_=0 to keep what is freed, as ours does by itself: who knows of them may set them. PATHs are folders with
+their `model.py`; without, they are left out. Each side has a process of its own, so that none has what another asked
+of the allocator, and they take turns; a figure is the median over the rounds, and so is a ratio of two figures of one
+round. Memory is the peak of a third step in a fresh process, beyond what its imports took.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ Step = Callable[[], object]
 SIZES = {"n_layer": 6, "n_head": 6, "n_embd": 384, "n_positions": 256}
 GPT2 = {"position": "learned", "norm": "layernorm", "bias": True}
 LLAMA = {"position": "rope", "norm": "rmsnorm", "bias": False}
+ENVIRONMENT = {
+    "large pages": {"THP_MEM_ALLOC_ENABLE": "1"},
+    "kept memory": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)},
+}
 SWIGLU = {"type": "moe", "n_experts": 8, "top_k": 2, "hidden": 768, "activation": "silu", "gated": True}
 GELU = {"type": "moe", "n_experts": 8, "top_k": 2, "hidden": 1536, "activation": "gelu"}
 
@@ -101,13 +106,15 @@ def theirs(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], config
     shape = (config.batch_tokens // sections.n_positions, sections.n_positions + 1)
     text = torch.randint(0, 256, shape, generator=generator).to(device)
     tokens_BT, targets_BT = text[:, :-1].contiguous(), text[:, 1:].contiguous()
+    at_a_time = len(text) if config.micro_batch == "auto" else config.micro_batch
     dtype = devices.DTYPES[config.precision]
     cast = partial(torch.autocast, device.type, dtype) if dtype != torch.float32 else nullcontext
 
     def step() -> None:
-        with cast():
-            loss = loss_of(tokens_BT, targets_BT)
-        loss.backward()
+        for tokens_bT, targets_bT in zip(tokens_BT.split(at_a_time), targets_BT.split(at_a_time), strict=True):
+            with cast():
+                loss = loss_of(tokens_bT, targets_bT) * (len(tokens_bT) / len(text))
+            loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -168,7 +175,8 @@ def dense_sides(asked: argparse.Namespace, folder: Path, device: torch.device) -
         sides["nanogpt"] = lambda: from_folder(asked.nanogpt, config, device, compiled=False)
         sides["nanogpt, compiled"] = lambda: from_folder(asked.nanogpt, config, device, compiled=True)
         if device.type == "cpu":
-            sides["nanogpt, compiled, large pages"] = sides["nanogpt, compiled"]
+            for name in ENVIRONMENT:
+                sides[f"nanogpt, compiled, {name}"] = sides["nanogpt, compiled"]
     return sides
 
 
@@ -196,6 +204,7 @@ BARS = {
         ("transformers", "this, compiled", 1.8, True),
         ("nanogpt, compiled", "this, compiled", 1.2, True),
         ("nanogpt, compiled, large pages", "this, compiled", 1.2, True),
+        ("nanogpt, compiled, kept memory", "this, compiled", 1.2, True),
     ],
     "moe": [
         ("this", "its dense twin", 1.25, False),
@@ -232,8 +241,8 @@ def compare(kind: str, asked: argparse.Namespace, folder: Path, device: torch.de
 
 
 def environment(side: str) -> dict[str, str]:
-    """What a side's users would set."""
-    return {"THP_MEM_ALLOC_ENABLE": "1"} if "large pages" in side else {}
+    """What a side's users would have set."""
+    return ENVIRONMENT.get(side.rpartition(", ")[2], {})
 
 
 def take_turns(step: Step, device: torch.device) -> None:
@@ -242,7 +251,7 @@ def take_turns(step: Step, device: torch.device) -> None:
         step()
     print("ready", flush=True)
     for _ in sys.stdin:
-        print(seconds_of(step, device), flush=True)
+        print("took", seconds_of(step, device), flush=True)
 
 
 def memory(kind: str, asked: argparse.Namespace, folder: Path, device: torch.device) -> None:

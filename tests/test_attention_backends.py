@@ -21,6 +21,7 @@ from training.errors import UserError
 from training.kernels import ATTENTION, Backend, Call, ExpertsCall, Kernels, Needs, choose
 from training.kernels.attention import Limits, Machine, Seen, automatic, documents, limits, why_not
 from training.kernels.attention.repeatable import DeterministicBackward, attend_repeatably, deterministic
+from training.kernels.attention.sdpa import FEW_KEYS
 from training.model import GPT
 
 CPU = torch.device("cpu")
@@ -487,3 +488,24 @@ def test_a_compiled_function_leaves_the_deterministic_backward_as_it_is():
     torch._dynamo.reset()
     assert_equal(torch.compile(attend, backend="aot_eager"), attend, inputs)
     assert modes == [(True, (2, False))] * 2
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_on_a_cpu_few_keys_are_attended_to_in_float32(window):
+    """Up to 192, in the half of the error; what comes out has the type of what came in, and so have gradients."""
+    found = {}
+    for n_tokens in (FEW_KEYS, FEW_KEYS + 1):
+        generator = torch.Generator().manual_seed(0)
+        leaves = [torch.randn(2, 4, n_tokens, 32, generator=generator).bfloat16().requires_grad_() for _ in range(3)]
+        seen = Seen(n_tokens, n_tokens, torch.device("cpu"), window, dtype=torch.bfloat16)
+        y = ATTENTION["flash"].attend(*leaves, ATTENTION["flash"].mask(seen))
+        grads = torch.autograd.grad(y, leaves, torch.ones_like(y))
+        exact = [leaf.detach().float().requires_grad_() for leaf in leaves]
+        expected = ATTENTION["reference"].attend(*exact, ATTENTION["reference"].mask(seen))
+        expected_grads = torch.autograd.grad(expected, exact, torch.ones_like(expected))
+        assert all(x.dtype == torch.bfloat16 for x in (y, *grads))
+        found[n_tokens] = max(
+            ((x.float() - other).norm() / other.norm()).item()
+            for x, other in zip((y, *grads), (expected, *expected_grads), strict=True)
+        )
+    assert found[FEW_KEYS] < 0.0019 < 0.0022 < found[FEW_KEYS + 1]  # bf16's own rounding is 0.0017

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 from pathlib import Path
 
@@ -230,3 +231,27 @@ def test_where_the_system_gives_no_more_memory_fewer_samples_go_at_a_time(option
     assert "step 3: out of memory; the same batch again, 64 samples at a time from here" in done.stderr
     ours, theirs = (load_file(run_ / "model/model.safetensors") for run_ in (tmp_path / "runs/limited", run(**changes)))
     assert all((tensor - theirs[name]).abs().max() < 1e-5 for name, tensor in ours.items())
+
+
+FAULTS = """
+import resource, torch
+from training import device as devices
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**26)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+cpu = torch.device("cpu")
+anew = [faults() for _ in range(2)]
+devices.keep_freed_memory(cpu)
+kept = [faults() for _ in range(20)]  # at first small things lie between what is freed
+devices.forget_peak(cpu)
+print(anew[-1], kept[-1], faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+def test_freed_memory_is_used_again_without_a_page_fault_until_a_peak_is_looked_for():
+    done = command("-c", FAULTS)
+    assert done.returncode == 0, done.stderr
+    anew, kept, after = map(int, done.stdout.split())
+    assert kept < anew / 10 and after > anew / 2, done.stdout

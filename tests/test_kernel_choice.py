@@ -8,7 +8,7 @@ from conftest import goes_on_with
 
 from training.config import ModelConfig, ParallelConfig
 from training.errors import UserError
-from training.kernels import ATTENTION, Backend, Call, Needs, choose, names
+from training.kernels import ATTENTION, Backend, Call, ExpertsCall, Needs, choose, names
 from training.kernels.attention import Limits, Seen, documents
 from training.model import GPT, needs
 
@@ -54,6 +54,20 @@ def halves_the_gradient_of_queries(q, k, v, mask, scale, softcap):
 def shares_keys_in_another_order(q, k, v, mask, scale, softcap):
     y = REFERENCE.attend(q[:, [0, 2, 1, 3]], k, v, mask, scale=scale, softcap=softcap)
     return y[:, [0, 2, 1, 3]]
+
+
+def test_on_a_cpu_experts_of_sixteen_bits_go_one_by_one():
+    """There the loop rounds numbers of rows; what a run began with stays."""
+    asked = Needs(frozenset({Call(3, 3, 8, 8)}), frozenset({ExpertsCall(32, 64)}), False)
+    chosen = {
+        dtype: choose(ParallelConfig(), asked, device=CPU, dtype=dtype)[1]["experts"].split()[0]
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    }
+    assert chosen[torch.bfloat16] == chosen[torch.float16] == "loop"
+    assert chosen[torch.float32] == ("grouped" if hasattr(torch.nn.functional, "grouped_mm") else "loop")
+    before = {"experts": "reference"}
+    _, why = choose(ParallelConfig(), asked, device=CPU, dtype=torch.bfloat16, before=before)
+    assert why["experts"].startswith("reference ")
 
 
 @pytest.mark.parametrize(

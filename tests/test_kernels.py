@@ -116,7 +116,7 @@ def test_a_plan_sorts_tokens_by_expert_and_then_by_order():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_loss_equals_log_softmax_at_the_targets(dtype, name, chunk, softcap, monkeypatch):
     """Logits of `chunk` tokens at a time, and of these of three."""
-    monkeypatch.setattr("training.kernels.loss.CHUNKS", {"cpu": dtype.itemsize * chunk})
+    monkeypatch.setattr("training.kernels.loss.CHUNKS", {"cpu": (dtype.itemsize * chunk, 2**28)})
     monkeypatch.setattr("training.kernels.loss.BLOCK", 150)
     x, w, targets = random(23, 8), random(50, 8), torch.randint(-1, 50, (23,))
     targets[:2] = -1

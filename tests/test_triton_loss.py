@@ -76,7 +76,7 @@ def interpret(path: str) -> None:
     from training.kernels.triton_loss import by_triton
 
     torch.use_deterministic_algorithms(True)  # what is not written is NaN
-    loss.CHUNKS, ours = {"cpu": 12}, partial(in_chunks, by_triton)
+    loss.CHUNKS, ours = {"cpu": (12, 2**28)}, partial(in_chunks, by_triton)
     found = {run: outcome(ours, CASES[run[0]], CASES[run[0]].inputs(DTYPES[run[1]])) for run in RUN}
     name = "blocks and a part"
     found[name, "again"] = outcome(ours, CASES[name], CASES[name].inputs(torch.float32))

@@ -128,19 +128,25 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """On a CPU with glibc, what is freed stays the process's own and is used again.
+    """On a CPU with glibc, what is freed stays the process's own, all of it, from now on, and is used again.
 
     Else large tensors are mapped and unmapped at each use, and the kernel clears their pages one by one: up to a third
-    of a step. What the process has is its peak so far (mallopt(3)).
+    of a step. What the process has is its peak so far, or since `forget_peak` (mallopt(3)).
     """
-    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
-        trim_threshold, mmap_max = -1, -4  # malloc.h
-        for parameter, value in ((mmap_max, 0), (trim_threshold, -1)):  # no mapping of its own, no trimming
-            ctypes.CDLL(None).mallopt(parameter, value)
+    if (c_library := _glibc(device)) is not None:
+        c_library.mallopt(-4, 0)  # M_MMAP_MAX: no tensor is a mapping of its own
+        c_library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is handed back
+
+
+def _glibc(device: torch.device) -> ctypes.CDLL | None:
+    """The C library that tensors there are allocated by, where it is glibc."""
+    return ctypes.CDLL(None) if device.type == "cpu" and platform.libc_ver()[0] == "glibc" else None
 
 
 def forget_peak(device: torch.device) -> None:
-    """Begin to look for a new peak, where that can be told."""
+    """Begin to look for a new peak, where that can be told. Memory that is free goes back, else it would count."""
+    if (c_library := _glibc(device)) is not None:
+        c_library.malloc_trim(0)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif (clear := Path("/proc/self/clear_refs")).exists():

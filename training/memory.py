@@ -31,9 +31,9 @@ from training.distributed.mesh import Grid, grid
 from training.distributed.parallelize import Layout, parallelize
 from training.fit import most_samples
 from training.kernels import ATTENTION, EXPERTS, PORTABLE_LOSS, Backend, Kernels, loss
-from training.kernels.attention import Documents
+from training.kernels.attention import Documents, sdpa
 from training.kernels.experts import Plan, plan, to_rows, to_tokens
-from training.model import GPT
+from training.model import GPT, layers
 from training.model.moe import Experts
 from training.optim import Optimizer
 
@@ -183,7 +183,7 @@ def _peak(
     micro_batch, accumulates = min(micro_batch, n_mine), n_mine > micro_batch
     replicated = world > 1 and cells.shard == 1
     dtype, live = DTYPES[config.precision], Live(cells)
-    with FakeTensorMode(), _chunks_of(device), live:
+    with FakeTensorMode(), _as_on(device), live:
         model, layout = _model(config, cells, dtype, device, worst)
         shares = {parameter: _share(name, cells) for name, parameter in model.named_parameters()}
         for tensor in [*model.parameters(), *model.buffers()]:
@@ -211,15 +211,15 @@ def _put_gradients(shares: dict[nn.Parameter, float], live: Live) -> None:
 
 
 @contextmanager
-def _chunks_of(device: str) -> Iterator[None]:
-    """The loss works on chunks as on the device, though tensors say that they are on a CPU."""
-    before = loss.CHUNKS
+def _as_on(device: str) -> Iterator[None]:
+    """No way that a CPU alone takes is taken where the device is another, though tensors say that they are on a CPU."""
+    before = loss.CHUNKS, sdpa.FEW_KEYS, layers.NORMALISED
     if device != "cpu":
-        loss.CHUNKS = {}
+        loss.CHUNKS, sdpa.FEW_KEYS, layers.NORMALISED = {}, 0, ()
     try:
         yield
     finally:
-        loss.CHUNKS = before
+        loss.CHUNKS, sdpa.FEW_KEYS, layers.NORMALISED = before
 
 
 def _model(config: Config, cells: Grid, dtype: torch.dtype, device: str, worst: bool) -> tuple[GPT, Layout]:

@@ -50,6 +50,9 @@ __all__ = [
 
 # Largest relative error (in the Euclidean norm) that is rounding and nothing else.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+# Of fewer keys, gradients of their scores would be rounding and little else; on a CPU more are computed in another way.
+TRIED_TOKENS = {"cpu": (128, 256)}
+TRIED_ELSEWHERE = (128,)
 TIMED_ON = ("cuda",)  # types of devices where kernels of experts are told apart by time: elsewhere by their order
 TIMED_TOKENS = 4096
 ELSEWHERE = "it runs on CUDA devices"
@@ -164,9 +167,10 @@ class Trial(NamedTuple):
         return None if worst <= TOLERANCE[dtype] else f"it differs from the reference by {worst:.0e}"
 
 
-def _attention_trial(call: Call, needs: Needs, device: torch.device, dtype: torch.dtype, compiled: bool) -> Trial:
+def _attention_trial(
+    call: Call, n_tokens: int, needs: Needs, device: torch.device, dtype: torch.dtype, compiled: bool
+) -> Trial:
     """A batch of two, each of two documents, with a window that bites."""
-    n_tokens = 256  # of a few keys, gradients of their scores would be rounding and little else
     tokens_BT = torch.ones(2, n_tokens, dtype=torch.int64, device=device)
     tokens_BT[0, n_tokens // 3] = tokens_BT[1, n_tokens // 2] = 0
     window = None if call.window is None else max(2, min(call.window, n_tokens // 2))
@@ -229,11 +233,11 @@ def _loss_trial(call: LossCall, device: torch.device) -> Trial:
     return Trial(run, inputs, lambda name: None if _is_for(name, device) else ELSEWHERE)
 
 
-def _in_order(kernels: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> list[str]:
+def _experts_in_order(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Those that could run there, in the order in which `auto` tries them."""
     # On a CPU the loop alone rounds numbers of 16-bit rows, which there makes experts twice as fast.
-    loop_first = device.type == "cpu" and dtype != torch.float32
-    return sorted((name for name in kernels if _is_for(name, device)), key=lambda n: loop_first and n != "loop")
+    loop_first = device.type == "cpu" and dtype.itemsize == 2
+    return sorted((name for name in EXPERTS if _is_for(name, device)), key=lambda name: loop_first and name != "loop")
 
 
 def _is_for(name: str, device: torch.device) -> bool:
@@ -262,15 +266,17 @@ def choose(
     """
     here = machine(device)
     attention = [
-        _attention_trial(call, needs, device, dtype, config.compile) for call in sorted(needs.attention, key=str)
+        _attention_trial(call, n_tokens, needs, device, dtype, config.compile)
+        for call in sorted(needs.attention, key=str)
+        for n_tokens in TRIED_TOKENS.get(device.type, TRIED_ELSEWHERE)
     ]
     experts = [_small_trial(call, device, dtype, config.compile) for call in sorted(needs.experts)]
     loss = [_loss_trial(call, device) for call in needs.loss]
     chosen, why = {}, {}
     for option, kernels, automatically, trials in (
         ("attention", ATTENTION, automatic(here), attention),
-        ("experts", EXPERTS, _in_order(EXPERTS, device, dtype), experts),
-        ("loss", LOSS, _in_order(LOSS, device, dtype), loss),
+        ("experts", EXPERTS, _experts_in_order(device, dtype), experts),
+        ("loss", LOSS, [name for name in LOSS if _is_for(name, device)], loss),
     ):
         asked, first = getattr(config, option), before.get(option)
         refused: dict[str, list[str]] = {}  # names by what their problem is

@@ -184,13 +184,16 @@ def _loop_rows(x_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
 def _loop_outer(y_RO: Tensor, x_RI: Tensor, ends_E: Tensor) -> Tensor:
     w_EOI = x_RI.new_empty(len(ends_E), y_RO.shape[1], x_RI.shape[1])
     for (start, end, rounded), w_OI in zip(_spans(x_RI, ends_E), w_EOI.unbind(0), strict=True):
-        # Zeros in the narrower of both are enough, where the other has rows to go on with.
-        beyond, y_is_narrower = rounded > len(x_RI), y_RO.shape[1] < x_RI.shape[1]
-        y, x = (
-            _zero_padded(rows[start:end], rounded - end) if beyond or narrower else rows[start:rounded]
-            for rows, narrower in ((y_RO, y_is_narrower), (x_RI, not y_is_narrower))
-        )
-        torch.mm(y.mT, x, out=w_OI)
+        if rounded > len(x_RI):
+            y, x = (_zero_padded(rows[start:end], rounded - end) for rows in (y_RO, x_RI))
+            torch.mm(y.mT, x, out=w_OI)
+            continue
+        # Rows of the experts after it come along; in the narrower of both they are zeros as long as this takes.
+        others = min(y_RO, x_RI, key=lambda rows: rows.shape[1])[end:rounded]
+        kept = others.clone()
+        others.zero_()
+        torch.mm(y_RO[start:rounded].mT, x_RI[start:rounded], out=w_OI)
+        others.copy_(kept)
     return w_EOI
 
 
@@ -208,14 +211,14 @@ def _spans(x_RI: Tensor, ends_E: Tensor) -> list[tuple[int, int, int]]:
     """Where the rows of each expert begin and end, and where they would end if their number were a round one.
 
     On a CPU a product of 16-bit numbers has a program for each number of rows, which takes longer to write than several
-    products do (oneDNN). So numbers are rounded up, by 16 at least and an eighth at most. Reads the counts on the host,
-    which on a GPU waits for the device.
+    products do (oneDNN). So numbers are rounded up, to a multiple of 16 or, where that is less than an eighth more, of
+    a larger power of two. Reads the counts on the host, which on a GPU waits for the device.
     """
     ends = ends_E.tolist()
     spans = list(zip([0, *ends[:-1]], ends, strict=True))
     if x_RI.device.type != "cpu" or x_RI.element_size() != 2:
         return [(start, end, end) for start, end in spans]
-    steps = [max(16, 2 ** ((end - start).bit_length() - 4)) for start, end in spans]
+    steps = [1 << max(4, (end - start).bit_length() - 4) for start, end in spans]
     return [(start, end, start - (start - end) // step * step) for (start, end), step in zip(spans, steps, strict=True)]
 
 

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Logits that exist at a time, in bytes of a column: on a CPU so many tokens that products are fast and all of the
-# weights' gradient is seldom read and written. Elsewhere by their number, 1 GiB of float32.
-CHUNKS = {"cpu": 2**12}  # by type of device
+# Logits that exist at a time. On a CPU so many tokens that products are fast and the weights' gradient is seldom read
+# and written, 2048 of 16 bits or 1024 of 32, but not more than 256 MiB. Elsewhere by their number, 1 GiB of float32.
+CHUNKS = {"cpu": (2**12, 2**28)}  # by type of device: most bytes of one word's logits, and of all
 CHUNK_ELSEWHERE = 2**28
-BLOCK = 2**19  # numbers that are worked on at a time where there are CHUNKS, which caches hold
+BLOCK = 2**19  # numbers that are worked on at a time where there are CHUNKS: caches hold them
 
 # Takes logits_NV, targets_N, softcap and whether the gradient is wanted. Returns the tokens' losses, float32 (N,), 0
 # where a target is not counted; the logits then are the losses' gradients, but for rows that are not counted.
@@ -114,9 +114,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _chunk(x_NC: Tensor, n_vocab: int) -> int:
     """Tokens whose logits exist at a time."""
-    if x_NC.device.type in CHUNKS:
-        return max(1, CHUNKS[x_NC.device.type] // x_NC.element_size())
-    return max(1, CHUNK_ELSEWHERE // n_vocab)
+    if x_NC.device.type not in CHUNKS:
+        return max(1, CHUNK_ELSEWHERE // n_vocab)
+    of_a_word, of_all = CHUNKS[x_NC.device.type]
+    return max(1, min(of_a_word, of_all // n_vocab) // x_NC.element_size())
 
 
 def _add_product(sum_IO: Tensor, x_IN: Tensor, y_NO: Tensor, *, first: bool) -> None:

@@ -78,6 +78,9 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, self.eps)
 
 
+NORMALISED = (torch.float32, torch.bfloat16, torch.float16)  # types that a CPU's own RMSNorm is for
+
+
 class _RMSNormOnCPU(torch.autograd.Function):
     """RMSNorm, in float32. PyTorch has no kernel for it on CPUs, and its operations take several times as long.
 
@@ -86,22 +89,22 @@ class _RMSNormOnCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        exact = x.float()
-        square = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_()
+        in_float32 = x.float()
+        square = torch.linalg.vector_norm(in_float32, dim=-1, keepdim=True).square_()
         inverse_rms = square.div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse_rms)
-        return (exact * inverse_rms).mul_(weight.float()).to(x.dtype)
+        return (in_float32 * inverse_rms).mul_(weight.float()).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse_rms = ctx.saved_tensors
-        exact, dtype = weight.float(), x.dtype
-        x, grad = x.float(), grad.float()
+        dtype = x.dtype
+        x, weight, grad = x.float(), weight.float(), grad.float()
         grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
-            grad, x, weight.shape, torch.zeros_like(inverse_rms), inverse_rms, exact, None, [True, True, False]
+            grad, x, weight.shape, torch.zeros_like(inverse_rms), inverse_rms, weight, None, [True, True, False]
         )
-        mean = (grad @ exact).div_(x.shape[-1])
+        mean = (grad @ weight).div_(x.shape[-1])
         return grad_x.add_(inverse_rms * mean[..., None]).to(dtype), grad_weight.to(dtype), None
 
 
@@ -115,7 +118,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
-        if x.device.type == "cpu" and x.dtype != torch.float64 and not torch.compiler.is_compiling():
+        if x.device.type == "cpu" and x.dtype in NORMALISED and not torch.compiler.is_compiling():
             return _RMSNormOnCPU.apply(x, weight, self.eps)
         return F.rms_norm(x, weight.shape, weight, self.eps)
 

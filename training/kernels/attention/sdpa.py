@@ -27,6 +27,16 @@ def sdpa_mask(seen: Seen) -> Tensor | None:
     return torch.zeros(mask.shape, dtype=seen.dtype, device=seen.device).masked_fill_(~mask, float("-inf"))
 
 
+def flash_mask(seen: Seen) -> Tensor | None:
+    """The same, in the type that `flash_attention` computes in."""
+    return sdpa_mask(seen._replace(dtype=_computed_in(seen.dtype, seen.device, seen.n_keys)))
+
+
+def _computed_in(dtype: torch.dtype, device: torch.device, n_keys: int) -> torch.dtype:
+    """The type in which `flash_attention` attends to so many keys."""
+    return torch.float32 if device.type == "cpu" and dtype.itemsize == 2 and n_keys <= FEW_KEYS else dtype
+
+
 def sdpa_attention(
     q_BHTD: Tensor,
     k_BGSD: Tensor,
@@ -66,8 +76,7 @@ def flash_attention(
 ) -> Tensor:
     """PyTorch's flash kernel (arXiv:2307.08691); on a CPU it takes masks as well. It knows one width only."""
     dtype = q_BHTD.dtype
-    if q_BHTD.device.type == "cpu" and dtype.itemsize == 2 and k_BGSD.shape[2] <= FEW_KEYS:
-        q_BHTD, k_BGSD, v_BGSE = q_BHTD.float(), k_BGSD.float(), v_BGSE.float()
+    q_BHTD, k_BGSD, v_BGSE = (x.to(_computed_in(dtype, x.device, k_BGSD.shape[2])) for x in (q_BHTD, k_BGSD, v_BGSE))
     q_BHTD, k_BGSD, v_BGSD, scale = of_one_width(q_BHTD, k_BGSD, v_BGSE, scale)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         y_BHTD = sdpa_attention(q_BHTD, k_BGSD, v_BGSD, mask, scale=scale, softcap=softcap)
