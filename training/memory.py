@@ -39,9 +39,9 @@ from training.optim import Optimizer
 
 # On a CPU. Python, torch and the other libraries, as resident in a run of next to no model.
 PROCESS = 430 * 2**20
-# glibc keeps what is freed below 32 MiB (mallopt(3), M_MMAP_THRESHOLD) in pieces that the next tensor may not fit. With
-# each tensor a mapping of its own, memory is that of the tensors. The share is fitted, to seven runs without
-# recomputation (0.44 to 0.56 of their activations); with `recompute: full` it was seen to be several times as much.
+# glibc keeps what is freed (`device.keep_freed_memory`) in pieces that the next tensor may not fit. With each tensor a
+# mapping of its own, memory is that of the tensors. The share was fitted when only what is below 32 MiB was kept, to
+# seven runs without recomputation; with `recompute: full` it was seen to be several times as much.
 PIECES, WHOLE = 0.48, 32 * 2**20
 
 
