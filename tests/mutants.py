@@ -67,6 +67,8 @@ DEFECTS = [
            "tests/test_fit.py -k page_fault"),
     Defect("free memory counts as a peak", "device.py", "c_library.malloc_trim(0)", "pass",
            "tests/test_fit.py -k page_fault"),
+    Defect("scarce memory is kept", "device.py", "c_library.mallopt(-4, 65536)", "pass",
+           "tests/test_fit.py -k page_fault"),
     Defect("few keys are nothing else", "kernels/attention/sdpa.py", "and n_keys <= FEW_KEYS", "and False",
            "tests/test_attention_backends.py -k few_keys"),
     Defect("all keys are few", "kernels/attention/sdpa.py", "and n_keys <= FEW_KEYS", "and True",

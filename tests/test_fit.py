@@ -245,13 +245,16 @@ anew = [faults() for _ in range(2)]
 devices.keep_freed_memory(cpu)
 kept = [faults() for _ in range(20)]  # at first small things lie between what is freed
 devices.forget_peak(cpu)
-print(anew[-1], kept[-1], faults())
+after = [faults() for _ in range(20)]
+devices.hand_back_memory(cpu)
+print(anew[-1], kept[-1], after[0], after[-1], *[faults() for _ in range(2)])
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
-def test_freed_memory_is_used_again_without_a_page_fault_until_a_peak_is_looked_for():
+def test_freed_memory_is_used_again_without_a_page_fault_until_a_peak_is_looked_for_or_it_is_scarce():
     done = command("-c", FAULTS)
     assert done.returncode == 0, done.stderr
-    anew, kept, after = map(int, done.stdout.split())
-    assert kept < anew / 10 and after > anew / 2, done.stdout
+    anew, kept, after, kept_again, *handed_back = map(int, done.stdout.split())
+    assert max(kept, kept_again) < anew / 10, done.stdout
+    assert min(after, *handed_back) > anew / 2, done.stdout

@@ -138,6 +138,14 @@ def keep_freed_memory(device: torch.device) -> None:
         c_library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is handed back
 
 
+def hand_back_memory(device: torch.device) -> None:
+    """The other way again, where memory is scarce: what is free goes back, and so does what will be freed."""
+    if (c_library := _glibc(device)) is not None:
+        c_library.mallopt(-4, 65536)  # M_MMAP_MAX, as it is at first
+        c_library.mallopt(-1, 2**17)  # M_TRIM_THRESHOLD
+        c_library.malloc_trim(0)
+
+
 def _glibc(device: torch.device) -> ctypes.CDLL | None:
     """The C library that tensors there are allocated by, where it is glibc."""
     return ctypes.CDLL(None) if device.type == "cpu" and platform.libc_ver()[0] == "glibc" else None

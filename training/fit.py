@@ -154,6 +154,7 @@ def back_off(run: Run) -> None:
     Raises UserError where both have been tried.
     """
     _forget(run)
+    devices.hand_back_memory(run.world.device)
     run.back_offs += 1
     now = _lower(run)
     if run.world.main:

@@ -39,10 +39,9 @@ from training.optim import Optimizer
 
 # On a CPU. Python, torch and the other libraries, as resident in a run of next to no model.
 PROCESS = 430 * 2**20
-# glibc keeps what is freed (`device.keep_freed_memory`) in pieces that the next tensor may not fit. With each tensor a
-# mapping of its own, memory is that of the tensors. The share was fitted when only what is below 32 MiB was kept, to
-# seven runs without recomputation; with `recompute: full` it was seen to be several times as much.
-PIECES, WHOLE = 0.48, 32 * 2**20
+# glibc keeps what is freed (`device.keep_freed_memory`), in pieces that the next tensor may not fit. With each tensor a
+# mapping of its own, memory is that of the tensors. The share is fitted to the runs of benchmarks/plan_memory.py.
+PIECES = 0.5
 
 
 class Memory(NamedTuple):
@@ -55,7 +54,7 @@ class Memory(NamedTuple):
     activations: int  # kept for the backward, and what a layer works with
     logits: int  # of a chunk of tokens, and the gradients of the head that are made with them
     routing: int  # what more it takes where all tokens of all ranks go to this one's experts
-    pieces: int  # between activations, which the C library cannot use; 0 on a GPU
+    pieces: int  # between activations and logits, which the C library cannot use; 0 on a GPU
     copy: int  # that saves are written from; 0 on a GPU, where it is in the host's memory
     process: int  # interpreter and libraries; 0 on a GPU
     in_step: bool  # whether the peak is in the optimizer's step rather than in forward and backward
@@ -83,10 +82,10 @@ def estimate(config: Config, micro_batch: int, world: int = 1, device: str = "cp
         casts=worst["casts"],
         gradients=worst["gradients"],
         optimizer=worst["state"] + worst["optimizer"],
-        activations=min(parts["small"] + parts["large"], worst["small"] + worst["large"]),
+        activations=min(parts["activations"], worst["activations"]),
         logits=worst["logits"],
-        routing=max(0, worst["small"] + worst["large"] - parts["small"] - parts["large"]),
-        pieces=round(PIECES * worst["small"]) if on_cpu else 0,
+        routing=max(0, worst["activations"] - parts["activations"]),
+        pieces=round(PIECES * (worst["activations"] + worst["logits"])) if on_cpu else 0,
         copy=kept if on_cpu else 0,
         process=PROCESS if on_cpu else 0,
         in_step=worst_in_step,
@@ -149,8 +148,6 @@ class Live(TorchDispatchMode):
         key, n_bytes = id(storage), round(storage.nbytes() * share)
         if key in self.held:
             self._drop(key)
-        if kind == "activations":
-            kind = "small" if n_bytes < WHOLE else "large"
         self.held[key] = Held(weakref.ref(storage, lambda _: self._drop(key)), kind, n_bytes)
         self.now[kind] += n_bytes
         if self.now.total() > self.peak.total():

@@ -90,7 +90,8 @@ class Run:
 
 def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
     """Build the run's parts, new or as the checkpoint that `restart.find` names, and open its logs. Collective."""
-    devices.keep_freed_memory(world.device)
+    if config.parallel.recompute == "none":  # else memory counts for more than time
+        devices.keep_freed_memory(world.device)
     fresh, found = resume == "never", restart.agreed(config, resume, world)
     config = resolve(config, found, dataset, world.device)
     if found is not None and found.own:
