@@ -49,7 +49,7 @@ def seconds_to_first_step(options: list[object], **env: str) -> float:
     run = subprocess.Popen(words, cwd=HERE, stdout=subprocess.PIPE, text=True, env=os.environ | env)
     with run:
         for line in run.stdout:
-            if line.startswith("step"):
+            if line.startswith("step "):  # the header has a line of "steps"
                 found = time.perf_counter() - start
                 run.kill()
                 return found

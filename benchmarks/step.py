@@ -246,8 +246,12 @@ def environment(side: str) -> dict[str, str]:
 
 
 def take_turns(step: Step, device: torch.device) -> None:
-    """In a process of a side: a step for every line that comes, and its seconds; the first six do not count."""
-    for _ in range(6):
+    """In a process of a side: a step for every line that comes, and its seconds.
+
+    Of theirs the first three do not count, of ours twelve: until then its memory grows, and numbers of an expert's rows
+    are new, each of which has a program written for it.
+    """
+    for _ in range(12 if hasattr(step, "run") else 3):
         step()
     print("ready", flush=True)
     for _ in sys.stdin:
