@@ -182,9 +182,11 @@ def dense_sides(asked: argparse.Namespace, folder: Path, device: torch.device) -
 
 def moe_sides(asked: argparse.Namespace, folder: Path, device: torch.device) -> dict[str, Callable[[], Step]]:
     """Experts in every layer, SwiGLU as Transformers has them; those of nanoMoE are GELU, four times as wide."""
-    config = options(LLAMA | {"blocks": [{"ffn": SWIGLU}]}, asked, folder)
+    experts = LLAMA | {"blocks": [{"ffn": SWIGLU}]}
+    config = options(experts, asked, folder)
     sides = {
         "this": lambda: ours(config, device),
+        "this, compiled": lambda: ours(options(experts, asked, folder, compile=True), device),
         "its dense twin": lambda: ours(twin(config), device),
         "transformers": lambda: transformers_side(config, device),
     }
