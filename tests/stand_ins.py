@@ -299,4 +299,37 @@ def install_in_torch() -> torch.library.Library:
 
     library.impl("_flash_attention_forward", forward, "CPU")
     library.impl("_flash_attention_backward", backward, "CPU")
+    install_flash(library)
     return library
+
+
+def install_flash(library: torch.library.Library) -> None:
+    """The operators of torch's flash kernel on CUDA: (B, H, T, D), heads may share keys, widths are multiples of 8."""
+
+    def packed(x):
+        return x.transpose(1, 2).flatten(0, 1)
+
+    def ends_of(q):
+        return torch.arange(0, (q.shape[0] + 1) * q.shape[2], q.shape[2])
+
+    def unpacked(x, n_samples):  # in another order than the operator's own, which callers cannot rely on
+        return x.unflatten(0, (n_samples, -1)).transpose(1, 2).contiguous()
+
+    def forward(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
+        assert is_causal and dropout_p == 0.0 and not return_debug_mask and q.shape[-1] % 8 == 0
+        check(*(x.transpose(1, 2) for x in (q, k, v)), True)
+        y = attend(*map(packed, (q, k, v)), ends_of(q), -1, 0, scale, 0.0)
+        none = q.new_zeros(0)
+        return unpacked(y, len(q)), q.new_ones(q.shape[:3]), None, None, q.shape[2], k.shape[2], none, none, none
+
+    def backward(grad, q, k, v, y, lse, _, __, n_queries, n_keys, dropout_p, is_causal, *___, scale=None):
+        assert is_causal and dropout_p == 0.0 and (n_queries, n_keys) == (q.shape[2], k.shape[2])
+        assert y.shape == q.shape and lse.eq(1).all()
+        filled = torch.utils.deterministic.fill_uninitialized_memory
+        calls.append({"mode": (torch.get_deterministic_debug_mode(), filled)})
+        options = ends_of(q), -1, 0, scale, 0.0
+        found = attend_backward(*(packed(x).contiguous() for x in (grad, q, k, v)), *options)
+        return tuple(unpacked(x, len(q)) for x in found)
+
+    library.impl("_scaled_dot_product_flash_attention", forward, "CPU")
+    library.impl("_scaled_dot_product_flash_attention_backward", backward, "CPU")

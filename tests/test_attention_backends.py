@@ -20,7 +20,7 @@ from training.config import BlockConfig, ModelConfig, ParallelConfig
 from training.errors import UserError
 from training.kernels import ATTENTION, Backend, Call, ExpertsCall, Kernels, Needs, choose
 from training.kernels.attention import Limits, Machine, Seen, automatic, documents, limits, why_not
-from training.kernels.attention.repeatable import DeterministicBackward, attend_repeatably, deterministic
+from training.kernels.attention.repeatable import DeterministicBackward, attend_repeatably, deterministic, flash
 from training.kernels.attention.sdpa import FEW_KEYS
 from training.model import GPT
 
@@ -401,6 +401,28 @@ def test_the_deterministic_mode_is_on_for_the_backward_of_attention_and_nothing_
     assert outside == [(False, before)] * 2 and mode() == before
     for ours, theirs in zip(found, torch.autograd.grad(attend(*inputs, None), inputs[:2], direction), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.usefixtures("packages")
+@pytest.mark.parametrize("width", [8, 6])
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_flash_on_cuda_is_an_operator_whose_backward_alone_is_in_the_deterministic_mode(compiled, n_kv_head, width):
+    projections = random(2, 6, 4 + 2 * n_kv_head, width)  # views of one product, as they come
+    before, reference = mode(), ATTENTION["reference"]
+    seen = reference.mask(Seen(6, 6, CPU))
+
+    def run(function, x):
+        q, k, v = (part.transpose(1, 2) for part in x.split([4, n_kv_head, n_kv_head], dim=2))
+        return (2 * function(q + 1, k, v)).transpose(1, 2).flatten(2)
+
+    def ours(x):
+        return run(lambda q, k, v: flash(q, k, v, None), x)
+
+    torch._dynamo.reset()
+    ours = torch.compile(ours, fullgraph=True, backend="aot_eager") if compiled else ours
+    assert_equal(ours, lambda x: run(lambda *qkv: reference.attend(*qkv, seen), x), [projections])
+    assert stand_ins.calls[-1] == {"mode": (2, False)} and mode() == before
 
 
 def test_the_deterministic_mode_ends_where_a_backward_fails():

@@ -128,18 +128,16 @@ def train_step(run: Run) -> None:
     number, however the batch is cut into ranks and micro-batches. Where memory does not suffice, the same batch is
     begun again in smaller ones. Collective.
     """
-    config, world = run.config, run.world
+    world = run.world
     world.doing(f"step {run.step + 1}", "together")
-    n_samples = config.batch_tokens // config.model.n_positions
-    mine = world.share(n_samples)
-    run.ledger.enter("data")
-    indices = run.step * n_samples + np.arange(mine.start, mine.stop)
-    tokens_BT, targets_BT = run.batches.samples(indices)
-    key_B = run.batches.keys(indices)
+    tokens_BT, targets_BT, key_B = run.ahead.pop(run.step, None) or batch(run, run.step)
     run.ledger.enter("communication")
     n_targets = world.sum_int(int((targets_BT >= 0).sum()))
     while (totals := gradients(run, tokens_BT, targets_BT, key_B, n_targets)) is None:
         fit.back_off(run)
+    if run.step + 1 < run.config.steps:
+        run.ahead[run.step + 1] = batch(run, run.step + 1)  # while a GPU still computes
+        run.ledger.enter("communication")
     run.layout.sum_gradients(totals.values())
     run.ledger.enter("optimizer")
     grad_norm = run.layout.grad_norm() / (1.0 if run.loss_scale is None else run.loss_scale.scale)
@@ -151,6 +149,15 @@ def train_step(run: Run) -> None:
     run.metrics.add(run.step, totals | {"grad_norm": grad_norm}, n_targets, run.skips.total)
     run.step += 1
     run.ledger.enter("idle")
+
+
+def batch(run: Run, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """This rank's part of a step's global batch: tokens and targets (B, T), and the samples' keys (B,)."""
+    run.ledger.enter("data")
+    n_samples = run.config.batch_tokens // run.config.model.n_positions
+    mine = run.world.share(n_samples)
+    indices = step * n_samples + np.arange(mine.start, mine.stop)
+    return *run.batches.samples(indices), run.batches.keys(indices)
 
 
 def gradients(

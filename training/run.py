@@ -77,6 +77,7 @@ class Run:
     fits: dict[str, dict] = field(default_factory=dict)  # by place: "micro_batch", "recompute"; found once
     back_offs: int = 0  # how often memory was out since the start
     step: int = 0  # steps that are done
+    ahead: dict[int, tuple] = field(default_factory=dict)  # by step: its batch, read while the one before it computes
     best: dict | None = None  # {"step", "val_loss"} of the lowest validation loss
     last_row: dict = field(default_factory=dict)
     sinks: list[logging.Sink] = field(default_factory=list)  # of the main process

@@ -5,6 +5,7 @@ Experts are split over ranks, blocks sharded, computed again, compiled. All of t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -38,7 +39,7 @@ KEPT = {
     "training_kernels_experts::loop_rows",
     "training_kernels_triton_experts::to_rows",
     "training_kernels_triton_experts::to_places",
-    "aten::_scaled_dot_product_flash_attention",
+    "training_kernels_attention_repeatable::flash",
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
@@ -170,6 +171,7 @@ class Layout:
         # Blocks of different kinds are different programs of one function, and so are training, evaluation and their
         # last batches; past the limit, PyTorch would go on uncompiled.
         torch._dynamo.config.cache_size_limit = 8 * len(self.model.blocks)
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # which routers, in float32, are not to use
         for block in self.model.blocks:
             block.compile()
 

@@ -52,26 +52,38 @@ class Products(NamedTuple):
 
 
 class _Up(torch.autograd.Function):
-    """Tokens to rows, and through matrices. Rows are gathered again in backward rather than kept."""
+    """Tokens to rows, and through matrices. Rows are gathered again in backward rather than kept.
+
+    On CUDA the matrices of each expert are joined, and their products one.
+    """
 
     @staticmethod
     def forward(ctx: Any, products: Products, token_R: Tensor, inverse_NK: Tensor, ends_E: Tensor, x_NC, *w_EFC):
-        ctx.products = products
+        ctx.products, ctx.hidden = products, w_EFC[0].shape[1]
+        if x_NC.is_cuda:
+            w_EFC = (torch.cat(w_EFC, dim=1),)
         ctx.save_for_backward(token_R, inverse_NK, ends_E, x_NC, *w_EFC)
         x_RC = x_NC.index_select(0, token_R)
-        return tuple(products.rows(x_RC, w.mT, ends_E) for w in w_EFC)
+        return _split(ctx, [products.rows(x_RC, w.mT, ends_E) for w in w_EFC])
 
     @staticmethod
     def backward(ctx: Any, *grad_RF: Tensor):
         products = ctx.products
         token_R, inverse_NK, ends_E, x_NC, *w_EFC = ctx.saved_tensors
         x_RC = x_NC.index_select(0, token_R)
+        if x_NC.is_cuda:
+            grad_RF = (torch.cat(grad_RF, dim=1),)
         grad_RF = [grad.contiguous() for grad in grad_RF]
         grad_w = [products.outer(grad, x_RC, ends_E) for grad in grad_RF]
         grad_x = [
             _combine(products.rows(grad, w, ends_E), inverse_NK, None) for grad, w in zip(grad_RF, w_EFC, strict=True)
         ]
-        return None, None, None, None, sum(grad_x[1:], grad_x[0]), *grad_w
+        return None, None, None, None, sum(grad_x[1:], grad_x[0]), *_split(ctx, grad_w)
+
+
+def _split(ctx: Any, joined: list[Tensor]) -> tuple[Tensor, ...]:
+    """What is of each matrix."""
+    return tuple(part for each in joined for part in each.split(ctx.hidden, dim=1))
 
 
 class _Down(torch.autograd.Function):
@@ -96,6 +108,10 @@ class _Down(torch.autograd.Function):
 
 def _combine(y_RC: Tensor, inverse_NK: Tensor, weight_NK: Tensor | None) -> Tensor:
     """The sum of each token's rows, by weight if there are any."""
+    if y_RC.is_cuda:  # several times as fast, and a compiler makes one pass of it
+        y_NKC = y_RC[inverse_NK]
+        y_NKC = y_NKC if weight_NK is None else y_NKC * weight_NK[..., None]
+        return y_NKC.sum(dim=1).to(y_RC.dtype)
     if weight_NK is not None:
         weight_NK = weight_NK.to(y_RC.dtype)
     return F.embedding_bag(inverse_NK, y_RC, per_sample_weights=weight_NK, mode="sum")

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Logits that exist at a time. On a CPU so many tokens that products are fast and the weights' gradient is seldom read
-# and written, 2048 of 16 bits or 1024 of 32, but not more than 256 MiB. Elsewhere by their number, 1 GiB of float32.
+# and written, 2048 of 16 bits or 1024 of 32, but not more than 256 MiB. Elsewhere by their number, 1 GiB of bfloat16.
 CHUNKS = {"cpu": (2**12, 2**28)}  # by type of device: most bytes of one word's logits, and of all
-CHUNK_ELSEWHERE = 2**28
+CHUNK_ELSEWHERE = 2**29
 BLOCK = 2**19  # numbers that are worked on at a time where there are CHUNKS: caches hold them
 
 # Takes logits_NV, targets_N, softcap and whether the gradient is wanted. Returns the tokens' losses, float32 (N,), 0
@@ -86,7 +86,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_x_NC = torch.empty_like(x_NC) if needs_x else None
         grad_w_VC = torch.empty_like(w_VC, dtype=torch.float32) if needs_w else None
         w_VC = w_VC.to(x_NC.dtype)
-        size = min(len(x_NC), _chunk(x_NC, len(w_VC)))
+        size = _chunk(x_NC, len(w_VC))
         logits_nV = x_NC.new_empty(size, len(w_VC))
         for start in range(0, len(x_NC), size):
             part = slice(start, start + size)
@@ -113,11 +113,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _chunk(x_NC: Tensor, n_vocab: int) -> int:
-    """Tokens whose logits exist at a time."""
-    if x_NC.device.type not in CHUNKS:
-        return max(1, CHUNK_ELSEWHERE // n_vocab)
-    of_a_word, of_all = CHUNKS[x_NC.device.type]
-    return max(1, min(of_a_word, of_all // n_vocab) // x_NC.element_size())
+    """Tokens whose logits exist at a time: as many each time."""
+    most = CHUNK_ELSEWHERE // n_vocab
+    if x_NC.device.type in CHUNKS:
+        of_a_word, of_all = CHUNKS[x_NC.device.type]
+        most = min(of_a_word, of_all // n_vocab) // x_NC.element_size()
+    n_chunks = max(1, -(-len(x_NC) // max(1, most)))
+    return max(1, -(-len(x_NC) // n_chunks))
 
 
 def _add_product(sum_IO: Tensor, x_IN: Tensor, y_NO: Tensor, *, first: bool) -> None:

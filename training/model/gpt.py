@@ -32,7 +32,7 @@ from training.model.differential import DifferentialAttention
 from training.model.latent import LatentAttention
 from training.model.layers import Batch, Linear, norm, normal, rotary_table
 from training.model.mlp import MLP
-from training.model.moe import MoE, Routing, described_routing
+from training.model.moe import MoE, Routing, described_routing, finish_step
 
 MIXERS = {AttentionConfig: Attention, LatentConfig: LatentAttention, DifferentialConfig: DifferentialAttention}
 FEED_FORWARDS = {MLPConfig: MLP, MoEConfig: MoE}
@@ -237,8 +237,13 @@ class GPT(nn.Module):
         Returns the metrics with those that are known now: for every MoE layer i "bias_range.i".
         """
         moes = {i: block.ffn for i, block in enumerate(self.blocks) if isinstance(block.ffn, MoE)}
-        ranges = {f"bias_range.{i}": moe.finish_step(metrics[f"expert_count.{i}"], taken) for i, moe in moes.items()}
-        return metrics | ranges
+        ranges: dict[int, Tensor] = {}
+        for i, moe in moes.items():
+            if i not in ranges:
+                same = [j for j, other in moes.items() if other.section == moe.section]
+                counts = [metrics[f"expert_count.{j}"] for j in same]
+                ranges |= zip(same, finish_step([moes[j] for j in same], counts, taken), strict=True)
+        return metrics | {f"bias_range.{i}": ranges[i] for i in moes}
 
     def describe(self, metrics: dict[str, Sequence[float]], n_targets: int) -> dict[str, object]:
         """Summed metrics, fetched to the host as flat lists, in words that a log can print."""

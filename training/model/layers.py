@@ -178,6 +178,10 @@ class _Rotation(torch.autograd.Function):
 
 def _rotated(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor, direction: int) -> Tensor:
     half = x_BHTD.shape[-1] // 2
+    if torch.compiler.is_compiling():  # one pass, where writing into halves would be made several
+        first_D = torch.arange(2 * half, device=x_BHTD.device) < half
+        partner_BHTD = x_BHTD.unflatten(-1, (2, half)).flip(-2).flatten(-2)
+        return x_BHTD * cos_TD + partner_BHTD * torch.where(first_D, -direction, direction) * sin_TD
     y_BHTD = x_BHTD * cos_TD
     y_BHTD[..., :half].addcmul_(x_BHTD[..., half:], sin_TD[..., :half], value=-direction)
     y_BHTD[..., half:].addcmul_(x_BHTD[..., :half], sin_TD[..., half:], value=direction)

@@ -138,17 +138,22 @@ class MoE(nn.Module):
             aux_loss = aux_loss + self.section.switch_weight / n_targets * switch
         return aux_loss
 
-    @torch.no_grad()
-    def finish_step(self, count_E: Tensor, taken: bool = True) -> Tensor:
-        """Take the global batch's counts: move the selection bias, remember the load. Returns the bias's range.
 
-        Of a step that was not `taken` nothing is learned.
-        """
-        if taken and self.section.balance in ("bias", "both"):
-            self.selection_bias += self.section.bias_rate * (count_E.mean() - count_E).sign()
-        if taken:
-            self.load.copy_(count_E / count_E.sum())
-        return self.selection_bias.max() - self.selection_bias.min()
+@torch.no_grad()
+def finish_step(moes: Sequence[MoE], counts: Sequence[Tensor], taken: bool = True) -> list[Tensor]:
+    """Take the global batch's counts: move the selection biases, remember the loads. Returns each bias's range.
+
+    Of a step that was not `taken` nothing is learned. The layers have one section, and are done together: of so small
+    operations, a GPU would wait for each.
+    """
+    section, count_LE = moes[0].section, torch.stack(list(counts))
+    if taken and section.balance in ("bias", "both"):
+        moves_LE = section.bias_rate * (count_LE.mean(dim=1, keepdim=True) - count_LE).sign()
+        torch._foreach_add_([moe.selection_bias for moe in moes], list(moves_LE))
+    if taken:
+        torch._foreach_copy_([moe.load for moe in moes], list(count_LE / count_LE.sum(dim=1, keepdim=True)))
+    bias_LE = torch.stack([moe.selection_bias for moe in moes])
+    return list(bias_LE.amax(dim=1) - bias_LE.amin(dim=1))
 
 
 def shared(section: MoEConfig, model: ModelConfig) -> MLPConfig:

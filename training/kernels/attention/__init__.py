@@ -94,7 +94,7 @@ ATTENTION = {
     "flash4": Backend(packed, flash4_attention, {"cuda": FLASH4}),
     "flash2": Backend(packed, flash2_attention, {"cuda": FLASH2}),
     "cudnn": Backend(sdpa_mask, cudnn_attention, {"cuda": CUDNN}),
-    "flash": Backend(flash_mask, repeatable(flash_attention), {"cuda": PLAIN, "cpu": SOFTLESS}),
+    "flash": Backend(flash_mask, flash_attention, {"cuda": PLAIN, "cpu": SOFTLESS}),
     "varlen": Backend(packed, repeatable(varlen_attention), {"cuda": VARLEN}),
     "flex": Backend(flex_mask, flex_attention, {"cuda": FLEX}),
     "efficient": Backend(sdpa_mask, repeatable(efficient_attention), {"cuda": SOFTLESS._replace(head_dim_multiple=8)}),

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from training.kernels.attention.masks import Seen, dense
+from training.kernels.attention.repeatable import flash
 
 # On a CPU the flash kernel's backward of 16-bit numbers takes for so few keys two to three times as long as that of
 # float32, which is more exact as well (docs/log.md).
@@ -74,12 +75,19 @@ def flash_attention(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """PyTorch's flash kernel (arXiv:2307.08691); on a CPU it takes masks as well. It knows one width only."""
+    """PyTorch's flash kernel (arXiv:2307.08691); on a CPU it takes masks as well, on CUDA its backward is repeatable.
+
+    It knows one width only.
+    """
     dtype = q_BHTD.dtype
     q_BHTD, k_BGSD, v_BGSE = (x.to(_computed_in(dtype, x.device, k_BGSD.shape[2])) for x in (q_BHTD, k_BGSD, v_BGSE))
     q_BHTD, k_BGSD, v_BGSD, scale = of_one_width(q_BHTD, k_BGSD, v_BGSE, scale)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        y_BHTD = sdpa_attention(q_BHTD, k_BGSD, v_BGSD, mask, scale=scale, softcap=softcap)
+    if q_BHTD.is_cuda:
+        assert mask is None and softcap is None
+        y_BHTD = flash(q_BHTD, k_BGSD, v_BGSD, scale)
+    else:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            y_BHTD = sdpa_attention(q_BHTD, k_BGSD, v_BGSD, mask, scale=scale, softcap=softcap)
     return y_BHTD[..., : v_BGSE.shape[-1]].to(dtype)
 
 
