@@ -92,7 +92,8 @@ def ours(config: Config, device: torch.device) -> Step:
 
     def step() -> None:
         train_step(run)
-        run.metrics.rows()
+        if run.step % config.logging.every == 0:
+            run.metrics.rows()
 
     step.run = run
     return step
