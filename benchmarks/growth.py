@@ -55,10 +55,13 @@ def seconds(config: Config, n_steps: int) -> tuple[float, float]:
     taken = step.ours(config, CPU)
     for _ in range(6):  # until numbers of an expert's rows have come before
         taken()
-    before = dict(taken.run.ledger.seconds)
+    ledger = taken.run.ledger
+    ledger.settle()
+    before = dict(ledger.seconds)
     for _ in range(n_steps):
         taken()
-    return tuple((taken.run.ledger.seconds[phase] - before[phase]) / n_steps for phase in ("compute", "optimizer"))
+    ledger.settle()
+    return tuple((ledger.seconds[phase] - before[phase]) / n_steps for phase in ("compute", "optimizer"))
 
 
 def sizes_of(config: Config) -> tuple[int, int]:

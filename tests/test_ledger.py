@@ -169,6 +169,7 @@ def test_nothing_inside_a_step_reads_what_was_computed(config):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_nothing_inside_a_step_waits_for_the_gpu_but_whether_it_is_taken(config, monkeypatch):
     from training import loop
 

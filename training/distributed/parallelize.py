@@ -171,6 +171,10 @@ class Layout:
         # Blocks of different kinds are different programs of one function, and so are training, evaluation and their
         # last batches; past the limit, PyTorch would go on uncompiled.
         torch._dynamo.config.cache_size_limit = 8 * len(self.model.blocks)
+        # Gradients of query and key are turned back and joined: in one pass that chooses for each number, an H100 takes
+        # six times as long as its memory needs. So each is written to its place (PyTorch 2.13 and later).
+        if hasattr(torch._inductor.config, "max_complex_pointwise_cat_inputs"):
+            torch._inductor.config.max_complex_pointwise_cat_inputs = 0
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # which routers, in float32, are not to use
         for block in self.model.blocks:
             block.compile()

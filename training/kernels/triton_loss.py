@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 4096, 8  # logits that a program has at a time
+BLOCK, WARPS = 8192, 16  # logits that a program has at a time; the fastest of eight pairs on an H100
 
 
 @triton.jit
