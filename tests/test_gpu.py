@@ -24,7 +24,7 @@ if not torch.cuda.is_available():
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:Synchronization debug mode is a prototype"),  # of PyTorch
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
 ]
 CUDA = torch.device("cuda")
 NAMES = [name for name in ATTENTION if "cuda" in (ATTENTION[name].on or {})]
@@ -73,6 +73,7 @@ def outcome(name, call, made, seen, dtype):
     return [y, *torch.autograd.grad(y, leaves, made[3].to(dtype).transpose(1, 2))]
 
 
+@pytest.mark.filterwarnings("ignore")  # of compilers
 @over_packing
 @over_calls
 @over_names
@@ -85,6 +86,7 @@ def test_a_backend_equals_the_reference_in_float32_forward_and_backward(name, dt
         assert (ours.float() - theirs).norm() < ROUNDING[dtype] * theirs.norm()
 
 
+@pytest.mark.filterwarnings("ignore")  # of compilers
 @over_packing
 @over_calls
 @over_names

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import warnings
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -93,6 +94,8 @@ def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
     """Build the run's parts, new or as the checkpoint that `restart.find` names, and open its logs. Collective."""
     if config.parallel.recompute == "none":  # else memory counts for more than time
         devices.keep_freed_memory(world.device)
+    # Of every program with a router, PyTorch's compiler advises to round its float32 products.
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
     fresh, found = resume == "never", restart.agreed(config, resume, world)
     config = resolve(config, found, dataset, world.device)
     if found is not None and found.own:

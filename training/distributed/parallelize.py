@@ -5,7 +5,6 @@ Experts are split over ranks, blocks sharded, computed again, compiled. All of t
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -175,7 +174,6 @@ class Layout:
         # six times as long as its memory needs. So each is written to its place (PyTorch 2.13 and later).
         if hasattr(torch._inductor.config, "max_complex_pointwise_cat_inputs"):
             torch._inductor.config.max_complex_pointwise_cat_inputs = 0
-        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # which routers, in float32, are not to use
         for block in self.model.blocks:
             block.compile()
 
