@@ -15,7 +15,7 @@ from training.kernels import ATTENTION
 from training.kernels.attention import Machine, Seen, automatic, documents, why_not
 from training.model import FEED_FORWARDS, GPT, MIXERS
 from training.model.attention import Place
-from training.model.layers import RMSNorm, rotary_table
+from training.model.layers import RMSNorm, rotary_table, rotate
 
 BLOCKS = {
     "mlp": {},
@@ -210,6 +210,22 @@ def test_masked_targets_do_not_count():
 def test_more_tokens_than_positions_are_refused_with_the_numbers():
     with pytest.raises(ValueError, match="13 tokens do not fit n_positions 12"):
         build().logits(tokens(length=13))
+
+
+@pytest.mark.filterwarnings("ignore")  # of compilers
+@pytest.mark.parametrize("position", [torch.arange(6), torch.arange(12).view(2, 6) % 5], ids=["one for all", "each"])
+def test_a_compiled_rotation_turns_as_far_forward_and_backward(position):
+    table = rotary_table(position, 8, 100.0)
+    heads, direction = torch.randn(2, 2, 3, 6, 8, generator=torch.Generator().manual_seed(0))
+    torch._dynamo.reset()
+    found = []
+    for function in (rotate, torch.compile(rotate, backend="aot_eager", fullgraph=True)):
+        x = heads.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()  # as projections leave it
+        y = function(x, table)
+        assert y.stride() == x.stride()
+        found.append([y, *torch.autograd.grad(y, x, direction)])
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(plain, compiled)
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if build(block, "modern").blocks[0].mixer.rotary_dim])

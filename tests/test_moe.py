@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from training.config import MLPConfig, ModelConfig, MoEConfig
+from training.config import BlockConfig, MLPConfig, ModelConfig, MoEConfig
 from training.kernels import Kernels
 from training.kernels.experts import EXPERTS
 from training.model import GPT
@@ -185,6 +185,21 @@ def test_the_selection_bias_moves_towards_idle_experts_and_the_load_is_remembere
     finish_step([moe], [torch.tensor([10.0, 2.0, 4.0, 0.0])])
     torch.testing.assert_close(moe.selection_bias, torch.tensor([-0.01, 0.01, 0.0, 0.01]))
     torch.testing.assert_close(moe.load, torch.tensor([10.0, 2.0, 4.0, 0.0]) / 16)
+
+
+def test_layers_of_two_kinds_each_take_their_own_counts():
+    kinds = [{"n_experts": 4, "bias_rate": 0.01}, {"n_experts": 3, "balance": "switch"}]
+    blocks = [BlockConfig.model_validate({"ffn": {"type": "moe", "hidden": 8} | kind}) for kind in kinds]
+    sizes = {"n_layer": 4, "n_head": 2, "n_embd": 8, "n_positions": 8, "vocab_size": 16}
+    model = GPT(ModelConfig(**sizes, blocks=tuple(blocks))).init_weights(0)
+    counts = [torch.tensor(count) for count in ([9.0, 1, 1, 1], [5.0, 0, 1], [1.0, 1, 1, 9], [2.0, 3, 1])]
+    found = model.finish_step({f"expert_count.{i}": count for i, count in enumerate(counts)})
+    assert [name for name in found if name.startswith("bias_range")] == [f"bias_range.{i}" for i in range(4)]
+    for i, (block, count) in enumerate(zip(model.blocks, counts, strict=True)):
+        assert torch.equal(block.ffn.load, count / count.sum())
+        moved = torch.zeros(len(count)) if i % 2 else 0.01 * (count.mean() - count).sign()
+        assert torch.equal(block.ffn.selection_bias, moved)
+        assert found[f"bias_range.{i}"] == moved.max() - moved.min()
 
 
 def test_bias_balancing_evens_out_a_skewed_router():
