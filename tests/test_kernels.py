@@ -11,7 +11,7 @@ import torch
 from training.config import ParallelConfig
 from training.kernels import EXPERTS, LOSS, Call, ExpertsCall, Needs, choose
 from training.kernels.experts import EXPERTS as PORTABLE
-from training.kernels.experts import _spans, plan
+from training.kernels.experts import Products, _loop_outer, _loop_rows, _spans, _Up, plan
 
 NO_GROUPED = not hasattr(torch.nn.functional, "grouped_mm")
 KERNELS = [
@@ -100,6 +100,28 @@ def test_an_expert_without_tokens_has_a_zero_gradient(name):
     for grad in (grad_up, grad_down):
         assert grad[1].abs().sum() == 0
         assert grad[0].abs().sum() > 0
+
+
+def test_joined_matrices_of_experts_give_the_same_and_nothing_more_is_kept():
+    products = Products(_loop_rows, _loop_outer)
+    generator = torch.Generator().manual_seed(0)
+    x, *w = (torch.randn(*shape, generator=generator) for shape in ((20, 8), (4, 12, 8), (4, 12, 8)))
+    rows, found, kept = plan(torch.randint(0, 4, (20, 2), generator=generator), 4), [], []
+
+    def keep(tensor):
+        kept[-1].append(tensor.data_ptr())
+        return tensor
+
+    for join in (False, True):
+        leaves = [each.requires_grad_() for each in (x, *w)]
+        kept.append([])
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = _Up.apply(products, join, rows.token_R, rows.inverse_NK, rows.ends_E, *leaves)
+        grads = torch.autograd.grad(y, leaves, [each.square() for each in y])
+        found.append([*y, *grads])
+    assert kept[0] == kept[1] and {each.data_ptr() for each in (x, *w)} <= {*kept[0]}
+    for separate, joined in zip(*found, strict=True):
+        assert (separate - joined).norm() <= 1e-6 * separate.norm()
 
 
 def test_a_plan_sorts_tokens_by_expert_and_then_by_order():

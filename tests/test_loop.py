@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from training import device as devices
 from training import loop
 from training.data import prepare
+from training.data.loader import Batches
 from training.distributed import World
+from training.errors import UserError
 from training.loop import Watch, evaluate, train_step, update
 from training.run import LossScale, begin, save
 from training.train import train
@@ -118,6 +120,22 @@ def written_down(model, tokens, targets) -> tuple[torch.Tensor, torch.Tensor]:
     z_loss = logits.logsumexp(dim=-1).square().mean()
     switch = 4 * (moe.load.clone() * logits.softmax(dim=-1).mean(dim=0)).sum()
     return nats, 1.0 * z_loss + 2.0 * switch
+
+
+def test_a_step_is_done_though_the_next_ones_batch_cannot_be_read(begun, monkeypatch):
+    """It is read ahead, and the step that needs it reads it again, to tell."""
+    run, samples = begun(), Batches.samples
+
+    def damaged(self, indices):
+        if 8 in indices:  # the second step's first
+            raise UserError("damaged")
+        return samples(self, indices)
+
+    monkeypatch.setattr(Batches, "samples", damaged)
+    train_step(run)
+    assert run.step == 1
+    with pytest.raises(UserError, match="damaged"):
+        train_step(run)
 
 
 def test_a_step_balances_the_experts(begun):

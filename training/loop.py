@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -140,7 +141,8 @@ def train_step(run: Run) -> None:
     while (totals := gradients(run, tokens_BT, targets_BT, key_B, n_targets)) is None:
         fit.back_off(run)
     if run.step + 1 < run.config.steps:
-        run.ahead[run.step + 1] = batch(run, run.step + 1)  # while a GPU still computes
+        with suppress(UserError, OSError):  # which the next step is told of
+            run.ahead[run.step + 1] = batch(run, run.step + 1)  # while a GPU still computes
         run.ledger.enter("communication")
     run.layout.sum_gradients(totals.values())
     run.ledger.enter("optimizer")

@@ -39,6 +39,7 @@ KEPT = {
     "training_kernels_triton_experts::to_rows",
     "training_kernels_triton_experts::to_places",
     "training_kernels_attention_repeatable::flash",
+    "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",

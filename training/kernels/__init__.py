@@ -221,7 +221,7 @@ def _large_trial(call: ExpertsCall, device: torch.device, dtype: torch.dtype) ->
 
 def _loss_trial(call: LossCall, device: torch.device) -> Trial:
     """A few tokens, some of which are not counted; of a large vocabulary a part that takes more than one round."""
-    n_tokens, n_vocab = 24, min(call.n_vocab, 5000)
+    n_tokens, n_vocab = 24, min(call.n_vocab, 9000)
     targets_N = torch.arange(n_tokens, device=device) * (n_vocab // n_tokens)
     targets_N[::5] = -1
 

@@ -10,7 +10,7 @@ over each token's rows in order, forward and backward, and so are the same bits 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,35 +54,37 @@ class Products(NamedTuple):
 class _Up(torch.autograd.Function):
     """Tokens to rows, and through matrices. Rows are gathered again in backward rather than kept.
 
-    On CUDA the matrices of each expert are joined, and their products one.
+    If `join`, the matrices of each expert are joined, and their products one; again in backward, not kept.
     """
 
     @staticmethod
-    def forward(ctx: Any, products: Products, token_R: Tensor, inverse_NK: Tensor, ends_E: Tensor, x_NC, *w_EFC):
-        ctx.products, ctx.hidden = products, w_EFC[0].shape[1]
-        if x_NC.is_cuda:
-            w_EFC = (torch.cat(w_EFC, dim=1),)
+    def forward(ctx: Any, products: Products, join: bool, token_R, inverse_NK, ends_E, x_NC: Tensor, *w_EFC: Tensor):
+        ctx.products, ctx.join, ctx.hidden = products, join, w_EFC[0].shape[1]
         ctx.save_for_backward(token_R, inverse_NK, ends_E, x_NC, *w_EFC)
         x_RC = x_NC.index_select(0, token_R)
-        return _split(ctx, [products.rows(x_RC, w.mT, ends_E) for w in w_EFC])
+        return _split(ctx, [products.rows(x_RC, w.mT, ends_E) for w in _joined(ctx, w_EFC)])
 
     @staticmethod
     def backward(ctx: Any, *grad_RF: Tensor):
         products = ctx.products
         token_R, inverse_NK, ends_E, x_NC, *w_EFC = ctx.saved_tensors
         x_RC = x_NC.index_select(0, token_R)
-        if x_NC.is_cuda:
-            grad_RF = (torch.cat(grad_RF, dim=1),)
-        grad_RF = [grad.contiguous() for grad in grad_RF]
+        grad_RF = [grad.contiguous() for grad in _joined(ctx, grad_RF)]
         grad_w = [products.outer(grad, x_RC, ends_E) for grad in grad_RF]
         grad_x = [
-            _combine(products.rows(grad, w, ends_E), inverse_NK, None) for grad, w in zip(grad_RF, w_EFC, strict=True)
+            _combine(products.rows(grad, w, ends_E), inverse_NK, None)
+            for grad, w in zip(grad_RF, _joined(ctx, w_EFC), strict=True)
         ]
-        return None, None, None, None, sum(grad_x[1:], grad_x[0]), *_split(ctx, grad_w)
+        return None, None, None, None, None, sum(grad_x[1:], grad_x[0]), *_split(ctx, grad_w)
 
 
-def _split(ctx: Any, joined: list[Tensor]) -> tuple[Tensor, ...]:
-    """What is of each matrix."""
+def _joined(ctx: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """One of all, where that is asked for."""
+    return [torch.cat(tuple(tensors), dim=1)] if ctx.join else tensors
+
+
+def _split(ctx: Any, joined: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What is each matrix's."""
     return tuple(part for each in joined for part in each.split(ctx.hidden, dim=1))
 
 
@@ -108,12 +110,11 @@ class _Down(torch.autograd.Function):
 
 def _combine(y_RC: Tensor, inverse_NK: Tensor, weight_NK: Tensor | None) -> Tensor:
     """The sum of each token's rows, by weight if there are any."""
-    if y_RC.is_cuda:  # several times as fast, and a compiler makes one pass of it
-        y_NKC = y_RC[inverse_NK]
-        y_NKC = y_NKC if weight_NK is None else y_NKC * weight_NK[..., None]
-        return y_NKC.sum(dim=1).to(y_RC.dtype)
     if weight_NK is not None:
         weight_NK = weight_NK.to(y_RC.dtype)
+    if y_RC.device.type == "cuda":  # several times as fast, and a compiler makes one pass of it
+        y_NKC = y_RC[inverse_NK]
+        return (y_NKC if weight_NK is None else y_NKC.mul_(weight_NK[..., None])).sum(dim=1)
     return F.embedding_bag(inverse_NK, y_RC, per_sample_weights=weight_NK, mode="sum")
 
 
@@ -165,7 +166,9 @@ def to_tokens(y_RC: Tensor, weight_NK: Tensor, plan: Plan) -> Tensor:
 
 def _experts(products: Products) -> ExpertKernel:
     def up(x_NC: Tensor, w_EFC: tuple[Tensor, ...], plan: Plan) -> tuple[Tensor, ...]:
-        return _Up.apply(products, plan.token_R, plan.inverse_NK, plan.ends_E, x_NC, *w_EFC)
+        # In training on CUDA less time; where nothing is learned, each token would pay for it.
+        join = x_NC.device.type == "cuda" and len(w_EFC) > 1 and torch.is_grad_enabled()
+        return _Up.apply(products, join, plan.token_R, plan.inverse_NK, plan.ends_E, x_NC, *w_EFC)
 
     def down(h_RF: Tensor, w_ECF: Tensor, weight_NK: Tensor, plan: Plan) -> Tensor:
         return _Down.apply(products, plan.order_R, plan.inverse_NK, plan.ends_E, h_RF, w_ECF, weight_NK)
