@@ -1,3 +1,5 @@
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 RUN := .venv/bin/python
 RESULTS := benchmarks/results
@@ -26,7 +28,7 @@ check: .venv/installed
 	$(RUN) -m ruff format --check
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Speed beside others', as ratios; some forty minutes, with nothing else running. NANOGPT, NANOMOE: folders with their
+# Speed beside others', as ratios; about an hour, with nothing else running. NANOGPT, NANOMOE: folders with their
 # model.py; TOKENIZER: one with GPT-2's vocab.json and merges.txt. What is not given is left out.
 bench: .venv/installed
 	$(RUN) benchmarks/step.py $(if $(NANOGPT),--nanogpt $(NANOGPT)) $(if $(NANOMOE),--nanomoe $(NANOMOE)) | tee $(RESULTS)/step.txt

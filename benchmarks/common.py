@@ -25,7 +25,8 @@ def header(device: torch.device, *packages: str) -> str:
     asked = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(asked, cwd=here, capture_output=True, text=True).stdout
     versions = [f"torch {torch.__version__}", *(f"{name} {__import__(name).__version__}" for name in packages)]
-    machine = f"{devices.describe(device)}; Python {platform.python_version()}, {', '.join(versions)}"
+    units = " with bf16 units" if device.type == "cpu" and devices.multiplies_bf16(device) else ""
+    machine = f"{devices.describe(device)}{units}; Python {platform.python_version()}, {', '.join(versions)}"
     return f"{machine}; commit {commit.strip() or 'unknown'}"
 
 
@@ -100,7 +101,7 @@ def line(name: str, seconds: list[float], n_tokens: int) -> str:
 def against(value: float, bar: float, *, least: bool) -> str:
     """A figure beside its bar."""
     met = value >= bar if least else value <= bar
-    return f"{value:.2f} (bar: at {'least' if least else 'most'} {bar:g}, {'met' if met else 'MISSED'})"
+    return f"{value:.4g} (bar: at {'least' if least else 'most'} {bar:g}, {'met' if met else 'MISSED'})"
 
 
 def in_a_process(script: str, *arguments: object, env: dict[str, str] | None = None) -> object:

@@ -10,16 +10,13 @@ ratio of two figures of one round. Memory is the peak of a step in a fresh proce
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from common import header
+from common import against, header, in_a_process, peak_gib, ratio, resident_gib, turns
 from torch import Tensor, nn
 
 from training import device as devices
@@ -101,64 +98,36 @@ def inputs(width: int, n_tokens: int, device: torch.device, dtype: torch.dtype) 
     return x.to(device, dtype), direction.to(device, dtype)
 
 
-def seconds(layer: nn.Module, x_BTC: Tensor, direction_BTC: Tensor) -> float:
-    synchronize = torch.cuda.synchronize if x_BTC.is_cuda else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    step(layer, x_BTC, direction_BTC)
-    synchronize()
-    return time.perf_counter() - start
-
-
 def compare(width: int, n_tokens: int, rounds: int, device: torch.device, dtype: torch.dtype) -> None:
     """Print each layer's time and the ratios that the bars are for."""
     print(f"{width} channels, {n_tokens} tokens, {str(dtype).removeprefix('torch.')}, {rounds} rounds")
     sides = layers(width, device, dtype)
     x, direction = inputs(width, n_tokens, device, dtype)
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(rounds + 1):
-        for name, layer in sides.items():
-            taken = seconds(layer, x, direction)
-            if turn:  # the first one warms up
-                times[name].append(taken)
-
-    def ratio(one: str, other: str) -> float:
-        return statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))
-
+    times = turns({name: partial(step, layer, x, direction) for name, layer in sides.items()}, rounds, device)
     for name, found in times.items():
         milliseconds = [1e3 * t for t in found]
         print(
             f"    {name:22} {statistics.median(milliseconds):8.1f} ms  ({min(milliseconds):.1f} to "
-            f"{max(milliseconds):.1f}), {ratio(name, 'dense'):.2f} of the dense layer's"
+            f"{max(milliseconds):.1f}), {ratio(times, name, 'dense'):.2f} of the dense layer's"
         )
-    ours, theirs = ratio("auto", "dense"), ratio("transformers, eager", "auto")
-    for value, name, bar, met in (
-        (ours, "of the dense layer's time", BARS.get(width), ours <= BARS.get(width, 0)),
-        (1 / ours, "of the dense layer's rate of FLOPs, routing included", BAR_RATE, 1 / ours >= BAR_RATE),
-        (theirs, "of our time in Transformers' eager experts", BAR_TRANSFORMERS, theirs >= BAR_TRANSFORMERS),
+    ours, theirs = ratio(times, "auto", "dense"), ratio(times, "transformers, eager", "auto")
+    rate = BAR_RATE if device.type == "cuda" else None
+    for value, name, bar, least in (
+        (ours, "of the dense layer's time", BARS.get(width), False),
+        (1 / ours, "of the dense layer's rate of FLOPs, routing included", rate, True),
+        (theirs, "of our time in Transformers' eager experts", BAR_TRANSFORMERS, True),
     ):
-        print(f"    {value:.2f} {name}" + (f": bar {bar} {'met' if met else 'MISSED'}" if bar else ""), flush=True)
+        said = f"{value:.4g}" if bar is None else against(value, bar, least=least)
+        print(f"    {name}: {said}", flush=True)
 
 
 def peak_of(name: str, width: int, n_tokens: int, device: torch.device, dtype: torch.dtype) -> float:
-    """MiB that a step takes at its peak beyond what there was before it; of a second step, as caches are then full."""
+    """MiB that a step takes at its peak beyond what there was before it; of a second step, when caches are full."""
     layer, given = layers(width, device, dtype, only=name)[name], inputs(width, n_tokens, device, dtype)
     step(layer, *inputs(width, 256, device, dtype))
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(layer, *given)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again (Linux)
-    before = resident("VmRSS")
-    step(layer, *given)
-    return resident("VmHWM") - before
-
-
-def resident(field: str) -> float:
-    """MiB of this process: VmRSS is now, VmHWM the peak."""
-    found = Path("/proc/self/status").read_text().partition(f"{field}:")[2]
-    return int(found.split()[0]) / 1024
+    before = torch.cuda.memory_allocated() / 2**30 if device.type == "cuda" else resident_gib()
+    found = peak_gib(partial(step, layer, *given), device, before)
+    return 1024 * (found - before if device.type == "cuda" else found)
 
 
 def memory(path: Path, width: int, device: torch.device, precision: str) -> None:
@@ -171,15 +140,16 @@ def memory(path: Path, width: int, device: torch.device, precision: str) -> None
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     print(f"peak memory of a step, MiB, {width} channels: {', '.join(f'{n:,}' for n in MEMORY_TOKENS)} tokens")
     for name in ("dense", "auto", "transformers, eager"):
-        script = [sys.executable, __file__, "--device", device.type, "--dtype", precision, "--peak", name, str(width)]
-        found = [
-            json.loads(subprocess.run([*script, str(n)], capture_output=True, text=True, check=True).stdout.split()[-1])
-            for n in MEMORY_TOKENS
-        ]
+        asked = ("--device", device.type, "--dtype", precision, "--peak", name, width)
+        found = [in_a_process(__file__, *asked, n) for n in MEMORY_TOKENS]
         print(f"    {name:22} {'  '.join(f'{mib:8.0f}' for mib in found)}", flush=True)
         axes.plot(MEMORY_TOKENS, found, marker="o", label="this" if name == "auto" else name)
     axes.set(
-        xlabel="tokens", ylabel="MiB", xscale="log", yscale="log", title=f"Peak memory of a step, {width} channels"
+        xlabel="tokens",
+        ylabel="MiB",
+        xscale="log",
+        yscale="log",
+        title=f"Peak memory of a step: a layer of 8 experts, {width} channels",
     )
     axes.set_xticks(MEMORY_TOKENS, [f"{n // 1024}k" for n in MEMORY_TOKENS], minor=False)
     axes.minorticks_off()

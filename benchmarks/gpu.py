@@ -1,6 +1,6 @@
 """What an accelerator makes of us: its ceilings, GPT-2 124M, a MoE beside its twin, memory, and where a step goes.
 
-    bash benchmarks/cuda.sh                        correctness first, then this; about 8 minutes
+    bash benchmarks/cuda.sh                        correctness first, then this
     python benchmarks/gpu.py --toy --device cpu   at a size at which the figures say nothing
 
 Sides run one after the other, each with the memory to itself; a figure is the median over its rounds. MFU counts the

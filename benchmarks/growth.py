@@ -2,16 +2,18 @@
 
     python benchmarks/growth.py --plot benchmarks/results/growth.png | tee benchmarks/results/growth.txt
 
-4 layers of 256 on a CPU. Beside each figure stands what arithmetic makes of the first one of its line: forward and
-backward grow with the FLOPs of a token, the optimizer with the parameters; memory is what `training.plan` foretells.
+4 layers of 256 on a CPU; times are medians of steps that take turns. Beside each figure stands what arithmetic makes of
+the first one of its line: forward and backward grow with the FLOPs of a token, the optimizer with the parameters.
+Memory stands beside what `training.plan` foretells, a share of which was fitted to runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,18 +52,27 @@ def config_of(asked: argparse.Namespace, folder: Path, *, context: int = 128, ex
     return step.options(step.LLAMA | ({"blocks": [{"ffn": ffn}]} if experts else {}), about, folder)
 
 
-def seconds(config: Config, n_steps: int) -> tuple[float, float]:
-    """Of a step: (forward and backward, optimizer), by the run's own ledger."""
-    taken = step.ours(config, CPU)
-    for _ in range(6):  # until numbers of an expert's rows have come before
-        taken()
+def seconds(configs: Iterable[Config], n_steps: int) -> list[tuple[float, ...]]:
+    """Of a step of each, which take turns: medians of (forward and backward, optimizer), by the run's own ledger."""
+    steps = [step.ours(config, CPU) for config in configs]
+    for taken in steps:
+        for _ in range(6):  # until numbers of an expert's rows have come before
+            taken()
+    found: list[list[tuple[float, ...]]] = [[] for _ in steps]
+    for _ in range(n_steps):
+        for taken, of_it in zip(steps, found, strict=True):
+            of_it.append(phases_of(taken))
+    return [tuple(map(statistics.median, zip(*of_it, strict=True))) for of_it in found]
+
+
+def phases_of(taken: step.Step) -> tuple[float, ...]:
+    """Seconds of (forward and backward, optimizer) of one step."""
     ledger = taken.run.ledger
     ledger.settle()
     before = dict(ledger.seconds)
-    for _ in range(n_steps):
-        taken()
+    taken()
     ledger.settle()
-    return tuple((ledger.seconds[phase] - before[phase]) / n_steps for phase in ("compute", "optimizer"))
+    return tuple(ledger.seconds[phase] - before[phase] for phase in ("compute", "optimizer"))
 
 
 def sizes_of(config: Config) -> tuple[int, int]:
@@ -73,12 +84,10 @@ def sizes_of(config: Config) -> tuple[int, int]:
 
 def times(configs: dict[int, Config], n_steps: int) -> Iterator[tuple[Point, Point]]:
     """Of each config the seconds of forward and backward, and of the optimizer."""
-    first = None
-    for x, config in configs.items():
-        found, size = seconds(config, n_steps), sizes_of(config)
-        first = first or (found, size)
-        expected = [of_first * grown / base for of_first, base, grown in zip(*first, size, strict=True)]
-        yield Point(x, found[0], expected[0]), Point(x, found[1], expected[1])
+    found, sizes = seconds(configs.values(), n_steps), [sizes_of(config) for config in configs.values()]
+    for x, of_it, size in zip(configs, found, sizes, strict=True):
+        expected = [first * grown / base for first, base, grown in zip(found[0], sizes[0], size, strict=True)]
+        yield tuple(Point(x, *both) for both in zip(of_it, expected, strict=True))
 
 
 def tell(title: str, points: list[Point], unit: str) -> None:
@@ -105,29 +114,29 @@ def memories(asked: argparse.Namespace, folder: Path) -> Iterator[Point]:
         yield Point(n, in_a_process(__file__, *sys.argv[1:], "--peak", n), expected)
 
 
-def draw(panels: dict[str, tuple[str, dict[str, list[Point]]]], path: Path) -> None:
-    """A panel for each title: (its axes' names, its lines)."""
+def draw(panels: dict[str, tuple[str, str, list[Point]]], path: Path) -> None:
+    """A panel for each title: names of its axes, and its points."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, all_axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4.2), layout="constrained")
-    for axes, (title, (names, lines)) in zip(all_axes, panels.items(), strict=True):
-        for colour, (name, points) in zip(("C0", "C1"), lines.items(), strict=False):
-            x = [point.x for point in points]
-            axes.plot(x, [point.measured for point in points], marker="o", color=colour, label=name)
-            axes.plot(x, [point.expected for point in points], "--", color=colour, label=f"{name}, expected")
-        x_name, y_name = names.split("|")
+    figure, all_axes = pyplot.subplots(2, 2, figsize=(10, 7.6), layout="constrained")
+    for axes, (title, (x_name, y_name, points)) in zip(all_axes.flat, panels.items(), strict=True):
+        x, measured, expected = zip(*points, strict=True)
+        axes.plot(x, measured, marker="o", label="measured")
+        axes.plot(x, expected, "--", color="grey", label="expected")
         axes.set_xscale("log", base=2)
-        axes.set(title=title, xlabel=x_name, ylabel=y_name, ylim=(0, None), xticks=x, xticklabels=map(str, x))
+        axes.set(title=title, xlabel=x_name, ylabel=y_name, ylim=(0, None))
+        axes.set_xticks(x, [f"{n:,}" for n in x])
+        axes.grid(alpha=0.25)
         axes.legend()
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4, help="that are timed (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=7, help="of each that are timed (default %(default)s)")
     parser.add_argument("--width", type=int, default=256, help="channels (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=8192, help="of a step (default %(default)s)")
     for name, values in (("contexts", CONTEXTS), ("experts", EXPERTS), ("at_a_time", AT_A_TIME)):
@@ -151,12 +160,15 @@ def main() -> None:
         tell("forward and backward by experts", compute, "s")
         tell("optimizer by experts", optimizer, "s")
         memory_gib = list(memories(asked, folder))
-        tell("memory by tokens at a time", memory_gib, "GiB")
+        tell("memory by tokens at a time", memory_gib, "GiB")  # as `training.plan` foretells, whose share was fitted
     if asked.plot:
+        name = f"{asked.tokens:,} tokens, {PRECISION}"
+        in_ms = [Point(x, 1e3 * measured, 1e3 * expected) for x, measured, expected in optimizer]
         panels = {
-            f"{asked.tokens:,} tokens, by context": ("tokens|seconds a step", {"forward, backward": context}),
-            "by experts": ("experts|seconds a step", {"forward, backward": compute, "optimizer": optimizer}),
-            "memory": ("tokens at a time|GiB", {"peak of a step": memory_gib}),
+            f"Forward and backward of {name}": ("context (tokens)", "seconds a step", context),
+            f"The same, with experts, {name}": ("experts", "seconds a step", compute),
+            "Optimizer": ("experts", "milliseconds a step", in_ms),
+            "Peak memory of a step": ("tokens at a time", "GiB", memory_gib),
         }
         draw(panels, asked.plot)
 

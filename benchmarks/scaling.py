@@ -90,7 +90,7 @@ def main() -> None:
             if asked.only in (None, title):
                 with tempfile.TemporaryDirectory() as folder:
                     times = compare(sizes, KINDS[kind], asked, Path(folder))
-                print(f"{title}, {kind}")
+                print(f"{title}, {kind}, {asked.rounds} rounds")
                 for name, seconds in times.items():
                     n_tokens = asked.samples * sizes.get("n_positions", step.SIZES["n_positions"])
                     print(line(name, seconds, n_tokens))

@@ -10,7 +10,9 @@ ends with it; it counts where it is evaluated to be done.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -29,8 +31,9 @@ BAR = 0.4
 def side_of(recipe: Path, folder: str) -> Side:
     """The recipe's run, at its beginning."""
     config = cli.load(recipe, {"out_dir": folder, "data.cache_dir": f"{folder}/cache", "logging.tensorboard": "false"})
-    run = begin(config, prepare(config.data, quiet=True), World(0, 1, torch.device("cpu")), "never")
-    run.close()
+    with redirect_stdout(sys.stderr):
+        run = begin(config, prepare(config.data, quiet=True), World(0, 1, torch.device("cpu")), "never")
+        run.close()
     return Side(config.name, run)
 
 

@@ -8,7 +8,7 @@ autocast, and have fused AdamW. "large pages" is PyTorch's own THP_MEM_ALLOC_ENA
 MALLOC_MMAP_MAX_=0 to keep what is freed, as ours does by itself: who knows of them may set them. PATHs are folders with
 their `model.py`; without, they are left out. Each side has a process of its own, so that none has what another asked
 of the allocator, and they take turns; a figure is the median over the rounds, and so is a ratio of two figures of one
-round. Memory is the peak of a third step in a fresh process, beyond what its imports took.
+round. Memory is the peak of a later step in a fresh process, beyond what its imports took.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from training.run import begin
 from training.twin import twin
 
 Step = Callable[[], object]
+WARM = 12  # steps before those that count
 SIZES = {"n_layer": 6, "n_head": 6, "n_embd": 384, "n_positions": 256}
 GPT2 = {"position": "learned", "norm": "layernorm", "bias": True}
 LLAMA = {"position": "rope", "norm": "rmsnorm", "bias": False}
@@ -251,10 +252,10 @@ def environment(side: str) -> dict[str, str]:
 def take_turns(step: Step, device: torch.device) -> None:
     """In a process of a side: a step for every line that comes, and its seconds.
 
-    Of theirs the first three do not count, of ours twelve: until then its memory grows, and numbers of an expert's rows
-    are new, each of which has a program written for it.
+    The first do not count: until then kept memory grows, and numbers of an expert's rows are new, each of which has a
+    program written for it.
     """
-    for _ in range(12 if hasattr(step, "run") else 3):
+    for _ in range(WARM):
         step()
     print("ready", flush=True)
     for _ in sys.stdin:
@@ -276,7 +277,7 @@ def peak_of(kind: str, name: str, asked: argparse.Namespace, folder: Path, devic
     """GiB of a side, in this fresh process."""
     before = resident_gib()
     step = SIDES[kind](asked, folder, device)[name]()
-    for _ in range(2):
+    for _ in range(WARM):
         step()
     return peak_gib(step, device, before)
 

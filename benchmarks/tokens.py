@@ -41,7 +41,7 @@ def tokenizers(folder: Path | None) -> Iterator[tuple[str, Tokenizer]]:
     """8192 tokens learned from some of the text, and those of a folder, such as GPT-2's."""
     yield "trained here", train_bpe(stdlib()[:200], 8192)
     if folder is not None:
-        yield str(folder), from_vocab_and_merges(folder / "vocab.json", folder / "merges.txt")
+        yield folder.name, from_vocab_and_merges(folder / "vocab.json", folder / "merges.txt")
 
 
 def speed(name: str, tokenizer: Tokenizer, megabytes: float, rounds: int) -> None:
@@ -145,6 +145,8 @@ def draw(found: dict[int, float], path: Path) -> None:
         ylabel="most memory (GiB)",
         title="Memory of tokenizing a text",
     )
+    axes.set_xticks([size / 1e6 for size in found], [f"{size / 1e6:g}" for size in found], minor=False)
+    axes.minorticks_off()
     axes.legend()
     figure.savefig(path, dpi=120)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ def test_experts_are_compared_with_the_dense_layer_and_with_transformers():
     assert "auto: grouped (ran, and equals the reference)" in said
     for name in ("dense", "auto", "loop", "transformers, eager", "transformers, grouped"):
         assert f"    {name} " in said
-    assert "of our time in Transformers' eager experts: bar 1.4" in said
+    assert "of our time in Transformers' eager experts: " in said and "(bar: at least 1.4, " in said
 
 
 def test_a_moe_and_its_twin_are_trained_side_by_side(tmp_path):
@@ -63,8 +64,13 @@ def test_a_step_is_compared_with_transformers_and_a_moe_with_its_twin():
     assert 0 < float(output_of("step.py", *arguments, "--peak", "dense", "this").splitlines()[-1]) < 4
 
 
-def test_what_is_asked_of_an_accelerator_runs_on_a_cpu_at_a_toys_size():
-    said = output_of("gpu.py", "--toy", "--device", "cpu", "--rounds", 1, "--micro_batch", 2)
+def test_what_is_asked_of_an_accelerator_runs_on_a_cpu_at_a_toys_size(tmp_path):
+    variables = {"TOY": "1", "OUT": str(tmp_path), "PYTEST_ADDOPTS": "tests/test_gpu.py tests/test_ledger.py"}
+    command = ["bash", str(HERE / "cuda.sh"), sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | variables)
+    assert done.returncode == 0, done.stdout
+    tests, said, experts = ((tmp_path / f"cuda-{name}.txt").read_text() for name in ("tests", "steps", "experts"))
+    assert "skipped" in tests and "failed" not in tests
     (missing,) = (line for line in said.splitlines() if "not here" in line)
     assert "this, compiled, loss triton" in missing  # which is for CUDA
     assert "ceilings: a product of 256^3" in said and "MoE / twin: " in said
@@ -72,6 +78,15 @@ def test_what_is_asked_of_an_accelerator_runs_on_a_cpu_at_a_toys_size():
     for name in ("triton", "chunked", "reference"):
         assert f"\n    this, compiled, loss {name} " in said
     assert "waits of the host: " in said and "the largest gaps: " in said
+    assert "of the dense layer's" in experts
+
+
+def test_what_fails_there_is_told_by_the_status(tmp_path):
+    failing = tmp_path / "python"
+    failing.write_text("#!/bin/sh\ncase $1 in *gpu.py) exit 3;; esac\n")
+    failing.chmod(0o755)
+    done = subprocess.run(["bash", str(HERE / "cuda.sh"), str(failing)], env=os.environ | {"OUT": str(tmp_path)})
+    assert done.returncode == 1 and (tmp_path / "cuda-experts.txt").exists()  # the rest is done all the same
 
 
 def small(recipe: Path, folder: Path, steps: int) -> Path:

@@ -43,7 +43,8 @@ ROUNDING = {torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
 over_calls = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 over_packing = pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
-over_names = pytest.mark.parametrize("name", NAMES)
+OF_COMPILERS = {"flex": pytest.mark.filterwarnings("ignore")}  # what they warn of
+over_names = pytest.mark.parametrize("name", [pytest.param(n, marks=OF_COMPILERS.get(n, ())) for n in NAMES])
 
 
 def skip_what_it_cannot(name, call, packed, dtype):
@@ -73,7 +74,6 @@ def outcome(name, call, made, seen, dtype):
     return [y, *torch.autograd.grad(y, leaves, made[3].to(dtype).transpose(1, 2))]
 
 
-@pytest.mark.filterwarnings("ignore")  # of compilers
 @over_packing
 @over_calls
 @over_names
@@ -86,7 +86,6 @@ def test_a_backend_equals_the_reference_in_float32_forward_and_backward(name, dt
         assert (ours.float() - theirs).norm() < ROUNDING[dtype] * theirs.norm()
 
 
-@pytest.mark.filterwarnings("ignore")  # of compilers
 @over_packing
 @over_calls
 @over_names

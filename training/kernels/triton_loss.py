@@ -52,7 +52,7 @@ def _loss_kernel(logits_NV, target_N, loss_N, n_vocab, softcap, GRADIENT: tl.con
 
 
 def by_triton(logits_NV: Tensor, targets_N: Tensor, softcap: float | None, *, gradient: bool) -> Tensor:
-    """As `loss.by_torch`."""
+    """As `loss.ByTorch`."""
     loss_N = torch.empty(len(logits_NV), dtype=torch.float32, device=logits_NV.device)
     block = min(BLOCK, triton.next_power_of_2(logits_NV.shape[1]))
     grid = (len(logits_NV),)
