@@ -57,7 +57,7 @@ TINY = ("--n_layer", 2, "--n_embd", 32, "--n_head", 2, "--n_positions", 32, "--s
 
 def test_a_step_is_compared_with_transformers_and_a_moe_with_its_twin():
     arguments = (*TINY, "--precision", "fp32", "--rounds", 1, "--device", "cpu", "--uncompiled")
-    said = output_of("step.py", *arguments, "--no_memory")
+    said = output_of("step.py", *arguments, "--only", "moe", "--no_memory")
     for name in ("this", "transformers", "its dense twin"):
         assert f"    {name} " in said
     assert "transformers / this: " in said and "this / its dense twin: " in said
