@@ -114,14 +114,19 @@ def in_a_process(script: str, *arguments: object, env: dict[str, str] | None = N
 
 
 def peak_gib(work: Callable[[], object], device: torch.device, before: float) -> float:
-    """GiB at the peak of `work`, beyond `before` (`resident_gib` of an earlier moment; on CUDA nothing was there)."""
+    """GiB at the peak of `work`, beyond `before` (`used_gib` of an earlier moment)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         work()
-        return torch.cuda.max_memory_allocated() / 2**30
+        return torch.cuda.max_memory_allocated() / 2**30 - before
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins again (Linux)
     work()
     return resident_gib("VmHWM") - before
+
+
+def used_gib(device: torch.device) -> float:
+    """Of the device by its allocator, or of this process."""
+    return torch.cuda.memory_allocated() / 2**30 if device.type == "cuda" else resident_gib()
 
 
 def resident_gib(field: str = "VmRSS") -> float:

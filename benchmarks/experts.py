@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import against, header, in_a_process, peak_gib, ratio, resident_gib, turns
+from common import against, header, in_a_process, peak_gib, ratio, turns, used_gib
 from torch import Tensor, nn
 
 from training import device as devices
@@ -125,9 +125,7 @@ def peak_of(name: str, width: int, n_tokens: int, device: torch.device, dtype: t
     """MiB that a step takes at its peak beyond what there was before it; of a second step, when caches are full."""
     layer, given = layers(width, device, dtype, only=name)[name], inputs(width, n_tokens, device, dtype)
     step(layer, *inputs(width, 256, device, dtype))
-    before = torch.cuda.memory_allocated() / 2**30 if device.type == "cuda" else resident_gib()
-    found = peak_gib(partial(step, layer, *given), device, before)
-    return 1024 * (found - before if device.type == "cuda" else found)
+    return 1024 * peak_gib(partial(step, layer, *given), device, used_gib(device))
 
 
 def memory(path: Path, width: int, device: torch.device, precision: str) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import step as steps
 import torch
-from common import Times, against, header, peak_gib, ratio, resident_gib, turns
+from common import Times, against, header, peak_gib, ratio, turns, used_gib
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -54,13 +54,6 @@ def ceilings(device: torch.device, dtype: torch.dtype, n: int) -> float:
     return flops
 
 
-def tell(name: str, seconds: list[float], flops: float, n_tokens: int, ceiling: float) -> None:
-    """A side's line: tokens/s, best and worst time, the share of the ceiling, and on CUDA its peak of memory."""
-    speed, spread = n_tokens / statistics.median(seconds), f"{min(seconds):.4f} to {max(seconds):.4f} s"
-    gib = f"  {torch.cuda.max_memory_allocated() / 2**30:5.1f} GiB" if torch.cuda.is_available() else ""
-    print(f"    {name:<34} {speed:10,.0f} tokens/s  ({spread})  MFU {speed * flops / ceiling:6.1%}{gib}", flush=True)
-
-
 def flops_of(config) -> float:
     """Of a token, forward and backward."""
     with torch.device("meta"):
@@ -90,19 +83,27 @@ class Sides:
         for name, (make, flops) in sides.items():
             self.flops[name] = flops
             try:
-                found = turns({name: make()}, self.rounds, self.device, warm=2)
-                tell(name, found[name], flops, self.n_tokens, self.ceiling)
+                self.times |= turns({name: make()}, self.rounds, self.device, warm=2)
+                self.tell(name)
             except UserError as error:  # a package, or a kernel, that is not here
                 print(f"    {name:<34} not here: {' '.join(str(error).split())[:110]}", flush=True)
-                continue
             except Exception as error:
                 print(f"    {name:<34} FAILED: {' '.join(str(error).split())[:110]}", flush=True)
                 traceback.print_exc()
                 self.failed = True
-                continue
             finally:
                 forget(self.device)
-            self.times |= found
+
+    def tell(self, name: str) -> None:
+        """A side's line: tokens/s, best and worst time, the share of the ceiling, and on CUDA its peak of memory."""
+        seconds = self.times[name]
+        speed, spread = self.n_tokens / statistics.median(seconds), f"{min(seconds):.4f} to {max(seconds):.4f} s"
+        gib = f"  {torch.cuda.max_memory_allocated() / 2**30:5.1f} GiB" if self.device.type == "cuda" else ""
+        print(f"    {name:<34} {speed:10,.0f} tokens/s  ({spread})  MFU {self.mfu(name):6.1%}{gib}", flush=True)
+
+    def mfu(self, name: str) -> float:
+        """A side's share of the ceiling."""
+        return self.n_tokens * self.flops[name] / statistics.median(self.times[name]) / self.ceiling
 
     def judge(self, one: str, other: str, bar: float, *, least: bool) -> None:
         """A ratio of two sides' times beside its bar."""
@@ -114,9 +115,7 @@ class Sides:
     def judge_mfu(self, name: str, goal: float) -> None:
         """A side's share of the ceiling beside its goal."""
         if name in self.times:
-            speed = self.n_tokens / statistics.median(self.times[name])
-            mfu = speed * self.flops[name] / self.ceiling
-            print(f"    MFU of {name}: {against(mfu, goal, least=True)}", flush=True)
+            print(f"    MFU of {name}: {against(self.mfu(name), goal, least=True)}", flush=True)
 
     def fastest(self, of: str) -> str:
         """The side with the shortest median, of those whose names begin so."""
@@ -157,9 +156,9 @@ def experts(asked: argparse.Namespace, folder: Path, device: torch.device) -> It
 
 def memory(asked: argparse.Namespace, folder: Path, device: torch.device) -> None:
     """Print the micro-batch that fits, and the peak of a step with it."""
-    before = resident_gib()
-    automatic = argparse.Namespace(**vars(asked) | {"micro_batch": "auto", "samples": 2 * asked.samples})
-    step = steps.ours(steps.options(steps.GPT2, automatic, folder), device)
+    before = used_gib(device)
+    larger = argparse.Namespace(**vars(asked) | {"micro_batch": "auto", "samples": 2 * asked.samples})
+    step = steps.ours(steps.options(steps.GPT2, larger, folder), device)
     step()
     fits = step.run.micro_batch
     print(

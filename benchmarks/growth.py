@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import step
 import torch
-from common import header, in_a_process, peak_gib, resident_gib
+from common import header, in_a_process, peak_gib, used_gib
 
 from training import device as devices
 from training import memory
@@ -99,7 +99,7 @@ def tell(title: str, points: list[Point], unit: str) -> None:
 
 def peak(asked: argparse.Namespace, folder: Path, at_a_time: int) -> float:
     """GiB of this fresh process in a step, over what its imports took."""
-    before = resident_gib()
+    before = used_gib(CPU)
     taken = step.ours(config_of(asked, folder, at_a_time=at_a_time), CPU)
     taken()
     return peak_gib(taken, CPU, before)

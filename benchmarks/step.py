@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import Times, Worker, against, header, in_a_process, line, peak_gib, ratio, resident_gib, seconds_of
+from common import Times, Worker, against, header, in_a_process, line, peak_gib, ratio, seconds_of, used_gib
 from torch import Tensor, nn
 
 from training import device as devices
@@ -275,7 +275,7 @@ def memory(kind: str, asked: argparse.Namespace, folder: Path, device: torch.dev
 
 def peak_of(kind: str, name: str, asked: argparse.Namespace, folder: Path, device: torch.device) -> float:
     """GiB of a side, in this fresh process."""
-    before = resident_gib()
+    before = used_gib(device)
     step = SIDES[kind](asked, folder, device)[name]()
     for _ in range(WARM):
         step()

@@ -44,7 +44,7 @@ DEFECTS = [
     Defect("evaluation counts windows twice", "loop.py", "if len(windows_here) == 0:", "if False:", RANKS),
     Defect("bias updated by micro-batch", "model/moe.py", "(count_LE.mean(dim=1, keepdim=True) - count_LE).sign()",
            "(count_LE[:, :1] - count_LE).sign()", "tests/test_loop.py -k balances"),
-    Defect("layers' counts change places", "model/gpt.py", 'for j in same]\n', 'for j in same[::-1]]\n',
+    Defect("layers' counts change places", "model/gpt.py", 'for i in same]\n', 'for i in same[::-1]]\n',
            "tests/test_moe.py tests/test_model.py"),
     Defect("a step's batch is the next one's as well", "loop.py", "batch(run, run.step + 1)  #",
            "batch(run, run.step)  #", "tests/test_loop.py"),

@@ -91,9 +91,14 @@ def check(q: Tensor, k: Tensor, v: Tensor, one_width: bool, **options) -> None:
 
 def of_samples(q: Tensor, k: Tensor, v: Tensor, bounds: tuple[int, int], scale: float | None, softcap: float) -> Tensor:
     """(B, T, H, D), (B, T, G, D), (B, T, G, E) -> (B, T, H, E)."""
-    ends = torch.arange(0, (q.shape[0] + 1) * q.shape[1], q.shape[1])
+    ends = ends_of(*q.shape[:2])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return attend(*(x.flatten(0, 1) for x in (q, k, v)), ends, *bounds, scale, softcap).unflatten(0, q.shape[:2])
+
+
+def ends_of(n_samples: int, n_tokens: int) -> Tensor:
+    """Where samples end that follow one another, 0 first."""
+    return torch.arange(0, (n_samples + 1) * n_tokens, n_tokens)
 
 
 def of_documents(
@@ -283,6 +288,11 @@ def install(monkeypatch) -> None:
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
+def mode() -> tuple[int, bool]:
+    """PyTorch's deterministic mode, and whether new memory is filled in it."""
+    return torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+
+
 def install_in_torch() -> torch.library.Library:
     """The operators that torch's own `varlen_attn` calls, on a CPU. They are there while the library is kept."""
     calls.clear()
@@ -306,30 +316,23 @@ def install_in_torch() -> torch.library.Library:
 def install_flash(library: torch.library.Library) -> None:
     """The operators of torch's flash kernel on CUDA: (B, H, T, D), heads may share keys, widths are multiples of 8."""
 
-    def packed(x):
-        return x.transpose(1, 2).flatten(0, 1)
-
-    def ends_of(q):
-        return torch.arange(0, (q.shape[0] + 1) * q.shape[2], q.shape[2])
-
-    def unpacked(x, n_samples):  # in another order than the operator's own, which callers cannot rely on
-        return x.unflatten(0, (n_samples, -1)).transpose(1, 2).contiguous()
+    def heads_first(x):  # in another order than the operator's own, which callers cannot rely on
+        return x.transpose(1, 2).contiguous()
 
     def forward(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
         assert is_causal and dropout_p == 0.0 and not return_debug_mask and q.shape[-1] % 8 == 0
-        check(*(x.transpose(1, 2) for x in (q, k, v)), True)
-        y = attend(*map(packed, (q, k, v)), ends_of(q), -1, 0, scale, 0.0)
-        none = q.new_zeros(0)
-        return unpacked(y, len(q)), q.new_ones(q.shape[:3]), None, None, q.shape[2], k.shape[2], none, none, none
+        projections = [x.transpose(1, 2) for x in (q, k, v)]
+        check(*projections, True)
+        y, none = of_samples(*projections, (-1, 0), scale, 0.0), q.new_zeros(0)
+        return heads_first(y), q.new_ones(q.shape[:3]), None, None, q.shape[2], k.shape[2], none, none, none
 
     def backward(grad, q, k, v, y, lse, _, __, n_queries, n_keys, dropout_p, is_causal, *___, scale=None):
         assert is_causal and dropout_p == 0.0 and (n_queries, n_keys) == (q.shape[2], k.shape[2])
         assert y.shape == q.shape and lse.eq(1).all()
-        filled = torch.utils.deterministic.fill_uninitialized_memory
-        calls.append({"mode": (torch.get_deterministic_debug_mode(), filled)})
-        options = ends_of(q), -1, 0, scale, 0.0
-        found = attend_backward(*(packed(x).contiguous() for x in (grad, q, k, v)), *options)
-        return tuple(unpacked(x, len(q)) for x in found)
+        calls.append({"mode": mode()})
+        packed = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (grad, q, k, v))
+        found = attend_backward(*packed, ends_of(len(q), q.shape[2]), -1, 0, scale, 0.0)
+        return tuple(heads_first(x.unflatten(0, (len(q), -1))) for x in found)
 
     library.impl("_scaled_dot_product_flash_attention", forward, "CPU")
     library.impl("_scaled_dot_product_flash_attention_backward", backward, "CPU")

@@ -14,6 +14,7 @@ from typing import get_args
 import pytest
 import stand_ins
 import torch
+from stand_ins import mode
 from torch._dynamo.utils import counters
 
 from training.config import BlockConfig, ModelConfig, ParallelConfig
@@ -380,10 +381,6 @@ class Spy(torch.autograd.Function):
     def backward(ctx, grad):
         ctx.seen.append((torch.are_deterministic_algorithms_enabled(), mode()))
         return grad, None
-
-
-def mode():
-    return torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
 
 
 def test_the_deterministic_mode_is_on_for_the_backward_of_attention_and_nothing_else():

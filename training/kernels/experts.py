@@ -80,7 +80,7 @@ class _Up(torch.autograd.Function):
 
 def _joined(ctx: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """One of all, where that is asked for."""
-    return [torch.cat(tuple(tensors), dim=1)] if ctx.join else tensors
+    return [torch.cat(tensors, dim=1)] if ctx.join else tensors
 
 
 def _split(ctx: Any, joined: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -236,14 +236,15 @@ class GPT(nn.Module):
 
         Returns the metrics with those that are known now: for every MoE layer i "bias_range.i".
         """
-        moes = {i: block.ffn for i, block in enumerate(self.blocks) if isinstance(block.ffn, MoE)}
+        alike: dict[MoEConfig, list[int]] = {}
+        for i, block in enumerate(self.blocks):
+            if isinstance(block.ffn, MoE):
+                alike.setdefault(block.ffn.section, []).append(i)
         ranges: dict[int, Tensor] = {}
-        for i, moe in moes.items():
-            if i not in ranges:
-                same = [j for j, other in moes.items() if other.section == moe.section]
-                counts = [metrics[f"expert_count.{j}"] for j in same]
-                ranges |= zip(same, finish_step([moes[j] for j in same], counts, taken), strict=True)
-        return metrics | {f"bias_range.{i}": ranges[i] for i in moes}
+        for same in alike.values():
+            counts = [metrics[f"expert_count.{i}"] for i in same]
+            ranges |= zip(same, finish_step([self.blocks[i].ffn for i in same], counts, taken), strict=True)
+        return metrics | {f"bias_range.{i}": ranges[i] for i in sorted(ranges)}
 
     def describe(self, metrics: dict[str, Sequence[float]], n_targets: int) -> dict[str, object]:
         """Summed metrics, fetched to the host as flat lists, in words that a log can print."""

@@ -140,13 +140,13 @@ class MoE(nn.Module):
 
 
 @torch.no_grad()
-def finish_step(moes: Sequence[MoE], counts: Sequence[Tensor], taken: bool = True) -> list[Tensor]:
+def finish_step(moes: Sequence[MoE], counts: list[Tensor], taken: bool = True) -> list[Tensor]:
     """Take the global batch's counts: move the selection biases, remember the loads. Returns each bias's range.
 
     Of a step that was not `taken` nothing is learned. The layers have one section, and are done together: of so small
     operations, a GPU would wait for each.
     """
-    section, count_LE = moes[0].section, torch.stack(list(counts))
+    section, count_LE = moes[0].section, torch.stack(counts)
     if taken and section.balance in ("bias", "both"):
         moves_LE = section.bias_rate * (count_LE.mean(dim=1, keepdim=True) - count_LE).sign()
         torch._foreach_add_([moe.selection_bias for moe in moes], list(moves_LE))
