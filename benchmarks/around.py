@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from common import against, header
 
-from training import cli
 from training.data import prepare
+from training.options import cli
 
 HERE = Path(__file__).parent.parent
 QUICKSTART = HERE / "configs" / "quickstart.yaml"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from training import device as devices
 from training.config import MLPConfig, ModelConfig, MoEConfig, ParallelConfig
-from training.kernels import EXPERTS, ExpertsCall, Needs, choose
+from training.kernels.choose import EXPERTS, ExpertsCall, Needs, choose
 from training.model.layers import Batch
 from training.model.mlp import MLP
 from training.model.moe import MoE

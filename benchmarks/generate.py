@@ -21,8 +21,9 @@ from common import header
 
 from training import device as devices
 from training.config import ModelConfig
-from training.model import GPT, hf
+from training.model import GPT
 from training.model.sampling import Rules, sample
+from training.weights import hf
 
 N_VOCAB = 50257
 SHAPES = {

@@ -25,8 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from training import device as devices
 from training.errors import UserError
-from training.kernels import ATTENTION, LOSS
-from training.kernels.attention import automatic, limits, machine
+from training.kernels.attention.table import automatic, limits, machine
+from training.kernels.choose import ATTENTION, LOSS
 from training.model import GPT
 from training.twin import twin
 

@@ -22,9 +22,9 @@ import torch
 from common import header, in_a_process, peak_gib, used_gib
 
 from training import device as devices
-from training import memory
 from training.config import Config
 from training.model import GPT
+from training.planning import memory
 
 CPU = torch.device("cpu")
 PRECISION = devices.resolve_precision("auto", CPU)

@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 from common import header
 
-from training import cli
 from training import device as devices
 from training.config import Config
 from training.data import prepare
-from training.distributed import World
+from training.distributed.world import World
+from training.engine.build import Run, begin
+from training.engine.step import evaluate, train_step
 from training.errors import UserError
-from training.loop import evaluate, train_step
-from training.run import Run, begin
+from training.options import cli
 from training.twin import described, twin
 
 FEWER_TOKENS, STEP_TIME = 1.5, 1.25  # the bars

@@ -15,8 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from training import cli, memory
 from training.config import Config
+from training.options import cli
+from training.planning import memory
 
 BAR = 0.15
 SIZES = {"n_layer": 12, "n_head": 8, "n_embd": 512, "n_positions": 512, "vocab_size": 8192}

@@ -20,9 +20,9 @@ import step
 import torch
 from common import Times, against, header, line, ratio
 
-from training import cli
 from training import device as devices
 from training.data import prepare
+from training.options import cli
 
 HERE = Path(__file__).parent.parent
 BAR = 0.9

@@ -19,10 +19,10 @@ import torch
 from common import against, header
 from moe_vs_dense import Side
 
-from training import cli
 from training.data import prepare
-from training.distributed import World
-from training.run import begin
+from training.distributed.world import World
+from training.engine.build import begin
+from training.options import cli
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 BAR = 0.4

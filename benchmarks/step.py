@@ -28,11 +28,12 @@ from torch import Tensor, nn
 from training import device as devices
 from training.config import Config
 from training.data import prepare
-from training.distributed import World
-from training.loop import train_step
-from training.model import GPT, hf
-from training.run import begin
+from training.distributed.world import World
+from training.engine.build import begin
+from training.engine.step import train_step
+from training.model import GPT
 from training.twin import twin
+from training.weights import hf
 
 Step = Callable[[], object]
 WARM = 12  # steps before those that count

@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from common import against, header, ratio, turns
 
-from training import cli
 from training.config import Config, StdlibSource
 from training.data.sources import reader
 from training.data.tokenizer import Tokenizer, from_vocab_and_merges, train_bpe
+from training.options import cli
 
 HERE = Path(__file__).parent.parent
 BAR_SPEED, BAR_GIB = 5.0, 1.0

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import cli
 from training.checkpoint import Checkpoint, Part, Saver, alone
 from training.config import CheckpointConfig, Config
-from training.logging.times import PHASES
-from training.restart import folder_of
+from training.engine.resume import folder_of
+from training.logging.phases import PHASES
+from training.options import cli
 from training.train import train
 
 ROOT = Path(__file__).parent.parent
@@ -76,8 +76,8 @@ def config(options):
 def begun(config):
     """Small runs that have begun, or go on, in this process; closed at the end of the test."""
     from training.data import prepare
-    from training.distributed import World
-    from training.run import begin
+    from training.distributed.world import World
+    from training.engine.build import begin
 
     runs = []
 

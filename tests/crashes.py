@@ -31,8 +31,8 @@ from typing import Any
 
 from conftest import TIME_FIELDS
 
-from training import cli
 from training.config import Config
+from training.options import cli
 
 OPERATIONS = ("fsync", "rename", "replace", "unlink", "mkdir", "rmdir")  # of os
 

@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from training.advice import LIMITS, Facts, advice
 from training.config import Config
-from training.logging.times import PHASES
+from training.logging.advice import LIMITS, Facts, advice
+from training.logging.phases import PHASES
 
 
 def config(**changes) -> Config:

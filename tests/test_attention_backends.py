@@ -19,10 +19,10 @@ from torch._dynamo.utils import counters
 
 from training.config import BlockConfig, ModelConfig, ParallelConfig
 from training.errors import UserError
-from training.kernels import ATTENTION, Backend, Call, ExpertsCall, Kernels, Needs, choose
-from training.kernels.attention import Limits, Machine, Seen, automatic, documents, limits, why_not
-from training.kernels.attention.repeatable import DeterministicBackward, attend_repeatably, deterministic, flash
+from training.kernels.attention.deterministic import DeterministicBackward, attend_repeatably, deterministic, flash
 from training.kernels.attention.sdpa import FEW_KEYS
+from training.kernels.attention.table import Limits, Machine, Seen, automatic, documents, limits, why_not
+from training.kernels.choose import ATTENTION, Backend, Call, ExpertsCall, Kernels, Needs, choose
 from training.model import GPT
 
 CPU = torch.device("cpu")

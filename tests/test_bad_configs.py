@@ -23,11 +23,11 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from training import cli
 from training.config import Config, Section
-from training.options import groups, is_list, sections, stand_in, type_of
+from training.options import cli
+from training.options.schema import groups, is_list, sections, stand_in, type_of
+from training.options.yaml import Keys
 from training.train import FLAGS, train
-from training.yaml_source import Keys
 
 # --- mistakes that are known -----------------------------------------------------------------------
 

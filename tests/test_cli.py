@@ -15,14 +15,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from training.cli import ConfigErrors, dump, load, parse
 from training.config import Config, FileTokenizer, MoEConfig, MuonConfig
-from training.options import groups, is_list, sections
-from training.yaml_source import MAX_BYTES
+from training.options.cli import ConfigErrors, dump, load, parse
+from training.options.schema import groups, is_list, sections
+from training.options.yaml import MAX_BYTES
 
 DATA = "data: {sources: [{type: stdlib}]}\n"
 COMMAND = (
-    "import sys; from training.cli import parse\n"
+    "import sys; from training.options.cli import parse\n"
     "parse(sys.argv[1:], prog='train', doc='Train.', flags={'--resume': 'x'})\n"
     "print('torch' in sys.modules)"
 )

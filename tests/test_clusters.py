@@ -15,7 +15,7 @@ from conftest import ROOT, environment, write_config
 from launched import TRAIN, Launched, ranks_of, rows_in, wait_for_rows
 from ruamel.yaml import YAML
 
-from training import cli
+from training.options import cli
 
 RECIPES = ROOT / "recipes"
 PAGE = (ROOT / "docs/clusters.md").read_text()

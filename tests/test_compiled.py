@@ -7,7 +7,7 @@ import torch
 from conftest import rows
 from torch._dynamo.utils import counters
 
-from training.loop import Due, record, train_step
+from training.engine.step import Due, record, train_step
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore:The .grad attribute:UserWarning")
 FFN = {"dense": {}, "experts": {"type": "moe", "n_experts": 4, "hidden": 24}}

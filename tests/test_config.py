@@ -9,7 +9,6 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from training.cli import dump, load
 from training.config import (
     MAY_CHANGE,
     AttentionConfig,
@@ -20,7 +19,8 @@ from training.config import (
     MoEConfig,
     StdlibSource,
 )
-from training.options import groups, lookup, schema, sections, stand_in, type_of, wants
+from training.options.cli import dump, load
+from training.options.schema import groups, lookup, schema, sections, stand_in, type_of, wants
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DATA = {"sources": [{"type": "stdlib"}]}
@@ -110,7 +110,7 @@ def test_variants_of_a_union_have_types_of_their_own():
 
 def test_the_schema_for_editors_is_current():
     current = json.loads((CONFIGS / "schema.json").read_text())
-    assert current == json.loads(schema()), "run: python -m training.cli schema > configs/schema.json"
+    assert current == json.loads(schema()), "run: python -m training.options.cli schema > configs/schema.json"
 
 
 def test_the_schema_explains_every_option_and_lets_one_variant_fit():

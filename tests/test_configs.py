@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import cli
 from training.model import GPT
+from training.options import cli
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = [*sorted((ROOT / "configs").glob("*.yaml")), *(ROOT / "recipes" / f"{n}.yaml" for n in ("plain", "speedrun"))]

@@ -17,10 +17,10 @@ import pytest
 from conftest import ROOT, command, environment, rows, tensors, write_config
 from launched import rows_in
 
-from training import loop
 from training.checkpoint import damage, newest, steps
 from training.data import prepare
 from training.data.loader import Batches
+from training.engine import step as loop
 from training.errors import UserError
 from training.train import train
 

@@ -14,7 +14,9 @@ from filelock import FileLock
 
 from training import prepare as command
 from training.config import DataConfig
-from training.data import Batches, build, memory, prepare, shards, workers
+from training.data import Batches, prepare, shards, workers
+from training.data import in_memory as memory
+from training.data import prepare as build
 from training.data.shards import open_split, read_manifest
 from training.errors import UserError
 
@@ -107,8 +109,8 @@ def test_a_document_stays_in_its_split_when_others_are_added(folder):
 
 
 def test_a_long_document_has_the_tokens_of_its_whole_text(folder, monkeypatch):
-    monkeypatch.setattr("training.data.text.PIECE", 200)
-    monkeypatch.setattr("training.data.text.SLACK", 200)
+    monkeypatch.setattr("training.data.chunks.PIECE", 200)
+    monkeypatch.setattr("training.data.chunks.SLACK", 200)
     long = Path(build.__file__).read_text()
     (folder / "text" / "long.txt").write_text(long)
     dataset = prepare(config_of(folder, val_sources=[{"paths": [str(folder / "text" / "rows.jsonl")]}]), quiet=True)
@@ -465,8 +467,8 @@ def test_preparing_imports_no_torch(folder):
 
 @pytest.mark.parametrize("piece", [1 << 20, 97], ids=["one piece", "many pieces"])
 def test_of_a_lone_text_file_the_end_is_held_out_from_a_line_on(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr("training.data.text.PIECE", piece)
-    monkeypatch.setattr("training.data.text.SLACK", 20)
+    monkeypatch.setattr("training.data.chunks.PIECE", piece)
+    monkeypatch.setattr("training.data.chunks.SLACK", 20)
     lines = [f"line {i} of a text\n" for i in range(1000)]
     (tmp_path / "text.txt").write_text("".join(lines))
     dataset = prepare(config_of(tmp_path, sources=[{"paths": [str(tmp_path / "text.txt")]}]))

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from training.config import FilesSource, HuggingFaceSource, Source, StdlibSource
-from training.data import text
+from training.data import chunks as text
+from training.data.chunks import CUT, cut, document
 from training.data.corpus import held_out
 from training.data.files import opened
 from training.data.sources import READERS, reader
-from training.data.text import CUT, cut, document
 from training.errors import UserError
 
 TEXTS = ["one\nline", "naïve 日本語 🙂", "third\r\n"]

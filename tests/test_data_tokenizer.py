@@ -19,9 +19,9 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from training import config
 from training.data import tokenizer as tokenizer_module
-from training.data.alphabet import byte_alphabet
-from training.data.digests import Digests
-from training.data.fast import fast
+from training.data.byte_unicode import byte_alphabet
+from training.data.file_hashes import Digests
+from training.data.tiktoken_encode import fast
 from training.data.tokenizer import END_OF_TEXT, PROBE, Tokenizer, byte, from_vocab_and_merges, train_bpe
 from training.data.tokenizer_choice import TOKENIZERS, from_tiktoken, identity, make
 from training.errors import UserError

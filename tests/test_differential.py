@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from training.config import ModelConfig
-from training.kernels import ATTENTION
-from training.kernels.attention import Seen, machine, why_not
+from training.kernels.attention.table import Seen, machine, why_not
+from training.kernels.choose import ATTENTION
 from training.model import GPT
 from training.model.attention import Place
 from training.model.differential import DifferentialAttention

@@ -9,11 +9,12 @@ import subprocess
 import pytest
 from conftest import rows, tensors
 
-from training import checkpoint, loop
+from training import checkpoint
 from training.config import Config
-from training.disk import checkpoint_bytes, lack, n_checkpoints
+from training.engine import step as loop
 from training.errors import UserError
 from training.model import GPT
+from training.planning.disk import checkpoint_bytes, lack, n_checkpoints
 from training.train import train
 
 PAGE = 4096

@@ -16,12 +16,12 @@ from trajectory import train
 from training.checkpoint import damage
 from training.config import Config, MeshConfig, ModelConfig
 from training.data import prepare
-from training.distributed import World
 from training.distributed.mesh import Grid, grid
 from training.distributed.parallelize import KEPT
+from training.distributed.world import World
+from training.engine.build import begin
+from training.engine.step import train_step
 from training.errors import UserError
-from training.loop import train_step
-from training.run import begin
 
 STEPS = 30
 MOE = {

@@ -16,17 +16,17 @@ from conftest import MOE
 from test_logging import on_a_terminal, row, run_in
 from test_report import Page
 
-from training import preferences
 from training.config import EvalConfig, ModelConfig
 from training.data import tokenizer as tokenizers
+from training.data.in_memory import read
 from training.data.loader import Batches
-from training.data.memory import read
+from training.engine import expert_tokens as preferences
+from training.engine.expert_tokens import liked, spelled, watched
+from training.engine.step import model_inputs
 from training.logging.console import open_console
-from training.logging.starvation import PATIENCE, Starvation
-from training.loop import model_inputs
+from training.logging.dead_experts import PATIENCE, Starvation
 from training.model import GPT
 from training.model.moe import MoE, starving
-from training.preferences import liked, spelled, watched
 
 EVEN = [1 / 8] * 8
 THREE_STARVE = [0.005, 0.0, 0.009, *[0.1972] * 5]

@@ -18,8 +18,9 @@ from test_model import BLOCKS, WINDOWS, build
 from training import export as exporting
 from training.config import ModelConfig
 from training.errors import UserError
-from training.model import GPT, hf
-from training.model.hf import bundle
+from training.model import GPT
+from training.weights import hf
+from training.weights.hf import bundle
 
 SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 48, "vocab_size": 320}
 MODERN = {"position": "rope", "norm": "rmsnorm", "bias": False, "tie_head": False}
@@ -86,7 +87,7 @@ def test_our_package_opens_its_models_by_registration_without_remote_code(export
         "import sys, torch, training; training.register()\n"
         "from transformers import AutoModelForCausalLM\n"
         f"model = AutoModelForCausalLM.from_pretrained({str(exports / 'hybrid')!r})\n"
-        "assert type(model).__module__ == 'training.model.hf.modeling', type(model)\n"
+        "assert type(model).__module__ == 'training.weights.hf.modeling', type(model)\n"
         f"found = torch.load({str(exports / 'hybrid.pt')!r})\n"
         "assert (model(found['tokens']).logits - found['logits']).abs().max() < 1e-5\n"
     )
@@ -217,7 +218,7 @@ def test_an_export_that_is_not_the_trained_model_is_an_error_and_leaves_nothing(
 
 def test_a_greedy_continuation_that_differs_is_noticed(trained, tmp_path, monkeypatch):
     shutil.copytree(trained / "model", tmp_path / "model")
-    from training import trained as reading
+    from training.engine import load_run as reading
 
     model, found = reading.load(str(trained), "cpu")
     monkeypatch.setattr(exporting, "greedy", lambda _model, _prompt, n_new, _n_vocab: [0] * n_new)
@@ -239,7 +240,7 @@ def test_a_wide_window_is_looked_at_to_its_end(tmp_path, monkeypatch):
 
 
 def reopen_in_process(folder, probe, _modules):
-    """As reopen.py, which would want a tokenizer."""
+    """As open_export.py, which would want a tokenizer."""
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 

@@ -17,10 +17,10 @@ from conftest import write_config
 from launched import Launched, rows_in, train, wait_for_rows
 
 from training.config import ParallelConfig
-from training.distributed import join
-from training.distributed.joining import name_of_start
-from training.distributed.lost import LOOP, Lane, Rank, lost
-from training.distributed.place import Place, here
+from training.distributed.diagnosis import LOOP, Lane, Rank, lost
+from training.distributed.process_id import Place, here
+from training.distributed.rendezvous import name_of_start
+from training.distributed.world import join
 from training.errors import UserError
 
 LIMIT = 6.0  # four processes that start on two cores that others use too meet within it

@@ -13,10 +13,11 @@ from conftest import ROOT, command, rows, tensors, write_config
 from safetensors.torch import load_file
 from trajectory import out_of_memory_at
 
-from training import checkpoint, fit
+from training import checkpoint
 from training import device as devices
+from training.engine import micro_batch as fit
+from training.engine.step import train_step
 from training.errors import UserError
-from training.loop import train_step
 
 CPU = torch.device("cpu")
 

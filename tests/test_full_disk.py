@@ -19,7 +19,8 @@ from test_disk import fill, small_disk  # noqa: F401 (a fixture)
 
 from training import prepare as prepare_command
 from training.checkpoint import damage
-from training.data import build, prepare, workers
+from training.data import prepare, workers
+from training.data import prepare as build
 from training.errors import UserError
 from training.logging.jsonl import JSONLSink
 from training.logging.tensorboard import TensorBoardSink

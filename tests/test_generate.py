@@ -16,8 +16,8 @@ from test_model import BLOCKS, STYLES, WINDOWS, build
 
 from training.config import EvalConfig
 from training.data.tokenizer import byte, train_bpe
+from training.engine.step import samples
 from training.generate import main
-from training.loop import samples
 from training.model.continuation import Continuation, continue_texts, prompt_ids
 from training.model.sampling import Rules, draw, penalized, probabilities, sample
 
@@ -215,7 +215,7 @@ def test_the_coldest_draws_are_the_likeliest_token(temperature):
 @pytest.mark.parametrize("penalty", [1.0, 1.2])
 def test_greedy_texts_are_those_of_transformers_generate(tmp_path, penalty):
     transformers = pytest.importorskip("transformers")
-    from training.model import hf
+    from training.weights import hf
 
     model = lively(n_positions=48)
     hf.write(tmp_path, model.state_dict(), model.config, 63)

@@ -9,15 +9,15 @@ from torch._dynamo.utils import counters
 
 from training.config import BlockConfig, ModelConfig, MoEConfig, ParallelConfig
 from training.data import prepare
-from training.distributed import World
-from training.kernels import ATTENTION, EXPERTS, LOSS, Call, ExpertsCall, Kernels, Needs, choose
-from training.kernels.attention import Seen, documents, limits, machine, why_not
+from training.distributed.world import World
+from training.engine.build import begin
+from training.engine.step import train_step
+from training.kernels.attention.table import Seen, documents, limits, machine, why_not
+from training.kernels.choose import ATTENTION, EXPERTS, LOSS, Call, ExpertsCall, Kernels, Needs, choose
 from training.kernels.experts import plan
-from training.loop import train_step
 from training.model import GPT, needs
 from training.model.layers import Batch
 from training.model.moe import MoE
-from training.run import begin
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from training.config import AttentionConfig, BlockConfig, LatentConfig, MLPConfig, ModelConfig, MoEConfig
 from training.errors import UserError
-from training.model import GPT, hf
-from training.model.hf import deepseek, ernie, files, gpt2, llama, mixtral, qwen3
-from training.model.hf.fields import ACTIVATIONS
-from training.model.hf.layers import pattern, written_out
+from training.model import GPT
+from training.weights import hf
+from training.weights.hf import deepseek, ernie, files, gpt2, llama, mixtral, qwen3
+from training.weights.hf.fields import ACTIVATIONS
+from training.weights.hf.layers import pattern, written_out
 
 V4 = Path(sys.prefix, "transformers-4")  # the Makefile installs Transformers 4.57 there
 

@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from test_hf import BALANCED, BIASED, GATED, GROUPED, LATENT, MOE, NORMED, SIGMOID, perturbed
 from test_restart import flip_a_bit
 
-from training import initial, train
+from training import train
 from training.config import ModelConfig
 from training.errors import UserError
-from training.model import GPT, hf
+from training.model import GPT
+from training.weights import hf
+from training.weights import init_from as initial
 
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": 259}
 ROTARY = SMALL | {"position": "rope", "norm": "rmsnorm", "bias": False}

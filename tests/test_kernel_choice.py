@@ -8,8 +8,8 @@ from conftest import goes_on_with
 
 from training.config import ModelConfig, ParallelConfig
 from training.errors import UserError
-from training.kernels import ATTENTION, Backend, Call, ExpertsCall, Needs, choose, names
-from training.kernels.attention import Limits, Seen, documents
+from training.kernels.attention.table import Limits, Seen, documents
+from training.kernels.choose import ATTENTION, Backend, Call, ExpertsCall, Needs, choose, names
 from training.model import GPT, needs
 
 CPU = torch.device("cpu")

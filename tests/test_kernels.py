@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from training.config import ParallelConfig
-from training.kernels import EXPERTS, LOSS, Call, ExpertsCall, Needs, choose
+from training.kernels.choose import EXPERTS, LOSS, Call, ExpertsCall, Needs, choose
 from training.kernels.experts import EXPERTS as PORTABLE
 from training.kernels.experts import Products, _loop_outer, _loop_rows, _spans, _Up, plan
 

@@ -14,17 +14,17 @@ import torch
 from conftest import ROOT, environment, write_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from training.advice import advice, measured
 from training.config import Config
 from training.data import prepare
 from training.data.loader import Batches
-from training.distributed import World
-from training.ledger import Ledger
+from training.distributed.world import World
+from training.engine.build import begin
+from training.engine.resume import folder_of
+from training.engine.step import Watch, record, train_step
+from training.logging.advice import advice, measured
 from training.logging.jsonl import read
-from training.logging.times import PHASES, WORK, in_words, spent
-from training.loop import Watch, record, train_step
-from training.restart import folder_of
-from training.run import begin
+from training.logging.phase_timer import Ledger
+from training.logging.phases import PHASES, WORK, in_words, spent
 from training.train import train
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -171,7 +171,7 @@ def test_nothing_inside_a_step_reads_what_was_computed(config):
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_nothing_inside_a_step_waits_for_the_gpu_but_whether_it_is_taken(config, monkeypatch):
-    from training import loop
+    from training.engine import step as loop
 
     def waits(*arguments, takes=loop.takes):
         torch.cuda.set_sync_debug_mode("default")
@@ -212,7 +212,7 @@ def summary(folder) -> dict:
 
 
 def test_a_stopped_run_adds_its_sessions_up_and_one_without_a_ledger_goes_on(config, monkeypatch):
-    from training import loop
+    from training.engine import step as loop
 
     original, made = loop.train_step, config()
 

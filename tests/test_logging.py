@@ -26,13 +26,13 @@ from torch import nn
 
 from training.config import LoggingConfig, WandbConfig
 from training.errors import UserError
-from training.logging import LOAD_IMAGE, Run, open_sinks, scalars, write_graph
 from training.logging.console import ETA, open_console
 from training.logging.format import clock, count, printable, share
 from training.logging.graph import record
 from training.logging.heat_map import CELL, LEFT, TOP, heat_map
 from training.logging.jsonl import JSONLSink, read
-from training.logging.times import PHASES
+from training.logging.phases import PHASES
+from training.logging.sinks import LOAD_IMAGE, Run, open_sinks, scalars, write_graph
 
 SUMMARY = {
     "steps": 4, "tokens": 128, "train_loss": 2.5, "val_loss": 2.6, "val_perplexity": 13.5, "val_bits_per_byte": 1.25,

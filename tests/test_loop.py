@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from training import device as devices
-from training import loop
 from training.data import prepare
 from training.data.loader import Batches
-from training.distributed import World
+from training.distributed.world import World
+from training.engine import step as loop
+from training.engine.build import LossScale, begin, save
+from training.engine.step import Watch, evaluate, train_step, update
 from training.errors import UserError
-from training.loop import Watch, evaluate, train_step, update
-from training.run import LossScale, begin, save
 from training.train import train
 
 CPU = torch.device("cpu")

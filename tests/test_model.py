@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from training.config import FeedForward, Mixer, ModelConfig
-from training.kernels import ATTENTION
-from training.kernels.attention import Machine, Seen, automatic, documents, why_not
+from training.kernels.attention.table import Machine, Seen, automatic, documents, why_not
+from training.kernels.choose import ATTENTION
 from training.model import FEED_FORWARDS, GPT, MIXERS
 from training.model.attention import Place
 from training.model.layers import RMSNorm, rotary_table, rotate

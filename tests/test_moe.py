@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from training.config import BlockConfig, MLPConfig, ModelConfig, MoEConfig
-from training.kernels import Kernels
+from training.kernels.choose import Kernels
 from training.kernels.experts import EXPERTS
 from training.model import GPT
 from training.model.layers import ACTIVATIONS, Batch, uniform

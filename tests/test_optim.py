@@ -19,8 +19,8 @@ from training.config import (
     MuonConfig,
     WSDSchedule,
 )
-from training.optim import OPTIMIZERS, SCHEDULES, Muon, Optimizer, rate
 from training.optim.muon import orthogonalize
+from training.optim.optimizer import OPTIMIZERS, SCHEDULES, Muon, Optimizer, rate
 
 SHAPES = {"matrix": (8, 4), "experts": (3, 4, 8), "wte": (16, 4), "router": (3, 4), "norm": (4,)}
 KINDS = {"matrix": "matrix", "experts": "matrix", "wte": "embedding", "router": "router", "norm": "vector"}

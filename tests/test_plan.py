@@ -11,17 +11,18 @@ import sys
 import pytest
 import torch
 
-from training import cli, plan
+from training import plan
 from training.config import Config
 from training.data import prepare
-from training.disk import checkpoint_bytes
-from training.distributed import World
 from training.distributed.mesh import Grid
 from training.distributed.parallelize import parallelize
-from training.kernels import ATTENTION, EXPERTS, Kernels
-from training.memory import Live, estimate, largest
+from training.distributed.world import World
+from training.kernels.choose import ATTENTION, EXPERTS, Kernels
 from training.model import GPT
-from training.optim import Optimizer
+from training.optim.optimizer import Optimizer
+from training.options import cli
+from training.planning.disk import checkpoint_bytes
+from training.planning.memory import Live, estimate, largest
 
 MOE = {"type": "moe", "n_experts": 4, "top_k": 2, "hidden": 64}
 SIZES = {"n_layer": 3, "n_head": 2, "n_embd": 32, "n_positions": 64, "vocab_size": 512}

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from training.errors import UserError
 from training.logging.charts import COLUMNS, READINGS, Curve, chart, limits, smoothed, thinned, tick_text, ticks_between
-from training.logging.experts import heat_map
 from training.logging.format import LONGEST, spoken, visible
+from training.logging.moe_report import heat_map
+from training.logging.phases import PHASES
 from training.logging.report import write_report
-from training.logging.times import PHASES
 
 VOID = {"meta", "input", "line", "path", "progress", "br"}
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, command, environment, rows, save_checkpoint, tensors, write_config
 
-from training import checkpoint, loop
+from training import checkpoint
+from training.engine import step as loop
+from training.engine.resume import folder_of
 from training.errors import UserError
 from training.files import held
-from training.restart import folder_of
 from training.train import train
 
 

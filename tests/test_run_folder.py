@@ -16,14 +16,15 @@ import torch
 from conftest import ROOT, command, environment, rows, tensors, write_config
 from test_restart import flip_a_bit, names, wait_for_rows
 
-from training import checkpoint, loop
+from training import checkpoint
 from training import train as train_module
 from training.checkpoint.read import written
 from training.data import files
+from training.engine import step as loop
+from training.engine.resume import folder_of
 from training.errors import UserError
 from training.files import held
 from training.logging.report import renew_report
-from training.restart import folder_of
 from training.train import train
 
 OFTEN = {"checkpoint": {"every": 2, "keep": 2}}

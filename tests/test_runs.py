@@ -15,11 +15,11 @@ from conftest import ROOT, command, environment, rows, tensors, write_config
 
 from training.config import Config
 from training.data import prepare
-from training.distributed import World
+from training.distributed.world import World
+from training.engine.build import begin, expect_save, parts, save
+from training.engine.resume import folder_of
+from training.engine.step import train_step
 from training.errors import UserError
-from training.loop import train_step
-from training.restart import folder_of
-from training.run import begin, expect_save, parts, save
 from training.train import train
 
 
@@ -82,7 +82,7 @@ def test_resuming_is_the_run_that_never_stopped(run, config, optimizer, monkeypa
 
 def stop_after(monkeypatch, step: int) -> None:
     """Have the process send itself a real SIGTERM after a step."""
-    from training import loop
+    from training.engine import step as loop
 
     original = loop.train_step
 
@@ -98,7 +98,7 @@ def test_rows_after_the_checkpoint_are_not_written_twice(run, config, monkeypatc
     seldom = {"every": 3, "keep_best": False}
     through = run(name="through", checkpoint=seldom)
     killed = config(name="killed", checkpoint=seldom)
-    from training import loop
+    from training.engine import step as loop
 
     original = loop.train_step
 
@@ -219,9 +219,9 @@ def test_lower_precisions_train(run, precision):
 
 def test_fp16_skips_a_step_that_overflows_and_lowers_the_scale(config):
     from training.data import prepare
-    from training.distributed import World
-    from training.loop import train_step
-    from training.run import begin
+    from training.distributed.world import World
+    from training.engine.build import begin
+    from training.engine.step import train_step
 
     made = config(precision="fp16")
     world = World(0, 1, torch.device("cpu"))

@@ -13,7 +13,8 @@ import pytest
 from conftest import ROOT, command, environment, rows, tensors, write_config
 from launched import rows_in
 
-from training import checkpoint, loop
+from training import checkpoint
+from training.engine import step as loop
 from training.errors import UserError
 from training.train import train
 
@@ -112,7 +113,7 @@ import os, signal
 from pathlib import Path
 from crashes import forked
 from training import checkpoint, cli, restart, run
-from training.loop import Watch
+from training.engine.step import Watch
 from training.train import main
 folder = Path({folder!r})
 places = [(checkpoint, "read_parts"), (checkpoint, "set_aside"), (restart, "make_way"), (run, "open_logs")]

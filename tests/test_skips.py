@@ -13,12 +13,13 @@ import torch
 from conftest import ROOT, command, rows, tensors, write_config
 from safetensors.torch import load_file
 
-from training import checkpoint, loop
+from training import checkpoint
+from training.engine import step as loop
+from training.engine.build import save
+from training.engine.guard import FEWEST, MOST, WINDOW, Skips
+from training.engine.step import train_step
 from training.errors import UserError
 from training.logging.report import write_report
-from training.loop import train_step
-from training.run import save
-from training.skips import FEWEST, MOST, WINDOW, Skips
 from training.train import train
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT, environment, rows, tensors, write_config
 
-from training import loop
+from training.engine import step as loop
 from training.train import train
 
 SURROUNDINGS = {

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from training.config import ParallelConfig
 from training.errors import UserError
-from training.kernels import EXPERTS, Call, ExpertsCall, Needs, choose
+from training.kernels.choose import EXPERTS, Call, ExpertsCall, Needs, choose
 from training.kernels.experts import REFERENCE, plan
 
 CPU = torch.device("cpu")
@@ -256,8 +256,8 @@ def slowed(kernel):
 @pytest.fixture
 def timed(monkeypatch):
     """A CPU is treated as a GPU is."""
-    monkeypatch.setattr("training.kernels.TIMED_ON", ("cpu",))
-    monkeypatch.setattr("training.kernels.TIMED_TOKENS", 64)
+    monkeypatch.setattr("training.kernels.choose.TIMED_ON", ("cpu",))
+    monkeypatch.setattr("training.kernels.choose.TIMED_TOKENS", 64)
 
 
 def test_without_triton_the_package_imports_and_a_cpu_passes_it_over():

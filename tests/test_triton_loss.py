@@ -19,7 +19,7 @@ from test_triton_experts import Launch, file_of, other_process
 
 from training.config import ParallelConfig
 from training.errors import UserError
-from training.kernels import LOSS, LossCall, Needs, choose
+from training.kernels.choose import LOSS, LossCall, Needs, choose
 from training.kernels.loss import in_chunks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from training import cli
 from training.config import BlockConfig, Config, MLPConfig
 from training.errors import UserError
 from training.model import GPT
+from training.options import cli
 from training.twin import main, twin
 
 MOE = {"type": "moe", "n_experts": 8, "top_k": 2, "hidden": 48, "activation": "silu", "gated": True}

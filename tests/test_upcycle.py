@@ -14,10 +14,12 @@ from test_hf import perturbed
 from test_initial import SMALL, STILL
 from test_restart import flip_a_bit
 
-from training import initial, train, upcycle
+from training import train
 from training.config import ModelConfig
 from training.errors import UserError
-from training.model import GPT, hf
+from training.model import GPT
+from training.weights import hf, upcycle
+from training.weights import init_from as initial
 
 SIZES = SMALL | {"vocab_size": 257}
 COPIES = {"type": "moe", "n_experts": 4, "top_k": 2, "hidden": 64}

@@ -21,13 +21,13 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.hooks import RemovableHandle
 
-from training import cli
 from training.config import Config
 from training.data import prepare
-from training.distributed import World, join
+from training.distributed.world import World, join
+from training.engine.build import begin, save
+from training.engine.step import evaluate, train_step
 from training.errors import UserError
-from training.loop import evaluate, train_step
-from training.run import begin, save
+from training.options import cli
 
 
 def train(config: Config, world: World) -> tuple[dict, dict[str, torch.Tensor]]:

@@ -6,6 +6,6 @@ def register() -> None:
 
     Without it, an export that has no native home is opened with `trust_remote_code=True` and the file it carries.
     """
-    from training.model.hf.modeling import register
+    from training.weights.hf.modeling import register
 
     register()

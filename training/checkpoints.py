@@ -12,8 +12,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from training.cli import Parser
 from training.errors import UserError, in_a_line
+from training.options.cli import Parser
 
 
 def main(argv: list[str] | None = None) -> int:

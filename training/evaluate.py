@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from training.cli import Parser
 from training.errors import UserError
+from training.options.cli import Parser
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -39,12 +39,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluated(asked: argparse.Namespace) -> str:
     """The figures in a line: over all of the text, whatever `eval.tokens` says."""
-    from training import trained
     from training.data import prepare
+    from training.data.in_memory import read
     from training.data.loader import Batches
-    from training.data.memory import read
-    from training.distributed import World
-    from training.loop import evaluate
+    from training.distributed.world import World
+    from training.engine import load_run as trained
+    from training.engine.step import evaluate
 
     model, (config, _, tokenizer, step, data) = trained.load(asked.run, asked.device)
     if asked.data:

@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from training.cli import Parser
 from training.errors import UserError
+from training.options.cli import Parser
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,10 +60,11 @@ def export(run: str, out: str | None, dtype_name: str) -> list[str]:
         raise UserError(f"{target}: is already there; choose another --out")
     from safetensors import SafetensorError
 
-    from training import trained
     from training.device import DTYPES
+    from training.engine import load_run as trained
     from training.files import whole_folder
-    from training.model import GPT, hf
+    from training.model import GPT
+    from training.weights import hf
 
     config, weights, tokenizer, step, _ = trained.read(run)
     n_vocab, dtype = tokenizer.vocab_size, DTYPES[dtype_name]
@@ -147,9 +148,9 @@ def greedy(model: GPT, prompt_1T: Tensor, n_new: int, n_vocab: int) -> list[int]
 
 
 def _reopen(folder: Path, probe: Path, modules: Path) -> None:
-    """Run reopen.py, offline. Raises UserError with its last line where it fails."""
+    """Run open_export.py, offline. Raises UserError with its last line where it fails."""
     offline = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(modules), "TRANSFORMERS_VERBOSITY": "error"}
-    script = Path(__file__).with_name("reopen.py")
+    script = Path(__file__).with_name("weights") / "open_export.py"
     done = subprocess.run(
         [sys.executable, "-P", str(script), str(folder), str(probe)],
         env=os.environ | offline,

@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.cli import Parser
 from training.errors import UserError
+from training.options.cli import Parser
 
 if TYPE_CHECKING:
     from training.model.continuation import Continuation
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def generate(asked: argparse.Namespace) -> None:
     """Write every prompt with its continuations to standard output, in order; a single one as it is drawn."""
-    from training import trained
+    from training.engine import load_run as trained
     from training.model.continuation import continue_texts, prompt_ids
     from training.model.sampling import Rules
 

@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from training import cli
 from training.config import Config
 from training.errors import UserError
+from training.options import cli
 
 if TYPE_CHECKING:
     from training.data.shards import Manifest
-    from training.memory import Memory
     from training.model import GPT
+    from training.planning.memory import Memory
 
 FLAGS = {
     "--world": "processes, a device each (default 1)",
@@ -126,10 +126,10 @@ def plan(config: Config, machine: Machine, world: int) -> Plan:
     """Look at what is prepared, and work out memory. Raises UserError for what the run would refuse."""
     import torch
 
-    from training.fit import HEADROOM, equal_parts, most_samples
-    from training.initial import options
-    from training.memory import estimate, largest
+    from training.engine.micro_batch import HEADROOM, equal_parts, most_samples
     from training.model import GPT
+    from training.planning.memory import estimate, largest
+    from training.weights.init_from import options
 
     config = options(config)
     manifest = prepared(config)
@@ -156,7 +156,7 @@ def plan(config: Config, machine: Machine, world: int) -> Plan:
 def prepared(config: Config) -> Manifest | None:
     """What is known of the data where they are prepared. Raises UserError where a source is missing."""
     from training.data.corpus import Corpus
-    from training.data.digests import Digests
+    from training.data.file_hashes import Digests
     from training.data.shards import read_manifest
 
     cache = Path(config.data.cache_dir).expanduser()
@@ -185,7 +185,7 @@ def _vocabulary(config: Config, manifest: Manifest | None) -> int:
 
 def lines(plan: Plan, mfu: float | None, *, here: bool) -> list[str]:
     """The plan in words and figures."""
-    from training.disk import checkpoint_bytes, n_checkpoints
+    from training.planning.disk import checkpoint_bytes, n_checkpoints
 
     config, machine, world = plan.config, plan.machine, plan.world
     devices = f"{world} x {machine.name}" if world > 1 else machine.name
@@ -295,7 +295,7 @@ def _micro_batch(plan: Plan, n_mine: int) -> str:
 
 def warnings(plan: Plan) -> Iterator[str]:
     """What is likely to be regretted, each with what to do."""
-    from training.disk import lack
+    from training.planning.disk import lack
 
     config, machine = plan.config, plan.machine
     samples, tokens = config.batch_tokens // config.model.n_positions, config.steps * config.batch_tokens

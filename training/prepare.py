@@ -10,8 +10,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from training import cli
 from training.errors import UserError
+from training.options import cli
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         if config.init_from is not None:  # what is wrong with it is said before hours of tokenizing; it needs torch
-            from training.initial import options
+            from training.weights.init_from import options
 
             options(config)
         print(summary(prepare(config.data).report))

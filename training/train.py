@@ -14,10 +14,10 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from training import cli
 from training.config import Config
 from training.errors import UserError, in_a_line
 from training.files import held
+from training.options import cli
 
 FLAGS = {
     "--resume": "auto: go on from the run's newest checkpoint (default); never: start over, the old run is moved "
@@ -63,15 +63,15 @@ def train(config: Config, *, resume: str = "auto") -> int:
 
         from training.data import prepare
         from training.device import pick, resolve_precision
-        from training.distributed import join
-        from training.distributed.agreement import refuse_different_data, refuse_different_options
-        from training.distributed.joining import said_once
+        from training.distributed.consistency import refuse_different_data, refuse_different_options
         from training.distributed.mesh import refuse_misfit
-        from training.fit import told_in_a_line
-        from training.initial import options
-        from training.loop import Watch, record, train_step
-        from training.restart import stopped
-        from training.run import begin, expect_save, finish
+        from training.distributed.rendezvous import said_once
+        from training.distributed.world import join
+        from training.engine.build import begin, expect_save, finish
+        from training.engine.micro_batch import told_in_a_line
+        from training.engine.resume import stopped
+        from training.engine.step import Watch, record, train_step
+        from training.weights.init_from import options
 
         with said_once():
             world = join(pick(config.parallel.device), config.parallel)

@@ -11,10 +11,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from training import cli
 from training.config import BlockConfig, Config, MLPConfig, MoEConfig
 from training.errors import UserError
 from training.files import write_atomically
+from training.options import cli
 
 FLAGS = {"--out": "file that the twin is written to; without it, it is printed"}
 

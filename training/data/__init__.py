@@ -1,7 +1,7 @@
 """From text to batches: `prepare` tokenizes once, `Batches` serves any sample by its index."""
 
-from training.data.build import Dataset, prepare
 from training.data.loader import Batches
+from training.data.prepare import Dataset, prepare
 from training.data.shards import Split
 from training.data.tokenizer import Tokenizer
 

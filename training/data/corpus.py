@@ -10,10 +10,10 @@ from typing import Any
 
 from training.config import DataConfig
 from training.data import tokenizer_choice
-from training.data.digests import Digests
+from training.data.chunks import Piece
+from training.data.file_hashes import Digests
 from training.data.shards import FORMAT
 from training.data.sources import Files, Reader, reader
-from training.data.text import Piece
 from training.errors import UserError
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from training.data.text import Document, cut, decoded, document
+from training.data.chunks import Document, cut, decoded, document
 from training.errors import UserError
 
 SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages"})

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from training.config import Section
-from training.data.digests import Digests
+from training.data.file_hashes import Digests
 from training.data.tokenizer import Tokenizer
 from training.errors import UserError
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from training.config import FilesSource, HuggingFaceSource, Section, StdlibSource
-from training.data.digests import Digests
+from training.data.chunks import Document, document
+from training.data.file_hashes import Digests
 from training.data.files import FORMATS, SKIPPED_FOLDERS, find, format_of, read, read_text, text_of, walk
-from training.data.text import Document, document
 from training.errors import UserError
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from training.data.alphabet import byte_alphabet
-from training.data.fast import Encode, fast
+from training.data.byte_unicode import byte_alphabet
+from training.data.tiktoken_encode import Encode, fast
 from training.errors import UserError
 from training.files import make_folder, write_atomically
 

@@ -10,25 +10,10 @@ from typing import TYPE_CHECKING, Any
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
-from training.config import (
-    BPETokenizer,
-    ByteTokenizer,
-    FileTokenizer,
-    HuggingFaceTokenizer,
-    Section,
-    TiktokenTokenizer,
-)
-from training.data.alphabet import byte_alphabet
-from training.data.digests import Digests
-from training.data.tokenizer import (
-    END_OF_TEXT,
-    PROBE,
-    Tokenizer,
-    byte,
-    from_json,
-    from_vocab_and_merges,
-    train_bpe,
-)
+from training.config import BPETokenizer, ByteTokenizer, FileTokenizer, HuggingFaceTokenizer, Section, TiktokenTokenizer
+from training.data.byte_unicode import byte_alphabet
+from training.data.file_hashes import Digests
+from training.data.tokenizer import END_OF_TEXT, PROBE, Tokenizer, byte, from_json, from_vocab_and_merges, train_bpe
 from training.errors import UserError
 
 if TYPE_CHECKING:

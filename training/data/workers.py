@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.data.text import Piece
+from training.data.chunks import Piece
 from training.data.tokenizer import Tokenizer
 from training.errors import UserError
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from training.config import ParallelConfig
-from training.distributed import World
-from training.distributed.exchange import split_experts
-from training.distributed.matrices import Spread
+from training.distributed.expert_parallel import split_experts
 from training.distributed.mesh import Grid, Groups, grid, groups
+from training.distributed.muon_sharding import Spread
+from training.distributed.world import World
 from training.errors import UserError
 
 try:
@@ -38,7 +38,7 @@ KEPT = {
     "training_kernels_experts::loop_rows",
     "training_kernels_triton_experts::to_rows",
     "training_kernels_triton_experts::to_places",
-    "training_kernels_attention_repeatable::flash",
+    "training_kernels_attention_deterministic::flash",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",

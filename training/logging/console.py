@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from training.logging import Run, Sink
+from training.logging.dead_experts import Starvation
 from training.logging.format import clock, count, number, printable, share
-from training.logging.starvation import Starvation
-from training.logging.times import in_words
+from training.logging.phases import in_words
+from training.logging.sinks import Run, Sink
 
 if TYPE_CHECKING:
     from rich.console import Group

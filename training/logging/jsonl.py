@@ -11,7 +11,7 @@ from typing import Any
 
 from training.errors import UserError
 from training.files import write_atomically, writing
-from training.logging import Run
+from training.logging.sinks import Run
 
 
 class JSONLSink:

@@ -12,7 +12,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from training.errors import UserError
 from training.files import write_atomically
-from training.logging import experts, times
+from training.logging import moe_report as experts
+from training.logging import phases as times
 from training.logging.charts import Curve, chart, noisy, points
 from training.logging.format import count, number, printable, spoken
 from training.logging.jsonl import read

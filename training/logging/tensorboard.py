@@ -16,10 +16,10 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import histogram, hparams, image, text
 
 from training.files import writing
-from training.logging import LOAD_IMAGE, Run, layer_tag, scalars
 from training.logging.format import printable
 from training.logging.graph import record
 from training.logging.heat_map import due, heat_map
+from training.logging.sinks import LOAD_IMAGE, Run, layer_tag, scalars
 
 if TYPE_CHECKING:
     import torch

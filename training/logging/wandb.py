@@ -11,8 +11,8 @@ from typing import Any
 from training.config import WandbConfig
 from training.errors import UserError
 from training.files import write_atomically
-from training.logging import LOAD_IMAGE, Run, scalars
 from training.logging.heat_map import due, heat_map
+from training.logging.sinks import LOAD_IMAGE, Run, scalars
 
 FINISH_TIMEOUT_S = 120  # what is not sent by then stays on disk for `wandb sync`
 

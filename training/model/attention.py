@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.config import AttentionConfig, ModelConfig
-from training.kernels import Backend, Call
+from training.kernels.choose import Backend, Call
 from training.model.cache import LayerCache
 from training.model.layers import Linear, RMSNorm, rotate
 

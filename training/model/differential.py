@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import DifferentialConfig, ModelConfig
-from training.kernels import Call
+from training.kernels.choose import Call
 from training.model.attention import Attention, Place
 from training.model.cache import LayerCache
 from training.model.layers import RMSNorm, rotate

@@ -23,8 +23,8 @@ from training.config import (
     ModelConfig,
     MoEConfig,
 )
-from training.kernels import ATTENTION, Backend, ExpertsCall, Kernels, LossCall, Needs
-from training.kernels.attention import Documents, Seen, padded
+from training.kernels.attention.table import Documents, Seen, padded
+from training.kernels.choose import ATTENTION, Backend, ExpertsCall, Kernels, LossCall, Needs
 from training.kernels.loss import soft_capped
 from training.model.attention import Attention, Place
 from training.model.cache import Cache, LayerCache

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import LatentConfig, ModelConfig
-from training.kernels import Call
+from training.kernels.choose import Call
 from training.model.attention import Place
 from training.model.cache import LayerCache
 from training.model.layers import Linear, RMSNorm, rotate

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from training.config import MLPConfig, ModelConfig
-from training.kernels import Kernels
+from training.kernels.choose import Kernels
 from training.model.layers import ACTIVATIONS, Batch, Linear
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import MLPConfig, ModelConfig, MoEConfig
-from training.kernels import Kernels
+from training.kernels.choose import Kernels
 from training.kernels.experts import Plan, plan
 from training.model.layers import ACTIVATIONS, Batch, Linear, uniform
 from training.model.mlp import MLP

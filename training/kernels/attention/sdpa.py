@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from training.kernels.attention.deterministic import flash
 from training.kernels.attention.masks import Seen, dense
-from training.kernels.attention.repeatable import flash
 
 # On a CPU the flash kernel's backward of 16-bit numbers takes for so few keys two to three times as long as that of
 # float32, which is more exact as well (docs/log.md).

@@ -1,0 +1,1 @@
+"""How options are declared, read, checked and shown. Nothing here imports torch."""

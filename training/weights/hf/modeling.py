@@ -1,0 +1,153 @@
+"""The model as Transformers knows models: `AutoModelForCausalLM` opens it, `generate` runs it with its cache.
+
+An export carries this file and all that it imports from this package as one file (`bundle.py`), so nothing here
+may need more than torch and transformers 4.57 or later.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from training.kernels.attention.table import Documents, padded
+from training.kernels.choose import Kernels
+from training.kernels.experts import ANY
+from training.model.cache import Cache
+from training.model.gpt import GPT
+from training.weights.hf.options import OPTIONS, model_config
+
+
+class TrainingGPTConfig(PretrainedConfig):
+    """The options of the network, under the names and with the values of the run's own configuration."""
+
+    model_type = "training_gpt"
+    attribute_map = {  # noqa: RUF012 (the base class says so)
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+    }
+
+    def __init__(self, **options: Any):
+        for name, default in OPTIONS.items():
+            setattr(self, name, options.pop(name, default))
+        super().__init__(**{"tie_word_embeddings": False} | options)  # a tied head is no parameter of its own
+
+
+class GenerationCache:
+    """Our cache under the names that `generate` calls it by."""
+
+    is_compileable = False
+
+    def __init__(self, cache: Cache):
+        self.cache = cache
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 (Transformers' signature)
+        return self.cache.n_tokens
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.cache.select(beam_idx)
+
+
+class TrainingGPTForCausalLM(PreTrainedModel, GenerationMixin):
+    """The network with its head."""
+
+    config_class = TrainingGPTConfig
+    base_model_prefix = "gpt"
+    main_input_name = "input_ids"
+    _is_stateful = True  # a cache of our own, which cannot go back
+
+    def __init__(self, config: TrainingGPTConfig):
+        super().__init__(config)
+        options = {name: getattr(config, name) for name in OPTIONS}
+        self.gpt = GPT(model_config(options), Kernels(experts=ANY))
+        if any(block.ffn.type == "moe" for block in self.gpt.config.blocks):
+            self._keep_in_fp32_modules_strict = ["router"]  # routing is float32 in any type
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """GPT-2's initial weights, for a model that is not loaded."""
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim > 1 and not name.endswith("bias"):
+                nn.init.normal_(parameter, std=0.02)
+            else:
+                nn.init.constant_(parameter, 1.0 if name == "weight" and "Norm" in type(module).__name__ else 0.0)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.gpt.wte
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.gpt.wte = value
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.gpt.head
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: GenerationCache | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool | None = True,
+        **_: Any,
+    ) -> dict[str, Any]:
+        n_read = 0 if past_key_values is None else past_key_values.get_seq_length()
+        return {
+            "input_ids": input_ids[:, n_read:],
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+            "use_cache": use_cache,
+            "logits_to_keep": 1,
+        }
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: GenerationCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+        **loss_options: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits (B, T, V), the last `logits_to_keep` of them; with `labels` the loss, as every model of Transformers.
+
+        Zeros at the beginning of `attention_mask` (B, S) are padding. Position_ids (B, T) that begin again at 0
+        separate packed documents.
+        """
+        for name in ("output_hidden_states", "output_attentions"):
+            if loss_options.pop(name, None):
+                raise ValueError(f"{name} is not computed here")
+        self.gpt.dtype = self.gpt.wte.weight.dtype
+        n_padding_B = None if attention_mask is None else (attention_mask.cumsum(1) == 0).sum(1)
+        documents = None
+        if past_key_values is None and use_cache:
+            if n_padding_B is None and position_ids is not None and bool((position_ids[:, 1:] == 0).any()):
+                raise ValueError("packed documents (position_ids that begin again) need use_cache=False")
+            past_key_values = GenerationCache(self.gpt.new_cache(n_padding_B))
+        elif past_key_values is None and position_ids is not None:
+            position_BT = position_ids.expand_as(input_ids)
+            documents = Documents((position_BT == 0).cumsum(1), position_BT)
+        elif past_key_values is None and n_padding_B is not None and bool(n_padding_B.any()):
+            documents = padded(n_padding_B, 0, input_ids.shape[1])
+        cache = None if past_key_values is None else past_key_values.cache
+        logits_BTV = self.gpt.logits(input_ids, cache, documents, n_last=logits_to_keep or None)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits_BTV, labels, self.gpt.config.vocab_size, **loss_options)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits_BTV, past_key_values=past_key_values)
+        return output if return_dict is not False else output.to_tuple()
+
+
+def register() -> None:
+    """Make Transformers' Auto classes open these models with this package's own code."""
+    AutoConfig.register(TrainingGPTConfig.model_type, TrainingGPTConfig, exist_ok=True)
+    AutoModelForCausalLM.register(TrainingGPTConfig, TrainingGPTForCausalLM, exist_ok=True)
