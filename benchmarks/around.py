@@ -2,7 +2,7 @@
 
     python benchmarks/around.py | tee benchmarks/results/around.txt
 
-Shares are of the time of all steps, as the run's own ledger has them in its rows: `data` is what batches take, `idle`
+Shares are of the time of all steps, as the run's own timer has them in its rows: `data` is what batches take, `idle`
 what logs do (TensorBoard among them), `checkpoint` how long the loop stands still for its saves in the background.
 Compiled, the run has 12 equal blocks, and the compiler's cache at first is empty.
 """
@@ -75,7 +75,7 @@ def main() -> None:
     print(header(torch.device("cpu")))
     with tempfile.TemporaryDirectory() as folder:
         common = ["--config", asked.config.absolute(), "--out_dir", folder, "--data.cache_dir", f"{folder}/cache"]
-        config, _ = cli.parse(list(map(str, common)), prog="around", doc="", flags={})
+        config, _ = cli.parse_command_line(list(map(str, common)), prog="around", doc="", flags={})
         prepare(config.data, quiet=True)
         help_s = statistics.median(seconds_of_help() for _ in range(asked.rounds))
         print(f"--help: {against(help_s, 0.5, least=False)} s", flush=True)

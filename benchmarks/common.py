@@ -25,8 +25,8 @@ def header(device: torch.device, *packages: str) -> str:
     asked = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(asked, cwd=here, capture_output=True, text=True).stdout
     versions = [f"torch {torch.__version__}", *(f"{name} {__import__(name).__version__}" for name in packages)]
-    units = " with bf16 units" if device.type == "cpu" and devices.multiplies_bf16(device) else ""
-    machine = f"{devices.describe(device)}{units}; Python {platform.python_version()}, {', '.join(versions)}"
+    units = " with bf16 units" if device.type == "cpu" and devices.has_bf16_units(device) else ""
+    machine = f"{devices.device_name(device)}{units}; Python {platform.python_version()}, {', '.join(versions)}"
     return f"{machine}; commit {commit.strip() or 'unknown'}"
 
 

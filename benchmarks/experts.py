@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from training import device as devices
 from training.config import MLPConfig, ModelConfig, MoEConfig, ParallelConfig
-from training.kernels.choose import EXPERTS, ExpertsCall, Needs, choose
+from training.kernels.choose import EXPERT_KERNELS, ExpertsSpec, KernelRequirements, choose_kernels
 from training.model.layers import Batch
 from training.model.mlp import MLP
 from training.model.moe import MoE
@@ -36,13 +36,15 @@ def layers(width: int, device: torch.device, dtype: torch.dtype, only: str | Non
     """The layers that are compared, by name, or one of them; "auto" is what a run would use."""
     model = ModelConfig(n_embd=width, n_head=1, bias=False)
     section = MoEConfig(hidden=2 * width, activation="silu", gated=True)
-    needs = Needs(frozenset(), frozenset({ExpertsCall(width, 2 * width, section.n_experts, section.top_k)}), False)
-    kernels, why = choose(ParallelConfig(), needs, device=device, dtype=dtype)
+    needs = KernelRequirements(
+        frozenset(), frozenset({ExpertsSpec(width, 2 * width, section.n_experts, section.top_k)}), False
+    )
+    kernels, why = choose_kernels(ParallelConfig(), needs, device=device, dtype=dtype)
     print(f"  auto: {why['experts']}")
     makers: dict[str, Callable[[], nn.Module]] = {
         "dense": lambda: MLP(MLPConfig(hidden=4 * width, activation="silu", gated=True), model, kernels),
         "auto": lambda: MoE(section, model, kernels),
-        "loop": lambda: MoE(section, model, kernels._replace(experts=EXPERTS["loop"])),
+        "loop": lambda: MoE(section, model, kernels._replace(experts=EXPERT_KERNELS["loop"])),
         "transformers, eager": lambda: transformers_layer(section, width, "eager"),
         "transformers, grouped": lambda: transformers_layer(section, width, "grouped_mm"),
     }
@@ -171,7 +173,7 @@ def main() -> None:
         parser.error(f"--tokens: {asked.tokens} is no multiple of 256")
     if asked.threads:
         torch.set_num_threads(asked.threads)
-    device = devices.pick(asked.device)
+    device = devices.select_device(asked.device)
     dtype = devices.DTYPES[devices.resolve_precision(asked.dtype, device)]
     if asked.peak:
         name, width, n_tokens = asked.peak

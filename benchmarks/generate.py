@@ -22,7 +22,7 @@ from common import header
 from training import device as devices
 from training.config import ModelConfig
 from training.model import GPT
-from training.model.sampling import Rules, sample
+from training.model.sampling import SamplingParams, sample
 from training.weights import hf
 
 N_VOCAB = 50257
@@ -42,7 +42,7 @@ def with_cache(model: GPT, prompts: Ids, n_tokens: int) -> Ids:
         return True
 
     seeds = range(len(prompts))
-    sample(model, prompts, n_tokens, take, n_vocab=N_VOCAB, seeds=seeds, rules=Rules(temperature=0))
+    sample(model, prompts, n_tokens, take, n_vocab=N_VOCAB, seeds=seeds, params=SamplingParams(temperature=0))
     return new
 
 
@@ -59,7 +59,7 @@ def without_cache(model: GPT, prompts: Ids, n_tokens: int) -> Ids:
 def in_transformers(model: GPT) -> Callable[[GPT, Ids, int], Ids]:
     """Transformers' `generate` with these weights."""
     with tempfile.TemporaryDirectory() as folder:
-        hf.write(Path(folder), model.state_dict(), model.config, N_VOCAB - 1)
+        hf.write_model(Path(folder), model.state_dict(), model.config, N_VOCAB - 1)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).to(model.wte.weight.device)
     theirs.generation_config.eos_token_id = None  # always the asked number of tokens
 
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default %(default)s)")
     asked = parser.parse_args()
-    device = devices.pick(asked.device)
+    device = devices.select_device(asked.device)
     if asked.threads:
         torch.set_num_threads(asked.threads)
     transformers.utils.logging.disable_progress_bar()
@@ -110,7 +110,7 @@ def main() -> None:
     for name, shape in SHAPES.items():
         model = GPT(ModelConfig.model_validate(shape)).init_weights(0).to(device)
         hugging_face = in_transformers(model)
-        model.for_inference()
+        model.cast_for_inference()
         prompts = torch.randint(0, N_VOCAB, (8, 16), generator=torch.Generator().manual_seed(0)).tolist()
         for n_texts, n_tokens, rounds, sides, bar in (
             (1, 512, max(1, asked.rounds // 5), {"with cache": with_cache, "without cache": without_cache}, 5.0),

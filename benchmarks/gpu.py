@@ -25,8 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from training import device as devices
 from training.errors import UserError
-from training.kernels.attention.table import automatic, limits, machine
-from training.kernels.choose import ATTENTION, LOSS
+from training.kernels.attention.table import auto_candidates, device_info, limits_on
+from training.kernels.choose import ATTENTION_BACKENDS, LOSS_KERNELS
 from training.model import GPT
 from training.twin import twin
 
@@ -128,11 +128,13 @@ def dense(asked: argparse.Namespace, folder: Path, device: torch.device) -> Iter
     plain = steps.options(steps.GPT2, asked, folder)
     flops = flops_of(plain)
     yield "this", (lambda: steps.ours(plain, device), flops)
-    here = [name for name in ATTENTION if name != "reference" and limits(name, machine(device)) is not None]
+    here = [
+        name for name in ATTENTION_BACKENDS if name != "reference" and limits_on(name, device_info(device)) is not None
+    ]
     for backend in here[: 1 if asked.toy else None]:
         config = steps.options(steps.GPT2, asked, folder, compile=True, attention=backend)
         yield f"this, compiled, {backend}", (lambda config=config: steps.ours(config, device), flops)
-    for loss in LOSS:
+    for loss in LOSS_KERNELS:
         config = steps.options(steps.GPT2, asked, folder, compile=not asked.toy, loss=loss)
         yield f"this, compiled, loss {loss}", (lambda config=config: steps.ours(config, device), flops)
     muon = steps.options(steps.GPT2, asked, folder, optim="muon", compile=not asked.toy)
@@ -207,7 +209,7 @@ def main() -> None:
     parser.add_argument("--micro_batch", type=int, default=64, help="default %(default)s")
     parser.add_argument("--nanogpt", type=Path, help="folder with nanoGPT's model.py")
     given = parser.parse_args()
-    device = devices.pick(given.device)
+    device = devices.select_device(given.device)
     precision = devices.resolve_precision("auto", device)
     sizes = TOY if given.toy else LARGE
     asked = argparse.Namespace(**vars(given) | sizes | {"precision": precision})
@@ -220,7 +222,7 @@ def main() -> None:
             print(f"{title}, {precision}, {n_tokens:,} tokens a step, {asked.micro_batch} samples at a time")
             sides.run(dict(some(asked, Path(folder), device)))
         # `auto` takes a kernel whose gradients are the same bits every time; which may not be the fastest.
-        repeatable = (f"this, compiled, {backend}" for backend in automatic(machine(device)))
+        repeatable = (f"this, compiled, {backend}" for backend in auto_candidates(device_info(device)))
         taken = next((name for name in repeatable if name in sides.times), "this, compiled")
         for name in dict.fromkeys((sides.fastest("this, compiled"), taken)):
             sides.judge_mfu(name, GOAL_MFU)

@@ -53,7 +53,7 @@ def config_of(asked: argparse.Namespace, folder: Path, *, context: int = 128, ex
 
 
 def seconds(configs: Iterable[Config], n_steps: int) -> list[tuple[float, ...]]:
-    """Of a step of each, which take turns: medians of (forward and backward, optimizer), by the run's own ledger."""
+    """Of a step of each, which take turns: medians of (forward and backward, optimizer), by the run's own timer."""
     steps = [step.ours(config, CPU) for config in configs]
     for taken in steps:
         for _ in range(6):  # until numbers of an expert's rows have come before
@@ -67,12 +67,12 @@ def seconds(configs: Iterable[Config], n_steps: int) -> list[tuple[float, ...]]:
 
 def phases_of(taken: step.Step) -> tuple[float, ...]:
     """Seconds of (forward and backward, optimizer) of one step."""
-    ledger = taken.run.ledger
-    ledger.settle()
-    before = dict(ledger.seconds)
+    timer = taken.run.timer
+    timer.flush()
+    before = dict(timer.seconds)
     taken()
-    ledger.settle()
-    return tuple(ledger.seconds[phase] - before[phase] for phase in ("compute", "optimizer"))
+    timer.flush()
+    return tuple(timer.seconds[phase] - before[phase] for phase in ("compute", "optimizer"))
 
 
 def sizes_of(config: Config) -> tuple[int, int]:

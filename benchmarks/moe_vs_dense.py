@@ -27,7 +27,7 @@ from training.engine.build import Run, begin
 from training.engine.step import evaluate, train_step
 from training.errors import UserError
 from training.options import cli
-from training.twin import described, twin
+from training.twin import describe_twin, twin
 
 FEWER_TOKENS, STEP_TIME = 1.5, 1.25  # the bars
 
@@ -139,12 +139,12 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw the curves into this PNG")
     asked = parser.parse_args()
     try:
-        config = cli.load(asked.config, {"data.cache_dir": asked.cache_dir})
+        config = cli.load_config(asked.config, {"data.cache_dir": asked.cache_dir})
         twin(config)
     except UserError as error:
         parser.error(str(error))
-    device = devices.pick(config.parallel.device)
-    print(f"{header(device)}\n{described(config)}")
+    device = devices.select_device(config.parallel.device)
+    print(f"{header(device)}\n{describe_twin(config)}")
     with tempfile.TemporaryDirectory() as folder:
         found = sides(config, folder, World(0, 1, device))
         while any(side.run.step < side.run.config.steps for side in found):

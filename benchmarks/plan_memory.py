@@ -67,7 +67,7 @@ def config_of(name: str, folder: Path) -> Config:
 def measured(config: Config, folder: Path) -> int:
     """Bytes that were resident at most, in a process that trains it."""
     path = folder / "config.yaml"
-    path.write_text(cli.dump(config))
+    path.write_text(cli.dump_config(config))
     command = [sys.executable, "-m", "training.train", "--config", str(path), "--resume", "never"]
     with (folder / "said.txt").open("wb") as said:
         process = subprocess.Popen(command, stdout=said, stderr=said)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from common import header
 
-from training.checkpoint import Part, Saver, alone
+from training.checkpoint import SINGLE, CheckpointWriter, TensorShard
 from training.config import CheckpointConfig, ModelConfig
 from training.model import GPT
 
@@ -25,12 +25,15 @@ SAVES = 8
 BAR = 0.1
 
 
-def parts(model: GPT) -> dict[str, dict[str, Part]]:
+def parts(model: GPT) -> dict[str, dict[str, TensorShard]]:
     """The weights, and AdamW's two averages of each."""
     weights = {name: p.detach() for name, p in model.named_parameters()}
     state = {f"{name}/{what}": p.clone() for name, p in weights.items() for what in ("exp_avg", "exp_avg_sq")}
     whole = {"model": weights, "optimizer": state}
-    return {kind: {name: Part(t, 0, t.shape, mine=True) for name, t in some.items()} for kind, some in whole.items()}
+    return {
+        kind: {name: TensorShard(t, 0, t.shape, is_owner=True) for name, t in some.items()}
+        for kind, some in whole.items()
+    }
 
 
 def main() -> None:
@@ -40,14 +43,14 @@ def main() -> None:
     print(f"GPT-2 124M with AdamW's state: {n_bytes / 2**30:.2f} GiB, {SAVES} saves of each kind, in turn")
     folder = Path(tempfile.mkdtemp(dir="."))
     savers = {
-        kind: Saver(folder / kind, alone, CheckpointConfig(background=kind == "background"))
+        kind: CheckpointWriter(folder / kind, SINGLE, CheckpointConfig(background=kind == "background"))
         for kind in ("foreground", "background")
     }
     stalls: dict[str, list[float]] = {kind: [] for kind in savers}
     try:
         for saver in savers.values():
             start = time.perf_counter()
-            saver.prepare(some)
+            saver.preallocate(some)
             saver.close()
             prepared = time.perf_counter() - start
         for step in range(SAVES):

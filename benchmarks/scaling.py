@@ -68,7 +68,7 @@ def compare(sizes: dict, model: dict, asked: argparse.Namespace, folder: Path) -
     )
     config = config.model_copy(update={"logging": config.logging.model_copy(update={"every": 1})})
     prepare(config.data, quiet=True)
-    (folder / "config.yaml").write_text(cli.dump(config))
+    (folder / "config.yaml").write_text(cli.dump_config(config))
     times: Times = {name: [] for name in PROCESSES}
     for _ in range(asked.rounds):
         for name, (n_processes, n_threads) in PROCESSES.items():

@@ -30,7 +30,9 @@ BAR = 0.4
 
 def side_of(recipe: Path, folder: str) -> Side:
     """The recipe's run, at its beginning."""
-    config = cli.load(recipe, {"out_dir": folder, "data.cache_dir": f"{folder}/cache", "logging.tensorboard": "false"})
+    config = cli.load_config(
+        recipe, {"out_dir": folder, "data.cache_dir": f"{folder}/cache", "logging.tensorboard": "false"}
+    )
     with redirect_stdout(sys.stderr):
         run = begin(config, prepare(config.data, quiet=True), World(0, 1, torch.device("cpu")), "never")
         run.close()

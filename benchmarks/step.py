@@ -134,7 +134,7 @@ def transformers_side(config: Config, device: torch.device, *, compiled: bool = 
     vocab_size = config.model.vocab_size
     with tempfile.TemporaryDirectory() as folder:
         weights = GPT(config.model).init_weights(0).state_dict()
-        hf.write(Path(folder), weights, config.model, vocab_size - 1)
+        hf.write_model(Path(folder), weights, config.model, vocab_size - 1)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder).train()
     for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
         assert not getattr(model.config, name, 0)
@@ -301,7 +301,7 @@ def main() -> None:
     for what in ("--peak", "--side"):
         parser.add_argument(what, nargs=2, metavar=("KIND", "SIDE"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    device = devices.pick(asked.device)
+    device = devices.select_device(asked.device)
     asked.precision = devices.resolve_precision(asked.precision, device)
     with tempfile.TemporaryDirectory() as folder:
         if asked.peak:

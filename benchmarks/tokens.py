@@ -23,7 +23,7 @@ import torch
 from common import against, header, ratio, turns
 
 from training.config import Config, StdlibSource
-from training.data.sources import reader
+from training.data.sources import build_reader
 from training.data.tokenizer import Tokenizer, from_vocab_and_merges, train_bpe
 from training.options import cli
 
@@ -34,7 +34,7 @@ FILE_BYTES = 10_000_000
 
 def stdlib() -> list[str]:
     """The text of its modules."""
-    return ["".join(document.pieces) for document in reader(StdlibSource()).documents()]
+    return ["".join(document.chunks) for document in build_reader(StdlibSource()).documents()]
 
 
 def tokenizers(folder: Path | None) -> Iterator[tuple[str, Tokenizer]]:
@@ -101,7 +101,7 @@ def peak_of(size: int) -> tuple[float, float]:
         sources, val_sources = ([{"paths": [f"{folder}/{name}"]}] for name in ("text", "val"))
         config = {"sources": sources, "val_sources": val_sources, "cache_dir": f"{folder}/c"}
         path = Path(folder) / "config.yaml"
-        path.write_text(cli.dump(Config.model_validate({"name": "run", "steps": 1000, "data": config})))
+        path.write_text(cli.dump_config(Config.model_validate({"name": "run", "steps": 1000, "data": config})))
         start, most = time.perf_counter(), 0.0
         run = subprocess.Popen(
             [sys.executable, "-m", "training.prepare", "--config", str(path)], cwd=HERE, stdout=subprocess.DEVNULL

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.checkpoint import Checkpoint, Part, Saver, alone
+from training.checkpoint import SINGLE, Checkpoint, CheckpointWriter, TensorShard
 from training.config import CheckpointConfig, Config
 from training.engine.resume import folder_of
 from training.logging.phases import PHASES
@@ -118,7 +118,7 @@ def environment() -> dict[str, str]:
 
 def write_config(path: Path, options: dict) -> Path:
     """A YAML file of the options."""
-    path.write_text(cli.dump(Config.model_validate(options)))
+    path.write_text(cli.dump_config(Config.model_validate(options)))
     return path
 
 
@@ -136,9 +136,12 @@ def tensors(run: Path, step: int) -> dict[str, str]:
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """Save it as one process does, and wait; nothing that is there goes."""
-    saver = Saver(folder, alone, CheckpointConfig(keep=1000))
+    saver = CheckpointWriter(folder, SINGLE, CheckpointConfig(keep=1000))
     parts = {
-        kind: {name: Part(tensor, 0, tensor.shape, mine=True) for name, tensor in getattr(checkpoint, kind).items()}
+        kind: {
+            name: TensorShard(tensor, 0, tensor.shape, is_owner=True)
+            for name, tensor in getattr(checkpoint, kind).items()
+        }
         for kind in ("model", "optimizer")
     }
     saver.save(parts, checkpoint.state, None)

@@ -209,7 +209,7 @@ def main(arguments: list[str]) -> int:
 
     torch.set_num_threads(1)
     report._template()
-    config = cli.load(asked.config).model_copy(update={"out_dir": str(asked.folder / "runs")})
+    config = cli.load_config(asked.config).model_copy(update={"out_dir": str(asked.folder / "runs")})
     prepare(config.data, quiet=True)
     reference = config.model_copy(update={"name": "reference"})
     told = asked.folder / "operations.json"

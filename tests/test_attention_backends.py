@@ -19,14 +19,35 @@ from torch._dynamo.utils import counters
 
 from training.config import BlockConfig, ModelConfig, ParallelConfig
 from training.errors import UserError
-from training.kernels.attention.deterministic import DeterministicBackward, attend_repeatably, deterministic, flash
-from training.kernels.attention.sdpa import FEW_KEYS
-from training.kernels.attention.table import Limits, Machine, Seen, automatic, documents, limits, why_not
-from training.kernels.choose import ATTENTION, Backend, Call, ExpertsCall, Kernels, Needs, choose
+from training.kernels.attention.deterministic import (
+    DeterministicBackward,
+    attend_deterministically,
+    deterministic_flash,
+    deterministic_mode,
+)
+from training.kernels.attention.sdpa import FP32_MAX_KEYS
+from training.kernels.attention.table import (
+    DeviceInfo,
+    Limits,
+    Visibility,
+    auto_candidates,
+    find_documents,
+    limits_on,
+    reason_unsupported,
+)
+from training.kernels.choose import (
+    ATTENTION_BACKENDS,
+    AttentionBackend,
+    AttentionSpec,
+    ExpertsSpec,
+    KernelRequirements,
+    Kernels,
+    choose_kernels,
+)
 from training.model import GPT
 
 CPU = torch.device("cpu")
-HOPPER = Machine("cuda", 9)
+HOPPER = DeviceInfo("cuda", 9)
 
 
 def grads(function, inputs, *rest):
@@ -59,25 +80,25 @@ def written_down(q, k, v, visible, scale, softcap):
 
 
 CALLS = {
-    "multi-head": Call(3, 3, 8, 8),
-    "grouped-query": Call(4, 2, 8, 8),
-    "multi-query": Call(3, 1, 16, 16),
-    "narrow values": Call(2, 2, 12, 8),
-    "wide values": Call(2, 1, 8, 16),
-    "window": Call(2, 2, 8, 8, window=5),
-    "window of one": Call(2, 2, 8, 8, window=1),
-    "window of all": Call(2, 2, 8, 8, window=17),
-    "window of all but one": Call(2, 2, 8, 8, window=16),
-    "soft-cap": Call(2, 2, 8, 8, softcap=0.7),
-    "scale": Call(2, 2, 8, 8, scale=0.3),
-    "everything": Call(4, 2, 8, 6, window=7, softcap=1.5, scale=0.5),
+    "multi-head": AttentionSpec(3, 3, 8, 8),
+    "grouped-query": AttentionSpec(4, 2, 8, 8),
+    "multi-query": AttentionSpec(3, 1, 16, 16),
+    "narrow values": AttentionSpec(2, 2, 12, 8),
+    "wide values": AttentionSpec(2, 1, 8, 16),
+    "window": AttentionSpec(2, 2, 8, 8, window=5),
+    "window of one": AttentionSpec(2, 2, 8, 8, window=1),
+    "window of all": AttentionSpec(2, 2, 8, 8, window=17),
+    "window of all but one": AttentionSpec(2, 2, 8, 8, window=16),
+    "soft-cap": AttentionSpec(2, 2, 8, 8, softcap=0.7),
+    "scale": AttentionSpec(2, 2, 8, 8, scale=0.3),
+    "everything": AttentionSpec(4, 2, 8, 6, window=7, softcap=1.5, scale=0.5),
 }
-HERE = [name for name in ATTENTION if limits(name, Machine("cpu")) is not None]
+HERE = [name for name in ATTENTION_BACKENDS if limits_on(name, DeviceInfo("cpu")) is not None]
 AS_PUBLISHED = ["flash2", "flash3", "flash4", "varlen"]  # run here with what they call written down
 
 
 def needs(call=CALLS["multi-head"], packed=False):
-    return Needs(frozenset({call}), frozenset({ExpertsCall(32, 64)}), packed)
+    return KernelRequirements(frozenset({call}), frozenset({ExpertsSpec(32, 64)}), packed)
 
 
 @pytest.fixture
@@ -94,7 +115,7 @@ def packages(monkeypatch):
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("name", [*HERE, *AS_PUBLISHED])
 def test_attention_equals_a_loop_over_queries_or_says_that_it_cannot(name, call, packed):
-    n, backend = 17, ATTENTION[name]
+    n, backend = 17, ATTENTION_BACKENDS[name]
     tokens = torch.ones(2, n, dtype=torch.int64)
     tokens[0, [4, 5]] = tokens[1, 11] = 0
     document = tokens.eq(0).cumsum(1)
@@ -103,21 +124,21 @@ def test_attention_equals_a_loop_over_queries_or_says_that_it_cannot(name, call,
     def visible(b, t):
         return [s for s in range(max(0, t - window + 1), t + 1) if not packed or document[b, s] == document[b, t]]
 
-    seen = Seen(n, n, CPU, call.window, documents(tokens, 0) if packed else None)
+    seen = Visibility(n, n, CPU, call.window, find_documents(tokens, 0) if packed else None)
     heads = ((call.n_head, call.head_dim), (call.n_kv_head, call.head_dim), (call.n_kv_head, call.value_dim))
     inputs = [random(2, count, n, width, seed=i) * (i + 1) for i, (count, width) in enumerate(heads)]
 
     def run(q, k, v):
-        return backend.attend(q, k, v, backend.mask(seen), scale=call.scale, softcap=call.softcap)
+        return backend.attend(q, k, v, backend.build_mask(seen), scale=call.scale, softcap=call.softcap)
 
-    if name in AS_PUBLISHED and call.softcap is not None and not limits(name, HOPPER).softcap:
-        assert why_not(name, call, packed, HOPPER, torch.bfloat16).startswith("it does not do ")
+    if name in AS_PUBLISHED and call.softcap is not None and not limits_on(name, HOPPER).softcap:
+        assert reason_unsupported(name, call, packed, HOPPER, torch.bfloat16).startswith("it does not do ")
         return
-    if name in HERE and why_not(name, call, packed, Machine("cpu"), torch.float32):
-        _, why = choose(ParallelConfig(), needs(call, packed), device=CPU, dtype=torch.float32)
+    if name in HERE and reason_unsupported(name, call, packed, DeviceInfo("cpu"), torch.float32):
+        _, why = choose_kernels(ParallelConfig(), needs(call, packed), device=CPU, dtype=torch.float32)
         assert re.match(rf"\w+ \(.*\b{name}(, \w+)*: it does not do", why["attention"])
         with pytest.raises(UserError, match=f"parallel.attention: {name}: it does not do .*; use auto"):
-            choose(ParallelConfig(attention=name), needs(call, packed), device=CPU, dtype=torch.float32)
+            choose_kernels(ParallelConfig(attention=name), needs(call, packed), device=CPU, dtype=torch.float32)
         return
     scale = call.scale or call.head_dim**-0.5
     assert_equal(run, lambda q, k, v: written_down(q, k, v, visible, scale, call.softcap), inputs)
@@ -127,12 +148,12 @@ def test_attention_equals_a_loop_over_queries_or_says_that_it_cannot(name, call,
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
 @pytest.mark.parametrize("name", AS_PUBLISHED)
 def test_packages_get_views_ends_of_documents_and_ask_for_a_repeatable_backward(name, packed):
-    backend, tokens = ATTENTION[name], torch.ones(2, 6, dtype=torch.int64)
+    backend, tokens = ATTENTION_BACKENDS[name], torch.ones(2, 6, dtype=torch.int64)
     tokens[0, 4] = tokens[1, 0] = 0
-    seen = Seen(6, 6, CPU, None, documents(tokens, 0) if packed else None)
+    seen = Visibility(6, 6, CPU, None, find_documents(tokens, 0) if packed else None)
     projections = random(2, 6, 3, 4, 8)
     q, k, v = (x.transpose(1, 2).requires_grad_() for x in projections.unbind(2))
-    y = backend.attend(q, k, v, backend.mask(seen))
+    y = backend.attend(q, k, v, backend.build_mask(seen))
     assert y.transpose(1, 2).is_contiguous()  # back in the order of the projections without a copy
     (call,) = stand_ins.calls
     assert call.get("deterministic", True)
@@ -159,27 +180,29 @@ def installed(monkeypatch, tmp_path):
     return install
 
 
-TABLE = [(name, kind) for name in ATTENTION for kind in ATTENTION[name].on or ("cuda", "cpu", "mps")]
+TABLE = [
+    (name, kind) for name in ATTENTION_BACKENDS for kind in ATTENTION_BACKENDS[name].limits or ("cuda", "cpu", "mps")
+]
 
 
 @pytest.mark.parametrize(("name", "kind"), TABLE)
 def test_every_limit_of_the_table_is_said_in_words_before_anything_runs(name, kind, installed):
-    here = Machine(kind, 9 if kind == "cuda" else None)
-    can = limits(name, here)
+    here = DeviceInfo(kind, 9 if kind == "cuda" else None)
+    can = limits_on(name, here)
     width, documents = can.head_dim or 64, can.documents
-    call = Call(2, 1, width, width, 8 if can.window else None, 5.0 if can.softcap else None)
+    call = AttentionSpec(2, 1, width, width, 8 if can.window else None, 5.0 if can.softcap else None)
     if can.package is not None and can.package[0] != "torch":
-        assert why_not(name, call, documents, here, can.dtypes[0]) == f"{can.package[0]} is not installed"
+        assert reason_unsupported(name, call, documents, here, can.dtypes[0]) == f"{can.package[0]} is not installed"
         installed(*can.package)
-    assert all(why_not(name, call, documents, here, dtype) is None for dtype in can.dtypes)
+    assert all(reason_unsupported(name, call, documents, here, dtype) is None for dtype in can.dtypes)
 
     def refused(call=call, documents=documents, here=here, dtype=can.dtypes[0]):
-        return why_not(name, call, documents, here, dtype)
+        return reason_unsupported(name, call, documents, here, dtype)
 
-    for other in {"cuda", "cpu", "mps"} - set(ATTENTION[name].on or ("cuda", "cpu", "mps")):
-        assert refused(here=Machine(other)) == f"it does not run on {other}"
+    for other in {"cuda", "cpu", "mps"} - set(ATTENTION_BACKENDS[name].limits or ("cuda", "cpu", "mps")):
+        assert refused(here=DeviceInfo(other)) == f"it does not run on {other}"
     if can.capability is not None:
-        assert refused(here=Machine("cuda", 7)) == "it does not run on CUDA devices of compute capability 7"
+        assert refused(here=DeviceInfo("cuda", 7)) == "it does not run on CUDA devices of compute capability 7"
     for dtype in {torch.float32, torch.bfloat16, torch.float16} - set(can.dtypes):
         assert refused(dtype=dtype) == f"it does not do {str(dtype)[6:]}"
     if can.head_dim is not None:
@@ -197,60 +220,64 @@ def test_every_limit_of_the_table_is_said_in_words_before_anything_runs(name, ki
         assert refused(documents=True) == "it does not keep documents apart"
 
 
-@pytest.mark.parametrize("name", [name for name in ATTENTION if (can := limits(name, HOPPER)) and can.package])
+@pytest.mark.parametrize(
+    "name", [name for name in ATTENTION_BACKENDS if (can := limits_on(name, HOPPER)) and can.package]
+)
 def test_a_package_that_is_too_old_is_named_with_what_is_needed(name, installed):
-    package, oldest = limits(name, HOPPER).package
+    package, oldest = limits_on(name, HOPPER).package
     installed(package, "0.9.1")
-    said = why_not(name, Call(2, 2, 64, 64), False, HOPPER, torch.bfloat16)
+    said = reason_unsupported(name, AttentionSpec(2, 2, 64, 64), False, HOPPER, torch.bfloat16)
     assert said == f"{package} 0.9.1 is too old, {oldest} or later is needed"
 
 
 def test_auto_tries_what_can_be_on_the_machine_and_repeats_its_gradients():
-    assert automatic(Machine("cpu")) == ["flash", "sdpa", "reference"]
-    assert automatic(Machine("mps")) == ["sdpa", "reference"]
-    assert automatic(Machine("cuda", 7)) == ["efficient", "reference"]
-    assert automatic(Machine("cuda", 8)) == ["flash2", "flash", "varlen", "flex", "efficient", "reference"]
-    assert automatic(HOPPER)[:3] == ["flash3", "flash4", "flash2"]
-    assert automatic(Machine("cuda", 10))[:2] == ["flash4", "flash2"]
+    assert auto_candidates(DeviceInfo("cpu")) == ["flash", "sdpa", "reference"]
+    assert auto_candidates(DeviceInfo("mps")) == ["sdpa", "reference"]
+    assert auto_candidates(DeviceInfo("cuda", 7)) == ["efficient", "reference"]
+    assert auto_candidates(DeviceInfo("cuda", 8)) == ["flash2", "flash", "varlen", "flex", "efficient", "reference"]
+    assert auto_candidates(HOPPER)[:3] == ["flash3", "flash4", "flash2"]
+    assert auto_candidates(DeviceInfo("cuda", 10))[:2] == ["flash4", "flash2"]
 
 
 def test_what_needs_cuda_is_no_part_of_the_reason_on_a_cpu():
-    _, why = choose(ParallelConfig(), needs(), device=CPU, dtype=torch.float32)
+    _, why = choose_kernels(ParallelConfig(), needs(), device=CPU, dtype=torch.float32)
     assert why["attention"] == "flash (ran, and equals the reference)"
 
 
-@pytest.mark.parametrize("name", [name for name in ATTENTION if name not in HERE])
+@pytest.mark.parametrize("name", [name for name in ATTENTION_BACKENDS if name not in HERE])
 def test_what_cannot_be_here_is_refused_by_name_in_a_line(name):
     with pytest.raises(UserError, match=f"^parallel.attention: {name}: it does not run on cpu; use auto$"):
-        choose(ParallelConfig(attention=name), needs(), device=CPU, dtype=torch.float32)
+        choose_kernels(ParallelConfig(attention=name), needs(), device=CPU, dtype=torch.float32)
 
 
 def test_a_package_that_is_missing_is_passed_over_or_refused_in_a_line(monkeypatch):
     missing = {"cpu": Limits(package=("flash-attn", "2.7.4"))}
-    monkeypatch.setitem(ATTENTION, "flash2", ATTENTION["flash2"]._replace(on=missing))
-    monkeypatch.setitem(ATTENTION, "flash3", ATTENTION["flash3"]._replace(on=missing))
-    _, why = choose(ParallelConfig(), needs(), device=CPU, dtype=torch.float32)
+    monkeypatch.setitem(ATTENTION_BACKENDS, "flash2", ATTENTION_BACKENDS["flash2"]._replace(limits=missing))
+    monkeypatch.setitem(ATTENTION_BACKENDS, "flash3", ATTENTION_BACKENDS["flash3"]._replace(limits=missing))
+    _, why = choose_kernels(ParallelConfig(), needs(), device=CPU, dtype=torch.float32)
     assert why["attention"] == "flash (flash3, flash2: flash-attn is not installed)"
     with pytest.raises(UserError, match=r"^parallel.attention: flash2: flash-attn is not installed; use auto$"):
-        choose(ParallelConfig(attention="flash2"), needs(), device=CPU, dtype=torch.float32)
+        choose_kernels(ParallelConfig(attention="flash2"), needs(), device=CPU, dtype=torch.float32)
 
 
 def test_a_backend_whose_gradients_differ_from_run_to_run_is_never_picked_but_can_be_asked_for(monkeypatch):
-    monkeypatch.setitem(ATTENTION, "flash", ATTENTION["flash"]._replace(on={"cpu": Limits(deterministic=False)}))
-    _, why = choose(ParallelConfig(), needs(), device=CPU, dtype=torch.float32)
+    monkeypatch.setitem(
+        ATTENTION_BACKENDS, "flash", ATTENTION_BACKENDS["flash"]._replace(limits={"cpu": Limits(deterministic=False)})
+    )
+    _, why = choose_kernels(ParallelConfig(), needs(), device=CPU, dtype=torch.float32)
     assert why["attention"] == "sdpa (ran, and equals the reference)"
-    _, why = choose(ParallelConfig(attention="flash"), needs(), device=CPU, dtype=torch.float32)
+    _, why = choose_kernels(ParallelConfig(attention="flash"), needs(), device=CPU, dtype=torch.float32)
     assert why["attention"] == "flash (asked for; a restart does not repeat its gradients to the bit)"
 
 
 def test_what_can_be_asked_for_is_what_answers_and_is_documented():
     asked = get_args(ParallelConfig.model_fields["attention"].annotation)
-    assert asked == ("auto", *ATTENTION)
+    assert asked == ("auto", *ATTENTION_BACKENDS)
     text = (Path(__file__).parent.parent / "docs" / "attention.md").read_text()
     rows = [line.strip("| \n").split(" | ") for line in text.splitlines() if line.startswith("| `")]
-    assert [name.strip("`") for name, *_ in rows] == list(ATTENTION)
-    for name, (_, _, where, what) in zip(ATTENTION, rows, strict=True):
-        found = ATTENTION[name].on
+    assert [name.strip("`") for name, *_ in rows] == list(ATTENTION_BACKENDS)
+    for name, (_, _, where, what) in zip(ATTENTION_BACKENDS, rows, strict=True):
+        found = ATTENTION_BACKENDS[name].limits
         assert all(word in where for word in (word.upper() for word in found or ())) and ("any" in where) == (not found)
         for can in (found or {}).values():
             numbers = [can.head_dim, can.head_dim_multiple if can.head_dim_multiple > 1 else None]
@@ -269,18 +296,18 @@ def test_what_can_be_asked_for_is_what_answers_and_is_documented():
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_choose_runs_what_it_chooses_and_says_why(dtype, call, packed):
-    kernels, why = choose(ParallelConfig(), needs(call, packed), device=CPU, dtype=dtype)
+    kernels, why = choose_kernels(ParallelConfig(), needs(call, packed), device=CPU, dtype=dtype)
     name = why["attention"].split(" (")[0]
-    assert kernels.attention is ATTENTION[name]
-    assert why_not(name, call, packed, Machine("cpu"), dtype) is None
-    _, why = choose(ParallelConfig(attention="reference"), needs(call, packed), device=CPU, dtype=dtype)
+    assert kernels.attention is ATTENTION_BACKENDS[name]
+    assert reason_unsupported(name, call, packed, DeviceInfo("cpu"), dtype) is None
+    _, why = choose_kernels(ParallelConfig(attention="reference"), needs(call, packed), device=CPU, dtype=dtype)
     assert why["attention"] == "reference (asked for)"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_at_the_widths_of_gpt2_is_not_taken_for_a_difference(dtype):
-    asked = needs(Call(12, 12, 64, 64))
-    _, why = choose(ParallelConfig(), asked, device=CPU, dtype=dtype)
+    asked = needs(AttentionSpec(12, 12, 64, 64))
+    _, why = choose_kernels(ParallelConfig(), asked, device=CPU, dtype=dtype)
     assert why["attention"] == "flash (ran, and equals the reference)"
 
 
@@ -293,19 +320,21 @@ def asserting(*_, **__):
 
 
 def sees_the_future(q, k, v, mask, scale=None, softcap=None):
-    return ATTENTION["reference"].attend(q, k, v, torch.ones_like(mask), scale=scale, softcap=softcap)
+    return ATTENTION_BACKENDS["reference"].attend(q, k, v, torch.ones_like(mask), scale=scale, softcap=softcap)
 
 
 def swaps_keys_and_values(q, k, v, mask, scale=None, softcap=None):
-    return ATTENTION["reference"].attend(q, v, k, mask, scale=scale, softcap=softcap)
+    return ATTENTION_BACKENDS["reference"].attend(q, v, k, mask, scale=scale, softcap=softcap)
 
 
 def wrong_backward(q, k, v, mask, scale=None, softcap=None):
-    return ATTENTION["reference"].attend(q, k, v.detach() + 0.9 * (v - v.detach()), mask, scale=scale, softcap=softcap)
+    return ATTENTION_BACKENDS["reference"].attend(
+        q, k, v.detach() + 0.9 * (v - v.detach()), mask, scale=scale, softcap=softcap
+    )
 
 
 def nan_backward(q, k, v, mask, scale=None, softcap=None):
-    y = ATTENTION["reference"].attend(q, k, v, mask, scale=scale, softcap=softcap)
+    y = ATTENTION_BACKENDS["reference"].attend(q, k, v, mask, scale=scale, softcap=softcap)
     return y + 0 * (v * 0).sqrt().sum()
 
 
@@ -321,11 +350,13 @@ def nan_backward(q, k, v, mask, scale=None, softcap=None):
     ],
 )
 def test_a_kernel_that_fails_or_differs_is_passed_over_and_refused_when_asked_for(monkeypatch, kernel, problem):
-    monkeypatch.setitem(ATTENTION, "flash", Backend(ATTENTION["reference"].mask, kernel))
-    _, why = choose(ParallelConfig(), needs(), device=CPU, dtype=torch.float32)
+    monkeypatch.setitem(
+        ATTENTION_BACKENDS, "flash", AttentionBackend(ATTENTION_BACKENDS["reference"].build_mask, kernel)
+    )
+    _, why = choose_kernels(ParallelConfig(), needs(), device=CPU, dtype=torch.float32)
     assert re.fullmatch(rf"sdpa \(flash: {problem}\)", why["attention"])
     with pytest.raises(UserError, match=f"parallel.attention: flash: {problem}; use auto"):
-        choose(ParallelConfig(attention="flash"), needs(), device=CPU, dtype=torch.float32)
+        choose_kernels(ParallelConfig(attention="flash"), needs(), device=CPU, dtype=torch.float32)
 
 
 # --- masks -------------------------------------------------------------------------------------------
@@ -336,17 +367,17 @@ def test_a_kernel_that_fails_or_differs_is_passed_over_and_refused_when_asked_fo
 @pytest.mark.parametrize("name", ["sdpa", "reference"])
 def test_attention_over_a_cache_is_the_end_of_attention_over_everything(name, n_queries, window):
     q, k, v = (random(2, heads, 12, 8, seed=i) * (i + 1) for i, heads in enumerate((4, 2, 2)))
-    backend = ATTENTION[name]
-    masks = [backend.mask(Seen(n, 12, CPU, window)) for n in (12, n_queries)]
+    backend = ATTENTION_BACKENDS[name]
+    masks = [backend.build_mask(Visibility(n, 12, CPU, window)) for n in (12, n_queries)]
     whole, end = (backend.attend(q[:, :, -n:], k, v, mask) for n, mask in zip((12, n_queries), masks, strict=True))
     torch.testing.assert_close(end, whole[:, :, -n_queries:])
 
 
 def test_documents_begin_at_their_end_of_text_token_and_samples_anew():
-    found = documents(torch.tensor([[5, 0, 7, 8, 0, 0], [0, 1, 2, 3, 4, 5]]), 0)
+    found = find_documents(torch.tensor([[5, 0, 7, 8, 0, 0], [0, 1, 2, 3, 4, 5]]), 0)
     assert found.index_BS.tolist() == [[0, 1, 1, 1, 2, 3], [1] * 6]
     assert found.position_BT.tolist() == [[0, 0, 1, 2, 0, 0], [0, 1, 2, 3, 4, 5]]
-    assert found.ends_D.tolist() == [0, 1, 4, 5, 6, 12]
+    assert found.cu_seqlens_D.tolist() == [0, 1, 4, 5, 6, 12]
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile", "ignore:`torch.jit.script_method`")
@@ -354,16 +385,16 @@ def test_documents_begin_at_their_end_of_text_token_and_samples_anew():
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_flex_sees_what_the_mask_says_and_caps_scores(call, packed):
     """Its forward, uncompiled: all of it that there is on a CPU."""
-    tokens, backend = torch.ones(2, 150, dtype=torch.int64), ATTENTION["flex"]
+    tokens, backend = torch.ones(2, 150, dtype=torch.int64), ATTENTION_BACKENDS["flex"]
     tokens[0, [40, 41, 130]] = tokens[1, 99] = 0
-    seen = Seen(150, 150, CPU, call.window, documents(tokens, 0) if packed else None)
+    seen = Visibility(150, 150, CPU, call.window, find_documents(tokens, 0) if packed else None)
     heads = ((call.n_head, call.head_dim), (call.n_kv_head, call.head_dim), (call.n_kv_head, call.value_dim))
     q, k, v = (random(2, count, 150, width, seed=i) * 2 for i, (count, width) in enumerate(heads))
     options = {"scale": call.scale, "softcap": call.softcap}
     with torch.compiler.set_stance("force_eager"):
-        ours = backend.attend(q, k, v, backend.mask(seen), **options)
-    reference = ATTENTION["reference"]
-    torch.testing.assert_close(ours, reference.attend(q, k, v, reference.mask(seen), **options))
+        ours = backend.attend(q, k, v, backend.build_mask(seen), **options)
+    reference = ATTENTION_BACKENDS["reference"]
+    torch.testing.assert_close(ours, reference.attend(q, k, v, reference.build_mask(seen), **options))
 
 
 # --- gradients to the bit, and compiled --------------------------------------------------------------
@@ -386,7 +417,7 @@ class Spy(torch.autograd.Function):
 def test_the_deterministic_mode_is_on_for_the_backward_of_attention_and_nothing_else():
     inside, outside, before = [], [], mode()
     inputs = [random(2, 2, 5, 4, seed=i).requires_grad_(i < 2) for i in range(3)]
-    attend = ATTENTION["sdpa"].attend
+    attend = ATTENTION_BACKENDS["sdpa"].attend
 
     def spied(q, k, v):
         return Spy.apply(attend(q, k, v, None), inside)
@@ -406,15 +437,15 @@ def test_the_deterministic_mode_is_on_for_the_backward_of_attention_and_nothing_
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_flash_on_cuda_is_an_operator_whose_backward_alone_is_in_the_deterministic_mode(compiled, n_kv_head, width):
     projections = random(2, 6, 4 + 2 * n_kv_head, width)  # views of one product, as they come
-    before, reference = mode(), ATTENTION["reference"]
-    seen = reference.mask(Seen(6, 6, CPU))
+    before, reference = mode(), ATTENTION_BACKENDS["reference"]
+    seen = reference.build_mask(Visibility(6, 6, CPU))
 
     def run(function, x):
         q, k, v = (part.transpose(1, 2) for part in x.split([4, n_kv_head, n_kv_head], dim=2))
         return (2 * function(q + 1, k, v)).transpose(1, 2).flatten(2)
 
     def ours(x):
-        return run(lambda q, k, v: flash(q, k, v, None), x)
+        return run(lambda q, k, v: deterministic_flash(q, k, v, None), x)
 
     torch._dynamo.reset()
     ours = torch.compile(ours, fullgraph=True, backend="aot_eager") if compiled else ours
@@ -424,7 +455,7 @@ def test_flash_on_cuda_is_an_operator_whose_backward_alone_is_in_the_determinist
 
 def test_the_deterministic_mode_ends_where_a_backward_fails():
     before = mode()
-    with pytest.raises(RuntimeError, match="no luck"), deterministic():
+    with pytest.raises(RuntimeError, match="no luck"), deterministic_mode():
         raise RuntimeError("no luck")
     assert mode() == before
 
@@ -446,7 +477,7 @@ def small_model(backend, mixers):
 def batch(n_documents, n_samples=3):
     tokens = torch.randint(1, 64, (n_samples, 16), generator=torch.Generator().manual_seed(n_documents))
     tokens.view(-1)[3 : 3 + 2 * n_documents : 2] = 0
-    return tokens, documents(tokens, 0)
+    return tokens, find_documents(tokens, 0)
 
 
 def step(model, tokens, packed):
@@ -460,9 +491,9 @@ def test_the_drawn_graph_does_not_look_into_kernels(run, monkeypatch):
 
     def attend(*inputs, **options):
         seen.append(torch.overrides._get_current_function_mode_stack())
-        return ATTENTION["sdpa"].attend(*inputs, **options)
+        return ATTENTION_BACKENDS["sdpa"].attend(*inputs, **options)
 
-    monkeypatch.setitem(ATTENTION, "flash", ATTENTION["flash"]._replace(attend=attend))
+    monkeypatch.setitem(ATTENTION_BACKENDS, "flash", ATTENTION_BACKENDS["flash"]._replace(attend=attend))
     folder = run(steps=3, logging={"every": 1}, parallel={"attention": "flash"})
     assert list(folder.glob("tensorboard/*")) and any(not modes for modes in seen) and not any(seen)
 
@@ -478,7 +509,7 @@ COMPILES = pytest.mark.filterwarnings(  # what PyTorch warns of while it traces
 @pytest.mark.usefixtures("packages")
 @pytest.mark.parametrize(("name", "mixers"), [("flash", MIXERS), ("flash2", MIXERS), ("flash4", MIXERS[1:2])])
 def test_compiled_blocks_compute_the_same_and_no_step_compiles_anew(name, mixers):
-    plain, compiled = (small_model(ATTENTION[each], mixers) for each in ("reference", name))
+    plain, compiled = (small_model(ATTENTION_BACKENDS[each], mixers) for each in ("reference", name))
     torch._dynamo.reset()
     counters.clear()
     for block in compiled.blocks:
@@ -498,10 +529,10 @@ def test_a_compiled_function_leaves_the_deterministic_backward_as_it_is():
     modes, options = [], {"scale": None, "softcap": None}
 
     def spied(q, k, v, mask, **options):
-        return Spy.apply(ATTENTION["sdpa"].attend(q, k, v, mask, **options), modes)
+        return Spy.apply(ATTENTION_BACKENDS["sdpa"].attend(q, k, v, mask, **options), modes)
 
     def attend(q, k, v):
-        return 2 * attend_repeatably(spied, None, options, q + 1, k, v)
+        return 2 * attend_deterministically(spied, None, options, q + 1, k, v)
 
     inputs = [random(2, 2, 5, 4, seed=i) for i in range(3)]
     torch._dynamo.reset()
@@ -513,18 +544,18 @@ def test_a_compiled_function_leaves_the_deterministic_backward_as_it_is():
 def test_on_a_cpu_few_keys_are_attended_to_in_float32(window):
     """Up to 192, in the half of the error; what comes out has the type of what came in, and so have gradients."""
     found = {}
-    for n_tokens in (FEW_KEYS, FEW_KEYS + 1):
+    for n_tokens in (FP32_MAX_KEYS, FP32_MAX_KEYS + 1):
         generator = torch.Generator().manual_seed(0)
         leaves = [torch.randn(2, 4, n_tokens, 32, generator=generator).bfloat16().requires_grad_() for _ in range(3)]
-        seen = Seen(n_tokens, n_tokens, torch.device("cpu"), window, dtype=torch.bfloat16)
-        y = ATTENTION["flash"].attend(*leaves, ATTENTION["flash"].mask(seen))
+        seen = Visibility(n_tokens, n_tokens, torch.device("cpu"), window, dtype=torch.bfloat16)
+        y = ATTENTION_BACKENDS["flash"].attend(*leaves, ATTENTION_BACKENDS["flash"].build_mask(seen))
         grads = torch.autograd.grad(y, leaves, torch.ones_like(y))
         exact = [leaf.detach().float().requires_grad_() for leaf in leaves]
-        expected = ATTENTION["reference"].attend(*exact, ATTENTION["reference"].mask(seen))
+        expected = ATTENTION_BACKENDS["reference"].attend(*exact, ATTENTION_BACKENDS["reference"].build_mask(seen))
         expected_grads = torch.autograd.grad(expected, exact, torch.ones_like(expected))
         assert all(x.dtype == torch.bfloat16 for x in (y, *grads))
         found[n_tokens] = max(
             ((x.float() - other).norm() / other.norm()).item()
             for x, other in zip((y, *grads), (expected, *expected_grads), strict=True)
         )
-    assert found[FEW_KEYS] < 0.0019 < 0.0022 < found[FEW_KEYS + 1]  # bf16's own rounding is 0.0017
+    assert found[FP32_MAX_KEYS] < 0.0019 < 0.0022 < found[FP32_MAX_KEYS + 1]  # bf16's own rounding is 0.0017

@@ -14,7 +14,18 @@ import torch
 from conftest import ROOT, environment
 from safetensors.torch import load_file
 
-from training.checkpoint import Part, Peers, Saver, alone, damage, load, names, newest, read_parts, steps
+from training.checkpoint import (
+    SINGLE,
+    CheckpointWriter,
+    TensorShard,
+    WriterGroup,
+    corruption,
+    latest,
+    list_checkpoints,
+    load,
+    read_tensors,
+    tensor_shapes,
+)
 from training.checkpoint.parts import Entry, write_tensors
 from training.config import CheckpointConfig
 from training.errors import UserError
@@ -22,8 +33,8 @@ from training.errors import UserError
 TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
 
 
-def part(tensor: torch.Tensor) -> Part:
-    return Part(tensor, 0, tensor.shape, mine=True)
+def part(tensor: torch.Tensor) -> TensorShard:
+    return TensorShard(tensor, 0, tensor.shape, is_owner=True)
 
 
 def parts(value: float, n: int = 64) -> dict:
@@ -46,7 +57,7 @@ def test_the_files_are_what_safetensors_reads(tmp_path):
 
 
 def test_what_changes_after_the_call_is_not_in_the_checkpoint(tmp_path):
-    saver = Saver(tmp_path, alone, CheckpointConfig(keep=100))
+    saver = CheckpointWriter(tmp_path, SINGLE, CheckpointConfig(keep=100))
     weights = torch.ones(512, 512)
     for step in range(20):
         before = weights.clone()
@@ -57,23 +68,23 @@ def test_what_changes_after_the_call_is_not_in_the_checkpoint(tmp_path):
 
 
 def test_a_save_is_waited_for_by_the_next_one_and_by_the_end(tmp_path):
-    saver = Saver(tmp_path, alone, CheckpointConfig(keep=100))
+    saver = CheckpointWriter(tmp_path, SINGLE, CheckpointConfig(keep=100))
     for step in range(4):
         saver.save(parts(step), {"step": step}, None)
         assert sum(thread.name.startswith("saver") for thread in threading.enumerate()) <= 1
     saver.close()
-    assert [step for step, path in steps(tmp_path) if damage(path) is None] == [0, 1, 2, 3]
+    assert [step for step, path in list_checkpoints(tmp_path) if corruption(path) is None] == [0, 1, 2, 3]
     assert not any(thread.name.startswith("saver") for thread in threading.enumerate())
 
 
 def test_in_the_foreground_it_is_there_when_the_call_returns(tmp_path):
-    Saver(tmp_path, alone, CheckpointConfig(background=False)).save(parts(1), {"step": 1}, None)
-    assert damage(tmp_path / "step-00000001") is None
+    CheckpointWriter(tmp_path, SINGLE, CheckpointConfig(background=False)).save(parts(1), {"step": 1}, None)
+    assert corruption(tmp_path / "step-00000001") is None
 
 
 def test_a_failure_comes_up_at_the_next_look_and_the_checkpoint_before_stays(tmp_path):
     folder, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
-    saver = Saver(folder, alone, CheckpointConfig())
+    saver = CheckpointWriter(folder, SINGLE, CheckpointConfig())
     saver.save(parts(1), {"step": 1}, None)
     saver.wait()
     folder.rename(elsewhere).with_name("checkpoints").write_text("a file where the folder should be")
@@ -84,15 +95,15 @@ def test_a_failure_comes_up_at_the_next_look_and_the_checkpoint_before_stays(tmp
         saver.wait()
     folder.unlink()
     elsewhere.rename(folder)
-    assert newest(folder, pytest.fail).name == "step-00000001"
+    assert latest(folder, pytest.fail).name == "step-00000001"
     saver.save(parts(2), {"step": 2}, None)
     saver.wait()
-    assert newest(folder, pytest.fail).name == "step-00000002"
+    assert latest(folder, pytest.fail).name == "step-00000002"
 
 
 @pytest.mark.parametrize("kind", ["model", "optimizer"])
 def test_what_is_not_finite_is_not_saved(tmp_path, kind):
-    saver = Saver(tmp_path, alone, CheckpointConfig())
+    saver = CheckpointWriter(tmp_path, SINGLE, CheckpointConfig())
     saver.save(parts(1), {"step": 1}, None)
     spoiled = parts(2.0)
     name, spoilt = next((name, p) for name, p in spoiled[kind].items() if p.tensor.is_floating_point())
@@ -100,7 +111,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path, kind):
     saver.save(spoiled, {"step": 2}, None)
     with pytest.raises(UserError, match=rf"step-00000002: the checkpoint could not be saved: {name} is not finite"):
         saver.wait()
-    assert newest(tmp_path, pytest.fail).name == "step-00000001"
+    assert latest(tmp_path, pytest.fail).name == "step-00000001"
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
@@ -110,7 +121,7 @@ import resource, signal
 from pathlib import Path
 from test_background_save import *
 folder = Path({str(tmp_path)!r})
-saver = Saver(folder, alone, CheckpointConfig())
+saver = CheckpointWriter(folder, SINGLE, CheckpointConfig())
 saver.save(parts(1), {{"step": 1}}, None)
 saver.wait()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -124,7 +135,7 @@ except UserError as error:
     done = python(program)
     assert done.stdout == f"{tmp_path}/step-00000002: the checkpoint could not be saved: File too large\n", done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-    assert damage(tmp_path / "step-00000001") is None
+    assert corruption(tmp_path / "step-00000001") is None
 
 
 def python(program: str) -> subprocess.CompletedProcess:
@@ -138,7 +149,7 @@ import os, signal, threading, time
 from pathlib import Path
 from test_background_save import *
 folder = Path({str(tmp_path)!r})
-saver = Saver(folder, alone, CheckpointConfig())
+saver = CheckpointWriter(folder, SINGLE, CheckpointConfig())
 saver.save(parts(1), {{"step": 1}}, None)
 saver.wait()
 saver.save(parts(2, n=400_000), {{"step": 2}}, None)
@@ -147,15 +158,15 @@ while not list(folder.glob(".step-*/model*")):
 os.kill(os.getpid(), signal.SIGKILL)
 """
     assert python(program).returncode == -signal.SIGKILL
-    assert newest(tmp_path, pytest.fail).name == "step-00000001"
+    assert latest(tmp_path, pytest.fail).name == "step-00000001"
     assert list(tmp_path.glob(".step-00000002.tmp"))
-    saver = Saver(tmp_path, alone, CheckpointConfig())
+    saver = CheckpointWriter(tmp_path, SINGLE, CheckpointConfig())
     saver.save(parts(3), {"step": 3}, None)
     saver.wait()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
 
 
-def peers(size: int) -> list[Peers]:
+def peers(size: int) -> list[WriterGroup]:
     """Threads of one process that meet."""
     told, met = [b""] * size, threading.Barrier(size, timeout=20)
 
@@ -166,27 +177,29 @@ def peers(size: int) -> list[Peers]:
         met.wait()
         return answers
 
-    return [Peers(rank, size, lambda data, rank=rank: exchange(rank, data)) for rank in range(size)]
+    return [WriterGroup(rank, size, lambda data, rank=rank: exchange(rank, data)) for rank in range(size)]
 
 
 def rows_of(rank: int, size: int, n: int = 10) -> tuple[int, int]:
     return n * rank // size, n * (rank + 1) // size
 
 
-def save_by(size: int, folder, one_file_gib: float, step: int = 1) -> list[Saver]:
+def save_by(size: int, folder, one_file_gib: float, step: int = 1) -> list[CheckpointWriter]:
     """Each of the processes saves its rows, and the first one what all have."""
     whole, scalar = torch.arange(30.0).view(10, 3), torch.tensor(7.0)
-    savers = [Saver(folder, one, CheckpointConfig(one_file_gib=one_file_gib)) for one in peers(size)]
+    savers = [CheckpointWriter(folder, one, CheckpointConfig(one_file_gib=one_file_gib)) for one in peers(size)]
 
     def save(rank: int) -> None:
         start, stop = rows_of(rank, size)
         some = {
-            "split": Part(whole[start:stop], start, whole.shape, mine=True),
-            "same": Part(whole, 0, whole.shape, mine=rank == 0),
-            "of the last": Part(whole[: 10 * (rank == size - 1)], 0, whole.shape, mine=rank == size - 1),
+            "split": TensorShard(whole[start:stop], start, whole.shape, is_owner=True),
+            "same": TensorShard(whole, 0, whole.shape, is_owner=rank == 0),
+            "of the last": TensorShard(whole[: 10 * (rank == size - 1)], 0, whole.shape, is_owner=rank == size - 1),
         }
         savers[rank].save(
-            {"model": some, "optimizer": {"x/step": Part(scalar, 0, scalar.shape, rank == 0)}}, {"step": step}, None
+            {"model": some, "optimizer": {"x/step": TensorShard(scalar, 0, scalar.shape, rank == 0)}},
+            {"step": step},
+            None,
         )
         savers[rank].close()
 
@@ -200,30 +213,30 @@ def save_by(size: int, folder, one_file_gib: float, step: int = 1) -> list[Saver
 def test_what_so_many_wrote_any_number_reads(tmp_path, size, one_file_gib):
     assert [saver.failure for saver in save_by(size, tmp_path, one_file_gib)] == [None] * size
     path, whole = tmp_path / "step-00000001", torch.arange(30.0).view(10, 3)
-    assert damage(path) is None
+    assert corruption(path) is None
     assert len(list(path.glob("model*.safetensors"))) == (1 if one_file_gib else size)
-    assert names(path, "model") == dict.fromkeys(("split", "same", "of the last"), whole.shape)
+    assert tensor_shapes(path, "model") == dict.fromkeys(("split", "same", "of the last"), whole.shape)
     assert all(torch.equal(tensor, whole) for tensor in load(path).model.values())
     assert load(path).optimizer == {"x/step": torch.tensor(7.0)}
     for readers in (1, 2, 3):
         for rank in range(readers):
             start, stop = rows_of(rank, readers)
-            found = read_parts(path, "model", {"split": (start, stop), "same": (stop, stop)})
+            found = read_tensors(path, "model", {"split": (start, stop), "same": (stop, stop)})
             assert torch.equal(found["split"], whole[start:stop]) and found["same"].shape == (0, 3)
     with pytest.raises(KeyError, match="absent"):
-        read_parts(path, "model", {"absent": None})
+        read_tensors(path, "model", {"absent": None})
 
 
 def test_one_process_that_cannot_write_fails_the_save_on_all(tmp_path, monkeypatch):
     save_by(2, tmp_path, 0)
-    write = Saver._write_own
+    write = CheckpointWriter._write_own
 
     def full(self, path, some, in_one):
-        if self.peers.rank == 1:
+        if self.group.rank == 1:
             raise OSError(28, "No space left on device")
         return write(self, path, some, in_one)
 
-    monkeypatch.setattr(Saver, "_write_own", full)
+    monkeypatch.setattr(CheckpointWriter, "_write_own", full)
     for saver in save_by(2, tmp_path, 0, step=2):
         assert str(saver.failure).endswith("could not be saved: No space left on device")
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
@@ -234,26 +247,26 @@ def test_each_file_of_many_is_checked(tmp_path):
     for file in sorted((tmp_path / "step-00000001").iterdir()):
         data = file.read_bytes()
         file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-        assert file.name in damage(tmp_path / "step-00000001")
+        assert file.name in corruption(tmp_path / "step-00000001")
         file.write_bytes(data)
-    assert damage(tmp_path / "step-00000001") is None
+    assert corruption(tmp_path / "step-00000001") is None
 
 
 def test_a_process_that_reads_its_rows_reads_no_more(tmp_path):
     """Of 256 MiB it wants a sixteenth; its peak memory says that it took no more than that, and some."""
     rows = torch.ones(16, 2**20)
-    save = Saver(tmp_path, alone, CheckpointConfig())
+    save = CheckpointWriter(tmp_path, SINGLE, CheckpointConfig())
     some = {f"{i}": part(rows) for i in range(4)}
     save.save({"model": some, "optimizer": {}}, {"step": 1}, None)
     save.wait()
     program = f"""
 import resource
 from pathlib import Path
-from test_background_save import read_parts
+from test_background_save import read_tensors
 path = Path({str(tmp_path / "step-00000001")!r})
-read_parts(path, "model", {{"0": (0, 1)}})
+read_tensors(path, "model", {{"0": (0, 1)}})
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-found = read_parts(path, "model", {{str(i): (3, 4) for i in range(4)}})
+found = read_tensors(path, "model", {{str(i): (3, 4) for i in range(4)}})
 assert all(tensor.sum() == 2**20 for tensor in found.values())
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """

@@ -25,8 +25,8 @@ from pydantic import ValidationError
 
 from training.config import Config, Section
 from training.options import cli
-from training.options.schema import groups, is_list, sections, stand_in, type_of
-from training.options.yaml import Keys
+from training.options.schema import all_groups, is_list, minimal_value, sections, type_name
+from training.options.yaml import OptionPath
 from training.train import FLAGS, train
 
 # --- mistakes that are known -----------------------------------------------------------------------
@@ -78,7 +78,7 @@ class Mistake(NamedTuple):
     """What is written at a path, and how the line that tells of it goes on."""
 
     section: type[Section]
-    at: Keys
+    at: OptionPath
     text: str
     reason: str
     by_flag: bool
@@ -91,7 +91,7 @@ def shown(text: str, value: Any) -> str:
     return f"'{value}'" if isinstance(value, str) else text
 
 
-GROUPS = [(tuple(0 if key == "N" else key for key in group.at), group.section) for group in groups()]
+GROUPS = [(tuple(0 if key == "N" else key for key in group.at), group.section) for group in all_groups()]
 NAMES = sorted({name for _, section in GROUPS for name in section.model_fields} - {"type"})
 
 
@@ -103,7 +103,7 @@ def mistakes(draw: st.DrawFn) -> Mistake:
     kind = draw(st.sampled_from(["value", "value", "value", "misspelt", "elsewhere"]))
     by_flag = draw(st.booleans())
     if name == "type":
-        types = type_of(section)
+        types = type_name(section)
         return Mistake(section, (*at, "type"), f"{types}x", f"'{types}x' is not one of ", False)
     field = section.model_fields[name]
     if kind == "value":
@@ -146,9 +146,9 @@ def planted(chosen: list[Mistake]) -> dict:
         for key, following in zip(parents, mistake.at[1:], strict=True):
             empty = [{}] if isinstance(following, int) else {}
             node = node[key] if isinstance(key, int) else node.setdefault(key, empty)
-        if kind := type_of(mistake.section):
+        if kind := type_name(mistake.section):
             node["type"] = kind
-        node |= {key: value for key, value in stand_in(mistake.section).items() if key not in node}
+        node |= {key: value for key, value in minimal_value(mistake.section).items() if key not in node}
         if mistake.by_flag:
             node.pop(name, None)
         else:
@@ -156,7 +156,7 @@ def planted(chosen: list[Mistake]) -> dict:
     return tree
 
 
-def written(tree: Any, indent: int = 0, at: Keys = ()) -> Iterator[tuple[Keys, str]]:
+def written(tree: Any, indent: int = 0, at: OptionPath = ()) -> Iterator[tuple[OptionPath, str]]:
     """A tree as lines of YAML, each with the path that begins on it."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree)
     for key, value in items:
@@ -168,7 +168,7 @@ def written(tree: Any, indent: int = 0, at: Keys = ()) -> Iterator[tuple[Keys, s
             yield (*at, key), f"{start} {value}"
 
 
-def dotted(at: Keys) -> str:
+def dotted(at: OptionPath) -> str:
     return ".".join(map(str, at))
 
 
@@ -178,7 +178,7 @@ def answer(*argv: str) -> list[str]:
     for _ in range(3):  # once, but where the collection of this process's garbage came between
         start, out, err = time.process_time(), io.StringIO(), io.StringIO()
         with pytest.raises(SystemExit) as stop, redirect_stdout(out), redirect_stderr(err):
-            cli.parse(list(argv), prog="train", doc="Train.", flags=FLAGS)
+            cli.parse_command_line(list(argv), prog="train", doc="Train.", flags=FLAGS)
         if (took := time.process_time() - start) < 1:  # of this process: others may be busy
             break
     lines = err.getvalue().splitlines()
@@ -282,7 +282,7 @@ def test_an_attack_is_answered_in_lines(kind):
 
 def test_a_byte_order_mark_and_yaml_1_2_numbers_are_no_attack():
     Path("my.yaml").write_bytes(b"\xef\xbb\xbfsteps: 0200\r\noptim: {learning_rate: 1e-4}\n" + DATA.encode())
-    config = cli.load("my.yaml")
+    config = cli.load_config("my.yaml")
     assert (config.steps, config.optim.learning_rate) == (200, 1e-4)
 
 
@@ -362,7 +362,7 @@ def accepted(draw: st.DrawFn, options: dict) -> Config:
     block = model["blocks"][0]
     for parent, name in ((block, "mixer"), (block, "ffn"), (tree, "optim")):
         kinds = [section for at, section in GROUPS if at[-1:] == (name,)]
-        parent[name] = {"type": type_of(draw(st.sampled_from(kinds)))}
+        parent[name] = {"type": type_name(draw(st.sampled_from(kinds)))}
     for at, section, name, field in draw(st.lists(st.sampled_from(CHANGED), max_size=8, unique_by=lambda one: one[2])):
         node: Any = tree
         for key in at:
@@ -370,7 +370,7 @@ def accepted(draw: st.DrawFn, options: dict) -> Config:
         given = [*VALUES, *((word, word) for word in get_args(field.annotation) if isinstance(word, str))]
         values = [value for _, value in given if right(field.annotation, field.metadata, value)]
         values = [value for value in values if not isinstance(value, int) or value < 10**9]
-        if node.get("type") == type_of(section) and values:
+        if node.get("type") == type_name(section) and values:
             node[name] = draw(st.sampled_from(values))
     try:
         return Config.model_validate(tree)

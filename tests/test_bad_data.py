@@ -21,10 +21,10 @@ import pytest
 from conftest import ROOT, environment, rows, tensors, write_config
 
 from training import prepare as prepare_command
-from training.checkpoint import damage
+from training.checkpoint import corruption
 from training.config import DataConfig
 from training.data import prepare, shards
-from training.data.files import read
+from training.data.text_files import read_documents
 from training.train import main as train_command
 
 WORDS = "".join(f"line {i} of a text that is long enough to be cut in two\n" for i in range(400))
@@ -134,8 +134,8 @@ def test_what_is_read_all_the_same_is_read_as_it_is(tmp_path):
 
 def test_a_row_of_50_mb_is_read(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl({"text": "x" * LONG}))
-    (document,) = read(tmp_path / "a.jsonl", "text")
-    assert sum(map(len, document.pieces)) == LONG
+    (document,) = read_documents(tmp_path / "a.jsonl", "text")
+    assert sum(map(len, document.chunks)) == LONG
 
 
 # --- shards ----------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def test_shards_that_are_not_those_that_were_written_are_a_line(options, tmp_pat
     name, spoil = SHARDS[case]
     if read == 0 and case in ("a token beyond the vocabulary", "a negative token"):
         pytest.skip("with a manifest that fits, that is seen when it is read")
-    monkeypatch.setattr(shards, "READ", read)
+    monkeypatch.setattr(shards, "HASH_AT_START_BYTES", read)
     (tmp_path / "a.txt").write_text(WORDS)
     data = data_of(tmp_path, "a.txt")
     place = Path(prepare(DataConfig.model_validate(data), quiet=True).report["folder"])
@@ -256,7 +256,7 @@ def test_shards_that_are_cut_under_a_run_end_it_in_a_line_and_it_goes_on_exactly
     assert error.splitlines()[-1].startswith(f"error: {place / TRAIN}: damaged (cut to 4096 bytes while it was read)")
     assert "Traceback" not in error
     saved = sorted((folder / "checkpoints").glob("step-*"))
-    assert saved and all(damage(path) is None for path in saved)
+    assert saved and all(corruption(path) is None for path in saved)
     shutil.rmtree(place)
     assert train_command(["--config", str(cut)]) == 0
     assert rows(folder) == rows(tmp_path / "runs/through")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import save_checkpoint as save
 
-from training.checkpoint import Checkpoint, damage, load, newest, prune, steps
+from training.checkpoint import Checkpoint, corruption, latest, list_checkpoints, load, prune
 from training.errors import UserError
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
@@ -57,7 +57,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(tmp_path, nam
             }[harm]
         )
     said = []
-    assert newest(tmp_path, said.append) == older
+    assert latest(tmp_path, said.append) == older
     assert len(said) == 1 and "\n" not in said[0]
     # A manifest that is whole JSON but of another checkpoint blames the first file that differs from it.
     assert str(file) in said[0] or (name == "manifest.json" and str(path) in said[0])
@@ -69,28 +69,28 @@ def test_where_every_checkpoint_is_damaged_nothing_starts_afresh(tmp_path):
     for step in (1, 2):
         (save(tmp_path, checkpoint(step)) / "state.json").write_text("{}")
     with pytest.raises(UserError, match="no checkpoint is whole"):
-        newest(tmp_path, lambda _: None)
+        latest(tmp_path, lambda _: None)
 
 
 def test_a_folder_without_checkpoints_has_no_newest(tmp_path):
-    assert newest(tmp_path / "missing", pytest.fail) is None
-    assert newest(tmp_path, pytest.fail) is None
+    assert latest(tmp_path / "missing", pytest.fail) is None
+    assert latest(tmp_path, pytest.fail) is None
 
 
 def test_the_newest_are_kept_and_the_best(tmp_path):
     for step in (1, 2, 3, 4, 5):
         save(tmp_path, checkpoint(step))
         prune(tmp_path, keep=2, best_step=2)
-    assert [step for step, _ in steps(tmp_path)] == [2, 4, 5]
-    assert all(damage(path) is None for _, path in steps(tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [path.name for _, path in steps(tmp_path)]
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [2, 4, 5]
+    assert all(corruption(path) is None for _, path in list_checkpoints(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [path.name for _, path in list_checkpoints(tmp_path)]
 
 
 def test_a_save_that_was_killed_leaves_nothing_that_counts(tmp_path):
     for name in (".step-00000009.tmp", ".step-00000001.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"torn")
-    assert newest(tmp_path, pytest.fail) is None
+    assert latest(tmp_path, pytest.fail) is None
     save(tmp_path, checkpoint(9))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000009"]
 

@@ -8,7 +8,7 @@ from conftest import save_checkpoint
 
 from training.checkpoint import Checkpoint
 from training.checkpoints import main
-from training.files import held
+from training.files import run_lock
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_from_within_the_folder_and_what_a_prune_that_was_killed_left(trained, m
 def test_wrong_input_is_a_line(trained, tmp_path, capsys):
     assert main(["verify", str(tmp_path)]) == 2
     assert main(["prune", str(trained), "--keep", "0"]) == 2
-    with held(trained):
+    with run_lock(trained):
         assert main(["prune", str(trained)]) == 2
     said = capsys.readouterr().err.splitlines()
     assert [line.partition(": ")[0] for line in said] == ["error"] * 3

@@ -16,14 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from training.config import Config, FileTokenizer, MoEConfig, MuonConfig
-from training.options.cli import ConfigErrors, dump, load, parse
-from training.options.schema import groups, is_list, sections
+from training.options.cli import ConfigErrors, dump_config, load_config, parse_command_line
+from training.options.schema import all_groups, is_list, sections
 from training.options.yaml import MAX_BYTES
 
 DATA = "data: {sources: [{type: stdlib}]}\n"
 COMMAND = (
-    "import sys; from training.options.cli import parse\n"
-    "parse(sys.argv[1:], prog='train', doc='Train.', flags={'--resume': 'x'})\n"
+    "import sys; from training.options.cli import parse_command_line\n"
+    "parse_command_line(sys.argv[1:], prog='train', doc='Train.', flags={'--resume': 'x'})\n"
     "print('torch' in sys.modules)"
 )
 
@@ -42,7 +42,7 @@ def write(tmp_path, monkeypatch):
 
 def errors(path: str | Path | None, **overrides: str) -> list[str]:
     with pytest.raises(ConfigErrors) as caught:
-        load(path, {name.replace("__", "."): value for name, value in overrides.items()})
+        load_config(path, {name.replace("__", "."): value for name, value in overrides.items()})
     return caught.value.lines
 
 
@@ -54,13 +54,13 @@ def errors(path: str | Path | None, **overrides: str) -> list[str]:
     [("3e-4", 3e-4), ("1e-4", 1e-4), ("1", 1.0), (".5", 0.5), ("010", 10.0), ("1E2", 100.0), ("0x10", 16.0)],
 )
 def test_numbers_are_those_of_yaml_1_2(write, text, value):
-    assert load(write(f"optim: {{learning_rate: {text}}}\n")).optim.learning_rate == value
-    assert load(write(""), {"optim.learning_rate": text}).optim.learning_rate == value
+    assert load_config(write(f"optim: {{learning_rate: {text}}}\n")).optim.learning_rate == value
+    assert load_config(write(""), {"optim.learning_rate": text}).optim.learning_rate == value
 
 
 @pytest.mark.parametrize("text", ["no", "on", "12:30:45", "2001-01-01", "<<", "=", "1e-x", "-_", "a b"])
 def test_what_only_older_yaml_converts_is_text(write, text):
-    assert load(write(f"eval: {{prompts: [{text}]}}\n")).eval.prompts == (text,)
+    assert load_config(write(f"eval: {{prompts: [{text}]}}\n")).eval.prompts == (text,)
 
 
 @pytest.mark.parametrize("text", [".inf", "-.inf", ".nan", "1e400", "true", "'1'", "null", "[1]", "x", "9" * 5000])
@@ -73,7 +73,7 @@ def test_what_is_no_finite_number_is_refused(write, text):
     "text", ["010", "123", "1e-4", "true", ".inf", "12:30:45", "null", "a #b", "a: b", "*x", "[a", "%"]
 )
 def test_a_text_option_takes_its_flag_as_it_stands(write, text):
-    config = load(
+    config = load_config(
         write("data: {sources: [{type: stdlib}], tokenizer: {type: file}}\n", ""), {"data.tokenizer.path": text}
     )
     assert config.data.tokenizer == FileTokenizer(path=text)
@@ -81,7 +81,7 @@ def test_a_text_option_takes_its_flag_as_it_stands(write, text):
 
 def test_a_flag_may_quote_and_nest_its_text(write):
     overrides = {"name": "'123'", "eval.prompts": "[010, 'a', \"def \"]", "logging.wandb.entity": "null"}
-    config = load(write(""), overrides)
+    config = load_config(write(""), overrides)
     assert (config.name, config.eval.prompts, config.logging.wandb.entity) == ("123", ("010", "a", "def "), None)
 
 
@@ -89,7 +89,7 @@ def test_a_flag_may_quote_and_nest_its_text(write):
     "text", [b"\xef\xbb\xbfsteps: 200\n", b"steps: 200\r\n", b"--- # run\nsteps: 200\n...\n", b"{steps: 200}"]
 )
 def test_byte_order_mark_line_ends_and_document_marks_are_fine(write, text):
-    assert load(write(text), {"data.sources": "[{type: stdlib}]"}).steps == 200
+    assert load_config(write(text), {"data.sources": "[{type: stdlib}]"}).steps == 200
 
 
 # --- merging ---------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def test_flags_are_merged_into_the_file(write):
     path = write(
         "steps: 500\nmodel:\n  n_layer: 4\n  blocks:\n  - {}\n  - ffn: {type: moe, n_experts: 4}\noptim: {beta1: 0.8}\n"
     )
-    config = load(path, {"model.blocks.1.ffn.n_experts": "16", "optim.type": "muon", "model": "{n_embd: 96}"})
+    config = load_config(path, {"model.blocks.1.ffn.n_experts": "16", "optim.type": "muon", "model": "{n_embd: 96}"})
     assert config.model.blocks[1].ffn == MoEConfig(n_experts=16)
     assert config.optim == MuonConfig(beta1=0.8)
     assert (config.steps, config.model.n_layer, config.model.n_embd) == (500, 4, 96)
@@ -107,19 +107,19 @@ def test_flags_are_merged_into_the_file(write):
 
 def test_a_whole_is_set_before_its_parts_whatever_the_order(write):
     overrides = {"model.blocks.0.ffn.n_experts": "16", "model.blocks": "[{ffn: {type: moe, n_experts: 4}}]"}
-    assert load(write(""), overrides).model.blocks[0].ffn.n_experts == 16
+    assert load_config(write(""), overrides).model.blocks[0].ffn.n_experts == 16
 
 
 def test_a_mapping_with_its_type_replaces_what_the_file_has(write):
     path = write("data: {sources: [{type: stdlib}], tokenizer: {path: x, type: file}}\n", "")
-    assert load(path, {"data.tokenizer": "{type: byte}"}).data.tokenizer.type == "byte"
+    assert load_config(path, {"data.tokenizer": "{type: byte}"}).data.tokenizer.type == "byte"
     (line,) = errors(path, data__tokenizer="{type: file}")
     assert line.startswith("--data.tokenizer: data.tokenizer.path: missing")
 
 
 def test_flags_reach_into_defaults(write):
     path = write("logging: {wandb: null}\n")
-    config = load(path, {"model.blocks.0.ffn.type": "moe", "logging.wandb.project": "x"})
+    config = load_config(path, {"model.blocks.0.ffn.type": "moe", "logging.wandb.project": "x"})
     assert (config.model.blocks[0].ffn.type, config.logging.wandb.project) == ("moe", "x")
 
 
@@ -288,7 +288,9 @@ def test_a_rule_says_nothing_where_what_it_compares_is_wrong_already(write):
 
 
 def run(*argv: str, flags: dict[str, str] | None = None):
-    return parse(list(argv), prog="train", doc="Train.", flags=flags or {"--resume": "auto | never | PATH"})
+    return parse_command_line(
+        list(argv), prog="train", doc="Train.", flags=flags or {"--resume": "auto | never | PATH"}
+    )
 
 
 def test_a_command_line_gives_the_config_and_the_commands_own_flags(write):
@@ -340,7 +342,7 @@ def test_help_lists_every_option_with_default_unit_and_line(columns, capsys, mon
     words = " ".join(text.split())
     assert stop.value.code == 0
     assert max(map(len, text.splitlines())) <= max(80, min(int(columns), 120))
-    for group in groups():
+    for group in all_groups():
         for name, field in group.section.model_fields.items():
             at = ".".join([*group.at, name]).replace("val_sources.N", "sources.N")
             assert name == "type" or (sections(field.annotation) and at in words) or f"--{at} " in words
@@ -358,7 +360,7 @@ def test_print_config_prints_what_loads_back(write, capsys, tmp_path):
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
     assert stop.value.code == 0
     assert re.findall(r"^\w+", (tmp_path / "printed.yaml").read_text(), re.MULTILINE) == list(Config.model_fields)
-    assert load(tmp_path / "printed.yaml") == run(*argv)[0]
+    assert load_config(tmp_path / "printed.yaml") == run(*argv)[0]
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--config", "my.yaml"], ["--config", "wrong.yaml", "--steps", "x"]])
@@ -395,7 +397,7 @@ def test_wrong_input_is_answered_before_torch_is_imported(write):
 # --- whatever is thrown at it ----------------------------------------------------------------------
 
 NAMES = sorted(
-    {key for group in groups() for key in (*group.at, *group.section.model_fields)} | {"0", "1", "moo", "é\n"}
+    {key for group in all_groups() for key in (*group.at, *group.section.model_fields)} | {"0", "1", "moo", "é\n"}
 )
 SCALARS = st.one_of(
     st.none(),
@@ -461,7 +463,7 @@ FUZZ = settings(
 def answers_in_lines(path: Path, overrides: dict[str, str] | None = None) -> Config | None:
     """Load it: a config, or lines that each name their origin, and no other exception."""
     try:
-        return load(path, overrides)
+        return load_config(path, overrides)
     except ConfigErrors as error:
         lines = error.lines
     assert lines
@@ -480,8 +482,8 @@ def test_any_tree_is_a_config_or_lines(tmp_path, tree):
     path.write_bytes(json.dumps(tree).encode())
     config = answers_in_lines(path)
     if config is not None:
-        path.write_text(dump(config))
-        assert load(path) == config
+        path.write_text(dump_config(config))
+        assert load_config(path) == config
 
 
 @FUZZ
@@ -526,5 +528,5 @@ def test_a_dump_loads_back_to_an_equal_config(tmp_path, prompts, rate, name):
         "optim": {"learning_rate": rate},
     }
     config = Config.model_validate(tree)
-    path.write_text(dump(config), encoding="utf-8", newline="")
-    assert load(path) == config
+    path.write_text(dump_config(config), encoding="utf-8", newline="")
+    assert load_config(path) == config

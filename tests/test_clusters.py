@@ -32,7 +32,7 @@ def check_command(words: list[str]) -> None:
     assert Path(words[0]).name == "torchrun"
     options = get_args_parser().parse_args(words[1:])
     assert options.module and options.training_script == "training.train"
-    config, _ = cli.parse(options.training_script_args, prog="train", doc="", flags={"--resume": ""})
+    config, _ = cli.parse_command_line(options.training_script_args, prog="train", doc="", flags={"--resume": ""})
     assert config.steps
 
 

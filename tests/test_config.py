@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from training.config import (
-    MAY_CHANGE,
+    CHANGEABLE_ON_RESUME,
     AttentionConfig,
     BlockConfig,
     Config,
@@ -19,16 +19,24 @@ from training.config import (
     MoEConfig,
     StdlibSource,
 )
-from training.options.cli import dump, load
-from training.options.schema import groups, lookup, schema, sections, stand_in, type_of, wants
+from training.options.cli import dump_config, load_config
+from training.options.schema import (
+    all_groups,
+    describe_expected,
+    find_option,
+    json_schema,
+    minimal_value,
+    sections,
+    type_name,
+)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DATA = {"sources": [{"type": "stdlib"}]}
 OPTIONS = [
     pytest.param(
-        field, id=".".join([*group.at, *([type_of(group.section)] * (type_of(group.section) is not None)), name])
+        field, id=".".join([*group.at, *([type_name(group.section)] * (type_name(group.section) is not None)), name])
     )
-    for group in groups()
+    for group in all_groups()
     for name, field in group.section.model_fields.items()
     if name != "type"
 ]
@@ -39,7 +47,7 @@ def test_every_option_says_what_it_does_in_a_line_and_what_it_wants(field):
     assert field.description
     assert len(field.description) <= 100
     assert field.description.isascii()
-    assert wants(field.annotation, field.metadata)
+    assert describe_expected(field.annotation, field.metadata)
 
 
 @pytest.mark.parametrize("field", OPTIONS)
@@ -49,11 +57,11 @@ def test_every_count_has_a_unit(field):
         assert field.json_schema_extra["unit"]
 
 
-@pytest.mark.parametrize("section", dict.fromkeys(group.section for group in groups()))
+@pytest.mark.parametrize("section", dict.fromkeys(group.section for group in all_groups()))
 def test_every_default_is_a_value_that_may_be_given(section):
     given = {name: field.default for name, field in section.model_fields.items() if not field.is_required()}
-    least = stand_in(section) | {
-        name: stand_in(f.annotation) for name, f in section.model_fields.items() if f.is_required()
+    least = minimal_value(section) | {
+        name: minimal_value(f.annotation) for name, f in section.model_fields.items() if f.is_required()
     }
     assert section.model_validate(least | given) == section.model_validate(least)
     assert section.__doc__
@@ -98,23 +106,23 @@ def test_a_variant_is_picked_by_its_type_and_the_first_is_meant_without():
 
 
 def test_what_a_restart_may_change_are_options():
-    assert all(lookup(tuple(name.split("."))) for name in MAY_CHANGE)
+    assert all(find_option(tuple(name.split("."))) for name in CHANGEABLE_ON_RESUME)
 
 
 def test_variants_of_a_union_have_types_of_their_own():
-    for group in groups():
+    for group in all_groups():
         for field in group.section.model_fields.values():
-            types = [type_of(section) for section in sections(field.annotation)]
+            types = [type_name(section) for section in sections(field.annotation)]
             assert len(set(types)) == len(types)
 
 
 def test_the_schema_for_editors_is_current():
     current = json.loads((CONFIGS / "schema.json").read_text())
-    assert current == json.loads(schema()), "run: python -m training.options.cli schema > configs/schema.json"
+    assert current == json.loads(json_schema()), "run: python -m training.options.cli schema > configs/schema.json"
 
 
 def test_the_schema_explains_every_option_and_lets_one_variant_fit():
-    tree = json.loads(schema())
+    tree = json.loads(json_schema())
     for section in (tree, *tree["$defs"].values()):
         for name, option in section["properties"].items():
             assert name == "type" or option["description"]
@@ -128,7 +136,7 @@ def test_the_schema_explains_every_option_and_lets_one_variant_fit():
 
 def test_every_shipped_config_loads_and_comes_back_from_its_dump(tmp_path):
     for path in CONFIGS.glob("*.yaml"):
-        config = load(path)
-        (tmp_path / path.name).write_text(dump(config))
-        assert load(tmp_path / path.name) == config
+        config = load_config(path)
+        (tmp_path / path.name).write_text(dump_config(config))
+        assert load_config(tmp_path / path.name) == config
         assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n")

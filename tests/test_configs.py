@@ -21,15 +21,15 @@ def path(request) -> Path:
 
 
 def test_it_loads_and_survives_a_round_trip(path, tmp_path):
-    config = cli.load(path)
+    config = cli.load_config(path)
     again = tmp_path / "again.yaml"
-    again.write_text(cli.dump(config))
-    assert cli.load(again) == config
+    again.write_text(cli.dump_config(config))
+    assert cli.load_config(again) == config
     assert config.name == path.stem
 
 
 def test_its_model_can_be_built(path):
-    config = cli.load(path)
+    config = cli.load_config(path)
     tokenizer = config.data.tokenizer
     size = config.model.vocab_size or TOKENS[tokenizer.type](tokenizer)
     with torch.device("meta"):
@@ -51,7 +51,7 @@ def test_it_opens_with_its_command_and_what_it_came_to(path):
 
 def test_the_counts_in_the_large_headers_are_true():
     for name, counts in (("gpt2_moe_8x124m", ("323M", "153M")), ("gpt2_124m", ("124M", "124M"))):
-        config = cli.load(CONFIGS[0].with_name(f"{name}.yaml"))
+        config = cli.load_config(CONFIGS[0].with_name(f"{name}.yaml"))
         with torch.device("meta"):
             found = GPT(config.model).n_parameters()
         assert tuple(f"{n / 1e6:.0f}M" for n in found) == counts

@@ -17,9 +17,9 @@ import pytest
 from conftest import ROOT, command, environment, rows, tensors, write_config
 from launched import rows_in
 
-from training.checkpoint import damage, newest, steps
+from training.checkpoint import corruption, latest, list_checkpoints
 from training.data import prepare
-from training.data.loader import Batches
+from training.data.loader import Samples
 from training.engine import step as loop
 from training.errors import UserError
 from training.train import train
@@ -196,7 +196,7 @@ def test_real_kills_of_a_process_that_trains_lose_nothing(options, run, tmp_path
         while not Real(path, folder).kill(draw, moment):  # the save was quicker than the signal
             continue
         seen.append(moment)
-        newest(folder / "checkpoints", pytest.fail)
+        latest(folder / "checkpoints", pytest.fail)
     assert sorted(seen) == sorted(moments)
     done = command("-m", "training.train", "--config", str(path))
     assert done.returncode == 0, done.stderr
@@ -235,7 +235,7 @@ def test_stopped_at_every_kind_of_step_and_past_the_end_of_the_text(run, config,
 
 def train_windows(config, options: dict) -> int:
     made = config(**options)
-    return Batches(prepare(made.data, quiet=True).train, n_positions=32, seed=0).n_samples
+    return Samples(prepare(made.data, quiet=True).train, n_positions=32, seed=0).n_samples
 
 
 def test_of_a_thousand_bits_that_flip_every_one_is_found(run):
@@ -247,11 +247,11 @@ def test_of_a_thousand_bits_that_flip_every_one_is_found(run):
             flipped = bytearray(data)
             flipped[place // 8] ^= 1 << place % 8
             path.write_bytes(flipped)
-            if damage(folder) is None:
+            if corruption(folder) is None:
                 missed.append((path.name, place))
         path.write_bytes(data)
     assert len(files) == 4 and missed == []
-    assert damage(folder) is None
+    assert corruption(folder) is None
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
@@ -284,7 +284,9 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(ru
 def test_a_checkpoint_under_another_steps_name_is_damaged(run):
     folder = run(**SMALL) / "checkpoints"
     shutil.copytree(folder / "step-00000006", folder / "step-00000099")
-    assert damage(folder / "step-00000099") == f"{folder}/step-00000099: damaged: it is the checkpoint of another step"
+    assert (
+        corruption(folder / "step-00000099") == f"{folder}/step-00000099: damaged: it is the checkpoint of another step"
+    )
 
 
 @pytest.mark.parametrize("name", ["../../elsewhere", "/etc/hostname"])
@@ -292,12 +294,12 @@ def test_a_manifest_that_names_files_elsewhere_is_damaged(run, name):
     folder = run(**SMALL) / "checkpoints/step-00000008"
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {name: manifest["state.json"]}, indent=1))
-    assert damage(folder) == f"{folder}/manifest.json: damaged: {name!r} is no file of this folder"
+    assert corruption(folder) == f"{folder}/manifest.json: damaged: {name!r} is no file of this folder"
 
 
 def test_where_all_are_damaged_the_run_ends_and_nothing_is_begun_anew(run, config):
     folder = run(**SMALL)
-    for _, path in steps(folder / "checkpoints"):
+    for _, path in list_checkpoints(folder / "checkpoints"):
         (path / "state.json").write_text("{}")
     before = (folder / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match="no checkpoint is whole; start over with --resume never"):

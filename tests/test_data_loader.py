@@ -1,4 +1,4 @@
-"""Batches: a pure function of (seed, epoch, sample index)."""
+"""Samples: a pure function of (seed, epoch, sample index)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.data.loader import BLOCK, Batches, Mixture, feistel, key, permuted
+from training.data.loader import MIXTURE_BLOCK, Mixture, Samples, feistel, permutation_key, permute_index
 from training.data.shards import Split, Stream
 from training.errors import UserError
 
@@ -24,7 +24,7 @@ def split_of(*lengths: int, weights: tuple[float, ...] | None = None) -> Split:
 
 
 def permutation(n: int, seed: int = 0, epoch: int = 0) -> np.ndarray:
-    return permuted(np.arange(n), np.full(n, n), key(seed, 0, np.full(n, epoch)))
+    return permute_index(np.arange(n), np.full(n, n), permutation_key(seed, 0, np.full(n, epoch)))
 
 
 @given(n=st.integers(1, 3000), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 10**6))
@@ -69,7 +69,9 @@ def test_every_window_is_as_likely_at_every_place(n):
     """Chi-squared over 4000 epochs, and for all orders of 3: five standard deviations at most."""
     epochs = 4000
     index = np.tile(np.arange(n), epochs)
-    orders = permuted(index, np.full_like(index, n), key(0, 0, np.repeat(np.arange(epochs), n))).reshape(epochs, n)
+    orders = permute_index(
+        index, np.full_like(index, n), permutation_key(0, 0, np.repeat(np.arange(epochs), n))
+    ).reshape(epochs, n)
     for counts in [np.bincount(orders[:, place], minlength=n) for place in (0, n // 2, n - 1)]:
         chi = ((counts - epochs / n) ** 2 / (epochs / n)).sum()
         assert abs(chi - (n - 1)) < 5 * np.sqrt(2 * (n - 1))
@@ -86,7 +88,7 @@ def test_neighbours_are_not_kept_together():
 
 
 def test_a_sample_is_consecutive_tokens_and_the_target_is_the_next():
-    tokens, targets = Batches(split_of(1001), n_positions=10, seed=0).samples(range(100))
+    tokens, targets = Samples(split_of(1001), n_positions=10, seed=0).at(range(100))
     assert tokens.shape == targets.shape == (100, 10)
     assert tokens.dtype == targets.dtype == np.int64
     assert (targets == tokens + 1).all()
@@ -99,36 +101,36 @@ def test_whoever_asks_gets_the_same(data):
     """Any division of the samples among ranks, micro-batches and restarts gives the same rows."""
     weights = data.draw(st.sampled_from([None, (0.7, 0.3)]))
     split = split_of(330, 550, weights=weights) if weights else split_of(330)
-    batches = Batches(split, n_positions=8, seed=data.draw(st.integers(0, 99)))
+    batches = Samples(split, n_positions=8, seed=data.draw(st.integers(0, 99)))
     begin = data.draw(st.integers(0, 5000))
-    whole = batches.samples(range(begin, begin + 64))[0]
+    whole = batches.at(range(begin, begin + 64))[0]
     cuts = sorted(data.draw(st.lists(st.integers(0, 64), max_size=4)))
-    again = Batches(split, n_positions=8, seed=batches.seed)
-    parts = [again.samples(range(begin + a, begin + b))[0] for a, b in zip([0, *cuts], [*cuts, 64], strict=True)]
+    again = Samples(split, n_positions=8, seed=batches.seed)
+    parts = [again.at(range(begin + a, begin + b))[0] for a, b in zip([0, *cuts], [*cuts, 64], strict=True)]
     assert (np.concatenate(parts) == whole).all()
 
 
 def test_every_epoch_is_complete_and_in_another_order():
-    batches = Batches(split_of(331), n_positions=8, seed=5)
+    batches = Samples(split_of(331), n_positions=8, seed=5)
     n = batches.n_samples
     assert n == 41
-    epochs = batches.samples(range(3 * n))[0][:, 0].reshape(3, n)
+    epochs = batches.at(range(3 * n))[0][:, 0].reshape(3, n)
     assert (np.sort(epochs) == np.arange(0, 8 * n, 8)).all()
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
 def test_evaluation_reads_every_token_once_and_in_order():
-    batches = Batches(split_of(24), n_positions=10, seed=None)
-    tokens, targets = batches.samples(range(batches.n_samples))
+    batches = Samples(split_of(24), n_positions=10, seed=None)
+    tokens, targets = batches.at(range(batches.n_samples))
     assert targets[targets >= 0].tolist() == list(range(1, 24))
     assert targets[2].tolist() == [21, 22, 23] + [-1] * 7
     assert tokens[2].tolist() == [20, 21, 22, 23] + [0] * 6
     with pytest.raises(IndexError):
-        batches.samples([3])
+        batches.at([3])
 
 
 def test_a_last_window_that_is_whole_is_not_followed_by_an_empty_one():
-    assert Batches(split_of(21), n_positions=10, seed=None).n_samples == 2
+    assert Samples(split_of(21), n_positions=10, seed=None).n_samples == 2
 
 
 @given(
@@ -140,40 +142,40 @@ def test_a_mixture_keeps_its_proportions(weights, blocks):
     share = np.array(weights) / sum(weights)
     mixture = Mixture(weights, seed=0)
     before, after = mixture.drawn(np.array([blocks, blocks + 1]))
-    assert before.sum() == blocks * BLOCK
+    assert before.sum() == blocks * MIXTURE_BLOCK
     assert (after >= before).all()
-    assert (np.abs(before - blocks * BLOCK * share) < len(weights)).all()
+    assert (np.abs(before - blocks * MIXTURE_BLOCK * share) < len(weights)).all()
 
 
 def test_a_mixture_gives_each_source_its_own_samples_in_turn():
     mixture = Mixture((1, 3), seed=7)
-    source, number = mixture.draw(np.arange(5 * BLOCK))
+    source, number = mixture.draw(np.arange(5 * MIXTURE_BLOCK))
     for s, share in enumerate((0.25, 0.75)):
-        assert sorted(number[source == s]) == list(range(int(5 * BLOCK * share)))
+        assert sorted(number[source == s]) == list(range(int(5 * MIXTURE_BLOCK * share)))
         for block in range(5):
-            assert (source[block * BLOCK : (block + 1) * BLOCK] == s).sum() == BLOCK * share
-    first, second = (source[block * BLOCK : (block + 1) * BLOCK] for block in (0, 1))
+            assert (source[block * MIXTURE_BLOCK : (block + 1) * MIXTURE_BLOCK] == s).sum() == MIXTURE_BLOCK * share
+    first, second = (source[block * MIXTURE_BLOCK : (block + 1) * MIXTURE_BLOCK] for block in (0, 1))
     assert (first != second).any()
 
 
 def test_each_source_of_a_mixture_has_its_own_epochs():
-    batches = Batches(split_of(81, 801, weights=(1.0, 1.0)), n_positions=8, seed=0)
-    stream, window = batches.locate(np.arange(BLOCK))
+    batches = Samples(split_of(81, 801, weights=(1.0, 1.0)), n_positions=8, seed=0)
+    stream, window = batches.locate(np.arange(MIXTURE_BLOCK))
     assert np.ptp(np.bincount(window[stream == 0], minlength=10)) <= 1
     assert np.ptp(np.bincount(window[stream == 1], minlength=100)) <= 1
 
 
 def test_text_shorter_than_a_window_is_an_error_with_the_numbers():
     with pytest.raises(UserError, match=r"train-0.tokens has 10 tokens, fewer than one window of 11"):
-        Batches(split_of(10), n_positions=10, seed=0)
+        Samples(split_of(10), n_positions=10, seed=0)
     with pytest.raises(UserError, match=r"train-1.tokens has 5 tokens"):
-        Batches(split_of(100, 5, weights=(1, 1)), n_positions=10, seed=0)
+        Samples(split_of(100, 5, weights=(1, 1)), n_positions=10, seed=0)
     with pytest.raises(UserError, match=r"has 1 tokens, fewer than one window of 2"):
-        Batches(split_of(1), n_positions=10, seed=None)
+        Samples(split_of(1), n_positions=10, seed=None)
 
 
 def test_a_token_beyond_the_vocabulary_is_an_error_and_not_a_crash_on_the_device():
     split = split_of(100)
-    batches = Batches(Split("train", split.streams, None, 99, 1, 100, 100), n_positions=99, seed=0)
+    batches = Samples(Split("train", split.streams, None, 99, 1, 100, 100), n_positions=99, seed=0)
     with pytest.raises(UserError, match=r"^data: token 99 is not below the vocabulary's 99"):
-        batches.samples([0])
+        batches.at([0])

@@ -14,11 +14,12 @@ from filelock import FileLock
 
 from training import prepare as command
 from training.config import DataConfig
-from training.data import Batches, prepare, shards, workers
+from training.data import Samples, prepare, shards, workers
 from training.data import in_memory as memory
-from training.data import prepare as build
 from training.data.shards import open_split, read_manifest
 from training.errors import UserError
+
+build = sys.modules["training.data.prepare"]  # the package exports a function of that name
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,7 +67,7 @@ def texts(dataset, split: str) -> list[str]:
 
 @pytest.mark.parametrize("n_workers", [1, 2])
 def test_every_document_is_in_one_split_as_it_was(folder, n_workers, monkeypatch):
-    monkeypatch.setattr(workers, "CHUNK", 1000)
+    monkeypatch.setattr(workers, "REQUEST_CHARS", 1000)
     dataset = prepare(config_of(folder, workers=n_workers), quiet=True)
     train, val = texts(dataset, "train"), texts(dataset, "val")
     assert sorted(train + val) == sorted(text_of(i) for i in range(200))
@@ -81,7 +82,7 @@ def test_every_document_is_in_one_split_as_it_was(folder, n_workers, monkeypatch
 
 
 def test_the_number_of_workers_changes_nothing(folder, monkeypatch):
-    monkeypatch.setattr(workers, "CHUNK", 500)
+    monkeypatch.setattr(workers, "REQUEST_CHARS", 500)
     fingerprints = {
         prepare(config_of(folder, workers=n, cache_dir=str(folder / f"cache{n}")), quiet=True).fingerprint
         for n in (1, 2, 3)
@@ -109,8 +110,8 @@ def test_a_document_stays_in_its_split_when_others_are_added(folder):
 
 
 def test_a_long_document_has_the_tokens_of_its_whole_text(folder, monkeypatch):
-    monkeypatch.setattr("training.data.chunks.PIECE", 200)
-    monkeypatch.setattr("training.data.chunks.SLACK", 200)
+    monkeypatch.setattr("training.data.chunks.CHUNK_CHARS", 200)
+    monkeypatch.setattr("training.data.chunks.MAX_SEARCH_CHARS", 200)
     long = Path(build.__file__).read_text()
     (folder / "text" / "long.txt").write_text(long)
     dataset = prepare(config_of(folder, val_sources=[{"paths": [str(folder / "text" / "rows.jsonl")]}]), quiet=True)
@@ -126,7 +127,7 @@ def test_weighted_sources_are_streams_of_their_own(folder):
     dataset = prepare(config_of(folder, sources=sources), quiet=True)
     assert dataset.train.weights == (3, 1)
     assert len(dataset.val.streams) == 1
-    tokens, _ = Batches(dataset.train, n_positions=32, seed=0).samples(range(1024))
+    tokens, _ = Samples(dataset.train, n_positions=32, seed=0).at(range(1024))
     other = ["other" in dataset.tokenizer.decode(row) for row in tokens]
     assert sum(other) == 256
     sources[0]["weight"] = 1
@@ -185,13 +186,13 @@ def test_whatever_changes_the_tokens_is_noticed(folder, change):
 
 def test_text_that_changes_while_it_is_read_is_refused(folder, monkeypatch):
     path = folder / "text" / "rows.jsonl"
-    write = build.write
+    write = build.write_dataset
 
     def write_and_change(*arguments: object) -> None:
         write(*arguments)
         path.write_text(path.read_text() + '{"text": "late"}\n')
 
-    monkeypatch.setattr(build, "write", write_and_change)
+    monkeypatch.setattr(build, "write_dataset", write_and_change)
     with pytest.raises(UserError, match="changed while they were read"):
         prepare(config_of(folder), quiet=True)
     assert datasets_in(folder / "cache") == []
@@ -298,8 +299,8 @@ def test_what_another_process_is_building_is_left_alone(folder):
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(folder, monkeypatch):
     events = []
-    sync, rename = build.sync, Path.rename
-    monkeypatch.setattr(build, "sync", lambda path: (events.append(path.name), sync(path)))
+    sync, rename = build.fsync_path, Path.rename
+    monkeypatch.setattr(build, "fsync_path", lambda path: (events.append(path.name), sync(path)))
     monkeypatch.setattr(Path, "rename", lambda path, to: (events.append("rename"), rename(path, to)))
     place = Path(prepare(config_of(folder), quiet=True).report["folder"])
     before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
@@ -308,7 +309,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(folder, monkeypatch):
 
 
 def test_a_worker_that_dies_is_one_line(folder, monkeypatch):
-    monkeypatch.setattr(workers, "CHUNK", 500)
+    monkeypatch.setattr(workers, "REQUEST_CHARS", 500)
     monkeypatch.setattr(workers.Worker, "receive", killed_before(workers.Worker.receive))
     with pytest.raises(UserError, match=r"^a tokenizing process ended with status -9 .*lower data.workers$"):
         prepare(config_of(folder, workers=2), quiet=True)
@@ -386,25 +387,25 @@ def flip_a_bit(path: Path) -> None:
 
 
 def test_a_token_beyond_the_vocabulary_in_a_file_too_long_to_read_is_named(folder, monkeypatch):
-    monkeypatch.setattr(shards, "READ", 0)
+    monkeypatch.setattr(shards, "HASH_AT_START_BYTES", 0)
     place = Path(prepare(config_of(folder), quiet=True).report["folder"])
     path = place / "val-0.tokens"
     path.write_bytes(b"\xff" * path.stat().st_size)
     split = open_split(place, read_manifest(place), "val")
     with pytest.raises(UserError, match=r"token 65535 is not below the vocabulary's 300"):
-        Batches(split, n_positions=8, seed=None).samples([0])
+        Samples(split, n_positions=8, seed=None).at([0])
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
 def test_a_disk_that_is_full_is_one_line(folder, monkeypatch):
     place = folder / "cache"
-    monkeypatch.setattr(build, "Writer", FullDisk)
+    monkeypatch.setattr(build, "StreamWriter", FullDisk)
     with pytest.raises(UserError, match=rf"^{place}: cannot be written: No space left on device$"):
         prepare(config_of(folder), quiet=True)
     assert datasets_in(place) == []
 
 
-class FullDisk(build.Writer):
+class FullDisk(build.StreamWriter):
     """Writes its tokens to a device that takes none."""
 
     def __init__(self, folder: Path, split: str, index: int, tokenizer: object):
@@ -465,10 +466,10 @@ def test_preparing_imports_no_torch(folder):
 # --- a lone text, and files without a cache ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("piece", [1 << 20, 97], ids=["one piece", "many pieces"])
-def test_of_a_lone_text_file_the_end_is_held_out_from_a_line_on(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr("training.data.chunks.PIECE", piece)
-    monkeypatch.setattr("training.data.chunks.SLACK", 20)
+@pytest.mark.parametrize("chunk", [1 << 20, 97], ids=["one chunk", "many chunks"])
+def test_of_a_lone_text_file_the_end_is_held_out_from_a_line_on(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr("training.data.chunks.CHUNK_CHARS", chunk)
+    monkeypatch.setattr("training.data.chunks.MAX_SEARCH_CHARS", 20)
     lines = [f"line {i} of a text\n" for i in range(1000)]
     (tmp_path / "text.txt").write_text("".join(lines))
     dataset = prepare(config_of(tmp_path, sources=[{"paths": [str(tmp_path / "text.txt")]}]))
@@ -493,10 +494,10 @@ def test_two_text_files_are_two_documents(tmp_path):
 def test_files_read_into_memory_are_the_split_that_preparing_them_gives(folder):
     sources = [{"paths": [str(folder / "text")]}]
     dataset = prepare(config_of(folder, val_sources=sources))
-    split = memory.read([str(folder / "text")], "text", dataset.tokenizer)
+    split = memory.read_split([str(folder / "text")], "text", dataset.tokenizer)
     (ours,), (theirs,) = split.streams, dataset.val.streams
     assert np.array_equal(ours.tokens, theirs.tokens) and np.array_equal(ours.documents, theirs.documents)
     counts = ("n_documents", "n_tokens", "n_bytes", "vocab_size")
     assert all(getattr(split, name) == getattr(dataset.val, name) for name in counts)
     with pytest.raises(UserError, match=r"no\.jsonl"):
-        memory.read([str(folder / "no.jsonl")], "text", dataset.tokenizer)
+        memory.read_split([str(folder / "no.jsonl")], "text", dataset.tokenizer)

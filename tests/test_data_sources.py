@@ -19,12 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from training.config import FilesSource, HuggingFaceSource, Source, StdlibSource
+from training.config import FilesSource, HuggingFaceSource, SourceConfig, StdlibSource
 from training.data import chunks as text
 from training.data.chunks import CUT, cut, document
-from training.data.corpus import held_out
-from training.data.files import opened
-from training.data.sources import READERS, reader
+from training.data.corpus import is_held_out
+from training.data.sources import READERS, build_reader
+from training.data.text_files import open_decompressed
 from training.errors import UserError
 
 TEXTS = ["one\nline", "naïve 日本語 🙂", "third\r\n"]
@@ -35,7 +35,7 @@ def read(*paths: Path | str, **options: str) -> list[str]:
 
 
 def documents(source: object) -> list[str]:
-    return ["".join(each.pieces) for each in reader(source).documents()]
+    return ["".join(each.chunks) for each in build_reader(source).documents()]
 
 
 def jsonl(texts: list, column: str = "text") -> bytes:
@@ -43,7 +43,7 @@ def jsonl(texts: list, column: str = "text") -> bytes:
 
 
 def test_every_kind_of_source_has_a_reader():
-    variants = {get_args(tagged)[0] for tagged in get_args(get_args(Source)[0])}
+    variants = {get_args(tagged)[0] for tagged in get_args(get_args(SourceConfig)[0])}
     assert variants == set(READERS)
 
 
@@ -106,7 +106,7 @@ def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path):
 
 
 def test_the_standard_library_is_its_modules_without_tests():
-    source = reader(StdlibSource())
+    source = build_reader(StdlibSource())
     names = [each.key for each in source.documents()]
     assert names == sorted(set(names), key=names.index)
     assert {"argparse.py", "json/decoder.py"} <= set(names)
@@ -236,7 +236,7 @@ def test_an_empty_file_that_was_searched_for_is_an_empty_document(tmp_path):
     assert read(tmp_path) == ["", "pass"]
 
 
-# --- pieces ----------------------------------------------------------------------------------------
+# --- chunks ----------------------------------------------------------------------------------------
 
 
 @given(
@@ -247,12 +247,12 @@ def test_an_empty_file_that_was_searched_for_is_an_empty_document(tmp_path):
 def test_pieces_are_the_document_however_it_arrives(words, size):
     whole = "".join(words)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text, "PIECE", 40)
-        patch.setattr(text, "SLACK", 20)
-        pieces = list(document(whole).pieces)
-        assert "".join(pieces) == whole
-        assert all(len(piece) <= 60 for piece in pieces)
-        assert list(cut(whole[i : i + size] for i in range(0, len(whole), size))) == pieces
+        patch.setattr(text, "CHUNK_CHARS", 40)
+        patch.setattr(text, "MAX_SEARCH_CHARS", 20)
+        chunks = list(document(whole).chunks)
+        assert "".join(chunks) == whole
+        assert all(len(chunk) <= 60 for chunk in chunks)
+        assert list(cut(whole[i : i + size] for i in range(0, len(whole), size))) == chunks
 
 
 def test_a_document_is_cut_before_a_word():
@@ -262,14 +262,17 @@ def test_a_document_is_cut_before_a_word():
 def test_text_that_a_block_ends_within_is_decoded_whole(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_bytes("日本🙂".encode() * 10)
     for size in range(1, 9):
-        monkeypatch.setattr(text, "PIECE", size)
-        with opened(tmp_path / "a.txt") as file:
-            assert "".join(text.decoded(file, "a.txt")) == "日本🙂" * 10
+        monkeypatch.setattr(text, "CHUNK_CHARS", size)
+        with open_decompressed(tmp_path / "a.txt") as file:
+            assert "".join(text.decode_utf8(file, "a.txt")) == "日本🙂" * 10
     (tmp_path / "a.txt").write_bytes("日本🙂".encode() * 10 + b"\xff")
     for size in range(1, 9):
-        monkeypatch.setattr(text, "PIECE", size)
-        with opened(tmp_path / "a.txt") as file, pytest.raises(UserError, match=r"a.txt: byte 100 is not UTF-8"):
-            list(text.decoded(file, "a.txt"))
+        monkeypatch.setattr(text, "CHUNK_CHARS", size)
+        with (
+            open_decompressed(tmp_path / "a.txt") as file,
+            pytest.raises(UserError, match=r"a.txt: byte 100 is not UTF-8"),
+        ):
+            list(text.decode_utf8(file, "a.txt"))
 
 
 # --- held out --------------------------------------------------------------------------------------
@@ -277,10 +280,10 @@ def test_text_that_a_block_ends_within_is_decoded_whole(tmp_path, monkeypatch):
 
 def test_a_larger_share_keeps_what_a_smaller_one_held_out():
     keys = [str(i) for i in range(5000)]
-    smaller = {key for key in keys if held_out(key, 0.02)}
-    larger = {key for key in keys if held_out(key, 0.1)}
+    smaller = {key for key in keys if is_held_out(key, 0.02)}
+    larger = {key for key in keys if is_held_out(key, 0.1)}
     assert smaller < larger
     assert 70 < len(smaller) < 130
     assert 420 < len(larger) < 580
-    assert not any(held_out(key, 0.0) for key in keys)
-    assert all(held_out(key, 1.0) for key in keys)
+    assert not any(is_held_out(key, 0.0) for key in keys)
+    assert all(is_held_out(key, 1.0) for key in keys)

@@ -19,11 +19,18 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from training import config
 from training.data import tokenizer as tokenizer_module
-from training.data.byte_unicode import byte_alphabet
-from training.data.file_hashes import Digests
-from training.data.tiktoken_encode import fast
-from training.data.tokenizer import END_OF_TEXT, PROBE, Tokenizer, byte, from_vocab_and_merges, train_bpe
-from training.data.tokenizer_choice import TOKENIZERS, from_tiktoken, identity, make
+from training.data.byte_unicode import unicode_to_bytes
+from training.data.file_hashes import FileHashes
+from training.data.tiktoken_encode import build_fast_encoder
+from training.data.tokenizer import (
+    END_OF_TEXT,
+    PROBE,
+    Tokenizer,
+    build_byte_tokenizer,
+    from_vocab_and_merges,
+    train_bpe,
+)
+from training.data.tokenizer_choice import TOKENIZERS, build_tokenizer, from_tiktoken, tokenizer_identity
 from training.errors import UserError
 
 GPT2 = Path(__file__).parents[2] / "shared" / "tokenizers" / "gpt2"
@@ -39,10 +46,10 @@ CL100K = (
 
 
 def test_every_kind_of_tokenizer_is_answered_for():
-    assert {get_args(tagged)[0] for tagged in get_args(get_args(config.Tokenizer)[0])} == set(TOKENIZERS)
+    assert {get_args(tagged)[0] for tagged in get_args(get_args(config.TokenizerConfig)[0])} == set(TOKENIZERS)
 
 
-@pytest.mark.parametrize("tokenizer", [byte(), BPE], ids=["byte", "bpe"])
+@pytest.mark.parametrize("tokenizer", [build_byte_tokenizer(), BPE], ids=["byte", "bpe"])
 @given(text=st.text())
 @settings(max_examples=50, deadline=None)
 def test_text_comes_back_and_its_bytes_add_up(tokenizer, text):
@@ -53,28 +60,31 @@ def test_text_comes_back_and_its_bytes_add_up(tokenizer, text):
     assert [each.tolist() for each in tokenizer.encode_batch([text, "a"])] == [ids.tolist(), [*tokenizer.encode("a")]]
 
 
-def refuse_other_tokens(tokenizer: Tokenizer, text: str) -> None:
-    found, expected = fast(tokenizer.inner)(text), tokenizer.inner.encode(text, add_special_tokens=False).ids
+def check_same_tokens(tokenizer: Tokenizer, text: str) -> None:
+    found, expected = (
+        build_fast_encoder(tokenizer.inner)(text),
+        tokenizer.inner.encode(text, add_special_tokens=False).ids,
+    )
     assert found.tolist() == expected
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\n\r\t  'sStTlL0123ééß日本🙂")))
 @settings(max_examples=300, deadline=None)
 def test_the_fast_engine_gives_the_same_tokens(text):
-    for tokenizer in (BPE, byte()):
-        refuse_other_tokens(tokenizer, text)
+    for tokenizer in (BPE, build_byte_tokenizer()):
+        check_same_tokens(tokenizer, text)
 
 
 def test_the_fast_engine_tells_letters_digits_and_spaces_apart_as_the_other():
     points = [chr(point) for point in [*range(0xD800), *range(0xE000, 0x18000), *range(0x1D000, 0x20000)]]
-    refuse_other_tokens(BPE, "".join(f"a{c}{c}1 {c} \n" for c in points))
+    check_same_tokens(BPE, "".join(f"a{c}{c}1 {c} \n" for c in points))
 
 
 @needs_gpt2
 def test_the_fast_engine_gives_gpt2s_tokens():
     tokenizer = from_vocab_and_merges(GPT2 / "vocab.json", GPT2 / "merges.txt")
     words = ["naïve", "日本語", "🙂🙂", "1234567", "don't", "I'LL", "_x__", "...,", "\t\n\n", "", "\r\n", END_OF_TEXT]
-    refuse_other_tokens(tokenizer, Path(subprocess.__file__).read_text() + " ".join(words) + "aaaa" * 5000 + " " * 5000)
+    check_same_tokens(tokenizer, Path(subprocess.__file__).read_text() + " ".join(words) + "aaaa" * 5000 + " " * 5000)
 
 
 PAIRS = [("b", "c"), ("a", "b"), ("ab", "c")]  # of "abc" the first joins b and c: "abc" does not come about
@@ -115,18 +125,18 @@ def test_what_the_fast_engine_would_do_otherwise_is_left_to_the_other(change, wh
         if name == "added_tokens":
             described[name].append(described[name][0] | {"id": 400, "content": "whole", "special": False})
         elif isinstance(value, dict) and name == "model":
-            vocab = byte_alphabet() if "vocab" in value else described["model"]["vocab"]
+            vocab = unicode_to_bytes() if "vocab" in value else described["model"]["vocab"]
             described["model"] |= value | {"vocab": vocab | value.get("vocab", {})}
         else:
             described[name] = value
-    assert fast(tokenizers.Tokenizer.from_str(json.dumps(described))) is None, why
+    assert build_fast_encoder(tokenizers.Tokenizer.from_str(json.dumps(described))) is None, why
 
 
 def test_token_i_of_the_byte_tokenizer_is_byte_i():
     text = "aß日🙂\0\n"
-    assert byte().encode(text).tolist() == list(text.encode())
-    assert (byte().end_of_text, byte().vocab_size) == (256, 257)
-    assert byte().token_bytes.tolist() == [1] * 256 + [0]
+    assert build_byte_tokenizer().encode(text).tolist() == list(text.encode())
+    assert (build_byte_tokenizer().end_of_text, build_byte_tokenizer().vocab_size) == (256, 257)
+    assert build_byte_tokenizer().token_bytes.tolist() == [1] * 256 + [0]
 
 
 def test_the_end_of_text_token_is_the_last_and_no_text_gives_it():
@@ -154,7 +164,7 @@ def test_training_learns_the_same_in_another_process():
 
 
 def test_training_stops_at_the_bytes_it_was_given():
-    learned = make(config.BPETokenizer(vocab_size=400, max_bytes=len(TEXT)), iter([TEXT, "zyzzyva " * 999]))
+    learned = build_tokenizer(config.BPETokenizer(vocab_size=400, max_bytes=len(TEXT)), iter([TEXT, "zyzzyva " * 999]))
     assert learned.inner.to_str() == train_bpe([TEXT], 400).inner.to_str()
 
 
@@ -180,13 +190,13 @@ def test_transformers_opens_what_is_saved(tmp_path):
 
 @needs_gpt2
 def test_gpt2_from_its_two_files_gives_gpt2s_tokens(tmp_path):
-    tokenizer = make(config.FileTokenizer(path=str(GPT2)), iter([]))
+    tokenizer = build_tokenizer(config.FileTokenizer(path=str(GPT2)), iter([]))
     assert (tokenizer.vocab_size, tokenizer.end_of_text, tokenizer.dtype) == (50257, 50256, np.dtype("<u2"))
     assert tokenizer.encode("Hello world, it's 2024!").tolist() == [15496, 995, 11, 340, 338, 48609, 0]
     assert tokenizer.encode("<|endoftext|>").tolist() == [27, 91, 437, 1659, 5239, 91, 29]
     tokenizer.save(tmp_path)
     for path in (tmp_path, tmp_path / "tokenizer.json"):
-        again = make(config.FileTokenizer(path=str(path)), iter([]))
+        again = build_tokenizer(config.FileTokenizer(path=str(path)), iter([]))
         assert again.encode(PROBE).tolist() == tokenizer.encode(PROBE).tolist()
 
 
@@ -197,7 +207,7 @@ def test_tiktokens_gpt2_is_gpt2(tmp_path, monkeypatch):
     for theirs, ours in (("vocab.bpe", "merges.txt"), ("encoder.json", "vocab.json")):
         (tmp_path / hashlib.sha1((blobs + theirs).encode()).hexdigest()).write_bytes((GPT2 / ours).read_bytes())
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    tokenizer = make(config.TiktokenTokenizer(name="gpt2"), iter([]))
+    tokenizer = build_tokenizer(config.TiktokenTokenizer(name="gpt2"), iter([]))
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (50257, 50256)
     same = from_vocab_and_merges(GPT2 / "vocab.json", GPT2 / "merges.txt")
     assert tokenizer.encode(TEXT + PROBE).tolist() == same.encode(TEXT + PROBE).tolist()
@@ -206,7 +216,7 @@ def test_tiktokens_gpt2_is_gpt2(tmp_path, monkeypatch):
 def tiktoken_encoding(pattern: str) -> tiktoken.Encoding:
     """An encoding with merges of letters and of digits, a word that no merges lead to, and a gap in its ids."""
     learned = train_bpe([TEXT, "1234 1234. " * 99], 400)
-    letters = byte_alphabet()
+    letters = unicode_to_bytes()
     ranks = {bytes(letters[c] for c in token): i for token, i in learned.inner.get_vocab(False).items() if i < 399}
     return tiktoken.Encoding(
         "mine", pat_str=pattern, mergeable_ranks={**ranks, b"bsbs": 402}, special_tokens={END_OF_TEXT: 405}
@@ -240,9 +250,12 @@ def test_a_tokenizer_without_an_end_of_text_gets_one():
 
 
 def test_a_large_vocabulary_takes_four_bytes_a_token():
-    vocab = {**byte_alphabet(), **{f"a{i}": i for i in range(256, 2**16)}}
+    vocab = {**unicode_to_bytes(), **{f"a{i}": i for i in range(256, 2**16)}}
     inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    inner.pre_tokenizer, inner.decoder = byte().inner.pre_tokenizer, byte().inner.decoder
+    inner.pre_tokenizer, inner.decoder = (
+        build_byte_tokenizer().inner.pre_tokenizer,
+        build_byte_tokenizer().inner.decoder,
+    )
     assert Tokenizer(inner, "large").dtype == np.dtype("<u4")
     assert Tokenizer(inner, "large").encode_batch(["a"])[0].dtype == np.dtype("<u4")
 
@@ -266,9 +279,9 @@ def test_a_tokenizer_that_loses_text_is_refused(tmp_path):
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.save(str(tmp_path / "words.json"))
     with pytest.raises(UserError, match=r"words.json: not a lossless byte-level tokenizer"):
-        make(config.FileTokenizer(path=str(tmp_path / "words.json")), iter([]))
+        build_tokenizer(config.FileTokenizer(path=str(tmp_path / "words.json")), iter([]))
     with pytest.raises(UserError, match=r"lower.json: not a lossless byte-level tokenizer"):
-        make(config.FileTokenizer(path=str(tmp_path / "lower.json")), iter([]))
+        build_tokenizer(config.FileTokenizer(path=str(tmp_path / "lower.json")), iter([]))
 
 
 @pytest.mark.parametrize(
@@ -285,7 +298,7 @@ def test_a_tokenizer_that_cannot_be_read_is_one_line(tmp_path, files, message):
     for name, content in files.items():
         (tmp_path / name).write_text(content, errors="surrogateescape")
     with pytest.raises(UserError, match=message) as error:
-        make(config.FileTokenizer(path=str(tmp_path)), iter([]))
+        build_tokenizer(config.FileTokenizer(path=str(tmp_path)), iter([]))
     assert "\n" not in str(error.value)
 
 
@@ -295,14 +308,14 @@ def test_a_tokenizer_that_cannot_be_fetched_is_named(monkeypatch, tmp_path):
     with pytest.raises(
         UserError, match=r"^tokenizer 'nobody/nothing' from the Hugging Face hub cannot be loaded: [^\n]+$"
     ):
-        make(config.HuggingFaceTokenizer(name="nobody/nothing"), iter([]))
+        build_tokenizer(config.HuggingFaceTokenizer(name="nobody/nothing"), iter([]))
     with pytest.raises(UserError, match=r"^tiktoken encoding 'nothing' cannot be loaded: [^\n]+$"):
-        make(config.TiktokenTokenizer(name="nothing"), iter([]))
+        build_tokenizer(config.TiktokenTokenizer(name="nothing"), iter([]))
 
 
 def test_a_tokenizer_file_is_known_by_its_content(tmp_path):
     BPE.save(tmp_path)
     asked = config.FileTokenizer(path=str(tmp_path))
-    before = identity(asked, Digests(tmp_path / "digests.json"))
-    byte().save(tmp_path)
-    assert identity(asked, Digests(tmp_path / "digests.json")) != before
+    before = tokenizer_identity(asked, FileHashes(tmp_path / "digests.json"))
+    build_byte_tokenizer().save(tmp_path)
+    assert tokenizer_identity(asked, FileHashes(tmp_path / "digests.json")) != before

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from training.config import ModelConfig
-from training.kernels.attention.table import Seen, machine, why_not
-from training.kernels.choose import ATTENTION
+from training.kernels.attention.table import Visibility, device_info, reason_unsupported
+from training.kernels.choose import ATTENTION_BACKENDS
 from training.model import GPT
-from training.model.attention import Place
+from training.model.attention import AttentionContext
 from training.model.differential import DifferentialAttention
 from training.model.layers import rotary_table
 
@@ -108,12 +108,16 @@ def test_the_layer_and_every_gradient_equal_those_of_the_paper_on_every_back_end
     mixer, model = layer(options)
     x = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(1))
     theirs = outputs(lambda x: by_query(mixer, model, x), mixer, x)
-    able = [name for name in ATTENTION if why_not(name, mixer.call, False, machine(CPU), x.dtype) is None]
+    able = [
+        name
+        for name in ATTENTION_BACKENDS
+        if reason_unsupported(name, mixer.spec, False, device_info(CPU), x.dtype) is None
+    ]
     assert "reference" in able
     for name in able:
-        backend, section = ATTENTION[name], model.blocks[0].mixer
+        backend, section = ATTENTION_BACKENDS[name], model.blocks[0].mixer
         rotation = rotary_table(torch.arange(6), mixer.rotary_dim, 10000.0) if section.rope else None
-        place = Place(rotation, backend.mask(Seen(6, 6, CPU, section.window)), backend)
+        place = AttentionContext(rotation, backend.build_mask(Visibility(6, 6, CPU, section.window)), backend)
         ours = outputs(lambda x, place=place: mixer(x, place, None), mixer, x)
         for what, expected in theirs.items():
             rounding = 1e-5 * (1 + expected.norm().item())
@@ -140,9 +144,9 @@ def test_what_both_softmaxes_agree_on_is_taken_away():
     mixer.exponents.data = torch.tensor([0.5, 0.0]).add(1).log()  # lambda: 1.5 - 1 + 0.5
     for projection in (mixer.query, mixer.key):  # the second softmax as the first
         projection.weight.data[16:], projection.bias.data[16:] = projection.weight.data[:16], projection.bias.data[:16]
-    backend = ATTENTION["reference"]
+    backend = ATTENTION_BACKENDS["reference"]
     x = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(1))
-    y = mixer(x, Place(None, backend.mask(Seen(6, 6, CPU)), backend), None)
+    y = mixer(x, AttentionContext(None, backend.build_mask(Visibility(6, 6, CPU)), backend), None)
     torch.testing.assert_close(y, mixer.out.bias.expand_as(y))
 
 

@@ -14,7 +14,7 @@ from training.config import Config
 from training.engine import step as loop
 from training.errors import UserError
 from training.model import GPT
-from training.planning.disk import checkpoint_bytes, lack, n_checkpoints
+from training.planning.disk import checkpoint_bytes, disk_shortage, n_checkpoints
 from training.train import train
 
 PAGE = 4096
@@ -58,14 +58,14 @@ def test_space_is_for_all_checkpoints_and_the_model_and_those_that_are_there_cou
     assert a_save == 3 * weights > 2 * PAGE
     for room, fits in ((whole, True), (whole - weights // 2, False)):
         fill(disk, room + PAGE)
-        assert (lack(sized, made) is None) == fits, room
+        assert (disk_shortage(sized, made) is None) == fits, room
     (disk / "filler").unlink()
     there = disk / "runs/small/checkpoints/step-00000003"
     there.mkdir(parents=True)
     (there / "model.safetensors").write_bytes(bytes(a_save))
     fill(disk, whole - a_save + PAGE)
-    assert lack(sized, made) is None
-    assert "lower checkpoint.keep" in lack(sized, made, fresh=True), "they stay where the run is moved aside"
+    assert disk_shortage(sized, made) is None
+    assert "lower checkpoint.keep" in disk_shortage(sized, made, fresh=True), "they stay where the run is moved aside"
 
 
 def test_the_disk_that_is_asked_for_is_enough(config, small_disk):
@@ -85,7 +85,7 @@ def test_the_best_is_saved_and_kept_only_where_that_is_asked_for(run):
         section = {"every": every, "keep": keep, "keep_best": False}
         folder = run(name=f"kept-{keep}", checkpoint=section, eval={"every": 4, "tokens": 512}, **rising)
         assert json.loads((folder / "summary.json").read_text())["best_step"] < 40
-        assert [step for step, _ in checkpoint.steps(folder / "checkpoints")] == [40]
+        assert [step for step, _ in checkpoint.list_checkpoints(folder / "checkpoints")] == [40]
 
 
 @pytest.mark.parametrize("background", [True, False])
@@ -112,7 +112,7 @@ def test_a_disk_that_is_full_in_a_save_loses_nothing(config, run, small_disk, mo
         train(made)
     folder = disk / "runs/small"
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-00000003"]
-    assert checkpoint.damage(folder / "checkpoints/step-00000003") is None
+    assert checkpoint.corruption(folder / "checkpoints/step-00000003") is None
     (disk / "filler").unlink()
     monkeypatch.setattr(loop, "train_step", step)
     assert train(made) == 0

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from trajectory import train
 
-from training.checkpoint import damage
+from training.checkpoint import corruption
 from training.config import Config, MeshConfig, ModelConfig
 from training.data import prepare
-from training.distributed.mesh import Grid, grid
-from training.distributed.parallelize import KEPT
+from training.distributed.mesh import MeshShape, mesh_shape
+from training.distributed.parallelize import SAVED_OPERATORS
 from training.distributed.world import World
 from training.engine.build import begin
 from training.engine.step import train_step
@@ -148,7 +148,7 @@ def test_a_run_that_moves_between_layouts_is_the_run_that_never_did(kind, legs, 
         leg = json.loads((tmp_path / "leg.json").read_text())
         outcome = leg | {name: outcome[name] + leg[name] for name in ("steps", "tokens")}
         saved = tmp_path / "runs" / "moved" / "checkpoints" / f"step-{stop:08d}"
-        assert damage(saved) is None
+        assert corruption(saved) is None
         assert (saved / "model-00002-of-00002.safetensors").exists() == (n_ranks == 2 and "shard" in mesh)
     same(outcome, load_file(tmp_path / "leg.safetensors"), of_one(alone, kind, config), f"{kind} {legs}")
 
@@ -197,7 +197,7 @@ class Counted(TorchDispatchMode):
         self.counts = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if (name := func.name().partition(".")[0]) in KEPT:
+        if (name := func.name().partition(".")[0]) in SAVED_OPERATORS:
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))
 
@@ -228,13 +228,21 @@ def test_computing_blocks_again_is_the_same_run_bit_for_bit(kind, recompute, con
 
 
 @pytest.mark.parametrize(
-    "cells", [Grid(1, 1, 1), Grid(2, 1, 2), Grid(1, 4, 1), Grid(1, 4, 2), Grid(2, 4, 4), Grid(2, 3, 1)]
+    "cells",
+    [
+        MeshShape(1, 1, 1),
+        MeshShape(2, 1, 2),
+        MeshShape(1, 4, 1),
+        MeshShape(1, 4, 2),
+        MeshShape(2, 4, 4),
+        MeshShape(2, 3, 1),
+    ],
 )
 @pytest.mark.parametrize("of_experts", [False, True])
 def test_a_copy_of_the_ranks_holds_every_row_once(cells, of_experts):
     for n in (4, 8, 12):
         n_copies = cells.replicate * cells.shard // max(cells.shard, cells.expert if of_experts else 1)
-        held = [row for rank in range(cells.replicate * cells.shard) for row in cells.rows(n, rank, of_experts)]
+        held = [row for rank in range(cells.replicate * cells.shard) for row in cells.local_rows(n, rank, of_experts)]
         assert sorted(held) == sorted(list(range(n)) * n_copies), (cells, n)
 
 
@@ -254,12 +262,12 @@ def test_a_copy_of_the_ranks_holds_every_row_once(cells, of_experts):
 def test_a_mesh_that_does_not_multiply_out_is_refused_in_a_line(mesh, size, said):
     model = ModelConfig.model_validate(MOE | {"n_layer": 2, "n_head": 2, "vocab_size": 320})
     with pytest.raises(UserError, match=said):
-        grid(MeshConfig(**mesh), size, model)
+        mesh_shape(MeshConfig(**mesh), size, model)
 
 
 def test_experts_are_not_split_where_there_are_none():
     with pytest.raises(UserError, match="the model has no experts"):
-        grid(MeshConfig(expert=2), 2, ModelConfig())
+        mesh_shape(MeshConfig(expert=2), 2, ModelConfig())
 
 
 def test_the_worst_mesh_is_refused_before_anything_starts():

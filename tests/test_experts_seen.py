@@ -18,15 +18,15 @@ from test_report import Page
 
 from training.config import EvalConfig, ModelConfig
 from training.data import tokenizer as tokenizers
-from training.data.in_memory import read
-from training.data.loader import Batches
-from training.engine import expert_tokens as preferences
-from training.engine.expert_tokens import liked, spelled, watched
+from training.data.in_memory import read_split
+from training.data.loader import Samples
+from training.engine import expert_tokens
+from training.engine.expert_tokens import sampled_layers, token_texts, top_tokens
 from training.engine.step import model_inputs
 from training.logging.console import open_console
-from training.logging.dead_experts import PATIENCE, Starvation
+from training.logging.dead_experts import PATIENCE, DeadExpertWatch
 from training.model import GPT
-from training.model.moe import MoE, starving
+from training.model.moe import MoE, dead_expert_threshold
 
 EVEN = [1 / 8] * 8
 THREE_STARVE = [0.005, 0.0, 0.009, *[0.1972] * 5]
@@ -36,8 +36,8 @@ THREE_STARVE = [0.005, 0.0, 0.009, *[0.1972] * 5]
 
 def said(loads: list[list[float]], layer: int = 4) -> list[tuple[int, str]]:
     """(step, line) of a run with these loads of its one MoE layer."""
-    watch = Starvation([layer])
-    return [(step, line) for step, load in enumerate(loads, start=1) for line in watch.see({"expert_load": [load]})]
+    watch = DeadExpertWatch([layer])
+    return [(step, line) for step, load in enumerate(loads, start=1) for line in watch.update({"expert_load": [load]})]
 
 
 def test_experts_that_starve_are_said_once_and_again_when_it_has_lasted_twice_as_long():
@@ -67,14 +67,14 @@ def test_with_many_experts_the_threshold_is_a_tenth_of_an_even_share():
 
 
 def test_every_layer_is_named_by_its_place_in_the_network():
-    watch = Starvation([1, 11])
-    lines = [watch.see({"expert_load": [EVEN, THREE_STARVE]}) for _ in range(200)]
+    watch = DeadExpertWatch([1, 11])
+    lines = [watch.update({"expert_load": [EVEN, THREE_STARVE]}) for _ in range(200)]
     assert lines[:-1] == [[]] * 199
     assert lines[-1] == ["layer 12: 3 of 8 experts received < 1 % of tokens for 200 steps"]
 
 
 def test_a_dense_run_has_nobody_to_starve():
-    assert Starvation([]).see({"loss": 1.0}) == []
+    assert DeadExpertWatch([]).update({"loss": 1.0}) == []
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -89,8 +89,8 @@ def test_what_is_said_is_true_and_is_not_said_often(seed):
         n, steps = map(int, re.fullmatch(r"layer 5: (\d) of 8 .* for (\d+) steps", line).groups())
         assert steps >= PATIENCE
         before = np.array(loads[:step])
-        assert (before[-steps:] < starving(8)).all(axis=0).sum() == n  # those and no others for so long
-        assert (before[-PATIENCE:] < starving(8)).all(axis=0).sum() == n
+        assert (before[-steps:] < dead_expert_threshold(8)).all(axis=0).sum() == n  # those and no others for so long
+        assert (before[-PATIENCE:] < dead_expert_threshold(8)).all(axis=0).sum() == n
     assert all(later - earlier >= PATIENCE for (earlier, _), (later, _) in pairwise(found))
 
 
@@ -119,11 +119,15 @@ def test_the_live_console_says_it_once_above_the_bar(tmp_path):
 # --- which tokens each expert likes ----------------------------------------------------------------
 
 
-def validation(folder: Path, n_positions: int) -> Batches:
+def validation(folder: Path, n_positions: int) -> Samples:
     """Documents that are shorter than a window, or longer; the last window is partly empty."""
     for i in range(40):
         (folder / f"{i}.txt").write_text("the cat and the dog; naïve 日本\n\tthe end\n"[i % 7 : 19 + i])
-    return Batches(read([str(folder / "*.txt")], "text", tokenizers.byte()), n_positions=n_positions, seed=None)
+    return Samples(
+        read_split([str(folder / "*.txt")], "text", tokenizers.build_byte_tokenizer()),
+        n_positions=n_positions,
+        seed=None,
+    )
 
 
 def router_model(isolate_documents: bool = False) -> GPT:
@@ -142,13 +146,13 @@ def router_model(isolate_documents: bool = False) -> GPT:
     return model
 
 
-def journeys(model: GPT, batches: Batches, end_of_text: int) -> dict[int, Counter]:
+def journeys(model: GPT, batches: Samples, end_of_text: int) -> dict[int, Counter]:
     """How often each (token, expert) is, a window at a time and as a hook on each layer sees it."""
     seen: dict[int, Counter] = {}
 
     def hook(layer: int):
         def see(_module, _inputs, output):
-            for token, target, experts in zip(tokens[0], targets[0], output[1].expert_NK.tolist(), strict=True):
+            for token, target, experts in zip(tokens[0], targets[0], output[1].topk_ids_NK.tolist(), strict=True):
                 if target >= 0:
                     seen.setdefault(layer, Counter()).update((int(token), expert) for expert in experts)
 
@@ -158,7 +162,7 @@ def journeys(model: GPT, batches: Batches, end_of_text: int) -> dict[int, Counte
         if isinstance(block.ffn, MoE):
             block.ffn.register_forward_hook(hook(layer))
     for window in range(batches.n_samples):
-        tokens, targets = batches.samples([window])
+        tokens, targets = batches.at([window])
         model(**model_inputs(model, tokens, targets, end_of_text), n_targets=1)
     return seen
 
@@ -181,9 +185,11 @@ def liked_by(expert: int, counts: Counter, top_k: int, n_ids: int) -> list[tuple
 
 @pytest.mark.parametrize(("isolate", "n_ids"), [(False, 4096), (False, 9), (True, 4096)])
 def test_the_tokens_that_experts_like_are_those_that_a_loop_over_the_text_finds(tmp_path, monkeypatch, isolate, n_ids):
-    monkeypatch.setattr(preferences, "MOST_IDS", n_ids)
-    model, batches, tokenizer = router_model(isolate), validation(tmp_path, 32), tokenizers.byte()
-    found = preferences.preferences(model, batches, tokenizer, EvalConfig(tokens=None), micro_batch=3, step=7)
+    monkeypatch.setattr(expert_tokens, "MOST_IDS", n_ids)
+    model, batches, tokenizer = router_model(isolate), validation(tmp_path, 32), tokenizers.build_byte_tokenizer()
+    found = expert_tokens.measure_expert_tokens(
+        model, batches, tokenizer, EvalConfig(tokens=None), micro_batch=3, step=7
+    )
     assert (found["step"], found["n_tokens"], found["seen_at_least"]) == (7, batches.split.n_tokens - 1, 5)
     assert [(layer["layer"], layer["n_experts"]) for layer in found["layers"]] == [(1, 4), (2, 6)]
     seen = journeys(model, batches, tokenizer.end_of_text)
@@ -192,42 +198,44 @@ def test_the_tokens_that_experts_like_are_those_that_a_loop_over_the_text_finds(
             theirs = liked_by(expert, seen[layer["layer"]], {1: 2, 2: 1}[layer["layer"]], n_ids)
             assert [token["sent"] for token in ours] == [sent for _, _, sent in theirs]
             assert [token["lift"] for token in ours] == pytest.approx([lift for _, lift, _ in theirs], abs=1e-3)
-            assert [token["text"] for token in ours] == spelled(tokenizer, np.array([t for t, _, _ in theirs], int))
+            assert [token["text"] for token in ours] == token_texts(tokenizer, np.array([t for t, _, _ in theirs], int))
     assert sum(bool(tokens) for layer in found["layers"] for tokens in layer["liked"]) >= 6
 
 
 def test_what_an_expert_likes_is_not_what_is_frequent():
     counts_SE = np.array([[1000, 1000], [90, 10], [0, 20], [500, 580]])  # of the last, the others, nothing is named
-    assert [[slot for slot, _, _ in of_expert] for of_expert in liked(counts_SE)] == [[1, 0], [2]]
-    (_, lift, sent), _ = liked(counts_SE)[0]
+    assert [[slot for slot, _, _ in of_expert] for of_expert in top_tokens(counts_SE)] == [[1, 0], [2]]
+    (_, lift, sent), _ = top_tokens(counts_SE)[0]
     assert (lift, sent) == (pytest.approx(0.9 / (1590 / 3200)), 90)
 
 
 def test_an_expert_that_gets_nothing_likes_nothing():
-    assert liked(np.array([[5, 0], [5, 0]])) == [[], []]
+    assert top_tokens(np.array([[5, 0], [5, 0]])) == [[], []]
 
 
 def test_tokens_are_spelled_as_text_or_as_the_bytes_that_they_are():
-    tokenizer = tokenizers.byte()
+    tokenizer = tokenizers.build_byte_tokenizer()
     ids = np.array([ord("a"), ord("\n"), 0xE2, tokenizer.end_of_text])
-    assert spelled(tokenizer, ids) == ["a", "\n", "\\xe2", "<|endoftext|>"]
+    assert token_texts(tokenizer, ids) == ["a", "\n", "\\xe2", "<|endoftext|>"]
     bpe = tokenizers.train_bpe(["naïve naïve café"] * 9, 300)
     ids = bpe.encode("naïve café")
-    assert "".join(spelled(bpe, ids)) == "naïve café"
+    assert "".join(token_texts(bpe, ids)) == "naïve café"
 
 
 def test_a_large_model_has_a_bounded_table():
     config = ModelConfig.model_validate({"n_layer": 48, "blocks": [{}, {"ffn": MOE | {"n_experts": 256}}]})
-    layers = watched(config)
+    layers = sampled_layers(config)
     assert len(layers) == 12 and set(layers.values()) == {256}
     assert min(layers) == 1 and max(layers) == 47 and all(layer % 2 for layer in layers)
-    assert len(liked(np.random.default_rng(0).integers(1, 9, (10, 256)))) == 64
+    assert len(top_tokens(np.random.default_rng(0).integers(1, 9, (10, 256)))) == 64
 
 
 def test_looking_leaves_the_model_and_the_random_numbers_alone(tmp_path):
     model = router_model()
     state, weights = torch.get_rng_state(), {name: value.clone() for name, value in model.state_dict().items()}
-    preferences.preferences(model, validation(tmp_path, 32), tokenizers.byte(), EvalConfig(), micro_batch=4, step=1)
+    expert_tokens.measure_expert_tokens(
+        model, validation(tmp_path, 32), tokenizers.build_byte_tokenizer(), EvalConfig(), micro_batch=4, step=1
+    )
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())

@@ -60,7 +60,7 @@ def exports(tmp_path_factory) -> Path:
     tokens = torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(2))
     for name, options in OWN.items():
         model = perturbed(options)
-        assert hf.write(place / name, model.state_dict(), model.config, 5) == "training_gpt"
+        assert hf.write_model(place / name, model.state_dict(), model.config, 5) == "training_gpt"
         with torch.no_grad():
             torch.save({"tokens": tokens, "logits": model.logits(tokens)}, place / f"{name}.pt")
     return place
@@ -130,14 +130,14 @@ def test_the_modeling_file_computes_every_kind_of_block(modeling, block):
 def test_experts_of_an_export_run_grouped_and_fall_back_where_that_is_not_possible():
     from torch.profiler import profile
 
-    from training.kernels.experts import ANY, plan
+    from training.kernels.experts import PORTABLE, sort_by_expert
 
-    rows = plan(torch.tensor([[0], [0], [1], [0]]), 2)
+    rows = sort_by_expert(torch.tensor([[0], [0], [1], [0]]), 2)
     for dtype, width, grouped in ((torch.float32, 32, True), (torch.bfloat16, 32, True), (torch.float32, 30, False)):
         x, up, down = (torch.ones(*shape, dtype=dtype) for shape in ((4, width), (2, 8, width), (2, width, 8)))
         with profile() as seen:
-            (h,) = ANY.up(x, (up,), rows)
-            y = ANY.down(h, down, torch.ones(4, 1), rows)
+            (h,) = PORTABLE.up(x, (up,), rows)
+            y = PORTABLE.down(h, down, torch.ones(4, 1), rows)
         assert any("grouped_mm" in event.key for event in seen.key_averages()) == grouped
         assert y.tolist() == [[8 * width] * width] * 4
 
@@ -196,7 +196,7 @@ def test_the_command_says_what_opened_and_refuses_to_write_over_it(trained):
 def test_an_export_that_is_not_the_trained_model_is_an_error_and_leaves_nothing(trained, tmp_path, monkeypatch, harm):
     from safetensors.torch import load_file, save_file
 
-    write = hf.write
+    write = hf.write_model
 
     def harmed(folder, *args, **kwargs):
         kind = write(folder, *args, **kwargs)
@@ -209,7 +209,7 @@ def test_an_export_that_is_not_the_trained_model_is_an_error_and_leaves_nothing(
             save_file(tensors, file, metadata={"format": "pt"})
         return kind
 
-    monkeypatch.setattr(hf, "write", harmed)
+    monkeypatch.setattr(hf, "write_model", harmed)
     said = {"a weight": "the export is not the trained model: ", "the file": "Transformers does not open the export: "}
     with pytest.raises(UserError, match=said[harm]):
         exporting.export(str(trained), str(tmp_path / "out"), "fp32")
@@ -231,7 +231,7 @@ def test_a_wide_window_is_looked_at_to_its_end(tmp_path, monkeypatch):
     mixer = {"qk_norm": True, "window": 150}
     blocks = [{"mixer": mixer, "ffn": {"gated": True, "activation": "silu"}}]
     model = perturbed({**MODERN, "n_positions": 200, "blocks": blocks})
-    hf.write(tmp_path / "model", model.state_dict(), model.config, 5)
+    hf.write_model(tmp_path / "model", model.state_dict(), model.config, 5)
     path = tmp_path / "model" / "config.json"
     path.write_text(path.read_text().replace('"sliding_window": 150', '"sliding_window": 151'))
     monkeypatch.setattr(exporting, "_reopen", reopen_in_process)
@@ -262,7 +262,7 @@ def test_wrong_arguments_are_one_line(command_name, arguments, capsys):
 
 def test_an_export_whose_selection_bias_has_no_home_says_so():
     model = perturbed({**MODERN, "blocks": [{"mixer": {"qk_norm": True}, "ffn": GATED_MOE | {"balance": "none"}}]})
-    reason = hf.why_not(hf.ARCHITECTURES["qwen3_moe"], model.state_dict(), model.config)
+    reason = hf.reason_unsupported(hf.ARCHITECTURES["qwen3_moe"], model.state_dict(), model.config)
     assert reason == "values of blocks.0.ffn.selection_bias"
 
 

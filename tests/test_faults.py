@@ -19,8 +19,8 @@ from launched import Launched, rows_in, train, wait_for_rows
 from training.config import ParallelConfig
 from training.distributed.diagnosis import LOOP, Lane, Rank, lost
 from training.distributed.process_id import Place, here
-from training.distributed.rendezvous import name_of_start
-from training.distributed.world import join
+from training.distributed.rendezvous import agree_on_start_id
+from training.distributed.world import join_world
 from training.errors import UserError
 
 LIMIT = 6.0  # four processes that start on two cores that others use too meet within it
@@ -49,7 +49,7 @@ import torch.distributed as dist
 from training import cli, train
 
 dist.init_process_group("gloo")
-config, statuses = cli.load(sys.argv[1]), []
+config, statuses = cli.load_config(sys.argv[1]), []
 thread = threading.Thread(target=lambda: statuses.append(train.train(config)))
 thread.start()
 thread.join()
@@ -119,7 +119,7 @@ def hangs(run):
     step(run)
 
 def is_slow(run, due):
-    if run.step == 2 and run.world.main:
+    if run.step == 2 and run.world.is_main:
         time.sleep(LIMIT + 2)
     record(run, due)
 
@@ -217,7 +217,7 @@ def test_what_a_launcher_did_not_set_is_named(monkeypatch, variables, said):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=said) as error:
-        join(torch.device("cpu"), ParallelConfig(timeout_s=0.5))
+        join_world(torch.device("cpu"), ParallelConfig(timeout_s=0.5))
     assert "\n" not in str(error.value)
 
 
@@ -229,13 +229,13 @@ def test_a_start_in_a_store_that_an_earlier_one_has_used_has_a_name_of_its_own()
         with ThreadPoolExecutor(size) as ranks:
             found = []
             for rank in order:
-                found.append(ranks.submit(name_of_start, store, rank, size, 5.0))
+                found.append(ranks.submit(agree_on_start_id, store, rank, size, 5.0))
                 time.sleep(0.1)
             (name,) = {each.result() for each in found}
         names.append(name)
     assert len(set(names)) == 3
     with pytest.raises(UserError, match=r"rank 1 has not come in 0\.2 s"):
-        name_of_start(dist.HashStore(), 0, 2, 0.2)
+        agree_on_start_id(dist.HashStore(), 0, 2, 0.2)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
@@ -243,14 +243,14 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="LOCAL_RANK 3 has no GPU: this host has 2; start at most 2"):
-        join(torch.device("cuda"), ParallelConfig())
+        join_world(torch.device("cuda"), ParallelConfig())
 
 
 def rank(number: int, **lane) -> Rank:
     return Rank(number, Place("a", "", 100 + number, ""), {LOOP: Lane(**lane)}, heard=8.5)
 
 
-BEHIND, ALONE = {"doing": "step 5", "count": 6}, {"doing": "the end", "count": 6, "kind": "alone"}
+BEHIND, ALONE = {"doing": "step 5", "count": 6}, {"doing": "the end", "count": 6, "kind": "untimed"}
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_after_one_sample_at_a_time_blocks_are_computed_again_and_then_it_ends_i
     run = begun(micro_batch=1)
     out_of_memory_at(run.model, 0)
     train_step(run)
-    assert run.layout.recomputes == "full"
+    assert run.layout.activation_checkpointing == "full"
     said = "step 1: out of memory; the same batch again, with parallel.recompute: full from here"
     assert said in capsys.readouterr().err
     whole = begun(name="whole", micro_batch=1)
@@ -120,9 +120,9 @@ def test_auto_tries_the_worst_routing_and_leaves_the_model_as_it_was(begun):
     assert all(p.grad is None for p in found.model.parameters())
 
     routed = []
-    found.model.blocks[0].ffn.register_forward_hook(lambda _m, _i, out: routed.append(out[1].expert_NK))
+    found.model.blocks[0].ffn.register_forward_hook(lambda _m, _i, out: routed.append(out[1].topk_ids_NK))
     fit._fitting(found, 2)
-    assert len(routed) == 2 and all((expert_NK.sort().values == torch.tensor([0, 1])).all() for expert_NK in routed)
+    assert len(routed) == 2 and all((topk_ids_NK.sort().values == torch.tensor([0, 1])).all() for topk_ids_NK in routed)
 
 
 @pytest.mark.parametrize(("gib", "fits"), [(1.9, 8), (1.3, 4), (1.05, 4), (0.95, 3), (0.85, 2), (0.7, 1)])
@@ -130,12 +130,12 @@ def test_auto_is_what_the_memory_holds(begun, monkeypatch, gib, fits):
     """Of peaks of 0.6, 0.7, 0.8 GiB, nine tenths of the memory are used, in equal parts of the 8 samples."""
     run = begun()
     monkeypatch.setattr(fit, "_peak", lambda _run, n: (round((0.5 + 0.1 * n) * 2**30), 0))
-    monkeypatch.setattr(devices, "memory_bytes", lambda _device: gib * 2**30)
+    monkeypatch.setattr(devices, "available_memory_bytes", lambda _device: gib * 2**30)
     assert fit._fitting(run, 8) == fits
 
 
 def test_a_memory_too_small_for_one_sample_is_a_line(begun, monkeypatch):
-    monkeypatch.setattr(devices, "memory_bytes", lambda _device: 2**24)
+    monkeypatch.setattr(devices, "available_memory_bytes", lambda _device: 2**24)
     with pytest.raises(UserError, match=r"not one sample of 32 tokens fits into 0\.0 GiB, needs"):
         begun(micro_batch="auto")
 
@@ -175,7 +175,7 @@ import resource
 from pathlib import Path
 from training import cli, loop
 from training.train import train
-config = cli.load({path!r})
+config = cli.load_config({path!r})
 before = loop.train_step
 def limited(run):
     if run.step == 2:
@@ -216,7 +216,7 @@ def test_where_memory_is_out_once_the_model_is_built_there_is_a_line_and_checkpo
     assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "not one sample of 1024 tokens fits" in line and "use a smaller model.n_positions" in line
-    assert checkpoint.damage(folder / "checkpoints/step-00000002") is None
+    assert checkpoint.corruption(folder / "checkpoints/step-00000002") is None
     run(**changes)
     assert (tensors(folder, 4), rows(folder)) == before
 
@@ -245,9 +245,9 @@ cpu = torch.device("cpu")
 anew = [faults() for _ in range(2)]
 devices.keep_freed_memory(cpu)
 kept = [faults() for _ in range(20)]  # at first small things lie between what is freed
-devices.forget_peak(cpu)
+devices.reset_peak_memory(cpu)
 after = [faults() for _ in range(20)]
-devices.hand_back_memory(cpu)
+devices.release_freed_memory(cpu)
 print(anew[-1], kept[-1], after[0], after[-1], *[faults() for _ in range(2)])
 """
 

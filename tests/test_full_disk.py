@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_disk import fill, small_disk  # noqa: F401 (a fixture)
 
 from training import prepare as prepare_command
-from training.checkpoint import damage
+from training.checkpoint import corruption
 from training.data import prepare, workers
 from training.data import prepare as build
 from training.errors import UserError
@@ -64,7 +64,7 @@ def test_a_disk_that_is_full_in_a_preparation_leaves_nothing(
     config, options, run, small_disk, tmp_path, capsys, monkeypatch, tokenizer, percents  # noqa: F811
 ):  # fmt: skip
     """The run that follows when there is space again is the one that never met it."""
-    monkeypatch.setattr(workers, "CHUNK", 50_000)  # two workers, though the text is small
+    monkeypatch.setattr(workers, "REQUEST_CHARS", 50_000)  # two workers, though the text is small
     data = config().data.model_dump() | {"tokenizer": tokenizer, "workers": 1}
     made = Path(prepare(config(data=data).data, quiet=True).report["folder"])
     whole, disk = contents(made), small_disk(8192)
@@ -158,7 +158,7 @@ def test_rows_that_do_not_fit_are_a_line_and_are_written_again(
 
 def assert_nothing_torn_counts(folder: Path, through: Path) -> None:
     (saved,) = (folder / "checkpoints").iterdir()
-    assert saved.name == "step-00000003" and damage(saved) is None
+    assert saved.name == "step-00000003" and corruption(saved) is None
     whole = (folder / "metrics.jsonl").read_text().rpartition("\n")[0].splitlines()
     assert len(whole) in (3, 4)
     assert curve(folder)[:3] == curve(through)[:3]

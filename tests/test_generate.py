@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from test_model import BLOCKS, STYLES, WINDOWS, build
 
 from training.config import EvalConfig
-from training.data.tokenizer import byte, train_bpe
+from training.data.tokenizer import build_byte_tokenizer, train_bpe
 from training.engine.step import samples
 from training.generate import main
-from training.model.continuation import Continuation, continue_texts, prompt_ids
-from training.model.sampling import Rules, draw, penalized, probabilities, sample
+from training.model.continuation import Continuation, continue_texts, encode_prompt
+from training.model.sampling import SamplingParams, penalize_repetition, sample, sample_token, token_probabilities
 
 KINDS = BLOCKS | WINDOWS
 PROMPTS = [[7, 3, 9, 1, 22, 40, 8], [5], [11, 2, 60], [4, 4, 4, 31, 17, 6, 2, 50, 9, 33, 1, 12]]
-GREEDY = Rules(temperature=0, repetition_penalty=1.5)  # without the penalty it soon goes in circles
-EVERYTHING = Rules(temperature=1.3, top_k=40, top_p=0.97, min_p=0.01, repetition_penalty=1.2)
+GREEDY = SamplingParams(temperature=0, repetition_penalty=1.5)  # without the penalty it soon goes in circles
+EVERYTHING = SamplingParams(temperature=1.3, top_k=40, top_p=0.97, min_p=0.01, repetition_penalty=1.2)
 
 
 def lively(block="mlp", style="gpt2", **changes):
@@ -36,7 +36,7 @@ def lively(block="mlp", style="gpt2", **changes):
     return model.requires_grad_(False)
 
 
-def slow(model, prompt, n_tokens, *, n_vocab, seed, rules):
+def slow(model, prompt, n_tokens, *, n_vocab, seed, params):
     """One text alone, without a cache."""
     numbers, limit = np.random.default_rng(seed), model.config.n_positions
     text, context = list(prompt), list(prompt)[-model.config.n_positions :]
@@ -44,34 +44,34 @@ def slow(model, prompt, n_tokens, *, n_vocab, seed, rules):
         if len(context) > limit:
             context = context[-max(1, limit // 2) :]
         logits = model.logits(torch.tensor([context]))[0, -1, :n_vocab].tolist()
-        token = slow_draw(logits, text, numbers.random(), rules)
+        token = slow_draw(logits, text, numbers.random(), params)
         text.append(token)
         context.append(token)
     return text[len(prompt) :]
 
 
-def slow_draw(logits, text, uniform, rules):
+def slow_draw(logits, text, uniform, params):
     """One token, by the definitions in words: a dict of what may be drawn, made smaller."""
     for token in set(text):
-        logits[token] *= rules.repetition_penalty if logits[token] < 0 else 1 / rules.repetition_penalty
-    if rules.temperature == 0:
+        logits[token] *= params.repetition_penalty if logits[token] < 0 else 1 / params.repetition_penalty
+    if params.temperature == 0:
         return logits.index(max(logits))
-    weight = {token: math.exp((logit - max(logits)) / rules.temperature) for token, logit in enumerate(logits)}
+    weight = {token: math.exp((logit - max(logits)) / params.temperature) for token, logit in enumerate(logits)}
 
     def share():
         return {token: w / sum(weight.values()) for token, w in weight.items()}
 
-    if rules.top_k is not None:
-        least = sorted(weight.values(), reverse=True)[: rules.top_k][-1]
+    if params.top_k is not None:
+        least = sorted(weight.values(), reverse=True)[: params.top_k][-1]
         weight = {token: w for token, w in weight.items() if w >= least}
     kept, mass = set(), 0.0
     for token, p in sorted(share().items(), key=lambda item: -item[1]):
-        if mass < rules.top_p:
+        if mass < params.top_p:
             kept.add(token)
         mass += p
     weight = {token: weight[token] for token in sorted(kept)}
     likeliest = max(share().values())
-    weight = {token: weight[token] for token, p in share().items() if p >= rules.min_p * likeliest}
+    weight = {token: weight[token] for token, p in share().items() if p >= params.min_p * likeliest}
     end = 0.0
     for token, p in share().items():
         end += p
@@ -80,7 +80,7 @@ def slow_draw(logits, text, uniform, rules):
     raise AssertionError
 
 
-def together(model, prompts, lengths, *, n_vocab, seeds, rules):
+def together(model, prompts, lengths, *, n_vocab, seeds, params):
     """Every prompt's new tokens, from one batch; each text ends at its own length."""
     new = [[] for _ in prompts]
 
@@ -88,35 +88,37 @@ def together(model, prompts, lengths, *, n_vocab, seeds, rules):
         new[i].append(token)
         return len(new[i]) < lengths[i]
 
-    sample(model, prompts, max(lengths), take, n_vocab=n_vocab, seeds=seeds, rules=rules)
+    sample(model, prompts, max(lengths), take, n_vocab=n_vocab, seeds=seeds, params=params)
     return new
 
 
 # --- a batch, a cache ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rules", [GREEDY, EVERYTHING], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("params", [GREEDY, EVERYTHING], ids=["greedy", "drawn"])
 @pytest.mark.parametrize(("block", "style"), list(product(KINDS, STYLES)))
-def test_texts_side_by_side_with_a_cache_are_each_alone_without(block, style, rules):
+def test_texts_side_by_side_with_a_cache_are_each_alone_without(block, style, params):
     """Prompts of unequal lengths that end at unequal times, past the context and over."""
     model, lengths, seeds = lively(block, style), [15, 4, 17, 9], [3, (0, 1), 3, 5]
-    found = together(model, PROMPTS, lengths, n_vocab=61, seeds=seeds, rules=rules)
+    found = together(model, PROMPTS, lengths, n_vocab=61, seeds=seeds, params=params)
     for new, prompt, length, seed in zip(found, PROMPTS, lengths, seeds, strict=True):
-        assert new == slow(model, prompt, length, n_vocab=61, seed=seed, rules=rules)
+        assert new == slow(model, prompt, length, n_vocab=61, seed=seed, params=params)
     assert len({token for new in found for token in new}) > 5
 
 
 @pytest.mark.parametrize("n_positions", [1, 2, 3, 5])
 def test_the_smallest_contexts_forget_as_well(n_positions):
     model = lively("grouped-query", "modern", n_positions=n_positions)
-    found = together(model, PROMPTS, [9] * 4, n_vocab=64, seeds=range(4), rules=Rules())
+    found = together(model, PROMPTS, [9] * 4, n_vocab=64, seeds=range(4), params=SamplingParams())
     for seed, (new, prompt) in enumerate(zip(found, PROMPTS, strict=True)):
-        assert new == slow(model, prompt, 9, n_vocab=64, seed=seed, rules=Rules())
+        assert new == slow(model, prompt, 9, n_vocab=64, seed=seed, params=SamplingParams())
 
 
 def test_texts_of_one_prompt_differ_by_their_seeds_alone():
     model, prompt = lively("moe"), PROMPTS[0]
-    new = together(model, [prompt] * 3, [30] * 3, n_vocab=50, seeds=[(0, 0), (0, 1), (0, 0)], rules=Rules(1.5))
+    new = together(
+        model, [prompt] * 3, [30] * 3, n_vocab=50, seeds=[(0, 0), (0, 1), (0, 0)], params=SamplingParams(1.5)
+    )
     assert new[0] == new[2] != new[1]
     assert {len(tokens) for tokens in new} == {30}
     assert max(max(tokens) for tokens in new) < 50
@@ -129,7 +131,7 @@ def test_a_sample_that_starts_over_is_as_if_it_were_new(block):
     cache, read = model.new_cache(torch.tensor([2, 4, 0])), model.new_cache()
     model.logits(x[:, :10], cache)
     model.logits(x[[0, 2], 7:10], read)
-    cache.restart(torch.tensor([0, 2]), read)
+    cache.replace_rows(torch.tensor([0, 2]), read)
     cache.trim()
     assert cache.n_tokens == 6 and cache.n_padding_B.tolist() == [3, 0, 3]
     found = model.logits(x[:, 10:], cache)
@@ -149,58 +151,60 @@ def logits_and_texts(n_rows=6, n_vocab=300, seed=0):
     return logits, torch.randint(0, n_vocab, (n_rows, 40), generator=generator)
 
 
-def processors(rules):
+def processors(params):
     """Transformers' own, as its `generate` puts them together from these settings."""
     transformers = pytest.importorskip("transformers")
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=1, n_embd=2, vocab_size=4))
-    settings = rules._asdict() | {"top_k": rules.top_k or 0, "do_sample": True}
+    settings = params._asdict() | {"top_k": params.top_k or 0, "do_sample": True}
     config = transformers.GenerationConfig(**settings)
     return model._get_logits_processor(config, input_ids_seq_length=1)
 
 
 @pytest.mark.parametrize(
-    "rules",
+    "params",
     [
-        Rules(0.7),
-        Rules(1.0, top_k=1),
-        Rules(1.0, top_k=17),
-        Rules(1.0, top_k=1000),
-        Rules(1.0, top_p=0.9),
-        Rules(1.0, top_p=1e-9),
-        Rules(1.0, min_p=0.05),
-        Rules(1.0, min_p=1.0),
-        Rules(1.0, repetition_penalty=1.7),
-        Rules(1.0, repetition_penalty=0.6),
-        Rules(0.6, 30, 0.8, 0.02, 1.3),
-        Rules(2.5, 100, 0.6, 0.1, 0.8),
+        SamplingParams(0.7),
+        SamplingParams(1.0, top_k=1),
+        SamplingParams(1.0, top_k=17),
+        SamplingParams(1.0, top_k=1000),
+        SamplingParams(1.0, top_p=0.9),
+        SamplingParams(1.0, top_p=1e-9),
+        SamplingParams(1.0, min_p=0.05),
+        SamplingParams(1.0, min_p=1.0),
+        SamplingParams(1.0, repetition_penalty=1.7),
+        SamplingParams(1.0, repetition_penalty=0.6),
+        SamplingParams(0.6, 30, 0.8, 0.02, 1.3),
+        SamplingParams(2.5, 100, 0.6, 0.1, 0.8),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_probabilities_are_those_of_transformers_processors(rules, seed):
+def test_probabilities_are_those_of_transformers_processors(params, seed):
     logits, texts = logits_and_texts(seed=seed)
-    theirs = processors(rules)(texts, logits.clone()).softmax(-1)
+    theirs = processors(params)(texts, logits.clone()).softmax(-1)
     seen = torch.zeros(logits.shape, dtype=torch.bool).scatter(1, texts, True)
-    ours = probabilities(penalized(logits, seen, rules.repetition_penalty), rules)
+    ours = token_probabilities(penalize_repetition(logits, seen, params.repetition_penalty), params)
     assert torch.equal(ours > 0, theirs > 0)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("rules", [Rules(1.0), EVERYTHING._replace(repetition_penalty=1.0)], ids=str)
-def test_tokens_are_drawn_as_often_as_they_are_probable(rules):
+@pytest.mark.parametrize("params", [SamplingParams(1.0), EVERYTHING._replace(repetition_penalty=1.0)], ids=str)
+def test_tokens_are_drawn_as_often_as_they_are_probable(params):
     logits, _ = logits_and_texts(n_rows=1, n_vocab=50)
     n = 20_000
     even = (torch.arange(n, dtype=torch.float64) + 0.5)[:, None] / n
-    drawn = draw(logits.expand(n, -1), None, even, rules)
+    drawn = sample_token(logits.expand(n, -1), None, even, params)
     frequency = drawn.flatten().bincount(minlength=50) / n
-    torch.testing.assert_close(frequency, probabilities(logits, rules)[0], rtol=0, atol=2 / n)
+    torch.testing.assert_close(frequency, token_probabilities(logits, params)[0], rtol=0, atol=2 / n)
 
 
 def test_the_first_and_the_last_number_draw_a_token_that_may_be_drawn():
     logits, _ = logits_and_texts(n_vocab=50)
     for uniform in (0.0, 1 - 2**-53):
-        drawn = draw(logits, None, torch.full((6, 1), uniform, dtype=torch.float64), Rules(1.0, top_k=3))
-        assert (probabilities(logits, Rules(1.0, top_k=3)).gather(1, drawn) > 0).all()
+        drawn = sample_token(
+            logits, None, torch.full((6, 1), uniform, dtype=torch.float64), SamplingParams(1.0, top_k=3)
+        )
+        assert (token_probabilities(logits, SamplingParams(1.0, top_k=3)).gather(1, drawn) > 0).all()
 
 
 @pytest.mark.parametrize("temperature", [0, 1e-40])
@@ -208,7 +212,9 @@ def test_the_coldest_draws_are_the_likeliest_token(temperature):
     logits, _ = logits_and_texts()
     logits[:, 123] = 30
     for uniform in (0.0, 0.999):
-        drawn = draw(logits, None, torch.full((6, 1), uniform, dtype=torch.float64), Rules(temperature))
+        drawn = sample_token(
+            logits, None, torch.full((6, 1), uniform, dtype=torch.float64), SamplingParams(temperature)
+        )
         assert drawn.flatten().tolist() == [123] * 6
 
 
@@ -218,33 +224,33 @@ def test_greedy_texts_are_those_of_transformers_generate(tmp_path, penalty):
     from training.weights import hf
 
     model = lively(n_positions=48)
-    hf.write(tmp_path, model.state_dict(), model.config, 63)
+    hf.write_model(tmp_path, model.state_dict(), model.config, 63)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     theirs.generation_config.eos_token_id = None
     prompt = torch.tensor([[63, 5, 9, 63]])
     expected = theirs.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False, repetition_penalty=penalty
     )
-    rules = Rules(temperature=0, repetition_penalty=penalty)
-    (found,) = together(model, prompt.tolist(), [40], n_vocab=64, seeds=[0], rules=rules)
+    params = SamplingParams(temperature=0, repetition_penalty=penalty)
+    (found,) = together(model, prompt.tolist(), [40], n_vocab=64, seeds=[0], params=params)
     assert found == expected[0, 4:].tolist()
 
 
 # --- text ------------------------------------------------------------------------------------------
 
-BYTES = byte()
+BYTES = build_byte_tokenizer()
 BPE = train_bpe(["the then a naïve naïve café 日本語 日本 🙂🙂 \n\n", "ab abc abcd bc" * 3], 300)
 
 
 def grown(tokenizer, ids, stops=()):
-    """(the ended continuation, what `watch` was shown) of tokens, as long as it goes on."""
+    """(the ended continuation, what `on_text` was shown) of tokens, as long as it goes on."""
     shown = []
     text = Continuation(tokenizer, stops, shown.append)
     for token in ids:
-        if not text.take(token):
+        if not text.add(token):
             break
         assert "".join(shown) == text.text
-    text.end()
+    text.finish()
     return text, shown
 
 
@@ -275,7 +281,7 @@ def test_bytes_are_shown_as_the_text_that_they_are(ids):
 def test_a_text_ends_before_the_stop_string_that_is_complete_first(text, others, places, tokenizer):
     stops = [*others, *filter(None, (text[start : start + length] for start, length in places))]
     found, shown = grown(tokenizer, tokenizer.encode(text).tolist(), stops)
-    assert (found.text, found.finish) == cut(text, stops)
+    assert (found.text, found.finish_reason) == cut(text, stops)
     assert "".join(shown) == found.text
 
 
@@ -283,31 +289,31 @@ def test_what_may_begin_a_stop_string_is_held_back_and_nothing_else():
     text = Continuation(BYTES, ["END", "\n\n"])
     settled = []
     for token in BYTES.encode("xE\nENé\n\nno"):
-        if not text.take(int(token)):
+        if not text.add(int(token)):
             break
         settled.append(text.text)
     assert settled == ["x", "x", "xE", "xE\n", "xE\n", "xE\n", "xE\nENé", "xE\nENé"]
-    assert (text.text, text.finish) == ("xE\nENé", "stop")
+    assert (text.text, text.finish_reason) == ("xE\nENé", "stop")
 
 
 def test_the_end_of_the_document_ends_a_text_and_gives_back_what_was_held():
     text = Continuation(BYTES, ["END"])
-    assert [text.take(token) for token in (ord("E"), ord("N"), 0xE2, BYTES.end_of_text)] == [True, True, True, False]
-    assert (text.text, text.finish) == ("EN\ufffd", "end")
+    assert [text.add(token) for token in (ord("E"), ord("N"), 0xE2, BYTES.end_of_text)] == [True, True, True, False]
+    assert (text.text, text.finish_reason) == ("EN\ufffd", "end")
 
 
 def test_texts_of_a_batch_end_each_for_their_own_reason():
     model = lively(vocab_size=257, n_positions=64)
-    prompts = [prompt_ids(BYTES, text) for text in ("a", "some longer prompt", "def")]
-    rules = Rules(2.0)
-    whole = continue_texts(model, BYTES, prompts, 60, seeds=[1, 2, 3], rules=rules)
+    prompts = [encode_prompt(BYTES, text) for text in ("a", "some longer prompt", "def")]
+    params = SamplingParams(2.0)
+    whole = continue_texts(model, BYTES, prompts, 60, seeds=[1, 2, 3], params=params)
     stop = whole[1].text[5:7]
-    stopped = continue_texts(model, BYTES, prompts, 60, seeds=[1, 2, 3], rules=rules, stops=[stop])
+    stopped = continue_texts(model, BYTES, prompts, 60, seeds=[1, 2, 3], params=params, stops=[stop])
     for text, with_stop in zip(whole, stopped, strict=True):
         expected, finish = cut(text.text, [stop])
         assert with_stop.text == expected
-        assert with_stop.finish == (text.finish if finish == "length" else "stop")
-    assert stopped[1].finish == "stop" and "length" in {text.finish for text in stopped}
+        assert with_stop.finish_reason == (text.finish_reason if finish == "length" else "stop")
+    assert stopped[1].finish_reason == "stop" and "length" in {text.finish_reason for text in stopped}
 
 
 def test_samples_of_an_evaluation_do_not_depend_on_the_other_prompts():
@@ -340,7 +346,7 @@ def test_weights_cast_once_give_the_same_bits(block, style, dtype):
     model.dtype = dtype
     before = model.logits(x), model(x, x, 12)[1]["loss_sum"]
     names = list(model.state_dict())
-    model.for_inference()
+    model.cast_for_inference()
     assert torch.equal(model.logits(x), before[0])
     assert torch.equal(model(x, x, 12)[1]["loss_sum"], before[1])
     assert list(model.state_dict()) == names

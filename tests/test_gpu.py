@@ -12,10 +12,19 @@ from training.data import prepare
 from training.distributed.world import World
 from training.engine.build import begin
 from training.engine.step import train_step
-from training.kernels.attention.table import Seen, documents, limits, machine, why_not
-from training.kernels.choose import ATTENTION, EXPERTS, LOSS, Call, ExpertsCall, Kernels, Needs, choose
-from training.kernels.experts import plan
-from training.model import GPT, needs
+from training.kernels.attention.table import Visibility, device_info, find_documents, limits_on, reason_unsupported
+from training.kernels.choose import (
+    ATTENTION_BACKENDS,
+    EXPERT_KERNELS,
+    LOSS_KERNELS,
+    AttentionSpec,
+    ExpertsSpec,
+    KernelRequirements,
+    Kernels,
+    choose_kernels,
+)
+from training.kernels.experts import sort_by_expert
+from training.model import GPT, kernel_requirements
 from training.model.layers import Batch
 from training.model.moe import MoE
 
@@ -27,17 +36,17 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
 ]
 CUDA = torch.device("cuda")
-NAMES = [name for name in ATTENTION if "cuda" in (ATTENTION[name].on or {})]
+NAMES = [name for name in ATTENTION_BACKENDS if "cuda" in (ATTENTION_BACKENDS[name].limits or {})]
 CALLS = {
-    "GPT-2": Call(12, 12, 64, 64),
-    "grouped-query": Call(8, 2, 128, 128),
-    "multi-query": Call(4, 1, 96, 96),
-    "latent": Call(4, 4, 192, 128),
-    "window": Call(4, 4, 64, 64, window=100),
-    "window of two": Call(4, 4, 64, 64, window=2),
-    "soft-cap": Call(4, 2, 64, 64, softcap=15.0),
-    "scale": Call(4, 4, 64, 64, scale=0.2),
-    "everything": Call(8, 4, 128, 64, window=70, softcap=10.0, scale=0.1),
+    "GPT-2": AttentionSpec(12, 12, 64, 64),
+    "grouped-query": AttentionSpec(8, 2, 128, 128),
+    "multi-query": AttentionSpec(4, 1, 96, 96),
+    "latent": AttentionSpec(4, 4, 192, 128),
+    "window": AttentionSpec(4, 4, 64, 64, window=100),
+    "window of two": AttentionSpec(4, 4, 64, 64, window=2),
+    "soft-cap": AttentionSpec(4, 2, 64, 64, softcap=15.0),
+    "scale": AttentionSpec(4, 4, 64, 64, scale=0.2),
+    "everything": AttentionSpec(8, 4, 128, 64, window=70, softcap=10.0, scale=0.1),
 }
 ROUNDING = {torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
@@ -48,7 +57,7 @@ over_names = pytest.mark.parametrize("name", [pytest.param(n, marks=OF_COMPILERS
 
 
 def skip_what_it_cannot(name, call, packed, dtype):
-    if (problem := why_not(name, call, packed, machine(CUDA), dtype)) is not None:
+    if (problem := reason_unsupported(name, call, packed, device_info(CUDA), dtype)) is not None:
         pytest.skip(f"{name}: {problem}")
 
 
@@ -63,14 +72,14 @@ def inputs_of(call, packed, dtype, n_samples, n_tokens):
         (call.n_head, call.value_dim),
     ]
     made = [torch.randn(n_samples, n_tokens, *head, generator=generator).to(CUDA, dtype) for head in heads]
-    return made, Seen(n_tokens, n_tokens, CUDA, call.window, documents(tokens, 0) if packed else None)
+    return made, Visibility(n_tokens, n_tokens, CUDA, call.window, find_documents(tokens, 0) if packed else None)
 
 
 def outcome(name, call, made, seen, dtype):
     """The result and the gradients of queries, keys and values."""
-    backend, leaves = ATTENTION[name], [x.detach().to(dtype).requires_grad_() for x in made[:3]]
+    backend, leaves = ATTENTION_BACKENDS[name], [x.detach().to(dtype).requires_grad_() for x in made[:3]]
     q, k, v = (x.transpose(1, 2) for x in leaves)
-    y = backend.attend(q, k, v, backend.mask(seen), scale=call.scale, softcap=call.softcap)
+    y = backend.attend(q, k, v, backend.build_mask(seen), scale=call.scale, softcap=call.softcap)
     return [y, *torch.autograd.grad(y, leaves, made[3].to(dtype).transpose(1, 2))]
 
 
@@ -91,7 +100,7 @@ def test_a_backend_equals_the_reference_in_float32_forward_and_backward(name, dt
 @over_names
 def test_gradients_are_the_same_bits_every_time_where_the_table_says_so(name, call, packed):
     skip_what_it_cannot(name, call, packed, torch.bfloat16)
-    if not limits(name, machine(CUDA)).deterministic:
+    if not limits_on(name, device_info(CUDA)).deterministic:
         pytest.skip(f"{name}: its backward is not deterministic")
     made, seen = inputs_of(call, packed, torch.bfloat16, n_samples=4, n_tokens=2048)
     first = outcome(name, call, made, seen, torch.bfloat16)
@@ -109,11 +118,13 @@ def test_a_model_computes_the_same_with_it_and_no_step_compiles_anew(name, packe
     blocks = tuple(BlockConfig.model_validate({"mixer": mixer}) for mixer in mixers)
     sizes = {"n_layer": 4, "n_head": 4, "n_embd": 256, "n_positions": 256, "vocab_size": 512}
     config = ModelConfig(**sizes, isolate_documents=packed, blocks=blocks)
-    asked = needs(config)
+    asked = kernel_requirements(config)
     for call in asked.attention:
         skip_what_it_cannot(name, call, packed, torch.bfloat16)
-    kernels, _ = choose(ParallelConfig(attention=name, compile=compiled), asked, device=CUDA, dtype=torch.bfloat16)
-    both = (kernels, kernels._replace(attention=ATTENTION["reference"]))
+    kernels, _ = choose_kernels(
+        ParallelConfig(attention=name, compile=compiled), asked, device=CUDA, dtype=torch.bfloat16
+    )
+    both = (kernels, kernels._replace(attention=ATTENTION_BACKENDS["reference"]))
     model, plain = (GPT(config, each, torch.bfloat16).init_weights(0).to(CUDA) for each in both)
     torch._dynamo.reset()
     counters.clear()
@@ -125,7 +136,7 @@ def test_a_model_computes_the_same_with_it_and_no_step_compiles_anew(name, packe
         tokens.view(-1)[3 : 3 + 5 * n_documents : 5] = 0
         found = []
         for each in (model, plain):
-            loss, _ = each(tokens, tokens, tokens.numel(), documents=documents(tokens, 0) if packed else None)
+            loss, _ = each(tokens, tokens, tokens.numel(), documents=find_documents(tokens, 0) if packed else None)
             found.append(torch.cat([x.flatten() for x in torch.autograd.grad(loss, list(each.parameters()))]))
         assert (found[0] - found[1]).norm() < 0.05 * found[1].norm()
         n_graphs.append(counters["stats"]["unique_graphs"])
@@ -159,16 +170,16 @@ def routed(n_tokens, n_experts, dtype, width=768, hidden=3072):
     return [*(each.to(dtype) for each in (x, *made)), weight], like.topk(2).indices
 
 
-def experts_layer(name, expert_NK, x, up, gate, down, weight):
-    rows = plan(expert_NK, len(up))
-    up_RF, gate_RF = EXPERTS[name].up(x, (up, gate), rows)
-    return EXPERTS[name].down(up_RF * gate_RF.tanh(), down, weight, rows)
+def experts_layer(name, topk_ids_NK, x, up, gate, down, weight):
+    rows = sort_by_expert(topk_ids_NK, len(up))
+    up_RF, gate_RF = EXPERT_KERNELS[name].up(x, (up, gate), rows)
+    return EXPERT_KERNELS[name].down(up_RF * gate_RF.tanh(), down, weight, rows)
 
 
-def experts_outcome(name, made, expert_NK, layer=experts_layer):
+def experts_outcome(name, made, topk_ids_NK, layer=experts_layer):
     """The result and the gradients of tokens, matrices and weights."""
     leaves = [each.detach().requires_grad_() for each in made]
-    y = layer(name, expert_NK, *leaves)
+    y = layer(name, topk_ids_NK, *leaves)
     direction = torch.randn(y.shape, device=CUDA, generator=torch.Generator(CUDA).manual_seed(0))
     return [y, *torch.autograd.grad(y, leaves, direction.to(y.dtype))]
 
@@ -181,9 +192,9 @@ def experts_outcome(name, made, expert_NK, layer=experts_layer):
 )
 def test_a_kernel_of_experts_equals(name, dtype, n_experts, n_tokens, than):
     skip_without(name, dtype)
-    made, expert_NK = routed(n_tokens, n_experts, dtype)
-    expected = experts_outcome(than, [each.float() for each in made], expert_NK)
-    for ours, theirs in zip(experts_outcome(name, made, expert_NK), expected, strict=True):
+    made, topk_ids_NK = routed(n_tokens, n_experts, dtype)
+    expected = experts_outcome(than, [each.float() for each in made], topk_ids_NK)
+    for ours, theirs in zip(experts_outcome(name, made, topk_ids_NK), expected, strict=True):
         assert (ours.float() - theirs).norm() <= TYPES[dtype] * theirs.norm()
 
 
@@ -192,10 +203,10 @@ def test_a_kernel_of_experts_equals(name, dtype, n_experts, n_tokens, than):
 @over_experts
 def test_gradients_of_experts_are_the_same_bits_every_time(name, dtype, n_experts):
     skip_without(name, dtype)
-    made, expert_NK = routed(4099, n_experts, dtype)
-    first = experts_outcome(name, made, expert_NK)
+    made, topk_ids_NK = routed(4099, n_experts, dtype)
+    first = experts_outcome(name, made, topk_ids_NK)
     for _ in range(10):
-        again = experts_outcome(name, made, expert_NK)
+        again = experts_outcome(name, made, topk_ids_NK)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, again, strict=True))
 
 
@@ -206,7 +217,7 @@ def test_nothing_in_a_layer_of_experts_waits_for_the_device(name, top_k):
     if name == "grouped" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("grouped: PyTorch loops over experts before Hopper, and waits for their row counts")
     section = MoEConfig(n_experts=8, top_k=top_k, hidden=3072, activation="silu", gated=True, balance="both")
-    layer = MoE(section, ModelConfig(n_embd=768, n_head=12), Kernels(experts=EXPERTS[name])).to(CUDA)
+    layer = MoE(section, ModelConfig(n_embd=768, n_head=12), Kernels(experts=EXPERT_KERNELS[name])).to(CUDA)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     x = torch.randn(2, 1024, 768, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
@@ -231,10 +242,10 @@ def test_rows_beyond_two_billion_numbers_are_found():
     x = torch.randn(n_tokens, width, device=CUDA, dtype=torch.bfloat16, generator=generator).requires_grad_()
     shapes = [(2, hidden, width), (2, width, hidden)]
     up, down = (torch.randn(s, device=CUDA, dtype=torch.bfloat16, generator=generator) / s[2] ** 0.5 for s in shapes)
-    expert_NK = torch.arange(n_tokens, device=CUDA)[:, None] % 2
-    rows, weight = plan(expert_NK, 2), torch.ones(n_tokens, 1, device=CUDA)
-    (h,) = EXPERTS["triton"].up(x, (up,), rows)
-    y = EXPERTS["triton"].down(h, down, weight, rows)
+    topk_ids_NK = torch.arange(n_tokens, device=CUDA)[:, None] % 2
+    rows, weight = sort_by_expert(topk_ids_NK, 2), torch.ones(n_tokens, 1, device=CUDA)
+    (h,) = EXPERT_KERNELS["triton"].up(x, (up,), rows)
+    y = EXPERT_KERNELS["triton"].down(h, down, weight, rows)
     (grad,) = torch.autograd.grad(y, x, x.detach())
     for ours, one, other in ((y, up, down), (grad, down.mT, up.mT)):
         for token in (0, 1, n_tokens // 2, n_tokens - 2, n_tokens - 1):
@@ -245,12 +256,12 @@ def test_rows_beyond_two_billion_numbers_are_found():
 
 @over_types
 def test_the_fastest_kernel_of_experts_is_taken_and_kept(dtype):
-    asked = Needs(frozenset(), frozenset({ExpertsCall(768, 3072, 8)}), False)
-    _, why = choose(ParallelConfig(), asked, device=CUDA, dtype=dtype)
+    asked = KernelRequirements(frozenset(), frozenset({ExpertsSpec(768, 3072, 8)}), False)
+    _, why = choose_kernels(ParallelConfig(), asked, device=CUDA, dtype=dtype)
     name, reason = why["experts"].split(maxsplit=1)
     assert name != "reference" and ("the fastest: " in reason) == (reason.count(" ms") > 1)
     for before in ("grouped", "loop") if dtype == torch.bfloat16 else ("loop",):
-        _, why = choose(ParallelConfig(), asked, device=CUDA, dtype=dtype, before={"experts": before})
+        _, why = choose_kernels(ParallelConfig(), asked, device=CUDA, dtype=dtype, previous={"experts": before})
         assert why["experts"] == f"{before} (ran, and equals the reference)"
 
 
@@ -258,11 +269,11 @@ def test_the_fastest_kernel_of_experts_is_taken_and_kept(dtype):
 @pytest.mark.parametrize("name", ["triton", "grouped"])
 def test_a_compiled_layer_of_experts_is_one_graph_and_computes_the_same(name):
     skip_without(name, torch.bfloat16)
-    made, expert_NK = routed(1024, 8, torch.bfloat16)
+    made, topk_ids_NK = routed(1024, 8, torch.bfloat16)
     torch._dynamo.reset()
     compiled = torch.compile(experts_layer, fullgraph=True)
     for turn in range(3):  # other counts of rows
-        sent_NK = torch.where(expert_NK < 2 * turn, 7 - expert_NK, expert_NK)
+        sent_NK = torch.where(topk_ids_NK < 2 * turn, 7 - topk_ids_NK, topk_ids_NK)
         expected = experts_outcome(name, made, sent_NK)
         for ours, theirs in zip(experts_outcome(name, made, sent_NK, compiled), expected, strict=True):
             assert (ours.float() - theirs.float()).norm() < 2e-2 * theirs.float().norm()
@@ -278,7 +289,7 @@ def loss_outcome(name, softcap, dtype):
     targets = torch.randint(0, 50257, (2050,), device=CUDA, generator=generator)
     targets[::3] = -1
     leaves = [x.to(dtype).requires_grad_(), (w / 16).requires_grad_()]
-    loss = LOSS[name](*leaves, targets, softcap)
+    loss = LOSS_KERNELS[name](*leaves, targets, softcap)
     return [loss, *torch.autograd.grad(loss, leaves)]
 
 

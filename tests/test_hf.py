@@ -19,7 +19,7 @@ from training.model import GPT
 from training.weights import hf
 from training.weights.hf import deepseek, ernie, files, gpt2, llama, mixtral, qwen3
 from training.weights.hf.fields import ACTIVATIONS
-from training.weights.hf.layers import pattern, written_out
+from training.weights.hf.layers import pattern, with_explicit_sizes
 
 V4 = Path(sys.prefix, "transformers-4")  # the Makefile installs Transformers 4.57 there
 
@@ -179,7 +179,7 @@ def exports(tmp_path_factory) -> dict[str, Path]:
     root, folders = tmp_path_factory.mktemp("exports"), {}
     for n, (name, (_, options)) in enumerate(CASES.items()):
         model, folders[name] = made(options), root / f"case-{n}"
-        hf.write(folders[name], model.state_dict(), model.config, end_of_text=5, n_vocab=N_VOCAB)
+        hf.write_model(folders[name], model.state_dict(), model.config, end_of_text=5, n_vocab=N_VOCAB)
         with torch.no_grad():
             logits_BTV = model.logits(tokens())[..., :N_VOCAB].contiguous()
         save_file({"x_BT": tokens(), "logits_BTV": logits_BTV}, folders[name].with_suffix(".expected"))
@@ -233,7 +233,7 @@ def same_model(one: ModelConfig, other: ModelConfig) -> bool:
     """Whether two configurations compute the same; how experts are balanced is not in a file."""
 
     def plain(config: ModelConfig) -> tuple:
-        layers = [block.model_dump() for block in written_out(config)]
+        layers = [block.model_dump() for block in with_explicit_sizes(config)]
         for layer in layers:
             for name in ("balance", "switch_weight", "bias_rate", "z_loss_weight", "jitter", "capacity_factor"):
                 layer["ffn"].pop(name, None)
@@ -256,7 +256,7 @@ def assert_same_gradients(tmp_path: Path, ours: GPT, theirs, n_vocab: int) -> No
     (their_logits_BTV * weight_BTV).sum().backward()
     buffers = {name: tensor for name, tensor in ours.state_dict().items() if "ffn." in name}
     gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
-    hf.write(tmp_path / "ours", buffers | gradients, ours.config, end_of_text=5, n_vocab=n_vocab)
+    hf.write_model(tmp_path / "ours", buffers | gradients, ours.config, end_of_text=5, n_vocab=n_vocab)
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.grad is not None:  # unlike a selection bias's
@@ -276,7 +276,9 @@ def test_an_export_has_equal_gradients(tmp_path, name, n_vocab):
     transformers = pytest.importorskip("transformers")
     model_type, options = CASES[name]
     model = made(options)
-    assert hf.write(tmp_path / "it", model.state_dict(), model.config, end_of_text=5, n_vocab=n_vocab) == model_type
+    assert (
+        hf.write_model(tmp_path / "it", model.state_dict(), model.config, end_of_text=5, n_vocab=n_vocab) == model_type
+    )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "it")
     assert theirs.get_input_embeddings().padding_idx is None  # a token whose embedding would take none
     assert_same_gradients(tmp_path, model, theirs, n_vocab or 320)
@@ -405,7 +407,7 @@ def test_their_model_comes_in_with_equal_logits_and_gradients(tmp_path, model_ty
 @pytest.mark.parametrize("name", CASES)
 def test_out_and_in_again_changes_no_bit(tmp_path, name):
     model = made(CASES[name][1])
-    hf.write(tmp_path, model.state_dict(), model.config, end_of_text=5)
+    hf.write_model(tmp_path, model.state_dict(), model.config, end_of_text=5)
     architecture, config = hf.read_config(tmp_path, hf.READABLE)
     assert same_model(config, model.config)
     found = hf.read_weights(tmp_path, architecture, config)
@@ -428,7 +430,7 @@ def test_a_table_of_names_has_a_place_for_everything_once(name):
 def test_a_large_model_is_written_in_several_files(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "SHARD_BYTES", 20_000)  # 5 GB are too many for a test
     model = made(CASES["qwen3_moe"][1])
-    hf.write(tmp_path, model.state_dict(), model.config, end_of_text=5)
+    hf.write_model(tmp_path, model.state_dict(), model.config, end_of_text=5)
     assert (tmp_path / "model.safetensors.index.json").exists()
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
     architecture, config = hf.read_config(tmp_path, hf.READABLE)
@@ -489,7 +491,7 @@ def test_the_model_of_a_run_opens_with_its_tokenizer(config, tmp_path):
     ],
 )
 def test_what_gpt2_does_not_have_is_named(changes, reason):
-    assert hf.ARCHITECTURES["gpt2"].why_not(ModelConfig.model_validate({"n_layer": 2} | changes)) == reason
+    assert hf.ARCHITECTURES["gpt2"].reason_unsupported(ModelConfig.model_validate({"n_layer": 2} | changes)) == reason
 
 
 ALL_ROTARY = [
@@ -553,7 +555,7 @@ SIGMOIDS = [
     ({"ffn": {"renormalize": False, "route_scale": 0.3, "n_shared": 0}}, None),
     ({"ffn": {"balance": "none"}}, None),
 ]
-WHY_NOT = {
+UNSUPPORTED = {
     "llama": [
         *DENSE,
         ({"mixer": {"qk_norm": True}}, "QK-norm"),
@@ -626,7 +628,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize(
     ("model_type", "changes", "reason"),
-    [(model_type, *case) for model_type, cases in WHY_NOT.items() for case in cases],
+    [(model_type, *case) for model_type, cases in UNSUPPORTED.items() for case in cases],
     ids=str,
 )
 def test_what_the_others_do_not_have_is_named(model_type, changes, reason):
@@ -647,7 +649,7 @@ def test_what_the_others_do_not_have_is_named(model_type, changes, reason):
     options = {key: value for key, value in changes.items() if key not in {"mixer", "ffn", *places}}
     eps = {"norm_eps": 1e-6} if model_type == "deepseek_v3" else {}
     config = ModelConfig.model_validate(ROTARY | {"n_layer": 4, "blocks": layers} | eps | options)
-    assert hf.ARCHITECTURES[model_type].why_not(config) == reason
+    assert hf.ARCHITECTURES[model_type].reason_unsupported(config) == reason
 
 
 def test_no_option_was_added_that_nobody_thought_of_here():
@@ -669,7 +671,7 @@ def test_no_option_was_added_that_nobody_thought_of_here():
 @pytest.mark.parametrize("name", CASES)
 def test_each_model_has_one_architecture(name):
     config = ModelConfig.model_validate(CASES[name][1])
-    found = [kind for kind, one in hf.ARCHITECTURES.items() if one.why_not(config) is None]
+    found = [kind for kind, one in hf.ARCHITECTURES.items() if one.reason_unsupported(config) is None]
     assert found == [CASES[name][0], *ALSO.get(name, [])]
 
 
@@ -683,14 +685,14 @@ def test_what_two_architectures_express_is_the_same_in_both(tmp_path, monkeypatc
         hf, "ARCHITECTURES", {kind: one for kind, one in hf.ARCHITECTURES.items() if kind != CASES[name][0]}
     )
     model = made(CASES[name][1])
-    assert hf.write(tmp_path, model.state_dict(), model.config, end_of_text=5) == other
+    assert hf.write_model(tmp_path, model.state_dict(), model.config, end_of_text=5) == other
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(theirs(tokens()).logits, model.logits(tokens()), rtol=0, atol=1e-4)
 
 
 def test_another_model_is_written_under_our_own_names(tmp_path):
     model = made(SIZES | {"blocks": [{"ffn": {"type": "moe", "hidden": 8}}]})
-    assert hf.write(tmp_path, model.state_dict(), model.config, end_of_text=5) == "training_gpt"
+    assert hf.write_model(tmp_path, model.state_dict(), model.config, end_of_text=5) == "training_gpt"
     found = json.loads((tmp_path / "config.json").read_text())
     assert found["model_type"] == "training_gpt"
     again = GPT(ModelConfig.model_validate({k: found[k] for k in ModelConfig.model_fields}, strict=False))
@@ -731,7 +733,7 @@ def test_a_selection_bias_that_nothing_moves_any_more_is_not_lost(tmp_path):
     """As where a run that balances otherwise begins with a checkpoint of one that had it."""
     model = made(CASES["qwen3_moe"][1])
     model.blocks[1].ffn.selection_bias[2] = 0.1
-    assert hf.write(tmp_path, model.state_dict(), model.config, end_of_text=5) == "training_gpt"
+    assert hf.write_model(tmp_path, model.state_dict(), model.config, end_of_text=5) == "training_gpt"
     read = hf.read_weights(tmp_path, *hf.read_config(tmp_path, hf.READABLE))
     assert torch.equal(read["blocks.1.ffn.selection_bias"], model.blocks[1].ffn.selection_bias)
 
@@ -988,7 +990,7 @@ def test_a_small_file_means_what_the_classes_defaults_say(tmp_path):
 def test_gpt2s_first_files_are_read(tmp_path):
     """openai-community/gpt2: no prefix, the causal masks among the tensors, the tied head written too."""
     model = made(SIZES)
-    hf.write(tmp_path, model.state_dict(), model.config, end_of_text=5)
+    hf.write_model(tmp_path, model.state_dict(), model.config, end_of_text=5)
     tensors = load_file(tmp_path / "model.safetensors")
     old = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     for i in range(2):
@@ -1002,7 +1004,7 @@ def test_gpt2s_first_files_are_read(tmp_path):
 
 def test_weights_of_half_the_width_are_read_exactly(tmp_path):
     model = made(CASES["llama"][1])
-    hf.write(tmp_path, model.state_dict(), model.config, end_of_text=5, dtype=torch.bfloat16)
+    hf.write_model(tmp_path, model.state_dict(), model.config, end_of_text=5, dtype=torch.bfloat16)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     found = hf.read_weights(tmp_path, *hf.read_config(tmp_path, hf.READABLE))
     assert all(torch.equal(found[name], tensor.bfloat16().float()) for name, tensor in model.named_parameters())
@@ -1012,7 +1014,7 @@ def test_a_selection_bias_is_not_rounded(tmp_path):
     """It moves by bias_rate at a time, which bf16 would not see."""
     transformers = pytest.importorskip("transformers")
     model = made(CASES["dots1"][1])
-    hf.write(tmp_path, model.state_dict(), model.config, end_of_text=5, dtype=torch.bfloat16)
+    hf.write_model(tmp_path, model.state_dict(), model.config, end_of_text=5, dtype=torch.bfloat16)
     found = hf.read_weights(tmp_path, *hf.read_config(tmp_path, hf.READABLE))
     for name, tensor in model.state_dict().items():
         if not name.endswith("ffn.load"):
@@ -1036,7 +1038,7 @@ def test_a_selection_bias_is_not_rounded(tmp_path):
 )
 def test_weights_that_are_not_those_of_config_json_are_refused(tmp_path, harm, reason):
     model = made(CASES["dots1"][1])
-    hf.write(tmp_path, model.state_dict(), model.config, end_of_text=5)
+    hf.write_model(tmp_path, model.state_dict(), model.config, end_of_text=5)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors |= {name: torch.ones(shape) for name, shape in harm.items() if shape is not None}
     save_file({k: v for k, v in tensors.items() if harm.get(k, ()) is not None}, tmp_path / "model.safetensors")

@@ -1,4 +1,4 @@
-"""The ledger of time: every moment is in one phase, waiting shows where it is, and restarts add up."""
+"""The timer of time: every moment is in one phase, waiting shows where it is, and restarts add up."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from training.config import Config
 from training.data import prepare
-from training.data.loader import Batches
+from training.data.loader import Samples
 from training.distributed.world import World
 from training.engine.build import begin
 from training.engine.resume import folder_of
 from training.engine.step import Watch, record, train_step
-from training.logging.advice import advice, measured
-from training.logging.jsonl import read
-from training.logging.phase_timer import Ledger
-from training.logging.phases import PHASES, WORK, in_words, spent
+from training.logging.advice import advice, facts_of_run
+from training.logging.jsonl import read_rows
+from training.logging.phase_timer import PhaseTimer
+from training.logging.phases import PHASES, PRODUCTIVE, as_text, phase_seconds
 from training.train import train
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")]
 
 
-class SlowDisk(Batches):
-    """Batches that have to be waited for; `lasted` is how long each was, on a machine with other work too."""
+class SlowDisk(Samples):
+    """Samples that have to be waited for; `lasted` is how long each was, on a machine with other work too."""
 
     SECONDS = 0.05
 
-    def samples(self, indices):
+    def at(self, indices):
         began = time.perf_counter()
         time.sleep(self.SECONDS)
-        found = super().samples(indices)
+        found = super().at(indices)
         self.lasted = [*getattr(self, "lasted", []), time.perf_counter() - began]
         return found
 
@@ -63,65 +63,65 @@ def go(run, steps: int) -> None:
 
 
 def test_each_phase_is_as_long_as_it_lasted():
-    ledger, begin = Ledger(torch.device("cpu")), time.perf_counter()
+    timer, begin = PhaseTimer(torch.device("cpu")), time.perf_counter()
     lasting = {"data": 0.06, "compute": 0.12, "optimizer": 0.03}
     time.sleep(0.05)
     lasted = dict.fromkeys(("idle", *lasting), 0.0)
     for phase in ("idle", *lasting, *lasting):
-        ledger.enter(phase)
+        timer.enter(phase)
         entered = time.perf_counter()
         time.sleep(lasting.get(phase, 0.0))
         lasted[phase] += time.perf_counter() - entered
-    ledger.settle()
+    timer.flush()
     wall = time.perf_counter() - begin
-    assert sum(ledger.seconds.values()) == pytest.approx(wall, rel=0.02)
+    assert sum(timer.seconds.values()) == pytest.approx(wall, rel=0.02)
     for phase in lasting:
-        assert lasted[phase] <= ledger.seconds[phase] == pytest.approx(lasted[phase], abs=0.03)
-    assert ledger.seconds["start"] >= 0.05
-    assert ledger.goodput == pytest.approx(sum(lasted[phase] for phase in lasting) / wall, abs=0.05)
+        assert lasted[phase] <= timer.seconds[phase] == pytest.approx(lasted[phase], abs=0.03)
+    assert timer.seconds["start"] >= 0.05
+    assert timer.goodput == pytest.approx(sum(lasted[phase] for phase in lasting) / wall, abs=0.05)
 
 
 def test_start_up_is_one_phase_until_the_first_step_is_done():
-    ledger = Ledger(torch.device("cpu"))
-    ledger.began(time.perf_counter() - 10)
+    timer = PhaseTimer(torch.device("cpu"))
+    timer.set_start(time.perf_counter() - 10)
     for phase in ("data", "compute", "optimizer", "evaluation"):
-        ledger.enter(phase)
+        timer.enter(phase)
         time.sleep(0.005)
-    ledger.enter("idle")
-    ledger.settle()
-    assert 10.02 < ledger.seconds["start"] < 10.5
-    assert sum(ledger.seconds[phase] for phase in (*WORK, "evaluation")) == 0
+    timer.enter("idle")
+    timer.flush()
+    assert 10.02 < timer.seconds["start"] < 10.5
+    assert sum(timer.seconds[phase] for phase in (*PRODUCTIVE, "evaluation")) == 0
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
 def test_the_phases_add_up_to_the_wall_clock_and_a_slow_disk_is_data(config, device):
     run, began = start(config, torch.device(device), slow=True), time.perf_counter()
-    run.ledger.settle()
-    before = sum(run.ledger.seconds.values())
+    run.timer.flush()
+    before = sum(run.timer.seconds.values())
     go(run, steps=8)  # with evaluations after 4 and 8, saves after 3, 6 and 8
-    run.ledger.settle()
-    wall, seconds = time.perf_counter() - began, run.ledger.seconds
+    run.timer.flush()
+    wall, seconds = time.perf_counter() - began, run.timer.seconds
     assert sum(seconds.values()) - before == pytest.approx(wall, rel=0.02)
     waited = sum(run.batches.lasted[2:])  # the first two are start-up: each step reads the next one's as well
     beside = ("compute",) if device == "cuda" else ()  # a GPU computes meanwhile
     assert 6 * SlowDisk.SECONDS <= waited <= sum(seconds[phase] for phase in ("data", *beside))
     assert seconds["data"] < waited + seconds["compute"]
     assert all(seconds[phase] > 0 for phase in PHASES if phase != "redone")
-    rows = read(run.folder / "metrics.jsonl")
+    rows = read_rows(run.folder / "metrics.jsonl")
     reads = [sum(row[f"time_{phase}"] for phase in ("data", *beside)) for row in rows[3:6]]  # the last step reads none
     assert all(seconds >= SlowDisk.SECONDS for seconds in reads)
     assert all(row["time_evaluation"] == 0 for row in rows[:4]) and rows[4]["time_evaluation"] > 0
     assert all(row["time_checkpoint"] == 0 for row in rows[:3]) and rows[3]["time_checkpoint"] > 0
     assert ["time_start" in row for row in rows] == [True] * 3 + [False] * 5
     run.close()
-    assert any("of the time waits for data" in line for line in advice(measured(run)))
+    assert any("of the time waits for data" in line for line in advice(facts_of_run(run)))
 
 
 def test_a_disk_that_keeps_up_is_not_data(config):
     run = start(config)
     go(run, steps=8)
-    run.ledger.settle()
-    assert run.ledger.seconds["data"] < 0.3 * run.ledger.seconds["compute"]
+    run.timer.flush()
+    assert run.timer.seconds["data"] < 0.3 * run.timer.seconds["compute"]
     run.close()
 
 
@@ -143,9 +143,9 @@ def test_waiting_for_another_rank_is_communication(config):
     run = start(config, torch.device("cpu"), eval={"every": None, "tokens": 64})
     run.world = Straggling(0, 1, torch.device("cpu"))
     go(run, steps=5)
-    run.ledger.settle()
-    assert run.ledger.seconds["communication"] > 4 * 3 * Straggling.SECONDS  # of a batch's targets, memory, what is due
-    assert run.ledger.seconds["data"] < Straggling.SECONDS
+    run.timer.flush()
+    assert run.timer.seconds["communication"] > 4 * 3 * Straggling.SECONDS  # of a batch's targets, memory, what is due
+    assert run.timer.seconds["data"] < Straggling.SECONDS
     run.close()
 
 
@@ -195,16 +195,16 @@ def test_nothing_inside_a_step_waits_for_the_gpu_but_whether_it_is_taken(config,
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
 def test_what_is_computed_while_a_batch_is_read_is_compute():
     """On a GPU the host runs ahead: 0.2 s of reading beside 0.4 s of computing cost nothing."""
-    ledger, big = Ledger(DEVICE), torch.randn(8192, 8192, device=DEVICE)
+    timer, big = PhaseTimer(DEVICE), torch.randn(8192, 8192, device=DEVICE)
     big @ big
-    ledger.enter("idle")
-    ledger.enter("compute")
+    timer.enter("idle")
+    timer.enter("compute")
     torch.cuda._sleep(int(0.4 * torch.cuda.get_device_properties(DEVICE).clock_rate * 1000))
-    ledger.enter("data")
+    timer.enter("data")
     time.sleep(0.2)
-    ledger.enter("optimizer")
-    ledger.settle()
-    assert ledger.seconds["compute"] > 0.3 and ledger.seconds["data"] < 0.02
+    timer.enter("optimizer")
+    timer.flush()
+    assert timer.seconds["compute"] > 0.3 and timer.seconds["data"] < 0.02
 
 
 def summary(folder) -> dict:
@@ -236,14 +236,14 @@ def test_a_stopped_run_adds_its_sessions_up_and_one_without_a_ledger_goes_on(con
     assert 0.8 * second < sum(found["time"].values()) - sum(kept["seconds"].values()) < second
     assert found["time"]["redone"] == 0 and found["time"]["start"] > kept["seconds"]["start"]
     assert found["goodput"] == pytest.approx(
-        sum(found["time"][phase] for phase in WORK) / sum(found["time"].values()), abs=1e-3
+        sum(found["time"][phase] for phase in PRODUCTIVE) / sum(found["time"].values()), abs=1e-3
     )
     assert len(found["advice"]) >= 3
-    told = spent(read(folder_of(made) / "metrics.jsonl"))  # all but what followed the last row
-    assert {phase: told[phase] for phase in (*WORK, "start")} == pytest.approx(
-        {phase: found["time"][phase] for phase in (*WORK, "start")}, rel=0.01, abs=1e-4
+    told = phase_seconds(read_rows(folder_of(made) / "metrics.jsonl"))  # all but what followed the last row
+    assert {phase: told[phase] for phase in (*PRODUCTIVE, "start")} == pytest.approx(
+        {phase: found["time"][phase] for phase in (*PRODUCTIVE, "start")}, rel=0.01, abs=1e-4
     )
-    fresh = Ledger(torch.device("cpu"))
+    fresh = PhaseTimer(torch.device("cpu"))
     fresh.load_state_dict({})
     assert sum(fresh.seconds.values()) == 0
 
@@ -254,15 +254,15 @@ def test_what_a_kill_took_away_is_redone_once_however_often_it_happens():
 
     saved = {"seconds": {"compute": 10.0, "evaluation": 2.0}, "since_row": {"evaluation": 2.0}}
     rows = [row(20, compute=9.0), row(21, compute=3.0, evaluation=2.0), row(22, compute=4.0, idle=1.0)]
-    second = Ledger(torch.device("cpu"))
+    second = PhaseTimer(torch.device("cpu"))
     second.load_state_dict(saved)
-    second.redo(rows, step=20)
+    second.add_lost_time(rows, step=20)
     assert second.seconds["redone"] == 8 and second.seconds["compute"] == 10 and second.seconds["evaluation"] == 2
     told = second.row_times(1)
     assert (told["time_redone"], told["time_evaluation"]) == (8, 2)
-    third = Ledger(torch.device("cpu"))
+    third = PhaseTimer(torch.device("cpu"))
     third.load_state_dict(saved)
-    third.redo([rows[0], {"step": 21, **told, "time_compute": 5.0, "time_start": 0.0}], step=20)
+    third.add_lost_time([rows[0], {"step": 21, **told, "time_compute": 5.0, "time_start": 0.0}], step=20)
     assert third.seconds["redone"] == 13
 
 
@@ -274,25 +274,25 @@ def test_steps_after_kill_9_are_counted_as_redone(options, tmp_path, capsys):
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 60
-    while len(read(folder / "metrics.jsonl")) < 60:
+    while len(read_rows(folder / "metrics.jsonl")) < 60:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.005)
     process.kill()
     process.communicate()
-    rows = read(folder / "metrics.jsonl")
+    rows = read_rows(folder / "metrics.jsonl")
     newest = max((folder / "checkpoints").glob("step-*"))
     from_step, kept = int(newest.name[5:]), json.loads((newest / "state.json").read_text())["ledger"]
-    lost = sum(spent(row for row in rows if row["step"] > from_step).values()) - sum(kept["since_row"].values())
+    lost = sum(phase_seconds(row for row in rows if row["step"] > from_step).values()) - sum(kept["since_row"].values())
     assert from_step < rows[-1]["step"] and lost > 0
     assert train(Config.model_validate(made)) == 0
     found = summary(folder)
     assert found["time"]["redone"] == pytest.approx(lost, rel=0.01)
-    told = [row for row in read(folder / "metrics.jsonl") if "time_redone" in row]
+    told = [row for row in read_rows(folder / "metrics.jsonl") if "time_redone" in row]
     assert {row["step"] for row in told} <= {from_step + 1, from_step + 2} and told
     assert f"; goodput {100 * found['goodput']:.0f} %" in capsys.readouterr().out
 
 
 def test_the_time_in_words_is_the_largest_share_first_without_those_that_round_to_nothing():
     seconds = dict.fromkeys(PHASES, 0.0) | {"start": 5.0, "compute": 92.0, "optimizer": 2.6, "data": 0.4}
-    assert in_words(seconds) == "92 % compute, 5 % start, 3 % optimizer; goodput 95 %"
-    assert in_words(dict.fromkeys(PHASES, 0.0)) == ""
+    assert as_text(seconds) == "92 % compute, 5 % start, 3 % optimizer; goodput 95 %"
+    assert as_text(dict.fromkeys(PHASES, 0.0)) == ""

@@ -30,9 +30,9 @@ from training.logging.console import ETA, open_console
 from training.logging.format import clock, count, printable, share
 from training.logging.graph import record
 from training.logging.heat_map import CELL, LEFT, TOP, heat_map
-from training.logging.jsonl import JSONLSink, read
+from training.logging.jsonl import JSONLSink, read_rows
 from training.logging.phases import PHASES
-from training.logging.sinks import LOAD_IMAGE, Run, open_sinks, scalars, write_graph
+from training.logging.sinks import LOAD_IMAGE, RunInfo, open_sinks, scalars, write_graph
 
 SUMMARY = {
     "steps": 4, "tokens": 128, "train_loss": 2.5, "val_loss": 2.6, "val_perplexity": 13.5, "val_bits_per_byte": 1.25,
@@ -62,8 +62,8 @@ def evaluated(step: int, text: str = "f(x):\n\treturn x") -> dict:
     return row(step, val_loss=2.6, val_perplexity=13.5, val_bits_per_byte=1.25, samples=samples)
 
 
-def run_in(folder: Path, start_step: int = 0, steps: int = 4) -> Run:
-    return Run(
+def run_in(folder: Path, start_step: int = 0, steps: int = 4) -> RunInfo:
+    return RunInfo(
         dir=folder, name="tiny", config={"seed": 0, "model": {"n_layer": 2, "blocks": [{"repeat": 1}], "bias": None}},
         config_yaml="seed: 0\nmodel:\n  n_layer: 2\n", header={"device": "cpu", "parameters": "1.0k"},
         start_step=start_step, steps=steps, tokens_per_step=32, moe_layers=[1, 3],
@@ -71,7 +71,7 @@ def run_in(folder: Path, start_step: int = 0, steps: int = 4) -> Run:
 
 
 def steps_in(folder: Path) -> list[int]:
-    return [row["step"] for row in read(folder / "metrics.jsonl")]
+    return [row["step"] for row in read_rows(folder / "metrics.jsonl")]
 
 
 # --- metrics.jsonl ---------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def steps_in(folder: Path) -> list[int]:
 def test_a_row_is_read_back_as_it_was_written(tmp_path):
     rows = [row(1), evaluated(2, text="\u2028 é \ud800 </script>\x00")]
     JSONLSink(run_in(tmp_path)).write(rows)
-    assert read(tmp_path / "metrics.jsonl") == rows
+    assert read_rows(tmp_path / "metrics.jsonl") == rows
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -224,7 +224,7 @@ def test_the_eta_follows_the_recent_steps():
     eta = ETA(steps=1000)
     assert str(eta) == "unknown"
     for step in range(1, 101):
-        eta.see(row(step, step_s=60.0 if step <= 50 else 2.0))
+        eta.update(row(step, step_s=60.0 if step <= 50 else 2.0))
     assert str(eta) == "0:30:00"
 
 
@@ -325,7 +325,7 @@ def events(folder: Path):
     ).Reload()
 
 
-def tensorboard(run: Run):
+def tensorboard(run: RunInfo):
     from training.logging.tensorboard import TensorBoardSink
 
     return TensorBoardSink(run, histogram_every=2)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from training import device as devices
 from training.data import prepare
-from training.data.loader import Batches
+from training.data.loader import Samples
 from training.distributed.world import World
 from training.engine import step as loop
 from training.engine.build import LossScale, begin, save
@@ -57,9 +57,11 @@ def cross_entropy(model, tokens, targets) -> torch.Tensor:
 def test_the_norm_of_a_large_gradient_is_exact(begun):
     """One sum of all squares in float32 is off by a thousandth, on a CPU."""
     run = begun(model=MODEL | {"vocab_size": 65536, "n_embd": 128})
-    for _, parameter in run.layout.leaves():
+    for _, parameter in run.layout.local_parameters():
         parameter.grad = 1e-3 * torch.randn_like(parameter)
-    exact = math.sqrt(sum(parameter.grad.double().square().sum().item() for _, parameter in run.layout.leaves()))
+    exact = math.sqrt(
+        sum(parameter.grad.double().square().sum().item() for _, parameter in run.layout.local_parameters())
+    )
     assert run.layout.grad_norm().item() == pytest.approx(exact, rel=1e-6)
 
 
@@ -69,7 +71,7 @@ def test_an_evaluation_is_the_cross_entropy_of_windows_spread_evenly(begun, n_wi
     perturb(run.model)
     there = run.val_batches.n_samples
     windows = range(there) if n_windows is None else [there * i // n_windows for i in range(n_windows)]
-    tokens, targets = run.val_batches.samples(list(windows))
+    tokens, targets = run.val_batches.at(list(windows))
     found = evaluate(
         run.model,
         run.val_batches,
@@ -97,7 +99,7 @@ def test_a_step_follows_the_gradient_of_the_written_down_loss_on_its_own_batch(b
 
     monkeypatch.setattr(loop, "update", spy)
     for step in (0, 1):
-        tokens, targets = run.batches.samples(step * 8 + np.arange(8))
+        tokens, targets = run.batches.at(step * 8 + np.arange(8))
         nats, routing = written_down(run.model, tokens, targets)
         parameters = list(run.model.parameters())
         expected = torch.autograd.grad(nats / 256 + routing, parameters)
@@ -124,14 +126,14 @@ def written_down(model, tokens, targets) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_a_step_is_done_though_the_next_ones_batch_cannot_be_read(begun, monkeypatch):
     """It is read ahead, and the step that needs it reads it again, to tell."""
-    run, samples = begun(), Batches.samples
+    run, samples = begun(), Samples.samples
 
     def damaged(self, indices):
         if 8 in indices:  # the second step's first
             raise UserError("damaged")
         return samples(self, indices)
 
-    monkeypatch.setattr(Batches, "samples", damaged)
+    monkeypatch.setattr(Samples, "samples", damaged)
     train_step(run)
     assert run.step == 1
     with pytest.raises(UserError, match="damaged"):
@@ -174,7 +176,7 @@ def test_the_learning_rate_in_the_log_is_the_one_of_the_step(begun):
     used = []
     for _ in range(5):
         train_step(run)
-        used.append(run.optimizer.parts[0].param_groups[0]["lr"])
+        used.append(run.optimizer.optimizers[0].param_groups[0]["lr"])
     assert used[:3] == pytest.approx([6e-4 / 3, 6e-4 * 2 / 3, 6e-4])  # two steps of warm-up
     assert [row["learning_rate"] for row in run.metrics.rows()] == pytest.approx(used)
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from training.config import FeedForward, Mixer, ModelConfig
-from training.kernels.attention.table import Machine, Seen, automatic, documents, why_not
-from training.kernels.choose import ATTENTION
+from training.kernels.attention.table import DeviceInfo, Visibility, auto_candidates, find_documents, reason_unsupported
+from training.kernels.choose import ATTENTION_BACKENDS
 from training.model import FEED_FORWARDS, GPT, MIXERS
-from training.model.attention import Place
+from training.model.attention import AttentionContext
 from training.model.layers import RMSNorm, rotary_table, rotate
 
 BLOCKS = {
@@ -85,18 +85,20 @@ def test_a_window_reaches_exactly_its_tokens(block, style):
     ("block", "style", "kernel"),
     [
         (block, style, name)
-        for block, style, name in product(BLOCKS | WINDOWS, STYLES, automatic(Machine("cpu")))
-        if not why_not(name, build(block, style).blocks[0].mixer.call, True, Machine("cpu"), torch.float32)
+        for block, style, name in product(BLOCKS | WINDOWS, STYLES, auto_candidates(DeviceInfo("cpu")))
+        if not reason_unsupported(
+            name, build(block, style).blocks[0].mixer.spec, True, DeviceInfo("cpu"), torch.float32
+        )
     ],
 )
 def test_packed_documents_are_computed_as_if_alone(block, style, kernel):
     model, x = build(block, style), tokens(batch=2)
-    model.attention = ATTENTION[kernel]
+    model.attention = ATTENTION_BACKENDS[kernel]
     x[x == 0] = 1
     borders = [(4, 9), (1, 2)]
     for row, places in enumerate(borders):
         x[row, list(places)] = 0
-    packed = model.logits(x, documents=documents(x, 0))
+    packed = model.logits(x, documents=find_documents(x, 0))
     for row, (a, b) in enumerate(borders):
         alone = [model.logits(part[None])[0] for part in x[row].tensor_split([a, b])]
         torch.testing.assert_close(packed[row], torch.cat(alone), rtol=1e-4, atol=1e-5)
@@ -105,7 +107,7 @@ def test_packed_documents_are_computed_as_if_alone(block, style, kernel):
 
 def test_a_loss_over_documents_apart_is_that_of_their_logits():
     model, x = build(), tokens()
-    apart = documents(x, int(x[0, 5]))
+    apart = find_documents(x, int(x[0, 5]))
     _, metrics = model(x, x.roll(-1, 1), 24, apart)
     log_p = model.logits(x, documents=apart).log_softmax(-1)
     expected = -log_p.gather(2, x.roll(-1, 1)[..., None]).sum()
@@ -232,15 +234,15 @@ def test_a_compiled_rotation_turns_as_far_forward_and_backward(position):
 def test_rotary_positions_are_relative(block):
     mixer = build(block, "modern").blocks[0].mixer
     h = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(3))
-    backend = ATTENTION["reference"]
-    mask = backend.mask(Seen(6, 6, h.device))
+    backend = ATTENTION_BACKENDS["reference"]
+    mask = backend.build_mask(Visibility(6, 6, h.device))
 
     def at(start):
-        return Place(rotary_table(torch.arange(start, start + 6), mixer.rotary_dim, 10000.0), mask, backend)
+        return AttentionContext(rotary_table(torch.arange(start, start + 6), mixer.rotary_dim, 10000.0), mask, backend)
 
     here, there = (mixer(h, at(start), None) for start in (0, 5))
     torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-6)
-    assert not torch.allclose(here, mixer(h, Place(None, mask, backend), None), rtol=1e-3)
+    assert not torch.allclose(here, mixer(h, AttentionContext(None, mask, backend), None), rtol=1e-3)
 
 
 @pytest.mark.parametrize(("block", "style"), CASES)
@@ -316,7 +318,7 @@ def test_metrics_are_described_per_target():
     model, x = build("moe"), tokens()
     _, metrics = model(x, x.roll(-1, 1), 24)
     metrics = model.finish_step(metrics)
-    described = model.describe({name: value.flatten().tolist() for name, value in metrics.items()}, 24)
+    described = model.step_metrics({name: value.flatten().tolist() for name, value in metrics.items()}, 24)
     assert described["loss"] == pytest.approx(metrics["loss_sum"].item() / 24)
     assert np.sum(described["expert_load"], axis=1) == pytest.approx([1, 1])
     assert described["expert_load_max"] == pytest.approx(4 * np.max(described["expert_load"]))

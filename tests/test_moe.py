@@ -11,11 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from training.config import BlockConfig, MLPConfig, ModelConfig, MoEConfig
 from training.kernels.choose import Kernels
-from training.kernels.experts import EXPERTS
+from training.kernels.experts import TORCH_EXPERTS
 from training.model import GPT
-from training.model.layers import ACTIVATIONS, Batch, uniform
+from training.model.layers import ACTIVATIONS, Batch, uniform_from_keys
 from training.model.mlp import MLP
-from training.model.moe import MoE, described_routing, finish_step, starving
+from training.model.moe import MoE, dead_expert_threshold, finish_step, routing_metrics
 
 MODEL = ModelConfig(n_embd=16, n_head=2, vocab_size=64, n_layer=2, n_positions=8)
 
@@ -23,13 +23,13 @@ MODEL = ModelConfig(n_embd=16, n_head=2, vocab_size=64, n_layer=2, n_positions=8
 NO_GROUPED = not hasattr(torch.nn.functional, "grouped_mm")
 KERNELS = [
     pytest.param(name, marks=pytest.mark.skipif(name == "grouped" and NO_GROUPED, reason="grouped: not in this torch"))
-    for name in EXPERTS
+    for name in TORCH_EXPERTS
 ]
 
 
 def layer(kernel="loop", model=MODEL, **options) -> MoE:
     section = MoEConfig.model_validate({"type": "moe", "n_experts": 4, "hidden": 32} | options)
-    moe = MoE(section, model, Kernels(experts=EXPERTS[kernel]))
+    moe = MoE(section, model, Kernels(experts=TORCH_EXPERTS[kernel]))
     generator = torch.Generator().manual_seed(0)
     for parameter in moe.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
@@ -38,7 +38,7 @@ def layer(kernel="loop", model=MODEL, **options) -> MoE:
 
 def by_token(moe: MoE, x_BTC: torch.Tensor) -> torch.Tensor:
     """The layer as it is written down: each token through each of its experts."""
-    section, experts, rows = moe.section, moe.experts, []
+    section, experts, rows = moe.config, moe.experts, []
     for x in x_BTC.flatten(0, 1):
         logits = moe.router.weight @ x
         score = F.softmax(logits, dim=0) if section.scoring == "softmax" else 1 / (1 + (-logits).exp())
@@ -245,7 +245,7 @@ EVERYTHING = {"scoring": "sigmoid", "n_shared": 1, "jitter": 0.1, "capacity_fact
 
 def model_of(ffn, kernel="loop", dtype=torch.float32, **changes) -> GPT:
     options = MODEL.model_dump() | changes | {"blocks": [{"ffn": {"type": "moe", "n_experts": 4, "hidden": 32} | ffn}]}
-    return GPT(ModelConfig.model_validate(options), Kernels(experts=EXPERTS[kernel]), dtype).init_weights(0)
+    return GPT(ModelConfig.model_validate(options), Kernels(experts=TORCH_EXPERTS[kernel]), dtype).init_weights(0)
 
 
 def some_tokens(n_samples=4):
@@ -281,12 +281,12 @@ def test_capacity_sees_nothing_of_the_future():
 
 def test_jitter_is_drawn_for_each_sample_token_channel_layer_and_step_and_never_in_evaluation():
     key_B = torch.tensor([5, 6, 5 + (1 << 40)])
-    noise = uniform(key_B, 50, 16)
+    noise = uniform_from_keys(key_B, 50, 16)
     assert noise.min() >= 0 and noise.max() < 1
     assert noise.mean() == pytest.approx(0.5, abs=0.02) and noise.std() == pytest.approx(12**-0.5, abs=0.02)
     assert noise.unique().numel() > 0.999 * noise.numel()
-    assert torch.equal(uniform(key_B[1:2], 50, 16)[0], noise[1])
-    assert not torch.equal(uniform(Batch(1, key_B).layer(1).key_B, 50, 16), noise)
+    assert torch.equal(uniform_from_keys(key_B[1:2], 50, 16)[0], noise[1])
+    assert not torch.equal(uniform_from_keys(Batch(1, key_B).layer(1).key_B, 50, 16), noise)
     flat = torch.corrcoef(noise.flatten(1))
     assert (flat - torch.eye(3)).abs().max() < 0.1
 
@@ -358,12 +358,12 @@ def test_flops_are_those_that_pytorch_counts(ffn):
         return 2 * n_rows * width * other[-1]
 
     ops = torch.ops.training_kernels_experts
-    with FlopCounterMode(display=False, custom_mapping={ops.loop_rows: product, ops.loop_outer: product}) as counter:
+    with FlopCounterMode(display=False, custom_mapping={ops.loop_matmul: product, ops.loop_outer: product}) as counter:
         loss, _ = model(x, x, x.numel())
         loss.backward()
     counted = counter.get_flop_counts()
     inside = sum(sum(counted[f"GPT.blocks.{i}.ffn"].values()) for i in range(2))
-    section = model.blocks[0].ffn.section
+    section = model.blocks[0].ffn.config
     matrices = 3 if section.gated else 2
     active = (section.top_k + section.n_shared) * matrices * section.hidden * 32 + 32 * section.n_experts
     assert inside == 2 * 6 * active * x.numel()
@@ -385,7 +385,7 @@ def test_what_routers_do_is_described_by_layer_and_in_all():
         "z_loss": [[8.0], [16.0]],
         "bias_range": [[0.0], [0.25]],
     }
-    found = described_routing(layers, [2, 2])
+    found = routing_metrics(layers, [2, 2])
     assert found["expert_load"] == [[0.25] * 4, [1.0, 0.0, 0.0, 0.0]]
     assert found["expert_load_max"] == 4 and found["dead_experts"] == 3
     assert found["expert_entropy"] == 0 and found["router_bias_range"] == 0.25
@@ -400,5 +400,5 @@ def test_what_routers_do_is_described_by_layer_and_in_all():
 
 
 def test_an_expert_starves_below_a_hundredth_or_a_tenth_of_its_share():
-    assert starving(4) == starving(8) == 0.01
-    assert starving(64) == pytest.approx(0.1 / 64)
+    assert dead_expert_threshold(4) == dead_expert_threshold(8) == 0.01
+    assert dead_expert_threshold(64) == pytest.approx(0.1 / 64)

@@ -20,7 +20,7 @@ from training.config import (
     WSDSchedule,
 )
 from training.optim.muon import orthogonalize
-from training.optim.optimizer import OPTIMIZERS, SCHEDULES, Muon, Optimizer, rate
+from training.optim.optimizer import OPTIMIZERS, SCHEDULES, Muon, Optimizer, lr_factor
 
 SHAPES = {"matrix": (8, 4), "experts": (3, 4, 8), "wte": (16, 4), "router": (3, 4), "norm": (4,)}
 KINDS = {"matrix": "matrix", "experts": "matrix", "wte": "embedding", "router": "router", "norm": "vector"}
@@ -129,7 +129,7 @@ def test_a_zero_gradient_moves_nothing():
 
 def test_muon_takes_the_matrices_and_adamw_the_rest():
     named = parameters()
-    muon, adamw = Optimizer(MuonConfig(), named.items(), KINDS).parts
+    muon, adamw = Optimizer(MuonConfig(), named.items(), KINDS).optimizers
     assert {id(p) for g in muon.param_groups for p in g["params"]} == {id(named["matrix"]), id(named["experts"])}
     assert {id(p) for g in adamw.param_groups for p in g["params"]} == {id(named[n]) for n in ("wte", "router", "norm")}
 
@@ -166,19 +166,19 @@ SCHEDULE_SECTIONS = [
 
 @pytest.mark.parametrize("section", SCHEDULE_SECTIONS, ids=lambda s: s.type)
 def test_a_schedule_warms_up_peaks_and_comes_down(section):
-    rates = [rate(section, step, 100) for step in range(100)]
+    rates = [lr_factor(section, step, 100) for step in range(100)]
     assert rates[:3] == pytest.approx([1 / 11, 2 / 11, 3 / 11])
     assert rates[10] == pytest.approx(1.0)
     assert all(a < b for a, b in pairwise(rates[:11]))
     assert all(a >= b for a, b in pairwise(rates[10:]))
-    assert rate(section, 100, 100) == pytest.approx(getattr(section, "final_ratio", 1.0))
+    assert lr_factor(section, 100, 100) == pytest.approx(getattr(section, "final_ratio", 1.0))
 
 
 def test_known_points_of_the_schedules():
     cosine, linear, wsd, constant = SCHEDULE_SECTIONS
-    assert rate(cosine, 55, 100) == pytest.approx(0.55)
-    assert rate(cosine, 32, 100) > rate(linear, 32, 100)
-    assert rate(linear, 55, 100) == pytest.approx(0.55)
-    assert rate(wsd, 60, 100) == 1.0
-    assert rate(wsd, 80, 100) == pytest.approx(0.55)
-    assert rate(constant, 99, 100) == 1.0
+    assert lr_factor(cosine, 55, 100) == pytest.approx(0.55)
+    assert lr_factor(cosine, 32, 100) > lr_factor(linear, 32, 100)
+    assert lr_factor(linear, 55, 100) == pytest.approx(0.55)
+    assert lr_factor(wsd, 60, 100) == 1.0
+    assert lr_factor(wsd, 80, 100) == pytest.approx(0.55)
+    assert lr_factor(constant, 99, 100) == 1.0

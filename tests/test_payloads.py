@@ -20,7 +20,7 @@ import torch
 from conftest import ROOT, command, write_config
 
 from training import device as devices
-from training.checkpoint import damage
+from training.checkpoint import corruption
 from training.data import prepare
 from training.errors import UserError
 from training.options import cli
@@ -62,11 +62,11 @@ def payload(tmp_path):
 @contextmanager
 def quick_and_small():
     """Within two seconds and 256 MiB."""
-    devices.forget_peak(CPU)
-    before, began = devices.peak_bytes(CPU), time.monotonic()
+    devices.reset_peak_memory(CPU)
+    before, began = devices.peak_memory_bytes(CPU), time.monotonic()
     yield
     assert time.monotonic() - began < 2
-    assert devices.peak_bytes(CPU) - before < 2**28
+    assert devices.peak_memory_bytes(CPU) - before < 2**28
 
 
 def refused(work, *words: str) -> None:
@@ -82,7 +82,7 @@ def sealed(folder: Path, name: str, data: bytes) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    assert damage(folder) is None
+    assert corruption(folder) is None
 
 
 HUGE = (2**60).to_bytes(8, "little") + b"{}"
@@ -115,7 +115,7 @@ def test_a_link_in_a_checkpoint_is_damage(run, tmp_path):
     folder = run() / "checkpoints/step-00000008"
     shutil.move(folder / "state.json", tmp_path / "elsewhere")
     (folder / "state.json").symlink_to(tmp_path / "elsewhere")
-    assert damage(folder) == f"{folder}/manifest.json: damaged: 'state.json' is no file of this folder"
+    assert corruption(folder) == f"{folder}/manifest.json: damaged: 'state.json' is no file of this folder"
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet", "txt.gz", "jsonl.zst", "csv"])
@@ -155,7 +155,7 @@ def test_a_configuration_is_never_run(tmp_path, payload, text):  # noqa: ARG001 
     path = tmp_path / "a.yaml"
     path.write_text(text.replace("CANARY", str(tmp_path / "canary")) + "\n")
     with quick_and_small(), pytest.raises(UserError):
-        cli.load(path)
+        cli.load_config(path)
 
 
 @pytest.fixture

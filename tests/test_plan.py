@@ -14,15 +14,15 @@ import torch
 from training import plan
 from training.config import Config
 from training.data import prepare
-from training.distributed.mesh import Grid
+from training.distributed.mesh import MeshShape
 from training.distributed.parallelize import parallelize
 from training.distributed.world import World
-from training.kernels.choose import ATTENTION, EXPERTS, Kernels
+from training.kernels.choose import ATTENTION_BACKENDS, EXPERT_KERNELS, Kernels
 from training.model import GPT
 from training.optim.optimizer import Optimizer
 from training.options import cli
 from training.planning.disk import checkpoint_bytes
-from training.planning.memory import Live, estimate, largest
+from training.planning.memory import StorageTracker, estimate, largest_micro_batch
 
 MOE = {"type": "moe", "n_experts": 4, "top_k": 2, "hidden": 64}
 SIZES = {"n_layer": 3, "n_head": 2, "n_embd": 32, "n_positions": 64, "vocab_size": 512}
@@ -35,12 +35,12 @@ def config_of(model=None, **changes) -> Config:
 
 def counted(config: Config, micro_batch: int) -> int:
     """Bytes at the peak of a second step with real tensors, which take part in real operations."""
-    live = Live(Grid(1, 1, 1))
+    live = StorageTracker(MeshShape(1, 1, 1))
     with live:
-        model = GPT(config.model, Kernels(ATTENTION["flash"], EXPERTS["grouped"])).init_weights(0)
+        model = GPT(config.model, Kernels(ATTENTION_BACKENDS["flash"], EXPERT_KERNELS["grouped"])).init_weights(0)
         gc.collect()
         layout = parallelize(model, config.parallel, World(0, 1, torch.device("cpu")), torch.float32)
-        optimizer = Optimizer(config.optim, layout.leaves(), model.kinds())
+        optimizer = Optimizer(config.optim, layout.local_parameters(), model.parameter_kinds())
         for _ in range(2):
             live.peak.clear()
             for _ in range(config.batch_tokens // 64 // micro_batch):
@@ -49,7 +49,7 @@ def counted(config: Config, micro_batch: int) -> int:
             with torch.no_grad():
                 layout.grad_norm()
                 optimizer.step(1.0)
-            layout.forget_gradients()
+            layout.zero_grad()
     return live.peak.total()
 
 
@@ -77,7 +77,7 @@ def test_the_parts_are_what_arithmetic_says():
     config = config_of({"blocks": [{"ffn": MOE}]}, optim={"type": "muon"})
     found, model = estimate(config, 2), GPT(config.model)
     buffers = sum(buffer.nbytes for buffer in model.buffers())
-    matrices = sum(p.numel() for name, p in model.named_parameters() if model.kinds()[name] == "matrix")
+    matrices = sum(p.numel() for name, p in model.named_parameters() if model.parameter_kinds()[name] == "matrix")
     n = model.n_parameters()[0]
     assert found.weights == 4 * n + buffers and found.gradients == 4 * n
     assert found.optimizer == pytest.approx(4 * (2 * n - matrices), abs=1000)  # and counts of steps
@@ -119,14 +119,14 @@ def test_memory_is_nearly_a_straight_line_and_the_largest_micro_batch_is_the_las
     one, two, nine = (estimate(config, n).total for n in (1, 2, 9))
     assert nine - one == pytest.approx(8 * (two - one), rel=0.1)
     limit = estimate(config, 9).total + 1
-    assert largest(config, limit) == 9
-    assert largest(config, one - 1) == 0
-    assert largest(config, 2 * limit) == 64
-    assert largest(config, 2 * limit, world=16) == 4
+    assert largest_micro_batch(config, limit) == 9
+    assert largest_micro_batch(config, one - 1) == 0
+    assert largest_micro_batch(config, 2 * limit) == 64
+    assert largest_micro_batch(config, 2 * limit, world=16) == 4
 
 
 def plan_of(tmp_path, config, *flags) -> str:
-    (tmp_path / "c.yaml").write_text(cli.dump(config))
+    (tmp_path / "c.yaml").write_text(cli.dump_config(config))
     command = [sys.executable, "-m", "training.plan", "--config", "c.yaml", *flags]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=100)
     assert done.returncode == 0, done.stderr
@@ -229,7 +229,7 @@ def test_epochs_are_those_of_the_source_that_is_read_the_most(config):
 )
 def test_bad_input_is_a_line(flags, expected, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "c.yaml").write_text(cli.dump(config_of()))
+    (tmp_path / "c.yaml").write_text(cli.dump_config(config_of()))
     assert plan.main(["--config", "c.yaml", *flags]) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.startswith(f"error: {expected}") and said.err.count("\n") == 1

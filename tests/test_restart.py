@@ -15,7 +15,7 @@ from training import checkpoint
 from training.engine import step as loop
 from training.engine.resume import folder_of
 from training.errors import UserError
-from training.files import held
+from training.files import run_lock
 from training.train import train
 
 
@@ -37,7 +37,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_made_anew(run, capsys):
     run(checkpoint=keep)
     assert "step-00000008/model.safetensors: damaged" in capsys.readouterr().out
     assert names(folder) == ["damaged-0-step-00000008", "step-00000008"]
-    assert checkpoint.damage(folder / "checkpoints/step-00000008") is None
+    assert checkpoint.corruption(folder / "checkpoints/step-00000008") is None
     assert tensors(folder, 8) == before
 
 
@@ -84,7 +84,7 @@ def test_a_branch_has_a_best_of_its_own(run):
     first = run(name="first")
     path = first / "checkpoints/step-00000006"
     state = json.loads((path / "state.json").read_text())
-    saved = checkpoint.read(path)
+    saved = checkpoint.load_unchecked(path)
     saved.state["best"] = {"step": 4, "val_loss": 0.5}
     copied = save_checkpoint(first.parent / "elsewhere", saved)
     assert state["best"]["val_loss"] > 0.5
@@ -114,11 +114,11 @@ def test_of_twenty_that_start_at_once_one_trains_and_the_others_say_so(options, 
     late = command("-X", "importtime", *arguments[1:])
     assert late.returncode == 2 and late.stderr.endswith(said)
     assert "pydantic" in late.stderr and "torch" not in late.stderr
-    with pytest.raises(UserError, match="another process"), held(folder):
+    with pytest.raises(UserError, match="another process"), run_lock(folder):
         pass
     running[0].kill()
     running[0].communicate()
-    with held(folder):
+    with run_lock(folder):
         pass
 
 
@@ -144,10 +144,10 @@ def test_a_kernel_is_chosen_that_runs_at_the_models_own_widths(run, capsys):
 
 
 def test_fewer_samples_than_processes_are_refused(config):
-    from training.distributed.mesh import refuse_misfit
+    from training.distributed.mesh import check_mesh
 
     with pytest.raises(UserError, match="batch_tokens: 32 are 1 samples, fewer than 2 processes"):
-        refuse_misfit(config(batch_tokens=32), 2)
+        check_mesh(config(batch_tokens=32), 2)
 
 
 def test_a_run_whose_text_has_changed_is_not_judged_on_it(options, tmp_path):

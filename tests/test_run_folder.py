@@ -18,13 +18,13 @@ from test_restart import flip_a_bit, names, wait_for_rows
 
 from training import checkpoint
 from training import train as train_module
-from training.checkpoint.read import written
-from training.data import files
+from training.checkpoint.read import file_entry
+from training.data import text_files
 from training.engine import step as loop
 from training.engine.resume import folder_of
 from training.errors import UserError
-from training.files import held
-from training.logging.report import renew_report
+from training.files import run_lock
+from training.logging.report import update_report
 from training.train import train
 
 OFTEN = {"checkpoint": {"every": 2, "keep": 2}}
@@ -53,7 +53,7 @@ def test_what_is_refused_changes_nothing(run, config, resume, changes):
 def test_by_a_link_it_is_the_same_folder(run, config):
     folder = run()
     folder.with_name("link").symlink_to(folder.name)
-    with held(folder), pytest.raises(UserError, match="link: another process is training this run"):
+    with run_lock(folder), pytest.raises(UserError, match="link: another process is training this run"):
         train(config(name="link"))
 
 
@@ -90,7 +90,7 @@ def test_while_steps_are_not_finite_nothing_good_is_pushed_out(config, tmp_path,
     folder = tmp_path / "runs/small/checkpoints"
     with pytest.raises(UserError, match=rf"another --name that begins with --resume {folder}/step-N$"):
         train(config(steps=40, **often))
-    found = checkpoint.steps(folder)
+    found = checkpoint.list_checkpoints(folder)
     assert [step for step, _ in found] == [6, 7]
     assert checkpoint.load(found[0][1]).model["wte.weight"].abs().max() < 1
 
@@ -140,7 +140,7 @@ def test_a_checkpoint_that_is_a_link_is_let_go_and_what_it_leads_to_stays(run, c
     (folder / "checkpoints/step-00000006").symlink_to(elsewhere)
     shutil.rmtree(folder / "checkpoints/step-00000008")
     assert train(config(checkpoint={"every": 2, "keep": 1, "keep_best": False})) == 0
-    assert names(folder) == ["step-00000008"] and checkpoint.damage(elsewhere) is None
+    assert names(folder) == ["step-00000008"] and checkpoint.corruption(elsewhere) is None
 
 
 def test_odd_things_among_the_checkpoints_are_no_hindrance(run):
@@ -177,7 +177,7 @@ def seal(path: Path, state: str) -> None:
     """Write a state, and the manifest to it."""
     (path / "state.json").write_text(state)
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["state.json"] = written(path / "state.json")
+    manifest["state.json"] = file_entry(path / "state.json")
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -279,14 +279,14 @@ def test_a_row_that_is_none_is_named(run, config, row):
 
 def test_a_report_of_rows_that_lack_everything_is_a_line(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": 1e999, "tokens": "x"}\n')
-    renew_report(tmp_path)
+    update_report(tmp_path)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{tmp_path}: its files are not what a run writes") and line.endswith("is not renewed")
 
 
 def test_a_line_that_no_document_is_as_long_as_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "LINE", 1000)
+    monkeypatch.setattr(text_files, "MAX_LINE_BYTES", 1000)
     path = tmp_path / "long.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "fine"}\n' + json.dumps({"text": "x" * 1000}).encode()))
     with pytest.raises(UserError, match=r"long.jsonl.gz: line 2 is longer than"):
-        list(files.read(path, "text"))
+        list(text_files.read_documents(path, "text"))

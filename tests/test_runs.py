@@ -16,7 +16,7 @@ from conftest import ROOT, command, environment, rows, tensors, write_config
 from training.config import Config
 from training.data import prepare
 from training.distributed.world import World
-from training.engine.build import begin, expect_save, parts, save
+from training.engine.build import begin, parts, preallocate_save_buffers, save
 from training.engine.resume import folder_of
 from training.engine.step import train_step
 from training.errors import UserError
@@ -182,7 +182,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(config, tmp_pa
         train(exploding)
     from training import checkpoint
 
-    for _, path in checkpoint.steps(tmp_path / "runs/small/checkpoints"):
+    for _, path in checkpoint.list_checkpoints(tmp_path / "runs/small/checkpoints"):
         assert all(tensor.isfinite().all() for tensor in checkpoint.load(path).model.values())
 
 
@@ -200,7 +200,7 @@ def test_memory_for_the_first_save_is_there_after_the_first_step(config):
     made = config()
     run = begin(made, prepare(made.data, quiet=True), World(0, 1, torch.device("cpu")), "auto")
     train_step(run)
-    expect_save(run)
+    preallocate_save_buffers(run)
     run.saver.wait()
     taken = {key: copy.data_ptr() for key, copy in run.saver._copies.items()}
     assert len(taken) == sum(len(some) for some in parts(run).values())

@@ -68,7 +68,7 @@ MOMENTS = {
     "in the last step": at(loop, "update", STEPS - 1),
     "in an evaluation": at(loop, "evaluate", 0),
     "in a save": at(loop, "save", 0),
-    "while rows are written": at(loop, "renew_report", 1),
+    "while rows are written": at(loop, "update_report", 1),
     "twice": at(loop, "update", 7, times=2),
 }
 
@@ -84,7 +84,7 @@ def test_a_signal_saves_after_the_step_and_the_run_goes_on(config, through, monk
         status = train(made)
     folder = through.with_name("stopped")
     last = rows(folder)[-1]["step"]
-    newest = checkpoint.newest(folder / "checkpoints", pytest.fail)
+    newest = checkpoint.latest(folder / "checkpoints", pytest.fail)
     assert newest.name == f"step-{last:08d}"
     said = f"stopped by {number.name}, saved after step {last}; the same command goes on\n"
     assert (status, capsys.readouterr().out.endswith(said)) == (128 + number, True)
@@ -116,7 +116,7 @@ from training import checkpoint, cli, restart, run
 from training.engine.step import Watch
 from training.train import main
 folder = Path({folder!r})
-places = [(checkpoint, "read_parts"), (checkpoint, "set_aside"), (restart, "make_way"), (run, "open_logs")]
+places = [(checkpoint, "read_tensors"), (checkpoint, "quarantine"), (restart, "make_way"), (run, "open_logs")]
 places.append((Watch, "__init__"))
 
 def files():
@@ -140,7 +140,7 @@ def test_a_signal_while_a_run_is_resumed_ends_it_and_harms_nothing(options, run,
     """While it reads the checkpoint, sets later ones aside, opens its logs, and as it begins to look for signals."""
     changes = OFTEN | {"checkpoint": {"every": 5, "keep": 10}}
     folder = run(name="resumed", **changes)
-    for step, path in checkpoint.steps(folder / "checkpoints"):
+    for step, path in checkpoint.list_checkpoints(folder / "checkpoints"):
         if step > 5:
             shutil.rmtree(path)
     path = write_config(tmp_path / "resumed.yaml", options(name="resumed", **changes))
@@ -220,8 +220,8 @@ def test_signals_to_torchrun_stop_all_its_ranks_at_one_step_and_the_run_goes_on(
             time.sleep(0.05)
         process.send_signal(number)
         said, _ = process.communicate(timeout=60)
-        step, newest = checkpoint.steps(folder / "checkpoints")[-1]
-        assert checkpoint.damage(newest) is None
+        step, newest = checkpoint.list_checkpoints(folder / "checkpoints")[-1]
+        assert checkpoint.corruption(newest) is None
         assert f"stopped by {number.name}, saved after step {step}; the same command goes on" in said
         assert before < rows(folder)[-1]["step"] == step < alike["steps"]
     run(name="two", **alike)

@@ -104,8 +104,10 @@ def test_ten_in_a_row_end_the_run_in_a_line_with_their_rows_and_no_checkpoint(co
     with pytest.raises(UserError, match=rf"step 15: the last {MOST} steps' losses or gradients were not finite"):
         train(config(steps=40, checkpoint={"every": 3}, eval={"every": None, "tokens": 64}))
     folder = tmp_path / "runs/small"
-    assert [step for step, _ in checkpoint.steps(folder / "checkpoints")] == [3], "nothing is saved meanwhile"
-    for _, path in checkpoint.steps(folder / "checkpoints"):
+    assert [step for step, _ in checkpoint.list_checkpoints(folder / "checkpoints")] == [3], (
+        "nothing is saved meanwhile"
+    )
+    for _, path in checkpoint.list_checkpoints(folder / "checkpoints"):
         loaded = checkpoint.load(path)
         assert all(tensor.isfinite().all() for tensor in [*loaded.model.values(), *loaded.optimizer.values()])
     found = rows(folder)
@@ -179,7 +181,7 @@ def test_an_evaluation_that_alone_is_not_finite_ends_the_run_and_is_not_saved(co
     with pytest.raises(UserError, match=rf"^step 4: val_loss is {value}, and nothing more is saved; lower"):
         train(config())
     folder = tmp_path / "runs/small"
-    assert [step for step, _ in checkpoint.steps(folder / "checkpoints")] == [3]
+    assert [step for step, _ in checkpoint.list_checkpoints(folder / "checkpoints")] == [3]
     found = rows(folder)
     assert [row["step"] for row in found] == [1, 2, 3, 4] and all(row["loss"] is not None for row in found)
     assert found[-1]["val_loss"] is None and found[-1]["skipped_steps"] == 0

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from training.config import ParallelConfig
 from training.errors import UserError
-from training.kernels.choose import EXPERTS, Call, ExpertsCall, Needs, choose
-from training.kernels.experts import REFERENCE, plan
+from training.kernels.choose import EXPERT_KERNELS, AttentionSpec, ExpertsSpec, KernelRequirements, choose_kernels
+from training.kernels.experts import REFERENCE, sort_by_expert
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,7 +40,7 @@ class Case(NamedTuple):
     gated: bool = True
     favourites: tuple[int, ...] | None = None  # the others get nothing
 
-    def expert_NK(self) -> torch.Tensor:
+    def topk_ids_NK(self) -> torch.Tensor:
         like = torch.rand(self.n_tokens, self.n_experts, generator=torch.Generator().manual_seed(0))
         if self.favourites is not None:
             like[:, self.favourites] += 1
@@ -72,14 +72,14 @@ AGAIN = ("empty experts", "fp32")
 def outcome(kernel, case: Case, inputs: list[torch.Tensor], layer=None) -> dict[str, torch.Tensor]:
     """The result of a layer of experts and its gradient by each input."""
     leaves = [x.clone().requires_grad_() for x in inputs]
-    y = (layer or experts_layer)(kernel, case.expert_NK(), case.gated, *leaves)
+    y = (layer or experts_layer)(kernel, case.topk_ids_NK(), case.gated, *leaves)
     direction = torch.linspace(-1, 1, y.numel()).to(y.dtype).view_as(y)
     grads = torch.autograd.grad(y, leaves, direction, allow_unused=not case.gated)
     return {name: x for name, x in zip(("y", *INPUTS), (y.detach(), *grads), strict=True) if x is not None}
 
 
-def experts_layer(kernel, expert_NK, gated, x_NC, up, gate, down, weight_NK):
-    rows = plan(expert_NK, len(up))
+def experts_layer(kernel, topk_ids_NK, gated, x_NC, up, gate, down, weight_NK):
+    rows = sort_by_expert(topk_ids_NK, len(up))
     h_RF, *gate_RF = kernel.up(x_NC, (up, gate) if gated else (up,), rows)
     return kernel.down(h_RF * gate_RF[0].tanh() if gated else h_RF.tanh(), down, weight_NK, rows)
 
@@ -236,12 +236,14 @@ def test_kernels_compile_for_gpus_that_are_not_here(processes):
 
 # --- when it is taken ------------------------------------------------------------------------------
 
-NEEDS = Needs(frozenset({Call(2, 2, 8, 8)}), frozenset({ExpertsCall(32, 64)}), False)
+NEEDS = KernelRequirements(frozenset({AttentionSpec(2, 2, 8, 8)}), frozenset({ExpertsSpec(32, 64)}), False)
 
 
 def choice(before=None, **options) -> str:
-    kernels, why = choose(ParallelConfig(**options), NEEDS, device=CPU, dtype=torch.float32, before=before or {})
-    assert kernels.experts is EXPERTS[why["experts"].split()[0]]
+    kernels, why = choose_kernels(
+        ParallelConfig(**options), NEEDS, device=CPU, dtype=torch.float32, previous=before or {}
+    )
+    assert kernels.experts is EXPERT_KERNELS[why["experts"].split()[0]]
     return why["experts"]
 
 
@@ -284,41 +286,41 @@ def test_asking_for_it_on_a_cpu_is_one_line():
 
 @pytest.mark.usefixtures("timed")
 def test_of_kernels_that_agree_the_fastest_is_taken(monkeypatch):
-    monkeypatch.setitem(EXPERTS, "grouped", slowed(EXPERTS["grouped"]))
+    monkeypatch.setitem(EXPERT_KERNELS, "grouped", slowed(EXPERT_KERNELS["grouped"]))
     assert choice().startswith("loop (the fastest: loop ")
-    monkeypatch.setitem(EXPERTS, "loop", slowed(slowed(EXPERTS["loop"])))
+    monkeypatch.setitem(EXPERT_KERNELS, "loop", slowed(slowed(EXPERT_KERNELS["loop"])))
     assert choice().startswith("grouped (the fastest: grouped ")
 
 
 @pytest.mark.usefixtures("timed")
 def test_a_run_goes_on_with_the_slower_one(monkeypatch):
-    monkeypatch.setitem(EXPERTS, "grouped", slowed(EXPERTS["grouped"]))
+    monkeypatch.setitem(EXPERT_KERNELS, "grouped", slowed(EXPERT_KERNELS["grouped"]))
     assert choice({"experts": "grouped"}) == "grouped (ran, and equals the reference)"
     assert choice({"experts": "triton"}).startswith("loop (the fastest: ")
 
 
 @pytest.mark.usefixtures("timed")
 def test_what_was_asked_for_and_what_is_wrong_is_not_timed(monkeypatch):
-    right = EXPERTS["loop"]
-    monkeypatch.setitem(EXPERTS, "loop", slowed(right))
+    right = EXPERT_KERNELS["loop"]
+    monkeypatch.setitem(EXPERT_KERNELS, "loop", slowed(right))
     assert choice(experts="loop") == "loop (asked for)"
-    monkeypatch.setitem(EXPERTS, "grouped", right._replace(up=lambda x, w, rows: right.up(x, w[::-1], rows)))
+    monkeypatch.setitem(EXPERT_KERNELS, "grouped", right._replace(up=lambda x, w, rows: right.up(x, w[::-1], rows)))
     assert choice().startswith("loop (grouped: it differs from the reference by ")
 
 
 def test_on_a_cpu_the_order_decides(monkeypatch):
-    monkeypatch.setitem(EXPERTS, "grouped", slowed(EXPERTS["grouped"]))
+    monkeypatch.setitem(EXPERT_KERNELS, "grouped", slowed(EXPERT_KERNELS["grouped"]))
     assert choice() == "grouped (ran, and equals the reference)"
 
 
 @pytest.mark.usefixtures("timed")
 def test_a_restart_repeats_the_bits_whatever_is_faster_then(run, monkeypatch, capsys):
-    plain = EXPERTS["grouped"]
-    monkeypatch.setitem(EXPERTS, "grouped", slowed(plain))
+    plain = EXPERT_KERNELS["grouped"]
+    monkeypatch.setitem(EXPERT_KERNELS, "grouped", slowed(plain))
     folder = run()
     assert "experts     loop (the fastest: loop " in capsys.readouterr().out
-    monkeypatch.setitem(EXPERTS, "grouped", plain)
-    monkeypatch.setitem(EXPERTS, "loop", slowed(EXPERTS["loop"]))
+    monkeypatch.setitem(EXPERT_KERNELS, "grouped", plain)
+    monkeypatch.setitem(EXPERT_KERNELS, "loop", slowed(EXPERT_KERNELS["loop"]))
     goes_on_with("experts     loop", run, folder, capsys)
 
 

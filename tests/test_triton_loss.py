@@ -19,11 +19,11 @@ from test_triton_experts import Launch, file_of, other_process
 
 from training.config import ParallelConfig
 from training.errors import UserError
-from training.kernels.choose import LOSS, LossCall, Needs, choose
-from training.kernels.loss import in_chunks
+from training.kernels.choose import LOSS_KERNELS, KernelRequirements, LossSpec, choose_kernels
+from training.kernels.loss import chunked_cross_entropy
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CHUNKS = (12, 2**28)  # logits of three tokens exist at a time
+CHUNK_BYTES = (12, 2**28)  # logits of three tokens exist at a time
 TOLERANCE = {"fp32": 1e-6, "bf16": 1e-2, "fp16": 2e-3}
 
 
@@ -81,10 +81,10 @@ def in_float64(x, w, targets, softcap):
 def interpret(path: str) -> None:
     """Outcomes of all cases, with logits that exist at a time for three tokens, and once without gradients."""
     from training.kernels import loss
-    from training.kernels.triton_loss import by_triton
+    from training.kernels.triton_loss import triton_logits_backward
 
     torch.use_deterministic_algorithms(True)  # what is not written is NaN
-    loss.CHUNKS, ours = {"cpu": CHUNKS}, partial(in_chunks, by_triton)
+    loss.CHUNK_BYTES, ours = {"cpu": CHUNK_BYTES}, partial(chunked_cross_entropy, triton_logits_backward)
     found = {run: outcome(ours, CASES[run[0]], CASES[run[0]].inputs(DTYPES[run[1]])) for run in RUN}
     name = "blocks and a part"
     found[name, "again"] = outcome(ours, CASES[name], CASES[name].inputs(torch.float32))
@@ -102,7 +102,7 @@ def compile_for_gpus(path: str) -> None:
         for softcap in (None, 15.0):
             x, w, targets = Case(8, 50304).inputs(DTYPES[kind])
             for gradient in (False, True):
-                triton_loss.by_triton(x @ w.T, targets, softcap, gradient=gradient)
+                triton_loss.triton_logits_backward(x @ w.T, targets, softcap, gradient=gradient)
     Path(path).write_text(json.dumps(found))
 
 
@@ -132,8 +132,8 @@ def interpreted(processes):
 @pytest.mark.parametrize(("name", "kind"), RUN)
 def test_the_loss_and_its_gradients_equal_the_reference(interpreted, name, kind, monkeypatch):
     x, w, targets = CASES[name].inputs(DTYPES[kind])
-    monkeypatch.setattr("training.kernels.loss.CHUNKS", {"cpu": CHUNKS})
-    rounded = outcome(LOSS["chunked"], CASES[name], (x.float(), w.float(), targets))
+    monkeypatch.setattr("training.kernels.loss.CHUNK_BYTES", {"cpu": CHUNK_BYTES})
+    rounded = outcome(LOSS_KERNELS["chunked"], CASES[name], (x.float(), w.float(), targets))
     for key, exact in outcome(in_float64, CASES[name], (x.double(), w.double(), targets)).items():
         error = (interpreted[name, kind][key] - exact).norm()
         of_float32 = (rounded[key] - exact).norm()  # some CPUs' products of three rows are ten times less exact
@@ -156,10 +156,10 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here(processes):
 
 
 def choice(before: str | None = None, **options) -> str:
-    needs = Needs(frozenset(), frozenset(), False, frozenset({LossCall(8, 300, 5.0)}))
-    started = {"device": torch.device("cpu"), "dtype": torch.float32, "before": {"loss": before} if before else {}}
-    kernels, why = choose(ParallelConfig(**options), needs, **started)
-    assert kernels.loss is LOSS[why["loss"].split()[0]]
+    needs = KernelRequirements(frozenset(), frozenset(), False, frozenset({LossSpec(8, 300, 5.0)}))
+    started = {"device": torch.device("cpu"), "dtype": torch.float32, "previous": {"loss": before} if before else {}}
+    kernels, why = choose_kernels(ParallelConfig(**options), needs, **started)
+    assert kernels.loss is LOSS_KERNELS[why["loss"].split()[0]]
     return why["loss"]
 
 
@@ -173,7 +173,7 @@ def test_a_cpu_passes_it_over():
 
 @pytest.mark.parametrize("wrong", ["loss", "x", "w", "softcap", "counted"])
 def test_a_loss_that_differs_is_passed_over(wrong, monkeypatch):
-    right = LOSS["chunked"]
+    right = LOSS_KERNELS["chunked"]
 
     def differs(x, w, targets, softcap):
         if wrong == "softcap":
@@ -186,7 +186,7 @@ def test_a_loss_that_differs_is_passed_over(wrong, monkeypatch):
             x.detach() + 0 * x if wrong == "x" else x, w.detach() + 0 * w if wrong == "w" else w, targets, softcap
         )
 
-    monkeypatch.setitem(LOSS, "chunked", differs)
+    monkeypatch.setitem(LOSS_KERNELS, "chunked", differs)
     assert choice().startswith("reference (chunked: it differs from the reference by ")
 
 

@@ -50,17 +50,17 @@ def test_the_twin_is_the_same_run_in_all_else():
 
 def test_what_is_written_trains_and_says_what_it_is(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "moe.yaml").write_text(cli.dump(config_of(MOE)))
+    (tmp_path / "moe.yaml").write_text(cli.dump_config(config_of(MOE)))
     assert main(["--config", "moe.yaml", "--out", "twin.yaml", "--seed", "5"]) == 0
     assert capsys.readouterr().out.startswith("twin.yaml: the dense twin of gpt2: 4 layers of experts, 2 of 8 for a ")
-    written = cli.load(tmp_path / "twin.yaml")
+    written = cli.load_config(tmp_path / "twin.yaml")
     assert written == twin(config_of(MOE, seed=5))
     assert main(["--config", "moe.yaml", "--seed", "5"]) == 0
     assert capsys.readouterr().out == (tmp_path / "twin.yaml").read_text()
 
 
 def test_where_there_is_nothing_to_make_dense_it_is_one_line(tmp_path, capsys):
-    (tmp_path / "dense.yaml").write_text(cli.dump(config_of({"type": "mlp"})))
+    (tmp_path / "dense.yaml").write_text(cli.dump_config(config_of({"type": "mlp"})))
     assert main(["--config", str(tmp_path / "dense.yaml")]) == 2
     assert capsys.readouterr().err.startswith("error: model.blocks: no layer has experts")
     with pytest.raises(UserError, match="init_from"):

@@ -11,15 +11,14 @@ import torch
 from conftest import rows, tensors
 from safetensors.torch import load_file
 from test_hf import perturbed
-from test_initial import SMALL, STILL
+from test_init_from import SMALL, STILL
 from test_restart import flip_a_bit
 
 from training import train
 from training.config import ModelConfig
 from training.errors import UserError
 from training.model import GPT
-from training.weights import hf, upcycle
-from training.weights import init_from as initial
+from training.weights import hf, init_from, upcycle
 
 SIZES = SMALL | {"vocab_size": 257}
 COPIES = {"type": "moe", "n_experts": 4, "top_k": 2, "hidden": 64}
@@ -57,7 +56,7 @@ def upcycled(model: dict, mlp: dict, moe: dict, every: int = 1) -> tuple[GPT, GP
     ours = ModelConfig.model_validate(SIZES | model | {"blocks": [{"ffn": mlp}] * (every - 1) + [{"ffn": moe}]})
     dense = perturbed(GPT(theirs, dtype=torch.float64).init_weights(0))
     experts = GPT(ours, dtype=torch.float64).init_weights(1)
-    made = upcycle.weights(dense.state_dict(), theirs, ours, experts.state_dict())
+    made = upcycle.upcycle_weights(dense.state_dict(), theirs, ours, experts.state_dict())
     experts.load_state_dict(experts.state_dict() | made)
     return dense, experts
 
@@ -112,11 +111,11 @@ def test_tokens_that_get_parts_of_groups_are_counted_and_not_compared():
     experts.blocks[1].ffn.router.weight.data = torch.stack([n * row_C for n in (1, 1, 2, 2, 3, 3)])
     samples = [(row[None], row[None], None) for row in tokens(4)]
     change = upcycle.compare(dense, experts, samples)
-    assert 0 < change.n_torn < change.n_tokens == 128
+    assert 0 < change.n_tied < change.n_tokens == 128
     assert change.difference < 1e-6
     assert (dense.logits(tokens(4)) - experts.logits(tokens(4))).abs().max() > 0.1
-    assert not change.preserved  # that many are no chance
-    assert change._replace(n_torn=1, n_tokens=4096).preserved
+    assert not change.is_exact  # that many are no chance
+    assert change._replace(n_tied=1, n_tokens=4096).is_exact
 
 
 # --- runs ------------------------------------------------------------------------------------------
@@ -187,7 +186,7 @@ def test_large_activations_are_no_reason_to_refuse(run, tmp_path, capsys):
     model = perturbed(GPT(config).init_weights(0))
     model.blocks[0].ffn.down.weight.data[3] *= 1e3
     model.norm_f.weight.data *= 50
-    hf.write(tmp_path / "large", model.state_dict(), config, end_of_text=256)
+    hf.write_model(tmp_path / "large", model.state_dict(), config, end_of_text=256)
     run(**asked(tmp_path / "large", steps=3))
     assert float(LINE.search(capsys.readouterr().err)[5]) < 1e-5
 
@@ -204,8 +203,8 @@ def test_the_loss_that_is_printed_is_the_one_of_an_evaluation(run, options, dens
 
 
 def test_of_a_long_context_the_beginning_is_compared(run, dense, monkeypatch):
-    monkeypatch.setattr(initial, "LONGEST", 16)
-    monkeypatch.setattr(initial, "TOKENS", 64)
+    monkeypatch.setattr(init_from, "LONGEST", 16)
+    monkeypatch.setattr(init_from, "TOKENS", 64)
     samples, compared = upcycle.compare, []
     monkeypatch.setattr(upcycle, "compare", lambda *given: compared.append(samples(*given)) or compared[0])
     run(**asked(dense, steps=3))
@@ -293,7 +292,7 @@ def test_experts_that_cannot_compute_the_same_are_one_line_and_status_2(
     options, tmp_path, capsys, config, pretrained, ffn, words
 ):
     with pytest.raises(UserError) as raised:
-        initial.options(config(**asked(pretrained, COPIES | ffn)))
+        init_from.resolve_init_from(config(**asked(pretrained, COPIES | ffn)))
     assert words.replace("PATH", str(pretrained)) in str(raised.value)
     text = json.dumps(options(**asked(pretrained, COPIES | ffn)))
     (tmp_path / "one.yaml").write_text(text)
@@ -306,16 +305,16 @@ def test_experts_that_cannot_compute_the_same_are_one_line_and_status_2(
 def pretrained(tmp_path):
     """A folder with a dense model."""
     config = ModelConfig.model_validate(SIZES)
-    hf.write(tmp_path / "pretrained", GPT(config).init_weights(0).state_dict(), config, end_of_text=256)
+    hf.write_model(tmp_path / "pretrained", GPT(config).init_weights(0).state_dict(), config, end_of_text=256)
     return tmp_path / "pretrained"
 
 
 def test_a_hidden_width_of_null_is_four_times_the_models(config, pretrained):
     ffn = {"type": "moe", "n_experts": 4}
-    model = initial.options(config(**asked(pretrained, ffn))).model
-    assert upcycle.layers(ModelConfig.model_validate(SIZES), model)[1][1] == 1
-    made = initial.options(config(**asked(pretrained, ffn | {"hidden": 32}))).model
-    assert upcycle.layers(ModelConfig.model_validate(SIZES), made)[1][1] == 2
+    model = init_from.resolve_init_from(config(**asked(pretrained, ffn))).model
+    assert upcycle.upcycled_layers(ModelConfig.model_validate(SIZES), model)[1][1] == 1
+    made = init_from.resolve_init_from(config(**asked(pretrained, ffn | {"hidden": 32}))).model
+    assert upcycle.upcycled_layers(ModelConfig.model_validate(SIZES), made)[1][1] == 2
 
 
 def by(change: float):
@@ -342,14 +341,14 @@ def ungrouped(found: dict) -> None:
 def test_a_function_that_changed_is_refused_by_the_check(
     options, pretrained, tmp_path, capsys, monkeypatch, planted, words
 ):
-    correct = upcycle.weights
+    correct = upcycle.upcycle_weights
 
     def wrong(*given) -> dict:
         found = correct(*given)
         planted(found)
         return found
 
-    monkeypatch.setattr(upcycle, "weights", wrong)
+    monkeypatch.setattr(upcycle, "upcycle_weights", wrong)
     file = tmp_path / "one.yaml"
     file.write_text(json.dumps(options(**asked(pretrained))))
     assert train.main(["--config", str(file)]) == 2
@@ -362,19 +361,19 @@ def test_a_function_that_changed_is_refused_by_the_check(
 def test_a_run_that_is_not_finished_is_not_begun_with(config, dense):
     shutil.rmtree(dense / "model")
     with pytest.raises(UserError, match=f"init_from {dense}: this run is not finished and has no model; let it finish"):
-        initial.options(config(**asked(dense)))
+        init_from.resolve_init_from(config(**asked(dense)))
 
 
 def test_a_run_does_not_begin_with_itself(config, dense):
     for folder in (dense, dense / "model"):
         with pytest.raises(UserError, match="this run cannot begin with itself; choose another --name"):
-            initial.options(config(**asked(folder, name="dense")), fresh=True)
+            init_from.resolve_init_from(config(**asked(folder, name="dense")), fresh=True)
     assert dense.exists()
 
 
 def test_noise_without_a_layer_to_put_it_on_is_refused(config, options, tmp_path, capsys, pretrained):
     with pytest.raises(UserError, match=f"upcycle_noise: no layer that is dense in {pretrained} is to become experts"):
-        initial.options(config(model={}, init_from=str(pretrained), upcycle_noise=0.1))
+        init_from.resolve_init_from(config(model={}, init_from=str(pretrained), upcycle_noise=0.1))
     file = tmp_path / "one.yaml"
     file.write_text(json.dumps(options(upcycle_noise=0.1)))
     with pytest.raises(SystemExit):

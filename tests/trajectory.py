@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from training.config import Config
 from training.data import prepare
-from training.distributed.world import World, join
+from training.distributed.world import World, join_world
 from training.engine.build import begin, save
 from training.engine.step import evaluate, train_step
 from training.errors import UserError
@@ -67,8 +67,8 @@ def train(config: Config, world: World) -> tuple[dict, dict[str, torch.Tensor]]:
     run.last_row = rows[-1]
     save(run)
     found = evaluate(run.model, run.val_batches, run.dataset.tokenizer, config.eval.tokens, run.micro_batch, world)
-    run.layout.rest()
-    weights = run.layout.whole()
+    run.layout.reshard()
+    weights = run.layout.full_state_dict()
     run.close()
     names = ("loss", "grad_norm", "expert_load")
     steps = [{name: row[name] for name in names if name in row} for row in rows]
@@ -103,14 +103,14 @@ def main() -> int:
     threads = os.environ.get("THREADS", "").split(",")
     torch.set_num_threads(int(threads[int(os.environ["RANK"])]) if len(threads) > 1 else 1)
     folder, *paths = map(Path, sys.argv[1:])
-    configs = {path: cli.load(path) for path in paths}
+    configs = {path: cli.load_config(path) for path in paths}
     try:
         with ExitStack() as at_end:
-            world = join(torch.device("cpu"), configs[paths[0]].parallel)
-            at_end.push(world.leave)
+            world = join_world(torch.device("cpu"), configs[paths[0]].parallel)
+            at_end.push(world.close)
             for path, config in configs.items():
                 outcome, weights = train(config, world)
-                if world.main:
+                if world.is_main:
                     path = folder / path.name
                     path.with_suffix(".json").write_text(json.dumps(outcome))
                     whole = {name: tensor.contiguous() for name, tensor in weights.items()}

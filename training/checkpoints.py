@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from training.errors import UserError, in_a_line
+from training.errors import UserError, one_line
 from training.options.cli import Parser
 
 
@@ -29,31 +29,31 @@ def main(argv: list[str] | None = None) -> int:
             _prune(asked.run, folder, asked.keep)
         return _tell(folder, verify=asked.what == "verify")
     except (UserError, OSError) as error:
-        print(f"error: {in_a_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
 
 
 def _folder(run: Path) -> Path:
     """The folder of the run's checkpoints. Raises UserError where there is none."""
-    from training.checkpoint import steps
+    from training.checkpoint import list_checkpoints
 
     folder = run / "checkpoints"
-    if not steps(folder):
+    if not list_checkpoints(folder):
         raise UserError(f"{run}: no run with a checkpoint is here; give a run's folder, such as runs/quickstart")
     return folder
 
 
 def _tell(folder: Path, *, verify: bool) -> int:
     """A line a checkpoint."""
-    from training.checkpoint import damage, looks_whole, steps
+    from training.checkpoint import corruption, is_complete, list_checkpoints
 
     n_damaged = 0
-    for step, path in steps(folder):
+    for step, path in list_checkpoints(folder):
         try:
             size = sum(file.stat().st_size for file in path.iterdir()) / 2**20
         except FileNotFoundError:  # removed meanwhile, or a link that leads nowhere
             continue
-        problem = damage(path) if verify else None if looks_whole(path) else f"{path}: damaged"
+        problem = corruption(path) if verify else None if is_complete(path) else f"{path}: damaged"
         n_damaged += problem is not None
         print(f"step {step:>10,}  {size:>10,.1f} MiB  {problem or ('whole' if verify else path)}")
     return 1 if n_damaged else 0
@@ -61,15 +61,15 @@ def _tell(folder: Path, *, verify: bool) -> int:
 
 def _prune(run: Path, folder: Path, keep: int) -> None:
     """Raises UserError for a number that leaves none, and where the run is being trained."""
-    from training.checkpoint import damage, newest, prune, remove_leftovers, state_of
-    from training.files import held
+    from training.checkpoint import corruption, latest, prune, read_state, remove_leftovers
+    from training.files import run_lock
 
     if keep < 1:
         raise UserError(f"--keep: {keep} would leave no checkpoint; give 1 or more")
-    with held(run):
-        best = state_of(newest(folder, lambda problem: print(f"{problem}; it stays"))).get("best")
+    with run_lock(run):
+        best = read_state(latest(folder, lambda problem: print(f"{problem}; it stays"))).get("best")
         remove_leftovers(folder)
-        prune(folder, keep, best and best["step"], lambda path: damage(path) is None)
+        prune(folder, keep, best and best["step"], lambda path: corruption(path) is None)
 
 
 if __name__ == "__main__":

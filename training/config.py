@@ -28,7 +28,7 @@ class MixerConfig(Section):
     head_dim: int | None = option(None, "width of a head; null: n_embd / n_head", unit="channels", ge=1)
     window: int | None = option(None, "tokens seen, a token itself included; null: all before", unit="tokens", ge=1)
 
-    def rules_in(self, model: ModelConfig) -> Iterator[tuple[str, str]]:  # noqa: ARG002 (one signature)
+    def model_rules(self, model: ModelConfig) -> Iterator[tuple[str, str]]:  # noqa: ARG002 (one signature)
         """As `rules`, between this mixer and the model that it is in."""
         yield from ()
 
@@ -44,7 +44,7 @@ class AttentionConfig(MixerConfig):
     qk_norm: bool = option(False, "normalise each head's queries and keys (RMSNorm) before their product")
     rope: bool = option(True, "turn queries and keys by their positions, where model.position is rope")
 
-    def rules_in(self, model: ModelConfig) -> Iterator[tuple[str, str]]:
+    def model_rules(self, model: ModelConfig) -> Iterator[tuple[str, str]]:
         width = self.head_dim or model.n_embd // model.n_head
         if self.rope and model.position == "rope" and width % 2:
             yield "head_dim", f"rope needs an even head width, not {width}"
@@ -58,13 +58,13 @@ class DifferentialConfig(AttentionConfig):
     type: Literal["differential"] = "differential"
     lambda_init: float = option(0.8, "share of the second softmax that is taken off the first, at first", ge=0, lt=1)
 
-    def rules_in(self, model: ModelConfig) -> Iterator[tuple[str, str]]:
+    def model_rules(self, model: ModelConfig) -> Iterator[tuple[str, str]]:
         width = self.head_dim or model.n_embd // model.n_head
         multiple = 4 if self.rope and model.position == "rope" else 2
         if width % multiple:
             yield "head_dim", f"two halves{' and rope' * (multiple == 4)} need a multiple of {multiple}, not {width}"
         else:
-            yield from super().rules_in(model)
+            yield from super().model_rules(model)
 
 
 class LatentConfig(MixerConfig):
@@ -161,7 +161,7 @@ class ModelConfig(Section):
         if self.n_embd % self.n_head and any(block.mixer.head_dim is None for block in self.blocks):
             yield "n_head", f"{self.n_head} heads do not divide n_embd {self.n_embd}"
         for i, block in enumerate(self.blocks):
-            for name, problem in block.mixer.rules_in(self):
+            for name, problem in block.mixer.model_rules(self):
                 yield f"blocks.{i}.mixer.{name}", problem
         period = sum(block.repeat for block in self.blocks)
         if period > self.n_layer:
@@ -243,17 +243,17 @@ class TiktokenTokenizer(Section):
     name: str = option(..., "name of the encoding, such as gpt2 or cl100k_base", min_length=1)
 
 
-Source = one_of(FilesSource, StdlibSource, HuggingFaceSource)
-Tokenizer = one_of(BPETokenizer, ByteTokenizer, FileTokenizer, HuggingFaceTokenizer, TiktokenTokenizer)
+SourceConfig = one_of(FilesSource, StdlibSource, HuggingFaceSource)
+TokenizerConfig = one_of(BPETokenizer, ByteTokenizer, FileTokenizer, HuggingFaceTokenizer, TiktokenTokenizer)
 
 
 class DataConfig(Section):
     """What the model reads. Text is tokenized once, into memory-mapped shards under `cache_dir`."""
 
-    sources: Annotated[tuple[Source, ...], Field(strict=False)] = option(
+    sources: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = option(
         ..., "where the text comes from, such as [{paths: [my.txt]}] or [{type: stdlib}]", min_length=1
     )
-    val_sources: Annotated[tuple[Source, ...], Field(strict=False)] = option(
+    val_sources: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = option(
         (), "where the validation text comes from; empty: held out from `sources`"
     )
     val_fraction: float = option(
@@ -262,7 +262,7 @@ class DataConfig(Section):
         gt=0,
         lt=1,
     )
-    tokenizer: Tokenizer = option(BPETokenizer(), "how text becomes tokens")
+    tokenizer: TokenizerConfig = option(BPETokenizer(), "how text becomes tokens")
     cache_dir: str = option("data_cache", "folder of the token shards", min_length=1)
     workers: int | None = option(None, "processes that tokenize; null: one a core", unit="processes", ge=1)
 
@@ -482,6 +482,6 @@ class Config(Section):
 
 
 # What a restart may change: how the run is carried out, watched and kept, never what it computes.
-MAY_CHANGE = frozenset(
+CHANGEABLE_ON_RESUME = frozenset(
     {"name", "out_dir", "micro_batch", "parallel", "checkpoint", "eval", "logging", "data.cache_dir", "data.workers"}
 )

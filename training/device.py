@@ -54,7 +54,7 @@ MEMORY_GIB = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def pick(asked: str) -> torch.device:
+def select_device(asked: str) -> torch.device:
     """The device that was asked for, or the first there is. Raises UserError where it is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if asked == "auto":
@@ -64,7 +64,7 @@ def pick(asked: str) -> torch.device:
     return torch.device(asked)
 
 
-def multiplies_bf16(device: torch.device) -> bool:
+def has_bf16_units(device: torch.device) -> bool:
     """Whether the device has bf16 matrix units; a CPU without them is several times slower than in fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -75,10 +75,10 @@ def resolve_precision(asked: str, device: torch.device) -> str:
     """The precision that `auto` means here: bf16 where there are matrix units for it, else fp32."""
     if asked != "auto":
         return asked
-    return "bf16" if multiplies_bf16(device) else "fp32"
+    return "bf16" if has_bf16_units(device) else "fp32"
 
 
-def describe(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     """The device in words: "NVIDIA H200", "CPU, 2 threads (Intel Xeon Processor)"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -109,7 +109,7 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def memory_bytes(device: torch.device) -> int:
+def available_memory_bytes(device: torch.device) -> int:
     """Memory that this process may use: what others leave of a GPU's, or its share of a CPU's among the run's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
@@ -131,14 +131,14 @@ def keep_freed_memory(device: torch.device) -> None:
     """On a CPU with glibc, what is freed stays the process's own, all of it, from now on, and is used again.
 
     Else large tensors are mapped and unmapped at each use, and the kernel clears their pages one by one: up to a third
-    of a step. What the process has is its peak so far, or since `forget_peak` (mallopt(3)).
+    of a step. What the process has is its peak so far, or since `reset_peak_memory` (mallopt(3)).
     """
     if (c_library := _glibc(device)) is not None:
         c_library.mallopt(-4, 0)  # M_MMAP_MAX: no tensor is a mapping of its own
         c_library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is handed back
 
 
-def hand_back_memory(device: torch.device) -> None:
+def release_freed_memory(device: torch.device) -> None:
     """The other way again, where memory is scarce: what is free goes back, and so does what will be freed."""
     if (c_library := _glibc(device)) is not None:
         c_library.mallopt(-4, 65536)  # M_MMAP_MAX, as it is at first
@@ -151,7 +151,7 @@ def _glibc(device: torch.device) -> ctypes.CDLL | None:
     return ctypes.CDLL(None) if device.type == "cpu" and platform.libc_ver()[0] == "glibc" else None
 
 
-def forget_peak(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> None:
     """Begin to look for a new peak, where that can be told. Memory that is free goes back, else it would count."""
     if (c_library := _glibc(device)) is not None:
         c_library.malloc_trim(0)
@@ -161,8 +161,8 @@ def forget_peak(device: torch.device) -> None:
         clear.write_text("5")  # proc(5): the peak resident set is what it is now
 
 
-def peak_bytes(device: torch.device) -> int:
-    """The most memory this process had since `forget_peak`, or since it began where that cannot be told."""
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process had since `reset_peak_memory`, or since it began where that cannot be told."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     status = Path("/proc/self/status")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-LATER_S = 5.0
+EXIT_DELAY_S = 5.0
 
 
 class UserError(Exception):
@@ -14,23 +14,23 @@ class UserError(Exception):
     status = 2
 
 
-class StartAgain(UserError):
+class RestartNeeded(UserError):
     """What the same command goes on from, as it is: a launcher that starts it again does right."""
 
     status = 1
 
 
-def leave_it_to_the_first() -> None:
+def exit_unless_first_local_rank() -> None:
     """End this process with status 2, unless it is its host's first: all find the same wrong, and that one says so.
 
     The others end later, as a launcher ends all processes with the first that ends.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(LATER_S)
+        time.sleep(EXIT_DELAY_S)
         raise SystemExit(2)
 
 
-def in_a_line(error: UserError | OSError) -> str:
+def one_line(error: UserError | OSError) -> str:
     """What is said of it: of the system's refusals, to which file, and why."""
     if isinstance(error, UserError) or error.filename is None:
         return " ".join(str(error).split())

@@ -40,21 +40,21 @@ def main(argv: list[str] | None = None) -> int:
 def evaluated(asked: argparse.Namespace) -> str:
     """The figures in a line: over all of the text, whatever `eval.tokens` says."""
     from training.data import prepare
-    from training.data.in_memory import read
-    from training.data.loader import Batches
+    from training.data.in_memory import read_split
+    from training.data.loader import Samples
     from training.distributed.world import World
     from training.engine import load_run as trained
     from training.engine.step import evaluate
 
     model, (config, _, tokenizer, step, data) = trained.load(asked.run, asked.device)
     if asked.data:
-        split = read(asked.data, asked.text_column, tokenizer)
+        split = read_split(asked.data, asked.text_column, tokenizer)
     else:
         dataset = prepare(config.data, quiet=True)
         if dataset.fingerprint != data:
             raise UserError(f"--run {asked.run}: its text has changed since; name text to judge it on with --data")
         split = dataset.val
-    batches = Batches(split, n_positions=config.model.n_positions, seed=None)
+    batches = Samples(split, n_positions=config.model.n_positions, seed=None)
     world = World(0, 1, model.wte.weight.device)
     found = evaluate(model, batches, tokenizer, None, asked.micro_batch, world)
     return (

@@ -62,17 +62,17 @@ def export(run: str, out: str | None, dtype_name: str) -> list[str]:
 
     from training.device import DTYPES
     from training.engine import load_run as trained
-    from training.files import whole_folder
+    from training.files import atomic_folder
     from training.model import GPT
     from training.weights import hf
 
     config, weights, tokenizer, step, _ = trained.read(run)
     n_vocab, dtype = tokenizer.vocab_size, DTYPES[dtype_name]
     rounded = GPT(config.model)
-    rounded.load_state_dict(hf.rounded(weights, dtype))
+    rounded.load_state_dict(hf.to_saved_dtype(weights, dtype))
     try:
-        with whole_folder(target) as partial:
-            kind = hf.write(partial, weights, config.model, tokenizer.end_of_text, n_vocab=n_vocab, dtype=dtype)
+        with atomic_folder(target) as partial:
+            kind = hf.write_model(partial, weights, config.model, tokenizer.end_of_text, n_vocab=n_vocab, dtype=dtype)
             tokenizer.save(partial)
             seen = verify(partial, rounded, n_vocab)
     except (OSError, SafetensorError) as error:
@@ -87,7 +87,7 @@ def export(run: str, out: str | None, dtype_name: str) -> list[str]:
     if own:
         unfit: dict[str | None, list[str]] = {}
         for name, architecture in hf.ARCHITECTURES.items():
-            unfit.setdefault(hf.why_not(architecture, weights, config.model), []).append(name)
+            unfit.setdefault(hf.reason_unsupported(architecture, weights, config.model), []).append(name)
         reasons = "; ".join(f"{reason} ({', '.join(names)})" for reason, names in unfit.items())
         lines.append(f"with a modeling file of its own; what does not fit: {reasons}")
         lines.append(f"AutoTokenizer.from_pretrained({str(target)!r}, trust_remote_code=True)")

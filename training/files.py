@@ -13,7 +13,7 @@ from training.errors import UserError
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def write_errors_as_user_errors(path: Path) -> Iterator[None]:
     """Turn the system's refusal to write `path` into one line for the user."""
     try:
         yield
@@ -24,7 +24,7 @@ def writing(path: Path) -> Iterator[None]:
 def write_atomically(path: Path, text: str) -> None:
     """Replace the file by `text`, durably: a reader, or a crash, sees the old or the new, never a part."""
     partial = path.with_name(f".{path.name}.tmp")
-    with writing(path):
+    with write_errors_as_user_errors(path):
         try:
             with partial.open("w", encoding="utf-8", newline="") as file:
                 file.write(text)
@@ -34,11 +34,11 @@ def write_atomically(path: Path, text: str) -> None:
         except OSError:
             partial.unlink(missing_ok=True)
             raise
-        sync(path.parent)
+        fsync_path(path.parent)
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path) -> Iterator[Path]:
     """A new folder to fill, which gets the name `target` once all in it is durable; removed where that fails."""
     partial = target.with_name(f".{target.name}.tmp")
     try:
@@ -47,13 +47,13 @@ def whole_folder(target: Path) -> Iterator[Path]:
         yield partial
         for path in [*sorted(partial.iterdir()), partial]:
             path.chmod(path.stat().st_mode | 0o444)  # safetensors writes for the owner alone
-            sync(path)
+            fsync_path(path)
         before = target.with_name(f".{target.name}.old")
         remove(before)
         if target.exists():
             target.rename(before)
         partial.rename(target)
-        sync(target.parent)
+        fsync_path(target.parent)
         remove(before)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -61,14 +61,14 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[Held]:
+def run_lock(folder: Path) -> Iterator[RunLock]:
     """Hold a run's folder; it is free again when the process ends, however. Raises UserError where another has it."""
     from filelock import FileLock, Timeout
 
     real = folder.resolve()  # by whichever name another goes to it
     lock = FileLock(real.with_name(f".{real.name}.lock"))
     try:
-        make_folder(real.parent)
+        mkdir_durable(real.parent)
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(f"{folder}: another process is training this run; choose another --name") from None
@@ -76,29 +76,29 @@ def held(folder: Path) -> Iterator[Held]:
         option = "--name" if error.errno == errno.ENAMETOOLONG else "--out_dir"
         raise UserError(f"{folder.parent}: {error.strerror or error}; choose another {option}") from error
     try:
-        yield Held(folder, Path(lock.lock_file))
+        yield RunLock(folder, Path(lock.lock_file))
     finally:
         lock.release()
 
 
-class Held:
+class RunLock:
     """A folder that is held, as long as the lock's file is the one that was locked."""
 
     def __init__(self, folder: Path, lock: Path):
         self.folder, self.lock, self.inode = folder, lock, lock.stat().st_ino
 
-    def refuse_lost(self) -> None:
+    def check(self) -> None:
         """Raise UserError where the lock's file was removed: another process may have the folder now."""
         if not self.lock.exists() or self.lock.stat().st_ino != self.inode:
             raise UserError(f"{self.lock}: was removed, so another process may be training {self.folder}; start again")
 
 
-def make_folder(path: Path) -> None:
+def mkdir_durable(path: Path) -> None:
     """Make a folder, and those that it is in, durably."""
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in new:
-        sync(folder.parent)
+        fsync_path(folder.parent)
 
 
 def remove(path: Path) -> None:
@@ -109,7 +109,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Make a file's content, or the names in a folder, durable. Windows cannot open a folder: nothing there."""
     if path.is_file() or os.name == "posix":
         descriptor = os.open(path, os.O_RDONLY)

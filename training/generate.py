@@ -113,18 +113,18 @@ def main(argv: list[str] | None = None) -> int:
 def generate(asked: argparse.Namespace) -> None:
     """Write every prompt with its continuations to standard output, in order; a single one as it is drawn."""
     from training.engine import load_run as trained
-    from training.model.continuation import continue_texts, prompt_ids
-    from training.model.sampling import Rules
+    from training.model.continuation import continue_texts, encode_prompt
+    from training.model.sampling import SamplingParams
 
     model, (_, _, tokenizer, *_) = trained.load(asked.run, asked.device)
-    ids, limit = [prompt_ids(tokenizer, prompt) for prompt in asked.prompt], model.config.n_positions
+    ids, limit = [encode_prompt(tokenizer, prompt) for prompt in asked.prompt], model.config.n_positions
     for number, prompt in enumerate(ids, 1):
         if len(prompt) > limit:
             raise UserError(
                 f"--prompt{'' if asked.prompts is None else 's'}: prompt {number} is {len(prompt):,} tokens with the "
                 f"one that begins a document, more than the {limit:,} of the model's context; shorten it"
             )
-    rules = Rules(asked.temperature, asked.top_k or None, asked.top_p, asked.min_p, asked.repetition_penalty)
+    params = SamplingParams(asked.temperature, asked.top_k or None, asked.top_p, asked.min_p, asked.repetition_penalty)
     rows = [(prompt, sample) for prompt in range(len(ids)) for sample in range(asked.samples)]
     alone = len(rows) == 1 and not asked.json
     if alone:
@@ -137,9 +137,9 @@ def generate(asked: argparse.Namespace) -> None:
             [ids[prompt] for prompt, _ in some],
             asked.tokens,
             seeds=[(asked.seed, sample) for _, sample in some],
-            rules=rules,
+            params=params,
             stops=asked.stop,
-            watch=partial(print, end="", flush=True) if alone else None,
+            on_text=partial(print, end="", flush=True) if alone else None,
         )
         for (prompt, sample), text in zip(some, texts, strict=True):
             print("" if alone else written(asked, prompt, sample, text), flush=True)
@@ -149,7 +149,7 @@ def written(asked: argparse.Namespace, prompt: int, sample: int, text: Continuat
     """A text by the numbers of its prompt and of its sample: a line of JSON, or a heading and the text."""
     before = asked.prompt[prompt]
     if asked.json:
-        return json.dumps({"prompt": before, "text": text.text, "finish": text.finish})
+        return json.dumps({"prompt": before, "text": text.text, "finish": text.finish_reason})
     places = (("prompt", prompt, len(asked.prompt)), ("sample", sample, asked.samples))
     heading = ", ".join(f"{name} {number + 1} of {count}" for name, number, count in places if count > 1)
     return f"--- {heading} ---\n{before}{text.text}\n"

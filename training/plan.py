@@ -22,7 +22,7 @@ from training.options import cli
 if TYPE_CHECKING:
     from training.data.shards import Manifest
     from training.model import GPT
-    from training.planning.memory import Memory
+    from training.planning.memory import MemoryEstimate
 
 FLAGS = {
     "--world": "processes, a device each (default 1)",
@@ -78,13 +78,13 @@ class Plan(NamedTuple):
     model: GPT  # on the meta device
     micro_batch: int
     fits: int  # the largest micro-batch within the device's memory
-    memory: Memory
+    memory: MemoryEstimate
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Exit status: 0 done, 2 wrong input."""
     arguments = sys.argv[1:] if argv is None else argv
-    config, flags = cli.parse(arguments, prog="python -m training.plan", doc=__doc__, flags=FLAGS)
+    config, flags = cli.parse_command_line(arguments, prog="python -m training.plan", doc=__doc__, flags=FLAGS)
     try:
         world = int(_number("--world", flags["--world"] or "1", "a number of processes, 1 or more", "[1-9][0-9]{0,6}"))
         mfu = flags["--mfu"]
@@ -109,10 +109,14 @@ def machine(name: str | None, config: Config) -> Machine:
     from training import device as devices
 
     if name is None or name.lower() == "cpu":
-        here = devices.pick(config.parallel.device if name is None else "cpu")
+        here = devices.select_device(config.parallel.device if name is None else "cpu")
         peak = devices.peak_flops(here, "bf16")
         return Machine(
-            devices.describe(here), here.type, devices.memory_bytes(here), peak, devices.multiplies_bf16(here)
+            devices.device_name(here),
+            here.type,
+            devices.available_memory_bytes(here),
+            peak,
+            devices.has_bf16_units(here),
         )
     known = {"".join(re.findall("[a-z0-9]+", key.lower())): key for key in devices.MEMORY_GIB}
     key = known.get("".join(re.findall("[a-z0-9]+", name.lower())))
@@ -128,10 +132,10 @@ def plan(config: Config, machine: Machine, world: int) -> Plan:
 
     from training.engine.micro_batch import HEADROOM, equal_parts, most_samples
     from training.model import GPT
-    from training.planning.memory import estimate, largest
-    from training.weights.init_from import options
+    from training.planning.memory import estimate, largest_micro_batch
+    from training.weights.init_from import resolve_init_from
 
-    config = options(config)
+    config = resolve_init_from(config)
     manifest = prepared(config)
     precision = config.precision if config.precision != "auto" else "bf16" if machine.bf16 else "fp32"
     model = config.model.model_copy(update={"vocab_size": config.model.vocab_size or _vocabulary(config, manifest)})
@@ -142,7 +146,7 @@ def plan(config: Config, machine: Machine, world: int) -> Plan:
             f"--world: {world} processes are more than the {config.batch_tokens // model.n_positions} samples of "
             f"batch_tokens {config.batch_tokens}; raise batch_tokens"
         )
-    fits = largest(config, HEADROOM * machine.n_bytes, world, machine.type)
+    fits = largest_micro_batch(config, HEADROOM * machine.n_bytes, world, machine.type)
     micro_batch = config.micro_batch
     if micro_batch == "auto":
         micro_batch = equal_parts(n_mine, max(1, fits), config, machine.type)
@@ -156,11 +160,11 @@ def plan(config: Config, machine: Machine, world: int) -> Plan:
 def prepared(config: Config) -> Manifest | None:
     """What is known of the data where they are prepared. Raises UserError where a source is missing."""
     from training.data.corpus import Corpus
-    from training.data.file_hashes import Digests
+    from training.data.file_hashes import FileHashes
     from training.data.shards import read_manifest
 
     cache = Path(config.data.cache_dir).expanduser()
-    folder = cache / Corpus(config.data).key(Digests(cache / "digests.json"))
+    folder = cache / Corpus(config.data).cache_key(FileHashes(cache / "digests.json"))
     return read_manifest(folder) if folder.is_dir() else None
 
 
@@ -172,7 +176,7 @@ def _vocabulary(config: Config, manifest: Manifest | None) -> int:
     if manifest is not None:
         size = manifest.vocab_size
     elif asked.type in ("byte", "file"):
-        size = tokenizer_choice.make(asked, ()).vocab_size
+        size = tokenizer_choice.build_tokenizer(asked, ()).vocab_size
     else:
         size = asked.vocab_size if asked.type == "bpe" else VOCABULARIES.get(asked.name)
     if size is None:
@@ -268,12 +272,12 @@ def hours(seconds: float) -> str:
 
 def measured(plan: Plan) -> float | None:
     """Tokens a second of this run's own folder, where it has begun with the same model, batch and processes."""
-    from training.logging.jsonl import read
+    from training.logging.jsonl import read_rows
 
     folder = Path(plan.config.out_dir, plan.config.name)
     if not (folder / "config.yaml").is_file():
         return None
-    kept = cli.load(folder / "config.yaml")
+    kept = cli.load_config(folder / "config.yaml")
     same = ("model", "batch_tokens", "precision")
     said = (folder / "run.json").read_text() if (folder / "run.json").is_file() else ""
     ranks = re.search(r"(\d+) processes", said)
@@ -281,7 +285,7 @@ def measured(plan: Plan) -> float | None:
         return None
     if plan.machine.name not in said or int(ranks[1] if ranks else 1) != plan.world:
         return None
-    speeds = [row["tokens_per_s"] for row in read(folder / "metrics.jsonl")[1:]]
+    speeds = [row["tokens_per_s"] for row in read_rows(folder / "metrics.jsonl")[1:]]
     return statistics.median(speeds[-200:]) if speeds else None
 
 
@@ -295,7 +299,7 @@ def _micro_batch(plan: Plan, n_mine: int) -> str:
 
 def warnings(plan: Plan) -> Iterator[str]:
     """What is likely to be regretted, each with what to do."""
-    from training.planning.disk import lack
+    from training.planning.disk import disk_shortage
 
     config, machine = plan.config, plan.machine
     samples, tokens = config.batch_tokens // config.model.n_positions, config.steps * config.batch_tokens
@@ -324,7 +328,7 @@ def warnings(plan: Plan) -> Iterator[str]:
         change = "a smaller model, or more steps," if tokens / active < low else "a larger model"
         each = _figure(tokens / active)
         yield f"{each} tokens a parameter, where about 20 are best: {change} learns more in that time"
-    if problem := lack(plan.model, config):
+    if problem := disk_shortage(plan.model, config):
         yield problem
 
 

@@ -17,14 +17,14 @@ from training.options import cli
 def main(argv: list[str] | None = None) -> int:
     """The command. Exit status: 0 done, 2 wrong input, 130 interrupted."""
     arguments = sys.argv[1:] if argv is None else argv
-    config, _ = cli.parse(arguments, prog="python -m training.prepare", doc=__doc__, flags={})
+    config, _ = cli.parse_command_line(arguments, prog="python -m training.prepare", doc=__doc__, flags={})
     from training.data import prepare
 
     try:
         if config.init_from is not None:  # what is wrong with it is said before hours of tokenizing; it needs torch
-            from training.weights.init_from import options
+            from training.weights.init_from import resolve_init_from
 
-            options(config)
+            resolve_init_from(config)
         print(summary(prepare(config.data).report))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -22,14 +22,14 @@ FLAGS = {"--out": "file that the twin is written to; without it, it is printed"}
 def main(argv: list[str] | None = None) -> int:
     """The command. Exit status: 0 done, 2 wrong input."""
     arguments = sys.argv[1:] if argv is None else argv
-    config, flags = cli.parse(arguments, prog="python -m training.twin", doc=__doc__, flags=FLAGS)
+    config, flags = cli.parse_command_line(arguments, prog="python -m training.twin", doc=__doc__, flags=FLAGS)
     try:
-        text = cli.dump(twin(config))
+        text = cli.dump_config(twin(config))
         if flags["--out"] is None:
-            print(f"# {described(config)}", text, sep="\n", end="")
+            print(f"# {describe_twin(config)}", text, sep="\n", end="")
         else:
-            write_atomically(Path(flags["--out"]), f"# {described(config)}\n{text}")
-            print(f"{flags['--out']}: {described(config)}")
+            write_atomically(Path(flags["--out"]), f"# {describe_twin(config)}\n{text}")
+            print(f"{flags['--out']}: {describe_twin(config)}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -59,7 +59,7 @@ def dense(block: BlockConfig, n_embd: int) -> BlockConfig:
     return block.model_copy(update={"ffn": MLPConfig(hidden=hidden, activation=moe.activation, gated=moe.gated)})
 
 
-def described(config: Config) -> str:
+def describe_twin(config: Config) -> str:
     """What became of the experts, on a line."""
     layers = [block.ffn for block in config.model.layers() if isinstance(block.ffn, MoEConfig)]
     moe, hidden = layers[0], dense(BlockConfig(ffn=layers[0]), config.model.n_embd).ffn.hidden

@@ -6,39 +6,39 @@ failed, and the manifest tells. Any layout of processes writes it, any other rea
 an index, in several, and a process asks for its rows. All processes see one file system.
 """
 
-from training.checkpoint.parts import MANIFEST, Part, Peers, alone
+from training.checkpoint.parts import MANIFEST, SINGLE, TensorShard, WriterGroup
 from training.checkpoint.read import (
     Checkpoint,
-    damage,
+    corruption,
+    is_complete,
+    latest,
+    list_checkpoints,
     load,
-    looks_whole,
-    names,
-    newest,
-    read,
-    read_parts,
-    set_aside,
-    state_of,
-    steps,
+    load_unchecked,
+    quarantine,
+    read_state,
+    read_tensors,
+    tensor_shapes,
 )
-from training.checkpoint.write import Saver, prune, remove_leftovers
+from training.checkpoint.write import CheckpointWriter, prune, remove_leftovers
 
 __all__ = [
     "MANIFEST",
+    "SINGLE",
     "Checkpoint",
-    "Part",
-    "Peers",
-    "Saver",
-    "alone",
-    "damage",
+    "CheckpointWriter",
+    "TensorShard",
+    "WriterGroup",
+    "corruption",
+    "is_complete",
+    "latest",
+    "list_checkpoints",
     "load",
-    "looks_whole",
-    "names",
-    "newest",
+    "load_unchecked",
     "prune",
-    "read",
-    "read_parts",
+    "quarantine",
+    "read_state",
+    "read_tensors",
     "remove_leftovers",
-    "set_aside",
-    "state_of",
-    "steps",
+    "tensor_shapes",
 ]

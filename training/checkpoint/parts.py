@@ -30,13 +30,13 @@ DTYPES = {
 }
 
 
-class Part(NamedTuple):
+class TensorShard(NamedTuple):
     """Rows of a tensor, along its first dimension; a scalar is whole."""
 
     tensor: Tensor
     start: int
     shape: torch.Size  # of the whole
-    mine: bool  # whether this process is the one that writes it, of those that hold it
+    is_owner: bool  # whether this process is the one that writes it, of those that hold it
 
     @property
     def n_bytes(self) -> int:
@@ -44,15 +44,15 @@ class Part(NamedTuple):
         return self.shape.numel() * self.tensor.element_size()
 
 
-class Peers(NamedTuple):
+class WriterGroup(NamedTuple):
     """The processes that write a checkpoint together."""
 
     rank: int
     size: int
-    exchange: Callable[[bytes], list[bytes]]  # every process's bytes, on all; called from the thread that writes
+    gather_bytes: Callable[[bytes], list[bytes]]  # every process's bytes, on all; called from the thread that writes
 
 
-alone = Peers(0, 1, lambda data: [data])
+SINGLE = WriterGroup(0, 1, lambda data: [data])
 
 
 class Entry(NamedTuple):

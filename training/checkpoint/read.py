@@ -17,7 +17,7 @@ from torch import Tensor
 
 from training.checkpoint.parts import KINDS, MANIFEST, Written
 from training.errors import UserError
-from training.files import sync
+from training.files import fsync_path
 
 Rows = tuple[int, int]
 
@@ -32,27 +32,27 @@ class Checkpoint(NamedTuple):
 
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint. Raises UserError naming the file that is missing or not what the manifest says."""
-    if problem := damage(path):
+    if problem := corruption(path):
         raise UserError(problem)
-    return read(path)
+    return load_unchecked(path)
 
 
-def read(path: Path) -> Checkpoint:
+def load_unchecked(path: Path) -> Checkpoint:
     """Read a checkpoint that was found whole."""
-    return Checkpoint(read_parts(path, "model"), read_parts(path, "optimizer"), state_of(path))
+    return Checkpoint(read_tensors(path, "model"), read_tensors(path, "optimizer"), read_state(path))
 
 
-def state_of(path: Path) -> dict:
+def read_state(path: Path) -> dict:
     """What a checkpoint that was found whole says beside tensors."""
     return json.loads((path / "state.json").read_text())
 
 
-def names(path: Path, kind: str) -> dict[str, torch.Size]:
+def tensor_shapes(path: Path, kind: str) -> dict[str, torch.Size]:
     """The tensors of a kind, "model" or "optimizer", and the shapes of the whole ones."""
     return {name: shape for name, (shape, _) in _index(path, kind).items()}
 
 
-def read_parts(path: Path, kind: str, wanted: dict[str, Rows | None] | None = None) -> dict[str, Tensor]:
+def read_tensors(path: Path, kind: str, wanted: dict[str, Rows | None] | None = None) -> dict[str, Tensor]:
     """Rows start .. stop - 1 of the named tensors, or where that is None the whole; of all, where none are named.
 
     Nothing else is read. Raises KeyError for a tensor that is not there.
@@ -115,18 +115,18 @@ def _places(listed: Set[str], shape: list[int], parts: list) -> tuple[torch.Size
     return torch.Size(shape), places
 
 
-def damage(path: Path) -> str | None:
+def corruption(path: Path) -> str | None:
     """What is wrong with a checkpoint, in one line that names the file; None where it is whole."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         for name in ("state.json", *manifest):  # one that lists nothing is none
             if Path(name).name != name or (path / name).is_symlink() or (path / name).is_fifo():
                 return f"{path / MANIFEST}: damaged: {name!r} is no file of this folder"
-            if written(path / name) != manifest[name]:
+            if file_entry(path / name) != manifest[name]:
                 return f"{path / name}: damaged: its size and SHA-256 are not those in {MANIFEST}"
         if kinds := [kind for kind in KINDS if not any(name.startswith(kind) for name in manifest)]:
             return f"{path / MANIFEST}: damaged: it lists no {kinds[0]}"
-        if type(step := state_of(path)["step"]) is not int or step < 0:
+        if type(step := read_state(path)["step"]) is not int or step < 0:
             return f"{path / 'state.json'}: damaged: not the state of a step"
         if re.fullmatch(r"step-\d+", path.name) and step != int(path.name[5:]):
             return f"{path}: damaged: it is the checkpoint of another step"
@@ -137,7 +137,7 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def looks_whole(path: Path) -> bool:
+def is_complete(path: Path) -> bool:
     """Whether all files are there in their sizes, which costs next to nothing to see."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
@@ -146,20 +146,20 @@ def looks_whole(path: Path) -> bool:
         return False
 
 
-def steps(folder: Path) -> list[tuple[int, Path]]:
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """The checkpoints in a folder, (step, path), oldest first; whole or not."""
     found = [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
     return sorted((int(path.name[5:]), path) for path in found)
 
 
-def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
+def latest(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest whole checkpoint, with a warning for each newer one that is damaged; None where there is none.
 
     Raises UserError where there are checkpoints and all are damaged: never a silent fresh start.
     """
-    found = steps(folder)
+    found = list_checkpoints(folder)
     for _, path in reversed(found):
-        problem = damage(path)
+        problem = corruption(path)
         if problem is None:
             return path
         warn(f"{problem}; falling back to the checkpoint before it")
@@ -168,16 +168,16 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
-def set_aside(folder: Path, after: int, why: str) -> None:
+def quarantine(folder: Path, after: int, why: str) -> None:
     """Rename the checkpoints after a step, the newest first, so that they no longer count; nothing is removed."""
-    for step, path in reversed(steps(folder)):
+    for step, path in reversed(list_checkpoints(folder)):
         if step > after:
             names = (folder / f"{why}-{n}-{path.name}" for n in itertools.count())
             path.rename(next(name for name in names if not name.exists()))
-            sync(folder)
+            fsync_path(folder)
 
 
-def written(path: Path) -> dict[str, str | int]:
+def file_entry(path: Path) -> dict[str, str | int]:
     """A file, as a manifest has it."""
     with path.open("rb") as file:
         return Written(hashlib.file_digest(file, "sha256").hexdigest(), file.tell())._asdict()

@@ -15,40 +15,49 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from training.checkpoint.parts import KINDS, MANIFEST, Entry, Part, Peers, Written, write_bytes, write_tensors
-from training.checkpoint.read import looks_whole, steps
+from training.checkpoint.parts import (
+    KINDS,
+    MANIFEST,
+    Entry,
+    TensorShard,
+    WriterGroup,
+    Written,
+    write_bytes,
+    write_tensors,
+)
+from training.checkpoint.read import is_complete, list_checkpoints
 from training.config import CheckpointConfig
 from training.errors import UserError
-from training.files import make_folder, remove, sync
+from training.files import fsync_path, mkdir_durable, remove
 
-Parts = dict[str, dict[str, Part]]  # by kind and name
+Parts = dict[str, dict[str, TensorShard]]  # by kind and name
 
 
-class Saver:
+class CheckpointWriter:
     """Saves checkpoints to a folder, at most one at a time, while training goes on.
 
     All processes call it alike. `failure` is what went wrong with the last save, the same on all of them.
     """
 
-    def __init__(self, folder: Path, peers: Peers, section: CheckpointConfig):
-        self.folder, self.peers, self.section = folder, peers, section
+    def __init__(self, folder: Path, group: WriterGroup, config: CheckpointConfig):
+        self.folder, self.group, self.config = folder, group, config
         self.failure: UserError | None = None
-        self.prepared = False
+        self.is_preallocated = False
         # One thread for all saves, begun while there is memory: Python waits for ever for one that cannot begin.
         self._pool: ThreadPoolExecutor | None = None
         self._work: Future | None = None
         self._copies: dict[tuple[str, str], Tensor] = {}  # their memory serves the next save too
 
-    def prepare(self, parts: Parts) -> None:
+    def preallocate(self, parts: Parts) -> None:
         """Begin to take the memory that such parts are copied to: of new pages, that takes longer than the copy."""
         self.wait()
-        self.prepared = True
+        self.is_preallocated = True
 
         def take() -> None:
             with suppress(RuntimeError):  # no memory: the save will say so
                 for kind, some in parts.items():
                     for name, part in some.items():
-                        if part.mine:
+                        if part.is_owner:
                             self._memory(kind, name, part.tensor).zero_()
 
         self._begin(take)
@@ -62,7 +71,7 @@ class Saver:
         self.wait()
         copy = {kind: self._copied(kind, some) for kind, some in parts.items()}
         self._begin(self._write, copy, state, best_step)
-        if not self.section.background:
+        if not self.config.background:
             self.wait()
 
     def wait(self) -> None:
@@ -84,12 +93,12 @@ class Saver:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._work = self._pool.submit(work, *arguments)
 
-    def _copied(self, kind: str, parts: dict[str, Part]) -> dict[str, Part]:
+    def _copied(self, kind: str, parts: dict[str, TensorShard]) -> dict[str, TensorShard]:
         """What this process writes, in host memory of our own; of the rest only what it is."""
         found, on_device = {}, False
         for name, part in sorted(parts.items()):  # the same bytes, whichever order they came to be in
             tensor = part.tensor.detach()
-            if not part.mine:
+            if not part.is_owner:
                 found[name] = part._replace(tensor=tensor.new_empty(0, device="cpu"))
                 continue
             on_device |= tensor.device.type == "cuda"
@@ -111,18 +120,18 @@ class Saver:
         target = self.folder / f"step-{state['step']:08d}"
         partial = self.folder / f".{target.name}.tmp"
         n_bytes = sum(part.n_bytes for some in parts.values() for part in some.values())
-        in_one = n_bytes <= self.section.one_file_gib * 2**30
-        main = self.peers.rank == 0
+        in_one = n_bytes <= self.config.one_file_gib * 2**30
+        main = self.group.rank == 0
 
         def make_room() -> dict:
             if main and not target.exists():
-                make_folder(self.folder)
+                mkdir_durable(self.folder)
                 remove_leftovers(self.folder)
                 partial.mkdir()
             return {"exists": target.exists()}
 
         def write_parts() -> dict:
-            names = {kind: f"{kind}-{self.peers.rank + 1:05d}-of-{self.peers.size:05d}.safetensors" for kind in KINDS}
+            names = {kind: f"{kind}-{self.group.rank + 1:05d}-of-{self.group.size:05d}.safetensors" for kind in KINDS}
             return {kind: self._write_own(partial / names[kind], parts[kind], in_one) for kind in KINDS}
 
         def finish() -> dict:
@@ -132,7 +141,7 @@ class Saver:
                     manifest |= _collect(partial, kind, parts[kind], [answer[kind] for answer in written], in_one)
                 _finish(partial, target, manifest, state)
                 try:
-                    prune(self.folder, self.section.keep, best_step)
+                    prune(self.folder, self.config.keep, best_step)
                 except OSError as error:  # what is too many harms nobody
                     print(f"{error.filename}: {error.strerror}; an old checkpoint stays", file=sys.stderr)
             return {}
@@ -144,14 +153,14 @@ class Saver:
         if (written is None or self._agreed(finish, target) is None) and main:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _write_own(self, path: Path, parts: dict[str, Part], in_one: bool) -> dict:
+    def _write_own(self, path: Path, parts: dict[str, TensorShard], in_one: bool) -> dict:
         """Write what this process has, but not what the main one will write into one file of all."""
-        mine = {name: part for name, part in parts.items() if part.mine and (part.tensor.numel() or not part.shape)}
+        mine = {name: part for name, part in parts.items() if part.is_owner and (part.tensor.numel() or not part.shape)}
         for name, part in mine.items():
             if not part.tensor.isfinite().all():
                 raise UserError(f"{name} is not finite")
         rows = {name: [part.start, part.start + (len(part.tensor) if part.shape else 1)] for name, part in mine.items()}
-        if not mine or (in_one and self.peers.rank == 0):
+        if not mine or (in_one and self.group.rank == 0):
             return {"rows": rows, "file": None}
         entries = {name: Entry(part.tensor.dtype, part.tensor.shape, [part.tensor]) for name, part in mine.items()}
         return {"rows": rows, "file": path.name, **write_tensors(path, entries)._asdict()}
@@ -163,7 +172,7 @@ class Saver:
         except Exception as error:  # whatever it is: the others wait for an answer
             answer = {"error": _reason(error)}
         try:
-            answers = [json.loads(told) for told in self.peers.exchange(json.dumps(answer).encode())]
+            answers = [json.loads(told) for told in self.group.gather_bytes(json.dumps(answer).encode())]
         except RuntimeError as error:  # they are out of reach
             answers = [{"error": _reason(error)}]
         errors = [answer["error"] for answer in answers if "error" in answer]
@@ -180,7 +189,9 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".strip().partition("\n")[0]
 
 
-def _collect(partial: Path, kind: str, parts: dict[str, Part], answers: list[dict], in_one: bool) -> dict[str, dict]:
+def _collect(
+    partial: Path, kind: str, parts: dict[str, TensorShard], answers: list[dict], in_one: bool
+) -> dict[str, dict]:
     """The manifest's entries of a kind, once its tensors are in one file, or have an index."""
     places: dict[str, list[tuple[int, int, str | None]]] = {name: [] for name in parts}
     for answer in answers:
@@ -208,7 +219,7 @@ def _collect(partial: Path, kind: str, parts: dict[str, Part], answers: list[dic
     return {name: file._asdict() for name, file in written.items()}
 
 
-def _pieces(partial: Path, name: str, part: Part, places: list[tuple[int, int, str | None]]) -> Iterator[Tensor]:
+def _pieces(partial: Path, name: str, part: TensorShard, places: list[tuple[int, int, str | None]]) -> Iterator[Tensor]:
     """A tensor's rows: the main process's own from memory, the others' from their files."""
     for _, _, file in places:
         if file is None:
@@ -222,9 +233,9 @@ def _finish(partial: Path, target: Path, manifest: dict[str, dict], state: dict)
     """What makes it a checkpoint: the state, then the manifest, then its name, each durable before the next."""
     manifest["state.json"] = write_bytes(partial / "state.json", [json.dumps(state, indent=1).encode()])._asdict()
     write_bytes(partial / MANIFEST, [json.dumps(manifest, indent=1).encode()])
-    sync(partial)
+    fsync_path(partial)
     partial.rename(target)
-    sync(target.parent)
+    fsync_path(target.parent)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -233,9 +244,9 @@ def remove_leftovers(folder: Path) -> None:
         remove(leftover)
 
 
-def prune(folder: Path, keep: int, best_step: int | None, whole: Callable[[Path], bool] = looks_whole) -> None:
+def prune(folder: Path, keep: int, best_step: int | None, whole: Callable[[Path], bool] = is_complete) -> None:
     """Remove all but the newest `keep` and the best of those that are whole; the others do not count, and stay."""
-    whole = [(step, path) for step, path in steps(folder) if whole(path)]
+    whole = [(step, path) for step, path in list_checkpoints(folder) if whole(path)]
     for step, path in whole[:-keep]:
         if step != best_step:
             remove(path.rename(folder / f".{path.name}.old"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def byte_alphabet() -> dict[str, int]:
+def unicode_to_bytes() -> dict[str, int]:
     """The printable character that byte-level BPE writes for each byte (`bytes_to_unicode` of GPT-2's encoder.py)."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = (byte for byte in range(256) if byte not in printable)

@@ -1,7 +1,7 @@
-"""Documents in pieces: text of any length with bounded memory.
+"""Documents in chunks: text of any length with bounded memory.
 
-A document is a stream of pieces of about a million characters, cut where no token spans the cut: the
-usual pre-tokenizers (GPT-2's and tiktoken's patterns) always begin a new word there, so the pieces'
+A document is a stream of chunks of about a million characters, cut where no token spans the cut: the
+usual pre-tokenizers (GPT-2's and tiktoken's patterns) always begin a new word there, so the chunks'
 tokens are the document's tokens. Where a text offers no such place, it is cut all the same.
 """
 
@@ -14,23 +14,23 @@ from typing import BinaryIO, NamedTuple
 
 from training.errors import UserError
 
-PIECE = 1 << 20  # characters
-SLACK = 1 << 16  # characters in which a place to cut is looked for
+CHUNK_CHARS = 1 << 20  # characters
+MAX_SEARCH_CHARS = 1 << 16  # characters in which a place to cut is looked for
 CUT = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
 
 
 class Document(NamedTuple):
-    """One document: its text in pieces, to be read before the next document is asked for.
+    """One document: its text in chunks, to be read before the next document is asked for.
 
-    `key` decides whether it is held out for validation; None: its first piece, that is, its content.
+    `key` decides whether it is held out for validation; None: its first chunk, that is, its content.
     """
 
-    pieces: Iterator[str]
+    chunks: Iterator[str]
     key: str | None = None
 
 
-class Piece(NamedTuple):
-    """A piece of a document on its way to a stream of tokens; `first`: the document begins with it."""
+class Chunk(NamedTuple):
+    """A chunk of a document on its way to a stream of tokens; `first`: the document begins with it."""
 
     text: str
     split: str
@@ -40,23 +40,23 @@ class Piece(NamedTuple):
 
 def document(text: str) -> Document:
     """A document whose text is in memory already."""
-    return Document(cut(text[i : i + PIECE] for i in range(0, len(text), PIECE)))
+    return Document(cut(text[i : i + CHUNK_CHARS] for i in range(0, len(text), CHUNK_CHARS)))
 
 
 def cut(blocks: Iterable[str]) -> Iterator[str]:
-    """Join blocks of text and cut them into pieces; at least one, and the same however they came."""
+    """Join blocks of text and cut them into chunks; at least one, and the same however they came."""
     rest = ""
     for block in blocks:
         rest += block
-        while len(rest) >= PIECE + SLACK:
-            match = CUT.search(rest, PIECE, PIECE + SLACK)
-            end = match.start() if match else PIECE
+        while len(rest) >= CHUNK_CHARS + MAX_SEARCH_CHARS:
+            match = CUT.search(rest, CHUNK_CHARS, CHUNK_CHARS + MAX_SEARCH_CHARS)
+            end = match.start() if match else CHUNK_CHARS
             yield rest[:end]
             rest = rest[end:]
     yield rest
 
 
-def decoded(file: BinaryIO, name: str) -> Iterator[str]:
+def decode_utf8(file: BinaryIO, name: str) -> Iterator[str]:
     """The UTF-8 text of a file, in blocks. A byte order mark is dropped, line ends are kept as they are.
 
     Raises UserError with the byte's offset (counted from 0, after decompression) for a byte that is not
@@ -66,7 +66,7 @@ def decoded(file: BinaryIO, name: str) -> Iterator[str]:
     n_read = 0
     while True:
         start = n_read - len(decoder.getstate()[0])
-        block = file.read(PIECE)
+        block = file.read(CHUNK_CHARS)
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:

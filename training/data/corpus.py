@@ -10,10 +10,10 @@ from typing import Any
 
 from training.config import DataConfig
 from training.data import tokenizer_choice
-from training.data.chunks import Piece
-from training.data.file_hashes import Digests
-from training.data.shards import FORMAT
-from training.data.sources import Files, Reader, reader
+from training.data.chunks import Chunk
+from training.data.file_hashes import FileHashes
+from training.data.shards import FORMAT_VERSION
+from training.data.sources import Files, Reader, build_reader
 from training.errors import UserError
 
 
@@ -30,72 +30,72 @@ class Corpus:
         if any(source.weight for source in config.val_sources):
             raise UserError("data.val_sources: validation text is read once from end to end; leave weight out")
         self.config = config
-        self.train = [reader(source) for source in config.sources]
-        self.val = [reader(source) for source in config.val_sources]
+        self.train = [build_reader(source) for source in config.sources]
+        self.val = [build_reader(source) for source in config.val_sources]
         self.weights = [source.weight for source in config.sources if source.weight]
         self.n_streams = len(self.weights) or 1
         first = self.train[0]
         alone = not self.val and len(self.train) == 1 and isinstance(first, Files)
-        self.lone = first.one_text if alone else None
+        self.single_text_file = first.single_text_file if alone else None
 
-    def key(self, digests: Digests) -> str:
+    def cache_key(self, hashes: FileHashes) -> str:
         """A name for all that decides the tokens on disk: weights do not, whether there are any does."""
         asked: dict[str, Any] = {
-            "format": FORMAT,
-            "sources": [source.identity(digests) for source in self.train],
-            "val_sources": [source.identity(digests) for source in self.val],
+            "format": FORMAT_VERSION,
+            "sources": [source.identity(hashes) for source in self.train],
+            "val_sources": [source.identity(hashes) for source in self.val],
             "val_fraction": None if self.val else self.config.val_fraction,
             "weighted": bool(self.weights),
-            "tokenizer": tokenizer_choice.identity(self.config.tokenizer, digests),
+            "tokenizer": tokenizer_choice.tokenizer_identity(self.config.tokenizer, hashes),
         }
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
-    def pieces(self) -> Iterator[Iterator[Piece]]:
-        """For each source an iterator over its pieces."""
-        if self.lone is not None:
-            yield cut_in_two(lambda: next(self.train[0].documents()).pieces, self.config.val_fraction)
+    def chunks(self) -> Iterator[Iterator[Chunk]]:
+        """For each source an iterator over its chunks."""
+        if self.single_text_file is not None:
+            yield split_text(lambda: next(self.train[0].documents()).chunks, self.config.val_fraction)
             return
         val_fraction = 0.0 if self.val else self.config.val_fraction
         for i, source in enumerate(self.train):
-            yield pieces(source, i if self.weights else 0, val_fraction)
+            yield chunks(source, i if self.weights else 0, val_fraction)
         for source in self.val:
-            yield pieces(source, 0, 1.0)
+            yield chunks(source, 0, 1.0)
 
     def training_text(self) -> Iterator[str]:
-        """Pieces of training text, one of each source in turn: any beginning of it is a fair sample."""
-        return (piece.text for piece in in_turn(self.pieces()) if piece.split == "train")
+        """Chunks of training text, one of each source in turn: any beginning of it is a fair sample."""
+        return (chunk.text for chunk in round_robin(self.chunks()) if chunk.split == "train")
 
 
-def pieces(source: Reader, stream: int, val_fraction: float) -> Iterator[Piece]:
-    """The pieces of a source's documents. A document that begins with a blank piece is that piece only."""
+def chunks(source: Reader, stream: int, val_fraction: float) -> Iterator[Chunk]:
+    """The chunks of a source's documents. A document that begins with a blank chunk is that chunk only."""
     for document in source.documents():
-        text = next(document.pieces)
-        val = held_out(text if document.key is None else document.key, val_fraction)
+        text = next(document.chunks)
+        val = is_held_out(text if document.key is None else document.key, val_fraction)
         split, index = ("val", 0) if val else ("train", stream)
-        yield Piece(text, split, index, first=True)
+        yield Chunk(text, split, index, first=True)
         if text.strip():
-            yield from (Piece(text, split, index, first=False) for text in document.pieces)
+            yield from (Chunk(text, split, index, first=False) for text in document.chunks)
 
 
-def cut_in_two(text: Callable[[], Iterator[str]], val_fraction: float) -> Iterator[Piece]:
-    """A text that is all there is, given in pieces: validation begins with the first line past 1 - val_fraction."""
-    border = int(sum(len(piece) for piece in text()) * (1 - val_fraction))
+def split_text(text: Callable[[], Iterator[str]], val_fraction: float) -> Iterator[Chunk]:
+    """A text that is all there is, given in chunks: validation begins with the first line past 1 - val_fraction."""
+    border = int(sum(len(chunk) for chunk in text()) * (1 - val_fraction))
     begun, n_read, split = False, 0, "train"
-    for piece in text():
-        if split == "train" and n_read + len(piece) > border:
+    for chunk in text():
+        if split == "train" and n_read + len(chunk) > border:
             at = max(0, border - n_read)
-            at = piece.find("\n", at) + 1 or at
-            if piece[:at]:
-                yield Piece(piece[:at], split, 0, first=not begun)
-            if piece[at:]:
-                yield Piece(piece[at:], "val", 0, first=True)
+            at = chunk.find_files("\n", at) + 1 or at
+            if chunk[:at]:
+                yield Chunk(chunk[:at], split, 0, first=not begun)
+            if chunk[at:]:
+                yield Chunk(chunk[at:], "val", 0, first=True)
                 split = "val"
         else:
-            yield Piece(piece, split, 0, first=not begun)
-        begun, n_read = True, n_read + len(piece)
+            yield Chunk(chunk, split, 0, first=not begun)
+        begun, n_read = True, n_read + len(chunk)
 
 
-def held_out(key: str, val_fraction: float) -> bool:
+def is_held_out(key: str, val_fraction: float) -> bool:
     """Whether a document is for validation: a matter of its key alone, so no other document can move it.
 
     Documents that are alike are on the same side, and a larger fraction keeps what a smaller one held out.
@@ -104,12 +104,12 @@ def held_out(key: str, val_fraction: float) -> bool:
     return int.from_bytes(digest, "big") < val_fraction * 2**64
 
 
-def in_turn(iterators: Iterable[Iterator[Piece]]) -> Iterator[Piece]:
+def round_robin(iterators: Iterable[Iterator[Chunk]]) -> Iterator[Chunk]:
     """One item of each iterator in turn, until all have ended."""
     waiting = deque(iterators)
     while waiting:
         iterator = waiting.popleft()
-        for piece in iterator:
-            yield piece
+        for chunk in iterator:
+            yield chunk
             waiting.append(iterator)
             break

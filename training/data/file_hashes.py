@@ -12,7 +12,7 @@ from pathlib import Path
 from training.errors import UserError
 
 
-class Digests:
+class FileHashes:
     """SHA-256 of files, remembered in `memo` by path, size, and times of change.
 
     The content decides: a file that was touched but holds the same keeps its digest. Losing the memo
@@ -27,7 +27,7 @@ class Digests:
         except (OSError, ValueError, TypeError, RecursionError):
             self.known = {}
 
-    def of(self, path: Path) -> str:
+    def sha256(self, path: Path) -> str:
         """The digest of a file's bytes. Raises UserError where it cannot be read."""
         name = str(path.absolute())
         try:

@@ -8,26 +8,26 @@ from pathlib import Path
 import numpy as np
 
 from training.config import FilesSource
-from training.data.corpus import pieces
+from training.data.corpus import chunks
 from training.data.shards import Split, Stream
-from training.data.sources import reader
+from training.data.sources import build_reader
 from training.data.tokenizer import Tokenizer
 from training.errors import UserError
 
 
-def read(paths: Sequence[str], text_column: str, tokenizer: Tokenizer) -> Split:
+def read_split(paths: Sequence[str], text_column: str, tokenizer: Tokenizer) -> Split:
     """All documents of the files as one stream. Raises UserError for files that cannot be read or hold no text."""
     arrays, starts, n_tokens, n_bytes = [], [], 0, 0
-    for piece in pieces(reader(FilesSource(paths=tuple(paths), text_column=text_column)), 0, 1.0):
-        if piece.first and not piece.text.strip():
+    for chunk in chunks(build_reader(FilesSource(paths=tuple(paths), text_column=text_column)), 0, 1.0):
+        if chunk.first and not chunk.text.strip():
             continue
-        if piece.first:
+        if chunk.first:
             starts.append(n_tokens)
-        ids = tokenizer.encode(piece.text)
-        ids = np.concatenate([[tokenizer.end_of_text], ids]) if piece.first else ids
+        ids = tokenizer.encode(chunk.text)
+        ids = np.concatenate([[tokenizer.end_of_text], ids]) if chunk.first else ids
         arrays.append(ids.astype(tokenizer.dtype))
         n_tokens += len(ids)
-        n_bytes += len(piece.text.encode())
+        n_bytes += len(chunk.text.encode())
     if not starts:
         raise UserError(f"{', '.join(paths)}: no text in there")
     stream = Stream(Path(paths[0]), np.concatenate(arrays), np.array(starts, np.uint64))

@@ -22,16 +22,16 @@ from filelock import FileLock, Timeout
 
 from training.config import DataConfig
 from training.data import shards, tokenizer_choice
-from training.data.chunks import Piece
+from training.data.chunks import Chunk
 from training.data.corpus import Corpus
-from training.data.file_hashes import Digests
+from training.data.file_hashes import FileHashes
 from training.data.progress import progress
-from training.data.shards import Manifest, Split, StreamRecord, Writer
-from training.data.sources import no_text
+from training.data.shards import Manifest, Split, StreamRecord, StreamWriter
+from training.data.sources import no_text_error
 from training.data.tokenizer import Tokenizer
-from training.data.workers import encoded
+from training.data.workers import encode_chunks
 from training.errors import UserError
-from training.files import sync
+from training.files import fsync_path
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,16 @@ def prepare(config: DataConfig, *, quiet: bool = False) -> Dataset:
     cache = Path(config.cache_dir).expanduser()
     with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
-        digests = Digests(cache / "digests.json")
-        folder = cache / corpus.key(digests)
+        hashes = FileHashes(cache / "digests.json")
+        folder = cache / corpus.cache_key(hashes)
         found = folder.exists()
         if not found:
-            with locked(folder, quiet):
+            with lock_dataset(folder, quiet):
                 if not folder.exists():
                     remove_leftovers(cache)
-                    build(corpus, folder, digests, quiet)
-        dataset = open_dataset(folder, corpus.weights, digests, found, start)
-        digests.save()
+                    build_dataset(corpus, folder, hashes, quiet)
+        dataset = open_dataset(folder, corpus.weights, hashes, found, start)
+        hashes.save()
     return dataset
 
 
@@ -78,7 +78,7 @@ def writing(cache: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(folder: Path, quiet: bool) -> Iterator[None]:
+def lock_dataset(folder: Path, quiet: bool) -> Iterator[None]:
     """Hold the lock of one dataset; the system releases it when the process ends, however it ends."""
     lock = FileLock(f"{folder}.lock")
     try:
@@ -104,34 +104,36 @@ def remove_leftovers(cache: Path) -> None:
             continue
 
 
-def build(corpus: Corpus, folder: Path, digests: Digests, quiet: bool) -> None:
+def build_dataset(corpus: Corpus, folder: Path, hashes: FileHashes, quiet: bool) -> None:
     """Write a dataset beside its place and move it there. The caller holds its lock."""
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        write(corpus, partial, folder.name, quiet)
-        if corpus.key(digests) != folder.name:
+        write_dataset(corpus, partial, folder.name, quiet)
+        if corpus.cache_key(hashes) != folder.name:
             raise UserError(f"{folder}: the sources changed while they were read; start again")
         partial.rename(folder)
-        sync(folder.parent)
+        fsync_path(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write(corpus: Corpus, folder: Path, key: str, quiet: bool) -> None:
+def write_dataset(corpus: Corpus, folder: Path, key: str, quiet: bool) -> None:
     """Make the tokenizer, write the streams, and last the manifest, each durably."""
     with progress("making the tokenizer", quiet=quiet) as advance:
-        tokenizer = tokenizer_choice.make(corpus.config.tokenizer, counted(corpus.training_text(), advance))
+        tokenizer = tokenizer_choice.build_tokenizer(
+            corpus.config.tokenizer, count_bytes(corpus.training_text(), advance)
+        )
     tokenizer.save(folder / "tokenizer")
     streams = [("train", i) for i in range(corpus.n_streams)] + [("val", 0)]
     with ExitStack() as stack, progress("tokenizing", quiet=quiet) as advance:
-        writers = {stream: stack.enter_context(Writer(folder, *stream, tokenizer)) for stream in streams}
+        writers = {stream: stack.enter_context(StreamWriter(folder, *stream, tokenizer)) for stream in streams}
         n_blank = write_streams(corpus, folder / "tokenizer", writers, advance)
         records = [writer.finish() for writer in writers.values()]
     check_splits(corpus, records)
     manifest = Manifest(
-        format=shards.FORMAT,
+        format=shards.FORMAT_VERSION,
         key=key,
         dtype=tokenizer.dtype.str,
         vocab_size=tokenizer.vocab_size,
@@ -139,12 +141,12 @@ def write(corpus: Corpus, folder: Path, key: str, quiet: bool) -> None:
         n_blank=n_blank,
         streams=records,
     )
-    (folder / shards.MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+    (folder / shards.MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n")
     for path in [*folder.rglob("*"), folder]:
-        sync(path)
+        fsync_path(path)
 
 
-def counted(texts: Iterable[str], advance: Callable[[int], object]) -> Iterator[str]:
+def count_bytes(texts: Iterable[str], advance: Callable[[int], object]) -> Iterator[str]:
     """The texts, each reported as it goes by."""
     for text in texts:
         advance(len(text.encode()))
@@ -152,24 +154,24 @@ def counted(texts: Iterable[str], advance: Callable[[int], object]) -> Iterator[
 
 
 def write_streams(
-    corpus: Corpus, tokenizer: Path, writers: dict[tuple[str, int], Writer], advance: Callable[[int], object]
+    corpus: Corpus, tokenizer: Path, writers: dict[tuple[str, int], StreamWriter], advance: Callable[[int], object]
 ) -> int:
     """Tokenize everything; returns how many documents were left out for being blank."""
     n_blank = 0
 
-    def present() -> Iterator[Piece]:
+    def present() -> Iterator[Chunk]:
         nonlocal n_blank
-        for piece in chain.from_iterable(corpus.pieces()):
-            if piece.first and not piece.text.strip():
+        for chunk in chain.from_iterable(corpus.chunks()):
+            if chunk.first and not chunk.text.strip():
                 n_blank += 1
             else:
-                yield piece
+                yield chunk
 
-    for piece, ids in encoded(present(), tokenizer, corpus.config.workers):
-        writer = writers[piece.split, piece.stream]
-        if piece.first:
-            writer.begin_document()
-        n_bytes = len(piece.text.encode())
+    for chunk, ids in encode_chunks(present(), tokenizer, corpus.config.workers):
+        writer = writers[chunk.split, chunk.stream]
+        if chunk.first:
+            writer.start_document()
+        n_bytes = len(chunk.text.encode())
         writer.add(ids, n_bytes)
         advance(n_bytes)
     return n_blank
@@ -180,8 +182,8 @@ def check_splits(corpus: Corpus, records: Sequence[StreamRecord]) -> None:
     *train, val = (record.n_documents for record in records)
     config, n_documents = corpus.config, sum(train) + val
     share = f"of {n_documents} documents, with data.val_fraction {config.val_fraction}"
-    if n_documents == 0 and corpus.lone is not None:
-        raise no_text(corpus.lone)
+    if n_documents == 0 and corpus.single_text_file is not None:
+        raise no_text_error(corpus.single_text_file)
     if n_documents == 0:
         raise UserError("data.sources: no text in them: every document is empty, or all white space")
     if config.val_sources:
@@ -197,13 +199,13 @@ def check_splits(corpus: Corpus, records: Sequence[StreamRecord]) -> None:
             raise UserError(f"{where}: no document is left to train on {share}: {todo}")
 
 
-def open_dataset(folder: Path, weights: Sequence[float], digests: Digests, found: bool, start: float) -> Dataset:
+def open_dataset(folder: Path, weights: Sequence[float], hashes: FileHashes, found: bool, start: float) -> Dataset:
     """Map a dataset that is complete. Raises UserError where it is damaged."""
     manifest = shards.read_manifest(folder)
     train = shards.open_split(folder, manifest, "train", weights)
     val = shards.open_split(folder, manifest, "val")
     for split in (train, val):
-        shards.verify(split, manifest, digests)
+        shards.check_hashes(split, manifest, hashes)
     tokenizer = shards.open_tokenizer(folder, manifest)
     parts = [manifest.key, manifest.tokenizer_sha256, *(record.sha256 for record in manifest.streams)]
     counts = {

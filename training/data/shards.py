@@ -19,13 +19,15 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from training.config import Section
-from training.data.file_hashes import Digests
+from training.data.file_hashes import FileHashes
 from training.data.tokenizer import Tokenizer
 from training.errors import UserError
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-READ = 2**28  # bytes of a file that are read at every start, to see that they are those that were written
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+HASH_AT_START_BYTES = (
+    2**28
+)  # bytes of a file that are read at every start, to see that they are those that were written
 
 
 class StreamRecord(Section):
@@ -85,7 +87,7 @@ class Split:
     n_bytes: int
 
 
-class Writer:
+class StreamWriter:
     """Writes one stream, front to back."""
 
     def __init__(self, folder: Path, split: str, index: int, tokenizer: Tokenizer):
@@ -95,14 +97,14 @@ class Writer:
         self.tokens = (folder / f"{split}-{index}.tokens").open("wb")
         self.documents = (folder / f"{split}-{index}.documents").open("wb")
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> StreamWriter:
         return self
 
     def __exit__(self, *_error: object) -> None:
         with self.tokens, self.documents:
             pass
 
-    def begin_document(self) -> None:
+    def start_document(self) -> None:
         """Note where a document begins, and write its end-of-text token."""
         self.documents.write(np.array([self.n_tokens], "<u8").tobytes())
         self.n_documents += 1
@@ -136,7 +138,7 @@ class Writer:
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder. Raises UserError where it is damaged."""
-    path = folder / MANIFEST
+    path = folder / MANIFEST_FILE
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -165,15 +167,15 @@ def open_split(folder: Path, manifest: Manifest, name: str, weights: Sequence[fl
     )
 
 
-def verify(split: Split, manifest: Manifest, digests: Digests) -> None:
+def check_hashes(split: Split, manifest: Manifest, hashes: FileHashes) -> None:
     """Raise UserError where the tokens are not those that were written.
 
-    A file of up to `READ` bytes is read; a longer one only where its size or times have changed since it was.
+    A file of up to `HASH_AT_START_BYTES` bytes is read; a longer one only where its size or times changed.
     """
     records = (record for record in manifest.streams if record.split == split.name)
     for stream, record in zip(split.streams, records, strict=True):
-        read = stream.tokens.nbytes <= READ
-        digest = hashlib.sha256(stream.tokens.data).hexdigest() if read else digests.of(stream.path)
+        read = stream.tokens.nbytes <= HASH_AT_START_BYTES
+        digest = hashlib.sha256(stream.tokens.data).hexdigest() if read else hashes.sha256(stream.path)
         if digest != record.sha256:
             raise _damaged(stream.path, "its SHA-256 is not the one in the manifest")
         if read and (largest := stream.tokens.max(initial=0)) >= split.vocab_size:

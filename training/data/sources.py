@@ -1,7 +1,7 @@
 """Where text comes from: one class a kind of source, and the dict that says which answers for which.
 
 A reader has two methods. `documents()` yields every document in an order that depends on nothing but the
-source; it is called more than once. `identity(digests)` is JSON-able and differs where the documents do:
+source; it is called more than once. `identity(hashes)` is JSON-able and differs where the documents do:
 it decides whether text that was tokenized before can be used again.
 """
 
@@ -15,8 +15,17 @@ from typing import Any, Protocol
 
 from training.config import FilesSource, HuggingFaceSource, Section, StdlibSource
 from training.data.chunks import Document, document
-from training.data.file_hashes import Digests
-from training.data.files import FORMATS, SKIPPED_FOLDERS, find, format_of, read, read_text, text_of, walk
+from training.data.file_hashes import FileHashes
+from training.data.text_files import (
+    FORMATS,
+    SKIPPED_FOLDERS,
+    find_files,
+    format_of,
+    read_documents,
+    read_text,
+    text_of,
+    walk,
+)
 from training.errors import UserError
 
 
@@ -25,7 +34,7 @@ class Reader(Protocol):
 
     def documents(self) -> Iterator[Document]: ...
 
-    def identity(self, digests: Digests) -> Any: ...
+    def identity(self, hashes: FileHashes) -> Any: ...
 
 
 class Stdlib:
@@ -48,11 +57,11 @@ class Stdlib:
 
     def documents(self) -> Iterator[Document]:
         for path in self.modules:
-            for each in read(path, ""):
-                yield Document(each.pieces, key=self._name(path))
+            for each in read_documents(path, ""):
+                yield Document(each.chunks, key=self._name(path))
 
-    def identity(self, digests: Digests) -> Any:
-        return [(self._name(path), digests.of(path)) for path in self.modules]
+    def identity(self, hashes: FileHashes) -> Any:
+        return [(self._name(path), hashes.sha256(path)) for path in self.modules]
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
@@ -63,34 +72,36 @@ class Files:
 
     def __init__(self, config: FilesSource):
         self.column = config.text_column
-        self.paths = find(config.paths)
+        self.paths = find_files(config.paths)
 
     def documents(self) -> Iterator[Document]:
         for path, named in self.paths.items():
-            yield from _holding_text(path, read(path, self.column)) if named else read(path, self.column)
+            yield from (
+                _holding_text(path, read_documents(path, self.column)) if named else read_documents(path, self.column)
+            )
 
     @property
-    def one_text(self) -> Path | None:
+    def single_text_file(self) -> Path | None:
         """The file, where this is a single text file, and so a single document."""
         first = next(iter(self.paths))
         return first if len(self.paths) == 1 and FORMATS[format_of(first)] is read_text else None
 
-    def identity(self, digests: Digests) -> Any:
-        return [self.column, [(format_of(path), digests.of(path)) for path in self.paths]]
+    def identity(self, hashes: FileHashes) -> Any:
+        return [self.column, [(format_of(path), hashes.sha256(path)) for path in self.paths]]
 
 
 def _holding_text(path: Path, documents: Iterator[Document]) -> Iterator[Document]:
     """The documents, checked to hold one character that is not white space."""
     blank = True
     for each in documents:
-        first = next(each.pieces)
+        first = next(each.chunks)
         blank = blank and not first.strip()
-        yield Document(chain([first], each.pieces), each.key)
+        yield Document(chain([first], each.chunks), each.key)
     if blank:
-        raise no_text(path)
+        raise no_text_error(path)
 
 
-def no_text(path: Path) -> UserError:
+def no_text_error(path: Path) -> UserError:
     """What is said of a file that was named by itself."""
     return UserError(f"{path}: no text in this file: it is empty, or all white space")
 
@@ -106,11 +117,11 @@ class HuggingFace:
         self.config = config
         self.folder = Path(config.name).expanduser()
 
-    def identity(self, digests: Digests) -> Any:
+    def identity(self, hashes: FileHashes) -> Any:
         asked = self.config.model_dump(exclude={"name", "weight", "streaming"})
         if not self.folder.is_dir():
             return [self.config.name, asked]
-        return [asked, [(p.relative_to(self.folder).as_posix(), digests.of(p)) for p in walk(self.folder)]]
+        return [asked, [(p.relative_to(self.folder).as_posix(), hashes.sha256(p)) for p in walk(self.folder)]]
 
     def documents(self) -> Iterator[Document]:
         name, column, row = self.config.name, self.config.text_column, 0
@@ -153,6 +164,6 @@ READERS: dict[type[Section], type[Reader]] = {
 }
 
 
-def reader(config: Section) -> Reader:
+def build_reader(config: Section) -> Reader:
     """The reader that answers for a source. Raises UserError where its files are missing."""
     return READERS[type(config)](config)

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from training.data.byte_unicode import byte_alphabet
+from training.data.byte_unicode import unicode_to_bytes
 
 # GPT-2's, as tiktoken writes it: possessive, so that nothing is tried twice.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
-BYTE_OF = byte_alphabet()
+BYTE_OF = unicode_to_bytes()
 OTHERWISE = (
     "dropout",
     "continuing_subword_prefix",
@@ -30,10 +30,10 @@ OTHERWISE = (
     "unk_token",
 )
 
-Encode = Callable[[str], np.ndarray]  # a text to its tokens
+Encoder = Callable[[str], np.ndarray]  # a text to its tokens
 
 
-def fast(inner: tokenizers.Tokenizer) -> Encode | None:
+def build_fast_encoder(inner: tokenizers.Tokenizer) -> Encoder | None:
     """What encodes as `inner` does, special tokens' texts as any other; None where it is of another kind."""
     described = json.loads(inner.to_str())
     model = described["model"]
@@ -65,7 +65,7 @@ def _plain(described: dict[str, Any]) -> bool:
     )
 
 
-def _by_tiktoken(tokens: list[str], id_of_rank: np.ndarray) -> Encode:
+def _by_tiktoken(tokens: list[str], id_of_rank: np.ndarray) -> Encoder:
     import tiktoken
 
     ranks = {bytes(BYTE_OF[letter] for letter in token): rank for rank, token in enumerate(tokens)}

@@ -11,10 +11,10 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from training.data.byte_unicode import byte_alphabet
-from training.data.tiktoken_encode import Encode, fast
+from training.data.byte_unicode import unicode_to_bytes
+from training.data.tiktoken_encode import Encoder, build_fast_encoder
 from training.errors import UserError
-from training.files import make_folder, write_atomically
+from training.files import mkdir_durable, write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
 PROBE = "Def F(x):\r\n\treturn  x  # naïve 日本語 🙂 1234567 don't <|endoftext|>\n\n\n"
@@ -53,8 +53,8 @@ class Tokenizer:
         return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
     @cached_property
-    def _fast(self) -> Encode | None:
-        return fast(self.inner)
+    def _fast(self) -> Encoder | None:
+        return build_fast_encoder(self.inner)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of tokens, end-of-text tokens written out; bytes that are not UTF-8 become U+FFFD."""
@@ -73,7 +73,7 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which Transformers' `AutoTokenizer` opens."""
         folder = Path(folder)
-        make_folder(folder)
+        mkdir_durable(folder)
         # Not by `inner.save`, whose refusal by the system is a bare Exception.
         write_atomically(folder / "tokenizer.json", self.inner.to_str(pretty=True))
         special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
@@ -113,9 +113,9 @@ def from_vocab_and_merges(vocab: Path, merges: Path) -> Tokenizer:
     return Tokenizer(_byte_level(model), str(vocab.parent))
 
 
-def byte() -> Tokenizer:
+def build_byte_tokenizer() -> Tokenizer:
     """Token i is byte i; 256 is the end of text."""
-    return Tokenizer(_byte_level(models.BPE(vocab=byte_alphabet(), merges=[])), "byte")
+    return Tokenizer(_byte_level(models.BPE(vocab=unicode_to_bytes(), merges=[])), "byte")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -11,9 +11,17 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from training.config import BPETokenizer, ByteTokenizer, FileTokenizer, HuggingFaceTokenizer, Section, TiktokenTokenizer
-from training.data.byte_unicode import byte_alphabet
-from training.data.file_hashes import Digests
-from training.data.tokenizer import END_OF_TEXT, PROBE, Tokenizer, byte, from_json, from_vocab_and_merges, train_bpe
+from training.data.byte_unicode import unicode_to_bytes
+from training.data.file_hashes import FileHashes
+from training.data.tokenizer import (
+    END_OF_TEXT,
+    PROBE,
+    Tokenizer,
+    build_byte_tokenizer,
+    from_json,
+    from_vocab_and_merges,
+    train_bpe,
+)
 from training.errors import UserError
 
 if TYPE_CHECKING:
@@ -80,7 +88,7 @@ def from_tiktoken(encoding: tiktoken.Encoding) -> Tokenizer:
     first (as in Transformers' TikTokenConverter). Its patterns use possessive quantifiers and `$` for the
     end of the text, which the other regular expression engine writes differently.
     """
-    letters = {byte: letter for letter, byte in byte_alphabet().items()}
+    letters = {byte: letter for letter, byte in unicode_to_bytes().items()}
     ranks = encoding._mergeable_ranks
     vocab = {"".join(letters[b] for b in token): rank for token, rank in ranks.items()}
     if END_OF_TEXT in encoding.special_tokens_set:
@@ -107,20 +115,20 @@ def from_tiktoken(encoding: tiktoken.Encoding) -> Tokenizer:
 
 TOKENIZERS: dict[type[Section], Callable[[Any, Iterable[str]], Tokenizer]] = {
     BPETokenizer: _bpe,
-    ByteTokenizer: lambda _config, _texts: byte(),
+    ByteTokenizer: lambda _config, _texts: build_byte_tokenizer(),
     FileTokenizer: _file,
     HuggingFaceTokenizer: _huggingface,
     TiktokenTokenizer: _tiktoken,
 }
 
 
-def make(config: Section, texts: Iterable[str]) -> Tokenizer:
+def build_tokenizer(config: Section, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer that is asked for; one that is trained here learns from the beginning of `texts`."""
     return TOKENIZERS[type(config)](config, texts)
 
 
-def identity(config: Section, digests: Digests) -> Any:
+def tokenizer_identity(config: Section, hashes: FileHashes) -> Any:
     """What the tokenizer depends on besides the texts, JSON-able: its options, or its files' content."""
     if isinstance(config, FileTokenizer):
-        return ["file", [digests.of(path) for path in tokenizer_files(config)]]
+        return ["file", [hashes.sha256(path) for path in tokenizer_files(config)]]
     return config.model_dump()

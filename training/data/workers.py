@@ -17,63 +17,63 @@ from pathlib import Path
 
 import numpy as np
 
-from training.data.chunks import Piece
+from training.data.chunks import Chunk
 from training.data.tokenizer import Tokenizer
 from training.errors import UserError
 
-CHUNK = 1 << 20  # characters that are sent at once
-SMALL = 2  # chunks for which starting processes costs more than it saves
+REQUEST_CHARS = 1 << 20  # characters that are sent at once
+MIN_REQUESTS = 2  # requests for which starting processes costs more than it saves
 
 
-def cores() -> int:
+def n_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def encoded(pieces: Iterable[Piece], folder: Path, workers: int | None) -> Iterator[tuple[Piece, np.ndarray]]:
-    """Each piece with its tokens, in order, by the tokenizer in `folder`; a few chunks in memory at a time."""
-    several = chunks(pieces)
-    first = list(islice(several, SMALL))
-    several = chain(first, several)
-    workers = workers or cores()
+def encode_chunks(chunks: Iterable[Chunk], folder: Path, workers: int | None) -> Iterator[tuple[Chunk, np.ndarray]]:
+    """Each chunk with its tokens, in order, by the tokenizer in `folder`; a few requests in memory at a time."""
+    requests = to_requests(chunks)
+    first = list(islice(requests, MIN_REQUESTS))
+    requests = chain(first, requests)
+    workers = workers or n_cores()
     tokenizer = Tokenizer.load(folder)
-    if workers > 1 and len(first) == SMALL:
-        yield from in_processes(several, folder, tokenizer.dtype, workers)
+    if workers > 1 and len(first) == MIN_REQUESTS:
+        yield from encode_in_processes(requests, folder, tokenizer.dtype, workers)
         return
-    for chunk in several:
-        yield from zip(chunk, tokenizer.encode_batch([piece.text for piece in chunk]), strict=True)
+    for request in requests:
+        yield from zip(request, tokenizer.encode_batch([chunk.text for chunk in request]), strict=True)
 
 
-def chunks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Consecutive pieces, together about CHUNK characters long."""
-    chunk, length = [], 0
-    for piece in pieces:
-        chunk.append(piece)
-        length += len(piece.text)
-        if length >= CHUNK:
-            yield chunk
-            chunk, length = [], 0
-    if chunk:
-        yield chunk
+def to_requests(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
+    """Consecutive chunks, together about REQUEST_CHARS characters long."""
+    request, length = [], 0
+    for chunk in chunks:
+        request.append(chunk)
+        length += len(chunk.text)
+        if length >= REQUEST_CHARS:
+            yield request
+            request, length = [], 0
+    if request:
+        yield request
 
 
-def in_processes(
-    several: Iterator[list[Piece]], folder: Path, dtype: np.dtype, workers: int
-) -> Iterator[tuple[Piece, np.ndarray]]:
+def encode_in_processes(
+    requests: Iterator[list[Chunk]], folder: Path, dtype: np.dtype, workers: int
+) -> Iterator[tuple[Chunk, np.ndarray]]:
     """Chunks go to the workers in turn and come back in that order, one at a time at each worker."""
     with ExitStack() as stack:
         idle = [stack.enter_context(Worker(folder, dtype)) for _ in range(workers)]
-        busy = deque((worker.send(chunk), chunk) for worker, chunk in zip(idle, several, strict=False))
+        busy = deque((worker.send(request), request) for worker, request in zip(idle, requests, strict=False))
         while busy:
-            worker, chunk = busy.popleft()
+            worker, request = busy.popleft()
             ids = worker.receive()
-            if following := next(several, None):
+            if following := next(requests, None):
                 busy.append((worker.send(following), following))
-            yield from zip(chunk, ids, strict=True)
+            yield from zip(request, ids, strict=True)
 
 
 class Worker:
-    """A process that tokenizes one chunk at a time."""
+    """A process that tokenizes one request at a time."""
 
     def __init__(self, folder: Path, dtype: np.dtype):
         self.dtype = dtype
@@ -90,17 +90,17 @@ class Worker:
         self.process.kill()
         self.process.communicate()
 
-    def send(self, chunk: Sequence[Piece]) -> Worker:
-        """Give it a chunk to work on."""
+    def send(self, request: Sequence[Chunk]) -> Worker:
+        """Give it a request to work on."""
         try:
-            self.process.stdin.write(json.dumps([piece.text for piece in chunk]).encode() + b"\n")
+            self.process.stdin.write(json.dumps([chunk.text for chunk in request]).encode() + b"\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             raise self._died() from None
         return self
 
     def receive(self) -> list[np.ndarray]:
-        """The tokens of each text of the chunk, when it is done."""
+        """The tokens of each text of the request, when it is done."""
         header = self.process.stdout.readline()
         counts = json.loads(header) if header.endswith(b"\n") else None
         data = self.process.stdout.read(sum(counts) * self.dtype.itemsize) if counts else b""

@@ -14,19 +14,19 @@ import torch
 from training.config import Config
 from training.distributed.world import World
 from training.errors import UserError
-from training.options.schema import leaves
+from training.options.schema import flatten_options
 
 OWN = {"cache_dir", "workers"}  # options of `data` that each host may have its own of
 SHOWN = 3  # differences that are listed
 
 
-def refuse_different_options(world: World, config: Config, resume: str, precision: str) -> None:
+def check_same_options(world: World, config: Config, resume: str, precision: str) -> None:
     """Raise UserError where ranks have other options or other code, or `auto` is another precision. Collective."""
-    options = dict(leaves(config.model_dump(mode="json", exclude={"data": OWN}))) | {"precision": precision}
+    options = dict(flatten_options(config.model_dump(mode="json", exclude={"data": OWN}))) | {"precision": precision}
     _refuse(world, options | {"--resume": resume, "torch": torch.__version__, "the code of training": _source()})
 
 
-def refuse_different_data(world: World, fingerprint: str) -> None:
+def check_same_data(world: World, fingerprint: str) -> None:
     """Raise UserError where ranks found other text, or made another tokenizer. Collective."""
     _refuse(world, {"data": fingerprint[:12]})
 

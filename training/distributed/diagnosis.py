@@ -8,10 +8,10 @@ from typing import Literal
 
 from training.distributed.process_id import Place
 
-# What others may expect of a rank that does something. work: they wait up to the limit for it. together: there are
-# collectives inside that nobody announces, so that it waits itself when it does not go on. alone: it takes as long as
+# What others may expect of a rank that does something. work: they wait up to the limit for it. collective: there are
+# collectives inside that nobody announces, so that it waits itself when it does not go on. untimed: it takes as long as
 # it takes, and others wait; only its end, or its silence, is a fault.
-Kind = Literal["work", "together", "alone"]
+ActivityKind = Literal["timed", "collective", "untimed"]
 FRESH_S = 2.5  # the age of a beat that still tells where its rank is
 LOOP, BACKGROUND = "loop", "background"  # the threads of a rank that wait for other ranks
 
@@ -21,7 +21,7 @@ class Lane:
     """What a thread of a rank is in."""
 
     doing: str = "the start"
-    kind: Kind = "work"
+    kind: ActivityKind = "timed"
     waits: str = ""  # the collective that it is in
     count: int = 0  # collectives entered so far
     since: float = field(default=0.0, compare=False)  # when the rest last changed, by the clock of who knows it
@@ -86,11 +86,13 @@ def lost(me: Rank, others: Sequence[Rank], now: float, limit: float, silence: fl
 def _behind(me: Rank, name: str, others: Sequence[Rank], now: float, limit: float, read: float) -> Verdict | None:
     """Who is behind, where this rank has waited too long in a lane and nobody else has moved in it either."""
     mine, theirs = me.lanes[name], {rank.number: rank.lanes[name] for rank in others}
-    if not (others and (mine.waits or mine.kind == "together")):
+    if not (others and (mine.waits or mine.kind == "collective")):
         return None
     if now - mine.since <= limit or any(read - lane.since <= limit for lane in theirs.values()):
         return None
-    if any(lane.kind == "alone" and not lane.waits and not rank.ended for rank in others if (lane := rank.lanes[name])):
+    if any(
+        lane.kind == "untimed" and not lane.waits and not rank.ended for rank in others if (lane := rank.lanes[name])
+    ):
         return None
     seconds = f"{now - mine.since:.0f} s"
     last = min(others, key=lambda rank: rank.lanes[name].count)

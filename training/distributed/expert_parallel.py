@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training.kernels.experts import Plan, plan, to_rows, to_tokens
+from training.kernels.experts import Dispatch, permute, sort_by_expert, unpermute
 
 
 def split_experts(experts: nn.Module, group: dist.ProcessGroup) -> None:
@@ -25,18 +25,18 @@ def split_experts(experts: nn.Module, group: dist.ProcessGroup) -> None:
         setattr(experts, name, nn.Parameter(parameter.detach().chunk(size)[rank].clone()))
 
     @torch.compiler.disable  # how many rows come is another number in every step
-    def forward(x_NC: Tensor, expert_NK: Tensor, weight_NK: Tensor, rows: Plan) -> Tensor:  # noqa: ARG001
-        ends_E = rows.ends_E.long()
-        sent_PE = ends_E.diff(prepend=ends_E.new_zeros(1)).view(size, -1)
+    def forward(x_NC: Tensor, topk_ids_NK: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:  # noqa: ARG001
+        offsets_E = dispatch.offsets_E.long()
+        sent_PE = offsets_E.diff(prepend=offsets_E.new_zeros(1)).view(size, -1)
         received_PE = torch.empty_like(sent_PE)
         dist.all_to_all_single(received_PE, sent_PE, group=group)
         sent_P, received_P = torch.stack([sent_PE.sum(1), received_PE.sum(1)]).tolist()
-        x_SC = _Exchange.apply(group, sent_P, received_P, to_rows(x_NC, rows))
+        x_SC = _Exchange.apply(group, sent_P, received_P, permute(x_NC, dispatch))
         local = torch.arange(received_PE.shape[1], device=x_NC.device).repeat(size)
         expert_S1 = local.repeat_interleave(received_PE.flatten(), output_size=sum(received_P))[:, None]
         one_S1 = weight_NK.new_ones(len(x_SC), 1)
-        y_SC = compute(x_SC, expert_S1, one_S1, plan(expert_S1, received_PE.shape[1]))
-        return to_tokens(_Exchange.apply(group, received_P, sent_P, y_SC), weight_NK, rows)
+        y_SC = compute(x_SC, expert_S1, one_S1, sort_by_expert(expert_S1, received_PE.shape[1]))
+        return unpermute(_Exchange.apply(group, received_P, sent_P, y_SC), weight_NK, dispatch)
 
     experts.forward = forward
 

@@ -12,7 +12,7 @@ from training.config import Config, MeshConfig, ModelConfig
 from training.errors import UserError
 
 
-class Grid(NamedTuple):
+class MeshShape(NamedTuple):
     """Numbers of ranks. Rank = (copy x shard + place in the shard); its part of the experts is rank % expert."""
 
     replicate: int
@@ -26,14 +26,14 @@ class Grid(NamedTuple):
         return ", ".join(filter(None, (copies, split, experts)))
 
     @property
-    def collective(self) -> bool:
+    def has_collectives(self) -> bool:
         """Whether forward and backward need every rank: all have to make equally many."""
         return self.shard > 1 or self.expert > 1
 
-    def rows(self, n: int, rank: int, of_experts: bool) -> range:
+    def local_rows(self, n: int, rank: int, is_expert: bool) -> range:
         """The rows, of n, of a parameter that lie on a rank: contiguous, as FSDP2 cuts them."""
         rows, n_shards, place = range(n), self.shard, rank % self.shard
-        if of_experts and self.expert > 1:
+        if is_expert and self.expert > 1:
             size = n // self.expert
             first = rank % self.expert * size
             rows, n_shards, place = range(first, first + size), max(1, self.shard // self.expert), place // self.expert
@@ -41,15 +41,15 @@ class Grid(NamedTuple):
         return rows[min(place * size, len(rows)) : min((place + 1) * size, len(rows))]
 
 
-def refuse_misfit(config: Config, size: int) -> None:
+def check_mesh(config: Config, size: int) -> None:
     """Raise UserError where the options cannot be carried out by so many ranks."""
     n_samples = config.batch_tokens // config.model.n_positions
     if n_samples < size:
         raise UserError(f"batch_tokens: {config.batch_tokens} are {n_samples} samples, fewer than {size} processes")
-    grid(config.parallel.mesh, size, config.model)
+    mesh_shape(config.parallel.mesh, size, config.model)
 
 
-def grid(section: MeshConfig, size: int, model: ModelConfig) -> Grid:
+def mesh_shape(section: MeshConfig, size: int, model: ModelConfig) -> MeshShape:
     """The section's numbers for so many ranks. Raises UserError where they do not multiply out."""
     replicate = section.replicate or size // section.shard
     if replicate * section.shard != size:
@@ -65,10 +65,10 @@ def grid(section: MeshConfig, size: int, model: ModelConfig) -> Grid:
     for n_experts in counts:
         if n_experts % section.expert:
             raise UserError(f"parallel.mesh.expert: {section.expert} does not divide n_experts {n_experts}")
-    return Grid(replicate, section.shard, section.expert)
+    return MeshShape(replicate, section.shard, section.expert)
 
 
-class Groups(NamedTuple):
+class MeshGroups(NamedTuple):
     """The process groups of a grid with more than one rank; None where a group would be one rank."""
 
     shard: DeviceMesh | None  # for FSDP2: (shard,), or (replicate, shard)
@@ -77,22 +77,22 @@ class Groups(NamedTuple):
     same_experts: dist.ProcessGroup | None  # the ranks that hold the same experts, where these are not sharded
 
 
-def groups(grid: Grid, device: torch.device) -> Groups:
+def build_groups(mesh: MeshShape, device: torch.device) -> MeshGroups:
     """Make them. Collective."""
-    replicate, shard, expert = grid
-    if not grid.collective:
-        return Groups(None, None, None, None)
+    replicate, shard, expert = mesh
+    if not mesh.has_collectives:
+        return MeshGroups(None, None, None, None)
     plain = None
     if shard > 1:
         root = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
         plain = root if replicate > 1 else root["shard"]
     if expert == 1:
-        return Groups(plain, plain, None, None)
+        return MeshGroups(plain, plain, None, None)
     if shard == 1:
         split = init_device_mesh(device.type, (replicate // expert, expert), mesh_dim_names=("same", "expert"))
         same = split.get_group("same") if replicate > expert else None
-        return Groups(None, None, split.get_group("expert"), same)
+        return MeshGroups(None, None, split.get_group("expert"), same)
     sizes, names = (replicate, shard // expert, expert), ("replicate", "shard", "expert")
     split = init_device_mesh(device.type, sizes, mesh_dim_names=names)
     of_experts = split["replicate", "shard"] if replicate > 1 else split["shard"]
-    return Groups(plain, of_experts, split.get_group("expert"), None)
+    return MeshGroups(plain, of_experts, split.get_group("expert"), None)

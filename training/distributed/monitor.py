@@ -23,7 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from training.distributed.diagnosis import LOOP, Kind, Lane, Rank, Verdict, lost
+from training.distributed.diagnosis import LOOP, ActivityKind, Lane, Rank, Verdict, lost
 from training.distributed.process_id import Place, here
 from training.errors import UserError
 
@@ -66,13 +66,13 @@ class Monitor:
         """Know all other ranks, which have come."""
         self._tell()
 
-    def doing(self, what: str, kind: Kind) -> None:
+    def set_activity(self, what: str, kind: ActivityKind) -> None:
         """The loop is in `what` from now on."""
         lane = self.me.lanes[LOOP]
         lane.doing, lane.kind, lane.since = what, kind, self.now
 
     @contextmanager
-    def waiting(self, what: str, name: str) -> Iterator[None]:
+    def in_collective(self, what: str, name: str) -> Iterator[None]:
         """Around a collective of the lane `name`. Does not return where a rank is lost."""
         lane = self.me.lanes.setdefault(name, Lane(doing=f"the {name}"))
         lane.waits, lane.count, lane.since = what, lane.count + 1, self.now

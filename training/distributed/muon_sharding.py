@@ -44,7 +44,7 @@ class Route(NamedTuple):
     returned: Way
 
 
-class Spread:
+class MatrixGather:
     """Work on the matrices of parameters of which this rank has some rows."""
 
     def __init__(

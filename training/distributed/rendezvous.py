@@ -14,20 +14,20 @@ import torch
 import torch.distributed as dist
 
 from training.distributed.monitor import first_line
-from training.errors import UserError, leave_it_to_the_first
+from training.errors import UserError, exit_unless_first_local_rank
 
 
 @contextmanager
-def said_once() -> Iterator[None]:
+def report_once_per_host() -> Iterator[None]:
     """Of the processes of a host, which find the same wrong before they can agree, the first says so."""
     try:
         yield
     except UserError:
-        leave_it_to_the_first()
+        exit_unless_first_local_rank()
         raise
 
 
-def numbers() -> tuple[int, int]:
+def rank_and_size() -> tuple[int, int]:
     """(rank, ranks) by this process's environment: (0, 1) where it was started alone. Raises UserError."""
     size = _variable("WORLD_SIZE", 1)
     rank = _variable("RANK", 0 if size == 1 else None)
@@ -47,7 +47,7 @@ def _variable(name: str, default: int | None) -> int:
         raise UserError(f"{name} {found}; start with torchrun, which sets RANK, LOCAL_RANK and WORLD_SIZE") from None
 
 
-def own(device: torch.device) -> torch.device:
+def local_device(device: torch.device) -> torch.device:
     """This process's device among those of its host. Raises UserError where they are fewer than the processes."""
     if device.type != "cuda":
         return device
@@ -62,7 +62,7 @@ def own(device: torch.device) -> torch.device:
     return device
 
 
-def meet(rank: int, size: int, limit_s: float) -> dist.Store:
+def rendezvous(rank: int, size: int, limit_s: float) -> dist.Store:
     """The store at MASTER_ADDR. Raises UserError where it or a rank does not come."""
     address, port = os.environ.get("MASTER_ADDR"), _variable("MASTER_PORT", None)
     if not address:
@@ -74,7 +74,7 @@ def meet(rank: int, size: int, limit_s: float) -> dist.Store:
         raise UserError(f"{what}: {first_line(str(error))}") from None
 
 
-def name_of_start(store: dist.Store, rank: int, size: int, limit_s: float) -> str:
+def agree_on_start_id(store: dist.Store, rank: int, size: int, limit_s: float) -> str:
     """A name that all ranks of this start agree on, and no other start has: torchrun keeps a store over its restarts.
 
     Each rank draws a number; rank 0 tells its own, as the name, with those that it has seen. Who finds its number there
@@ -98,7 +98,7 @@ def name_of_start(store: dist.Store, rank: int, size: int, limit_s: float) -> st
     raise UserError(f"rank {missing[0]} has not come in {limit_s:g} s" + f" (of {len(missing)})" * (len(missing) > 1))
 
 
-def connection(store: dist.Store, limit_s: float) -> tuple[dist.Store, str]:
+def reconnect(store: dist.Store, limit_s: float) -> tuple[dist.Store, str]:
     """(a connection of its own to what keeps the store, what that is)."""
     inner = store
     while isinstance(inner, dist.PrefixStore):

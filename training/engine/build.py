@@ -16,31 +16,37 @@ from torch import Tensor
 
 from training import checkpoint
 from training import device as devices
-from training.checkpoint import Part, Peers, Saver
+from training.checkpoint import CheckpointWriter, TensorShard, WriterGroup
 from training.config import Config
 from training.data import Dataset
-from training.data.loader import Batches
-from training.distributed.parallelize import Layout, parallelize
+from training.data.loader import Samples
+from training.distributed.parallelize import ShardedModel, parallelize
 from training.distributed.world import World
 from training.engine import micro_batch as fit
 from training.engine import resume as restart
-from training.engine.expert_tokens import preferences
+from training.engine.expert_tokens import measure_expert_tokens
 from training.engine.guard import Skips
 from training.errors import UserError
-from training.files import make_folder, whole_folder, write_atomically
-from training.kernels.choose import ATTENTION, EXPERTS, LOSS, Kernels, choose, names
+from training.files import atomic_folder, mkdir_durable, write_atomically
+from training.kernels.choose import (
+    ATTENTION_BACKENDS,
+    EXPERT_KERNELS,
+    LOSS_KERNELS,
+    Kernels,
+    choose_kernels,
+    kernel_names,
+)
 from training.logging import jsonl
 from training.logging import sinks as logging
-from training.logging.advice import advice, measured
-from training.logging.phase_timer import Ledger
-from training.logging.report import renew_report
-from training.logging.rows import Metrics
-from training.model import GPT, needs
-from training.optim.optimizer import Optimizer, Whole
+from training.logging.advice import advice, facts_of_run
+from training.logging.phase_timer import PhaseTimer
+from training.logging.report import update_report
+from training.logging.rows import RunLog
+from training.model import GPT, kernel_requirements
+from training.optim.optimizer import FullShapes, Optimizer
 from training.options import cli
-from training.planning.disk import refuse_lack
-from training.weights import hf
-from training.weights import init_from as initial
+from training.planning.disk import check_disk_space
+from training.weights import hf, init_from
 
 
 @dataclass
@@ -67,14 +73,14 @@ class Run:
     dataset: Dataset
     world: World
     model: GPT
-    layout: Layout  # of the model's tensors on the ranks
+    layout: ShardedModel  # of the model's tensors on the ranks
     whole: GPT  # the model in one piece, on the meta device: sizes and words, no numbers
     optimizer: Optimizer
-    batches: Batches
-    val_batches: Batches
-    metrics: Metrics
-    ledger: Ledger
-    saver: Saver
+    batches: Samples
+    val_batches: Samples
+    metrics: RunLog
+    timer: PhaseTimer
+    saver: CheckpointWriter
     kernels: dict[str, str]  # their names
     kernels_why: dict[str, str]  # for each its name and the reason
     skips: Skips
@@ -114,8 +120,8 @@ def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
     with torch.device("meta"):
         model, whole = (GPT(config.model, kernels, dtype) for _ in range(2))
     layout = parallelize(model, config.parallel, world, dtype)
-    together = Whole(layout.shapes(), layout.spread()) if world.size > 1 else None
-    folder, ledger = restart.folder_of(config), Ledger(world.device)
+    together = FullShapes(layout.full_shapes(), layout.matrix_gather()) if world.size > 1 else None
+    folder, timer = restart.folder_of(config), PhaseTimer(world.device)
     run = Run(
         config=config,
         folder=folder,
@@ -124,13 +130,13 @@ def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
         model=model,
         layout=layout,
         whole=whole,
-        optimizer=Optimizer(config.optim, layout.leaves(), model.kinds(), dtype, together),
-        batches=Batches(dataset.train, n_positions=config.model.n_positions, seed=config.seed),
-        val_batches=Batches(dataset.val, n_positions=config.model.n_positions, seed=None),
-        metrics=Metrics(config, world, whole, ledger),
-        ledger=ledger,
-        saver=Saver(folder / "checkpoints", peers(world), config.checkpoint),
-        kernels=names(kernels),
+        optimizer=Optimizer(config.optim, layout.local_parameters(), model.parameter_kinds(), dtype, together),
+        batches=Samples(dataset.train, n_positions=config.model.n_positions, seed=config.seed),
+        val_batches=Samples(dataset.val, n_positions=config.model.n_positions, seed=None),
+        metrics=RunLog(config, world, whole, timer),
+        timer=timer,
+        saver=CheckpointWriter(folder / "checkpoints", peers(world), config.checkpoint),
+        kernels=kernel_names(kernels),
         kernels_why=kernels_why,
         skips=Skips(config.skip_spikes),
         loss_scale=LossScale() if config.precision == "fp16" else None,
@@ -138,24 +144,24 @@ def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
     if found is not None:
         restore(run, found)
     else:
-        layout.fill(lambda name, shape: whole.initial(name, shape, config.seed))
+        layout.load_full(lambda name, shape: whole.initial_value(name, shape, config.seed))
         if config.init_from is not None:
-            initial.start(run)
-    if world.main:
+            init_from.initialize(run)
+    if world.is_main:
         if run.step < config.steps:
-            refuse_lack(whole, config, fresh=fresh)
+            check_disk_space(whole, config, fresh=fresh)
         restart.make_way(config, resume, found)
     fit.choose(run, found.state.get("micro_batch", {}) if found is not None else {})
-    if world.main:
+    if world.is_main:
         open_logs(run)
     if config.parallel.compile:
         layout.compile()
     return run
 
 
-def peers(world: World) -> Peers:
+def peers(world: World) -> WriterGroup:
     """The threads of all ranks that write a checkpoint together."""
-    return Peers(world.rank, world.size, partial(world.gather_bytes, background=True))
+    return WriterGroup(world.rank, world.size, partial(world.gather_bytes, background=True))
 
 
 def agreed_kernels(
@@ -166,14 +172,16 @@ def agreed_kernels(
     `before` are those of the checkpoint. Raises UserError on a rank where that one does not work.
     """
     asked = config.parallel
-    kernels, why = choose(asked, needs(config.model), device=world.device, dtype=dtype, before=before)
-    orders = {"attention": list(ATTENTION), "experts": list(EXPERTS), "loss": list(LOSS)}
-    chosen = names(kernels)
+    kernels, why = choose_kernels(
+        asked, kernel_requirements(config.model), device=world.device, dtype=dtype, previous=before
+    )
+    orders = {"attention": list(ATTENTION_BACKENDS), "experts": list(EXPERT_KERNELS), "loss": list(LOSS_KERNELS)}
+    chosen = kernel_names(kernels)
     places = world.max_int(*(order.index(chosen[option]) for option, order in orders.items()))
     last = {option: order[place] for (option, order), place in zip(orders.items(), places, strict=True)}
     if last != chosen:
         asked = asked.model_copy(update=last)
-        kernels, why = choose(asked, needs(config.model), device=world.device, dtype=dtype)
+        kernels, why = choose_kernels(asked, kernel_requirements(config.model), device=world.device, dtype=dtype)
     return kernels, why
 
 
@@ -198,22 +206,24 @@ def restore(run: Run, found: restart.Found) -> None:
 
     Raises UserError where the model or the optimizer is another one.
     """
-    shards, state = run.layout.shards, found.state
+    shards, state = run.layout.tensors, found.state
     try:
-        if strange := sorted(checkpoint.names(found.path, "model").items() ^ {(n, s.shape) for n, s in shards.items()}):
+        if strange := sorted(
+            checkpoint.tensor_shapes(found.path, "model").items() ^ {(n, s.shape) for n, s in shards.items()}
+        ):
             raise KeyError(f"{strange[0][0]} {tuple(strange[0][1])}")
         wanted = {name: (shard.rows.start, shard.rows.stop) for name, shard in shards.items()}
-        for name, rows in checkpoint.read_parts(found.path, "model", wanted).items():
-            shards[name].local().copy_(rows)
-        kept = checkpoint.names(found.path, "optimizer")
+        for name, rows in checkpoint.read_tensors(found.path, "model", wanted).items():
+            shards[name].local_rows().copy_(rows)
+        kept = checkpoint.tensor_shapes(found.path, "optimizer")
         wanted = {key: wanted[key.rpartition("/")[0]] if shape else None for key, shape in kept.items()}
-        run.optimizer.load_state_dict(checkpoint.read_parts(found.path, "optimizer", wanted))
+        run.optimizer.load_state_dict(checkpoint.read_tensors(found.path, "optimizer", wanted))
     except (RuntimeError, KeyError) as error:
         raise UserError(f"the checkpoint does not fit this model: {' '.join(str(error).split())}") from error
     run.step, run.best, run.last_row = state["step"], state["best"] if found.own else None, state["last_row"]
     run.metrics.time_s = state["time_s"]
     try:
-        run.ledger.load_state_dict(state.get("ledger", {}))
+        run.timer.load_state_dict(state.get("ledger", {}))
         run.skips.load_state_dict(state["skips"])
         if run.loss_scale is not None and state["loss_scale"] is not None:
             run.loss_scale = LossScale(**state["loss_scale"])
@@ -221,22 +231,25 @@ def restore(run: Run, found: restart.Found) -> None:
         raise UserError(f"{found.path / 'state.json'}: not the state of a run: {error}") from error
 
 
-def parts(run: Run) -> dict[str, dict[str, Part]]:
+def parts(run: Run) -> dict[str, dict[str, TensorShard]]:
     """What this rank has of all that is saved as tensors."""
-    shards = run.layout.shards
-    model = {name: Part(shard.local(), shard.rows.start, shard.shape, shard.writes) for name, shard in shards.items()}
+    shards = run.layout.tensors
+    model = {
+        name: TensorShard(shard.local_rows(), shard.rows.start, shard.shape, shard.is_owner)
+        for name, shard in shards.items()
+    }
     optimizer = {}
     for key, tensor in run.optimizer.state_dict().items():
         shard = shards[key.rpartition("/")[0]]
-        rows = (shard.rows.start, shard.shape, shard.writes) if tensor.ndim else (0, tensor.shape, run.world.main)
-        optimizer[key] = Part(tensor, *rows)
+        rows = (shard.rows.start, shard.shape, shard.is_owner) if tensor.ndim else (0, tensor.shape, run.world.is_main)
+        optimizer[key] = TensorShard(tensor, *rows)
     return {"model": model, "optimizer": optimizer}
 
 
-def expect_save(run: Run) -> None:
+def preallocate_save_buffers(run: Run) -> None:
     """After the first step, when there is all that will be saved: have memory for its copy taken beside the loop."""
-    if not run.saver.prepared:
-        run.saver.prepare(parts(run))
+    if not run.saver.is_preallocated:
+        run.saver.preallocate(parts(run))
 
 
 def save(run: Run) -> None:
@@ -244,7 +257,7 @@ def save(run: Run) -> None:
     state = {
         "step": run.step,
         "time_s": run.metrics.time_s,
-        "ledger": run.ledger.state_dict(),
+        "ledger": run.timer.state_dict(),
         "best": run.best,
         "last_row": run.last_row,
         "loss_scale": run.loss_scale and asdict(run.loss_scale),
@@ -260,15 +273,15 @@ def save(run: Run) -> None:
 
 def open_logs(run: Run) -> None:
     """Write the configuration and the tokenizer, and open the logs that are asked for."""
-    config, text = run.config, cli.dump(run.config)
+    config, text = run.config, cli.dump_config(run.config)
     try:
-        make_folder(run.folder)
+        mkdir_durable(run.folder)
     except OSError as error:
         raise UserError(f"{run.folder}: {error.strerror}; choose another --out_dir or --name") from error
     write_atomically(run.folder / "config.yaml", text)
     run.dataset.tokenizer.save(run.folder / "tokenizer")
-    run.ledger.redo(jsonl.read(run.folder / "metrics.jsonl"), run.step)
-    facts = logging.Run(
+    run.timer.add_lost_time(jsonl.read_rows(run.folder / "metrics.jsonl"), run.step)
+    facts = logging.RunInfo(
         dir=run.folder,
         name=config.name,
         config=config.model_dump(mode="json"),
@@ -280,9 +293,12 @@ def open_logs(run: Run) -> None:
         moe_layers=[i for i, block in enumerate(config.model.layers()) if block.ffn.type == "moe"],
     )
     run.sinks = logging.open_sinks(config.logging, facts)
-    if run.step == 0 and not run.layout.grid.collective:
-        tokens, targets = (torch.from_numpy(a[:, :32]).to(run.world.device) for a in run.batches.samples([0]))
-        chosen, run.model.attention = run.model.attention, run.model.any_attention  # a kernel cannot be looked into
+    if run.step == 0 and not run.layout.mesh.has_collectives:
+        tokens, targets = (torch.from_numpy(a[:, :32]).to(run.world.device) for a in run.batches.at([0]))
+        chosen, run.model.attention = (
+            run.model.attention,
+            run.model.portable_attention,
+        )  # a kernel cannot be looked into
         logging.write_graph(run.sinks, run.model, tokens, targets, targets.numel())
         run.model.attention = chosen
 
@@ -292,7 +308,7 @@ def header(run: Run) -> dict[str, str]:
     config, model = run.config, run.config.model
     total, active = run.whole.n_parameters()
     samples = config.batch_tokens // model.n_positions
-    ranks = f", {run.world.size} processes: {run.layout.grid}" if run.world.size > 1 else ""
+    ranks = f", {run.world.size} processes: {run.layout.mesh}" if run.world.size > 1 else ""
     moe = [block.ffn for block in model.layers() if block.ffn.type == "moe"]
     capacities = dict.fromkeys(f"{ffn.capacity_factor:g}" for ffn in moe if ffn.capacity_factor is not None)
     kinds = dict.fromkeys(
@@ -301,7 +317,7 @@ def header(run: Run) -> dict[str, str]:
     experts = f"{len(moe)} of them MoE, {' or '.join(kinds)} experts, " if moe else ""
     facts = {
         "run": str(run.folder),
-        "device": f"{devices.describe(run.world.device)}{ranks}, {config.precision}",
+        "device": f"{devices.device_name(run.world.device)}{ranks}, {config.precision}",
         "attention": run.kernels_why["attention"],
         "experts": run.kernels_why["experts"] if moe else "",
         "loss": run.kernels_why["loss"],
@@ -328,8 +344,8 @@ def write_model(run: Run, folder: Path, weights: dict[str, Tensor]) -> None:
     """The final model and its tokenizer, whole or not at all. Raises UserError where the disk refuses."""
     tokenizer = run.dataset.tokenizer
     try:
-        with whole_folder(folder) as partial:
-            hf.write(partial, weights, run.config.model, tokenizer.end_of_text, n_vocab=tokenizer.vocab_size)
+        with atomic_folder(folder) as partial:
+            hf.write_model(partial, weights, run.config.model, tokenizer.end_of_text, n_vocab=tokenizer.vocab_size)
             tokenizer.save(partial)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: the model could not be written: {error}") from error
@@ -343,17 +359,17 @@ def command(name: str) -> str:
 
 def finish(run: Run) -> None:
     """Leave the final model, experts.json, summary.json and report.html, and close the logs with the summary."""
-    run.ledger.enter("checkpoint")
+    run.timer.enter("checkpoint")
     run.saver.wait()
-    weights, liked = run.layout.whole(), None
-    if run.model.top_ks and (run.world.main or run.layout.grid.collective):
-        run.layout.rest()
-        run.ledger.enter("evaluation")
+    weights, liked = run.layout.full_state_dict(), None
+    if run.model.top_ks and (run.world.is_main or run.layout.mesh.has_collectives):
+        run.layout.reshard()
+        run.timer.enter("evaluation")
         made = (run.val_batches, run.dataset.tokenizer, run.config.eval)
-        liked = preferences(run.model, *made, micro_batch=run.micro_batch, step=run.step)
-    if not run.world.main:
+        liked = measure_expert_tokens(run.model, *made, micro_batch=run.micro_batch, step=run.step)
+    if not run.world.is_main:
         return
-    run.ledger.enter("checkpoint")
+    run.timer.enter("checkpoint")
     folder, row = run.folder, run.last_row
     total, active = run.whole.n_parameters()
     prompt = (*run.config.eval.prompts, "The ")[0].rstrip("\n")
@@ -371,9 +387,9 @@ def finish(run: Run) -> None:
         "best_step": run.best["step"],
         "time_s": run.metrics.time_s,
         "tokens_per_s": row["tokens"] / run.metrics.time_s,
-        "goodput": run.ledger.goodput,
-        "time": {phase: round(seconds, 6) for phase, seconds in run.ledger.seconds.items()},
-        "advice": advice(measured(run)),
+        "goodput": run.timer.goodput,
+        "time": {phase: round(seconds, 6) for phase, seconds in run.timer.seconds.items()},
+        "advice": advice(facts_of_run(run)),
         "parameters": total,
         "active_parameters": active,
         "model_dir": str(folder / "model"),
@@ -384,5 +400,5 @@ def finish(run: Run) -> None:
         ],
     }
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    renew_report(folder)
+    update_report(folder)
     run.close(summary)

@@ -16,8 +16,8 @@ from training.checkpoint import Checkpoint
 from training.config import Config, ModelConfig, ParallelConfig
 from training.data import Tokenizer
 from training.errors import UserError
-from training.kernels.choose import choose
-from training.model import GPT, needs
+from training.kernels.choose import choose_kernels
+from training.model import GPT, kernel_requirements
 
 
 class Stored(NamedTuple):
@@ -65,12 +65,12 @@ def _fits(model: ModelConfig, weights: dict[str, Tensor]) -> bool:
 def load(run: str, asked_device: str = "auto") -> tuple[GPT, Stored]:
     """The model of `read`, ready to compute, and what belongs to it."""
     stored = read(run)
-    model_config, device = stored.config.model, devices.pick(asked_device)
+    model_config, device = stored.config.model, devices.select_device(asked_device)
     dtype = devices.DTYPES[stored.config.precision]
-    kernels, _ = choose(ParallelConfig(), needs(model_config), device=device, dtype=dtype)
+    kernels, _ = choose_kernels(ParallelConfig(), kernel_requirements(model_config), device=device, dtype=dtype)
     model = GPT(model_config, kernels, dtype)
     model.load_state_dict(stored.weights)
-    return model.to(device).for_inference(), stored
+    return model.to(device).cast_for_inference(), stored
 
 
 def _newest(folder: Path) -> tuple[Path, Checkpoint | None]:
@@ -79,8 +79,8 @@ def _newest(folder: Path) -> tuple[Path, Checkpoint | None]:
         return folder, checkpoint.load(folder)
     for last_try in (False, False, True):
         try:
-            path = checkpoint.newest(folder / "checkpoints", warn=lambda line: print(line, file=sys.stderr))
-            return (folder, None) if path is None else (path, checkpoint.read(path))
+            path = checkpoint.latest(folder / "checkpoints", warn=lambda line: print(line, file=sys.stderr))
+            return (folder, None) if path is None else (path, checkpoint.load_unchecked(path))
         except (OSError, UserError):  # the run goes on meanwhile, and removed what was being read
             if last_try:
                 raise

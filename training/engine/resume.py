@@ -1,6 +1,6 @@
 """A run's folder, and whether what is in it may go on.
 
-A restart may change how a run is carried out, never what it computes: `config.MAY_CHANGE` says which
+A restart may change how a run is carried out, never what it computes: `config.CHANGEABLE_ON_RESUME` says which
 options are which.
 """
 
@@ -12,12 +12,12 @@ from signal import Signals
 from typing import TYPE_CHECKING, NamedTuple
 
 from training import checkpoint
-from training.config import MAY_CHANGE, Config
+from training.config import CHANGEABLE_ON_RESUME, Config
 from training.distributed.world import World
 from training.errors import UserError
-from training.files import sync, writing
+from training.files import fsync_path, write_errors_as_user_errors
 from training.options import cli
-from training.options.schema import leaves
+from training.options.schema import flatten_options
 
 if TYPE_CHECKING:
     from training.engine.build import Run
@@ -49,11 +49,11 @@ def agreed(config: Config, resume: str, world: World) -> Found | None:
 
     Nothing is changed by it. Raises UserError, on the main rank alone, as `find`.
     """
-    answer = find(config, resume) if world.main and resume != "never" else None
-    if (told := world.told(answer and [str(answer[0]), answer[1]])) is None:
+    answer = find(config, resume) if world.is_main and resume != "never" else None
+    if (told := world.broadcast(answer and [str(answer[0]), answer[1]])) is None:
         return None
     path, own = Path(told[0]), told[1]
-    state = checkpoint.state_of(path)
+    state = checkpoint.read_state(path)
     kinds = [(state[name], kind) for name, kind in (STATE | MAY_HAVE).items() if name in state]
     if STATE.keys() - state.keys() or not all(isinstance(value, kind) for value, kind in kinds):
         raise UserError(f"{path / 'state.json'}: not the state of a run; start over with --resume never")
@@ -68,12 +68,12 @@ def find(config: Config, resume: str) -> tuple[Path, bool] | None:
     """
     folder = folder_of(config) / "checkpoints"
     asked = None if resume == "auto" else _checkpoint_at(Path(resume), print)
-    if asked is not None and (problem := checkpoint.damage(asked)):
+    if asked is not None and (problem := checkpoint.corruption(asked)):
         raise UserError(problem)
     if asked is not None and asked.parent.resolve() == folder.resolve():
         return asked, True
     try:
-        own = checkpoint.newest(folder, print)
+        own = checkpoint.latest(folder, print)
     except UserError as error:
         raise UserError(f"{error}; start over with --resume never") from error
     if own is not None:
@@ -82,7 +82,7 @@ def find(config: Config, resume: str) -> tuple[Path, bool] | None:
         return own, True
     if asked is None:
         return None
-    step = checkpoint.state_of(asked)["step"]
+    step = checkpoint.read_state(asked)["step"]
     if step >= config.steps:
         raise UserError(f"--resume {resume}: it is at step {step}, and steps is {config.steps}")
     return asked, False
@@ -93,12 +93,12 @@ def make_way(config: Config, resume: str, found: Found | None) -> None:
     checkpoints past the one that it goes on from, which are damaged or undone, no longer count.
     """
     folder = folder_of(config)
-    with writing(folder):
+    with write_errors_as_user_errors(folder):
         if resume == "never":
             move_aside(folder)
         elif found is not None and found.own:
             checkpoint.remove_leftovers(folder / "checkpoints")
-            checkpoint.set_aside(found.path.parent, found.state["step"], "damaged" if resume == "auto" else "undone")
+            checkpoint.quarantine(found.path.parent, found.state["step"], "damaged" if resume == "auto" else "undone")
 
 
 def refuse_another(config: Config, fingerprint: str) -> None:
@@ -106,19 +106,21 @@ def refuse_another(config: Config, fingerprint: str) -> None:
     folder = folder_of(config)
     rows, kept = folder / "metrics.jsonl", folder / "config.yaml"
     if rows.exists() and rows.stat().st_size and kept.exists():
-        refuse_changes(config, fingerprint, {"config": cli.load(kept).model_dump(mode="json"), "data": fingerprint})
+        refuse_changes(
+            config, fingerprint, {"config": cli.load_config(kept).model_dump(mode="json"), "data": fingerprint}
+        )
 
 
 def stopped(run: Run, number: int, resume: str) -> None:
     """Say that a signal ended the run, and how it goes on."""
-    if run.world.main:
+    if run.world.is_main:
         command = "the same command" if resume == "auto" else "the same command without --resume"
         print(f"stopped by {Signals(number).name}, saved after step {run.step}; {command} goes on", flush=True)
 
 
 def refuse_changes(config: Config, fingerprint: str, state: dict) -> None:
     """Raise UserError, listing them, where options or data that a restart may not change have changed."""
-    was, now = dict(leaves(state["config"])), dict(leaves(config.model_dump(mode="json")))
+    was, now = dict(flatten_options(state["config"])), dict(flatten_options(config.model_dump(mode="json")))
     changed = [
         f"{key}: {was.get(key, 'unset')} -> {now.get(key, 'unset')}"
         for key in sorted(was.keys() | now.keys())
@@ -135,7 +137,7 @@ def refuse_changes(config: Config, fingerprint: str, state: dict) -> None:
 
 def _may_change(key: str) -> bool:
     parts = key.split(".")
-    return any(".".join(parts[:n]) in MAY_CHANGE for n in range(1, len(parts) + 1))
+    return any(".".join(parts[:n]) in CHANGEABLE_ON_RESUME for n in range(1, len(parts) + 1))
 
 
 def move_aside(folder: Path) -> None:
@@ -146,14 +148,14 @@ def move_aside(folder: Path) -> None:
     while (aside := folder.with_name(f"{folder.name}.old-{n}")).exists():
         n += 1
     folder.rename(aside)
-    sync(folder.parent)
+    fsync_path(folder.parent)
     print(f"{folder}: the run that was here is now {aside}")
 
 
 def _checkpoint_at(path: Path, warn: Callable[[str], None]) -> Path:
     """The checkpoint that a path means: itself, or the newest of the run it is the folder of."""
     if (path / "checkpoints").is_dir():
-        path = checkpoint.newest(path / "checkpoints", warn) or path
+        path = checkpoint.latest(path / "checkpoints", warn) or path
     if not (path / checkpoint.MANIFEST).is_file():
         raise UserError(f"--resume {path}: neither auto, never, a checkpoint nor a run with one")
     return path

@@ -23,19 +23,19 @@ from torch import Tensor
 from training import device as devices
 from training.config import EvalConfig
 from training.data import Tokenizer
-from training.data.loader import Batches
+from training.data.loader import Samples
 from training.distributed.world import World
 from training.engine import micro_batch as fit
 from training.engine.build import Run, save
 from training.engine.guard import MOST
 from training.errors import UserError
-from training.kernels.attention.table import documents
-from training.logging.jsonl import finite
-from training.logging.report import renew_report
+from training.kernels.attention.table import find_documents
+from training.logging.jsonl import nan_to_null
+from training.logging.report import update_report
 from training.model import GPT
-from training.model.continuation import continue_texts, prompt_ids
-from training.model.sampling import Rules
-from training.optim.optimizer import rate
+from training.model.continuation import continue_texts, encode_prompt
+from training.model.sampling import SamplingParams
+from training.optim.optimizer import lr_factor
 
 # SIGUSR1 is what schedulers send before a job's time is over.
 STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
@@ -77,9 +77,9 @@ class Watch:
         config, step, world = self.run.config, self.run.step, self.run.world
         minutes, last = config.checkpoint.every_minutes, step == config.steps
         late = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
-        self.run.ledger.enter("communication")
+        self.run.timer.enter("communication")
         received, late, lost = world.max_int(self.signal, late, self.run.saver.failure is not None)
-        self.run.ledger.enter("idle")
+        self.run.timer.enter("idle")
         if lost:
             self.run.saver.wait()  # raises it, on all ranks
         # Of steps that are not finite nothing is saved: what they follow may be why, and would push out what is good.
@@ -114,7 +114,7 @@ def model_inputs(model: GPT, tokens_BT: np.ndarray, targets_BT: np.ndarray, end_
         "targets_BT": to_device(targets_BT, device),
     }
     if model.config.isolate_documents:  # found here: on the device, counting them would be waited for
-        inputs["documents"] = documents(torch.from_numpy(tokens_BT), end_of_text).to(device)
+        inputs["documents"] = find_documents(torch.from_numpy(tokens_BT), end_of_text).to(device)
     return inputs
 
 
@@ -134,36 +134,36 @@ def train_step(run: Run) -> None:
     begun again in smaller ones. Collective.
     """
     world = run.world
-    world.doing(f"step {run.step + 1}", "together")
+    world.set_activity(f"step {run.step + 1}", "collective")
     tokens_BT, targets_BT, key_B = run.ahead.pop(run.step, None) or batch(run, run.step)
-    run.ledger.enter("communication")
+    run.timer.enter("communication")
     n_targets = world.sum_int(int((targets_BT >= 0).sum()))
     while (totals := gradients(run, tokens_BT, targets_BT, key_B, n_targets)) is None:
         fit.back_off(run)
     if run.step + 1 < run.config.steps:
         with suppress(UserError, OSError):  # which the next step is told of
             run.ahead[run.step + 1] = batch(run, run.step + 1)  # while a GPU still computes
-        run.ledger.enter("communication")
+        run.timer.enter("communication")
     run.layout.sum_gradients(totals.values())
-    run.ledger.enter("optimizer")
+    run.timer.enter("optimizer")
     grad_norm = run.layout.grad_norm() / (1.0 if run.loss_scale is None else run.loss_scale.scale)
     taken = takes(run, totals["loss_sum"] / n_targets, grad_norm)
     if taken:
         update(run, grad_norm)
-    run.layout.forget_gradients()
+    run.layout.zero_grad()
     totals = run.model.finish_step(totals, taken)
     run.metrics.add(run.step, totals | {"grad_norm": grad_norm}, n_targets, run.skips.total)
     run.step += 1
-    run.ledger.enter("idle")
+    run.timer.enter("idle")
 
 
 def batch(run: Run, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """This rank's part of a step's global batch: tokens and targets (B, T), and the samples' keys (B,)."""
-    run.ledger.enter("data")
+    run.timer.enter("data")
     n_samples = run.config.batch_tokens // run.config.model.n_positions
-    mine = run.world.share(n_samples)
+    mine = run.world.local_range(n_samples)
     indices = step * n_samples + np.arange(mine.start, mine.stop)
-    return *run.batches.samples(indices), run.batches.keys(indices)
+    return *run.batches.at(indices), run.batches.random_keys(indices)
 
 
 def gradients(
@@ -171,28 +171,28 @@ def gradients(
 ) -> Sums | None:
     """Leave this rank's part of the gradient in the model; its summed metrics, or None where memory is out on a rank.
 
-    Raises StartAgain for that where other ranks are in the middle of a forward that needs this one. Collective.
+    Raises RestartNeeded for that where other ranks are in the middle of a forward that needs this one. Collective.
     """
     sums, out_of_memory = Sums(), False
-    run.ledger.enter("compute")
+    run.timer.enter("compute")
     try:
         cut = pieces(run, len(tokens_BT))
         for number, rows in enumerate(cut, start=1):
-            run.layout.last(number == len(cut))
+            run.layout.set_last_micro_batch(number == len(cut))
             forward_backward(run, tokens_BT[rows], targets_BT[rows], key_B[rows], n_targets, sums)
     except RuntimeError as error:
         if not devices.is_out_of_memory(error):
             raise
-        if run.layout.grid.collective:
+        if run.layout.mesh.has_collectives:
             fit.end(run)
         out_of_memory = True
-    run.ledger.enter("communication")
+    run.timer.enter("communication")
     return None if any(run.world.max_int(out_of_memory)) else sums
 
 
 def pieces(run: Run, n_mine: int) -> list[slice]:
     """This rank's samples cut into micro-batches; where all ranks must make equally many, maybe an empty one more."""
-    n_most = fit.most_samples(run.config, run.world.size) if run.layout.grid.collective else n_mine
+    n_most = fit.most_samples(run.config, run.world.size) if run.layout.mesh.has_collectives else n_mine
     cuts = range(0, n_most, run.micro_batch)
     return [slice(min(first, n_mine), min(first + run.micro_batch, n_mine)) for first in cuts]
 
@@ -204,7 +204,7 @@ def forward_backward(
 
     One without samples computes something, as other ranks wait for this one, and adds nothing.
     """
-    run.world.doing(f"step {run.step + 1}", "together")  # a micro-batch is a sign of life
+    run.world.set_activity(f"step {run.step + 1}", "collective")  # a micro-batch is a sign of life
     empty = len(tokens_BT) == 0
     if empty:
         tokens_BT, targets_BT = np.zeros((2, 1, run.config.model.n_positions), np.int64)
@@ -229,7 +229,7 @@ def takes(run: Run, loss: Tensor, grad_norm: Tensor) -> bool:
         if lowered:
             return False
     why = run.skips.why(loss, grad_norm)
-    if why and run.world.main:
+    if why and run.world.is_main:
         print(f"step {run.step + 1}: {why}; skipped, nothing is learned from it", file=sys.stderr)
     return not any(run.world.max_int(why is not None))
 
@@ -242,8 +242,8 @@ def update(run: Run, grad_norm: Tensor) -> None:
         factor = factor / run.loss_scale.scale
     if run.config.optim.grad_clip is not None:
         factor = factor * (run.config.optim.grad_clip / (grad_norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([p.grad for _, p in run.layout.leaves() if p.grad is not None], factor)
-    run.optimizer.step(rate(run.config.schedule, run.step, run.config.steps))
+    torch._foreach_mul_([p.grad for _, p in run.layout.local_parameters() if p.grad is not None], factor)
+    run.optimizer.step(lr_factor(run.config.schedule, run.step, run.config.steps))
 
 
 def record(run: Run, due: Due) -> None:
@@ -251,15 +251,15 @@ def record(run: Run, due: Due) -> None:
 
     Raises UserError where too many steps in a row were not finite, or the validation loss is not: nothing is saved.
     """
-    rows = run.metrics.rows()
+    rows = run.metrics.flush()
     if run.skips.in_a_row >= MOST:
         refuse(run, rows, f"the last {MOST} steps' losses or gradients were not finite")
     improved = False
     if due.evaluate:
-        run.ledger.enter("evaluation")
+        run.timer.enter("evaluation")
         val_tokens, tokenizer = run.config.eval.tokens, run.dataset.tokenizer
         found = evaluate(run.model, run.val_batches, tokenizer, val_tokens, run.micro_batch, run.world)
-        run.layout.rest()
+        run.layout.reshard()
         rows[-1] |= found
         if not math.isfinite(found["val_loss"]):
             refuse(run, rows, f"val_loss is {found['val_loss']}")
@@ -267,22 +267,22 @@ def record(run: Run, due: Due) -> None:
         improved = best and (due.save or run.skips.in_a_row == 0)  # else it is not saved
         if improved:
             run.best = {"step": run.step, "val_loss": found["val_loss"]}
-    run.last_row = finite(rows[-1])
-    if due.evaluate and run.config.eval.prompts and (run.world.main or run.layout.grid.collective):
+    run.last_row = nan_to_null(rows[-1])
+    if due.evaluate and run.config.eval.prompts and (run.world.is_main or run.layout.mesh.has_collectives):
         made = (run.model, run.dataset.tokenizer, run.config.eval)
-        agree = run.world.mains if run.layout.grid.collective else None
-        texts = samples(*made, seed=(run.config.seed, run.step), agree=agree)
-        run.layout.rest()
+        sync_tokens = run.world.broadcast_tensor if run.layout.mesh.has_collectives else None
+        texts = samples(*made, seed=(run.config.seed, run.step), sync_tokens=sync_tokens)
+        run.layout.reshard()
         rows[-1] = rows[-1] | {"samples": texts}
-    run.ledger.enter("idle")
+    run.timer.enter("idle")
     for sink in run.sinks:
         sink.write(rows)
-    if due.evaluate and run.world.main:
-        renew_report(run.folder)
+    if due.evaluate and run.world.is_main:
+        update_report(run.folder)
     if due.save or (improved and run.config.checkpoint.keep_best):
-        run.ledger.enter("checkpoint")
+        run.timer.enter("checkpoint")
         save(run)
-        run.ledger.enter("idle")
+        run.timer.enter("idle")
     run.metrics.start_clock()
 
 
@@ -298,7 +298,7 @@ def refuse(run: Run, rows: list[dict], why: str) -> NoReturn:
 
 @torch.no_grad()
 def evaluate(
-    model: GPT, batches: Batches, tokenizer: Tokenizer, n_tokens: int | None, micro_batch: int, world: World
+    model: GPT, batches: Samples, tokenizer: Tokenizer, n_tokens: int | None, micro_batch: int, world: World
 ) -> dict[str, float]:
     """Cross-entropy alone over a fixed set: the same windows, spread evenly, whatever ranks and micro-batches.
 
@@ -310,11 +310,11 @@ def evaluate(
         n_windows = min(n_windows, max(1, n_tokens // config.n_positions))
     windows = np.arange(n_windows) * batches.n_samples // n_windows
     loss_sums, n_targets, n_bytes = [], 0, 0
-    mine = world.share(n_windows)
+    mine = world.local_range(n_windows)
     n_most = -(-n_windows // world.size)  # all ranks make equally many forwards: a model may lie on all of them
     for first in range(0, n_most, micro_batch):
         windows_here = windows[mine.start + first : min(mine.start + first + micro_batch, mine.stop)]
-        tokens_BT, targets_BT = batches.samples(windows_here if len(windows_here) else windows[:1])
+        tokens_BT, targets_BT = batches.at(windows_here if len(windows_here) else windows[:1])
         if len(windows_here) == 0:
             targets_BT[:] = -1
         _, metrics = model(**model_inputs(model, tokens_BT, targets_BT, tokenizer.end_of_text), n_targets=1)
@@ -323,7 +323,7 @@ def evaluate(
         n_bytes += int(tokenizer.token_bytes[targets_BT[targets_BT >= 0]].sum())
     loss_sum = torch.stack(loss_sums).cpu().double().sum() if loss_sums else 0.0
     sums = torch.tensor([loss_sum, n_targets, n_bytes], dtype=torch.float64)
-    world.sum_([sums])
+    world.all_reduce_([sums])
     nats, n_targets, n_bytes = sums.tolist()
     loss = nats / n_targets
     return {
@@ -338,19 +338,19 @@ def samples(
     tokenizer: Tokenizer,
     config: EvalConfig,
     seed: tuple[int, int],
-    agree: Callable[[Tensor], Tensor] | None = None,
+    sync_tokens: Callable[[Tensor], Tensor] | None = None,
 ) -> list[dict[str, str]]:
     """A continuation of every prompt; each the same for the same weights and seed, whatever the other prompts are.
 
-    `agree` as in `model/sampling.py`.
+    `sync_tokens` as in `model/sampling.py`.
     """
     texts = continue_texts(
         model,
         tokenizer,
-        [prompt_ids(tokenizer, prompt) for prompt in config.prompts],
+        [encode_prompt(tokenizer, prompt) for prompt in config.prompts],
         config.sample_tokens,
         seeds=[seed] * len(config.prompts),
-        rules=Rules(config.temperature, config.top_k),
-        agree=agree,
+        params=SamplingParams(config.temperature, config.top_k),
+        sync_tokens=sync_tokens,
     )
     return [{"prompt": prompt, "text": text.text} for prompt, text in zip(config.prompts, texts, strict=True)]

@@ -18,34 +18,32 @@ from torch import Tensor
 from training.config import ParallelConfig
 from training.errors import UserError
 from training.kernels.attention.table import (
-    ATTENTION,
-    Backend,
-    Call,
-    Seen,
-    automatic,
-    documents,
-    limits,
-    machine,
-    why_not,
+    ATTENTION_BACKENDS,
+    AttentionBackend,
+    AttentionSpec,
+    Visibility,
+    auto_candidates,
+    device_info,
+    find_documents,
+    limits_on,
+    reason_unsupported,
 )
-from training.kernels.experts import EXPERTS as PORTABLE
-from training.kernels.experts import ExpertKernel, Plan, plan
-from training.kernels.loss import LOSS as PORTABLE_LOSS
-from training.kernels.loss import in_chunks
+from training.kernels.experts import TORCH_EXPERTS, Dispatch, ExpertKernel, sort_by_expert
+from training.kernels.loss import TORCH_LOSS, chunked_cross_entropy
 
 __all__ = [
-    "ATTENTION",
-    "EXPERTS",
-    "LOSS",
-    "PORTABLE_LOSS",
-    "Backend",
-    "Call",
-    "ExpertsCall",
+    "ATTENTION_BACKENDS",
+    "EXPERT_KERNELS",
+    "LOSS_KERNELS",
+    "TORCH_LOSS",
+    "AttentionBackend",
+    "AttentionSpec",
+    "ExpertsSpec",
+    "KernelRequirements",
     "Kernels",
-    "LossCall",
-    "Needs",
-    "choose",
-    "names",
+    "LossSpec",
+    "choose_kernels",
+    "kernel_names",
 ]
 
 # Largest relative error (in the Euclidean norm) that is rounding and nothing else.
@@ -58,37 +56,37 @@ TIMED_TOKENS = 4096
 ELSEWHERE = "it runs on CUDA devices"
 
 
-def _triton_up(x_NC: Tensor, w_EFC: tuple[Tensor, ...], plan: Plan) -> tuple[Tensor, ...]:
+def _triton_up(x_NC: Tensor, w_EFC: tuple[Tensor, ...], dispatch: Dispatch) -> tuple[Tensor, ...]:
     from training.kernels.triton_experts import TRITON
 
-    return TRITON.up(x_NC, w_EFC, plan)
+    return TRITON.up(x_NC, w_EFC, dispatch)
 
 
-def _triton_down(h_RF: Tensor, w_ECF: Tensor, weight_NK: Tensor, plan: Plan) -> Tensor:
+def _triton_down(h_RF: Tensor, w_ECF: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:
     from training.kernels.triton_experts import TRITON
 
-    return TRITON.down(h_RF, w_ECF, weight_NK, plan)
+    return TRITON.down(h_RF, w_ECF, weight_NK, dispatch)
 
 
 def _triton_loss(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None = None) -> Tensor:
-    from training.kernels.triton_loss import by_triton
+    from training.kernels.triton_loss import triton_logits_backward
 
-    return in_chunks(by_triton, x_NC, w_VC, targets_N, softcap)
+    return chunked_cross_entropy(triton_logits_backward, x_NC, w_VC, targets_N, softcap)
 
 
-EXPERTS = {"triton": ExpertKernel(_triton_up, _triton_down)} | PORTABLE
-LOSS = {"triton": _triton_loss} | PORTABLE_LOSS
+EXPERT_KERNELS = {"triton": ExpertKernel(_triton_up, _triton_down)} | TORCH_EXPERTS
+LOSS_KERNELS = {"triton": _triton_loss} | TORCH_LOSS
 
 
 class Kernels(NamedTuple):
     """The functions a model computes with. The defaults run everywhere."""
 
-    attention: Backend | None = None  # None: what does everything that the model asks for
-    experts: ExpertKernel = EXPERTS["loop"]
-    loss: Callable[..., Tensor] = LOSS["chunked"]
+    attention: AttentionBackend | None = None  # None: what does everything that the model asks for
+    experts: ExpertKernel = EXPERT_KERNELS["loop"]
+    loss: Callable[..., Tensor] = LOSS_KERNELS["chunked"]
 
 
-class ExpertsCall(NamedTuple):
+class ExpertsSpec(NamedTuple):
     """What a layer asks of its experts' kernel."""
 
     width: int
@@ -98,7 +96,7 @@ class ExpertsCall(NamedTuple):
     gated: bool = True
 
 
-class LossCall(NamedTuple):
+class LossSpec(NamedTuple):
     """What the head asks of the loss."""
 
     width: int
@@ -106,13 +104,13 @@ class LossCall(NamedTuple):
     softcap: float | None = None
 
 
-class Needs(NamedTuple):
+class KernelRequirements(NamedTuple):
     """What a model asks of its kernels."""
 
-    attention: frozenset[Call]
-    experts: frozenset[ExpertsCall]
+    attention: frozenset[AttentionSpec]
+    experts: frozenset[ExpertsSpec]
     documents: bool  # packed documents do not see each other
-    loss: frozenset[LossCall] = frozenset()
+    loss: frozenset[LossSpec] = frozenset()
 
 
 class Trial(NamedTuple):
@@ -168,26 +166,35 @@ class Trial(NamedTuple):
 
 
 def _attention_trial(
-    call: Call, n_tokens: int, needs: Needs, device: torch.device, dtype: torch.dtype, compiled: bool
+    spec: AttentionSpec,
+    n_tokens: int,
+    needs: KernelRequirements,
+    device: torch.device,
+    dtype: torch.dtype,
+    compiled: bool,
 ) -> Trial:
     """A batch of two, each of two documents, with a window that bites."""
     tokens_BT = torch.ones(2, n_tokens, dtype=torch.int64, device=device)
     tokens_BT[0, n_tokens // 3] = tokens_BT[1, n_tokens // 2] = 0
-    window = None if call.window is None else max(2, min(call.window, n_tokens // 2))
-    seen = Seen(n_tokens, n_tokens, device, window, documents(tokens_BT, 0) if needs.documents else None)
+    window = None if spec.window is None else max(2, min(spec.window, n_tokens // 2))
+    visibility = Visibility(
+        n_tokens, n_tokens, device, window, find_documents(tokens_BT, 0) if needs.documents else None
+    )
 
-    def run(backend: Backend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def run(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         attend = torch.compile(backend.attend, backend="aot_eager") if compiled else backend.attend
-        return attend(q, k, v, backend.mask(seen._replace(dtype=q.dtype)), scale=call.scale, softcap=call.softcap)
+        return attend(
+            q, k, v, backend.build_mask(visibility._replace(dtype=q.dtype)), scale=spec.scale, softcap=spec.softcap
+        )
 
-    heads = [(call.n_head, call.head_dim), (call.n_kv_head, call.head_dim), (call.n_kv_head, call.value_dim)]
+    heads = [(spec.n_head, spec.head_dim), (spec.n_kv_head, spec.head_dim), (spec.n_kv_head, spec.value_dim)]
     inputs = [_random(2, n, n_tokens, width, seed=seed) for seed, (n, width) in enumerate(heads)]
-    return Trial(run, inputs, lambda name: why_not(name, call, needs.documents, machine(device), dtype))
+    return Trial(run, inputs, lambda name: reason_unsupported(name, spec, needs.documents, device_info(device), dtype))
 
 
-def _experts_trial(call: ExpertsCall, expert_NK: Tensor, dtype: torch.dtype, compiled: bool) -> Trial:
+def _experts_trial(spec: ExpertsSpec, topk_ids_NK: Tensor, dtype: torch.dtype, compiled: bool) -> Trial:
     """Tokens to their experts and back, at the layer's widths."""
-    rows, device = plan(expert_NK, call.n_experts), expert_NK.device
+    rows, device = sort_by_expert(topk_ids_NK, spec.n_experts), topk_ids_NK.device
 
     def layer(kernel: ExpertKernel, x_NC: Tensor, weight_NK: Tensor, down: Tensor, *ups: Tensor) -> Tensor:
         up_RF, *gate_RF = kernel.up(x_NC, ups, rows)
@@ -201,35 +208,35 @@ def _experts_trial(call: ExpertsCall, expert_NK: Tensor, dtype: torch.dtype, com
             return ELSEWHERE
         return "compiled, it is for bf16 alone" if name == "grouped" and compiled and dtype != torch.bfloat16 else None
 
-    n_experts, width, hidden = call.n_experts, call.width, call.hidden
-    shapes = [(len(expert_NK), width), expert_NK.shape, (n_experts, width, hidden)]
-    shapes += [(n_experts, hidden, width)] * (1 + call.gated)
+    n_experts, width, hidden = spec.n_experts, spec.width, spec.hidden
+    shapes = [(len(topk_ids_NK), width), topk_ids_NK.shape, (n_experts, width, hidden)]
+    shapes += [(n_experts, hidden, width)] * (1 + spec.gated)
     return Trial(run, [_random(*shape, seed=seed, device=device) for seed, shape in enumerate(shapes)], cannot)
 
 
-def _small_trial(call: ExpertsCall, device: torch.device, dtype: torch.dtype, compiled: bool) -> Trial:
+def _small_trial(spec: ExpertsSpec, device: torch.device, dtype: torch.dtype, compiled: bool) -> Trial:
     """Tokens to two of four experts each, one of which gets none."""
-    expert_NK = torch.tensor([[0, 3], [3, 1], [0, 1], [1, 0]], device=device).repeat(16, 1)
-    return _experts_trial(call._replace(n_experts=4, top_k=2, gated=True), expert_NK, dtype, compiled)
+    topk_ids_NK = torch.tensor([[0, 3], [3, 1], [0, 1], [1, 0]], device=device).repeat(16, 1)
+    return _experts_trial(spec._replace(n_experts=4, top_k=2, gated=True), topk_ids_NK, dtype, compiled)
 
 
-def _large_trial(call: ExpertsCall, device: torch.device, dtype: torch.dtype) -> Trial:
+def _large_trial(spec: ExpertsSpec, device: torch.device, dtype: torch.dtype) -> Trial:
     """As many tokens as tell how fast a kernel is, to as many experts as the layer has, evenly by chance."""
-    score_NE = _random(TIMED_TOKENS, call.n_experts, seed=0, device=device)
-    return _experts_trial(call, score_NE.topk(call.top_k).indices, dtype, compiled=False)
+    score_NE = _random(TIMED_TOKENS, spec.n_experts, seed=0, device=device)
+    return _experts_trial(spec, score_NE.topk(spec.top_k).indices, dtype, compiled=False)
 
 
-def _loss_trial(call: LossCall, device: torch.device) -> Trial:
+def _loss_trial(spec: LossSpec, device: torch.device) -> Trial:
     """A few tokens, some of which are not counted; of a large vocabulary a part that takes more than one round."""
-    n_tokens, n_vocab = 24, min(call.n_vocab, 9000)
+    n_tokens, n_vocab = 24, min(spec.n_vocab, 9000)
     targets_N = torch.arange(n_tokens, device=device) * (n_vocab // n_tokens)
     targets_N[::5] = -1
 
     def run(kernel: Callable[..., Tensor], x_NC: Tensor, w_VC: Tensor) -> Tensor:
-        return kernel(x_NC, w_VC, targets_N, call.softcap)
+        return kernel(x_NC, w_VC, targets_N, spec.softcap)
 
-    inputs = [_random(n, call.width, seed=seed, device=device) for seed, n in enumerate((n_tokens, n_vocab))]
-    inputs[1] *= call.width**-0.5
+    inputs = [_random(n, spec.width, seed=seed, device=device) for seed, n in enumerate((n_tokens, n_vocab))]
+    inputs[1] *= spec.width**-0.5
     return Trial(run, inputs, lambda name: None if _is_for(name, device) else ELSEWHERE)
 
 
@@ -237,7 +244,9 @@ def _experts_in_order(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Those that could run there, in the order in which `auto` tries them."""
     # On a CPU the loop alone rounds numbers of 16-bit rows, which there makes experts twice as fast.
     loop_first = device.type == "cpu" and dtype.itemsize == 2
-    return sorted((name for name in EXPERTS if _is_for(name, device)), key=lambda name: loop_first and name != "loop")
+    return sorted(
+        (name for name in EXPERT_KERNELS if _is_for(name, device)), key=lambda name: loop_first and name != "loop"
+    )
 
 
 def _is_for(name: str, device: torch.device) -> bool:
@@ -249,45 +258,45 @@ def _random(*shape: int, seed: int, device: torch.device | str = "cpu") -> Tenso
     return torch.randn(*shape, generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
-def choose(
+def choose_kernels(
     config: ParallelConfig,
-    needs: Needs,
+    needs: KernelRequirements,
     *,
     device: torch.device,
     dtype: torch.dtype,
-    before: Mapping[str, str] = MappingProxyType({}),
+    previous: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Kernels, dict[str, str]]:
     """The kernels for this device, type and what the model asks for, and for each the reason, in words.
 
-    `auto` tries those named in `before` first: a run goes on with what it began with, and so in the same bits. Of
+    `auto` tries those named in `previous` first: a run goes on with what it began with, and so in the same bits. Of
     experts' kernels that do it, a run that begins on a GPU takes the fastest.
     With `compile` what runs has to compile as well; tracing alone tells, and is quick. Raises UserError where
     the kernel that was asked for does not do it.
     """
-    here = machine(device)
+    here = device_info(device)
     attention = [
-        _attention_trial(call, n_tokens, needs, device, dtype, config.compile)
-        for call in sorted(needs.attention, key=str)
+        _attention_trial(spec, n_tokens, needs, device, dtype, config.compile)
+        for spec in sorted(needs.attention, key=str)
         for n_tokens in TRIED_TOKENS.get(device.type, TRIED_ELSEWHERE)
     ]
-    experts = [_small_trial(call, device, dtype, config.compile) for call in sorted(needs.experts)]
-    loss = [_loss_trial(call, device) for call in needs.loss]
+    experts = [_small_trial(spec, device, dtype, config.compile) for spec in sorted(needs.experts)]
+    loss = [_loss_trial(spec, device) for spec in needs.loss]
     chosen, why = {}, {}
     for option, kernels, automatically, trials in (
-        ("attention", ATTENTION, automatic(here), attention),
-        ("experts", EXPERTS, _experts_in_order(device, dtype), experts),
-        ("loss", LOSS, [name for name in LOSS if _is_for(name, device)], loss),
+        ("attention", ATTENTION_BACKENDS, auto_candidates(here), attention),
+        ("experts", EXPERT_KERNELS, _experts_in_order(device, dtype), experts),
+        ("loss", LOSS_KERNELS, [name for name in LOSS_KERNELS if _is_for(name, device)], loss),
     ):
-        asked, first = getattr(config, option), before.get(option)
+        asked, first = getattr(config, option), previous.get(option)
         refused: dict[str, list[str]] = {}  # names by what their problem is
         automatically = sorted(automatically, key=lambda name: name != first)
         able = _able(automatically if asked == "auto" else [asked], kernels, trials, device, dtype, refused)
         if (name := next(able, None)) is None:
             raise UserError(f"parallel.{option}: {_said(refused)}; use auto")
         granted, timed = "ran, and equals the reference" if asked == "auto" else "asked for", ""
-        if kernels is EXPERTS and trials and name != first and device.type in TIMED_ON:
+        if kernels is EXPERT_KERNELS and trials and name != first and device.type in TIMED_ON:
             name, timed = _fastest([name, *able], needs, device, dtype)
-        if kernels is ATTENTION and not limits(name, here).deterministic:
+        if kernels is ATTENTION_BACKENDS and not limits_on(name, here).deterministic:
             granted += "; a restart does not repeat its gradients to the bit"
         if first is not None and name != first:
             granted += f"; it was {first} before"
@@ -313,13 +322,13 @@ def _able(
             yield name
 
 
-def _fastest(able: list[str], needs: Needs, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def _fastest(able: list[str], needs: KernelRequirements, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """The kernel of experts that takes the least time over all widths, and in words how long each took."""
     rivals = [name for name in able if name != "reference"]  # which does the work of all experts for each row
     if len(rivals) < 2:
         return able[0], ""
-    trials = [_large_trial(call, device, dtype) for call in sorted(needs.experts)]
-    taken = {name: sum(trial.seconds(EXPERTS[name], device, dtype) for trial in trials) for name in rivals}
+    trials = [_large_trial(spec, device, dtype) for spec in sorted(needs.experts)]
+    taken = {name: sum(trial.seconds(EXPERT_KERNELS[name], device, dtype) for trial in trials) for name in rivals}
     if device.type == "cuda":  # what this took is no memory of the run
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -327,9 +336,9 @@ def _fastest(able: list[str], needs: Needs, device: torch.device, dtype: torch.d
     return ordered[0], "the fastest: " + ", ".join(f"{name} {1e3 * taken[name]:.2f} ms" for name in ordered)
 
 
-def names(kernels: Kernels) -> dict[str, str]:
+def kernel_names(kernels: Kernels) -> dict[str, str]:
     """What the chosen kernels are called."""
-    registries = {"attention": ATTENTION, "experts": EXPERTS, "loss": LOSS}
+    registries = {"attention": ATTENTION_BACKENDS, "experts": EXPERT_KERNELS, "loss": LOSS_KERNELS}
     chosen = kernels._asdict()
     return {option: next(n for n in of if of[n] is chosen[option]) for option, of in registries.items()}
 

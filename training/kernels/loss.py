@@ -15,28 +15,28 @@ from torch import Tensor
 
 # Logits that exist at a time. On a CPU so many tokens that products are fast and the weights' gradient is seldom read
 # and written, 2048 of 16 bits or 1024 of 32, but not more than 256 MiB. Elsewhere by their number, 1 GiB of bfloat16.
-CHUNKS = {"cpu": (2**12, 2**28)}  # by type of device: most bytes of one word's logits, and of all
+CHUNK_BYTES = {"cpu": (2**12, 2**28)}  # by type of device: most bytes of one word's logits, and of all
 CHUNK_ELSEWHERE = 2**29
-BLOCK = 2**19  # numbers that are worked on at a time where there are CHUNKS: caches hold them
+BLOCK_ELEMENTS = 2**19  # numbers that are worked on at a time where there are CHUNK_BYTES: caches hold them
 
 # Takes logits_NV, targets_N, softcap and whether the gradient is wanted. Returns the tokens' losses, float32 (N,), 0
 # where a target is not counted; the logits then are the losses' gradients, but for rows that are not counted.
-Rows = Callable[..., Tensor]
+LogitsBackward = Callable[..., Tensor]
 
 
-def soft_capped(logits: Tensor, softcap: float | None) -> Tensor:
+def apply_softcap(logits: Tensor, softcap: float | None) -> Tensor:
     """The logits, bounded smoothly if asked for."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def reference_loss(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None = None) -> Tensor:
     """All logits at once, in float32."""
-    logits_NV = soft_capped(F.linear(x_NC, w_VC.to(x_NC.dtype)).float(), softcap)
+    logits_NV = apply_softcap(F.linear(x_NC, w_VC.to(x_NC.dtype)).float(), softcap)
     return F.cross_entropy(logits_NV, targets_N, ignore_index=-1, reduction="sum")
 
 
-class ByTorch:
-    """`Rows` of PyTorch's operations: logits become probabilities, and these the gradient.
+class TorchLogitsBackward:
+    """`LogitsBackward` of PyTorch's operations: logits become probabilities, and these the gradient.
 
     On a CPU it is done for so few tokens at a time that its caches hold them.
     """
@@ -45,7 +45,7 @@ class ByTorch:
         self.work_nV: Tensor | None = None  # for logits that are not float32: theirs in float32, used again
 
     def __call__(self, logits_NV: Tensor, targets_N: Tensor, softcap: float | None, *, gradient: bool) -> Tensor:
-        size = max(1, BLOCK // logits_NV.shape[1]) if logits_NV.device.type in CHUNKS else len(logits_NV)
+        size = max(1, BLOCK_ELEMENTS // logits_NV.shape[1]) if logits_NV.device.type in CHUNK_BYTES else len(logits_NV)
         blocks = zip(logits_NV.split(size), targets_N.split(size), strict=True)
         return torch.cat([self._block(logits_nV, targets_n, softcap, gradient) for logits_nV, targets_n in blocks])
 
@@ -80,7 +80,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows: Rows, x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None) -> Tensor:
+    def forward(
+        ctx, rows: LogitsBackward, x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None
+    ) -> Tensor:
         _, needs_x, needs_w, *_ = ctx.needs_input_grad
         total = torch.zeros((), dtype=torch.float32, device=x_NC.device)
         grad_x_NC = torch.empty_like(x_NC) if needs_x else None
@@ -115,8 +117,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _chunk(x_NC: Tensor, n_vocab: int) -> int:
     """Tokens whose logits exist at a time: as many each time."""
     most = CHUNK_ELSEWHERE // n_vocab
-    if x_NC.device.type in CHUNKS:
-        of_a_word, of_all = CHUNKS[x_NC.device.type]
+    if x_NC.device.type in CHUNK_BYTES:
+        of_a_word, of_all = CHUNK_BYTES[x_NC.device.type]
         most = min(of_a_word, of_all // n_vocab) // x_NC.element_size()
     n_chunks = max(1, -(-len(x_NC) // max(1, most)))
     return max(1, -(-len(x_NC) // n_chunks))
@@ -128,15 +130,17 @@ def _add_product(sum_IO: Tensor, x_IN: Tensor, y_NO: Tensor, *, first: bool) -> 
         sum_IO.addmm_(x_IN, y_NO, beta=0 if first else 1)
     elif first:
         sum_IO.copy_(x_IN @ y_NO)
-    elif sum_IO.device.type not in CHUNKS:
+    elif sum_IO.device.type not in CHUNK_BYTES:
         sum_IO += x_IN @ y_NO
     else:  # where a sum of two types is slow
-        size = max(1, BLOCK // sum_IO.shape[1])
+        size = max(1, BLOCK_ELEMENTS // sum_IO.shape[1])
         for sum_iO, product_iO in zip(sum_IO.split(size), (x_IN @ y_NO).split(size), strict=True):
             sum_iO += product_iO.float()
 
 
-def in_chunks(rows: Rows, x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None) -> Tensor:
+def chunked_cross_entropy(
+    rows: LogitsBackward, x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None
+) -> Tensor:
     """The loss, its rows computed by `rows`."""
     if not torch.is_grad_enabled():  # which a Function cannot see: it would compute gradients nobody asked for
         x_NC, w_VC = x_NC.detach(), w_VC.detach()
@@ -145,7 +149,7 @@ def in_chunks(rows: Rows, x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap
 
 def chunked_loss(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None = None) -> Tensor:
     """The logits of a few tokens at a time, in float32; gradients are computed on the way."""
-    return in_chunks(ByTorch(), x_NC, w_VC, targets_N, softcap)
+    return chunked_cross_entropy(TorchLogitsBackward(), x_NC, w_VC, targets_N, softcap)
 
 
-LOSS = {"chunked": chunked_loss, "reference": reference_loss}
+TORCH_LOSS = {"chunked": chunked_loss, "reference": reference_loss}

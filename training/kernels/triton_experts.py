@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from training.kernels.experts import ExpertKernel, Plan
+from training.kernels.experts import Dispatch, ExpertKernel
 
 
 class Blocks(NamedTuple):
@@ -40,11 +40,11 @@ GROUP = tl.constexpr(8)  # tiles that go through all columns together, to find e
 
 
 @triton.jit
-def _tile_of(place, ends_E, n_experts, T: tl.constexpr, BLOCK_E: tl.constexpr):
+def _tile_of(place, offsets_E, n_experts, T: tl.constexpr, BLOCK_E: tl.constexpr):
     """(expert, first row, end of the expert's rows) of the place-th tile; beyond the last, the expert is none."""
     e = tl.arange(0, BLOCK_E)
-    end_E = tl.load(ends_E + e, mask=e < n_experts, other=0)
-    start_E = tl.load(ends_E + e - 1, mask=(e > 0) & (e < n_experts), other=0)
+    end_E = tl.load(offsets_E + e, mask=e < n_experts, other=0)
+    start_E = tl.load(offsets_E + e - 1, mask=(e > 0) & (e < n_experts), other=0)
     n_tiles_E = tl.cdiv(end_E - start_E, T)
     until_E = tl.cumsum(n_tiles_E, 0)
     expert = tl.sum((until_E <= place).to(tl.int32), 0)
@@ -58,7 +58,7 @@ def _rows_kernel(
     x,  # (any, I)
     w_EIO,
     y,  # (any, O)
-    ends_E,
+    offsets_E,
     from_R,  # the row of x for each row; None: its own
     to_R,  # the row of y for each row; None: its own
     weight_R,  # factors of the results, or None
@@ -82,7 +82,7 @@ def _rows_kernel(
     group, member = tl.program_id(0) // (GROUP * n_parts), tl.program_id(0) % (GROUP * n_parts)
     n_members = tl.minimum(n_tiles - group * GROUP, GROUP)
     tile, part = group * GROUP + member % n_members, member // n_members
-    expert, first, end = _tile_of(tile, ends_E, n_experts, T, BLOCK_E)
+    expert, first, end = _tile_of(tile, offsets_E, n_experts, T, BLOCK_E)
     if expert >= n_experts:
         return
 
@@ -120,7 +120,7 @@ def _outer_kernel(
     x_NI,
     y_RO,
     w_EIO,
-    ends_E,
+    offsets_E,
     token_R,
     weight_R,  # factors of the rows, or None
     n_in,
@@ -133,8 +133,8 @@ def _outer_kernel(
     T: tl.constexpr,
 ):
     expert, n_parts = tl.program_id(1), tl.cdiv(n_out, BLOCK_O)
-    start = tl.load(ends_E + expert - 1, mask=expert > 0, other=0)
-    end = tl.load(ends_E + expert)
+    start = tl.load(offsets_E + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(offsets_E + expert)
     i = (tl.program_id(0) // n_parts) * BLOCK_I + tl.arange(0, BLOCK_I)
     o = (tl.program_id(0) % n_parts) * BLOCK_O + tl.arange(0, BLOCK_O)
     sum_IO = tl.zeros((BLOCK_I, BLOCK_O), tl.float32)
@@ -158,13 +158,13 @@ def _outer_kernel(
 _OPS = __name__.replace(".", "_")
 
 
-def _launch_rows(x, w_EIO, y, ends_E, *, from_R=None, to_R=None, weight_R=None, h_RO=None, dot_PR=None, added=None):
+def _launch_rows(x, w_EIO, y, offsets_E, *, from_R=None, to_R=None, weight_R=None, h_RO=None, dot_PR=None, added=None):
     x, blocks = x.contiguous(), Blocks.of(x)
     (n_experts, n_in, n_out), n_rows = w_EIO.shape, len(y)
     T = min(blocks.side, max(16, triton.next_power_of_2(n_rows // n_experts)))
     n_tiles = triton.cdiv(n_rows, T) + n_experts  # every expert may have one that is not full
     _rows_kernel[(n_tiles * triton.cdiv(n_out, blocks.side),)](
-        *(x, w_EIO, y, ends_E, from_R, to_R, weight_R, h_RO, dot_PR, added),
+        *(x, w_EIO, y, offsets_E, from_R, to_R, weight_R, h_RO, dot_PR, added),
         *(n_rows, n_experts, n_in, n_out, *w_EIO.stride()),
         EVEN=n_in % blocks.inner == 0,
         T=T,
@@ -176,61 +176,61 @@ def _launch_rows(x, w_EIO, y, ends_E, *, from_R=None, to_R=None, weight_R=None, 
     )
 
 
-@torch.library.custom_op(f"{_OPS}::to_rows", mutates_args=())
-def _to_rows(x_NI: Tensor, w_EIO: Tensor, ends_E: Tensor, token_R: Tensor) -> Tensor:
+@torch.library.custom_op(f"{_OPS}::gather_matmul", mutates_args=())
+def _gather_matmul(x_NI: Tensor, w_EIO: Tensor, offsets_E: Tensor, token_R: Tensor) -> Tensor:
     """Each row's token through its expert's matrix: y_RO."""
-    y_RO = _to_rows_shape(x_NI, w_EIO, ends_E, token_R)
-    _launch_rows(x_NI, w_EIO, y_RO, ends_E, from_R=token_R)
+    y_RO = _gather_matmul_shape(x_NI, w_EIO, offsets_E, token_R)
+    _launch_rows(x_NI, w_EIO, y_RO, offsets_E, from_R=token_R)
     return y_RO
 
 
-@_to_rows.register_fake
-def _to_rows_shape(x_NI, w_EIO, ends_E, token_R):  # noqa: ARG001 (one signature)
+@_gather_matmul.register_fake
+def _gather_matmul_shape(x_NI, w_EIO, offsets_E, token_R):  # noqa: ARG001 (one signature)
     return x_NI.new_empty(len(token_R), w_EIO.shape[2])
 
 
-@torch.library.custom_op(f"{_OPS}::to_rows_weighted", mutates_args=())
-def _to_rows_weighted(
-    x_NI: Tensor, w_EIO: Tensor, ends_E: Tensor, token_R: Tensor, weight_R: Tensor, h_RO: Tensor
+@torch.library.custom_op(f"{_OPS}::gather_matmul_weighted", mutates_args=())
+def _gather_matmul_weighted(
+    x_NI: Tensor, w_EIO: Tensor, offsets_E: Tensor, token_R: Tensor, weight_R: Tensor, h_RO: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same times each row's weight, y_RO, and before that each row's product with h, in P parts: dot_PR."""
-    y_RO, dot_PR = _to_rows_weighted_shapes(x_NI, w_EIO, ends_E, token_R, weight_R, h_RO)
+    y_RO, dot_PR = _gather_matmul_weighted_shapes(x_NI, w_EIO, offsets_E, token_R, weight_R, h_RO)
     h_RO = h_RO.contiguous()
-    _launch_rows(x_NI, w_EIO, y_RO, ends_E, from_R=token_R, weight_R=weight_R, h_RO=h_RO, dot_PR=dot_PR)
+    _launch_rows(x_NI, w_EIO, y_RO, offsets_E, from_R=token_R, weight_R=weight_R, h_RO=h_RO, dot_PR=dot_PR)
     return y_RO, dot_PR
 
 
-@_to_rows_weighted.register_fake
-def _to_rows_weighted_shapes(x_NI, w_EIO, ends_E, token_R, weight_R, h_RO):  # noqa: ARG001
+@_gather_matmul_weighted.register_fake
+def _gather_matmul_weighted_shapes(x_NI, w_EIO, offsets_E, token_R, weight_R, h_RO):  # noqa: ARG001
     n_rows, n_parts = len(token_R), triton.cdiv(w_EIO.shape[2], Blocks.of(x_NI).side)
     return x_NI.new_empty(n_rows, w_EIO.shape[2]), x_NI.new_empty(n_parts, n_rows, dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{_OPS}::to_places", mutates_args=())
-def _to_places(
-    x_RI: Tensor, w_EIO: Tensor, ends_E: Tensor, order_R: Tensor, weight_R: Tensor | None, added_SO: Tensor | None
+@torch.library.custom_op(f"{_OPS}::matmul_scatter", mutates_args=())
+def _matmul_scatter(
+    x_RI: Tensor, w_EIO: Tensor, offsets_E: Tensor, order_R: Tensor, weight_R: Tensor | None, added_SO: Tensor | None
 ) -> Tensor:
     """Each row through its expert's matrix, times its weight, to its place and what is there already: y_SO."""
-    y_SO = _to_places_shape(x_RI, w_EIO, ends_E, order_R, weight_R, added_SO)
-    _launch_rows(x_RI, w_EIO, y_SO, ends_E, to_R=order_R, weight_R=weight_R, added=added_SO)
+    y_SO = _matmul_scatter_shape(x_RI, w_EIO, offsets_E, order_R, weight_R, added_SO)
+    _launch_rows(x_RI, w_EIO, y_SO, offsets_E, to_R=order_R, weight_R=weight_R, added=added_SO)
     return y_SO
 
 
-@_to_places.register_fake
-def _to_places_shape(x_RI, w_EIO, ends_E, order_R, weight_R, added_SO):  # noqa: ARG001
+@_matmul_scatter.register_fake
+def _matmul_scatter_shape(x_RI, w_EIO, offsets_E, order_R, weight_R, added_SO):  # noqa: ARG001
     return x_RI.new_empty(len(order_R), w_EIO.shape[2])
 
 
-@torch.library.custom_op(f"{_OPS}::outer", mutates_args=())
-def _outer(
-    x_NI: Tensor, y_RO: Tensor, ends_E: Tensor, token_R: Tensor, weight_R: Tensor | None, turned: bool
+@torch.library.custom_op(f"{_OPS}::grouped_outer", mutates_args=())
+def _grouped_outer(
+    x_NI: Tensor, y_RO: Tensor, offsets_E: Tensor, token_R: Tensor, weight_R: Tensor | None, turned: bool
 ) -> Tensor:
     """Each expert's sum over its rows of token (outer) row, by weight: w_EIO, or turned w_EOI."""
-    w_E__ = _outer_shape(x_NI, y_RO, ends_E, token_R, weight_R, turned)
+    w_E__ = _grouped_outer_shape(x_NI, y_RO, offsets_E, token_R, weight_R, turned)
     x_NI, y_RO, blocks = x_NI.contiguous(), y_RO.contiguous(), Blocks.of(x_NI)
     n_in, n_out = x_NI.shape[1], y_RO.shape[1]
-    _outer_kernel[(triton.cdiv(n_in, blocks.side) * triton.cdiv(n_out, blocks.side), len(ends_E))](
-        *(x_NI, y_RO, w_E__, ends_E, token_R, weight_R),
+    _outer_kernel[(triton.cdiv(n_in, blocks.side) * triton.cdiv(n_out, blocks.side), len(offsets_E))](
+        *(x_NI, y_RO, w_E__, offsets_E, token_R, weight_R),
         *(n_in, n_out, *(w_E__.mT if turned else w_E__).stride()),
         BLOCK_I=blocks.side,
         BLOCK_O=blocks.side,
@@ -241,10 +241,10 @@ def _outer(
     return w_E__
 
 
-@_outer.register_fake
-def _outer_shape(x_NI, y_RO, ends_E, token_R, weight_R, turned):  # noqa: ARG001
+@_grouped_outer.register_fake
+def _grouped_outer_shape(x_NI, y_RO, offsets_E, token_R, weight_R, turned):  # noqa: ARG001
     n_in, n_out = x_NI.shape[1], y_RO.shape[1]
-    return x_NI.new_empty(len(ends_E), *((n_out, n_in) if turned else (n_in, n_out)))
+    return x_NI.new_empty(len(offsets_E), *((n_out, n_in) if turned else (n_in, n_out)))
 
 
 # --- forward and backward --------------------------------------------------------------------------
@@ -254,18 +254,20 @@ class _TritonUp(torch.autograd.Function):
     """Tokens to rows, and through matrices."""
 
     @staticmethod
-    def forward(ctx: Any, order_R: Tensor, token_R: Tensor, ends_E: Tensor, top_k: int, x_NC: Tensor, *w_EFC: Tensor):
+    def forward(
+        ctx: Any, order_R: Tensor, token_R: Tensor, offsets_E: Tensor, top_k: int, x_NC: Tensor, *w_EFC: Tensor
+    ):
         ctx.top_k = top_k
-        ctx.save_for_backward(order_R, token_R, ends_E, x_NC, *w_EFC)
-        return tuple(_to_rows(x_NC, w.mT, ends_E, token_R) for w in w_EFC)
+        ctx.save_for_backward(order_R, token_R, offsets_E, x_NC, *w_EFC)
+        return tuple(_gather_matmul(x_NC, w.mT, offsets_E, token_R) for w in w_EFC)
 
     @staticmethod
     def backward(ctx: Any, *grad_RF: Tensor):
-        order_R, token_R, ends_E, x_NC, *w_EFC = ctx.saved_tensors
+        order_R, token_R, offsets_E, x_NC, *w_EFC = ctx.saved_tensors
         grad_SC = None
         for grad, w in zip(grad_RF, w_EFC, strict=True):
-            grad_SC = _to_places(grad, w, ends_E, order_R, None, grad_SC)
-        grad_w = [_outer(x_NC, grad, ends_E, token_R, None, True) for grad in grad_RF]
+            grad_SC = _matmul_scatter(grad, w, offsets_E, order_R, None, grad_SC)
+        grad_w = [_grouped_outer(x_NC, grad, offsets_E, token_R, None, True) for grad in grad_RF]
         return None, None, None, None, _summed(grad_SC, ctx.top_k), *grad_w
 
 
@@ -273,17 +275,17 @@ class _TritonDown(torch.autograd.Function):
     """Rows through a matrix, and back to their tokens by weight."""
 
     @staticmethod
-    def forward(ctx: Any, order_R, token_R, inverse_NK, ends_E, h_RF, w_ECF, weight_NK):
+    def forward(ctx: Any, order_R, token_R, inverse_NK, offsets_E, h_RF, w_ECF, weight_NK):
         weight_R = weight_NK.flatten().index_select(0, order_R)
-        ctx.save_for_backward(token_R, inverse_NK, ends_E, h_RF, w_ECF, weight_R)
-        return _summed(_to_places(h_RF, w_ECF.mT, ends_E, order_R, weight_R, None), weight_NK.shape[1])
+        ctx.save_for_backward(token_R, inverse_NK, offsets_E, h_RF, w_ECF, weight_R)
+        return _summed(_matmul_scatter(h_RF, w_ECF.mT, offsets_E, order_R, weight_R, None), weight_NK.shape[1])
 
     @staticmethod
     def backward(ctx: Any, grad_NC: Tensor):
-        token_R, inverse_NK, ends_E, h_RF, w_ECF, weight_R = ctx.saved_tensors
+        token_R, inverse_NK, offsets_E, h_RF, w_ECF, weight_R = ctx.saved_tensors
         # A weight's gradient is <grad, w h> = <grad w, h>, so results of rows need not be kept.
-        grad_h_RF, dot_PR = _to_rows_weighted(grad_NC, w_ECF, ends_E, token_R, weight_R, h_RF)
-        grad_w_ECF = _outer(grad_NC, h_RF, ends_E, token_R, weight_R, False)
+        grad_h_RF, dot_PR = _gather_matmul_weighted(grad_NC, w_ECF, offsets_E, token_R, weight_R, h_RF)
+        grad_w_ECF = _grouped_outer(grad_NC, h_RF, offsets_E, token_R, weight_R, False)
         return None, None, None, None, grad_h_RF, grad_w_ECF, dot_PR.sum(dim=0).to(weight_R.dtype)[inverse_NK]
 
 
@@ -292,12 +294,16 @@ def _summed(y_SC: Tensor, top_k: int) -> Tensor:
     return y_SC.unflatten(0, (-1, top_k)).sum(dim=1)
 
 
-def _up(x_NC: Tensor, w_EFC: tuple[Tensor, ...], plan: Plan) -> tuple[Tensor, ...]:
-    return _TritonUp.apply(plan.order_R, plan.token_R, plan.ends_E, plan.inverse_NK.shape[1], x_NC, *w_EFC)
+def _up(x_NC: Tensor, w_EFC: tuple[Tensor, ...], dispatch: Dispatch) -> tuple[Tensor, ...]:
+    return _TritonUp.apply(
+        dispatch.order_R, dispatch.token_R, dispatch.offsets_E, dispatch.inverse_NK.shape[1], x_NC, *w_EFC
+    )
 
 
-def _down(h_RF: Tensor, w_ECF: Tensor, weight_NK: Tensor, plan: Plan) -> Tensor:
-    return _TritonDown.apply(plan.order_R, plan.token_R, plan.inverse_NK, plan.ends_E, h_RF, w_ECF, weight_NK)
+def _down(h_RF: Tensor, w_ECF: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:
+    return _TritonDown.apply(
+        dispatch.order_R, dispatch.token_R, dispatch.inverse_NK, dispatch.offsets_E, h_RF, w_ECF, weight_NK
+    )
 
 
 TRITON = ExpertKernel(_up, _down)

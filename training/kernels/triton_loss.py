@@ -51,8 +51,8 @@ def _loss_kernel(logits_NV, target_N, loss_N, n_vocab, softcap, GRADIENT: tl.con
             tl.store(logits_V + first + v, grad_B.to(logits_NV.dtype.element_ty), mask=real_B)
 
 
-def by_triton(logits_NV: Tensor, targets_N: Tensor, softcap: float | None, *, gradient: bool) -> Tensor:
-    """As `loss.ByTorch`."""
+def triton_logits_backward(logits_NV: Tensor, targets_N: Tensor, softcap: float | None, *, gradient: bool) -> Tensor:
+    """As `loss.TorchLogitsBackward`."""
     loss_N = torch.empty(len(logits_NV), dtype=torch.float32, device=logits_NV.device)
     block = min(BLOCK, triton.next_power_of_2(logits_NV.shape[1]))
     grid = (len(logits_NV),)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from training import device as devices
 from training.engine.micro_batch import most_samples
 from training.logging.charts import Point, points
-from training.logging.jsonl import read
+from training.logging.jsonl import read_rows
 from training.logging.phases import goodput
 
 if TYPE_CHECKING:
@@ -71,19 +71,19 @@ class Facts(NamedTuple):
     vocabulary: int
 
 
-def measured(run: Run) -> Facts:
-    """The facts of a run at its end. The ledger is settled."""
+def facts_of_run(run: Run) -> Facts:
+    """The facts of a run at its end. The timer is settled."""
     config, device, row = run.config, run.world.device, run.last_row
-    rows = read(run.folder / "metrics.jsonl")
+    rows = read_rows(run.folder / "metrics.jsonl")
     norms, mfu = [norm for _, norm in points(rows, "grad_norm")], [share for _, share in points(rows, "mfu")]
     peak = max((gib for _, gib in points(rows, "memory_gib")), default=devices.peak_memory_gib(device))
     n_clipped = sum(norm > config.optim.grad_clip for norm in norms) if config.optim.grad_clip is not None else 0
     return Facts(
-        seconds=run.ledger.seconds,
+        seconds=run.timer.seconds,
         config=config,
         on_gpu=device.type != "cpu",
         mfu=median(mfu) if mfu else None,
-        memory=peak * 2**30 / devices.memory_bytes(device),
+        memory=peak * 2**30 / devices.available_memory_bytes(device),
         memory_gib=peak,
         micro_batch=run.micro_batch,
         most=most_samples(config, run.world.size),

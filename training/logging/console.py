@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from training.logging.dead_experts import Starvation
+from training.logging.dead_experts import DeadExpertWatch
 from training.logging.format import clock, count, number, printable, share
-from training.logging.phases import in_words
-from training.logging.sinks import Run, Sink
+from training.logging.phases import as_text
+from training.logging.sinks import RunInfo, Sink
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 RECENT_STEPS = 50  # what the ETA goes by
 
 
-def open_console(run: Run, every: int) -> Sink:
+def open_console(run: RunInfo, every: int) -> Sink:
     """The live display where standard output is a terminal that can move its cursor; else plain lines."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a sample may hold what the terminal's encoding does not
@@ -33,8 +33,8 @@ class PlainConsole:
     """A header, a line every `every` steps, a line and the samples an evaluation, a closing summary; and a line
     where experts starve."""
 
-    def __init__(self, run: Run, every: int) -> None:
-        self.run, self.every, self.eta, self.starvation = run, every, ETA(run.steps), Starvation(run.moe_layers)
+    def __init__(self, run: RunInfo, every: int) -> None:
+        self.run, self.every, self.eta, self.starvation = run, every, ETA(run.steps), DeadExpertWatch(run.moe_layers)
         with unread_output_dropped():
             print(run.name, *aligned(run.header), "", sep="\n", flush=True)
 
@@ -42,11 +42,11 @@ class PlainConsole:
         width = len(str(self.run.steps))
         with unread_output_dropped():
             for row in rows:
-                self.eta.see(row)
+                self.eta.update(row)
                 step = f"step {row['step']:>{width}}/{self.run.steps}"
                 if row["step"] % self.every == 0 or row["step"] == self.run.steps:
                     print(step, *progress(row), f"ETA {self.eta}", sep="  ")
-                for line in self.starvation.see(row):
+                for line in self.starvation.update(row):
                     print(step, line, sep="  ")
                 if "val_loss" in row:
                     print(step, *evaluation(row), sep="  ")
@@ -63,12 +63,12 @@ class PlainConsole:
 class LiveConsole:
     """A bar and the newest numbers at the bottom of the terminal; what stays is printed above it."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: RunInfo) -> None:
         from rich.console import Console
         from rich.live import Live
 
         self.run, self.eta, self.row, self.val_loss = run, ETA(run.steps), None, None
-        self.starvation = Starvation(run.moe_layers)
+        self.starvation = DeadExpertWatch(run.moe_layers)
         self.console = Console(highlight=False, emoji=False, markup=False)
         self.live = Live(get_renderable=self.render, console=self.console, auto_refresh=False)
         with unread_output_dropped():
@@ -80,9 +80,9 @@ class LiveConsole:
     def write(self, rows: list[dict]) -> None:
         with unread_output_dropped():
             for row in rows:
-                self.eta.see(row)
+                self.eta.update(row)
                 self.row = row
-                for line in self.starvation.see(row):
+                for line in self.starvation.update(row):
                     self.console.print(f"step {row['step']}", line, sep="  ", style="yellow")
                 if "val_loss" in row:
                     self.val_loss = row["val_loss"]
@@ -144,7 +144,7 @@ class ETA:
     def __init__(self, steps: int) -> None:
         self.steps, self.step, self.recent = steps, 0, deque(maxlen=RECENT_STEPS)
 
-    def see(self, row: dict) -> None:
+    def update(self, row: dict) -> None:
         self.step = row["step"]
         self.recent.append(row["step_s"])
 
@@ -188,7 +188,7 @@ def closing(summary: dict) -> dict[str, str]:
         "training": f"loss {number(summary['train_loss'])}",
         "validation": validation,
         "model": summary["model_dir"],
-        "time": in_words(summary["time"]),
+        "time": as_text(summary["time"]),
         "advice": "\n".join(summary["advice"]),
     }
     return {label: text for label, text in facts.items() if text}

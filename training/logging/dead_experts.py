@@ -7,16 +7,16 @@ from training.logging.format import layer_name
 PATIENCE = 200  # steps without tokens before it is said, and between two lines about a layer
 
 
-class Starvation:
+class DeadExpertWatch:
     """Follows every MoE layer's load from row to row; the counting begins anew with the process."""
 
     def __init__(self, moe_layers: list[int]) -> None:
         self.layers = [Layer(layer) for layer in moe_layers]
 
-    def see(self, row: dict) -> list[str]:
+    def update(self, row: dict) -> list[str]:
         """What there is to say after this row, which follows the one before: at most a line a layer."""
         load = row.get("expert_load") or []
-        lines = (layer.see(load_E) for layer, load_E in zip(self.layers, load, strict=bool(load)))
+        lines = (layer.update(load_E) for layer, load_E in zip(self.layers, load, strict=bool(load)))
         return [line for line in lines if line]
 
 
@@ -29,10 +29,10 @@ class Layer:
         self.told = (0, 0)  # experts and steps of the last line; (0, 0): all have recovered since
         self.quiet = 0  # rows until the next line
 
-    def see(self, load_E: list[float]) -> str | None:
-        from training.model.moe import starving  # comes with torch
+    def update(self, load_E: list[float]) -> str | None:
+        from training.model.moe import dead_expert_threshold  # comes with torch
 
-        limit, n_experts = starving(len(load_E)), len(load_E)
+        limit, n_experts = dead_expert_threshold(len(load_E)), len(load_E)
         before_E = self.hungry_E or [0] * n_experts
         self.hungry_E = [(n + 1) * (share < limit) for n, share in zip(before_E, load_E, strict=True)]
         self.quiet = max(self.quiet - 1, 0)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import UserError
-from training.files import write_atomically, writing
-from training.logging.sinks import Run
+from training.files import write_atomically, write_errors_as_user_errors
+from training.logging.sinks import RunInfo
 
 
 class JSONLSink:
@@ -20,7 +20,7 @@ class JSONLSink:
     Rows that someone else removed are missed aloud: a run does not end for its log.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: RunInfo) -> None:
         self.path = run.dir / "metrics.jsonl"
         text = _text(self.path)
         rows = [(line, row["step"]) for line, row in _rows(self.path, text) if row["step"] <= run.start_step]
@@ -35,8 +35,8 @@ class JSONLSink:
 
     def write(self, rows: list[dict]) -> None:
         """Append the rows, durably: rows that a checkpoint relies on survive a power cut as it does."""
-        lines = "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
-        with writing(self.path), self.path.open("ab") as file:
+        lines = "".join(json.dumps(nan_to_null(row), ensure_ascii=False) + "\n" for row in rows)
+        with write_errors_as_user_errors(self.path), self.path.open("ab") as file:
             if file.tell() != self.size:
                 self._miss("removed or changed while the run wrote it")
             file.write(lines.encode("utf-8", "backslashreplace"))
@@ -51,7 +51,7 @@ class JSONLSink:
         """Nothing is held open."""
 
 
-def read(path: Path) -> list[dict]:
+def read_rows(path: Path) -> list[dict]:
     """The rows of a metrics.jsonl, also of one that is being written; none where there is no file.
 
     Raises `UserError` for a line, other than an unfinished last one, that is no row.
@@ -86,10 +86,10 @@ def _is_row(row: dict) -> bool:
     return type(row.get("step")) is int and all(type(value) in (int, float) for value in times)
 
 
-def finite(value: Any) -> Any:
+def nan_to_null(value: Any) -> Any:
     """NaN and infinities as null, since JSON has no word for them."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: nan_to_null(item) for key, item in value.items()}
+    return [nan_to_null(item) for item in value] if isinstance(value, list | tuple) else value

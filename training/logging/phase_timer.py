@@ -6,7 +6,7 @@ that is read while the device still computes costs nothing; one that the device 
 the host's clock. What is sent within forward and backward (FSDP2, tokens to experts on other ranks) overlaps with
 them and is `compute`; `communication` is what is waited for besides.
 
-On several ranks the main one's ledger is written. Its sums are those of the run's whole life, over restarts.
+On several ranks the main one's timer is written. Its sums are those of the run's whole life, over restarts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from training.logging.phases import PHASES
 RARE = ("start", "redone")  # in rows only where there is something of it
 
 
-class Ledger:
+class PhaseTimer:
     """Seconds by phase. Start-up is one phase whatever it enters, until the first step is done: the first `idle`."""
 
     def __init__(self, device: torch.device):
@@ -33,8 +33,8 @@ class Ledger:
         self._created, self._phase, self._carried = time.perf_counter(), "start", 0.0
         self._marks: list[tuple[str, float | torch.cuda.Event]] = [("start", self._now())]  # (what begins, when)
 
-    def began(self, at: float) -> None:
-        """The start was at this value of `time.perf_counter`, before there was a ledger."""
+    def set_start(self, at: float) -> None:
+        """The start was at this value of `time.perf_counter`, before there was a timer."""
         self._spend("start", self._created - at)
 
     def enter(self, phase: str) -> None:
@@ -44,7 +44,7 @@ class Ledger:
         self._phase = phase
         self._marks.append((phase, self._now()))
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Count the time until now. Waits for the device, and so has no place inside a step."""
         self._marks.append((self._phase, self._now()))
         if self.on_cuda:
@@ -58,7 +58,7 @@ class Ledger:
 
         They add up to the time that passed, so the evaluation and the save that follow a row are in the next one.
         """
-        self.settle()
+        self.flush()
         spent, self._since_row = self._since_row, dict.fromkeys(PHASES, 0.0)
         return {
             f"time_{phase}": float(f"{seconds / n_steps:.4g}")
@@ -69,12 +69,12 @@ class Ledger:
     @property
     def goodput(self) -> float:
         """The share of all time that was spent on the steps that count."""
-        self.settle()
+        self.flush()
         return times.goodput(self.seconds)
 
     def state_dict(self) -> dict[str, dict[str, float]]:
         """For a checkpoint: the sums, and what of them no row has yet."""
-        self.settle()
+        self.flush()
         return {"seconds": dict(self.seconds), "since_row": dict(self._since_row)}
 
     def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
@@ -84,12 +84,12 @@ class Ledger:
             self._since_row[phase] += state.get("since_row", {}).get(phase, 0.0)
         self._carried = sum(state.get("since_row", {}).values())
 
-    def redo(self, rows: Iterable[dict], step: int) -> None:
+    def add_lost_time(self, rows: Iterable[dict], step: int) -> None:
         """Count the time of the rows past this step, which are about to be removed. Follows `load_state_dict`.
 
         That of an earlier kill is in them: the first row after it tells it as `time_redone`.
         """
-        lost = sum(times.spent(row for row in rows if row["step"] > step).values())
+        lost = sum(times.phase_seconds(row for row in rows if row["step"] > step).values())
         if lost:  # the first of them told what the checkpoint's sums have already
             self._spend("redone", max(0.0, lost - self._carried))
 

@@ -18,11 +18,11 @@ PHASES = {
     "start": "start-up, with the first step",
     "redone": "lost to a kill, and done again",
 }
-WORK = ("compute", "optimizer", "data", "communication")  # what goodput counts
+PRODUCTIVE = ("compute", "optimizer", "data", "communication")  # what goodput counts
 SHOWN = 0.005  # a smaller share is nothing, in words
 
 
-def spent(rows: Iterable[dict]) -> dict[str, float]:
+def phase_seconds(rows: Iterable[dict]) -> dict[str, float]:
     """Seconds by phase that the rows tell of."""
     sums = dict.fromkeys(PHASES, 0.0)
     for row in rows:
@@ -34,7 +34,7 @@ def spent(rows: Iterable[dict]) -> dict[str, float]:
 def goodput(seconds: dict[str, float]) -> float | None:
     """The share of all time that went into steps that count; None where nothing was measured."""
     total = sum(seconds.values())
-    return sum(seconds[phase] for phase in WORK) / total if total else None
+    return sum(seconds[phase] for phase in PRODUCTIVE) / total if total else None
 
 
 def shares(seconds: dict[str, float]) -> dict[str, float]:
@@ -44,7 +44,7 @@ def shares(seconds: dict[str, float]) -> dict[str, float]:
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def in_words(seconds: dict[str, float]) -> str:
+def as_text(seconds: dict[str, float]) -> str:
     """The phases' shares, and goodput: 92 % compute, 3 % optimizer, 5 % start; goodput 95 %."""
     said = ", ".join(f"{100 * share:.0f} % {phase}" for phase, share in shares(seconds).items())
     return f"{said}; goodput {100 * goodput(seconds):.0f} %" if said else ""

@@ -16,7 +16,7 @@ from training.logging import moe_report as experts
 from training.logging import phases as times
 from training.logging.charts import Curve, chart, noisy, points
 from training.logging.format import count, number, printable, spoken
-from training.logging.jsonl import read
+from training.logging.jsonl import read_rows
 
 
 def write_report(run_dir: Path) -> Path:
@@ -35,7 +35,7 @@ def write_report(run_dir: Path) -> Path:
     return run_dir / "report.html"
 
 
-def renew_report(run_dir: Path) -> None:
+def update_report(run_dir: Path) -> None:
     """Write the report; where that fails say so, as a run does not end for its report."""
     try:
         write_report(run_dir)
@@ -44,7 +44,7 @@ def renew_report(run_dir: Path) -> None:
 
 
 def _page(run_dir: Path) -> str:
-    rows, summary = read(run_dir / "metrics.jsonl"), _json(run_dir / "summary.json")
+    rows, summary = read_rows(run_dir / "metrics.jsonl"), _json(run_dir / "summary.json")
     facts = _json(run_dir / "run.json")
     return _template().render(
         name=facts.get("name", run_dir.resolve().name),
@@ -55,7 +55,7 @@ def _page(run_dir: Path) -> str:
         routing=experts.routing(rows, facts.get("moe_layers")),
         liked=experts.liked(_json(run_dir / "experts.json")),
         samples=samples(rows),
-        time=times.bar(summary.get("time") or times.spent(rows)),
+        time=times.bar(summary.get("time") or times.phase_seconds(rows)),
         advice=[line.partition(": ") for line in summary.get("advice", ())],
         header=facts.get("header", {}),
         next=summary.get("next", []),

@@ -11,19 +11,19 @@ from torch import Tensor
 from training import device as devices
 from training.config import Config
 from training.distributed.world import World
-from training.logging.phase_timer import Ledger
+from training.logging.phase_timer import PhaseTimer
 from training.model import GPT
-from training.optim.optimizer import rate
+from training.optim.optimizer import lr_factor
 
 
 @dataclass
-class Metrics:
-    """Metrics of the steps since the last row was written, and the clock of training."""
+class RunLog:
+    """RunLog of the steps since the last row was written, and the clock of training."""
 
     config: Config
     world: World
     model: GPT
-    ledger: Ledger
+    timer: PhaseTimer
     time_s: float = 0.0  # spent training, over restarts; evaluations and saves do not count
     _pending: list[tuple[int, dict[str, Tensor], int, int]] = field(default_factory=list)
     _since: float = 0.0
@@ -36,14 +36,14 @@ class Metrics:
         """Keep the summed metrics of step 0 .. steps - 1, and "grad_norm", on the device; and steps skipped so far."""
         self._pending.append((step, totals, n_targets, n_skipped))
 
-    def rows(self) -> list[dict]:
+    def flush(self) -> list[dict]:
         """The rows of the steps since the last call; their times are an average. Waits for the device."""
         if not self._pending:
             return []
-        self.ledger.enter("compute")  # which is what is waited for here
+        self.timer.enter("compute")  # which is what is waited for here
         fetched = _fetch([totals for _, totals, _, _ in self._pending])
-        self.ledger.enter("idle")
-        now, times = time.perf_counter(), self.ledger.row_times(len(fetched))
+        self.timer.enter("idle")
+        now, times = time.perf_counter(), self.timer.row_times(len(fetched))
         seconds, self._since = (now - self._since) / len(fetched), now
         counts = [(step, n_targets, n_skipped) for step, _, n_targets, n_skipped in self._pending]
         self._pending.clear()
@@ -57,8 +57,8 @@ class Metrics:
         self.time_s += seconds
         return {
             "step": step + 1,
-            **self.model.describe(values, n_targets),
-            "learning_rate": config.optim.learning_rate * rate(config.schedule, step, config.steps),
+            **self.model.step_metrics(values, n_targets),
+            "learning_rate": config.optim.learning_rate * lr_factor(config.schedule, step, config.steps),
             "grad_norm": grad_norm,
             "skipped_steps": n_skipped,
             "tokens": (step + 1) * config.batch_tokens,

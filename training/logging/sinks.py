@@ -15,10 +15,10 @@ With experts, of the step's global batch:
   `confidence` (mean over tokens of the largest share of the scores), `z_loss`, `bias_range` (largest less
   smallest selection bias) and `dropped` (share of what was sent that was beyond the experts' capacity);
 - of all layers at once: `expert_load_max` (largest over mean share) and `expert_entropy`, each of the worst
-  layer, `dead_experts` (how many got less than `starving` in model/moe.py says), `router_confidence` and
+  layer, `dead_experts` (how many got less than `dead_expert_threshold` in model/moe.py says), `router_confidence` and
   `router_z_loss` (means), `router_bias_range` (the largest) and `dropped_share` (of all that was sent).
 
-Layers are counted from 0 in data (`Run.moe_layers`, run.json, experts.json) and from 1 in what people read.
+Layers are counted from 0 in data (`RunInfo.moe_layers`, run.json, experts.json) and from 1 in what people read.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ LOAD_IMAGE = "router/load_layers_x_experts"
 
 
 @dataclass(frozen=True)
-class Run:
+class RunInfo:
     """What a sink may know of the run it shows."""
 
     dir: Path
@@ -86,7 +86,7 @@ class Sink(Protocol):
         """End. `summary` is what summary.json says; None: interrupted."""
 
 
-def open_sinks(config: LoggingConfig, run: Run) -> list[Sink]:
+def open_sinks(config: LoggingConfig, run: RunInfo) -> list[Sink]:
     """Open what `config` asks for, metrics.jsonl first. Rows past `run.start_step` are forgotten.
 
     Raises `UserError` where a file cannot be written or Weights & Biases is not set up.

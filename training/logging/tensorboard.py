@@ -15,11 +15,11 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import histogram, hparams, image, text
 
-from training.files import writing
+from training.files import write_errors_as_user_errors
 from training.logging.format import printable
 from training.logging.graph import record
 from training.logging.heat_map import due, heat_map
-from training.logging.sinks import LOAD_IMAGE, Run, layer_tag, scalars
+from training.logging.sinks import LOAD_IMAGE, RunInfo, layer_tag, scalars
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ LOAD_BINS = [0.0, *np.geomspace(1e-4, 1.1, 99)]  # of an expert's share of the t
 class TensorBoardSink:
     """Writes events below `run.dir / "tensorboard"`; `tensorboard --logdir` on the folder of runs compares them."""
 
-    def __init__(self, run: Run, histogram_every: int) -> None:
+    def __init__(self, run: RunInfo, histogram_every: int) -> None:
         self.histogram_every, self.steps, self.moe_layers = histogram_every, run.steps, run.moe_layers
         self.path = run.dir / "tensorboard"
         purge_step = run.start_step + 1
@@ -38,7 +38,7 @@ class TensorBoardSink:
         _, start, self.end = hparams(flat(run.config), {})
         # torch's SummaryWriter writes in a thread, which prints a traceback where a disk is full.
         name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
-        with writing(self.path):
+        with write_errors_as_user_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self.file = (self.path / name).open("xb")
         self._write(
@@ -79,7 +79,7 @@ class TensorBoardSink:
 
     def _write(self, *events: Event) -> None:
         """Append events, and hand them to the system."""
-        with writing(self.path):
+        with write_errors_as_user_errors(self.path):
             for event in events:
                 event.wall_time = time.time()
                 RecordWriter(self.file).write(event.SerializeToString())

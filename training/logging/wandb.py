@@ -12,7 +12,7 @@ from training.config import WandbConfig
 from training.errors import UserError
 from training.files import write_atomically
 from training.logging.heat_map import due, heat_map
-from training.logging.sinks import LOAD_IMAGE, Run, scalars
+from training.logging.sinks import LOAD_IMAGE, RunInfo, scalars
 
 FINISH_TIMEOUT_S = 120  # what is not sent by then stays on disk for `wandb sync`
 
@@ -20,7 +20,7 @@ FINISH_TIMEOUT_S = 120  # what is not sent by then stays on disk for `wandb sync
 class WandbSink:
     """Logs to one W&B run over all restarts; what it holds of a step it never logs again."""
 
-    def __init__(self, run: Run, config: WandbConfig, histogram_every: int) -> None:
+    def __init__(self, run: RunInfo, config: WandbConfig, histogram_every: int) -> None:
         try:
             import wandb
         except ImportError as error:
@@ -72,7 +72,7 @@ def _state(marker: Path, name: str) -> dict:
     return new
 
 
-def _init(wandb: Any, config: WandbConfig, run: Run, **options: Any) -> Any:
+def _init(wandb: Any, config: WandbConfig, run: RunInfo, **options: Any) -> Any:
     """Start or resume the W&B run, offline where the network does not answer.
 
     Raises `UserError` where there is no key, or the key is refused.

@@ -14,7 +14,7 @@ class LayerCache:
     def __init__(self) -> None:
         self.kept: dict[str, tuple[Tensor, int]] = {}
 
-    def extend(self, name: str, new: Tensor) -> Tensor:
+    def append(self, name: str, new: Tensor) -> Tensor:
         """Take `new` (..., T, D); returns everything so far (..., S, D)."""
         buffer, n_old = self.kept.get(name, (new[..., :0, :], 0))
         n_all = n_old + new.shape[-2]
@@ -36,7 +36,7 @@ class Cache:
         self._pad(n_padding_B)
 
     def _pad(self, n_padding_B: Tensor | None) -> None:
-        self.least_padding = 0 if n_padding_B is None else int(n_padding_B.min())
+        self.min_padding = 0 if n_padding_B is None else int(n_padding_B.min())
         self.n_padding_B = n_padding_B if n_padding_B is not None and bool(n_padding_B.any()) else None
 
     def select(self, rows_B: Tensor) -> None:
@@ -45,7 +45,7 @@ class Cache:
             layer.kept = {name: (buffer.index_select(0, rows_B), n) for name, (buffer, n) in layer.kept.items()}
         self._pad(None if self.n_padding_B is None else self.n_padding_B.index_select(0, rows_B))
 
-    def restart(self, rows_R: Tensor, read: Cache) -> None:
+    def replace_rows(self, rows_R: Tensor, read: Cache) -> None:
         """Let these samples have read what those of `read` have, which are without padding, and nothing else."""
         start = self.n_tokens - read.n_tokens
         for layer, new in zip(self.layers, read.layers, strict=True):
@@ -57,13 +57,13 @@ class Cache:
 
     def trim(self) -> None:
         """Forget the places that are padding in every sample."""
-        n = min(self.least_padding, self.n_tokens)
+        n = min(self.min_padding, self.n_tokens)
         for layer in self.layers:
             layer.kept = {name: (buffer[..., n:, :], n_all - n) for name, (buffer, n_all) in layer.kept.items()}
         self.n_tokens -= n
         self._pad(None if self.n_padding_B is None else self.n_padding_B - n)
 
     @property
-    def n_text(self) -> int:
+    def max_text_tokens(self) -> int:
         """Tokens of the sample that has the most text."""
-        return self.n_tokens - self.least_padding
+        return self.n_tokens - self.min_padding

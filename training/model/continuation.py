@@ -9,10 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from training.model.gpt import GPT
-from training.model.sampling import Rules, sample
+from training.model.sampling import SamplingParams, sample
 
 
-class Tokenizer(Protocol):
+class TextCodec(Protocol):
     """What is needed of a tokenizer here. Its tokens stand for bytes of UTF-8, one after the other."""
 
     end_of_text: int
@@ -23,41 +23,41 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str: ...
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: TextCodec, prompt: str) -> list[int]:
     """The prompt as the beginning of a document: after an end-of-text token, as in training."""
     return [tokenizer.end_of_text, *tokenizer.encode(prompt).tolist()]
 
 
 class Continuation:
-    """What follows a prompt. `text` is settled: more is appended to it, and shown to `watch`."""
+    """What follows a prompt. `text` is settled: more is appended to it, and shown to `on_text`."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), watch: Callable[[str], object] | None = None):
-        self.tokenizer, self.stops, self.watch = tokenizer, stops, watch
+    def __init__(self, tokenizer: TextCodec, stops: Sequence[str] = (), on_text: Callable[[str], object] | None = None):
+        self.tokenizer, self.stops, self.on_text = tokenizer, stops, on_text
         self.text = ""
         # Why it ended: the document did, a stop string came, or it is as long as it may be. None: it goes on.
-        self.finish: Literal["end", "stop", "length"] | None = None
+        self.finish_reason: Literal["end", "stop", "length"] | None = None
         self.pending: list[int] = []  # tokens whose last character is not whole
         self.held = ""  # characters that may be the beginning of a stop string
 
-    def take(self, token: int) -> bool:
+    def add(self, token: int) -> bool:
         """Take the next token; returns whether the text goes on."""
         if token == self.tokenizer.end_of_text:
-            self.end("end")
+            self.finish("end")
             return False
         self.pending.append(token)
         new = self.tokenizer.decode(self.pending)
         if not new.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may be several tokens
             self.pending.clear()
             self._grow(new)
-        return self.finish is None
+        return self.finish_reason is None
 
-    def end(self, finish: Literal["end", "length"] = "length") -> None:
+    def finish(self, reason: Literal["end", "length"] = "length") -> None:
         """No token follows: settle what was held back. Nothing happens to a text that has ended."""
-        if self.finish is None:
+        if self.finish_reason is None:
             self._grow(self.tokenizer.decode(self.pending))
-        if self.finish is None:
+        if self.finish_reason is None:
             self._settle(self.held)
-            self.finish = finish
+            self.finish_reason = reason
 
     def _grow(self, new: str) -> None:
         """Settle all that no stop string can begin with. The stop string that is complete first counts."""
@@ -65,7 +65,7 @@ class Continuation:
         found = [(text.index(stop) + len(stop), text.index(stop)) for stop in self.stops if stop in text]
         if found:
             self._settle(text[: min(found)[1]])
-            self.finish = "stop"
+            self.finish_reason = "stop"
             return
         beginnings = (stop[:n] for stop in self.stops for n in range(1, len(stop)))
         n_held = max((len(beginning) for beginning in beginnings if text.endswith(beginning)), default=0)
@@ -74,29 +74,38 @@ class Continuation:
 
     def _settle(self, new: str) -> None:
         self.text += new
-        if self.watch is not None:
-            self.watch(new)
+        if self.on_text is not None:
+            self.on_text(new)
 
 
 def continue_texts(
     model: GPT,
-    tokenizer: Tokenizer,
+    tokenizer: TextCodec,
     prompts: Sequence[Sequence[int]],
     n_tokens: int,
     *,
     seeds: Sequence[int | Sequence[int]],
-    rules: Rules,
+    params: SamplingParams,
     stops: Sequence[str] = (),
-    watch: Callable[[str], object] | None = None,
-    agree: Callable[[Tensor], Tensor] | None = None,
+    on_text: Callable[[str], object] | None = None,
+    sync_tokens: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Continuation]:
-    """What follows each prompt (of `prompt_ids`), ended; `watch` is shown what is settled, whichever text it is of."""
-    texts = [Continuation(tokenizer, stops, watch) for _ in prompts]
+    """Continuations of prompts (from `encode_prompt`); `on_text` is called with each settled text."""
+    texts = [Continuation(tokenizer, stops, on_text) for _ in prompts]
 
-    def take(i: int, token: int) -> bool:
-        return texts[i].take(token)
+    def on_token(i: int, token: int) -> bool:
+        return texts[i].add(token)
 
-    sample(model, prompts, n_tokens, take, n_vocab=tokenizer.vocab_size, seeds=seeds, rules=rules, agree=agree)
+    sample(
+        model,
+        prompts,
+        n_tokens,
+        on_token,
+        n_vocab=tokenizer.vocab_size,
+        seeds=seeds,
+        params=params,
+        sync_tokens=sync_tokens,
+    )
     for text in texts:
-        text.end()
+        text.finish()
     return texts

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from training.config import DifferentialConfig, ModelConfig
-from training.kernels.choose import Call
-from training.model.attention import Attention, Place
+from training.kernels.choose import AttentionSpec
+from training.model.attention import Attention, AttentionContext
 from training.model.cache import LayerCache
 from training.model.layers import RMSNorm, rotate
 
@@ -27,28 +27,28 @@ class DifferentialAttention(Attention):
         super().__init__(section, model)  # 2G values D wide are as many parameters as G values E wide
         self.lambda_init = section.lambda_init
         self.exponents = nn.Parameter(torch.zeros(2))
-        self.head_norm = RMSNorm(self.call.value_dim, model.norm_eps)
+        self.head_norm = RMSNorm(self.spec.value_dim, model.norm_eps)
 
     @staticmethod
-    def asks(section: DifferentialConfig, model: ModelConfig) -> Call:
+    def attention_spec(section: DifferentialConfig, model: ModelConfig) -> AttentionSpec:
         """What this layer asks of an attention back-end: both calls as one."""
-        plain = Attention.asks(section, model)
+        plain = Attention.attention_spec(section, model)
         heads, width = (2 * plain.n_head, 2 * plain.n_kv_head), plain.head_dim
-        return Call(*heads, width // 2, width, section.window, section.softcap)
+        return AttentionSpec(*heads, width // 2, width, section.window, section.softcap)
 
-    def forward(self, x_BTC: Tensor, place: Place, cache: LayerCache | None) -> Tensor:
+    def forward(self, x_BTC: Tensor, context: AttentionContext, cache: LayerCache | None) -> Tensor:
         """x_BTC -> y_BTC. `cache` holds the keys and values of earlier tokens and takes this call's."""
         q, k, v = self._project(x_BTC)
-        q, k = (x.unflatten(-1, (-1, self.call.head_dim)).transpose(1, 2) for x in (q, k))
-        v_BGSE = v.unflatten(-1, (-1, self.call.value_dim)).transpose(1, 2)
+        q, k = (x.unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2) for x in (q, k))
+        v_BGSE = v.unflatten(-1, (-1, self.spec.value_dim)).transpose(1, 2)
         q, k = self.query_norm(q), self.key_norm(k)
-        if place.rotation_2TD is not None:
-            q, k = rotate(q, place.rotation_2TD), rotate(k, place.rotation_2TD)
+        if context.rotation_2TD is not None:
+            q, k = rotate(q, context.rotation_2TD), rotate(k, context.rotation_2TD)
         if cache is not None:
-            k, v_BGSE = cache.extend("key", k), cache.extend("value", v_BGSE)
+            k, v_BGSE = cache.append("key", k), cache.append("value", v_BGSE)
         # Two calls, for one would copy all the values, at every token that is generated.
         first_BHTE, second_BHTE = (
-            place.attend(q_BHTD, k_BGSD, v_BGSE, self.call)
+            context.attend(q_BHTD, k_BGSD, v_BGSE, self.spec)
             for q_BHTD, k_BGSD in zip(q.chunk(2, dim=1), k.chunk(2, dim=1), strict=True)
         )
         y_BHTE = self.head_norm(first_BHTE - self._lambda(x_BTC.dtype) * second_BHTE) * (1 - self.lambda_init)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from training.config import LatentConfig, ModelConfig
-from training.kernels.choose import Call
-from training.model.attention import Place
+from training.kernels.choose import AttentionSpec
+from training.model.attention import AttentionContext
 from training.model.cache import LayerCache
 from training.model.layers import Linear, RMSNorm, rotate
 
@@ -24,54 +24,58 @@ class LatentAttention(nn.Module):
 
     def __init__(self, section: LatentConfig, model: ModelConfig):
         super().__init__()
-        self.call = call = self.asks(section, model)
+        self.spec = spec = self.attention_spec(section, model)
         self.rope_dim = section.rope_dim
         self.rotary_dim = section.rope_dim if model.position == "rope" else 0
         self.squeeze = nn.Identity()
         if section.q_rank is not None:
             down, normalise = Linear(model.n_embd, section.q_rank, bias=False), RMSNorm(section.q_rank, model.norm_eps)
             self.squeeze = nn.Sequential(down, normalise)
-        self.query = Linear(section.q_rank or model.n_embd, call.n_head * call.head_dim, bias=False)
+        self.query = Linear(section.q_rank or model.n_embd, spec.n_head * spec.head_dim, bias=False)
         self.latent = Linear(model.n_embd, section.kv_rank + section.rope_dim, bias=False)
         self.latent_norm = RMSNorm(section.kv_rank, model.norm_eps)
-        key_width = call.head_dim - section.rope_dim
-        self.key_value = Linear(section.kv_rank, call.n_head * (key_width + call.value_dim), bias=False)
-        self.out = Linear(call.n_head * call.value_dim, model.n_embd, bias=model.bias)
+        key_width = spec.head_dim - section.rope_dim
+        self.key_value = Linear(section.kv_rank, spec.n_head * (key_width + spec.value_dim), bias=False)
+        self.out = Linear(spec.n_head * spec.value_dim, model.n_embd, bias=model.bias)
 
     @staticmethod
-    def asks(section: LatentConfig, model: ModelConfig) -> Call:
+    def attention_spec(section: LatentConfig, model: ModelConfig) -> AttentionSpec:
         """What this layer asks of an attention back-end."""
         width = section.head_dim or model.n_embd // model.n_head
-        return Call(model.n_head, model.n_head, width + section.rope_dim, section.value_dim or width, section.window)
+        return AttentionSpec(
+            model.n_head, model.n_head, width + section.rope_dim, section.value_dim or width, section.window
+        )
 
-    def forward(self, x_BTC: Tensor, place: Place, cache: LayerCache | None) -> Tensor:
+    def forward(self, x_BTC: Tensor, context: AttentionContext, cache: LayerCache | None) -> Tensor:
         """x_BTC -> y_BTC. `cache` holds the latent vectors and rotated keys of earlier tokens and takes this call's."""
-        q_BHTD = self.query(self.squeeze(x_BTC)).unflatten(-1, (self.call.n_head, -1)).transpose(1, 2)
+        q_BHTD = self.query(self.squeeze(x_BTC)).unflatten(-1, (self.spec.n_head, -1)).transpose(1, 2)
         q_BHTN, q_BHTP = q_BHTD.tensor_split([-self.rope_dim], dim=-1)
         latent_BTR, k_BTP = self.latent(x_BTC).tensor_split([-self.rope_dim], dim=-1)
         latent_BSR, k_B1SP = self.latent_norm(latent_BTR), k_BTP[:, None]
-        if place.rotation_2TD is not None:
-            q_BHTP, k_B1SP = rotate(q_BHTP, place.rotation_2TD), rotate(k_B1SP, place.rotation_2TD)
+        if context.rotation_2TD is not None:
+            q_BHTP, k_B1SP = rotate(q_BHTP, context.rotation_2TD), rotate(k_B1SP, context.rotation_2TD)
         if cache is not None:
-            latent_BSR, k_B1SP = cache.extend("latent", latent_BSR), cache.extend("key", k_B1SP)
+            latent_BSR, k_B1SP = cache.append("latent", latent_BSR), cache.append("key", k_B1SP)
         attend = self._attend if latent_BSR.shape[1] == x_BTC.shape[1] else self._attend_to_latent
-        return self.out(attend(q_BHTN, q_BHTP, latent_BSR, k_B1SP, place).transpose(1, 2).flatten(2))
+        return self.out(attend(q_BHTN, q_BHTP, latent_BSR, k_B1SP, context).transpose(1, 2).flatten(2))
 
-    def _attend(self, q_BHTN: Tensor, q_BHTP: Tensor, latent_BSR: Tensor, k_B1SP: Tensor, place: Place) -> Tensor:
+    def _attend(
+        self, q_BHTN: Tensor, q_BHTP: Tensor, latent_BSR: Tensor, k_B1SP: Tensor, context: AttentionContext
+    ) -> Tensor:
         """y_BHTE, with the keys and values of every head written out."""
-        kv = self.key_value(latent_BSR).unflatten(-1, (self.call.n_head, -1)).transpose(1, 2)
+        kv = self.key_value(latent_BSR).unflatten(-1, (self.spec.n_head, -1)).transpose(1, 2)
         k_BHSN, v_BHSE = kv.tensor_split([q_BHTN.shape[-1]], dim=-1)
-        k_BHSD = torch.cat([k_BHSN, k_B1SP.expand(-1, self.call.n_head, -1, -1)], dim=-1)
-        return place.attend(torch.cat([q_BHTN, q_BHTP], dim=-1), k_BHSD, v_BHSE, self.call)
+        k_BHSD = torch.cat([k_BHSN, k_B1SP.expand(-1, self.spec.n_head, -1, -1)], dim=-1)
+        return context.attend(torch.cat([q_BHTN, q_BHTP], dim=-1), k_BHSD, v_BHSE, self.spec)
 
     def _attend_to_latent(
-        self, q_BHTN: Tensor, q_BHTP: Tensor, latent_BSR: Tensor, k_B1SP: Tensor, place: Place
+        self, q_BHTN: Tensor, q_BHTP: Tensor, latent_BSR: Tensor, k_B1SP: Tensor, context: AttentionContext
     ) -> Tensor:
         """The same by associativity, for few queries: the keys' and values' matrices act on queries and results."""
-        w_HFR = self.key_value.weight.to(latent_BSR.dtype).unflatten(0, (self.call.n_head, -1))
+        w_HFR = self.key_value.weight.to(latent_BSR.dtype).unflatten(0, (self.spec.n_head, -1))
         w_HNR, w_HER = w_HFR.tensor_split([q_BHTN.shape[-1]], dim=1)
         q = torch.cat([torch.einsum("bhtn,hnr->bhtr", q_BHTN, w_HNR), q_BHTP], dim=-1)
         k = torch.cat([latent_BSR[:, None], k_B1SP], dim=-1)
-        call = self.call._replace(scale=1 / math.sqrt(self.call.head_dim))
-        y_BHTR = place.attend(q, k, latent_BSR[:, None], call)
+        spec = self.spec._replace(scale=1 / math.sqrt(self.spec.head_dim))
+        y_BHTR = context.attend(q, k, latent_BSR[:, None], spec)
         return torch.einsum("bhtr,her->bhte", y_BHTR, w_HER)

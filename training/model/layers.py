@@ -29,14 +29,14 @@ class Batch(NamedTuple):
         return self if self.key_B is None else self._replace(key_B=self.key_B + (index << 48))
 
 
-def normal(key: str, shape: torch.Size) -> Tensor:
+def normal_from_key(key: str, shape: torch.Size) -> Tensor:
     """Standard normal numbers, float32 on the CPU, from a generator that is the key's own: no order matters."""
     digest = hashlib.sha256(key.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
     return torch.randn(shape, generator=generator)
 
 
-def uniform(key_B: Tensor, n_tokens: int, width: int) -> Tensor:
+def uniform_from_keys(key_B: Tensor, n_tokens: int, width: int) -> Tensor:
     """Numbers in [0, 1), float32 (B, T, C): a hash of the sample's key, the token and the channel.
 
     The same on any device, in any micro-batch, and when a layer is computed again.
@@ -78,7 +78,7 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, self.eps)
 
 
-NORMALISED = (torch.float32, torch.bfloat16, torch.float16)  # types that a CPU's own RMSNorm is for
+RMSNORM_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # types that a CPU's own RMSNorm is for
 
 
 class _RMSNormOnCPU(torch.autograd.Function):
@@ -118,12 +118,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
-        if x.device.type == "cpu" and x.dtype in NORMALISED and not torch.compiler.is_compiling():
+        if x.device.type == "cpu" and x.dtype in RMSNORM_CPU_DTYPES and not torch.compiler.is_compiling():
             return _RMSNormOnCPU.apply(x, weight, self.eps)
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
-def norm(config: ModelConfig) -> nn.Module:
+def build_norm(config: ModelConfig) -> nn.Module:
     """The model's normalisation over its n_embd channels."""
     if config.norm == "rmsnorm":
         return RMSNorm(config.n_embd, config.norm_eps)

@@ -16,7 +16,7 @@ from training.model.cache import Cache
 from training.model.gpt import GPT
 
 
-class Rules(NamedTuple):
+class SamplingParams(NamedTuple):
     """How a token is drawn: the definitions of Transformers' logits processors, in the order of its `generate`."""
 
     temperature: float = 0.8  # 0: always the likeliest token
@@ -26,41 +26,41 @@ class Rules(NamedTuple):
     repetition_penalty: float = 1.0  # of every token of the text, prompt included (arXiv:1909.05858)
 
 
-def draw(logits_BV: Tensor, seen_BV: Tensor | None, uniform_B1: Tensor, rules: Rules) -> Tensor:
+def sample_token(logits_BV: Tensor, seen_BV: Tensor | None, uniform_B1: Tensor, params: SamplingParams) -> Tensor:
     """(B, 1): a token for each row. `seen_BV` (bool) is what is in its text; None where there is no penalty.
 
     A number of `uniform_B1`, float64 in [0, 1), falls into one token's share of that interval; shares are
     probabilities, in the order of token ids.
     """
-    scores_BV = logits_BV if seen_BV is None else penalized(logits_BV, seen_BV, rules.repetition_penalty)
-    if rules.temperature == 0:
+    scores_BV = logits_BV if seen_BV is None else penalize_repetition(logits_BV, seen_BV, params.repetition_penalty)
+    if params.temperature == 0:
         return scores_BV.argmax(dim=-1, keepdim=True)
-    share_ends_BV = probabilities(scores_BV, rules).to(uniform_B1.device).cumsum(dim=-1, dtype=torch.float64)
+    share_ends_BV = token_probabilities(scores_BV, params).to(uniform_B1.device).cumsum(dim=-1, dtype=torch.float64)
     token_B1 = torch.searchsorted(share_ends_BV, uniform_B1 * share_ends_BV[:, -1:], right=True)
     return token_B1.to(logits_BV.device)
 
 
-def penalized(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
+def penalize_repetition(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
     """Logits of what was seen divided by the penalty where positive, else multiplied (arXiv:1909.05858)."""
     lowered_BV = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
     return torch.where(seen_BV, lowered_BV, logits_BV)
 
 
-def probabilities(logits_BV: Tensor, rules: Rules) -> Tensor:
+def token_probabilities(logits_BV: Tensor, params: SamplingParams) -> Tensor:
     """Temperature, top-k, top-p and min-p, in this order; what one leaves out the next does not count."""
     # The likeliest token's score is 0, and so stays finite however cold.
-    scores_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / rules.temperature
-    if rules.top_k is not None and rules.top_k < scores_BV.shape[-1]:
-        least_B1 = scores_BV.topk(rules.top_k, dim=-1).values[:, -1:]
+    scores_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / params.temperature
+    if params.top_k is not None and params.top_k < scores_BV.shape[-1]:
+        least_B1 = scores_BV.topk(params.top_k, dim=-1).values[:, -1:]
         scores_BV = scores_BV.masked_fill(scores_BV < least_B1, float("-inf"))
-    if rules.top_p < 1:
+    if params.top_p < 1:
         rising_BV, order_BV = scores_BV.sort(dim=-1)
-        out_BV = rising_BV.softmax(dim=-1).cumsum(dim=-1) <= 1 - rules.top_p
+        out_BV = rising_BV.softmax(dim=-1).cumsum(dim=-1) <= 1 - params.top_p
         out_BV[:, -1] = False
         scores_BV = scores_BV.masked_fill(out_BV.scatter(1, order_BV, out_BV), float("-inf"))
-    if rules.min_p > 0:
+    if params.min_p > 0:
         probability_BV = scores_BV.softmax(dim=-1)
-        out_BV = probability_BV < rules.min_p * probability_BV.amax(dim=-1, keepdim=True)
+        out_BV = probability_BV < params.min_p * probability_BV.amax(dim=-1, keepdim=True)
         scores_BV = scores_BV.masked_fill(out_BV, float("-inf"))
     return scores_BV.softmax(dim=-1)
 
@@ -70,24 +70,24 @@ def sample(
     model: GPT,
     prompts: Sequence[Sequence[int]],
     n_tokens: int,
-    take: Callable[[int, int], bool],
+    on_token: Callable[[int, int], bool],
     *,
     n_vocab: int,
     seeds: Sequence[int | Sequence[int]],
-    rules: Rules,
-    agree: Callable[[Tensor], Tensor] | None = None,
+    params: SamplingParams,
+    sync_tokens: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """Continue the prompts (token ids, at least one each) side by side, by up to `n_tokens` tokens each.
 
-    `take(i, token)` gets the next token of prompt i and returns whether that text goes on. Only ids below `n_vocab`
+    `on_token(i, token)` gets the next token of prompt i and returns whether that text goes on. Only ids below `n_vocab`
     are drawn: rows of the embedding past the tokenizer's size have no text. Where the context is full, the older
     half is forgotten. A text is a function of its prompt and its seed (whole numbers), whatever is beside it.
-    Processes that hold a model together have to go on with the same tokens, (B, 1): `agree` makes them so.
+    Processes that hold a model together have to go on with the same tokens, (B, 1): `sync_tokens` makes them so.
     """
-    batch = _Batch(model, prompts, n_vocab, seeds, rules, agree)
+    batch = _Batch(model, prompts, n_vocab, seeds, params, sync_tokens)
     numbers = list(range(len(prompts)))
     for _ in range(n_tokens):
-        going_on = [row for row, token in enumerate(batch.next()) if take(numbers[row], token)]
+        going_on = [row for row, token in enumerate(batch.next()) if on_token(numbers[row], token)]
         if not going_on:
             return
         if len(going_on) < len(numbers):
@@ -104,17 +104,17 @@ class _Batch:
         prompts: Sequence[Sequence[int]],
         n_vocab: int,
         seeds: Sequence[int | Sequence[int]],
-        rules: Rules,
-        agree: Callable[[Tensor], Tensor] | None,
+        params: SamplingParams,
+        sync_tokens: Callable[[Tensor], Tensor] | None,
     ):
-        self.model, self.n_vocab, self.rules, self.agree = model, n_vocab, rules, agree
+        self.model, self.n_vocab, self.params, self.sync_tokens = model, n_vocab, params, sync_tokens
         self.device, self.limit = model.wte.weight.device, model.config.n_positions
         self.contexts = [list(prompt)[-self.limit :] for prompt in prompts]
         self.cache = self._read(self.contexts)
         self.fresh_B1 = torch.tensor([context[-1:] for context in self.contexts], device=self.device)
         self.generators = [np.random.default_rng(seed) for seed in seeds]
         self.seen_BV = None
-        if rules.repetition_penalty != 1:
+        if params.repetition_penalty != 1:
             seen_BV = torch.zeros(len(prompts), n_vocab, dtype=torch.bool)
             for seen_V, prompt in zip(seen_BV, prompts, strict=True):
                 seen_V[torch.tensor(prompt)] = True
@@ -127,9 +127,9 @@ class _Batch:
         if self.device.type != "mps":  # which has no float64
             uniform_B1 = uniform_B1.to(self.device)
         logits_BV = self.model.logits(self.fresh_B1, self.cache, n_last=1)[:, -1, : self.n_vocab]
-        self.fresh_B1 = draw(logits_BV, self.seen_BV, uniform_B1, self.rules)
-        if self.agree is not None:
-            self.fresh_B1 = self.agree(self.fresh_B1)
+        self.fresh_B1 = sample_token(logits_BV, self.seen_BV, uniform_B1, self.params)
+        if self.sync_tokens is not None:
+            self.fresh_B1 = self.sync_tokens(self.fresh_B1)
         if self.seen_BV is not None:
             self.seen_BV.scatter_(1, self.fresh_B1, True)
         tokens = self.fresh_B1.flatten().tolist()  # the only time in a step that the device is waited for
@@ -167,5 +167,7 @@ class _Batch:
             return
         for row in full:
             self.contexts[row] = self.contexts[row][-max(1, self.limit // 2) :]
-        self.cache.restart(torch.tensor(full, device=self.device), self._read([self.contexts[row] for row in full]))
+        self.cache.replace_rows(
+            torch.tensor(full, device=self.device), self._read([self.contexts[row] for row in full])
+        )
         self.cache.trim()

@@ -30,10 +30,10 @@ def orthogonalize(g_XMN: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     return x.mT if tall else x
 
 
-Spread = Callable[[list[Tensor], list[Tensor], Callable[[Tensor], Tensor]], list[Tensor]]
+MatrixMap = Callable[[list[Tensor], list[Tensor], Callable[[Tensor], Tensor]], list[Tensor]]
 
 
-def here(_parameters: list[Tensor], tensors: list[Tensor], work: Callable[[Tensor], Tensor]) -> list[Tensor]:
+def map_locally(_parameters: list[Tensor], tensors: list[Tensor], work: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """`work` on the matrices of tensors, all of them whole and here, in one batch."""
     stacks = [tensor.view(-1, *tensor.shape[-2:]) for tensor in tensors]
     done = work(torch.cat(stacks)).split([len(stack) for stack in stacks])
@@ -45,7 +45,7 @@ class Muon(torch.optim.Optimizer):
 
     The update is scaled by sqrt(max(1, M / N)); weight decay is decoupled. Matrices of equal shape are
     orthogonalised in one batched product. Where a parameter holds some rows of a whole one, `shapes` says
-    which shape that has, and `spread`, of `here`'s signature, brings rows together.
+    which shape that has, and `map_matrices`, of `map_locally`'s signature, brings rows together.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class Muon(torch.optim.Optimizer):
         ns_steps: int,
         dtype: torch.dtype,
         shapes: dict[Tensor, torch.Size] | None = None,
-        spread: Spread = here,
+        map_matrices: MatrixMap = map_locally,
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "ns_steps": ns_steps})
-        self.dtype, self.spread = dtype, spread
+        self.dtype, self.map_matrices = dtype, map_matrices
         self.shapes = {p: p.shape for group in self.param_groups for p in group["params"]} | (shapes or {})
 
     @torch.no_grad()
@@ -84,7 +84,7 @@ class Muon(torch.optim.Optimizer):
             average.lerp_(p.grad, 1 - group["momentum"])
             directions.append(p.grad.lerp(average, group["momentum"]))  # Nesterov
         work = partial(orthogonalize, steps=group["ns_steps"], dtype=self.dtype)
-        updates = self.spread(parameters, directions, work)
+        updates = self.map_matrices(parameters, directions, work)
         scale = -group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
         for p, update in zip(parameters, updates, strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"])

@@ -9,20 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from training.config import AdamWConfig, MuonConfig
-from training.optim.muon import Muon, Spread
-from training.optim.schedule import SCHEDULES, rate
+from training.optim.muon import MatrixMap, Muon
+from training.optim.schedule import SCHEDULES, lr_factor
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "Muon", "Optimizer", "Whole", "rate"]
+__all__ = ["OPTIMIZERS", "SCHEDULES", "FullShapes", "Muon", "Optimizer", "lr_factor"]
 
 STATE = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum",)}
 Named = list[tuple[str, nn.Parameter, str]]  # name, parameter, kind
 
 
-class Whole(NamedTuple):
+class FullShapes(NamedTuple):
     """What an optimizer of rows is told of the whole parameters: their shapes, and how matrices come together."""
 
     shapes: dict[nn.Parameter, torch.Size]
-    spread: Spread
+    map_matrices: MatrixMap
 
 
 def _adamw(section: AdamWConfig, named: Named) -> torch.optim.Optimizer:
@@ -44,13 +44,15 @@ def adamw(
     section: AdamWConfig,
     named: Named,
     dtype: torch.dtype,  # noqa: ARG001 (one signature)
-    whole: Whole | None,  # noqa: ARG001
+    whole: FullShapes | None,  # noqa: ARG001
 ) -> list[torch.optim.Optimizer]:
     """AdamW for everything."""
     return [_adamw(section, named)]
 
 
-def muon(section: MuonConfig, named: Named, dtype: torch.dtype, whole: Whole | None) -> list[torch.optim.Optimizer]:
+def muon(
+    section: MuonConfig, named: Named, dtype: torch.dtype, whole: FullShapes | None
+) -> list[torch.optim.Optimizer]:
     """Muon for matrices, AdamW for embeddings, routers and vectors."""
     matrices = [p for _, p, kind in named if kind == "matrix"]
     orthogonal = Muon(
@@ -81,25 +83,25 @@ class Optimizer:
         named_parameters: Iterable[tuple[str, nn.Parameter]],
         kinds: dict[str, str],
         dtype: torch.dtype = torch.float32,
-        whole: Whole | None = None,
+        whole: FullShapes | None = None,
     ):
         named = [(name, p, kinds[name]) for name, p in named_parameters]
-        self.parts = OPTIMIZERS[type(section)](section, named, dtype, whole)
+        self.optimizers = OPTIMIZERS[type(section)](section, named, dtype, whole)
         self._names = {p: name for name, p, _ in named}
-        self._peaks = [(group, group["lr"]) for part in self.parts for group in part.param_groups]
+        self._peaks = [(group, group["lr"]) for part in self.optimizers for group in part.param_groups]
 
-    def step(self, rate: float) -> None:
-        """Update every parameter at `rate` times its peak learning rate."""
+    def step(self, lr_factor: float) -> None:
+        """Update every parameter at `lr_factor` times its peak learning rate."""
         for group, peak in self._peaks:
-            group["lr"] = peak * rate
-        for part in self.parts:
+            group["lr"] = peak * lr_factor
+        for part in self.optimizers:
             part.step()
 
-    def missing_state(self) -> list[Tensor]:
+    def allocate_missing_state(self) -> list[Tensor]:
         """Memory of the size that the state will take, where no step was taken yet."""
         return [
             torch.empty_like(p)
-            for part in self.parts
+            for part in self.optimizers
             for group in part.param_groups
             for p in group["params"]
             for what in STATE[type(part)]
@@ -110,14 +112,14 @@ class Optimizer:
         """Every state tensor by "<parameter>/<what>"."""
         return {
             f"{self._names[p]}/{what}": tensor
-            for part in self.parts
+            for part in self.optimizers
             for p, state in part.state.items()
             for what, tensor in state.items()
         }
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`. Raises KeyError where it is not the state of these parameters and optimizers."""
-        owners = {self._names[p]: (part, p) for part in self.parts for g in part.param_groups for p in g["params"]}
+        owners = {self._names[p]: (part, p) for part in self.optimizers for g in part.param_groups for p in g["params"]}
         expected = {f"{name}/{what}" for name, (part, _) in owners.items() for what in STATE[type(part)]}
         # Empty: no step was taken yet, every one overflowed in fp16.
         if tensors and (strange := sorted(expected ^ tensors.keys())):

@@ -32,7 +32,7 @@ def constant(section: ConstantSchedule, step: int, steps: int) -> float:  # noqa
 SCHEDULES = {CosineSchedule: cosine, LinearSchedule: linear, WSDSchedule: wsd, ConstantSchedule: constant}
 
 
-def rate(section: CosineSchedule | ConstantSchedule, step: int, steps: int) -> float:
+def lr_factor(section: CosineSchedule | ConstantSchedule, step: int, steps: int) -> float:
     """Learning rate over its peak for step 0 .. steps - 1; warm-up ends at the peak, step `warmup_steps`."""
     if step < section.warmup_steps:
         return (step + 1) / (section.warmup_steps + 1)

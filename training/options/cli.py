@@ -23,19 +23,19 @@ from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
 from training.config import Config, Section
-from training.errors import UserError, leave_it_to_the_first
-from training.options.schema import closest, help_text, is_list, lookup, schema, unknown, variants
+from training.errors import UserError, exit_unless_first_local_rank
+from training.options.schema import closest, find_option, help_text, is_list, json_schema, sections_at, unknown
 from training.options.validate import validate
 from training.options.yaml import (
     ConfigErrors,
-    Document,
-    Given,
-    Keys,
+    ConfigTree,
+    OptionPath,
     Problem,
+    SourceLocation,
     dotted,
     printable,
-    read,
-    read_value,
+    read_file,
+    read_flag_value,
 )
 
 
@@ -50,13 +50,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument "))
 
 
-def load(path: str | Path | None, overrides: Mapping[str, str] | None = None) -> Config:
+def load_config(path: str | Path | None, overrides: Mapping[str, str] | None = None) -> Config:
     """The config of a YAML file (None: of nothing), with `overrides` such as `{"optim.learning_rate": "3e-4"}`.
 
     The values are YAML. A mapping is merged into what is there unless it names its `type`; all else replaces it.
     Raises ConfigErrors with a line for everything that is wrong.
     """
-    document = read(path) if path is not None else Document({}, {(): Given("no file")}, [])
+    document = read_file(path) if path is not None else ConfigTree({}, {(): SourceLocation("no file")}, [])
     for name in sorted(overrides or {}, key=lambda name: name.count(".")):  # a whole before its parts
         _override(document, name, overrides[name])
     config = validate(document)
@@ -66,7 +66,7 @@ def load(path: str | Path | None, overrides: Mapping[str, str] | None = None) ->
     return config
 
 
-def dump(config: Config) -> str:
+def dump_config(config: Config) -> str:
     """The config as YAML that loads back to an equal one, every option written out."""
     yaml = YAML(typ="safe", pure=True)
     yaml.Representer = _Representer
@@ -87,7 +87,9 @@ class _Representer(SafeRepresenter):
 _Representer.add_representer(str, _Representer.represent_str)
 
 
-def parse(argv: list[str], *, prog: str, doc: str, flags: dict[str, str]) -> tuple[Config, dict[str, str | None]]:
+def parse_command_line(
+    argv: list[str], *, prog: str, doc: str, flags: dict[str, str]
+) -> tuple[Config, dict[str, str | None]]:
     """The config that a command line asks for, and the values of the command's own `flags` ({flag: doc}).
 
     Prints the help or the resolved config and exits with status 0; prints every error and exits with status 2.
@@ -100,17 +102,17 @@ def parse(argv: list[str], *, prog: str, doc: str, flags: dict[str, str]) -> tup
     print_config = values.pop("--print-config", None) is not None
     if given["--config"] is not None:
         try:
-            config = load(given.pop("--config"), {flag[2:]: value for flag, value in values.items()})
+            config = load_config(given.pop("--config"), {flag[2:]: value for flag, value in values.items()})
         except ConfigErrors as error:
             lines += error.lines
     elif not any(line.startswith("--config:") for line in lines):
         lines.append("--config: missing; give the run's YAML file, as in --config configs/quickstart.yaml")
     if lines:
-        leave_it_to_the_first()
+        exit_unless_first_local_rank()
         print(*(f"error: {line}" for line in lines), sep="\n", file=sys.stderr)
         raise SystemExit(2)
     if print_config:
-        _answer(dump(config))
+        _answer(dump_config(config))
     return config, given
 
 
@@ -145,7 +147,7 @@ def _split(argv: list[str], own: dict[str, str]) -> tuple[dict[str, str], list[s
         if flag in values:
             lines.append(f"{name}: given twice")
             twice.add(flag)
-        elif meant and meant != flag and not lookup((flag[2:],)):
+        elif meant and meant != flag and not find_option((flag[2:],)):
             lines.append(f"{name}: unknown option; did you mean '{meant}'?")
         else:
             values[flag] = value
@@ -172,14 +174,14 @@ def _help(prog: str, doc: str, own: dict[str, str]) -> str:
 # --- merging ---------------------------------------------------------------------------------------
 
 
-def _override(document: Document, name: str, text: str) -> None:
+def _override(document: ConfigTree, name: str, text: str) -> None:
     """Put a flag's value into the tree, or note why there is no place for it."""
-    flag, keys = Given(f"--{name}"), tuple(name.split("."))
+    flag, keys = SourceLocation(f"--{name}"), tuple(name.split("."))
     if problem := _unknown(keys) or _insert(document, flag, keys, text):
         document.problems.append(Problem(flag, keys, problem))
 
 
-def _insert(document: Document, flag: Given, keys: Keys, text: str) -> str | None:
+def _insert(document: ConfigTree, flag: SourceLocation, keys: OptionPath, text: str) -> str | None:
     """Put a flag's value into the tree; what to say where a list has no such entry."""
     at, node = (), document.tree
     for key in keys:
@@ -191,7 +193,7 @@ def _insert(document: Document, flag: Given, keys: Keys, text: str) -> str | Non
             break  # the file has something else where a section belongs, which is an error of its own
         at = (*at, key)
         if len(at) == len(keys):
-            _merge(document, node, at, read_value(text, flag.origin))
+            _merge(document, node, at, read_flag_value(text, flag.origin))
             break
         if isinstance(node, dict) and node.get(key) is None:
             node[key] = _default(at)
@@ -200,24 +202,24 @@ def _insert(document: Document, flag: Given, keys: Keys, text: str) -> str | Non
     return None
 
 
-def _unknown(keys: Keys) -> str | None:
+def _unknown(keys: OptionPath) -> str | None:
     """What to say of an option that there is not."""
     for n in range(1, len(keys) + 1):
-        if not lookup(keys[:n]):
-            return unknown(keys[:n], variants(keys[: n - 1]), keys[n:])[0]
+        if not find_option(keys[:n]):
+            return unknown(keys[:n], sections_at(keys[: n - 1]), keys[n:])[0]
     return None
 
 
-def _default(at: Keys) -> Any:
+def _default(at: OptionPath) -> Any:
     """What a section or a list begins with when a flag is the first to set something in it."""
-    field = lookup(at)
+    field = find_option(at)
     if not is_list(field.annotation):
         return {}
     entries = () if field.is_required() else field.default
     return [entry.model_dump(exclude_defaults=True) if isinstance(entry, Section) else entry for entry in entries]
 
 
-def _merge(document: Document, node: Any, at: Keys, value: Document, below: Keys = ()) -> None:
+def _merge(document: ConfigTree, node: Any, at: OptionPath, value: ConfigTree, below: OptionPath = ()) -> None:
     """Set `node[at[-1]]` to a flag's value; into a mapping there, one that does not name its `type` is merged."""
     old = node[at[-1]] if isinstance(node, list) else node.get(at[-1])
     new = value.tree
@@ -237,4 +239,4 @@ def _merge(document: Document, node: Any, at: Keys, value: Document, below: Keys
 if __name__ == "__main__":
     if sys.argv[1:] != ["schema"]:
         raise SystemExit("usage: python -m training.options.cli schema > configs/schema.json")
-    print(schema(), end="")
+    print(json_schema(), end="")

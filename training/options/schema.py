@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from pydantic.fields import FieldInfo
 
 from training.config import Config, Section
-from training.options.yaml import Keys, dotted
+from training.options.yaml import OptionPath, dotted
 
 NOUNS = {bool: "true or false", int: "an integer", float: "a number", str: "text", NoneType: "null"}
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
@@ -29,12 +29,12 @@ def is_list(annotation: Any) -> bool:
     return get_origin(annotation) is tuple
 
 
-def type_of(section: type[Section]) -> str | None:
+def type_name(section: type[Section]) -> str | None:
     """What picks this section in its union, as in `type: moe`."""
     return section.model_fields["type"].default if "type" in section.model_fields else None
 
 
-def lookup(at: Keys) -> FieldInfo | None:
+def find_option(at: OptionPath) -> FieldInfo | None:
     """The option at a path, in whichever variant of a union has it; an entry of a list is the list's."""
     inside, field, listed = (Config,), None, False
     for key in at:
@@ -48,41 +48,43 @@ def lookup(at: Keys) -> FieldInfo | None:
     return field
 
 
-def variants(at: Keys) -> tuple[type[Section], ...]:
+def sections_at(at: OptionPath) -> tuple[type[Section], ...]:
     """The sections that can be at a path."""
-    field = lookup(at)
+    field = find_option(at)
     return sections(field.annotation) if field else (Config,)
 
 
-class Place(NamedTuple):
+class ErrorLocation(NamedTuple):
     """Where an error of pydantic's is: the path, the section of the option there, and what belongs there."""
 
-    at: Keys
+    at: OptionPath
     section: type[Section]
     annotation: Any
     field: FieldInfo | None  # None for an entry of a list
 
 
-def locate(loc: Keys) -> Place:
+def locate(loc: OptionPath) -> ErrorLocation:
     """The place of a pydantic location, which names the variants of unions on its way."""
-    place = Place((), Config, Config, None)
+    place = ErrorLocation((), Config, Config, None)
     for key in loc:
         inside = sections(place.annotation)
         if isinstance(key, int):
-            place = Place((*place.at, key), place.section, get_args(place.annotation)[0], None)
+            place = ErrorLocation((*place.at, key), place.section, get_args(place.annotation)[0], None)
         elif len(inside) > 1:
-            place = place._replace(annotation=next(section for section in inside if type_of(section) == key))
+            place = place._replace(annotation=next(section for section in inside if type_name(section) == key))
         elif inside:
             field = inside[0].model_fields.get(key)
-            place = Place((*place.at, key), inside[0], field and field.annotation, field)
+            place = ErrorLocation((*place.at, key), inside[0], field and field.annotation, field)
         # Else it is a branch of a union of plain values, all of which are wrong.
     return place
 
 
-def wants(annotation: Any, limits: list[Any] | tuple[()] = ()) -> str:
+def describe_expected(annotation: Any, limits: list[Any] | tuple[()] = ()) -> str:
     """What a value has to be, such as `an integer >= 1 or null`."""
     if get_origin(annotation) in (Union, UnionType) and not sections(annotation):
-        return " or ".join(wants(part, limits if part is not NoneType else ()) for part in get_args(annotation))
+        return " or ".join(
+            describe_expected(part, limits if part is not NoneType else ()) for part in get_args(annotation)
+        )
     if get_origin(annotation) is Annotated:
         annotation, *limits = get_args(annotation)
     if is_list(annotation):
@@ -102,13 +104,13 @@ def wants(annotation: Any, limits: list[Any] | tuple[()] = ()) -> str:
     return f"{NOUNS[annotation]} {' and '.join(bounds)}".strip()
 
 
-def stand_in(annotation: Any) -> Any:
+def minimal_value(annotation: Any) -> Any:
     """Some right value, to look past a wrong one at what else is wrong."""
     if is_list(annotation):
-        return [stand_in(get_args(annotation)[0])]
+        return [minimal_value(get_args(annotation)[0])]
     if inside := sections(annotation):
         fields = inside[0].model_fields.items()
-        return {name: stand_in(field.annotation) for name, field in fields if field.is_required()}
+        return {name: minimal_value(field.annotation) for name, field in fields if field.is_required()}
     return "x" if annotation is str else 1
 
 
@@ -116,20 +118,20 @@ def closest(word: str, words: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(word, list(words), n=1)), None)
 
 
-def unknown(at: Keys, inside: tuple[type[Section], ...], rest: Keys = ()) -> tuple[str, Keys]:
+def unknown(at: OptionPath, inside: tuple[type[Section], ...], rest: OptionPath = ()) -> tuple[str, OptionPath]:
     """(what to say of `at`, which these sections lack, the option that was meant); `rest` was asked for below it."""
     *parent, key = at
-    if "." in str(key) and lookup(nested := (*parent, *str(key).split("."))):
+    if "." in str(key) and find_option(nested := (*parent, *str(key).split("."))):
         return f"unknown option; nest it: `{nested[-1]}:` indented below `{dotted(nested[:-1])}:`", nested
     names = list(dict.fromkeys(name for section in inside for name in section.model_fields))
-    elsewhere = ((*group.at, name) for group in groups() for name in group.section.model_fields)
+    elsewhere = ((*group.at, name) for group in all_groups() for name in group.section.model_fields)
     if match := closest(str(key), names):
-        meant = (*parent, match, *rest) if lookup((*parent, match, *rest)) else (*parent, match)
+        meant = (*parent, match, *rest) if find_option((*parent, match, *rest)) else (*parent, match)
     else:
         meant = next((other for other in elsewhere if other[-1] == (*at, *rest)[-1]), None)
-    siblings = [type_of(one) for one in variants(tuple(parent)) if key in one.model_fields and one not in inside]
+    siblings = [type_name(one) for one in sections_at(tuple(parent)) if key in one.model_fields and one not in inside]
     if siblings:
-        return f"unknown option of type {type_of(inside[0])}; type {' and '.join(siblings)} has it", at
+        return f"unknown option of type {type_name(inside[0])}; type {' and '.join(siblings)} has it", at
     if meant:
         return f"unknown option; did you mean '{dotted(meant)}'?", meant
     return f"unknown option; {dotted(parent) or 'a run'} has {', '.join(names) or 'none below it'}", at
@@ -138,38 +140,38 @@ def unknown(at: Keys, inside: tuple[type[Section], ...], rest: Keys = ()) -> tup
 class Group(NamedTuple):
     """The options of one section, for the help."""
 
-    at: Keys
+    at: OptionPath
     doc: str
     section: type[Section]
 
 
-def groups(section: type[Section] = Config, at: Keys = (), doc: str = "the run") -> Iterator[Group]:
+def all_groups(section: type[Section] = Config, at: OptionPath = (), doc: str = "the run") -> Iterator[Group]:
     """Every section, and every variant of every union, from the top; the entries of a list are at `N`."""
     yield Group(at, doc, section)
     for name, field in section.model_fields.items():
         below = (*at, name, "N") if is_list(field.annotation) else (*at, name)
         for variant in sections(field.annotation):
-            yield from groups(variant, below, field.description or "")
+            yield from all_groups(variant, below, field.description or "")
 
 
-def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten_options(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Each value of nested dicts and lists, with its path: `model.blocks.0.repeat`."""
     if isinstance(tree, dict) and tree:
         for key, value in tree.items():
-            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from flatten_options(value, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(tree, list | tuple) and tree:
         for i, value in enumerate(tree):
-            yield from leaves(value, f"{prefix}.{i}")
+            yield from flatten_options(value, f"{prefix}.{i}")
     else:
         yield prefix, None if tree in ((), [], {}) else tree
 
 
-def as_text(value: Any) -> str:
+def default_text(value: Any) -> str:
     """A default, as the help shows it."""
     if isinstance(value, Section):
-        return type_of(type(value)) or "{}"
+        return type_name(type(value)) or "{}"
     if isinstance(value, tuple):
-        return f"[{', '.join(map(as_text, value))}]"
+        return f"[{', '.join(map(default_text, value))}]"
     return value if isinstance(value, str) and value else json.dumps(value)
 
 
@@ -178,7 +180,7 @@ def help_text(width: int) -> str:
     lines: list[str] = []
     first_at: dict[type[Section], str] = {}
     heading = None
-    for group in groups():
+    for group in all_groups():
         name = dotted(group.at)
         original = first_at.setdefault(group.section, name)
         default = ""
@@ -188,7 +190,7 @@ def help_text(width: int) -> str:
             lines += ["", *textwrap.wrap(f"{name}: {about}".removeprefix(": "), width)]
         if original != name:
             continue
-        if kind := type_of(group.section):
+        if kind := type_name(group.section):
             about = f"  type: {kind}{default}. {group.section.__doc__}"
             lines += textwrap.wrap(about, width, subsequent_indent="    ")
         lines += _rows(group, width)
@@ -200,7 +202,7 @@ def _rows(group: Group, width: int) -> Iterator[str]:
     table = []
     for name, field in group.section.model_fields.items():
         if name != "type" and (not sections(field.annotation) or is_list(field.annotation)):
-            default = "required" if field.is_required() else as_text(field.default)
+            default = "required" if field.is_required() else default_text(field.default)
             choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
             note = " | ".join(choices) or (field.json_schema_extra or {}).get("unit")
             table.append(
@@ -212,7 +214,7 @@ def _rows(group: Group, width: int) -> Iterator[str]:
         yield from textwrap.wrap(doc, width, initial_indent=start, subsequent_indent=" " * len(start))
 
 
-def schema() -> str:
+def json_schema() -> str:
     """JSON schema of a config, for editors: pydantic's, with the unit in the description.
 
     A variant other than a union's first has to name its `type`, so that exactly one variant fits.

@@ -14,11 +14,21 @@ from typing import Any
 from pydantic import ValidationError
 
 from training.config import Config, Section
-from training.options.schema import Place, closest, is_list, locate, sections, stand_in, type_of, unknown, wants
-from training.options.yaml import MAX_PROBLEMS, Document, Given, Keys, Problem, printable
+from training.options.schema import (
+    ErrorLocation,
+    closest,
+    describe_expected,
+    is_list,
+    locate,
+    minimal_value,
+    sections,
+    type_name,
+    unknown,
+)
+from training.options.yaml import MAX_PROBLEMS, ConfigTree, OptionPath, Problem, SourceLocation, printable
 
 
-def validate(document: Document) -> Config:
+def validate(document: ConfigTree) -> Config:
     """The config; it counts only where `document.problems` is empty afterwards. The tree is mended in place."""
     wrong = [problem.at for problem in document.problems]
     config = _mended(document, wrong)
@@ -31,7 +41,7 @@ def validate(document: Document) -> Config:
     return config
 
 
-def _mended(document: Document, wrong: list[Keys]) -> Config:
+def _mended(document: ConfigTree, wrong: list[OptionPath]) -> Config:
     """The config with something right in the place of whatever is wrong, which is noted and added to `wrong`."""
     for _ in range(100):  # one pass shows what is wrong at one level, and the next what that hid: three are common
         try:
@@ -42,7 +52,7 @@ def _mended(document: Document, wrong: list[Keys]) -> Config:
     raise AssertionError(f"cannot be mended: {document.tree}")
 
 
-def _mend(document: Document, detail: Any) -> list[Keys]:
+def _mend(document: ConfigTree, detail: Any) -> list[OptionPath]:
     """Note what a pydantic error is about and put a right value there; the options that are in doubt from now on."""
     place, kind, value = locate(detail["loc"]), detail["type"], detail["input"]
     given = _given(document, place.at)
@@ -64,11 +74,13 @@ def _mend(document: Document, detail: Any) -> list[Keys]:
     if kind == "extra_forbidden" or (place.field and not place.field.is_required()):
         _put(document.tree, place.at)
     else:
-        _put(document.tree, place.at, stand_in(place.annotation))
+        _put(document.tree, place.at, minimal_value(place.annotation))
     return [place.at, *doubted]
 
 
-def _explain(place: Place, kind: str, value: Any, given: Given) -> tuple[Keys, str, list[Keys]]:
+def _explain(
+    place: ErrorLocation, kind: str, value: Any, given: SourceLocation
+) -> tuple[OptionPath, str, list[OptionPath]]:
     """(the option to name, what is wrong with it, the options that were meant instead)."""
     if kind == "extra_forbidden":
         message, meant = unknown(place.at, (place.section,))
@@ -76,10 +88,10 @@ def _explain(place: Place, kind: str, value: Any, given: Given) -> tuple[Keys, s
     if kind == "missing":
         return place.at, f"missing, and it has no default: {place.field.description}", []
     if kind.startswith("union_tag") and isinstance(value, dict):
-        types = [type_of(section) for section in sections(place.annotation)]
+        types = [type_name(section) for section in sections(place.annotation)]
         shown, hint = _shown(value["type"], None), _did_you_mean(value["type"], types)
         return (*place.at, "type"), f"{shown} is not one of {', '.join(types)}{hint}", []
-    wanted = wants(place.annotation, place.field.metadata if place.field else ())
+    wanted = describe_expected(place.annotation, place.field.metadata if place.field else ())
     hint = ""
     if kind == "literal_error":
         hint = _did_you_mean(value, wanted.removeprefix("one of ").split(", "))
@@ -106,12 +118,12 @@ def _shown(value: Any, text: str | None) -> str:
     return "null" if value is None else printable(text or json.dumps(value), 60)
 
 
-def _given(document: Document, at: Keys) -> Given:
+def _given(document: ConfigTree, at: OptionPath) -> SourceLocation:
     """Where the value at a path was given, or the innermost section around it that was."""
     return next(document.given[at[:n]] for n in range(len(at), -1, -1) if at[:n] in document.given)
 
 
-def _put(tree: Any, at: Keys, *value: Any) -> None:
+def _put(tree: Any, at: OptionPath, *value: Any) -> None:
     """Set the value at a path, or with none, remove what is there."""
     for key in at[:-1]:
         tree = tree[key]
@@ -121,7 +133,7 @@ def _put(tree: Any, at: Keys, *value: Any) -> None:
         tree.pop(at[-1], None)
 
 
-def _broken_rules(section: Section, at: Keys) -> Iterator[tuple[Keys, str, str]]:
+def _broken_rules(section: Section, at: OptionPath) -> Iterator[tuple[OptionPath, str, str]]:
     """(a section, an option below it, what is wrong with that) of every section's rules."""
     for below, message in section.rules():
         yield at, below, message
@@ -133,7 +145,7 @@ def _broken_rules(section: Section, at: Keys) -> Iterator[tuple[Keys, str, str]]
                 yield from _broken_rules(entry, (*at, name, n))
 
 
-def _rests_on(bad: Keys, section: Keys, at: Keys, message: str) -> bool:
+def _rests_on(bad: OptionPath, section: OptionPath, at: OptionPath, message: str) -> bool:
     """Whether a section's verdict on `at` rests on an option that was wrong, and replaced for the time being."""
     if not bad or bad[: len(section)] != section:
         return False

@@ -31,10 +31,10 @@ MAX_BYTES = 32_768  # parsed in about half a second; a config is a page, about 2
 MAX_DEPTH = 12  # the deepest option, model.blocks.0.ffn.n_experts, is at 5
 MAX_PROBLEMS = 50  # more are no help to anybody
 
-Keys = tuple[str | int, ...]  # the way from the root of a tree to a value
+OptionPath = tuple[str | int, ...]  # the way from the root of a tree to a value
 
 
-class Given(NamedTuple):
+class SourceLocation(NamedTuple):
     """Where a value was given, and how."""
 
     origin: str  # `my.yaml`, or the flag `--optim.learning_rate`
@@ -46,8 +46,8 @@ class Given(NamedTuple):
 class Problem(NamedTuple):
     """What is wrong with the value at `at`."""
 
-    given: Given
-    at: Keys
+    given: SourceLocation
+    at: OptionPath
     message: str
 
     def __str__(self) -> str:
@@ -65,15 +65,15 @@ class ConfigErrors(UserError):
         self.lines = lines
 
 
-class Document(NamedTuple):
+class ConfigTree(NamedTuple):
     """A tree of dicts, lists and scalars, where each part of it was given, and what was refused in it."""
 
     tree: Any
-    given: dict[Keys, Given]
+    given: dict[OptionPath, SourceLocation]
     problems: list[Problem]
 
 
-def dotted(at: Keys) -> str:
+def dotted(at: OptionPath) -> str:
     """A path as it is written: `model.blocks.0.ffn`."""
     return ".".join(map(str, at))
 
@@ -84,9 +84,9 @@ def printable(text: str, limit: int = 100) -> str:
     return text if text.isprintable() else repr(text)[1:-1]
 
 
-def read(path: str | Path) -> Document:
+def read_file(path: str | Path) -> ConfigTree:
     """The file at `path`. Raises ConfigErrors where it cannot be read, or not as a mapping."""
-    given = Given(str(path))
+    given = SourceLocation(str(path))
     try:
         with Path(path).open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
@@ -109,22 +109,22 @@ def read(path: str | Path) -> Document:
     return document._replace(tree=document.tree or {})
 
 
-def read_value(text: str, flag: str) -> Document:
+def read_flag_value(text: str, flag: str) -> ConfigTree:
     """The value of a flag: YAML, or what can only be text and says in its `flaw` why."""
-    given = Given(flag, text=text)
+    given = SourceLocation(flag, text=text)
     try:
         document = _Reader(text, given).document()
     except ConfigErrors as error:
-        return Document(text, {(): given._replace(flaw=error.lines[0].removeprefix(f"{flag}: "))}, [])
+        return ConfigTree(text, {(): given._replace(flaw=error.lines[0].removeprefix(f"{flag}: "))}, [])
     if document.problems:
-        return Document(text, {(): given._replace(flaw=document.problems[0].message)}, [])
+        return ConfigTree(text, {(): given._replace(flaw=document.problems[0].message)}, [])
     # Unquoted text stands as it is: YAML would end it at ` #` and join its lines.
     as_it_stands = isinstance(document.tree, str) and document.given[()].text is not None
     document.given[()] = given
     return document._replace(tree=text) if as_it_stands else document
 
 
-def _refusal(given: Given, message: str) -> ConfigErrors:
+def _refusal(given: SourceLocation, message: str) -> ConfigErrors:
     return ConfigErrors([str(Problem(given, (), message))])
 
 
@@ -135,16 +135,16 @@ class _Refused(Exception):
 class _Reader:
     """Builds one document from parser events."""
 
-    def __init__(self, text: str, source: Given) -> None:
+    def __init__(self, text: str, source: SourceLocation) -> None:
         self.text, self.source = text, source
         self.yaml = YAML(typ="safe", pure=True)
-        self.given: dict[Keys, Given] = {}
+        self.given: dict[OptionPath, SourceLocation] = {}
         self.problems: list[Problem] = []
 
-    def document(self) -> Document:
+    def document(self) -> ConfigTree:
         """Raises ConfigErrors where the text is no YAML, or no config whatever its options are."""
         try:
-            return Document(self.root(), self.given, self.problems)
+            return ConfigTree(self.root(), self.given, self.problems)
         except _Refused as error:
             self.refuse((), *error.args)
         except ReaderError as error:
@@ -168,7 +168,7 @@ class _Reader:
             raise _Refused(end, "a second document; a config is one")
         return tree
 
-    def node(self, event: Any, at: Keys, line: int | None = None) -> Any:
+    def node(self, event: Any, at: OptionPath, line: int | None = None) -> Any:
         """The value that begins with `event`; an entry's line is that of its key."""
         if len(at) > MAX_DEPTH:
             raise _Refused(event, f"nested more than {MAX_DEPTH} deep")
@@ -184,7 +184,7 @@ class _Reader:
             return items
         return self.scalar(plain) if plain is not None else getattr(event, "value", None)
 
-    def mapping(self, at: Keys) -> dict[str, Any]:
+    def mapping(self, at: OptionPath) -> dict[str, Any]:
         """A mapping's entries, the keys as written."""
         entries: dict[str, Any] = {}
         while not isinstance(event := next(self.events), MappingEndEvent):
@@ -208,7 +208,7 @@ class _Reader:
         except ValueError:  # `-_`
             return text
 
-    def check(self, event: Any, at: Keys) -> None:
+    def check(self, event: Any, at: OptionPath) -> None:
         """Refuse what options have no use for, and what can be made to run code or to explode."""
         if isinstance(event, AliasEvent):
             self.refuse(at, event, f"no aliases here (*{printable(event.anchor)}): write the value out, or quote it")
@@ -217,12 +217,12 @@ class _Reader:
         elif event.tag:
             self.refuse(at, event, f"no tags here ({printable(str(event.tag))}): remove it, or quote the value")
 
-    def refuse(self, at: Keys, where: Any, message: str) -> None:
+    def refuse(self, at: OptionPath, where: Any, message: str) -> None:
         self.problems.append(Problem(self.at_line(where), at, message))
         if len(self.problems) == MAX_PROBLEMS:
             raise _Refused(where, "and so on; this is no config")
 
-    def at_line(self, where: Any) -> Given:
+    def at_line(self, where: Any) -> SourceLocation:
         """The source at a line, or at an event's; a flag has no lines."""
         line = where if isinstance(where, int) else where.start_mark.line + 1
         return self.source._replace(text=None, line=self.source.line and line)

@@ -12,7 +12,7 @@ from training.model import GPT
 
 def checkpoint_bytes(model: GPT, config: Config) -> int:
     """Weights and the optimizer's state in float32: two tensors a parameter, of Muon's matrices one."""
-    muon, kinds = config.optim.type == "muon", model.kinds()
+    muon, kinds = config.optim.type == "muon", model.parameter_kinds()
     return 4 * sum(p.numel() * (2 if muon and kinds[name] == "matrix" else 3) for name, p in model.named_parameters())
 
 
@@ -21,7 +21,7 @@ def n_checkpoints(config: Config) -> int:
     return config.checkpoint.keep + config.checkpoint.keep_best + 1
 
 
-def lack(model: GPT, config: Config, *, fresh: bool = False) -> str | None:
+def disk_shortage(model: GPT, config: Config, *, fresh: bool = False) -> str | None:
     """What is wrong where checkpoints and the final model do not fit beside what is there; in words.
 
     Checkpoints that are there will be replaced, but those of a run that is moved aside (`fresh`) stay.
@@ -43,7 +43,7 @@ def _in_words(n_bytes: int) -> str:
     return f"{n_bytes / 2**30:,.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.2f} MiB"
 
 
-def refuse_lack(model: GPT, config: Config, *, fresh: bool) -> None:
+def check_disk_space(model: GPT, config: Config, *, fresh: bool) -> None:
     """Raise UserError where there is too little space for the whole run."""
-    if problem := lack(model, config, fresh=fresh):
+    if problem := disk_shortage(model, config, fresh=fresh):
         raise UserError(problem)

@@ -26,15 +26,15 @@ from torch.utils._pytree import tree_leaves
 
 from training.config import Config, MeshConfig
 from training.device import DTYPES
-from training.distributed.mesh import Grid, grid
-from training.distributed.parallelize import Layout, parallelize
+from training.distributed.mesh import MeshShape, mesh_shape
+from training.distributed.parallelize import ShardedModel, parallelize
 from training.distributed.world import BUCKET, World
 from training.engine.micro_batch import most_samples
 from training.kernels import loss
 from training.kernels.attention import sdpa
 from training.kernels.attention.table import Documents
-from training.kernels.choose import ATTENTION, EXPERTS, PORTABLE_LOSS, Backend, Kernels
-from training.kernels.experts import Plan, plan, to_rows, to_tokens
+from training.kernels.choose import ATTENTION_BACKENDS, EXPERT_KERNELS, TORCH_LOSS, AttentionBackend, Kernels
+from training.kernels.experts import Dispatch, permute, sort_by_expert, unpermute
 from training.model import GPT, layers
 from training.model.moe import Experts
 from training.optim.optimizer import Optimizer
@@ -46,7 +46,7 @@ PROCESS = 430 * 2**20
 PIECES = 0.5
 
 
-class Memory(NamedTuple):
+class MemoryEstimate(NamedTuple):
     """Bytes on one device at the peak, by what they are for."""
 
     weights: int  # and buffers
@@ -67,19 +67,19 @@ class Memory(NamedTuple):
         return sum(self[:-1])
 
 
-def estimate(config: Config, micro_batch: int, world: int = 1, device: str = "cpu") -> Memory:
+def estimate(config: Config, micro_batch: int, world: int = 1, device: str = "cpu") -> MemoryEstimate:
     """Memory on one of `world` devices of a type, with `micro_batch` samples at a time.
 
     The config is resolved: `precision` and `model.vocab_size` say what they are. Takes a second or two for 12 layers.
     Raises UserError where the mesh does not fit.
     """
-    cells = grid(config.parallel.mesh, world, config.model)
+    cells = mesh_shape(config.parallel.mesh, world, config.model)
     parts, in_step = _peak(config, micro_batch, world, device, cells, worst=False)
     worst, worst_in_step = parts, in_step
     if cells.expert > 1:
         worst, worst_in_step = _peak(config, micro_batch, world, device, cells, worst=True)
     on_cpu, kept = device == "cpu", worst["weights"] + worst["state"]
-    return Memory(
+    return MemoryEstimate(
         weights=worst["weights"],
         casts=worst["casts"],
         gradients=worst["gradients"],
@@ -94,7 +94,7 @@ def estimate(config: Config, micro_batch: int, world: int = 1, device: str = "cp
     )
 
 
-def largest(config: Config, limit: float, world: int = 1, device: str = "cpu") -> int:
+def largest_micro_batch(config: Config, limit: float, world: int = 1, device: str = "cpu") -> int:
     """The most samples at a time whose memory is within a limit in bytes, up to a device's share of the batch.
 
     0 where not one's is.
@@ -126,10 +126,10 @@ class Held(NamedTuple):
     n_bytes: int  # on this rank
 
 
-class Live(TorchDispatchMode):
+class StorageTracker(TorchDispatchMode):
     """Counts the storages that operations make, by kind, from their making to their end."""
 
-    def __init__(self, cells: Grid):
+    def __init__(self, cells: MeshShape):
         super().__init__()
         self.kind = "activations"  # of what is made now
         self.sharded = cells.shard > 1
@@ -175,13 +175,13 @@ class Live(TorchDispatchMode):
 
 
 def _peak(
-    config: Config, micro_batch: int, world: int, device: str, cells: Grid, *, worst: bool
+    config: Config, micro_batch: int, world: int, device: str, cells: MeshShape, *, worst: bool
 ) -> tuple[Counter[str], bool]:
     """Bytes by kind at the peak of a step that is not the first, and whether that was in the optimizer's."""
     n_mine = most_samples(config, world)
     micro_batch, accumulates = min(micro_batch, n_mine), n_mine > micro_batch
     replicated = world > 1 and cells.shard == 1
-    dtype, live = DTYPES[config.precision], Live(cells)
+    dtype, live = DTYPES[config.precision], StorageTracker(cells)
     with FakeTensorMode(), _as_on(device), live:
         model, layout = _model(config, cells, dtype, device, worst)
         shares = {parameter: _share(name, cells) for name, parameter in model.named_parameters()}
@@ -189,7 +189,7 @@ def _peak(
             live.put(tensor, "weights", shares.get(tensor, 1.0))
         gathered = torch.empty(_gathered(model, cells, dtype), dtype=torch.int8)
         live.put(gathered, "casts")
-        optimizer = Optimizer(config.optim, layout.leaves(), model.kinds(), dtype)
+        optimizer = Optimizer(config.optim, layout.local_parameters(), model.parameter_kinds(), dtype)
         _watch(model, shares, live)
         _put_gradients(shares, live)
         _update(layout, optimizer, shares, live, replicated)  # makes the state
@@ -202,7 +202,7 @@ def _peak(
         return live.peak, live.peak != before
 
 
-def _put_gradients(shares: dict[nn.Parameter, float], live: Live) -> None:
+def _put_gradients(shares: dict[nn.Parameter, float], live: StorageTracker) -> None:
     """Gradients as they are after a micro-batch."""
     for parameter, share in shares.items():
         parameter.grad = torch.empty_like(parameter)
@@ -212,24 +212,24 @@ def _put_gradients(shares: dict[nn.Parameter, float], live: Live) -> None:
 @contextmanager
 def _as_on(device: str) -> Iterator[None]:
     """No way that a CPU alone takes is taken where the device is another, though tensors say that they are on a CPU."""
-    before = loss.CHUNKS, sdpa.FEW_KEYS, layers.NORMALISED
+    before = loss.CHUNK_BYTES, sdpa.FP32_MAX_KEYS, layers.RMSNORM_CPU_DTYPES
     if device != "cpu":
-        loss.CHUNKS, sdpa.FEW_KEYS, layers.NORMALISED = {}, 0, ()
+        loss.CHUNK_BYTES, sdpa.FP32_MAX_KEYS, layers.RMSNORM_CPU_DTYPES = {}, 0, ()
     try:
         yield
     finally:
-        loss.CHUNKS, sdpa.FEW_KEYS, layers.NORMALISED = before
+        loss.CHUNK_BYTES, sdpa.FP32_MAX_KEYS, layers.RMSNORM_CPU_DTYPES = before
 
 
-def _model(config: Config, cells: Grid, dtype: torch.dtype, device: str, worst: bool) -> tuple[GPT, Layout]:
+def _model(config: Config, cells: MeshShape, dtype: torch.dtype, device: str, worst: bool) -> tuple[GPT, ShardedModel]:
     """This rank's part of the experts, and all of the rest."""
     asked = config.parallel.attention
-    backend = ATTENTION[asked if asked == "reference" else "flash"]
+    backend = ATTENTION_BACKENDS[asked if asked == "reference" else "flash"]
     if device == "cpu" and any(block.mixer.type != "latent" and block.mixer.softcap for block in config.model.blocks):
-        backend = ATTENTION["reference"]
+        backend = ATTENTION_BACKENDS["reference"]
     elif device != "cpu" and asked not in ("reference", "sdpa", "efficient"):
-        backend = Backend(lambda _: None, _attend)
-    experts = EXPERTS["reference" if config.parallel.experts == "reference" else "loop"]
+        backend = AttentionBackend(lambda _: None, _attend)
+    experts = EXPERT_KERNELS["reference" if config.parallel.experts == "reference" else "loop"]
     kernels = Kernels(backend, experts, _loss(config.parallel.loss, device))
     model = GPT(config.model, kernels, dtype)
     if cells.expert > 1:
@@ -242,21 +242,21 @@ def _model(config: Config, cells: Grid, dtype: torch.dtype, device: str, worst: 
 
 def _loss(asked: str, device: str) -> Callable[..., Tensor]:
     """On a GPU that which works in the memory of the logits alone, unless another is asked for."""
-    if asked in PORTABLE_LOSS or device == "cpu":
-        return PORTABLE_LOSS["chunked" if asked in ("auto", "triton") else asked]
-    return partial(loss.in_chunks, lambda _, targets_N, softcap, gradient: targets_N.float())  # noqa: ARG005
+    if asked in TORCH_LOSS or device == "cpu":
+        return TORCH_LOSS["chunked" if asked in ("auto", "triton") else asked]
+    return partial(loss.chunked_cross_entropy, lambda _, targets_N, softcap, gradient: targets_N.float())  # noqa: ARG005
 
 
 def _attend(*inputs: Any, scale: float | None, softcap: float | None) -> Tensor:  # noqa: ARG001 (done within the kernel)
-    return ATTENTION["flash"].attend(*inputs, scale=scale)
+    return ATTENTION_BACKENDS["flash"].attend(*inputs, scale=scale)
 
 
-def _share(name: str, cells: Grid) -> float:
+def _share(name: str, cells: MeshShape) -> float:
     """What this rank has of a parameter; experts are split already over `expert` ranks."""
     return 1 / max(1, cells.shard // cells.expert if ".experts." in name else cells.shard)
 
 
-def _gathered(model: GPT, cells: Grid, dtype: torch.dtype) -> int:
+def _gathered(model: GPT, cells: MeshShape, dtype: torch.dtype) -> int:
     """Bytes of what FSDP2 has gathered at a time, weights and gradients on the way.
 
     Embeddings, head and last norm in float32 from forward to backward; the block at work and the next in the type of
@@ -269,7 +269,7 @@ def _gathered(model: GPT, cells: Grid, dtype: torch.dtype) -> int:
     return 4 * rest + max(blocks) * (3 * dtype.itemsize + 2 * 4)
 
 
-def _watch(model: GPT, shares: dict[nn.Parameter, float], live: Live) -> None:
+def _watch(model: GPT, shares: dict[nn.Parameter, float], live: StorageTracker) -> None:
     """Have what the head makes counted as logits, and finished gradients as such."""
 
     def enter(*_: Any) -> None:
@@ -296,7 +296,11 @@ def _forward_backward(model: GPT, micro_batch: int) -> None:
 
 @torch.no_grad()
 def _update(
-    layout: Layout, optimizer: Optimizer, shares: dict[nn.Parameter, float], live: Live, replicated: bool
+    layout: ShardedModel,
+    optimizer: Optimizer,
+    shares: dict[nn.Parameter, float],
+    live: StorageTracker,
+    replicated: bool,
 ) -> None:
     """The optimizer's step, and before it the sum over ranks."""
     gradients = [parameter.grad for parameter in shares if parameter.grad is not None]
@@ -308,25 +312,25 @@ def _update(
     torch._foreach_mul_(gradients, torch.ones(()))
     optimizer.step(1.0)
     live.kind = "activations"
-    for part in optimizer.parts:
+    for part in optimizer.optimizers:
         for parameter, state in part.state.items():
             for tensor in state.values():
                 live.put(tensor, "state", shares[parameter])
-    layout.forget_gradients()
+    layout.zero_grad()
 
 
 def _split(experts: Experts, size: int, n_senders: int) -> None:
-    """Keep one rank's experts; `n_senders` ranks' tokens all go to it, as in `distributed/exchange.py`."""
+    """Keep one rank's experts; `n_senders` ranks' tokens all go to it, as in `distributed/expert_parallel.py`."""
     compute = experts.forward
     for name, parameter in experts.named_parameters():
         setattr(experts, name, nn.Parameter(parameter.detach().chunk(size)[0].clone()))
 
-    def forward(x_NC: Tensor, expert_NK: Tensor, weight_NK: Tensor, rows: Plan) -> Tensor:  # noqa: ARG001
-        x_RC = to_rows(x_NC, rows)
+    def forward(x_NC: Tensor, topk_ids_NK: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:  # noqa: ARG001
+        x_RC = permute(x_NC, dispatch)
         x_SC = _Exchange.apply(x_RC, len(x_RC) * n_senders)
         expert_S1 = torch.zeros(len(x_SC), 1, dtype=torch.int64)
-        y_SC = compute(x_SC, expert_S1, weight_NK.new_ones(len(x_SC), 1), plan(expert_S1, len(experts.up)))
-        return to_tokens(_Exchange.apply(y_SC, len(x_RC)), weight_NK, rows)
+        y_SC = compute(x_SC, expert_S1, weight_NK.new_ones(len(x_SC), 1), sort_by_expert(expert_S1, len(experts.up)))
+        return unpermute(_Exchange.apply(y_SC, len(x_RC)), weight_NK, dispatch)
 
     experts.forward = forward
 

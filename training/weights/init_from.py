@@ -22,11 +22,11 @@ from torch import Tensor
 from training.config import Config, ModelConfig
 from training.engine import resume as restart
 from training.errors import UserError
-from training.kernels.attention.table import documents
+from training.kernels.attention.table import find_documents
 from training.model import GPT
 from training.options import cli
 from training.weights import hf, upcycle
-from training.weights.hf.layers import pattern, written_out
+from training.weights.hf.layers import pattern, with_explicit_sizes
 
 if TYPE_CHECKING:
     from training.engine.build import Run
@@ -38,7 +38,7 @@ SAMPLES, TOKENS, LONGEST = 16, 4096, 2048
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def options(config: Config, *, fresh: bool = False) -> Config:
+def resolve_init_from(config: Config, *, fresh: bool = False) -> Config:
     """The options with the model's section as `init_from` has it; where there is no `init_from`, as they are.
 
     Of the folder only config.json is read, and not even that where the run has begun already, unless it is to
@@ -50,7 +50,7 @@ def options(config: Config, *, fresh: bool = False) -> Config:
     if begun is None:
         _, theirs = hf.read_config(_folder(config, ["*.json"]), hf.READABLE)
         model = _fitted(config.model, theirs, config.init_from)
-        if config.upcycle_noise is not None and not upcycle.layers(theirs, model):
+        if config.upcycle_noise is not None and not upcycle.upcycled_layers(theirs, model):
             raise UserError(f"upcycle_noise: no layer that is dense in {config.init_from} is to become experts")
     else:
         model = _fitted(config.model, begun, f"{restart.folder_of(config)}")
@@ -60,40 +60,40 @@ def options(config: Config, *, fresh: bool = False) -> Config:
         raise UserError(f"init_from {config.init_from}: {hf.one_line(error)}") from None
 
 
-def start(run: Run) -> None:
+def initialize(run: Run) -> None:
     """Give a run's model the weights of `init_from`; where layers are upcycled, see that this changed nothing.
 
     Raises UserError where it did.
     """
     config = run.config
-    theirs, found = named(config)
-    if upcycle.layers(theirs, config.model):
+    theirs, found = load_pretrained(config)
+    if upcycle.upcycled_layers(theirs, config.model):
         found = _upcycled(run, theirs, found)
     found = _initial(run) | found
-    run.layout.fill(lambda name, _shape: found[name])
+    run.layout.load_full(lambda name, _shape: found[name])
 
 
 def _upcycled(run: Run, theirs: ModelConfig, dense: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of the run's model, made of a dense one's; what this changed is said on standard error."""
     config = run.config
-    cut = upcycle.layers(theirs, config.model)
-    found = upcycle.weights(dense, theirs, config.model, _initial(run))
+    cut = upcycle.upcycled_layers(theirs, config.model)
+    found = upcycle.upcycle_weights(dense, theirs, config.model, _initial(run))
     # float64: in float32, rounding alone changes the logits of a model like GPT-2 by 1e-3.
     before, after = (GPT(model, dtype=torch.float64).to(_device(run)) for model in (theirs, config.model))
     before.load_state_dict(before.state_dict() | dense)
     after.load_state_dict(after.state_dict() | found)
     samples = list(_samples(run))
     change = upcycle.compare(before, after, samples)
-    lines = [f"upcycled {config.init_from}: {upcycle.described(cut)}; {change}"]
-    if not change.preserved:
-        raise UserError(f"{lines[0]}: more than rounding explains ({upcycle.ALLOWED:g}), so nothing is begun")
+    lines = [f"upcycled {config.init_from}: {upcycle.describe(cut)}; {change}"]
+    if not change.is_exact:
+        raise UserError(f"{lines[0]}: more than rounding explains ({upcycle.MAX_LOGIT_CHANGE:g}), so nothing is begun")
     if config.upcycle_noise is not None:
-        found = upcycle.noisy(found, cut, config.upcycle_noise, config.seed)
+        found = upcycle.with_noise(found, cut, config.upcycle_noise, config.seed)
         after.load_state_dict(after.state_dict() | found)
         lines.append(
             f"with noise {config.upcycle_noise:g}: loss {upcycle.compare(before, after, samples).loss_after:.4f}"
         )
-    if run.world.main:
+    if run.world.is_main:
         print(*lines, sep="\n", file=sys.stderr)
     return found
 
@@ -101,7 +101,7 @@ def _upcycled(run: Run, theirs: ModelConfig, dense: dict[str, Tensor]) -> dict[s
 def _initial(run: Run) -> dict[str, Tensor]:
     """The run's weights, all of them, where there is nothing to begin with."""
     tensors = run.whole.state_dict().items()
-    return {name: run.whole.initial(name, tensor.shape, run.config.seed) for name, tensor in tensors}
+    return {name: run.whole.initial_value(name, tensor.shape, run.config.seed) for name, tensor in tensors}
 
 
 def _device(run: Run) -> torch.device:
@@ -115,15 +115,15 @@ def _samples(run: Run) -> Iterator[upcycle.Sample]:
     n_tokens = min(model.n_positions, LONGEST)
     n_samples = min(SAMPLES, TOKENS // n_tokens, batches.n_samples)
     for window in np.arange(n_samples) * batches.n_samples // n_samples:
-        tokens_BT, targets_BT = (torch.from_numpy(array[:, :n_tokens]) for array in batches.samples([window]))
+        tokens_BT, targets_BT = (torch.from_numpy(array[:, :n_tokens]) for array in batches.at([window]))
         apart = None
         if model.isolate_documents:
-            apart = documents(tokens_BT, run.dataset.tokenizer.end_of_text).to(device)
+            apart = find_documents(tokens_BT, run.dataset.tokenizer.end_of_text).to(device)
         yield tokens_BT.to(device), targets_BT.to(device), apart
 
 
-def named(config: Config) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The model of `init_from` in the sizes that `options` gave ours: its configuration, and its weights, float32.
+def load_pretrained(config: Config) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The model of `init_from` in the sizes of `resolve_init_from`: its configuration, and its weights, float32.
 
     Rows beyond the folder's vocabulary are the mean of its rows: tokens that are as likely as any, to begin with.
     """
@@ -145,7 +145,7 @@ def _begun(config: Config) -> ModelConfig | None:
     kept = restart.folder_of(config) / "config.yaml"
     if not kept.is_file():
         return None
-    begun = cli.load(kept)
+    begun = cli.load_config(kept)
     return begun.model if begun.init_from == config.init_from else None
 
 
@@ -201,7 +201,7 @@ def _fitted_blocks(given: ModelConfig, theirs: ModelConfig, where: str) -> Itera
     """Each layer of theirs, as options, with the balancing that was given."""
     sizes = {name: getattr(theirs, name) for name in ("n_layer", "n_head", "n_embd", "position")}
     given = given.model_copy(update=sizes)
-    layers = zip(given.layers(), written_out(given), theirs.layers(), written_out(theirs), strict=True)
+    layers = zip(given.layers(), with_explicit_sizes(given), theirs.layers(), with_explicit_sizes(theirs), strict=True)
     for i, (asked, mine, block, known) in enumerate(layers):
         experts = (mine.ffn.type, known.ffn.type) == ("moe", "mlp")
         for part in sorted(asked.model_fields_set & ({"mixer"} if experts else {"mixer", "ffn"})):
@@ -212,7 +212,7 @@ def _fitted_blocks(given: ModelConfig, theirs: ModelConfig, where: str) -> Itera
                         f"model.blocks: {part}.{name} of layer {i} is {one}, and {where} has {other}; leave it out"
                     )
         if experts:
-            ffn = upcycle.fitted(asked.ffn, known.ffn, theirs.n_embd, i, where).model_dump()
+            ffn = upcycle.resolve_experts(asked.ffn, known.ffn, theirs.n_embd, i, where).model_dump()
         else:
             ffn = block.ffn.model_dump() | {n: getattr(asked.ffn, n) for n in asked.ffn.model_fields_set & BALANCING}
         yield {"mixer": block.mixer.model_dump(), "ffn": ffn}

@@ -25,11 +25,11 @@ from training.config import MLPConfig, ModelConfig, MoEConfig
 from training.errors import UserError
 from training.kernels.attention.table import Documents
 from training.model import GPT
-from training.model.layers import normal
-from training.weights.hf.layers import written_out
+from training.model.layers import normal_from_key
+from training.weights.hf.layers import with_explicit_sizes
 
-ALLOWED = 1e-4  # change of a logit that is rounding and nothing else
-TORN = 1e-3  # share of tokens: thousands of times what chance makes
+MAX_LOGIT_CHANGE = 1e-4  # change of a logit that is rounding and nothing else
+MAX_TIED_SHARE = 1e-3  # share of tokens: thousands of times what chance makes
 Sample = tuple[Tensor, Tensor, Documents | None]  # tokens (1, T), targets (1, T), which tokens are a document
 
 
@@ -39,23 +39,23 @@ class Change(NamedTuple):
     loss_before: float  # nats a token
     loss_after: float
     difference: float  # the largest, of a logit
-    n_torn: int  # tokens that got parts of groups; they and what follows them in their samples is not compared
+    n_tied: int  # tokens that got parts of groups; they and what follows them in their samples is not compared
     n_tokens: int
 
     @property
-    def preserved(self) -> bool:
+    def is_exact(self) -> bool:
         """Whether this is rounding and nothing else; not where a difference is no number."""
-        return self.difference <= ALLOWED and self.n_torn <= TORN * self.n_tokens
+        return self.difference <= MAX_LOGIT_CHANGE and self.n_tied <= MAX_TIED_SHARE * self.n_tokens
 
     def __str__(self) -> str:
-        torn = f", {self.n_torn} of {self.n_tokens:,} tokens torn between equal scores" if self.n_torn else ""
+        torn = f", {self.n_tied} of {self.n_tokens:,} tokens torn between equal scores" if self.n_tied else ""
         return (
             f"loss {self.loss_before:.4f} before, {self.loss_after:.4f} after, "
             f"largest difference of a logit {self.difference:.1e}{torn}"
         )
 
 
-def fitted(asked: MoEConfig, dense: MLPConfig, n_embd: int, layer: int, where: str) -> MoEConfig:
+def resolve_experts(asked: MoEConfig, dense: MLPConfig, n_embd: int, layer: int, where: str) -> MoEConfig:
     """The experts that are asked for, with what is left out as the dense layer of `where` has it.
 
     Raises UserError where they cannot compute what the dense layer computes.
@@ -87,16 +87,16 @@ def fitted(asked: MoEConfig, dense: MLPConfig, n_embd: int, layer: int, where: s
     return asked.model_copy(update={"activation": dense.activation, "gated": dense.gated})
 
 
-def layers(theirs: ModelConfig, ours: ModelConfig) -> dict[int, tuple[MoEConfig, int]]:
+def upcycled_layers(theirs: ModelConfig, ours: ModelConfig) -> dict[int, tuple[MoEConfig, int]]:
     """For every layer that is dense in theirs and of experts in ours: its section, sizes written out, and G."""
     found = {}
-    for i, (known, mine) in enumerate(zip(written_out(theirs), written_out(ours), strict=True)):
+    for i, (known, mine) in enumerate(zip(with_explicit_sizes(theirs), with_explicit_sizes(ours), strict=True)):
         if known.ffn.type == "mlp" and mine.ffn.type == "moe":
             found[i] = mine.ffn, known.ffn.hidden // mine.ffn.hidden - mine.ffn.n_shared
     return found
 
 
-def described(found: dict[int, tuple[MoEConfig, int]]) -> str:
+def describe(found: dict[int, tuple[MoEConfig, int]]) -> str:
     """What becomes of how many layers, in words."""
     (n_experts, n_routed, n_shared), *others = {
         (section.n_experts, n_routed, section.n_shared): None for section, n_routed in found.values()
@@ -106,7 +106,7 @@ def described(found: dict[int, tuple[MoEConfig, int]]) -> str:
     return f"{len(found)} layer{'s' * (len(found) > 1)} of {n_experts} experts, {cut}{', and others' if others else ''}"
 
 
-def weights(
+def upcycle_weights(
     dense: dict[str, Tensor], theirs: ModelConfig, ours: ModelConfig, fresh: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """The dense model's weights as those of ours; its routers' rows are of `fresh`, our model's initial weights.
@@ -114,7 +114,7 @@ def weights(
     What no dense model has (selection biases, loads) is left out: it begins as in any run.
     """
     found = dict(dense)
-    for i, (section, n_routed) in layers(theirs, ours).items():
+    for i, (section, n_routed) in upcycled_layers(theirs, ours).items():
         place = f"blocks.{i}.ffn."
         layer = {name.removeprefix(place): found.pop(name) for name in dense if name.startswith(place)}
         row_EC = fresh[f"{place}router.weight"].cpu()
@@ -146,7 +146,7 @@ def _experts(layer: dict[str, Tensor], section: MoEConfig, n_routed: int) -> Ite
             yield f"shared.{name}", shared
 
 
-def noisy(found: dict[str, Tensor], made: Iterable[int], relative: float, seed: int) -> dict[str, Tensor]:
+def with_noise(found: dict[str, Tensor], made: Iterable[int], relative: float, seed: int) -> dict[str, Tensor]:
     """The weights with noise on the experts of the layers `made`, `relative` to the deviation of each matrix.
 
     Every matrix has a generator of its own, keyed by seed and name: the same on every rank.
@@ -155,7 +155,7 @@ def noisy(found: dict[str, Tensor], made: Iterable[int], relative: float, seed: 
     for name in (f"blocks.{i}.ffn.experts.{matrix}" for i in made for matrix in ("up", "gate", "down")):
         if name in found:
             deviation = relative * found[name].double().std().item()  # float64: the same on any number of threads
-            noised[name] = found[name] + deviation * normal(f"{seed}/noise/{name}", found[name].shape)
+            noised[name] = found[name] + deviation * normal_from_key(f"{seed}/noise/{name}", found[name].shape)
     return noised
 
 
@@ -166,8 +166,8 @@ def compare(dense: GPT, ours: GPT, samples: Sequence[Sample]) -> Change:
     Where two groups' scores are equal to the last bit, which happens to about one token in a million, top-k takes a
     part of each. Such a token and those after it in its sample are left out.
     """
-    sums, differences, n_torn, n_tokens = [0.0, 0.0], [], 0, 0
-    made = layers(dense.config, ours.config)
+    sums, differences, n_tied, n_tokens = [0.0, 0.0], [], 0, 0
+    made = upcycled_layers(dense.config, ours.config)
     for tokens_BT, targets_BT, documents in samples:
         with _choices(ours, made) as chosen:
             logits = [model.logits(tokens_BT, documents=documents)[0] for model in (dense, ours)]
@@ -178,12 +178,12 @@ def compare(dense: GPT, ours: GPT, samples: Sequence[Sample]) -> Change:
             group_TKG = (chosen[i].sort(dim=1).values // n_routed).unflatten(1, (-1, n_routed))
             torn_T |= (group_TKG != group_TKG[..., :1]).flatten(1).any(1)
         n_whole = int((torn_T.cumsum(0) == 0).sum())
-        n_torn, n_tokens = n_torn + int(torn_T.sum()), n_tokens + len(torn_T)
+        n_tied, n_tokens = n_tied + int(torn_T.sum()), n_tokens + len(torn_T)
         if n_whole:
             differences.append((logits[1] - logits[0])[:n_whole].abs().max())
     n_targets = sum(int((targets_BT >= 0).sum()) for _, targets_BT, _ in samples)
     difference = torch.stack(differences).max().item() if differences else 0.0  # of what is no number, no number
-    return Change(sums[0] / n_targets, sums[1] / n_targets, difference, n_torn, n_tokens)
+    return Change(sums[0] / n_targets, sums[1] / n_targets, difference, n_tied, n_tokens)
 
 
 @contextmanager

@@ -19,20 +19,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def repeatable(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def with_deterministic_backward(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`attend`, with a backward that is deterministic on CUDA as well."""
 
     @wraps(attend)
     def attend_anywhere(q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Tensor:
         if not q.is_cuda:
             return attend(q, k, v, mask, **options)
-        return attend_repeatably(attend, mask, options, q, k, v)
+        return attend_deterministically(attend, mask, options, q, k, v)
 
     return attend_anywhere
 
 
 @torch.compiler.disable  # the mode has to be on when the backward runs, not when it is traced
-def attend_repeatably(attend: Callable[..., Tensor], mask: Any, options: dict[str, Any], *inputs: Tensor) -> Tensor:
+def attend_deterministically(
+    attend: Callable[..., Tensor], mask: Any, options: dict[str, Any], *inputs: Tensor
+) -> Tensor:
     """`attend`, with the deterministic backward."""
     if not torch.is_grad_enabled():
         return attend(*inputs, mask, **options)
@@ -54,12 +56,12 @@ class DeterministicBackward(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         inner, y = ctx.kept
         ctx.kept = None  # else it would live as long as the graph of the whole step
-        with deterministic():
+        with deterministic_mode():
             found = iter(torch.autograd.grad(y, [x for x in inner if x.requires_grad], grad_y))
         return None, *(next(found) if x.requires_grad else None for x in inner)
 
 
-def flash(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, scale: float | None) -> Tensor:
+def deterministic_flash(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, scale: float | None) -> Tensor:
     """The flash kernel on CUDA, causal where there is more than one query."""
     width = q_BHTD.shape[-1]
     scale = width**-0.5 if scale is None else scale
@@ -85,7 +87,7 @@ def _flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     unused = (torch.empty(shape, dtype=torch.uint64, device=q.device) for shape in (2, ()))  # of dropout
     kept, lengths = (q, k, v, y, log_sum_BHT, None, None), (q.shape[2], k.shape[2])
-    with deterministic():
+    with deterministic_mode():
         found = aten._scaled_dot_product_flash_attention_backward.default(
             grad, *kept, *lengths, 0.0, causal, *unused, scale=scale
         )
@@ -125,7 +127,7 @@ _flash.register_autograd(_back, setup_context=_keep)
 
 
 @contextmanager
-def deterministic() -> Iterator[None]:
+def deterministic_mode() -> Iterator[None]:
     """PyTorch's deterministic mode, without the filling of new memory that comes with it."""
     memory = torch.utils.deterministic
     before = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory

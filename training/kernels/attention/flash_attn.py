@@ -13,31 +13,33 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from training.kernels.attention.masks import Seen
-from training.kernels.attention.sdpa import of_one_width
+from training.kernels.attention.masks import Visibility
+from training.kernels.attention.sdpa import pad_to_one_width
 
 
-class Packed(NamedTuple):
+class VarlenMask(NamedTuple):
     """Who sees whom, for kernels that take documents packed one behind the other."""
 
     window: int | None  # keys that a query sees, its own included; None: all before
-    ends_D: Tensor | None  # int32 (D + 1,): where documents end in the flattened (B x T); None: with their sample
+    cu_seqlens_D: Tensor | None  # int32 (D + 1,): where documents end in the flattened (B x T); None: with their sample
 
 
-def packed(seen: Seen) -> Packed:
+def varlen_mask(visibility: Visibility) -> VarlenMask:
     """Of the whole context: there is no cache before it."""
-    assert seen.n_queries == seen.n_keys
-    ends_D = None if seen.documents is None else seen.documents.ends_D
-    if ends_D is not None:
-        torch._dynamo.maybe_mark_dynamic(ends_D, 0)  # else what was compiled for one number of documents is done again
-    return Packed(seen.bite, ends_D)
+    assert visibility.n_queries == visibility.n_keys
+    cu_seqlens_D = None if visibility.documents is None else visibility.documents.cu_seqlens_D
+    if cu_seqlens_D is not None:
+        torch._dynamo.maybe_mark_dynamic(
+            cu_seqlens_D, 0
+        )  # else what was compiled for one number of documents is done again
+    return VarlenMask(visibility.effective_window, cu_seqlens_D)
 
 
 def flash2_attention(
     q_BHTD: Tensor,
     k_BGSD: Tensor,
     v_BGSE: Tensor,
-    mask: Packed,
+    mask: VarlenMask,
     *,
     scale: float | None = None,
     softcap: float | None = None,
@@ -46,7 +48,7 @@ def flash2_attention(
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     width = v_BGSE.shape[-1]
-    q, k, v, scale = of_one_width(q_BHTD, k_BGSD, v_BGSE, scale)
+    q, k, v, scale = pad_to_one_width(q_BHTD, k_BGSD, v_BGSE, scale)
     return _attend(flash_attn_func, flash_attn_varlen_func, -1, q, k, v, mask, scale, softcap)[..., :width]
 
 
@@ -54,7 +56,7 @@ def flash3_attention(
     q_BHTD: Tensor,
     k_BGSD: Tensor,
     v_BGSE: Tensor,
-    mask: Packed,
+    mask: VarlenMask,
     *,
     scale: float | None = None,
     softcap: float | None = None,
@@ -63,7 +65,7 @@ def flash3_attention(
     from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
 
     width = v_BGSE.shape[-1]
-    q, k, v, scale = of_one_width(q_BHTD, k_BGSD, v_BGSE, scale)
+    q, k, v, scale = pad_to_one_width(q_BHTD, k_BGSD, v_BGSE, scale)
     return _attend(flash_attn_func, flash_attn_varlen_func, -1, q, k, v, mask, scale, softcap)[..., :width]
 
 
@@ -72,7 +74,7 @@ def flash4_attention(
     q_BHTD: Tensor,
     k_BGSD: Tensor,
     v_BGSE: Tensor,
-    mask: Packed,
+    mask: VarlenMask,
     *,
     scale: float | None = None,
     softcap: float | None = None,
@@ -90,7 +92,7 @@ def _attend(
     q_BHTD: Tensor,
     k_BGSD: Tensor,
     v_BGSE: Tensor,
-    mask: Packed,
+    mask: VarlenMask,
     scale: float | None,
     softcap: float | None,
 ) -> Tensor:
@@ -104,10 +106,10 @@ def _attend(
         "softcap": 0.0 if softcap is None else softcap,  # 0: none
         "deterministic": True,
     }
-    if mask.ends_D is None:
+    if mask.cu_seqlens_D is None:
         y = whole(q, k, v, **options)
     else:
-        ends = {"cu_seqlens_q": mask.ends_D, "cu_seqlens_k": mask.ends_D}
+        ends = {"cu_seqlens_q": mask.cu_seqlens_D, "cu_seqlens_k": mask.cu_seqlens_D}
         longest = {"max_seqlen_q": n_tokens, "max_seqlen_k": n_tokens}  # a bound: the longest is not known here
         y = varlen(*(x.flatten(0, 1) for x in (q, k, v)), **ends, **longest, **options)
     y = y[0] if isinstance(y, tuple) else y  # the second is the scores' log-sum-exp

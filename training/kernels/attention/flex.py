@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
-from training.kernels.attention.masks import Seen
+from training.kernels.attention.masks import Visibility
 
 
-def flex_mask(seen: Seen) -> flex.BlockMask:
+def flex_mask(visibility: Visibility) -> flex.BlockMask:
     """Which blocks of 128 x 128 scores somebody sees. Found from the mask written out, once for all layers."""
-    assert seen.n_queries == seen.n_keys
-    window, index_BS = seen.window, None if seen.documents is None else seen.documents.index_BS
+    assert visibility.n_queries == visibility.n_keys
+    window, index_BS = visibility.window, None if visibility.documents is None else visibility.documents.index_BS
 
     def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001 (one signature)
         visible = key <= query
@@ -26,7 +26,9 @@ def flex_mask(seen: Seen) -> flex.BlockMask:
         return visible
 
     n_samples = None if index_BS is None else len(index_BS)
-    return flex.create_block_mask(sees, n_samples, None, seen.n_queries, seen.n_keys, device=seen.device)
+    return flex.create_block_mask(
+        sees, n_samples, None, visibility.n_queries, visibility.n_keys, device=visibility.device
+    )
 
 
 def flex_attention(

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch.torch_version import TorchVersion
 
-HALF = (torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Limits(NamedTuple):
     """What a back-end can do on one type of device. The defaults are everything."""
 
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, *HALF)
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, *HALF_DTYPES)
     head_dim: int | None = None  # the largest
     head_dim_multiple: int = 1
     window: bool = True
@@ -25,7 +25,7 @@ class Limits(NamedTuple):
     deterministic: bool = True  # two runs get the same gradients, to the bit
 
 
-def lacks(package: str, oldest: str) -> str | None:
+def reason_missing(package: str, oldest: str) -> str | None:
     """What is missing here, in words; None where the package is there and not too old."""
     try:
         found = TorchVersion(version(package))

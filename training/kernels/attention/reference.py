@@ -17,7 +17,7 @@ def reference_attention(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """softmax(q k / sqrt(D)) v (arXiv:1706.03762 eq. 1), with scores in float32; `mask` is `masks.dense`'s.
+    """softmax(q k / sqrt(D)) v (arXiv:1706.03762 eq. 1), with scores in float32; `mask` is `masks.boolean_mask`'s.
 
     Scores are multiplied by `scale` (null: 1/sqrt(D)), and bounded by softcap x tanh(score / softcap)
     (arXiv:2408.00118) before they are masked. Query head h has the keys of head h // (H / G).

@@ -9,33 +9,37 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from training.kernels.attention.deterministic import flash
-from training.kernels.attention.masks import Seen, dense
+from training.kernels.attention.deterministic import deterministic_flash
+from training.kernels.attention.masks import Visibility, boolean_mask
 
 # On a CPU the flash kernel's backward of 16-bit numbers takes for so few keys two to three times as long as that of
 # float32, which is more exact as well (docs/log.md).
-FEW_KEYS = 192
+FP32_MAX_KEYS = 192
 
 
-def sdpa_mask(seen: Seen) -> Tensor | None:
+def sdpa_mask(visibility: Visibility) -> Tensor | None:
     """None where the plain causal kernel, or no mask at all, says it; else what is added to scores: 0, or -inf.
 
     As numbers in the queries' type: of a mask of bool, PyTorch would keep such a copy for each layer's backward.
     """
-    if seen.n_queries in (1, seen.n_keys) and seen.bite is None and seen.documents is None:
+    if (
+        visibility.n_queries in (1, visibility.n_keys)
+        and visibility.effective_window is None
+        and visibility.documents is None
+    ):
         return None
-    mask = dense(seen)
-    return torch.zeros(mask.shape, dtype=seen.dtype, device=seen.device).masked_fill_(~mask, float("-inf"))
+    mask = boolean_mask(visibility)
+    return torch.zeros(mask.shape, dtype=visibility.dtype, device=visibility.device).masked_fill_(~mask, float("-inf"))
 
 
-def flash_mask(seen: Seen) -> Tensor | None:
+def flash_mask(visibility: Visibility) -> Tensor | None:
     """The same, in the type that `flash_attention` computes in."""
-    return sdpa_mask(seen._replace(dtype=_computed_in(seen.dtype, seen.device, seen.n_keys)))
+    return sdpa_mask(visibility._replace(dtype=_computed_in(visibility.dtype, visibility.device, visibility.n_keys)))
 
 
 def _computed_in(dtype: torch.dtype, device: torch.device, n_keys: int) -> torch.dtype:
     """The type in which `flash_attention` attends to so many keys."""
-    return torch.float32 if device.type == "cpu" and dtype.itemsize == 2 and n_keys <= FEW_KEYS else dtype
+    return torch.float32 if device.type == "cpu" and dtype.itemsize == 2 and n_keys <= FP32_MAX_KEYS else dtype
 
 
 def sdpa_attention(
@@ -81,10 +85,10 @@ def flash_attention(
     """
     dtype = q_BHTD.dtype
     q_BHTD, k_BGSD, v_BGSE = (x.to(_computed_in(dtype, x.device, k_BGSD.shape[2])) for x in (q_BHTD, k_BGSD, v_BGSE))
-    q_BHTD, k_BGSD, v_BGSD, scale = of_one_width(q_BHTD, k_BGSD, v_BGSE, scale)
+    q_BHTD, k_BGSD, v_BGSD, scale = pad_to_one_width(q_BHTD, k_BGSD, v_BGSE, scale)
     if q_BHTD.is_cuda:
         assert mask is None and softcap is None
-        y_BHTD = flash(q_BHTD, k_BGSD, v_BGSD, scale)
+        y_BHTD = deterministic_flash(q_BHTD, k_BGSD, v_BGSD, scale)
     else:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             y_BHTD = sdpa_attention(q_BHTD, k_BGSD, v_BGSD, mask, scale=scale, softcap=softcap)
@@ -121,7 +125,7 @@ def efficient_attention(
         return sdpa_attention(q_BHTD, k_BHSD, v_BHSE, mask, scale=scale, softcap=softcap)
 
 
-def of_one_width(
+def pad_to_one_width(
     q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor, float | None]:
     """The narrower ones, queries and keys or values, filled up with zeros; and the scale, which is that of before."""

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from training.kernels.attention.deterministic import repeatable
-from training.kernels.attention.flash_attn import flash2_attention, flash3_attention, flash4_attention, packed
+from training.kernels.attention.deterministic import with_deterministic_backward
+from training.kernels.attention.flash_attn import flash2_attention, flash3_attention, flash4_attention, varlen_mask
 from training.kernels.attention.flex import flex_attention, flex_mask
-from training.kernels.attention.limits import HALF, Limits, lacks
-from training.kernels.attention.masks import Documents, Seen, dense, documents, padded
+from training.kernels.attention.limits import HALF_DTYPES, Limits, reason_missing
+from training.kernels.attention.masks import Documents, Visibility, boolean_mask, find_documents, left_padded
 from training.kernels.attention.reference import reference_attention
 from training.kernels.attention.sdpa import (
     cudnn_attention,
@@ -30,31 +30,31 @@ from training.kernels.attention.sdpa import (
 from training.kernels.attention.varlen import varlen_attention
 
 __all__ = [
-    "ATTENTION",
-    "Backend",
-    "Call",
+    "ATTENTION_BACKENDS",
+    "AttentionBackend",
+    "AttentionSpec",
+    "DeviceInfo",
     "Documents",
     "Limits",
-    "Machine",
-    "Seen",
-    "automatic",
-    "documents",
-    "limits",
-    "machine",
-    "padded",
-    "why_not",
+    "Visibility",
+    "auto_candidates",
+    "device_info",
+    "find_documents",
+    "left_padded",
+    "limits_on",
+    "reason_unsupported",
 ]
 
 
-class Backend(NamedTuple):
+class AttentionBackend(NamedTuple):
     """One way to compute attention, and what it cannot do."""
 
-    mask: Callable[[Seen], Any]
+    build_mask: Callable[[Visibility], Any]
     attend: Callable[..., Tensor]
-    on: dict[str, Any] | None = None  # Limits by type of device; None: everything, on all of them
+    limits: dict[str, Any] | None = None  # Limits by type of device; None: everything, on all of them
 
 
-class Call(NamedTuple):
+class AttentionSpec(NamedTuple):
     """What a layer asks of a back-end."""
 
     n_head: int
@@ -66,7 +66,7 @@ class Call(NamedTuple):
     scale: float | None = None
 
 
-class Machine(NamedTuple):
+class DeviceInfo(NamedTuple):
     """A type of device, and what it is known by."""
 
     type: str  # cuda, cpu, mps
@@ -75,13 +75,15 @@ class Machine(NamedTuple):
 
 AMPERE = range(8, 20)  # and later
 SOFTLESS = Limits(softcap=False)
-PLAIN = Limits(HALF, head_dim=256, window=False, softcap=False, documents=False, capability=AMPERE)
+PLAIN = Limits(HALF_DTYPES, head_dim=256, window=False, softcap=False, documents=False, capability=AMPERE)
 CUDNN = PLAIN._replace(head_dim_multiple=8, deterministic=False)  # PyTorch has no switch for it
-VARLEN = Limits(HALF, head_dim=256, softcap=False, capability=AMPERE, package=("torch", "2.11"))
-FLEX = Limits(HALF, capability=AMPERE, package=("torch", "2.7"))
-FLASH2 = Limits(HALF, head_dim=256, capability=AMPERE, package=("flash-attn", "2.7.4"))
+VARLEN = Limits(HALF_DTYPES, head_dim=256, softcap=False, capability=AMPERE, package=("torch", "2.11"))
+FLEX = Limits(HALF_DTYPES, capability=AMPERE, package=("torch", "2.7"))
+FLASH2 = Limits(HALF_DTYPES, head_dim=256, capability=AMPERE, package=("flash-attn", "2.7.4"))
 # Its deterministic backward was none before 3.0.0 (flash-attention #1596), and is none for heads over 192 wide.
-FLASH3 = Limits(HALF, head_dim=192, head_dim_multiple=8, capability=range(9, 10), package=("flash-attn-3", "3.0.0"))
+FLASH3 = Limits(
+    HALF_DTYPES, head_dim=192, head_dim_multiple=8, capability=range(9, 10), package=("flash-attn-3", "3.0.0")
+)
 # A backward that hangs cannot be found out by trying: soft-capped it was seen to on Blackwell (#2466), and any
 # with the libraries that earlier versions ask for (#2797).
 FLASH4 = FLASH3._replace(softcap=False, capability=range(9, 12), package=("flash-attn-4", "4.0.0b27"))
@@ -89,60 +91,66 @@ FLASH4 = FLASH3._replace(softcap=False, capability=range(9, 12), package=("flash
 # In the order in which `auto` tries them, the fastest first as published: flash3 on Hopper (arXiv:2407.08608), flash4
 # on Blackwell (arXiv:2603.05451), flash2 on the others; then what PyTorch brings: its copy of flash2, the same for
 # documents and windows, a kernel that it writes for what is asked, and those that read a mask.
-ATTENTION = {
-    "flash3": Backend(packed, flash3_attention, {"cuda": FLASH3}),
-    "flash4": Backend(packed, flash4_attention, {"cuda": FLASH4}),
-    "flash2": Backend(packed, flash2_attention, {"cuda": FLASH2}),
-    "cudnn": Backend(sdpa_mask, cudnn_attention, {"cuda": CUDNN}),
-    "flash": Backend(flash_mask, flash_attention, {"cuda": PLAIN, "cpu": SOFTLESS}),
-    "varlen": Backend(packed, repeatable(varlen_attention), {"cuda": VARLEN}),
-    "flex": Backend(flex_mask, flex_attention, {"cuda": FLEX}),
-    "efficient": Backend(sdpa_mask, repeatable(efficient_attention), {"cuda": SOFTLESS._replace(head_dim_multiple=8)}),
-    "sdpa": Backend(
+ATTENTION_BACKENDS = {
+    "flash3": AttentionBackend(varlen_mask, flash3_attention, {"cuda": FLASH3}),
+    "flash4": AttentionBackend(varlen_mask, flash4_attention, {"cuda": FLASH4}),
+    "flash2": AttentionBackend(varlen_mask, flash2_attention, {"cuda": FLASH2}),
+    "cudnn": AttentionBackend(sdpa_mask, cudnn_attention, {"cuda": CUDNN}),
+    "flash": AttentionBackend(flash_mask, flash_attention, {"cuda": PLAIN, "cpu": SOFTLESS}),
+    "varlen": AttentionBackend(varlen_mask, with_deterministic_backward(varlen_attention), {"cuda": VARLEN}),
+    "flex": AttentionBackend(flex_mask, flex_attention, {"cuda": FLEX}),
+    "efficient": AttentionBackend(
+        sdpa_mask, with_deterministic_backward(efficient_attention), {"cuda": SOFTLESS._replace(head_dim_multiple=8)}
+    ),
+    "sdpa": AttentionBackend(
         sdpa_mask,
         sdpa_attention,
         {"cuda": SOFTLESS._replace(deterministic=False), "cpu": SOFTLESS, "mps": SOFTLESS},
     ),
-    "reference": Backend(dense, reference_attention),
+    "reference": AttentionBackend(boolean_mask, reference_attention),
 }
 
 
-def machine(device: torch.device) -> Machine:
+def device_info(device: torch.device) -> DeviceInfo:
     """What the device is, as far as back-ends care."""
     capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
-    return Machine(device.type, capability)
+    return DeviceInfo(device.type, capability)
 
 
-def limits(name: str, machine: Machine) -> Limits | None:
+def limits_on(name: str, machine: DeviceInfo) -> Limits | None:
     """What the back-end can do on such a machine; None where it cannot be on it."""
-    on = ATTENTION[name].on
+    on = ATTENTION_BACKENDS[name].limits
     found = Limits() if on is None else on.get(machine.type)
     return found if found is None or found.capability is None or machine.capability in found.capability else None
 
 
-def automatic(machine: Machine) -> list[str]:
+def auto_candidates(machine: DeviceInfo) -> list[str]:
     """What `auto` tries on such a machine, in order: a restart has to go on in the same bits."""
-    return [name for name in ATTENTION if (found := limits(name, machine)) is not None and found.deterministic]
+    return [
+        name for name in ATTENTION_BACKENDS if (found := limits_on(name, machine)) is not None and found.deterministic
+    ]
 
 
-def why_not(name: str, call: Call, documents: bool, machine: Machine, dtype: torch.dtype) -> str | None:
+def reason_unsupported(
+    name: str, spec: AttentionSpec, documents: bool, machine: DeviceInfo, dtype: torch.dtype
+) -> str | None:
     """What the back-end is known to be unable to do of this; None where nothing is known."""
-    found = limits(name, machine)
+    found = limits_on(name, machine)
     if found is None:
         where = (
             machine.type if machine.capability is None else f"CUDA devices of compute capability {machine.capability}"
         )
         return f"it does not run on {where}"
-    widths = {call.head_dim, call.value_dim}
+    widths = {spec.head_dim, spec.value_dim}
     cannot = {
         f"do {str(dtype).removeprefix('torch.')}": dtype not in found.dtypes,
         f"do heads {max(widths)} wide": found.head_dim is not None and max(widths) > found.head_dim,
         f"do heads whose width is no multiple of {found.head_dim_multiple}": any(
             width % found.head_dim_multiple for width in widths
         ),
-        "do a window": call.window is not None and not found.window,
-        "do a soft-cap": call.softcap is not None and not found.softcap,
+        "do a window": spec.window is not None and not found.window,
+        "do a soft-cap": spec.softcap is not None and not found.softcap,
         "keep documents apart": documents and not found.documents,
     }
     refused = next((f"it does not {what}" for what, lacking in cannot.items() if lacking), None)
-    return refused or (lacks(*found.package) if found.package is not None else None)
+    return refused or (reason_missing(*found.package) if found.package is not None else None)

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from training.kernels.attention.flash_attn import Packed
-from training.kernels.attention.sdpa import of_one_width
+from training.kernels.attention.flash_attn import VarlenMask
+from training.kernels.attention.sdpa import pad_to_one_width
 
 
 def varlen_attention(
     q_BHTD: Tensor,
     k_BGSD: Tensor,
     v_BGSE: Tensor,
-    mask: Packed,
+    mask: VarlenMask,
     *,
     scale: float | None = None,
     softcap: float | None = None,
@@ -26,15 +26,15 @@ def varlen_attention(
 
     assert softcap is None
     width = v_BGSE.shape[-1]
-    q_BHTD, k_BGSD, v_BGSD, scale = of_one_width(q_BHTD, k_BGSD, v_BGSE, scale)
+    q_BHTD, k_BGSD, v_BGSD, scale = pad_to_one_width(q_BHTD, k_BGSD, v_BGSE, scale)
     n_samples, _, n_tokens, _ = q_BHTD.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTD, k_BGSD, v_BGSD))
-    ends_D = mask.ends_D
-    if ends_D is None:
-        ends_D = torch.arange(0, (n_samples + 1) * n_tokens, n_tokens, dtype=torch.int32, device=q.device)
+    cu_seqlens_D = mask.cu_seqlens_D
+    if cu_seqlens_D is None:
+        cu_seqlens_D = torch.arange(0, (n_samples + 1) * n_tokens, n_tokens, dtype=torch.int32, device=q.device)
     options = {"scale": scale, "window_size": (-1 if mask.window is None else mask.window - 1, 0)}
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # before it was one, heads could share keys as well
         options["enable_gqa"] = q.shape[1] != k.shape[1]
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # later versions would rather take cuDNN's, which is not repeatable
-        y = varlen_attn(q, k, v, ends_D, ends_D, n_tokens, n_tokens, **options)
+        y = varlen_attn(q, k, v, cu_seqlens_D, cu_seqlens_D, n_tokens, n_tokens, **options)
     return y.view(n_samples, n_tokens, *y.shape[-2:]).transpose(1, 2)[..., :width]

@@ -39,7 +39,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 READABLE = ARCHITECTURES | {own.MODEL_TYPE: own.OWN}
 
 
-def write(
+def write_model(
     folder: Path,
     weights: dict[str, Tensor],
     config: ModelConfig,
@@ -55,8 +55,10 @@ def write(
     if n_vocab is not None:
         rows = {name: weights[name][:n_vocab] for name in ("wte.weight", "head.weight") if name in weights}
         weights, config = weights | rows, config.model_copy(update={"vocab_size": n_vocab})
-    model_type = next((name for name, one in ARCHITECTURES.items() if why_not(one, weights, config) is None), None)
-    weights = rounded(weights, dtype)
+    model_type = next(
+        (name for name, one in ARCHITECTURES.items() if reason_unsupported(one, weights, config) is None), None
+    )
+    weights = to_saved_dtype(weights, dtype)
     if model_type is None:
         own.write(folder, weights, config, end_of_text, dtype)
         return own.MODEL_TYPE
@@ -67,21 +69,30 @@ def write(
     return model_type
 
 
-def rounded(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def to_saved_dtype(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Weights as they are written: in this type, but the selection bias, whose steps are small, float32 in any."""
     return {name: w.float() if name.endswith("selection_bias") else w.to(dtype) for name, w in weights.items()}
 
 
-def why_not(architecture: Architecture, weights: dict[str, Tensor], config: ModelConfig) -> str | None:
+def reason_unsupported(architecture: Architecture, weights: dict[str, Tensor], config: ModelConfig) -> str | None:
     """What of the configuration it cannot express, or which tensor that counts has no place in it; None: nothing.
 
     A run that began with another's checkpoint may have a selection bias that its own `balance` does not move.
     """
-    if (reason := architecture.why_not(config)) is not None:
+    if (reason := architecture.reason_unsupported(config)) is not None:
         return reason
     placed = {part for name in architecture.names(config) for part in name.ours}
     counted = {name for name in weights.keys() - placed if not name.endswith("ffn.load")}
     return next((f"values of {name}" for name in weights if name in counted and weights[name].any()), None)
 
 
-__all__ = ["ARCHITECTURES", "READABLE", "one_line", "read_config", "read_weights", "rounded", "why_not", "write"]
+__all__ = [
+    "ARCHITECTURES",
+    "READABLE",
+    "one_line",
+    "read_config",
+    "read_weights",
+    "reason_unsupported",
+    "to_saved_dtype",
+    "write_model",
+]

@@ -46,9 +46,9 @@ def model_config(options: dict) -> ModelConfig:
 '''
 
 ANY_BACKEND = """
-ATTENTION = {
-    "sdpa": Backend(sdpa_mask, sdpa_attention),
-    "reference": Backend(dense, reference_attention),
+ATTENTION_BACKENDS = {
+    "sdpa": AttentionBackend(sdpa_mask, sdpa_attention),
+    "reference": AttentionBackend(boolean_mask, reference_attention),
 }
 """
 
@@ -60,11 +60,11 @@ def parts() -> Iterator[tuple[str, tuple[str, ...]]]:
     yield "kernels/attention/masks.py", ()
     yield "kernels/attention/reference.py", ()
     yield "kernels/attention/sdpa.py", ("sdpa_mask", "sdpa_attention")
-    yield "kernels/attention/table.py", ("Backend", "Call")
+    yield "kernels/attention/table.py", ("AttentionBackend", "AttentionSpec")
     yield BACKENDS, ()
     yield "kernels/experts.py", ()
     yield "kernels/loss.py", ()
-    yield "kernels/choose.py", ("Kernels", "ExpertsCall", "LossCall", "Needs")
+    yield "kernels/choose.py", ("Kernels", "ExpertsSpec", "LossSpec", "KernelRequirements")
     yield "model/cache.py", ()
     yield "model/layers.py", ()
     mechanisms = [*MIXERS.values(), *FEED_FORWARDS.values()]

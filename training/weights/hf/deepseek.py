@@ -17,7 +17,7 @@ from training.errors import UserError
 from training.weights.hf import experts, llama, qwen3
 from training.weights.hf.architecture import Architecture
 from training.weights.hf.fields import check_neutral, read
-from training.weights.hf.layers import written_out
+from training.weights.hf.layers import with_explicit_sizes
 from training.weights.hf.names import Name
 
 # The configuration classes' defaults of what files may leave out.
@@ -71,7 +71,7 @@ RANKS = {
 }
 
 
-def _router_differences(config: ModelConfig) -> Iterator[str]:
+def _router_unsupported(config: ModelConfig) -> Iterator[str]:
     """What these experts are not."""
     for ffn in experts.experts(config):
         if ffn.scoring != "sigmoid":
@@ -83,25 +83,25 @@ def _router_differences(config: ModelConfig) -> Iterator[str]:
         yield "dense layers after experts"
 
 
-def _dots1_differences(config: ModelConfig) -> Iterator[str]:
-    yield from experts.differences(config)
-    yield from _router_differences(config)
+def _dots1_unsupported(config: ModelConfig) -> Iterator[str]:
+    yield from experts.unsupported(config)
+    yield from _router_unsupported(config)
     if not config.layers()[0].mixer.qk_norm:
         yield "no QK-norm"
-    yield from qwen3.window_differences(config)
+    yield from qwen3.window_unsupported(config)
 
 
-def _glm4_differences(config: ModelConfig) -> Iterator[str]:
-    yield from experts.differences(config)
-    yield from _router_differences(config)
+def _glm4_unsupported(config: ModelConfig) -> Iterator[str]:
+    yield from experts.unsupported(config)
+    yield from _router_unsupported(config)
     yield from experts.no_window(config)
 
 
-def _deepseek_differences(config: ModelConfig) -> Iterator[str]:
+def _deepseek_unsupported(config: ModelConfig) -> Iterator[str]:
     if any(type(block.mixer) is not LatentConfig for block in config.layers()):
         yield "attention that is not latent"
-    yield from experts.differences(config, LatentConfig)
-    yield from _router_differences(config)
+    yield from experts.unsupported(config, LatentConfig)
+    yield from _router_unsupported(config)
     yield from experts.no_window(config)
     if config.norm_eps != LATENT_EPS:
         yield f"norm_eps {config.norm_eps:g}, where the latent vectors' is {LATENT_EPS:g}"
@@ -140,7 +140,7 @@ def _glm4_to_hf(config: ModelConfig) -> dict:
 
 
 def _deepseek_to_hf(config: ModelConfig) -> dict:
-    mixer = written_out(config)[0].mixer
+    mixer = with_explicit_sizes(config)[0].mixer
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
         **_to_hf(config),
@@ -244,8 +244,8 @@ def _deepseek_names(config: ModelConfig) -> list[Name]:
 DOTS1, GLM4_MOE, DEEPSEEK_V3 = (
     Architecture(*functions, prefix="model.", harmless=llama.HARMLESS)
     for functions in (
-        (_dots1_differences, _dots1_to_hf, _dots1_from_hf, _names),
-        (_glm4_differences, _glm4_to_hf, _glm4_from_hf, _names),
-        (_deepseek_differences, _deepseek_to_hf, _deepseek_from_hf, _deepseek_names),
+        (_dots1_unsupported, _dots1_to_hf, _dots1_from_hf, _names),
+        (_glm4_unsupported, _glm4_to_hf, _glm4_from_hf, _names),
+        (_deepseek_unsupported, _deepseek_to_hf, _deepseek_from_hf, _deepseek_names),
     )
 )

@@ -36,12 +36,12 @@ NEUTRAL = llama.NEUTRAL | {
 MOST_NORM_MIN = 1e-12  # the class's; the chosen experts' share of the softmax is more, unless a bias rules the choice
 
 
-def _differences(config: ModelConfig) -> Iterator[str]:
-    yield from experts.differences(config)
+def _unsupported(config: ModelConfig) -> Iterator[str]:
+    yield from experts.unsupported(config)
     if config.layers()[0].mixer.qk_norm:
         yield "QK-norm"
     yield from experts.no_window(config)
-    yield from experts.weight_differences(config)
+    yield from experts.weight_unsupported(config)
     if not experts.experts(config)[0].renormalize:
         yield "experts' weights that do not sum to one"
     first, last = _range(config)
@@ -117,4 +117,4 @@ def _names(config: ModelConfig) -> list[Name]:
     return llama.table(config, _attention, _feed_forward)
 
 
-ERNIE4_5_MOE = Architecture(_differences, _to_hf, _from_hf, _names, prefix="model.", harmless=llama.HARMLESS)
+ERNIE4_5_MOE = Architecture(_unsupported, _to_hf, _from_hf, _names, prefix="model.", harmless=llama.HARMLESS)

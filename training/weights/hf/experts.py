@@ -8,13 +8,13 @@ from training.config import AttentionConfig, MixerConfig, MLPConfig, ModelConfig
 from training.errors import UserError
 from training.weights.hf import llama
 from training.weights.hf.fields import read, read_activation
-from training.weights.hf.layers import written_out
+from training.weights.hf.layers import with_explicit_sizes
 from training.weights.hf.names import Name
 
 
 def experts(config: ModelConfig) -> list[MoEConfig]:
     """The layers of experts, with every size written out."""
-    return [block.ffn for block in written_out(config) if isinstance(block.ffn, MoEConfig)]
+    return [block.ffn for block in with_explicit_sizes(config) if isinstance(block.ffn, MoEConfig)]
 
 
 def dense_layers(config: ModelConfig) -> list[int]:
@@ -22,12 +22,12 @@ def dense_layers(config: ModelConfig) -> list[int]:
     return [i for i, block in enumerate(config.layers()) if isinstance(block.ffn, MLPConfig)]
 
 
-def differences(config: ModelConfig, attention: type[MixerConfig] = AttentionConfig) -> Iterator[str]:
+def unsupported(config: ModelConfig, attention: type[MixerConfig] = AttentionConfig) -> Iterator[str]:
     """What none of them has. `attention`: the kind that is in every layer."""
     if not experts(config):
         yield "no experts"
-    yield from llama.common_differences(config, attention)
-    ffns = [block.ffn for block in written_out(config)]
+    yield from llama.common_unsupported(config, attention)
+    ffns = [block.ffn for block in with_explicit_sizes(config)]
     kept = ("n_experts", "top_k", "hidden", "n_shared", "scoring", "renormalize", "route_scale")
     if len({tuple(getattr(ffn, name) for name in kept) for ffn in experts(config)}) > 1:
         yield "experts that differ between layers"
@@ -37,24 +37,24 @@ def differences(config: ModelConfig, attention: type[MixerConfig] = AttentionCon
         yield "several activations"
 
 
-def routing_differences(config: ModelConfig) -> Iterator[str]:
+def routing_unsupported(config: ModelConfig) -> Iterator[str]:
     """What Qwen3's and Mixtral's do not have: they choose by a softmax alone, and no expert is shared."""
     for ffn in experts(config):
         if ffn.balance in ("bias", "both"):
             yield f"a selection bias (balance: {ffn.balance})"
         if ffn.n_shared:
             yield "shared experts"
-    yield from weight_differences(config)
+    yield from weight_unsupported(config)
 
 
-def weight_differences(config: ModelConfig) -> Iterator[str]:
+def weight_unsupported(config: ModelConfig) -> Iterator[str]:
     """What there is not where experts are weighted by a softmax, not scaled."""
     for ffn in experts(config):
         if ffn.scoring != "softmax" or ffn.route_scale != 1:
             yield f"experts' weights of another kind ({ffn.scoring}, times {ffn.route_scale:g})"
 
 
-def window_differences(config: ModelConfig) -> Iterator[str]:
+def window_unsupported(config: ModelConfig) -> Iterator[str]:
     """What there is not where all layers have one window, or none has."""
     if len({block.mixer.window for block in config.layers()}) > 1:
         yield "windows that differ between layers"

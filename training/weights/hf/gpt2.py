@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from training.config import MLPConfig, ModelConfig
 from training.weights.hf.architecture import Architecture
 from training.weights.hf.fields import check_neutral, read, read_activation, written
-from training.weights.hf.layers import other_kinds, written_out
+from training.weights.hf.layers import other_kinds, with_explicit_sizes
 from training.weights.hf.names import Name
 
 SIZES = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
@@ -23,9 +23,9 @@ DEFAULTS = {
 NEUTRAL = {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (None, False)}
 
 
-def differences(config: ModelConfig) -> Iterator[str]:
+def unsupported(config: ModelConfig) -> Iterator[str]:
     """What GPT-2 does not have."""
-    layers = written_out(config)
+    layers = with_explicit_sizes(config)
     mixers, ffns = [block.mixer for block in layers], [block.ffn for block in layers]
     yield from other_kinds(layers)
     if not all(isinstance(ffn, MLPConfig) for ffn in ffns):
@@ -55,7 +55,7 @@ def differences(config: ModelConfig) -> Iterator[str]:
 
 def to_hf(config: ModelConfig) -> dict:
     """Transformers' `GPT2Config`."""
-    ffn = written_out(config)[0].ffn
+    ffn = with_explicit_sizes(config)[0].ffn
     return {
         "architectures": ["GPT2LMHeadModel"],
         **{name: getattr(config, name) for name in SIZES},
@@ -109,7 +109,7 @@ def names(config: ModelConfig) -> list[Name]:
 
 
 GPT2 = Architecture(
-    differences,
+    unsupported,
     to_hf,
     from_hf,
     names,

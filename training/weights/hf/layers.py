@@ -8,13 +8,13 @@ from itertools import groupby
 from training.config import AttentionConfig, BlockConfig, LatentConfig, MixerConfig, MLPConfig, ModelConfig, MoEConfig
 
 
-def written_out(config: ModelConfig) -> list[BlockConfig]:
+def with_explicit_sizes(config: ModelConfig) -> list[BlockConfig]:
     """Every layer's block, so that two are equal where they compute the same.
 
     `hidden`, `head_dim`, `n_kv_head` and `value_dim` are numbers; `rope` is whether positions are turned there.
     """
 
-    def whole(block: BlockConfig) -> BlockConfig:
+    def explicit(block: BlockConfig) -> BlockConfig:
         mixer = block.mixer
         width = mixer.head_dim or config.n_embd // config.n_head
         changes = {"head_dim": width}
@@ -28,7 +28,7 @@ def written_out(config: ModelConfig) -> list[BlockConfig]:
         ffn = block.ffn.model_copy(update={"hidden": block.ffn.hidden or 4 * config.n_embd})
         return BlockConfig(mixer=mixer.model_copy(update=changes), ffn=ffn)
 
-    return [whole(block) for block in config.layers()]
+    return [explicit(block) for block in config.layers()]
 
 
 def other_kinds(layers: list[BlockConfig], attention: type[MixerConfig] = AttentionConfig) -> Iterator[str]:

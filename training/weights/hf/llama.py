@@ -13,7 +13,7 @@ from training.config import AttentionConfig, MixerConfig, MLPConfig, ModelConfig
 from training.errors import UserError
 from training.weights.hf.architecture import Architecture
 from training.weights.hf.fields import check_neutral, read, read_activation, written
-from training.weights.hf.layers import other_kinds, pattern, written_out
+from training.weights.hf.layers import other_kinds, pattern, with_explicit_sizes
 from training.weights.hf.names import Name
 
 SIZES = {
@@ -29,9 +29,9 @@ DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": F
 NEUTRAL = {"attention_bias": (None, False), "mlp_bias": (None, False)}
 
 
-def common_differences(config: ModelConfig, attention: type[MixerConfig] = AttentionConfig) -> Iterator[str]:
+def common_unsupported(config: ModelConfig, attention: type[MixerConfig] = AttentionConfig) -> Iterator[str]:
     """What none of them has. `attention`: the kind that is in every layer."""
-    layers = written_out(config)
+    layers = with_explicit_sizes(config)
     mixers = [block.mixer for block in layers]
     grouped = [mixer for mixer in mixers if isinstance(mixer, AttentionConfig)]
     yield from other_kinds(layers, attention)
@@ -51,19 +51,19 @@ def common_differences(config: ModelConfig, attention: type[MixerConfig] = Atten
         yield "attention that differs between layers"
 
 
-def dense_differences(config: ModelConfig) -> Iterator[str]:
+def dense_unsupported(config: ModelConfig) -> Iterator[str]:
     """What neither Llama nor Qwen3 without experts has."""
-    ffns = {block.ffn for block in written_out(config)}
+    ffns = {block.ffn for block in with_explicit_sizes(config)}
     if any(isinstance(ffn, MoEConfig) for ffn in ffns):
         yield "experts"
-    yield from common_differences(config)
+    yield from common_unsupported(config)
     if len(ffns) > 1:
         yield "feed-forward layers that differ"
 
 
 def common_to_hf(config: ModelConfig) -> dict:
     """The fields that all have, but those of attention."""
-    layers = written_out(config)
+    layers = with_explicit_sizes(config)
     ffn = layers[0].ffn
     dense = next((block.ffn for block in layers if isinstance(block.ffn, MLPConfig)), ffn)
     return {
@@ -82,7 +82,7 @@ def common_to_hf(config: ModelConfig) -> dict:
 
 def heads_to_hf(config: ModelConfig) -> dict:
     """The fields of attention whose heads share keys and values."""
-    mixer = written_out(config)[0].mixer
+    mixer = with_explicit_sizes(config)[0].mixer
     return {"num_key_value_heads": mixer.n_kv_head, "head_dim": mixer.head_dim}
 
 
@@ -141,7 +141,7 @@ def table(config: ModelConfig, attention: Part, feed_forward: Part) -> list[Name
     table = [Name("model.embed_tokens.weight", ("wte.weight",)), Name("model.norm.weight", ("norm_f.weight",))]
     if not config.tie_head:
         table.append(Name("lm_head.weight", ("head.weight",)))
-    for i, block in enumerate(written_out(config)):
+    for i, block in enumerate(with_explicit_sizes(config)):
         theirs, ours = f"model.layers.{i}", f"blocks.{i}"
         table += weights(theirs, ours, {"input_layernorm": "norm_1", "post_attention_layernorm": "norm_2"})
         table += attention(block.mixer, f"{theirs}.self_attn", f"{ours}.mixer")
@@ -170,8 +170,8 @@ MATRICES = {"up_proj": "up", "gate_proj": "gate", "down_proj": "down"}
 HARMLESS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # older files; rope_theta says it
 
 
-def _differences(config: ModelConfig) -> Iterator[str]:
-    yield from dense_differences(config)
+def _unsupported(config: ModelConfig) -> Iterator[str]:
+    yield from dense_unsupported(config)
     mixers = [block.mixer for block in config.layers()]
     if mixers[0].qk_norm:
         yield "QK-norm"
@@ -191,4 +191,4 @@ def _from_hf(hf: dict) -> dict:
     return common_from_hf(hf, [{"mixer": read_mixer(hf), "ffn": read_mlp(hf)}])
 
 
-LLAMA = Architecture(_differences, _to_hf, _from_hf, names, prefix="model.", harmless=HARMLESS)
+LLAMA = Architecture(_unsupported, _to_hf, _from_hf, names, prefix="model.", harmless=HARMLESS)

@@ -15,14 +15,14 @@ ROPE_THETA = 1e6  # the class's
 MATRICES = {"w3": "up", "w1": "gate", "w2": "down"}
 
 
-def _differences(config: ModelConfig) -> Iterator[str]:
-    yield from experts.differences(config)
+def _unsupported(config: ModelConfig) -> Iterator[str]:
+    yield from experts.unsupported(config)
     if experts.dense_layers(config):
         yield "dense layers"
     if config.layers()[0].mixer.qk_norm:
         yield "QK-norm"
-    yield from experts.window_differences(config)
-    yield from experts.routing_differences(config)
+    yield from experts.window_unsupported(config)
+    yield from experts.routing_unsupported(config)
     if not experts.experts(config)[0].renormalize:
         yield "experts' weights that do not sum to one"
 
@@ -63,4 +63,4 @@ def _names(config: ModelConfig) -> list[Name]:
     return llama.table(config, llama.attention, _feed_forward)
 
 
-MIXTRAL = Architecture(_differences, _to_hf, _from_hf, _names, prefix="model.", harmless=llama.HARMLESS)
+MIXTRAL = Architecture(_unsupported, _to_hf, _from_hf, _names, prefix="model.", harmless=llama.HARMLESS)

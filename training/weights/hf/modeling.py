@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from training.kernels.attention.table import Documents, padded
+from training.kernels.attention.table import Documents, left_padded
 from training.kernels.choose import Kernels
-from training.kernels.experts import ANY
+from training.kernels.experts import PORTABLE
 from training.model.cache import Cache
 from training.model.gpt import GPT
 from training.weights.hf.options import OPTIONS, model_config
@@ -63,7 +63,7 @@ class TrainingGPTForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: TrainingGPTConfig):
         super().__init__(config)
         options = {name: getattr(config, name) for name in OPTIONS}
-        self.gpt = GPT(model_config(options), Kernels(experts=ANY))
+        self.gpt = GPT(model_config(options), Kernels(experts=PORTABLE))
         if any(block.ffn.type == "moe" for block in self.gpt.config.blocks):
             self._keep_in_fp32_modules_strict = ["router"]  # routing is float32 in any type
         self.post_init()
@@ -137,7 +137,7 @@ class TrainingGPTForCausalLM(PreTrainedModel, GenerationMixin):
             position_BT = position_ids.expand_as(input_ids)
             documents = Documents((position_BT == 0).cumsum(1), position_BT)
         elif past_key_values is None and n_padding_B is not None and bool(n_padding_B.any()):
-            documents = padded(n_padding_B, 0, input_ids.shape[1])
+            documents = left_padded(n_padding_B, 0, input_ids.shape[1])
         cache = None if past_key_values is None else past_key_values.cache
         logits_BTV = self.gpt.logits(input_ids, cache, documents, n_last=logits_to_keep or None)
         loss = None

@@ -34,25 +34,25 @@ MOE_DEFAULTS = llama.DEFAULTS | {
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def _differences(config: ModelConfig) -> Iterator[str]:
-    yield from llama.dense_differences(config)
+def _unsupported(config: ModelConfig) -> Iterator[str]:
+    yield from llama.dense_unsupported(config)
     if not config.layers()[0].mixer.qk_norm:
         yield "no QK-norm"
-    yield from window_differences(config)
+    yield from window_unsupported(config)
 
 
-def window_differences(config: ModelConfig) -> Iterator[str]:
+def window_unsupported(config: ModelConfig) -> Iterator[str]:
     """What there is not where each layer has the one window or none."""
     if len({block.mixer.window for block in config.layers()} - {None}) > 1:
         yield "windows of several widths"
 
 
-def _moe_differences(config: ModelConfig) -> Iterator[str]:
-    yield from experts.differences(config)
+def _moe_unsupported(config: ModelConfig) -> Iterator[str]:
+    yield from experts.unsupported(config)
     if not config.layers()[0].mixer.qk_norm:
         yield "no QK-norm"
-    yield from experts.window_differences(config)
-    yield from experts.routing_differences(config)
+    yield from experts.window_unsupported(config)
+    yield from experts.routing_unsupported(config)
 
 
 def _to_hf(config: ModelConfig) -> dict:
@@ -149,7 +149,7 @@ def _moe_names(config: ModelConfig) -> list[Name]:
     return llama.table(config, llama.attention, experts.feed_forward)
 
 
-QWEN3 = Architecture(_differences, _to_hf, _from_hf, llama.names, prefix="model.", harmless=llama.HARMLESS)
+QWEN3 = Architecture(_unsupported, _to_hf, _from_hf, llama.names, prefix="model.", harmless=llama.HARMLESS)
 QWEN3_MOE = Architecture(
-    _moe_differences, _moe_to_hf, _moe_from_hf, _moe_names, prefix="model.", harmless=llama.HARMLESS
+    _moe_unsupported, _moe_to_hf, _moe_from_hf, _moe_names, prefix="model.", harmless=llama.HARMLESS
 )

@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from training.data.chunks import Document, cut, decoded, document
+from training.data.chunks import Document, cut, decode_utf8, document
 from training.errors import UserError
 
 SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages"})
-LINE = 2**26  # bytes of a line of JSON at most: a document is in memory in one piece
+MAX_LINE_BYTES = 2**26  # bytes of a line of JSON at most: a document is in memory in one chunk
 
 
 # --- finding ---------------------------------------------------------------------------------------
@@ -32,7 +32,7 @@ def walk(folder: Path, skip: frozenset[str] = SKIPPED_FOLDERS) -> Iterator[Path]
         yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
 
 
-def usable(path: Path) -> bool:
+def is_usable(path: Path) -> bool:
     """Whether the file's name says that it can be read."""
     return format_of(path) in FORMATS
 
@@ -45,7 +45,7 @@ def format_of(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def find(patterns: Iterable[str]) -> dict[Path, bool]:
+def find_files(patterns: Iterable[str]) -> dict[Path, bool]:
     """The files that paths, folders and globs mean, in that order, each once; True: named by itself.
 
     Raises UserError for a pattern that gives none.
@@ -54,7 +54,7 @@ def find(patterns: Iterable[str]) -> dict[Path, bool]:
     for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.is_file():
-            if not usable(path):
+            if not is_usable(path):
                 raise UserError(f"{path}: no usable file: its name does not end in {EXTENSIONS}")
             found[path] = True
             continue
@@ -69,7 +69,7 @@ def search(path: Path) -> Iterator[Path]:
     """The usable files below a folder, or those that a glob matches and those below folders that it matches."""
     matches = [path] if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207 (it may be absolute)
     for match in matches:
-        yield from (each for each in (walk(match) if match.is_dir() else [match]) if usable(each))
+        yield from (each for each in (walk(match) if match.is_dir() else [match]) if is_usable(each))
 
 
 def _why_nothing(path: Path) -> str:
@@ -93,7 +93,7 @@ OPENERS = {"": lambda path: path.open("rb"), ".gz": gzip.open, ".bz2": bz2.open,
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def open_decompressed(path: Path) -> Iterator[BinaryIO]:
     """The file's bytes, decompressed. Raises UserError that names the file where it cannot be read to its end."""
     suffix = path.suffix.lower()
     try:
@@ -110,20 +110,22 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 def read_text(path: Path, _column: str) -> Iterator[Document]:
     """A text file is one document."""
-    yield Document(_pieces(path))
+    yield Document(_chunks(path))
 
 
-def _pieces(path: Path) -> Iterator[str]:
-    with opened(path) as file:
-        yield from cut(decoded(file, str(path)))
+def _chunks(path: Path) -> Iterator[str]:
+    with open_decompressed(path) as file:
+        yield from cut(decode_utf8(file, str(path)))
 
 
 def read_jsonl(path: Path, column: str) -> Iterator[Document]:
     """A line is one document; blank lines are passed over."""
-    with opened(path) as file:
-        for number, line in enumerate(iter(lambda: file.readline(LINE + 1), b""), 1):
-            if len(line) > LINE:
-                raise UserError(f"{path}: line {number} is longer than {LINE >> 20} MiB, more than a document has")
+    with open_decompressed(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
+            if len(line) > MAX_LINE_BYTES:
+                raise UserError(
+                    f"{path}: line {number} is longer than {MAX_LINE_BYTES >> 20} MiB, more than a document has"
+                )
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
@@ -181,6 +183,6 @@ FORMATS = {".txt": read_text, ".md": read_text, ".py": read_text, ".jsonl": read
 EXTENSIONS = ", ".join(FORMATS) + " (each but .parquet also with " + ", ".join(filter(None, OPENERS)) + ")"
 
 
-def read(path: Path, column: str) -> Iterator[Document]:
+def read_documents(path: Path, column: str) -> Iterator[Document]:
     """The documents of a file that `usable` accepts."""
     return FORMATS[format_of(path)](path, column)

@@ -19,8 +19,7 @@ from training import train
 from training.config import ModelConfig
 from training.errors import UserError
 from training.model import GPT
-from training.weights import hf
-from training.weights import init_from as initial
+from training.weights import hf, init_from
 
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": 259}
 ROTARY = SMALL | {"position": "rope", "norm": "rmsnorm", "bias": False}
@@ -49,7 +48,7 @@ def folder(tmp_path):
         for name, buffer in model.named_buffers():
             if model_type in BIASED | {"training_gpt"} and name.endswith("selection_bias"):
                 buffer += torch.linspace(-0.1, 0.1, len(buffer))
-        assert hf.write(path, model.state_dict(), config, end_of_text=256) == model_type
+        assert hf.write_model(path, model.state_dict(), config, end_of_text=256) == model_type
         return model, path
 
     return make
@@ -57,9 +56,9 @@ def folder(tmp_path):
 
 def begun(config) -> GPT:
     """The model that a run with these options begins with."""
-    config = initial.options(config)
+    config = init_from.resolve_init_from(config)
     model = GPT(config.model)
-    model.load_state_dict(model.state_dict() | initial.named(config)[1])
+    model.load_state_dict(model.state_dict() | init_from.load_pretrained(config)[1])
     return model
 
 
@@ -144,23 +143,23 @@ def test_starting_over_asks_the_folder_again(run, folder):
 def test_options_that_say_something_else_are_refused(config, folder, given, words):
     _, path = folder()
     with pytest.raises(UserError) as raised:
-        initial.options(config(model=given, init_from=str(path)))
+        init_from.resolve_init_from(config(model=given, init_from=str(path)))
     assert words.replace("PATH", str(path)) in str(raised.value)
 
 
 def test_a_type_that_is_left_out_is_given_too(config, folder):
     _, path = folder("qwen3_moe")
     with pytest.raises(UserError, match=f"ffn.type of layer 0 is mlp, and {path} has moe"):
-        initial.options(config(model={"blocks": [{"ffn": {"activation": "silu"}}]}, init_from=str(path)))
+        init_from.resolve_init_from(config(model={"blocks": [{"ffn": {"activation": "silu"}}]}, init_from=str(path)))
 
 
 def test_options_may_repeat_what_the_folder_has(config, folder):
     _, path = folder()
     blocks = [{"mixer": {"head_dim": 8, "n_kv_head": 2, "window": None}, "ffn": {"hidden": 64}}, {}]
-    alone = initial.options(config(model={}, init_from=str(path)))
+    alone = init_from.resolve_init_from(config(model={}, init_from=str(path)))
     assert alone.model.vocab_size == 259  # null is the folder's own number here, not the tokenizer's
     for given in (SMALL, {"blocks": blocks}, {"vocab_size": None}, alone.model.model_dump()):
-        assert initial.options(config(model=given, init_from=str(path))).model == alone.model
+        assert init_from.resolve_init_from(config(model=given, init_from=str(path))).model == alone.model
 
 
 def test_a_shorter_context_crops_the_table_of_positions(config, folder):
@@ -186,7 +185,7 @@ def test_documents_and_balance_are_the_users_own(config, folder):
     model, path = folder("qwen3_moe")
     balancing = {"type": "moe", "balance": "both", "bias_rate": 0.5}
     given = {"isolate_documents": True, "blocks": [{"ffn": balancing}, {}]}
-    found = initial.options(config(model=given, init_from=str(path))).model
+    found = init_from.resolve_init_from(config(model=given, init_from=str(path))).model
     assert found.isolate_documents
     assert (found.layers()[0].ffn.balance, found.layers()[0].ffn.bias_rate) == ("both", 0.5)
     assert found.layers()[0].ffn.n_experts == MOE["n_experts"] and found.layers()[1].ffn.type == "mlp"
@@ -199,7 +198,7 @@ def test_documents_and_balance_are_the_users_own(config, folder):
 def test_rules_between_options_hold_for_the_folders_sizes(config, folder):
     _, path = folder(n_positions=24)
     with pytest.raises(UserError, match=r"batch_tokens: 256 is not a multiple of model.n_positions 24$"):
-        initial.options(config(model={}, init_from=str(path)))
+        init_from.resolve_init_from(config(model={}, init_from=str(path)))
 
 
 def test_a_tokenizer_with_more_tokens_than_rows_is_refused(config, folder):
@@ -213,9 +212,9 @@ def test_every_file_that_init_from_needs_is_there_in_the_repository(config, fold
     _, path = folder()
     asked = config(model={}, init_from=str(path))
     (path / "model.safetensors").rename(path / "elsewhere")
-    assert initial.options(asked).model.n_embd == 16  # config.json is all that it reads
+    assert init_from.resolve_init_from(asked).model.n_embd == 16  # config.json is all that it reads
     with pytest.raises(UserError, match=r"no model.safetensors"):
-        initial.named(initial.options(asked))
+        init_from.load_pretrained(init_from.resolve_init_from(asked))
 
 
 # --- folders that cannot be used -------------------------------------------------------------------
@@ -340,15 +339,15 @@ def test_a_name_on_the_hub_is_downloaded_once_and_one_line_where_it_cannot_be(tm
     (kept / "refs/main").write_text("0" * 40)
     shutil.move(path, kept / "snapshots" / ("0" * 40))
     code = f"""
-from training import initial
+from training.weights import init_from
 from training.config import Config
 from training.errors import UserError
 options = {options(model={})!r}
-config = initial.options(Config.model_validate(options | {{"init_from": "someone/tiny"}}))
-print(config.model.n_embd, len(initial.named(config)[1]))
+config = init_from.resolve_init_from(Config.model_validate(options | {{"init_from": "someone/tiny"}}))
+print(config.model.n_embd, len(init_from.load_pretrained(config)[1]))
 for name in ("someone/else", "some/where/else", "./tiny", "tiny"):
     try:
-        initial.options(Config.model_validate(options | {{"init_from": name}}))
+        init_from.resolve_init_from(Config.model_validate(options | {{"init_from": name}}))
     except UserError as error:
         print(error)
 """
