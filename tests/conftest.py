@@ -16,7 +16,6 @@ import torch
 
 from training.checkpoint import SINGLE, Checkpoint, CheckpointWriter, TensorShard
 from training.config import CheckpointConfig, Config
-from training.engine.resume import folder_of
 from training.logging.phases import PHASES
 from training.options import cli
 from training.train import train
@@ -98,7 +97,7 @@ def run(config):
     def go(resume="auto", **changes) -> Path:
         made = config(**changes)
         assert train(made, resume=resume) == 0
-        return folder_of(made)
+        return made.run_dir
 
     return go
 

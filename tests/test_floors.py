@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "training"
 FLOORS = [
     {"errors", "files", "section", "config"},
     {"options", "device", "kernels", "optim"},
+    {"batch"},
     {"model", "data", "distributed", "checkpoint"},
     {"weights", "planning", "logging"},
     {"engine"},

@@ -13,7 +13,6 @@ from conftest import ROOT, command, environment, rows, save_checkpoint, tensors,
 
 from training import checkpoint
 from training.engine import step as loop
-from training.engine.resume import folder_of
 from training.errors import UserError
 from training.files import run_lock
 from training.train import train
@@ -99,7 +98,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(run, config):
 
 
 def test_of_twenty_that_start_at_once_one_trains_and_the_others_say_so(options, config, tmp_path):
-    folder = folder_of(config())
+    folder = config().run_dir
     path = write_config(tmp_path / "one.yaml", options(steps=1_000_000, checkpoint={"every": 50}))
     arguments = [sys.executable, "-m", "training.train", "--config", str(path)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

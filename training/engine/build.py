@@ -121,7 +121,7 @@ def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
         model, whole = (GPT(config.model, kernels, dtype) for _ in range(2))
     layout = parallelize(model, config.parallel, world, dtype)
     together = FullShapes(layout.full_shapes(), layout.matrix_gather()) if world.size > 1 else None
-    folder, timer = restart.folder_of(config), PhaseTimer(world.device)
+    folder, timer = config.run_dir, PhaseTimer(world.device)
     run = Run(
         config=config,
         folder=folder,
