@@ -78,8 +78,8 @@ def accumulate_gradients(
 ) -> Metrics | None:
     """Add this rank's part of the gradient to the model and return its summed metrics.
 
-    Returns None if a rank ran out of memory. `batch` is this rank's part of the global batch. Raises RestartNeeded on out of memory if other ranks may be inside
-    a collective. Collective.
+    Returns None if a rank ran out of memory. `batch` is this rank's part of the global batch. Raises RestartNeeded on
+    out of memory if other ranks may be inside a collective. Collective.
     """
     sums: Metrics = {}
     out_of_memory = False
