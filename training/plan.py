@@ -130,8 +130,8 @@ def plan(config: Config, machine: Machine, world: int) -> Plan:
     """Look at what is prepared, and work out memory. Raises UserError for what the run would refuse."""
     import torch
 
-    from training.engine.micro_batch import HEADROOM, equal_parts, most_samples
     from training.model import GPT
+    from training.planning.batch_split import HEADROOM, equal_parts, max_samples_per_rank
     from training.planning.memory import estimate, largest_micro_batch
     from training.weights.init_from import resolve_init_from
 
@@ -140,7 +140,7 @@ def plan(config: Config, machine: Machine, world: int) -> Plan:
     precision = config.precision if config.precision != "auto" else "bf16" if machine.bf16 else "fp32"
     model = config.model.model_copy(update={"vocab_size": config.model.vocab_size or _vocabulary(config, manifest)})
     config = config.model_copy(update={"precision": precision, "model": model})
-    n_mine = most_samples(config, world)
+    n_mine = max_samples_per_rank(config, world)
     if config.batch_tokens // model.n_positions < world:
         raise UserError(
             f"--world: {world} processes are more than the {config.batch_tokens // model.n_positions} samples of "

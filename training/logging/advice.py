@@ -12,10 +12,10 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, NamedTuple
 
 from training import device as devices
-from training.engine.micro_batch import most_samples
 from training.logging.charts import Point, points
 from training.logging.jsonl import read_rows
 from training.logging.phases import goodput
+from training.planning.batch_split import max_samples_per_rank
 
 if TYPE_CHECKING:
     from training.config import Config
@@ -86,7 +86,7 @@ def facts_of_run(run: Run) -> Facts:
         memory=peak * 2**30 / devices.available_memory_bytes(device),
         memory_gib=peak,
         micro_batch=run.micro_batch,
-        most=most_samples(config, run.world.size),
+        most=max_samples_per_rank(config, run.world.size),
         back_offs=run.back_offs,
         clipped=n_clipped / len(norms) if norms else 0.0,
         skipped=run.skips.total,

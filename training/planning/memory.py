@@ -29,7 +29,6 @@ from training.device import DTYPES
 from training.distributed.mesh import MeshShape, mesh_shape
 from training.distributed.parallelize import ShardedModel, parallelize
 from training.distributed.world import BUCKET, World
-from training.engine.micro_batch import most_samples
 from training.kernels import loss
 from training.kernels.attention import sdpa
 from training.kernels.attention.table import Documents
@@ -38,6 +37,7 @@ from training.kernels.experts import Dispatch, permute, sort_by_expert, unpermut
 from training.model import GPT, layers
 from training.model.moe import Experts
 from training.optim.optimizer import Optimizer
+from training.planning.batch_split import max_samples_per_rank
 
 # On a CPU. Python, torch and the other libraries, as resident in a run of next to no model.
 PROCESS = 430 * 2**20
@@ -103,7 +103,7 @@ def largest_micro_batch(config: Config, limit: float, world: int = 1, device: st
     def needed(n_samples: int) -> int:
         return estimate(config, n_samples, world, device).total
 
-    fits, too_many = 1, most_samples(config, world)
+    fits, too_many = 1, max_samples_per_rank(config, world)
     if (most := needed(too_many)) <= limit:
         return too_many
     if too_many == 1 or (least := needed(1)) > limit:
@@ -178,7 +178,7 @@ def _peak(
     config: Config, micro_batch: int, world: int, device: str, cells: MeshShape, *, worst: bool
 ) -> tuple[Counter[str], bool]:
     """Bytes by kind at the peak of a step that is not the first, and whether that was in the optimizer's."""
-    n_mine = most_samples(config, world)
+    n_mine = max_samples_per_rank(config, world)
     micro_batch, accumulates = min(micro_batch, n_mine), n_mine > micro_batch
     replicated = world > 1 and cells.shard == 1
     dtype, live = DTYPES[config.precision], StorageTracker(cells)
