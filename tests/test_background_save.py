@@ -257,10 +257,10 @@ def test_every_file_of_several_ranks_is_verified(tmp_path):
 def test_reading_some_rows_does_not_read_the_others(tmp_path):
     """Peak memory grows by less than 64 MiB when a process reads 16 of 256 MiB."""
     rows = torch.ones(16, 2**20)
-    save = CheckpointWriter(tmp_path, SINGLE, CheckpointConfig())
+    writer = CheckpointWriter(tmp_path, SINGLE, CheckpointConfig())
     own = {f"{i}": shard(rows) for i in range(4)}
-    save.save({"model": own, "optimizer": {}}, {"step": 1}, None)
-    save.wait()
+    writer.save({"model": own, "optimizer": {}}, {"step": 1}, None)
+    writer.wait()
     program = f"""
 import resource
 from pathlib import Path

@@ -108,7 +108,7 @@ def build_plan(config: Config, device: TargetDevice, world_size: int) -> RunPlan
     n_samples = config.batch_tokens // model.n_positions
     if n_samples < world_size:
         raise UserError(
-            f"--world: {world_size} processes are more than the {n_samples} samples of batch_tokens "
+            f"--world: {world_size} ranks are more than the {n_samples} samples of batch_tokens "
             f"{config.batch_tokens}; raise batch_tokens"
         )
     per_rank = max_samples_per_rank(config, world_size)
