@@ -302,6 +302,6 @@ def test_where_all_are_damaged_the_run_ends_and_nothing_is_begun_anew(run, confi
     for _, path in list_checkpoints(folder / "checkpoints"):
         (path / "state.json").write_text("{}")
     before = (folder / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match="no checkpoint is whole; start over with --resume never"):
+    with pytest.raises(UserError, match="every checkpoint is damaged; start over with --resume never"):
         train(config(**SMALL))
     assert (folder / "metrics.jsonl").read_bytes() == before
