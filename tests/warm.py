@@ -30,8 +30,13 @@ PRELOAD = [
     "training.evaluate",
     "training.generate",
     "training.export",
+    "training.distributed.consistency",
+    "training.logging.console",
+    "training.logging.dead_experts",
     "training.logging.tensorboard",
     "torch.utils.tensorboard",
+    "torch.profiler._cupti_monitor",
+    "huggingface_hub.serialization",
     "jinja2",
 ]
 
