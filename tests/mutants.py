@@ -32,7 +32,7 @@ class Defect(NamedTuple):
 
 
 RANKS = "tests/test_distributed.py -k ranks_and_layouts"
-MOVES = "tests/test_distributed.py -k moves_between"
+MOVES = "tests/test_distributed.py -k move_between"
 SAVES = "tests/test_checkpoint.py tests/test_background_save.py"
 DEFECTS = [
     # what is computed
@@ -126,8 +126,9 @@ DEFECTS = [
            "                _publish(partial, target, manifest, state)\n                try:\n"
            "                    prune(self.folder, self.config.keep, best_step)\n",
            "                prune(self.folder, self.config.keep, best_step)\n                try:\n"
-           "                    _publish(partial, target, manifest, state)\n",
-           "tests/test_crashes.py -k operations", "nothing goes before the new one is durable"),
+           "                    _publish(partial, target, manifest, state)
+",
+           "tests/test_crashes.py -k operations", "nothing is removed before the new checkpoint is durable"),
     Defect("the best is not kept", "engine/build.py",
            "if run.best and run.config.checkpoint.keep_best else", "if False else",
            "tests/test_loop.py -k best_evaluation"),
