@@ -50,7 +50,7 @@ class Side:
         synchronize()
         self.step_s.append(time.perf_counter() - start)
         if run.step % config.eval.every == 0 or run.step == config.steps:
-            run.metrics.rows()  # nothing is logged here
+            run.metrics.fetch()  # nothing is logged here
             end = run.dataset.tokenizer
             found = evaluate(run.model, run.val_batches, end, config.eval.tokens, run.micro_batch, run.world)
             self.curve.append((run.step, sum(self.step_s), found["val_loss"]))
