@@ -19,7 +19,6 @@ from training.data import prepare
 from training.data.loader import Samples
 from training.distributed.world import World
 from training.engine.build import begin, facts_of_run
-from training.engine.resume import folder_of
 from training.engine.step import Watch, record, train_step
 from training.logging.advice import advice
 from training.logging.jsonl import read_rows
@@ -227,20 +226,20 @@ def test_the_times_of_a_stopped_and_resumed_run_add_up(config, monkeypatch):
     assert train(made) == 128 + signal.SIGTERM
     first = time.time() - begin
     monkeypatch.undo()
-    (folder,) = (folder_of(made) / "checkpoints").glob("step-00000005")
+    (folder,) = (made.run_dir / "checkpoints").glob("step-00000005")
     kept = json.loads((folder / "state.json").read_text())["ledger"]
     assert 0.5 * first < sum(kept["seconds"].values()) < first
     begin = time.time()
     assert train(made) == 0
-    second = (folder_of(made) / "summary.json").stat().st_mtime - begin
-    found = summary(folder_of(made))
+    second = (made.run_dir / "summary.json").stat().st_mtime - begin
+    found = summary(made.run_dir)
     assert 0.8 * second < sum(found["time"].values()) - sum(kept["seconds"].values()) < second
     assert found["time"]["redone"] == 0 and found["time"]["start"] > kept["seconds"]["start"]
     assert found["goodput"] == pytest.approx(
         sum(found["time"][phase] for phase in PRODUCTIVE) / sum(found["time"].values()), abs=1e-3
     )
     assert len(found["advice"]) >= 3
-    told = phase_seconds(read_rows(folder_of(made) / "metrics.jsonl"))  # all but what followed the last row
+    told = phase_seconds(read_rows(made.run_dir / "metrics.jsonl"))  # all but what followed the last row
     assert {phase: told[phase] for phase in (*PRODUCTIVE, "start")} == pytest.approx(
         {phase: found["time"][phase] for phase in (*PRODUCTIVE, "start")}, rel=0.01, abs=1e-4
     )

@@ -13,7 +13,6 @@ from conftest import ROOT, command, environment, rows, save_checkpoint, tensors,
 
 from training import checkpoint
 from training.engine import step as loop
-from training.engine.resume import folder_of
 from training.errors import UserError
 from training.files import run_lock
 from training.train import train
@@ -84,7 +83,7 @@ def test_a_branch_has_a_best_of_its_own(run):
     first = run(name="first")
     path = first / "checkpoints/step-00000006"
     state = json.loads((path / "state.json").read_text())
-    saved = checkpoint.load_unchecked(path)
+    saved = checkpoint.load(path)
     saved.state["best"] = {"step": 4, "val_loss": 0.5}
     copied = save_checkpoint(first.parent / "elsewhere", saved)
     assert state["best"]["val_loss"] > 0.5
@@ -99,7 +98,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(run, config):
 
 
 def test_of_twenty_that_start_at_once_one_trains_and_the_others_say_so(options, config, tmp_path):
-    folder = folder_of(config())
+    folder = config().run_dir
     path = write_config(tmp_path / "one.yaml", options(steps=1_000_000, checkpoint={"every": 50}))
     arguments = [sys.executable, "-m", "training.train", "--config", str(path)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

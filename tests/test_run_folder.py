@@ -21,7 +21,6 @@ from training import train as train_module
 from training.checkpoint.read import file_entry
 from training.data import text_files
 from training.engine import step as loop
-from training.engine.resume import folder_of
 from training.errors import UserError
 from training.files import run_lock
 from training.logging.report import update_report
@@ -129,7 +128,7 @@ def test_names_are_durable_too(config, monkeypatch):
     monkeypatch.setattr(os, "fsync", noted)
     made = config()
     assert train(made) == 0
-    folder = folder_of(made).resolve()
+    folder = made.run_dir.resolve()
     for parent in (folder.parent.parent, folder.parent, folder, folder / "checkpoints", folder / "tokenizer"):
         assert str(parent) in synced, parent
 

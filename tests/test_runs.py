@@ -17,7 +17,6 @@ from training.config import Config
 from training.data import prepare
 from training.distributed.world import World
 from training.engine.build import begin, parts, preallocate_save_buffers, save
-from training.engine.resume import folder_of
 from training.engine.step import train_step
 from training.errors import UserError
 from training.train import train
@@ -74,10 +73,10 @@ def test_resuming_is_the_run_that_never_stopped(run, config, optimizer, monkeypa
     stop_after(monkeypatch, step=5)
     assert train(stopped) == 128 + signal.SIGTERM
     monkeypatch.undo()
-    assert len(rows(folder_of(stopped))) == 5
+    assert len(rows(stopped.run_dir)) == 5
     assert train(stopped) == 0
-    assert tensors(folder_of(stopped), 8) == tensors(through, 8)
-    assert rows(folder_of(stopped)) == rows(through)
+    assert tensors(stopped.run_dir, 8) == tensors(through, 8)
+    assert rows(stopped.run_dir) == rows(through)
 
 
 def stop_after(monkeypatch, step: int) -> None:
@@ -112,8 +111,8 @@ def test_rows_after_the_checkpoint_are_not_written_twice(run, config, monkeypatc
         train(killed)
     monkeypatch.undo()
     assert train(killed) == 0
-    assert rows(folder_of(killed)) == rows(through)
-    assert tensors(folder_of(killed), 8) == tensors(through, 8)
+    assert rows(killed.run_dir) == rows(through)
+    assert tensors(killed.run_dir, 8) == tensors(through, 8)
 
 
 def test_how_often_a_run_is_evaluated_saved_and_logged_changes_no_bit(run):

@@ -11,6 +11,7 @@ A dict beside the implementations says which code answers for which variant.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
@@ -461,6 +462,11 @@ class Config(Section):
     checkpoint: CheckpointConfig = option(CheckpointConfig(), "when it is saved")
     eval: EvalConfig = option(EvalConfig(), "how it is judged")
     logging: LoggingConfig = option(LoggingConfig(), "how it is watched")
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return Path(self.out_dir, self.name)
 
     def rules(self) -> Iterator[tuple[str, str]]:
         borrowed = self.init_from is not None and "n_positions" not in self.model.model_fields_set

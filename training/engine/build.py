@@ -46,6 +46,7 @@ from training.logging.rows import RunLog
 from training.model import GPT, kernel_requirements
 from training.optim.optimizer import FullShapes, Optimizer
 from training.options import cli
+from training.planning.batch_split import max_samples_per_rank
 from training.planning.disk import check_disk_space
 from training.weights import hf, init_from
 
@@ -120,7 +121,7 @@ def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
         model, whole = (GPT(config.model, kernels, dtype) for _ in range(2))
     layout = parallelize(model, config.parallel, world, dtype)
     together = FullShapes(layout.full_shapes(), layout.matrix_gather()) if world.size > 1 else None
-    folder, timer = restart.folder_of(config), PhaseTimer(world.device)
+    folder, timer = config.run_dir, PhaseTimer(world.device)
     run = Run(
         config=config,
         folder=folder,
@@ -368,7 +369,7 @@ def facts_of_run(run: Run) -> Facts:
         seconds=run.timer.seconds,
         on_gpu=device.type != "cpu",
         micro_batch=run.micro_batch,
-        max_samples_per_rank=fit.most_samples(run.config, run.world.size),
+        max_samples_per_rank=max_samples_per_rank(run.config, run.world.size),
         n_out_of_memory=run.back_offs,
         n_skipped=run.skips.total,
         vocab_size=run.dataset.tokenizer.vocab_size,

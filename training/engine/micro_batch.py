@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,16 +16,13 @@ import numpy as np
 import torch
 
 from training import device as devices
-from training.config import Config
 from training.errors import RestartNeeded, UserError
 from training.files import write_atomically
+from training.planning.batch_split import HEADROOM, equal_parts, max_samples_per_rank
 
 if TYPE_CHECKING:
     from training.engine.build import Run
 
-HEADROOM = 0.9  # of the memory: the rest is for fragments and for what else is on the device
-# On a CPU more tokens at a time are slower (docs/log.md), and their memory is everybody's.
-CPU_TOKENS = 8192
 KEPT = "micro_batch.json"  # in the run's folder
 
 
@@ -39,24 +35,12 @@ def place(run: Run) -> str:
     return f"{' and '.join(sorted(names))}, {ranks}, {asked}"
 
 
-def most_samples(config: Config, world_size: int) -> int:
-    """Samples of a step on the rank that has the most of them."""
-    return math.ceil(config.batch_tokens // config.model.n_positions / world_size)
-
-
-def equal_parts(n_samples: int, fits: int, config: Config, device_type: str) -> int:
-    """The micro-batch that cuts a rank's share of the batch into the fewest equal parts, of those that fit."""
-    if device_type == "cpu":
-        fits = min(fits, max(1, CPU_TOKENS // config.model.n_positions))
-    return math.ceil(n_samples / math.ceil(n_samples / fits))
-
-
 def choose(run: Run, remembered: dict[str, dict]) -> None:
     """Set the run's micro-batch: the one asked for, that remembered for this place, or what fits. Collective.
 
     What was remembered is also whether blocks are computed again. Raises UserError where not one sample fits.
     """
-    most = most_samples(run.config, run.world.size)
+    most = max_samples_per_rank(run.config, run.world.size)
     run.place = place(run)
     run.fits = run.world.broadcast(run.world.is_main and remembered | _kept(run))
     if known := run.fits.get(run.place):

@@ -23,11 +23,6 @@ if TYPE_CHECKING:
     from training.engine.build import Run
 
 
-def folder_of(config: Config) -> Path:
-    """The run's folder."""
-    return Path(config.out_dir, config.name)
-
-
 # What is in a checkpoint's state.json, and what not every version's has.
 STATE = {
     "step": int, "time_s": int | float, "best": dict | None, "last_row": dict, "loss_scale": dict | None, "skips": dict,
@@ -66,7 +61,7 @@ def find(config: Config, resume: str) -> tuple[Path, bool] | None:
     `resume` is auto, or the path of a checkpoint or a run. A checkpoint of this run is gone back to; another run's
     begins this one, unless it has a checkpoint of its own already. Raises UserError where no checkpoint is whole.
     """
-    folder = folder_of(config) / "checkpoints"
+    folder = config.run_dir / "checkpoints"
     asked = None if resume == "auto" else _checkpoint_at(Path(resume), print)
     if asked is not None and (problem := checkpoint.corruption(asked)):
         raise UserError(problem)
@@ -78,7 +73,7 @@ def find(config: Config, resume: str) -> tuple[Path, bool] | None:
         raise UserError(f"{error}; start over with --resume never") from error
     if own is not None:
         if asked is not None:
-            print(f"{folder_of(config)}: goes on from its own {own.name}; --resume {resume} was for its beginning")
+            print(f"{config.run_dir}: goes on from its own {own.name}; --resume {resume} was for its beginning")
         return own, True
     if asked is None:
         return None
@@ -92,7 +87,7 @@ def make_way(config: Config, resume: str, found: Found | None) -> None:
     """What changes the folder, once nothing refuses the run any more: where it starts over, an old one is moved aside;
     checkpoints past the one that it goes on from, which are damaged or undone, no longer count.
     """
-    folder = folder_of(config)
+    folder = config.run_dir
     with write_errors_as_user_errors(folder):
         if resume == "never":
             move_aside(folder)
@@ -103,7 +98,7 @@ def make_way(config: Config, resume: str, found: Found | None) -> None:
 
 def refuse_another(config: Config, fingerprint: str) -> None:
     """Raise UserError where the folder holds another run's rows, though no checkpoint yet."""
-    folder = folder_of(config)
+    folder = config.run_dir
     rows, kept = folder / "metrics.jsonl", folder / "config.yaml"
     if rows.exists() and rows.stat().st_size and kept.exists():
         refuse_changes(
@@ -130,7 +125,7 @@ def refuse_changes(config: Config, fingerprint: str, state: dict) -> None:
         changed = ["data: the text or the tokenizer is not what it was"]
     if changed:
         raise UserError(
-            f"{folder_of(config)} holds a run with other options: {'; '.join(changed)}; "
+            f"{config.run_dir} holds a run with other options: {'; '.join(changed)}; "
             "choose another --name (with --resume to begin with this one's checkpoint), or --resume never to start over"
         )
 

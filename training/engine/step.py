@@ -36,6 +36,7 @@ from training.model import GPT
 from training.model.continuation import continue_texts, encode_prompt
 from training.model.sampling import SamplingParams
 from training.optim.optimizer import lr_factor
+from training.planning.batch_split import max_samples_per_rank
 
 # SIGUSR1 is what schedulers send before a job's time is over.
 STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
@@ -193,7 +194,7 @@ def gradients(
 
 def pieces(run: Run, n_mine: int) -> list[slice]:
     """This rank's samples cut into micro-batches; where all ranks must make equally many, maybe an empty one more."""
-    n_most = fit.most_samples(run.config, run.world.size) if run.layout.mesh.has_collectives else n_mine
+    n_most = max_samples_per_rank(run.config, run.world.size) if run.layout.mesh.has_collectives else n_mine
     cuts = range(0, n_most, run.micro_batch)
     return [slice(min(first, n_mine), min(first + run.micro_batch, n_mine)) for first in cuts]
 

@@ -20,7 +20,6 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from training.config import Config, ModelConfig
-from training.engine import resume as restart
 from training.errors import UserError
 from training.kernels.attention.table import find_documents
 from training.model import GPT
@@ -53,7 +52,7 @@ def resolve_init_from(config: Config, *, fresh: bool = False) -> Config:
         if config.upcycle_noise is not None and not upcycle.upcycled_layers(theirs, model):
             raise UserError(f"upcycle_noise: no layer that is dense in {config.init_from} is to become experts")
     else:
-        model = _fitted(config.model, begun, f"{restart.folder_of(config)}")
+        model = _fitted(config.model, begun, f"{config.run_dir}")
     try:
         return Config.model_validate(config.model_dump() | {"model": model.model_dump()})
     except ValidationError as error:
@@ -142,7 +141,7 @@ def load_pretrained(config: Config) -> tuple[ModelConfig, dict[str, Tensor]]:
 
 def _begun(config: Config) -> ModelConfig | None:
     """The model of the run in this one's folder, where it began from the same `init_from`."""
-    kept = restart.folder_of(config) / "config.yaml"
+    kept = config.run_dir / "config.yaml"
     if not kept.is_file():
         return None
     begun = cli.load_config(kept)
@@ -156,7 +155,7 @@ def _folder(config: Config, patterns: list[str]) -> Path:
     """
     name = config.init_from
     folder = Path(name).expanduser()
-    if folder.resolve().is_relative_to(restart.folder_of(config).resolve()):
+    if folder.resolve().is_relative_to(config.run_dir.resolve()):
         raise UserError(f"init_from {name}: this run cannot begin with itself; choose another --name")
     if folder.is_dir() and ((folder / "config.json").exists() or not (folder / "config.yaml").exists()):
         return folder

@@ -1,0 +1,54 @@
+"""The value that goes from the loader through the engine into the model."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from training.kernels.attention.masks import Documents, documents
+
+
+class Batch(NamedTuple):
+    """B samples of T tokens: a step's global batch, one rank's part of it, or a micro-batch."""
+
+    tokens_BT: Tensor  # int64
+    targets_BT: Tensor  # int64: the token that follows each; -1: no target
+    key_B: Tensor | None = None  # int64: seeds of the samples' random numbers; None: nothing is random
+    n_targets: int = 1  # targets in the GLOBAL batch: what summed losses are divided by
+    end_of_text: int | None = None  # the token that documents start at; None: each sample is one document
+    documents: Documents | None = None  # on the device, with `end_of_text`: where the documents lie
+
+    @property
+    def n_local_targets(self) -> int:
+        """The number of targets in this part of the batch."""
+        return int((self.targets_BT >= 0).sum())
+
+    def rows(self, rows: slice) -> Batch:
+        """Return some of the samples."""
+        key_B = None if self.key_B is None else self.key_B[rows]
+        return self._replace(tokens_BT=self.tokens_BT[rows], targets_BT=self.targets_BT[rows], key_B=key_B)
+
+    def dummy(self) -> Batch:
+        """Return one sample of zeros, for a rank that has no samples left while others compute."""
+        zeros_1T = self.tokens_BT.new_zeros(1, self.tokens_BT.shape[1])
+        key_B = None if self.key_B is None else self.key_B.new_zeros(1)
+        return self._replace(tokens_BT=zeros_1T, targets_BT=zeros_1T, key_B=key_B)
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy to the device without waiting for it, and locate the documents."""
+        located = None
+        if self.end_of_text is not None:  # on the host: counting documents on the device would wait for it
+            located = documents(self.tokens_BT, self.end_of_text).to(device)
+        key_B = None if self.key_B is None else _to_device(self.key_B, device)
+        tokens_BT, targets_BT = _to_device(self.tokens_BT, device), _to_device(self.targets_BT, device)
+        return self._replace(tokens_BT=tokens_BT, targets_BT=targets_BT, key_B=key_B, documents=located)
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return tensor.to(device)
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    pinned.numpy()[...] = tensor.numpy()  # `copy_` would wake all threads, which takes milliseconds
+    return pinned.to(device, non_blocking=True)
