@@ -1,4 +1,4 @@
-"""Ranks that die, hang, fail or differ: all end, in time, and one line says why; then the run goes on."""
+"""When a rank dies, hangs, fails or differs, all ranks end in time and one line says why; then the run resumes."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from conftest import write_config
 from launched import Launched, rows_in, train, wait_for_rows
 
 from training.config import ParallelConfig
-from training.distributed.diagnosis import LOOP, Lane, Rank, lost
-from training.distributed.process_id import Place, here
+from training.distributed.diagnosis import LOOP, Activity, Rank, diagnose
+from training.distributed.process_id import ProcessId, current_process
 from training.distributed.rendezvous import agree_on_start_id
 from training.distributed.world import join_world
 from training.errors import UserError
 
-LIMIT = 6.0  # four processes that start on two cores that others use too meet within it
-EXITS = 3.0  # after the limit, or after a death
-SLOW = 0.5  # until a test sees it
-AGAIN = "start again with the same command: the run goes on from its newest checkpoint"
+LIMIT = 6.0  # s, parallel.timeout_s: enough for four processes to start on two busy cores
+EXIT_S = 3.0  # after the limit, or after a death
+POLL_S = 0.5  # until a test notices
+RESTART_HINT = "run the same command again to resume from the latest checkpoint"
 
 
 @pytest.fixture
 def small(options, tmp_path):
-    """A run's YAML file and its folder."""
+    """Return a function that writes the config of a small run and returns (its path, the run's folder)."""
 
     def make(**changes) -> tuple[Path, Path]:
         made = options(
@@ -43,10 +43,11 @@ def small(options, tmp_path):
     return make
 
 
-BORROWS = """
+EXTERNAL_GROUP = """
 import sys, threading
 import torch.distributed as dist
-from training import cli, train
+from training import train
+from training.options import cli
 
 dist.init_process_group("gloo")
 config, statuses = cli.load_config(sys.argv[1]), []
@@ -58,27 +59,31 @@ assert statuses == [0]
 """
 
 
-def test_a_rank_that_is_killed_or_stopped_ends_all_with_one_line_and_the_run_goes_on(small, tmp_path):
+def test_all_ranks_end_with_one_line_when_one_is_killed_or_stopped_and_the_run_resumes(small, tmp_path):
     path, folder = small(steps=120)
-    faults = [(2, 1, signal.SIGKILL, "died"), (2, 0, signal.SIGKILL, "died"), (4, 2, signal.SIGSTOP, "has not been")]
-    for n, (size, rank, number, what) in enumerate(faults):
+    faults = [
+        (2, 1, signal.SIGKILL, "died"),
+        (2, 0, signal.SIGKILL, "died"),
+        (4, 2, signal.SIGSTOP, "has sent no heartbeat"),
+    ]
+    for n, (size, rank, number, state) in enumerate(faults):
         ranks = train(tmp_path / f"logs{n}", path, size)
         try:
             wait_for_rows(folder, rows_in(folder) + 15, ranks)
             pid = ranks.pids()[rank]
             ranks.signal(rank, number)
-            seconds = ranks.ends(within=EXITS + LIMIT * (number == signal.SIGSTOP) + SLOW)
+            seconds = ranks.ends(within=EXIT_S + LIMIT * (number == signal.SIGSTOP) + POLL_S)
         finally:
             ranks.kill()
         assert ranks.process.returncode == 1
         assert re.fullmatch(
-            rf"error: rank {rank} \(host \S+, pid {pid}\) {what}.* while rank \d \(host \S+, pid \d+\) "
-            rf"(waited for it|was) in .*(step|record of step) \d+; {AGAIN}",
+            rf"error: rank {rank} \(host \S+, pid {pid}\) {state}.* while rank \d \(host \S+, pid \d+\) "
+            rf"(waited for it|was) in .*(step|record of step) \d+; {RESTART_HINT}",
             ranks.line(),
         ), ranks.line()
         print(f"{number.name} of rank {rank} of {size}: {seconds:.1f} s: {ranks.line()}")
-    # as Ray Train does: a process group that is there, and a thread that is not the main one
-    (program := tmp_path / "borrows.py").write_text(BORROWS)
+    # As in Ray Train: the process group exists already, and the run is not in the main thread.
+    (program := tmp_path / "external.py").write_text(EXTERNAL_GROUP)
     ranks = Launched(tmp_path / "logs", "--standalone", "--nproc-per-node", "2", str(program), str(path))
     try:
         assert ranks.process.wait(60) == 0, ranks.said()
@@ -88,7 +93,7 @@ def test_a_rank_that_is_killed_or_stopped_ends_all_with_one_line_and_the_run_goe
     assert steps == list(range(1, 121)) and (folder / "summary.json").exists()
 
 
-def test_ranks_that_are_stopped_together_go_on_together_and_without_their_launcher_end(small, tmp_path):
+def test_ranks_stopped_together_continue_together_and_end_without_their_launcher(small, tmp_path):
     path, folder = small(steps=100_000)
     ranks = train(tmp_path / "logs", path)
     try:
@@ -101,70 +106,73 @@ def test_ranks_that_are_stopped_together_go_on_together_and_without_their_launch
         wait_for_rows(folder, rows_in(folder) + 5, ranks)
         assert ranks.pids() == pids
         ranks.process.kill()
-        ranks.ends(within=EXITS + SLOW)
+        ranks.ends(within=EXIT_S + POLL_S)
     finally:
         ranks.kill()
-    assert "torchrun, which keeps the ranks' store at " in ranks.line() and "has ended" in ranks.line()
+    assert "torchrun, which holds the ranks' store at " in ranks.line() and "has ended" in ranks.line()
 
 
 HANGS = """
-import time
-from training import loop, train
+import sys, time
+from training import train
+from training.distributed.world import World
 
-step, record = loop.train_step, loop.record
+set_activity = World.set_activity
+has_slept = False
 
-def hangs(run):
-    while run.step == 4 and run.world.rank == 1:
+def slow_then_stuck(world, name, kind="timed"):
+    global has_slept
+    set_activity(world, name, kind)
+    while name == "step 5" and world.rank == 1:
         pass
-    step(run)
-
-def is_slow(run, due):
-    if run.step == 2 and run.world.is_main:
+    if name.endswith("step 2") and kind == "untimed" and not has_slept:
+        has_slept = True
+        print("rank", world.rank, "slept in", name, flush=True)
         time.sleep(LIMIT + 2)
-    record(run, due)
 
-loop.train_step, loop.record = hangs, is_slow
+World.set_activity = slow_then_stuck
 raise SystemExit(train.main())
 """
 
 
-def test_work_that_others_have_to_wait_for_takes_its_time_and_a_loop_without_end_does_not(small, tmp_path):
+def test_untimed_work_may_exceed_the_limit_and_an_endless_loop_may_not(small, tmp_path):
     path, folder = small(steps=100_000)
     program = tmp_path / "hangs.py"
     program.write_text(HANGS.replace("LIMIT", str(LIMIT)))
     ranks = Launched(tmp_path / "logs", "--standalone", "--nproc-per-node", "2", str(program), "--config", str(path))
     try:
         wait_for_rows(folder, 4, ranks)
-        ranks.ends(within=LIMIT + EXITS + SLOW)
+        ranks.ends(within=LIMIT + EXIT_S + POLL_S)
     finally:
         ranks.kill()
     assert rows_in(folder) == 4
+    assert "rank 0 slept in " in "".join(path.read_text() for path in ranks.logs.rglob("stdout.log"))
     assert re.search(
-        r"rank 1 \(host \S+, pid \d+\) does not come out of .* while rank 0 .* waited \d+ s for it in .* of step 5;",
+        r"rank 1 \(host \S+, pid \d+\) is stuck in .* while rank 0 .* waited \d+ s for it in .* of step 5;",
         ranks.line(),
     )
 
 
 @pytest.mark.parametrize(
-    ("unlike", "said"),
+    ("differing", "message"),
     [
-        ("options", r"the ranks were not given the same: steps: 8 on rank 0, 9 on rank 1; start all of them alike"),
-        ("data", r'the ranks were not given the same: data: "\w+" on rank 0, "\w+" on rank 1; start all of them alike'),
-        ("nothing", r"rank 1 \(host \S+, pid \d+\): texts: no such file or folder"),
+        ("options", r"the ranks differ: steps: 8 on rank 0, 9 on rank 1; start all of them with the same inputs"),
+        ("data", r'the ranks differ: data: "\w+" on rank 0, "\w+" on rank 1; start all of them with the same inputs'),
+        ("missing data", r"rank 1 \(host \S+, pid \d+\): texts: no such file or folder"),
     ],
 )
-def test_ranks_that_were_given_different_things_end_before_the_run_begins(options, tmp_path, unlike, said):
+def test_ranks_with_different_inputs_end_before_the_run_starts(options, tmp_path, differing, message):
     data = {"sources": [{"paths": ["texts"]}], "tokenizer": {"type": "byte"}, "val_fraction": 0.3, "cache_dir": "cache"}
     for rank in (0, 1):
         home = tmp_path / str(rank)
         home.mkdir()
-        other = rank == 1 and unlike
-        made = options(data=data, parallel={"timeout_s": LIMIT}, steps=9 if other == "options" else 8)
+        difference = rank == 1 and differing
+        made = options(data=data, parallel={"timeout_s": LIMIT}, steps=9 if difference == "options" else 8)
         write_config(home / "run.yaml", made)
-        if other != "nothing":
+        if difference != "missing data":
             (home / "texts").mkdir()
             for i in range(30):
-                (home / "texts" / f"{i}.txt").write_text(f"document {i} " * (41 if other == "data" else 40))
+                (home / "texts" / f"{i}.txt").write_text(f"document {i} " * (41 if difference == "data" else 40))
     program = f"cd {tmp_path}/$RANK && exec {sys.executable} -m training.train --config run.yaml"
     ranks = Launched(
         tmp_path / "logs", "--standalone", "--nproc-per-node", "2", "--no-python", "bash", "-c", program,
@@ -173,32 +181,32 @@ def test_ranks_that_were_given_different_things_end_before_the_run_begins(option
         ranks.process.wait(40)
     finally:
         ranks.kill()
-    assert re.fullmatch(f"error: {said}", ranks.line()), ranks.line()
+    assert re.fullmatch(f"error: {message}", ranks.line()), ranks.line()
     statuses = re.findall(r"exitcode +: (-?\d+)", (ranks.logs / "launcher").read_text())
     assert set(statuses) == {"2"}
     assert not (tmp_path / "runs/small").exists()
 
 
-@pytest.mark.parametrize("wrong", ["--parallel.device mps", "--steps none"])
-def test_what_all_processes_of_a_host_find_wrong_is_said_once(small, tmp_path, wrong):
-    """And that one, here the last to find it, is not ended by the launcher before."""
+@pytest.mark.parametrize("arguments", ["--parallel.device mps", "--steps none"])
+def test_an_error_that_all_processes_of_a_host_find_is_reported_once(small, tmp_path, arguments):
+    """The launcher does not end the reporting process early, although it is the last to find the error here."""
     path, _ = small()
     (tmp_path / "late.py").write_text(
         "import os, sys, time\nfrom training.train import main\n"
         "if os.environ['LOCAL_RANK'] == '0':\n    time.sleep(2)\nsys.exit(main())\n"
     )
     where = ["--standalone", "--nproc-per-node", "2", str(tmp_path / "late.py")]
-    ranks = Launched(tmp_path / "logs", *where, "--config", str(path), *wrong.split())
+    ranks = Launched(tmp_path / "logs", *where, "--config", str(path), *arguments.split())
     try:
         ranks.process.wait(40)
     finally:
         ranks.kill()
-    assert wrong.split()[0][2:] in ranks.line()
+    assert arguments.split()[0][2:] in ranks.line()
     assert set(re.findall(r"exitcode +: (-?\d+)", (ranks.logs / "launcher").read_text())) <= {"2", "-15"}
 
 
 @pytest.mark.parametrize(
-    ("variables", "said"),
+    ("variables", "message"),
     [
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is not a number: 'two'; start with torchrun"),
         ({"WORLD_SIZE": "2"}, "RANK is not set; start with torchrun"),
@@ -207,38 +215,38 @@ def test_what_all_processes_of_a_host_find_wrong_is_said_once(small, tmp_path, w
         ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "1"}, "MASTER_ADDR is not set"),
         (
             {"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "1", "MASTER_ADDR": "127.0.0.1"},
-            r"rank 1 found nobody at 127.0.0.1:1 \(MASTER_ADDR, MASTER_PORT\) in 0.5 s: ",
+            r"rank 1 could not connect to 127.0.0.1:1 \(MASTER_ADDR, MASTER_PORT\) within 0.5 s: ",
         ),
     ],
 )
-def test_what_a_launcher_did_not_set_is_named(monkeypatch, variables, said):
+def test_missing_launcher_variables_are_named(monkeypatch, variables, message):
     for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         join_world(torch.device("cpu"), ParallelConfig(timeout_s=0.5))
     assert "\n" not in str(error.value)
 
 
-def test_a_start_in_a_store_that_an_earlier_one_has_used_has_a_name_of_its_own():
+def test_each_start_in_one_store_has_its_own_id():
     store = dist.HashStore()
-    names = []
-    for size in (3, 3, 2):  # each start ends before a number of the one before is overwritten, in one order or another
-        order = list(range(size)) if len(names) % 2 else list(reversed(range(size)))
+    ids = []
+    for size in (3, 3, 2):  # ranks arrive in both orders
+        order = list(range(size)) if len(ids) % 2 else list(reversed(range(size)))
         with ThreadPoolExecutor(size) as ranks:
-            found = []
+            futures = []
             for rank in order:
-                found.append(ranks.submit(agree_on_start_id, store, rank, size, 5.0))
+                futures.append(ranks.submit(agree_on_start_id, store, rank, size, 5.0))
                 time.sleep(0.1)
-            (name,) = {each.result() for each in found}
-        names.append(name)
-    assert len(set(names)) == 3
-    with pytest.raises(UserError, match=r"rank 1 has not come in 0\.2 s"):
+            (start_id,) = {future.result() for future in futures}
+        ids.append(start_id)
+    assert len(set(ids)) == 3
+    with pytest.raises(UserError, match=r"rank 1 did not join within 0\.2 s"):
         agree_on_start_id(dist.HashStore(), 0, 2, 0.2)
 
 
-def test_more_processes_than_gpus_are_refused(monkeypatch):
+def test_more_processes_than_gpus_raise_an_error(monkeypatch):
     for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "3"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -246,43 +254,49 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         join_world(torch.device("cuda"), ParallelConfig())
 
 
-def rank(number: int, **lane) -> Rank:
-    return Rank(number, Place("a", "", 100 + number, ""), {LOOP: Lane(**lane)}, heard=8.5)
+def rank(number: int, **activity) -> Rank:
+    process = ProcessId("a", "", 100 + number, "")
+    return Rank(number, process, {LOOP: Activity(**activity)}, last_heartbeat=8.5)
 
 
-BEHIND, ALONE = {"doing": "step 5", "count": 6}, {"doing": "the end", "count": 6, "kind": "untimed"}
+BEHIND = {"name": "step 5", "n_collectives": 6}
+UNTIMED = {"name": "the end", "n_collectives": 6, "kind": "untimed"}
 
 
 @pytest.mark.parametrize(
-    ("other", "change", "said"),
+    ("activity", "change", "message"),
     [
-        (BEHIND, {}, "rank 1 .* does not come out of step 5, while rank 0 .* waited 10 s"),
-        (BEHIND, {"ended": True}, "rank 1 .* has ended, while rank 0"),
-        (BEHIND | {"waits": "a sum", "count": 7}, {}, "no rank has gone on for 10 s: rank 0 is in a sum of step 5"),
-        (BEHIND | {"since": 8.0}, {}, None),
-        (ALONE, {}, None),
-        (ALONE, {"ended": True}, "rank 1 .* has ended"),
-        (ALONE, {"gone": 8.0}, "rank 1 .* died while rank 0 .* waited for it"),
-        (ALONE, {"gone": 9.5}, None),
-        (ALONE, {"gone": 8.0, "ended": True}, "rank 1 .* has ended"),
-        (ALONE, {"heard": 3.0}, "rank 1 .* has not been heard of for 6 s"),
-        (BEHIND, {"heard": 6.0}, None),
-        (ALONE, {"heard": 4.5}, None),
+        (BEHIND, {}, "rank 1 .* is stuck in step 5, while rank 0 .* waited 10 s"),
+        (BEHIND, {"has_ended": True}, "rank 1 .* has ended, while rank 0"),
+        (
+            BEHIND | {"collective": "a sum", "n_collectives": 7}, {},
+            "no rank has made progress for 10 s: rank 0 is in a sum of step 5",
+        ),
+        (BEHIND | {"changed_at": 8.0}, {}, None),
+        (UNTIMED, {}, None),
+        (UNTIMED, {"has_ended": True}, "rank 1 .* has ended"),
+        (UNTIMED, {"missing_since": 8.0}, "rank 1 .* died while rank 0 .* waited for it"),
+        (UNTIMED, {"missing_since": 9.5}, None),
+        (UNTIMED, {"missing_since": 8.0, "has_ended": True}, "rank 1 .* has ended"),
+        (UNTIMED, {"last_heartbeat": 3.0}, "rank 1 .* has sent no heartbeat for 6 s"),
+        (BEHIND, {"last_heartbeat": 6.0}, None),
+        (UNTIMED, {"last_heartbeat": 4.5}, None),
     ],
-)
-def test_who_is_lost(other, change, said):
-    me, peer = rank(0, doing="step 5", count=7, waits="a sum"), rank(1, **other)
+)  # fmt: skip
+def test_diagnosis_from_heartbeats(activity, change, message):
+    me, peer = rank(0, name="step 5", n_collectives=7, collective="a sum"), rank(1, **activity)
     for name, value in change.items():
         setattr(peer, name, value)
-    found = lost(me, [peer], now=10.0, limit=5.0, silence=5.0, read=9.0)
-    assert (found is None) if said is None else re.search(said, found.line)
+    verdict = diagnose(me, [peer], now=10.0, limit=5.0, silence=5.0, read_at=9.0)
+    assert (verdict is None) if message is None else re.search(message, verdict.message)
 
 
-def test_a_process_of_another_host_or_space_is_never_taken_for_dead():
-    assert not here().dead() and here().able()
-    gone = Place(here().host, here().kernel, 2**22 + 1, "")
-    assert gone.dead() and not gone.able()
-    for other in (Place("elsewhere", here().kernel, gone.pid, ""), Place(here().host, "another", gone.pid, "")):
-        assert not other.dead() and not other.able()
-    again = Place(here().host, here().kernel, here().pid, "long ago")
-    assert again.dead()
+def test_a_process_of_another_host_or_pid_namespace_never_counts_as_dead():
+    me = current_process()
+    assert not me.is_dead() and me.is_running()
+    gone = ProcessId(me.host, me.kernel, 2**22 + 1, "")
+    assert gone.is_dead() and not gone.is_running()
+    for other in (ProcessId("elsewhere", me.kernel, gone.pid, ""), ProcessId(me.host, "another", gone.pid, "")):
+        assert not other.is_dead() and not other.is_running()
+    same_pid = ProcessId(me.host, me.kernel, me.pid, "long ago")
+    assert same_pid.is_dead()

@@ -118,12 +118,12 @@ def machine(name: str | None, config: Config) -> Machine:
             peak,
             devices.has_bf16_units(here),
         )
-    known = {"".join(re.findall("[a-z0-9]+", key.lower())): key for key in devices.MEMORY_GIB}
+    known = {"".join(re.findall("[a-z0-9]+", key.lower())): key for key in devices.GPUS}
     key = known.get("".join(re.findall("[a-z0-9]+", name.lower())))
     if key is None:
-        raise UserError(f"--device: {name!r} is none of cpu, {', '.join(devices.MEMORY_GIB)}")
-    n_bytes = round(devices.MEMORY_GIB[key] * 2**30)
-    return Machine(key, "cuda", n_bytes, devices.PEAK_FLOPS[key], key not in NO_BF16)
+        raise UserError(f"--device: {name!r} is none of cpu, {', '.join(devices.GPUS)}")
+    gpu = devices.GPUS[key]
+    return Machine(key, "cuda", round(gpu.memory_gib * 2**30), gpu.peak_flops, key not in NO_BF16)
 
 
 def plan(config: Config, machine: Machine, world: int) -> Plan:
