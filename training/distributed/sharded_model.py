@@ -74,7 +74,7 @@ class ShardedModel:
         return MatrixGather(self.full_shapes(), rows, self.world, self.mesh.shard)
 
     def sum_gradients(self, metrics: Iterable[Tensor]) -> None:
-        """Sum gradients and `metrics` over the ranks in place; local parameters get their rows' gradient. Collective."""
+        """Sum gradients and `metrics` over all ranks, in place; each local parameter gets its rows. Collective."""
         if self.mesh.shard > 1:
             self.world.all_reduce_(metrics, name="the all-reduce of metrics")
             for tensor in self._trained:
