@@ -16,8 +16,8 @@ from conftest import write_config
 from launched import Forked, Launched, rows_in, train, wait_for_rows
 
 from training.config import ParallelConfig
-from training.distributed.diagnosis import LOOP, Lane, Rank, lost
-from training.distributed.process_id import Place, here
+from training.distributed.diagnosis import LOOP, Activity, Rank, diagnose
+from training.distributed.process_id import ProcessId, current_process
 from training.distributed.rendezvous import agree_on_start_id
 from training.distributed.world import join_world
 from training.errors import UserError
@@ -25,7 +25,7 @@ from training.errors import UserError
 LIMIT = 6.0  # parallel.timeout_s; long enough for four processes to start on two busy cores
 EXITS = 3.0  # seconds in which all ranks end, after the limit or a death
 SLOW = 0.5  # seconds until a test sees that
-AGAIN = "start again with the same command: the run goes on from its newest checkpoint"
+AGAIN = "run the same command again to resume from the latest checkpoint"
 
 
 @pytest.fixture
@@ -231,7 +231,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 
 def rank(number: int, **lane) -> Rank:
-    return Rank(number, Place("a", "", 100 + number, ""), {LOOP: Lane(**lane)}, heard=8.5)
+    return Rank(number, ProcessId("a", "", 100 + number, ""), {LOOP: Activity(**lane)}, heard=8.5)
 
 
 BEHIND, ALONE = {"doing": "step 5", "count": 6}, {"doing": "the end", "count": 6, "kind": "untimed"}
@@ -258,15 +258,15 @@ def test_who_is_lost(other, change, said):
     me, peer = rank(0, doing="step 5", count=7, waits="a sum"), rank(1, **other)
     for name, value in change.items():
         setattr(peer, name, value)
-    found = lost(me, [peer], now=10.0, limit=5.0, silence=5.0, read=9.0)
+    found = diagnose(me, [peer], now=10.0, limit=5.0, silence=5.0, read=9.0)
     assert (found is None) if said is None else re.search(said, found.line)
 
 
 def test_a_process_of_another_host_or_space_is_never_taken_for_dead():
-    assert not here().dead() and here().able()
-    gone = Place(here().host, here().kernel, 2**22 + 1, "")
+    assert not current_process().dead() and current_process().able()
+    gone = ProcessId(current_process().host, current_process().kernel, 2**22 + 1, "")
     assert gone.dead() and not gone.able()
-    for other in (Place("elsewhere", here().kernel, gone.pid, ""), Place(here().host, "another", gone.pid, "")):
+    for other in (ProcessId("elsewhere", current_process().kernel, gone.pid, ""), ProcessId(current_process().host, "another", gone.pid, "")):
         assert not other.dead() and not other.able()
-    again = Place(here().host, here().kernel, here().pid, "long ago")
+    again = ProcessId(current_process().host, current_process().kernel, current_process().pid, "long ago")
     assert again.dead()

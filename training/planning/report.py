@@ -76,11 +76,11 @@ def find_device(name: str | None, config: Config) -> TargetDevice:
         peak = devices.peak_flops(here, "bf16")
         has_bf16 = devices.has_bf16_units(here)
         return TargetDevice(devices.device_name(here), here.type, devices.available_memory_bytes(here), peak, has_bf16)
-    known = {_letters(key): key for key in devices.MEMORY_GIB}
+    known = {_letters(key): key for key in devices.GPUS}
     if (key := known.get(_letters(name))) is None:
-        raise UserError(f"--device: {name!r} is none of cpu, {', '.join(devices.MEMORY_GIB)}")
-    n_bytes = round(devices.MEMORY_GIB[key] * 2**30)
-    return TargetDevice(key, "cuda", n_bytes, devices.PEAK_FLOPS[key], key not in NO_BF16)
+        raise UserError(f"--device: {name!r} is none of cpu, {', '.join(devices.GPUS)}")
+    gpu = devices.GPUS[key]
+    return TargetDevice(key, "cuda", round(gpu.memory_gib * 2**30), gpu.peak_flops, key not in NO_BF16)
 
 
 def _letters(name: str) -> str:
