@@ -147,7 +147,7 @@ DEFECTS = [
            "if False:", SAVES),
     Defect("no copy before the save", "checkpoint/write.py",
            "self._memory(kind, name, tensor).copy_(tensor, non_blocking=True)", "tensor", SAVES),
-    Defect("no fsync of files", "checkpoint/parts.py", "        os.fsync(file.fileno())\n", "", SAVES),
+    Defect("no fsync of files", "checkpoint/tensor_file.py", "        os.fsync(file.fileno())\n", "", SAVES),
     Defect("no fsync of the folder", "checkpoint/write.py", "    fsync_path(target.parent)\n", "", SAVES),
     Defect("a failure is not looked for", "engine/step.py", "self.run.saver.failure is not None)", "False)",
            "tests/test_runs.py -k save_that"),

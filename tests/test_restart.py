@@ -83,7 +83,7 @@ def test_a_branch_has_a_best_of_its_own(run):
     first = run(name="first")
     path = first / "checkpoints/step-00000006"
     state = json.loads((path / "state.json").read_text())
-    saved = checkpoint.load_unchecked(path)
+    saved = checkpoint.load(path)
     saved.state["best"] = {"step": 4, "val_loss": 0.5}
     copied = save_checkpoint(first.parent / "elsewhere", saved)
     assert state["best"]["val_loss"] > 0.5

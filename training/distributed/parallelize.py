@@ -266,7 +266,7 @@ def _fully_shard(model: nn.Module, made: MeshGroups, dtype: torch.dtype) -> None
             fully_shard(moe.experts, mesh=made.expert_shard, mp_policy=cast)
         fully_shard(block, mesh=made.shard, mp_policy=cast)
     fully_shard(model, mesh=made.shard)
-    for method in ("logits", "routes"):
+    for method in ("logits", "routed_experts"):
         register_fsdp_forward_method(model, method)
 
 
