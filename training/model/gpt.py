@@ -205,7 +205,7 @@ class GPT(nn.Module):
         return (self.wte if self.head is None else self.head).weight
 
     def cast_for_inference(self) -> GPT:
-        """Cast the weights to `dtype` once instead of on every call; return the model, which cannot be trained any more.
+        """Cast the weights to `dtype` once instead of on every call; return the model, now untrainable.
 
         Outputs are bit-identical. Routers stay float32, and so do the embeddings, whose sum is in float32.
         """
