@@ -126,8 +126,7 @@ DEFECTS = [
            "                _publish(partial, target, manifest, state)\n                try:\n"
            "                    prune(self.folder, self.config.keep, best_step)\n",
            "                prune(self.folder, self.config.keep, best_step)\n                try:\n"
-           "                    _publish(partial, target, manifest, state)
-",
+           "                    _publish(partial, target, manifest, state)\n",
            "tests/test_crashes.py -k operations", "nothing is removed before the new checkpoint is durable"),
     Defect("the best is not kept", "engine/build.py",
            "if run.best and run.config.checkpoint.keep_best else", "if False else",

@@ -266,7 +266,10 @@ def test_a_process_of_another_host_or_space_is_never_taken_for_dead():
     assert not current_process().dead() and current_process().able()
     gone = ProcessId(current_process().host, current_process().kernel, 2**22 + 1, "")
     assert gone.dead() and not gone.able()
-    for other in (ProcessId("elsewhere", current_process().kernel, gone.pid, ""), ProcessId(current_process().host, "another", gone.pid, "")):
+    for other in (
+        ProcessId("elsewhere", current_process().kernel, gone.pid, ""),
+        ProcessId(current_process().host, "another", gone.pid, ""),
+    ):
         assert not other.dead() and not other.able()
     again = ProcessId(current_process().host, current_process().kernel, current_process().pid, "long ago")
     assert again.dead()

@@ -14,7 +14,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from training.config import BlockConfig, LatentConfig, ModelConfig
+from training.config import LatentConfig, ModelConfig
 from training.errors import UserError
 from training.weights.hf import llama, qwen3
 from training.weights.hf.experts import EXPERT_KINDS, dense_layers, expert_tensors

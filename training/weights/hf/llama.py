@@ -81,8 +81,8 @@ class LlamaLike(Architecture):
     implied_attention: dict[str, Any] = field(default_factory=dict)  # options of every layer's attention
     expert_fields: tuple[Field, ...] = ()
     implied_experts: dict[str, Any] = field(default_factory=dict)
-    windows: PerLayer = PerLayer()
-    experts: PerLayer = PerLayer()
+    windows: PerLayer = field(default_factory=PerLayer)
+    experts: PerLayer = field(default_factory=PerLayer)
     constants: Callable[[ModelConfig], dict[str, Any]] = lambda _config: {}  # further fields that are written
     attention: Tensors = attention
     feed_forward: Tensors = dense
@@ -120,9 +120,7 @@ class LlamaLike(Architecture):
         n_layer = read(hf, "num_hidden_layers", int)
         layers = [
             {"mixer": mixer | {"window": window}, "ffn": experts if has_experts else mlp}
-            for window, has_experts in zip(
-                self.windows.read(hf, n_layer), self.experts.read(hf, n_layer), strict=True
-            )
+            for window, has_experts in zip(self.windows.read(hf, n_layer), self.experts.read(hf, n_layer), strict=True)
         ]
         return {
             **read_fields(hf, MODEL),
