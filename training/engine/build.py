@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -36,9 +37,10 @@ from training.kernels.choose import (
 from training.model import GPT, kernel_requirements
 from training.model.stats import ModelStats, initial_value, model_stats
 from training.optim.loss_scale import LossScale
-from training.optim.optimizer import FullShapes, Optimizer
+from training.optim.optimizer import Optimizer
+from training.optim.parameters import FullShapes
 from training.planning.disk import check_disk_space
-from training.weights.init_from import load_init_weights
+from training.weights.init_from import initialize
 
 
 class Setup(NamedTuple):
@@ -78,7 +80,7 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
         network = GPT(config.model, kernels, dtype)
     model = parallelize(network, config.parallel, world, dtype)
     full_shapes = FullShapes(model.full_shapes(), model.matrix_gather()) if world.size > 1 else None
-    optimizer = Optimizer(config.optim, model.local_parameters(), stats.parameter_kinds, dtype, full_shapes)
+    optimizer = Optimizer(config.optim, model.local_parameters(), stats.kinds, dtype, full_shapes)
     train, val = _samples(config, dataset)
     n_samples = config.batch_tokens // config.model.n_positions
     loader = Loader(train, n_samples, world.local_range(n_samples))
@@ -87,7 +89,15 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
     if point is not None:
         load_tensors(point.path, model, optimizer)
     elif config.init_from is not None:
-        load_init_weights(config, model, val, dataset.tokenizer, world)
+        parts = {
+            "config": config,
+            "layout": model,
+            "world": world,
+            "dataset": dataset,
+            "stats": stats,
+            "val_batches": val,
+        }
+        initialize(SimpleNamespace(**parts))
     else:
         model.load_full(lambda name, shape: initial_value(name, shape, config.model, config.seed))
     if world.is_main:
@@ -131,8 +141,8 @@ def agree_on_kernels(config: Config, world: World, point: ResumePoint | None) ->
     A resumed run keeps its kernels. Raises UserError on a rank where the agreed kernel does not work.
     """
     requirements, dtype = kernel_requirements(config.model), devices.DTYPES[config.precision]
-    before = point.state.kernels if point is not None and point.is_own else {}
-    kernels, reasons = choose_kernels(config.parallel, requirements, device=world.device, dtype=dtype, before=before)
+    previous = point.state.kernels if point is not None and point.is_own else {}
+    kernels, reasons = choose_kernels(config.parallel, requirements, device=world.device, dtype=dtype, previous=previous)
     orders = {"attention": list(ATTENTION_BACKENDS), "experts": list(EXPERT_KERNELS), "loss": list(LOSS_KERNELS)}
     own = kernel_names(kernels)
     ranks = world.max_int(*(order.index(own[option]) for option, order in orders.items()))

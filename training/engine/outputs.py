@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from training import device as devices
@@ -14,8 +15,9 @@ from training.logging import jsonl
 from training.logging.phase_timer import PhaseTimer
 from training.logging.rows import RunLog
 from training.logging.sinks import RunInfo, open_sinks
+from training.model.metrics import step_metrics
 from training.options import cli
-from training.planning.report import describe_model
+from training.planning.report import describe_batch, describe_model
 
 
 def open_log(setup: Setup, dataset: Dataset, requested: Config, started: float) -> RunLog:
@@ -28,11 +30,19 @@ def open_log(setup: Setup, dataset: Dataset, requested: Config, started: float) 
     timer = PhaseTimer(world.device)
     timer.set_start(started)
     timer.load_state_dict(state.phases)
-    log = RunLog(config, world, setup.stats, timer, time_s=state.time_s, last_row=state.last_row)
+    log = RunLog(
+        config=config,
+        world=world,
+        step_metrics=partial(step_metrics, top_ks=setup.stats.top_ks),
+        flops_per_token=setup.stats.flops_per_token,
+        timer=timer,
+        time_s=state.time_s,
+        last_row=state.last_row,
+    )
     log.start_clock()
     if not world.is_main:
         return log
-    folder, text = config.run_dir, cli.dump_config(config, requested)
+    folder, text = config.run_dir, cli.dump_config(config)
     try:
         mkdir_durable(folder)
     except OSError as error:
@@ -49,7 +59,7 @@ def open_log(setup: Setup, dataset: Dataset, requested: Config, started: float) 
         start_step=state.step,
         steps=config.steps,
         tokens_per_step=config.batch_tokens,
-        moe_layers=setup.stats.moe_layers,
+        moe_layers=[i for i, block in enumerate(config.model.layers()) if block.ffn.type == "moe"],
         facts=facts(setup),
     )
     log.sinks = open_sinks(config.logging, info)
@@ -57,14 +67,13 @@ def open_log(setup: Setup, dataset: Dataset, requested: Config, started: float) 
         batch = setup.loader.samples.batch([0])
         batch = batch._replace(tokens_BT=batch.tokens_BT[:, :32], targets_BT=batch.targets_BT[:, :32])
         for sink in log.sinks:
-            sink.write_graph(setup.model.model, batch.to(world.device))
+            sink.write_graph(setup.model.model, batch.to(world.device), setup.model.model.portable_attention)
     return log
 
 
 def header(setup: Setup, dataset: Dataset) -> dict[str, str]:
     """Return the lines that open the console's log and the report, by label."""
     config, model, state, world = setup.config, setup.config.model, setup.state, setup.model.world
-    n_samples = config.batch_tokens // model.n_positions
     ranks = f", {world.size} processes: {setup.model.mesh}" if world.size > 1 else ""
     moe = [block.ffn for block in model.layers() if block.ffn.type == "moe"]
     capacities = dict.fromkeys(f"{ffn.capacity_factor:g}" for ffn in moe if ffn.capacity_factor is not None)
@@ -77,13 +86,12 @@ def header(setup: Setup, dataset: Dataset) -> dict[str, str]:
         "capacity": f"{', '.join(capacities)}: drops tokens, so the result depends on micro-batch and ranks"
         if capacities
         else "",
-        **describe_model(model, setup.stats),
+        **describe_model(config, setup.stats.n_parameters, setup.stats.n_active_parameters),
         "data": "; ".join(
             f"{name} {split.n_documents:,} documents, {split.n_tokens:,} tokens, {split.n_bytes / 1e6:.1f} MB"
             for name, split in (("train", dataset.train), ("val", dataset.val))
         ),
-        "batch": f"{config.batch_tokens:,} tokens = {n_samples} samples x {model.n_positions}, "
-        f"micro-batch {setup.micro_batch.size}",
+        "batch": describe_batch(config, setup.micro_batch.size),
         "steps": f"{config.steps:,}, {config.steps * config.batch_tokens:,} tokens",
         "initialized from": config.init_from if config.init_from is not None and not state.step else "",
         "resuming from": f"step {state.step:,}" if state.step else "",

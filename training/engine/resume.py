@@ -19,7 +19,7 @@ from training.engine.state import TrainState
 from training.errors import UserError
 from training.files import fsync_path, write_errors_as_user_errors
 from training.options import cli
-from training.options.schema import leaves
+from training.options.schema import flatten_options
 
 
 class ResumePoint(NamedTuple):
@@ -91,7 +91,10 @@ def check_unchanged(config: Config, fingerprint: str, old: dict[str, Any], old_f
 
     `config` is resolved, `old` the options of the run in the folder as plain data.
     """
-    before, now = dict(leaves(_explicit(old))), dict(leaves(_explicit(config.model_dump(mode="json"))))
+    before, now = (
+        dict(flatten_options(_explicit(old))),
+        dict(flatten_options(_explicit(config.model_dump(mode="json")))),
+    )
     changes = [
         f"{key}: {before.get(key, 'unset')} -> {now.get(key, 'unset')}"
         for key in sorted(before.keys() | now.keys())

@@ -47,7 +47,7 @@ def train_step(
     with phase("data", activity, "collective"):
         batch = loader.at(state.step)
     with phase("communication"):
-        batch = batch.with_n_targets(world.sum_int(batch.n_local_targets))
+        batch = batch._replace(n_targets=world.sum_int(batch.n_local_targets))
 
     sums = None
     while sums is None:

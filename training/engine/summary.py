@@ -8,7 +8,6 @@ import shlex
 import sys
 from pathlib import Path
 from signal import Signals
-from statistics import median
 from typing import Any
 
 from safetensors import SafetensorError
@@ -23,8 +22,7 @@ from training.engine.phase import Phases
 from training.engine.state import TrainState
 from training.errors import UserError
 from training.files import atomic_folder, write_atomically
-from training.logging.advice import Facts, advice
-from training.logging.charts import points
+from training.logging.advice import Facts, advice, facts_from_rows
 from training.logging.jsonl import nan_to_null, read_rows
 from training.logging.metrics import summary_values
 from training.logging.report import update_report
@@ -67,7 +65,7 @@ def finish(setup: Setup, dataset: Dataset, log: RunLog, phase: Phases) -> None:
     with phase("checkpoint"):
         weights = model.full_state_dict()
     expert_tokens = None
-    if setup.stats.moe_layers and (is_main or model.mesh.has_collectives):
+    if setup.stats.top_ks and (is_main or model.mesh.has_collectives):
         with phase("evaluation"):
             model.reshard()
             parts = (model.model, setup.val_samples, dataset.tokenizer, config.eval)
@@ -130,27 +128,18 @@ def program(name: str) -> str:
 
 
 def advice_facts(setup: Setup, dataset: Dataset, log: RunLog) -> Facts:
-    """Return what `advice` needs: what was measured, and the options that matter to it."""
-    config, device, row = setup.config, setup.model.world.device, log.last_row
-    rows = read_rows(config.run_dir / "metrics.jsonl")
-    peak = max((gib for _, gib in points(rows, "memory_gib")), default=devices.peak_memory_gib(device))
-    norms, mfu = [norm for _, norm in points(rows, "grad_norm")], [share for _, share in points(rows, "mfu")]
-    max_norm = math.inf if config.optim.grad_clip is None else config.optim.grad_clip
-    return Facts(
+    """Return the measurements and options that `advice` needs."""
+    config, micro_batch, device = setup.config, setup.micro_batch, setup.model.world.device
+    return facts_from_rows(
+        read_rows(config.run_dir / "metrics.jsonl"),
+        config,
+        memory_gib=devices.available_memory_bytes(device) / 2**30,
+        peak_gib=devices.peak_memory_gib(device),
         seconds=log.timer.seconds,
-        config=config,
         on_gpu=device.type != "cpu",
-        mfu=median(mfu) if mfu else None,
-        memory=peak * 2**30 / devices.available_memory_bytes(device),
-        memory_gib=peak,
-        micro_batch=setup.micro_batch.size,
-        most=setup.micro_batch.max_size,
-        back_offs=setup.micro_batch.n_out_of_memory,
-        clipped=sum(norm > max_norm for norm in norms) / len(norms) if norms else 0.0,
-        skipped=setup.state.guard.n_skipped,
-        losses=points(rows, "loss"),
-        val_losses=points(rows, "val_loss"),
-        dead_experts=row.get("dead_experts", 0),
-        n_experts=sum(map(len, row.get("expert_load", ()))),
-        vocabulary=dataset.tokenizer.vocab_size,
+        micro_batch=micro_batch.size,
+        max_samples_per_rank=micro_batch.max_size,
+        n_out_of_memory=micro_batch.n_out_of_memory,
+        n_skipped=setup.state.guard.n_skipped,
+        vocab_size=dataset.tokenizer.vocab_size,
     )

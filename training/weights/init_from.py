@@ -23,6 +23,7 @@ from training.config import Config, ModelConfig
 from training.errors import UserError, library_error
 from training.kernels.attention.table import find_documents
 from training.model import GPT
+from training.model.stats import initial_value
 from training.options import cli
 from training.weights import hf, upcycle
 from training.weights.hf.layers import pattern, with_explicit_sizes
@@ -99,8 +100,8 @@ def _upcycled(run: Run, theirs: ModelConfig, dense: dict[str, Tensor]) -> dict[s
 
 def _initial(run: Run) -> dict[str, Tensor]:
     """The run's weights, all of them, where there is nothing to begin with."""
-    tensors = run.whole.state_dict().items()
-    return {name: run.whole.initial_value(name, tensor.shape, run.config.seed) for name, tensor in tensors}
+    model, seed = run.config.model, run.config.seed
+    return {name: initial_value(name, shape, model, seed) for name, shape in run.stats.shapes.items()}
 
 
 def _device(run: Run) -> torch.device:
