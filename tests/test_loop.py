@@ -15,9 +15,10 @@ from training.data import prepare
 from training.data.loader import Samples
 from training.distributed.world import World
 from training.engine import step as loop
-from training.engine.build import LossScale, begin, save
+from training.engine.build import begin, save
 from training.engine.step import Watch, evaluate, train_step, update
 from training.errors import UserError
+from training.optim.loss_scale import LossScale
 from training.train import train
 
 CPU = torch.device("cpu")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from training import checkpoint
 from training import device as devices
+from training.batch import Batch
 from training.checkpoint import CheckpointWriter, TensorShard, WriterGroup
 from training.config import Config
 from training.data import Dataset
@@ -42,26 +43,13 @@ from training.logging.advice import advice, facts_of_run
 from training.logging.phase_timer import PhaseTimer
 from training.logging.report import update_report
 from training.logging.rows import RunLog
-from training.model import GPT, kernel_requirements
-from training.optim.optimizer import FullShapes, Optimizer
+from training.model import GPT, ModelStats, initial_value, kernel_requirements, model_stats
+from training.optim.loss_scale import LossScale
+from training.optim.optimizer import Optimizer
+from training.optim.parameters import FullShapes
 from training.options import cli
 from training.planning.disk import check_disk_space
 from training.weights import hf, init_from
-
-
-@dataclass
-class LossScale:
-    """Dynamic loss scaling for fp16 (arXiv:1710.03740): halved on overflow, doubled after 2000 good steps."""
-
-    scale: float = 2.0**16
-    good_steps: int = 0
-
-    def update(self, finite: bool) -> None:
-        self.good_steps = self.good_steps + 1 if finite else 0
-        if not finite:
-            self.scale /= 2
-        elif self.good_steps % 2000 == 0:
-            self.scale *= 2
 
 
 @dataclass
@@ -74,7 +62,7 @@ class Run:
     world: World
     model: GPT
     layout: ShardedModel  # of the model's tensors on the ranks
-    whole: GPT  # the model in one piece, on the meta device: sizes and words, no numbers
+    stats: ModelStats
     optimizer: Optimizer
     batches: Samples
     val_batches: Samples
@@ -118,7 +106,8 @@ def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
     before = found.state.get("kernels", {}) if found is not None and found.own else {}
     kernels, kernels_why = agreed_kernels(config, world, dtype, before)
     with torch.device("meta"):
-        model, whole = (GPT(config.model, kernels, dtype) for _ in range(2))
+        model = GPT(config.model, kernels, dtype)
+    stats = model_stats(config.model)
     layout = parallelize(model, config.parallel, world, dtype)
     together = FullShapes(layout.full_shapes(), layout.matrix_gather()) if world.size > 1 else None
     folder, timer = config.run_dir, PhaseTimer(world.device)
@@ -129,11 +118,11 @@ def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
         world=world,
         model=model,
         layout=layout,
-        whole=whole,
-        optimizer=Optimizer(config.optim, layout.local_parameters(), model.parameter_kinds(), dtype, together),
+        stats=stats,
+        optimizer=Optimizer(config.optim, layout.local_parameters(), stats.kinds, dtype, together),
         batches=Samples(dataset.train, n_positions=config.model.n_positions, seed=config.seed),
         val_batches=Samples(dataset.val, n_positions=config.model.n_positions, seed=None),
-        metrics=RunLog(config, world, whole, timer),
+        metrics=RunLog(config, world, stats, timer),
         timer=timer,
         saver=CheckpointWriter(folder / "checkpoints", peers(world), config.checkpoint),
         kernels=kernel_names(kernels),
@@ -144,12 +133,12 @@ def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
     if found is not None:
         restore(run, found)
     else:
-        layout.load_full(lambda name, shape: whole.initial_value(name, shape, config.seed))
+        layout.load_full(lambda name, shape: initial_value(name, shape, config.model, config.seed))
         if config.init_from is not None:
             init_from.initialize(run)
     if world.is_main:
         if run.step < config.steps:
-            check_disk_space(whole, config, fresh=fresh)
+            check_disk_space(stats, config, fresh=fresh)
         restart.make_way(config, resume, found)
     fit.choose(run, found.state.get("micro_batch", {}) if found is not None else {})
     if world.is_main:
@@ -295,18 +284,15 @@ def open_logs(run: Run) -> None:
     run.sinks = logging.open_sinks(config.logging, facts)
     if run.step == 0 and not run.layout.mesh.has_collectives:
         tokens, targets = (torch.from_numpy(a[:, :32]).to(run.world.device) for a in run.batches.at([0]))
-        chosen, run.model.attention = (
-            run.model.attention,
-            run.model.portable_attention,
-        )  # a kernel cannot be looked into
-        logging.write_graph(run.sinks, run.model, tokens, targets, targets.numel())
-        run.model.attention = chosen
+        drawn = Batch(tokens, targets, n_targets=targets.numel())
+        # the operations inside a kernel cannot be recorded: draw the portable ones
+        logging.write_graph(run.sinks, run.model, drawn, run.model.portable_attention)
 
 
 def header(run: Run) -> dict[str, str]:
     """The facts that open the console's log and the report."""
     config, model = run.config, run.config.model
-    total, active = run.whole.n_parameters()
+    total, active = run.stats.n_parameters, run.stats.n_active_parameters
     samples = config.batch_tokens // model.n_positions
     ranks = f", {run.world.size} processes: {run.layout.mesh}" if run.world.size > 1 else ""
     moe = [block.ffn for block in model.layers() if block.ffn.type == "moe"]
@@ -362,7 +348,7 @@ def finish(run: Run) -> None:
     run.timer.enter("checkpoint")
     run.saver.wait()
     weights, liked = run.layout.full_state_dict(), None
-    if run.model.top_ks and (run.world.is_main or run.layout.mesh.has_collectives):
+    if run.stats.top_ks and (run.world.is_main or run.layout.mesh.has_collectives):
         run.layout.reshard()
         run.timer.enter("evaluation")
         made = (run.val_batches, run.dataset.tokenizer, run.config.eval)
@@ -371,7 +357,7 @@ def finish(run: Run) -> None:
         return
     run.timer.enter("checkpoint")
     folder, row = run.folder, run.last_row
-    total, active = run.whole.n_parameters()
+    total, active = run.stats.n_parameters, run.stats.n_active_parameters
     prompt = (*run.config.eval.prompts, "The ")[0].rstrip("\n")
     write_model(run, folder / "model", weights)
     if liked is not None:

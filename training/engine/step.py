@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from training import device as devices
+from training.batch import Batch
 from training.config import EvalConfig
 from training.data import Tokenizer
 from training.data.loader import Samples
@@ -29,13 +30,12 @@ from training.engine import micro_batch as fit
 from training.engine.build import Run, save
 from training.engine.guard import MOST
 from training.errors import UserError
-from training.kernels.attention.table import find_documents
 from training.logging.jsonl import nan_to_null
 from training.logging.report import update_report
 from training.model import GPT
 from training.model.continuation import continue_texts, encode_prompt
 from training.model.sampling import SamplingParams
-from training.optim.optimizer import lr_factor
+from training.optim.schedule import lr_factor
 from training.planning.batch_split import max_samples_per_rank
 
 # SIGUSR1 is what schedulers send before a job's time is over.
@@ -97,26 +97,19 @@ def _every(interval: int | None, step: int) -> bool:
     return interval is not None and step % interval == 0
 
 
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy to the device without waiting for it."""
-    tensor = torch.from_numpy(array)
-    if device.type != "cuda":
-        return tensor.to(device)
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    pinned.numpy()[...] = array  # `copy_` would wake all threads, which takes milliseconds
-    return pinned.to(device, non_blocking=True)
-
-
-def model_inputs(model: GPT, tokens_BT: np.ndarray, targets_BT: np.ndarray, end_of_text: int) -> dict[str, object]:
+def model_inputs(
+    model: GPT,
+    tokens_BT: np.ndarray,
+    targets_BT: np.ndarray,
+    end_of_text: int,
+    key_B: np.ndarray | None = None,
+    n_targets: int = 1,
+) -> Batch:
     """What `model` is called with, on its device."""
-    device = model.wte.weight.device
-    inputs: dict[str, object] = {
-        "tokens_BT": to_device(tokens_BT, device),
-        "targets_BT": to_device(targets_BT, device),
-    }
-    if model.config.isolate_documents:  # found here: on the device, counting them would be waited for
-        inputs["documents"] = find_documents(torch.from_numpy(tokens_BT), end_of_text).to(device)
-    return inputs
+    keys = None if key_B is None else torch.from_numpy(key_B)
+    apart = end_of_text if model.config.isolate_documents else None
+    batch = Batch(torch.from_numpy(tokens_BT), torch.from_numpy(targets_BT), keys, n_targets, apart)
+    return batch.to(model.wte.weight.device)
 
 
 class Sums(dict):
@@ -210,8 +203,8 @@ def forward_backward(
     if empty:
         tokens_BT, targets_BT = np.zeros((2, 1, run.config.model.n_positions), np.int64)
         key_B = np.zeros(1, np.int64)
-    inputs = model_inputs(run.model, tokens_BT, targets_BT, run.dataset.tokenizer.end_of_text)
-    loss, metrics = run.model(**inputs, n_targets=n_targets, key_B=to_device(key_B, run.world.device))
+    end_of_text = run.dataset.tokenizer.end_of_text
+    loss, metrics = run.model(model_inputs(run.model, tokens_BT, targets_BT, end_of_text, key_B, n_targets))
     scale = 1.0 if run.loss_scale is None else run.loss_scale.scale
     (loss * (0.0 if empty else scale)).backward()
     sums.add({name: torch.zeros_like(value) for name, value in metrics.items()} if empty else metrics)
@@ -318,7 +311,7 @@ def evaluate(
         tokens_BT, targets_BT = batches.at(windows_here if len(windows_here) else windows[:1])
         if len(windows_here) == 0:
             targets_BT[:] = -1
-        _, metrics = model(**model_inputs(model, tokens_BT, targets_BT, tokenizer.end_of_text), n_targets=1)
+        _, metrics = model(model_inputs(model, tokens_BT, targets_BT, tokenizer.end_of_text))
         loss_sums.append(metrics["loss_sum"])
         n_targets += int((targets_BT >= 0).sum())
         n_bytes += int(tokenizer.token_bytes[targets_BT[targets_BT >= 0]].sum())

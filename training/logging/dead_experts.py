@@ -30,7 +30,7 @@ class Layer:
         self.quiet = 0  # rows until the next line
 
     def update(self, load_E: list[float]) -> str | None:
-        from training.model.moe import dead_expert_threshold  # comes with torch
+        from training.model.metrics import dead_expert_threshold  # comes with torch
 
         limit, n_experts = dead_expert_threshold(len(load_E)), len(load_E)
         before_E = self.hungry_E or [0] * n_experts

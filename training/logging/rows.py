@@ -12,8 +12,9 @@ from training import device as devices
 from training.config import Config
 from training.distributed.world import World
 from training.logging.phase_timer import PhaseTimer
-from training.model import GPT
-from training.optim.optimizer import lr_factor
+from training.model import ModelStats
+from training.model.metrics import step_metrics
+from training.optim.schedule import lr_factor
 
 
 @dataclass
@@ -22,7 +23,7 @@ class RunLog:
 
     config: Config
     world: World
-    model: GPT
+    model: ModelStats
     timer: PhaseTimer
     time_s: float = 0.0  # spent training, over restarts; evaluations and saves do not count
     _pending: list[tuple[int, dict[str, Tensor], int, int]] = field(default_factory=list)
@@ -57,13 +58,13 @@ class RunLog:
         self.time_s += seconds
         return {
             "step": step + 1,
-            **self.model.step_metrics(values, n_targets),
+            **step_metrics(values, n_targets, self.model.top_ks),
             "learning_rate": config.optim.learning_rate * lr_factor(config.schedule, step, config.steps),
             "grad_norm": grad_norm,
             "skipped_steps": n_skipped,
             "tokens": (step + 1) * config.batch_tokens,
             "tokens_per_s": tokens_per_s,
-            "mfu": peak and tokens_per_s * self.model.flops_per_token() / (peak * self.world.size),
+            "mfu": peak and tokens_per_s * self.model.flops_per_token / (peak * self.world.size),
             "memory_gib": devices.peak_memory_gib(self.world.device),
             "step_s": seconds,
             "time_s": self.time_s,

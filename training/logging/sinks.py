@@ -15,7 +15,7 @@ With experts, of the step's global batch:
   `confidence` (mean over tokens of the largest share of the scores), `z_loss`, `bias_range` (largest less
   smallest selection bias) and `dropped` (share of what was sent that was beyond the experts' capacity);
 - of all layers at once: `expert_load_max` (largest over mean share) and `expert_entropy`, each of the worst
-  layer, `dead_experts` (how many got less than `dead_expert_threshold` in model/moe.py says), `router_confidence` and
+  layer, `dead_experts` (how many got less than `model.metrics.dead_expert_threshold`), `router_confidence` and
   `router_z_loss` (means), `router_bias_range` (the largest) and `dropped_share` (of all that was sent).
 
 Layers are counted from 0 in data (`RunInfo.moe_layers`, run.json, experts.json) and from 1 in what people read.

@@ -22,7 +22,7 @@ from torch import Tensor
 from training.config import Config, ModelConfig
 from training.errors import UserError
 from training.kernels.attention.table import find_documents
-from training.model import GPT
+from training.model import GPT, initial_value
 from training.options import cli
 from training.weights import hf, upcycle
 from training.weights.hf.layers import pattern, with_explicit_sizes
@@ -99,8 +99,8 @@ def _upcycled(run: Run, theirs: ModelConfig, dense: dict[str, Tensor]) -> dict[s
 
 def _initial(run: Run) -> dict[str, Tensor]:
     """The run's weights, all of them, where there is nothing to begin with."""
-    tensors = run.whole.state_dict().items()
-    return {name: run.whole.initial_value(name, tensor.shape, run.config.seed) for name, tensor in tensors}
+    tensors = run.stats.shapes.items()
+    return {name: initial_value(name, shape, run.config.model, run.config.seed) for name, shape in tensors}
 
 
 def _device(run: Run) -> torch.device:
