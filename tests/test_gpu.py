@@ -24,8 +24,8 @@ from training.kernels.choose import (
     choose_kernels,
 )
 from training.kernels.experts import sort_by_expert
-from training.model import GPT, kernel_requirements
-from training.model.layers import Batch
+from training.model import GPT, init_weights, kernel_requirements
+from training.model.layers import FeedForwardContext
 from training.model.moe import MoE
 
 if not torch.cuda.is_available():
@@ -125,7 +125,7 @@ def test_a_model_computes_the_same_with_it_and_no_step_compiles_anew(name, packe
         ParallelConfig(attention=name, compile=compiled), asked, device=CUDA, dtype=torch.bfloat16
     )
     both = (kernels, kernels._replace(attention=ATTENTION_BACKENDS["reference"]))
-    model, plain = (GPT(config, each, torch.bfloat16).init_weights(0).to(CUDA) for each in both)
+    model, plain = (init_weights(GPT(config, each, torch.bfloat16), 0).to(CUDA) for each in both)
     torch._dynamo.reset()
     counters.clear()
     for block in model.blocks if compiled else ():
@@ -221,7 +221,7 @@ def test_nothing_in_a_layer_of_experts_waits_for_the_device(name, top_k):
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     x = torch.randn(2, 1024, 768, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
-    batch = Batch(x[..., 0].numel(), torch.arange(2, device=CUDA))
+    batch = FeedForwardContext(x[..., 0].numel(), torch.arange(2, device=CUDA), is_training=True)
     for mode in ("default", "error"):  # the first time, kernels are compiled and loaded
         torch.cuda.set_sync_debug_mode(mode)
         try:

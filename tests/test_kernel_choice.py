@@ -18,7 +18,8 @@ from training.kernels.choose import (
     choose_kernels,
     kernel_names,
 )
-from training.model import GPT, kernel_requirements
+from training.model import GPT, init_weights, kernel_requirements
+from training.model.attention import AttentionContexts
 
 CPU = torch.device("cpu")
 REFERENCE = ATTENTION_BACKENDS["reference"]
@@ -143,11 +144,10 @@ def test_layers_that_see_different_windows_have_masks_of_their_own():
     for windows in ([None, 3, 5], [3, None, 5], [5, 3, None], [12, 3, None]):
         blocks = [{"mixer": {"window": window}} for window in windows]
         sizes = {"n_layer": 3, "n_head": 2, "n_embd": 16, "n_positions": 12, "vocab_size": 64}
-        model = GPT(ModelConfig.model_validate(sizes | {"blocks": blocks})).init_weights(0)
-        model.attention = REFERENCE
+        model = init_weights(GPT(ModelConfig.model_validate(sizes | {"blocks": blocks})), 0)
         tokens = torch.randint(0, 9, (2, 12), generator=torch.Generator().manual_seed(0))
         for found in (None, find_documents(tokens, 0)):
-            places = model._places(tokens, None, found)
+            contexts = AttentionContexts(model._visibility(tokens, found, None), REFERENCE, 10000.0)
             for block, window in zip(model.blocks, windows, strict=True):
                 seen = [
                     [window is None or s > t - window for s in range(t + 1)] + [False] * (11 - t) for t in range(12)
@@ -156,7 +156,7 @@ def test_layers_that_see_different_windows_have_masks_of_their_own():
                 if found is not None:
                     index = (tokens == 0).cumsum(1)
                     expected = expected & (index[:, None, :, None] == index[:, None, None, :])
-                assert torch.equal(places.of(block.mixer).mask.expand(2, 1, 12, 12), expected)
+                assert torch.equal(contexts.for_mixer(block.mixer).mask.expand(2, 1, 12, 12), expected)
 
 
 def test_a_mask_written_out_is_made_once_in_the_type_of_the_queries():
@@ -168,7 +168,7 @@ def test_a_mask_written_out_is_made_once_in_the_type_of_the_queries():
 
 
 def test_documents_apart_and_a_cache_are_refused_together():
-    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, n_positions=12, vocab_size=64)).init_weights(0)
+    model = init_weights(GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, n_positions=12, vocab_size=64)), 0)
     tokens = torch.ones(1, 4, dtype=torch.int64)
     with pytest.raises(ValueError, match="a cache is of one text a sample"):
         model.logits(tokens, model.new_cache(), find_documents(tokens, 0))

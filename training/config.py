@@ -146,8 +146,7 @@ class MoEConfig(Section):
     z_loss_weight: float = option(1e-3, "weight of the router z-loss (arXiv:2202.08906 eq. 5); 0: none", ge=0)
     capacity_factor: float | None = option(
         None,
-        "expert capacity = this x tokens x top_k / n_experts per micro-batch; excess tokens are dropped in training, "
-        "so results depend on micro_batch; null: no limit",
+        "in training, drop tokens beyond this x an expert's even share of a micro-batch; null: drop none",
         gt=0,
     )
 

@@ -24,7 +24,7 @@ class RunLog:
 
     config: Config
     world: World
-    step_metrics: Callable[[dict[str, Sequence[float]], int], dict[str, Any]]  # GPT.step_metrics
+    step_metrics: Callable[[dict[str, Sequence[float]], int], dict[str, Any]]  # model.metrics.step_metrics
     flops_per_token: float  # of the whole model, forward and backward
     timer: PhaseTimer
     sinks: list[Sink] = field(default_factory=list)

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from training import device as devices
 from training.config import Config
 from training.data import tokenizer_choice
@@ -16,7 +14,7 @@ from training.data.corpus import Corpus
 from training.data.file_hashes import FileHashes
 from training.data.shards import Manifest, read_manifest
 from training.errors import UserError
-from training.model import GPT
+from training.model import ModelStats, model_stats
 from training.planning.batch_split import HEADROOM, equal_parts, max_samples_per_rank
 from training.planning.disk import checkpoint_bytes, disk_shortage, n_checkpoints
 from training.planning.memory import MemoryEstimate, estimate, largest_micro_batch
@@ -53,7 +51,7 @@ class RunPlan(NamedTuple):
     device: TargetDevice
     world_size: int
     manifest: Manifest | None  # of the prepared data
-    model: GPT  # on the meta device
+    stats: ModelStats
     micro_batch: int
     largest_micro_batch: int  # that fits; 0: not one sample does
     memory: MemoryEstimate
@@ -105,10 +103,8 @@ def build_plan(config: Config, device: TargetDevice, world_size: int) -> RunPlan
     if micro_batch == "auto":
         micro_batch = equal_parts(per_rank, max(1, largest), config, device.type)
     micro_batch = min(micro_batch, per_rank)
-    with torch.device("meta"):
-        network = GPT(model)
     memory = estimate(config, micro_batch, world_size, device.type)
-    return RunPlan(config, device, world_size, manifest, network, micro_batch, largest, memory)
+    return RunPlan(config, device, world_size, manifest, model_stats(model), micro_batch, largest, memory)
 
 
 def find_prepared_data(config: Config) -> Manifest | None:
@@ -164,9 +160,9 @@ def report_lines(plan: RunPlan, mfu: float | None, measured: float | None) -> li
     """Return the report. `mfu`: FLOPs utilization, None: unknown; `measured`: tokens/s of this run on this machine."""
     config, device = plan.config, plan.device
     ranks = f"{plan.world_size} x {device.name}" if plan.world_size > 1 else device.name
-    total, active = plan.model.n_parameters()
-    flops = plan.model.flops_per_token()
-    gib = checkpoint_bytes(plan.model, config) / 2**30
+    total, active = plan.stats.n_parameters, plan.stats.n_active_parameters
+    flops = plan.stats.flops_per_token
+    gib = checkpoint_bytes(plan.stats, config) / 2**30
     figures = {
         "plan": f"{config.name} on {ranks}, {config.precision}",
         **describe_model(config, total, active),
@@ -216,7 +212,7 @@ def _time(plan: RunPlan, mfu: float | None, measured: float | None) -> str:
         if mfu is not None:
             raise UserError(f"--mfu: no peak is known of {plan.device.name} in {plan.config.precision}; leave it out")
         return "unknown: no peak is known of this device; train some steps here, then plan again"
-    speed = (mfu or DEFAULT_MFU) * peak * plan.world_size / plan.model.flops_per_token()
+    speed = (mfu or DEFAULT_MFU) * peak * plan.world_size / plan.stats.flops_per_token
     how = f"{mfu or DEFAULT_MFU:.0%} of {peak / 1e12:,.0f} TFLOP/s" + ("" if mfu else ", assumed; set it with --mfu")
     how += "; communication is not counted" if plan.world_size > 1 else ""
     return f"{duration_text(plan.n_tokens / speed)}, at {speed:,.0f} tokens/s = {how}"
@@ -266,10 +262,10 @@ def warnings(plan: RunPlan) -> Iterator[str]:
         yield f"{device.name} has no matrix units for bf16: use precision {other}"
     if plan.manifest is not None and (n_epochs := epochs(plan)) > MAX_EPOCHS:
         yield f"{n_epochs:.3g} epochs: beyond {MAX_EPOCHS} the model learns little; use more text or fewer steps"
-    ratio = plan.n_tokens / plan.model.n_parameters()[1]
+    ratio = plan.n_tokens / plan.stats.n_active_parameters
     low, high = TOKENS_PER_PARAMETER
     if not low <= ratio <= high:
         change = "a smaller model, or more steps," if ratio < low else "a larger model"
         yield f"{_rounded(ratio)} tokens per parameter; about 20 are best: {change} learns more in that time"
-    if problem := disk_shortage(plan.model, config):
+    if problem := disk_shortage(plan.stats, config):
         yield problem
