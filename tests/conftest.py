@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from training.checkpoint import SINGLE, Checkpoint, CheckpointWriter, TensorShar
 from training.config import CheckpointConfig, Config
 from training.logging.phases import PHASES
 from training.options import cli
+from training.options.schema import is_list, sections
 from training.train import train
 
 ROOT = Path(__file__).parent.parent
@@ -156,3 +158,13 @@ def goes_on_with(kernel: str, run, folder: Path, capsys) -> None:
     said = capsys.readouterr().out
     assert "goes on     after step 6" in said and f"{kernel} (ran, and equals the reference)" in said
     assert tensors(folder, 8) == before
+
+
+def minimal_value(annotation: Any) -> Any:
+    """Return a valid value of an option: of a section, its required options only."""
+    if is_list(annotation):
+        return [minimal_value(get_args(annotation)[0])]
+    if inside := sections(annotation):
+        fields = inside[0].model_fields.items()
+        return {name: minimal_value(field.annotation) for name, field in fields if field.is_required()}
+    return "x" if annotation is str else 1
