@@ -1,4 +1,4 @@
-"""What the benchmarks share: the line about the machine, turns, ratios, memory in fresh processes."""
+"""Helpers of the benchmarks: header, turns, ratios, and measurements in fresh processes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Times = dict[str, list[float]]  # seconds of each round, by side
 
 
 def header(device: torch.device, *packages: str) -> str:
-    """The machine, the commit and the versions: what a figure is worth nothing without."""
+    """Return machine, commit and versions on one line."""
     here = Path(__file__).parent
-    asked = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(asked, cwd=here, capture_output=True, text=True).stdout
+    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(describe, cwd=here, capture_output=True, text=True).stdout
     versions = [f"torch {torch.__version__}", *(f"{name} {__import__(name).__version__}" for name in packages)]
     units = " with bf16 units" if device.type == "cpu" and devices.has_bf16_units(device) else ""
     machine = f"{devices.device_name(device)}{units}; Python {platform.python_version()}, {', '.join(versions)}"
@@ -31,23 +31,23 @@ def header(device: torch.device, *packages: str) -> str:
 
 
 def waiting(device: torch.device) -> Callable[[], None]:
-    """What waits until the device has done all it was given."""
+    """Return a function that waits until the device has finished its work."""
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
 def turns(sides: dict[str, Callable[[], object]], rounds: int, device: torch.device, warm: int = 1) -> Times:
-    """Seconds of each side's call, the sides taking turns; the first `warm` rounds do not count."""
+    """Return the seconds of each side's calls. Sides take turns; the first `warm` rounds are not counted."""
     times: Times = {name: [] for name in sides}
     for turn in range(-warm, rounds):
         for name, side in sides.items():
-            taken = seconds_of(side, device)
+            seconds = seconds_of(side, device)
             if turn >= 0:
-                times[name].append(taken)
+                times[name].append(seconds)
     return times
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """From when the device has nothing to do until it has done this."""
+    """Return the seconds of a call, from an idle device to an idle device."""
     wait = waiting(device)
     wait()
     start = time.perf_counter()
@@ -57,55 +57,55 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 
 class Worker:
-    """A side in a process of its own. It says "ready", and then for each line that comes "took" and the seconds."""
+    """A side in a process of its own. It prints "ready", then for each line on stdin "took" and the seconds."""
 
     def __init__(self, script: str, *arguments: object, env: dict[str, str]):
         command = [sys.executable, script, *map(str, arguments)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | env
         )
-        self._said("ready")
+        self._answer("ready")
 
     def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.stdin.close()  # it ends
+        self.process.stdin.close()  # ends the process
         self.process.wait()
 
     def seconds(self) -> float:
-        """Of one step, now."""
+        """Run one step; return its seconds."""
         print(file=self.process.stdin, flush=True)
-        return float(self._said("took"))
+        return float(self._answer("took"))
 
-    def _said(self, word: str) -> str:
-        """What follows the word in the next line that begins with it."""
+    def _answer(self, word: str) -> str:
+        """Return the rest of the next line that begins with `word`."""
         for line in self.process.stdout:
             if line.startswith(word):
                 return line.removeprefix(word)
-        raise SystemExit(f"a side ended: {' '.join(map(str, self.process.args))}")
+        raise SystemExit(f"a process ended early: {' '.join(map(str, self.process.args))}")
 
 
 def ratio(times: Times, one: str, other: str) -> float:
-    """The median over the rounds of one side's time over the other's."""
+    """Return the median over rounds of one side's time over the other's."""
     return statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))
 
 
 def line(name: str, seconds: list[float], n_tokens: int) -> str:
-    """A side's median, and the best and worst of its rounds."""
+    """Return a line with a side's median, minimum and maximum over the rounds."""
     median = statistics.median(seconds)
     rate, spread = n_tokens / median, f"{min(seconds):.3f} to {max(seconds):.3f}"
     return f"    {name:<26} {median:8.3f} s  ({spread})  {rate:10,.0f} tokens/s"
 
 
 def against(value: float, bar: float, *, least: bool) -> str:
-    """A figure beside its bar."""
+    """Return a figure beside its bar, which it should reach (`least`) or not exceed."""
     met = value >= bar if least else value <= bar
     return f"{value:.4g} (bar: at {'least' if least else 'most'} {bar:g}, {'met' if met else 'MISSED'})"
 
 
 def in_a_process(script: str, *arguments: object, env: dict[str, str] | None = None) -> object:
-    """The last line of JSON that the script prints, in a fresh process with these arguments."""
+    """Run a script in a fresh process; return its last line, parsed as JSON."""
     command = [sys.executable, script, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | (env or {}))
     if done.returncode:
@@ -114,22 +114,22 @@ def in_a_process(script: str, *arguments: object, env: dict[str, str] | None = N
 
 
 def peak_gib(work: Callable[[], object], device: torch.device, before: float) -> float:
-    """GiB at the peak of `work`, beyond `before` (`used_gib` of an earlier moment)."""
+    """Return the peak GiB during `work`, minus `before` (an earlier `used_gib`)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         work()
         return torch.cuda.max_memory_allocated() / 2**30 - before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again (Linux)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (Linux)
     work()
     return resident_gib("VmHWM") - before
 
 
 def used_gib(device: torch.device) -> float:
-    """Of the device by its allocator, or of this process."""
+    """Return GiB in use: of the device's allocator, or of this process."""
     return torch.cuda.memory_allocated() / 2**30 if device.type == "cuda" else resident_gib()
 
 
 def resident_gib(field: str = "VmRSS") -> float:
-    """Of this process: VmRSS is now, VmHWM the peak."""
-    found = Path("/proc/self/status").read_text().partition(f"{field}:")[2]
-    return int(found.split()[0]) / 2**20
+    """Return GiB of this process: VmRSS now, VmHWM at the peak."""
+    text = Path("/proc/self/status").read_text().partition(f"{field}:")[2]
+    return int(text.split()[0]) / 2**20

@@ -1,10 +1,10 @@
-"""Is a Mixture of Experts worth it? It and its dense twin learn the same tokens, side by side.
+"""Compare a Mixture of Experts with its dense twin: validation loss by tokens, FLOPs and time.
 
     cd benchmarks && python moe_vs_dense.py --plot results/moe_vs_dense.png | tee results/moe_vs_dense.txt
 
-Three runs take turns, a step each: the dense twin, the MoE for as many steps, and the MoE for 1.5 times fewer, its
-schedule shortened with it. A run's clock stands still while others train or any is evaluated. The bars: with 1.5 times
-fewer tokens the MoE's validation loss is no higher than the twin's; its step takes at most 1.25 times the twin's.
+Three runs take turns, a step each: the dense twin, the MoE for as many steps, and the MoE for 1.5 times fewer, with a
+shortened schedule. A run's clock stops while others train and during evaluations. The bars: with 1.5 times fewer
+tokens the MoE's validation loss is no higher than the twin's; its step takes at most 1.25 times as long.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Side:
     curve: list[tuple[int, float, float]] = dataclasses.field(default_factory=list)  # step, seconds, validation loss
 
     def step(self) -> None:
-        """Train, and evaluate where it is due."""
+        """Train a step, and evaluate if it is due."""
         run, config = self.run, self.run.config
         synchronize = torch.cuda.synchronize if run.world.device.type == "cuda" else lambda: None
         start = time.perf_counter()
@@ -50,11 +50,11 @@ class Side:
         synchronize()
         self.step_s.append(time.perf_counter() - start)
         if run.step % config.eval.every == 0 or run.step == config.steps:
-            run.metrics.rows()  # nothing is logged here
+            run.metrics.fetch()  # drops the metrics: this benchmark logs nothing
             end = run.dataset.tokenizer
-            found = evaluate(run.model, run.val_batches, end, config.eval.tokens, run.micro_batch, run.world)
-            self.curve.append((run.step, sum(self.step_s), found["val_loss"]))
-            print(f"  {self.name:10} step {run.step:5}/{config.steps}  loss {found['val_loss']:.4f}", flush=True)
+            metrics = evaluate(run.model, run.val_batches, end, config.eval.tokens, run.micro_batch, run.world)
+            self.curve.append((run.step, sum(self.step_s), metrics["val_loss"]))
+            print(f"  {self.name:10} step {run.step:5}/{config.steps}  loss {metrics['val_loss']:.4f}", flush=True)
 
     @property
     def loss(self) -> float:
@@ -62,26 +62,26 @@ class Side:
 
 
 def shortened(config: Config, factor: float) -> Config:
-    """The run with so many times fewer steps, and the schedule's parts in proportion."""
+    """Return the run with `factor` times fewer steps, and the schedule shortened in proportion."""
     counts = {name: round(n / factor) for name, n in config.schedule if name.endswith("_steps")}
     changes = {"steps": round(config.steps / factor), "name": f"{config.name}-short"}
     return config.model_copy(update=changes | {"schedule": config.schedule.model_copy(update=counts)})
 
 
 def sides(config: Config, folder: str, world: World) -> list[Side]:
-    """The three runs, at their beginning."""
+    """Return the three runs before their first step."""
     configs = {"dense": twin(config), "moe": config, "moe, short": shortened(config, FEWER_TOKENS)}
-    found = []
+    runs = []
     for name, one in configs.items():
         quiet = one.logging.model_copy(update={"tensorboard": False})
         run = begin(one.model_copy(update={"out_dir": folder, "logging": quiet}), prepare(one.data), world, "never")
         run.close()
-        found.append(Side(name, run))
-    return found
+        runs.append(Side(name, run))
+    return runs
 
 
 def report(dense: Side, moe: Side, short: Side) -> None:
-    """Print what came of it, and whether the bars are met."""
+    """Print the results, and whether the bars are met."""
     for side in (dense, moe, short):
         config, seconds = side.run.config, sum(side.step_s)
         n_tokens = config.steps * config.batch_tokens
@@ -103,15 +103,15 @@ def report(dense: Side, moe: Side, short: Side) -> None:
     print(f"on the clock: {seconds:.0f} s for what takes the twin {theirs:.0f} s: {met[won]}")
 
 
-def draw(path: Path, found: list[Side]) -> None:
-    """Validation loss against tokens, FLOPs and time."""
+def draw(path: Path, runs: list[Side]) -> None:
+    """Draw validation loss against tokens, FLOPs and time."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 3, figsize=(14, 4.5), layout="constrained", sharey=True)
-    for side, colour in zip(found, ("#666666", "#1f66b0", "#d9822b"), strict=True):
+    for side, color in zip(runs, ("#666666", "#1f66b0", "#d9822b"), strict=True):
         config, flops = side.run.config, side.run.model.flops_per_token()
         losses = [loss for _, _, loss in side.curve]
         tokens = [step * config.batch_tokens for step, _, _ in side.curve]
@@ -121,10 +121,10 @@ def draw(path: Path, found: list[Side]) -> None:
             ([n / 1e6 for n in tokens], [n * flops / 1e12 for n in tokens], [s for _, s, _ in side.curve]),
             strict=True,
         ):
-            panel.plot(x, losses, color=colour, label=label)
-            panel.plot(x[-1], losses[-1], "o", color=colour)
+            panel.plot(x, losses, color=color, label=label)
+            panel.plot(x[-1], losses[-1], "o", color=color)
     for panel, unit in zip(panels, ("tokens, millions", "training FLOPs, 10¹²", "seconds of training"), strict=True):
-        panel.axhline(found[0].loss, color="#666666", linewidth=0.8, linestyle=":")
+        panel.axhline(runs[0].loss, color="#666666", linewidth=0.8, linestyle=":")
         panel.set_xlabel(unit)
         panel.grid(alpha=0.25)
     panels[0].set_ylabel("validation loss, nats a token")
@@ -134,26 +134,26 @@ def draw(path: Path, found: list[Side]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=str(Path(__file__).with_suffix(".yaml")), help="the MoE's run")
+    parser.add_argument("--config", default=str(Path(__file__).with_suffix(".yaml")), help="YAML file of the MoE's run")
     parser.add_argument("--cache_dir", default="data_cache", help="folder of the token shards (default %(default)s)")
     parser.add_argument("--plot", type=Path, help="draw the curves into this PNG")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     try:
-        config = cli.load_config(asked.config, {"data.cache_dir": asked.cache_dir})
+        config = cli.load_config(args.config, {"data.cache_dir": args.cache_dir})
         twin(config)
     except UserError as error:
         parser.error(str(error))
     device = devices.select_device(config.parallel.device)
     print(f"{header(device)}\n{describe_twin(config)}")
     with tempfile.TemporaryDirectory() as folder:
-        found = sides(config, folder, World(0, 1, device))
-        while any(side.run.step < side.run.config.steps for side in found):
-            for side in found:
+        runs = sides(config, folder, World(0, 1, device))
+        while any(side.run.step < side.run.config.steps for side in runs):
+            for side in runs:
                 if side.run.step < side.run.config.steps:
                     side.step()
-    report(*found)
-    if asked.plot:
-        draw(asked.plot, found)
+    report(*runs)
+    if args.plot:
+        draw(args.plot, runs)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Memory as `training.plan` foretells it, beside that of real runs on a CPU.
+"""Compare the memory estimate of `training.plan` with real runs on a CPU.
 
     python benchmarks/plan_memory.py | tee benchmarks/results/plan_memory.txt
 
-Each run is a process of its own, of two steps with a checkpoint after each, an evaluation and the final model; its
-memory is the most that was resident at one time (ru_maxrss). The bar: foretold within 15 % of it.
+Each run is a process of its own: two steps with a checkpoint after each, an evaluation and the final model. Its memory
+is the peak resident size (ru_maxrss). The bar: an estimate within 15 % of it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from training.planning import memory
 BAR = 0.15
 SIZES = {"n_layer": 12, "n_head": 8, "n_embd": 512, "n_positions": 512, "vocab_size": 8192}
 MOE = {"type": "moe", "n_experts": 8, "top_k": 2, "hidden": 1024}
-# By name: what differs in the model, and in the other options.
+# By name: changes of the model, and of the other options.
 CASES = {
     "dense": ({}, {"batch_tokens": 2048}),
     "dense, accumulating": ({}, {"batch_tokens": 2048, "micro_batch": 2}),
@@ -43,7 +43,7 @@ CASES = {
 
 
 def config_of(name: str, folder: Path) -> Config:
-    """The run of a case, which leaves everything in a folder."""
+    """Return the run of a case, which writes only to `folder`."""
     model, others = CASES[name]
     options = {
         "name": "run",
@@ -65,34 +65,32 @@ def config_of(name: str, folder: Path) -> Config:
 
 
 def measured(config: Config, folder: Path) -> int:
-    """Bytes that were resident at most, in a process that trains it."""
+    """Train in a process; return its peak resident bytes."""
     path = folder / "config.yaml"
     path.write_text(cli.dump_config(config))
     command = [sys.executable, "-m", "training.train", "--config", str(path), "--resume", "never"]
-    with (folder / "said.txt").open("wb") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said)
+    with (folder / "log.txt").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
         _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise SystemExit((folder / "said.txt").read_text())
+        raise SystemExit((folder / "log.txt").read_text())
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main() -> None:
-    """Print a line a case, and whether all are within the bar."""
+    """Print a line per case, and the largest error beside the bar."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=CASES, action="append", help="one case; may be given several times")
     worst = 0.0
-    print(f"{'GiB at the peak':<26}{'measured':>9}{'foretold':>9}{'':>8}  of which", flush=True)
+    print(f"{'GiB at the peak':<26}{'measured':>9}{'estimate':>9}{'':>8}  of which", flush=True)
     for name in parser.parse_args().only or CASES:
         with tempfile.TemporaryDirectory() as folder:
             config = config_of(name, Path(folder))
-            found, foretold = measured(config, Path(folder)), memory.estimate(config, config.micro_batch)
-        error = foretold.total / found - 1
+            n_bytes, estimate = measured(config, Path(folder)), memory.estimate(config, config.micro_batch)
+        error = estimate.total / n_bytes - 1
         worst = max(worst, abs(error))
-        parts = foretold._asdict()
-        parts.pop("in_step")
-        said = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in parts.items() if size >= 2**24)
-        print(f"{name:<26}{found / 2**30:>9.2f}{foretold.total / 2**30:>9.2f}{error:>+8.1%}  {said}", flush=True)
+        largest = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in estimate.parts().items() if size >= 2**24)
+        print(f"{name:<26}{n_bytes / 2**30:>9.2f}{estimate.total / 2**30:>9.2f}{error:>+8.1%}  {largest}", flush=True)
     print(f"the largest error is {worst:.1%}; the bar is {BAR:.0%}")
 
 

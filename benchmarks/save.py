@@ -1,9 +1,9 @@
-"""How long training stands still for a save: in the background against in the foreground, GPT-2 124M with AdamW.
+"""Measure how long training waits for a save, in the background and in the foreground: GPT-2 124M with AdamW.
 
     python benchmarks/save.py | tee benchmarks/results/save.txt
 
-Large pages as training.train asks for. Both kinds take turns, each with its memory prepared, which a run does beside
-its first steps; how long that would keep the first save is told too.
+Both kinds take turns, each with preallocated buffers, which a run allocates in the background during its first steps;
+the time of that allocation is printed too.
 """
 
 from __future__ import annotations
@@ -25,46 +25,46 @@ SAVES = 8
 BAR = 0.1
 
 
-def parts(model: GPT) -> dict[str, dict[str, TensorShard]]:
-    """The weights, and AdamW's two averages of each."""
+def shards_of(model: GPT) -> dict[str, dict[str, TensorShard]]:
+    """Return the weights, and AdamW's two averages of each."""
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    state = {f"{name}/{what}": p.clone() for name, p in weights.items() for what in ("exp_avg", "exp_avg_sq")}
-    whole = {"model": weights, "optimizer": state}
+    state = {f"{name}/{key}": p.clone() for name, p in weights.items() for key in ("exp_avg", "exp_avg_sq")}
+    tensors = {"model": weights, "optimizer": state}
     return {
-        kind: {name: TensorShard(t, 0, t.shape, is_owner=True) for name, t in some.items()}
-        for kind, some in whole.items()
+        kind: {name: TensorShard(t, 0, t.shape, is_owner=True) for name, t in by_name.items()}
+        for kind, by_name in tensors.items()
     }
 
 
 def main() -> None:
     print(header(torch.device("cpu")))
-    some = parts(GPT(ModelConfig(vocab_size=50304)).init_weights(0))
-    n_bytes = sum(part.n_bytes for named in some.values() for part in named.values())
+    shards = shards_of(GPT(ModelConfig(vocab_size=50304)).init_weights(0))
+    n_bytes = sum(shard.n_bytes for by_name in shards.values() for shard in by_name.values())
     print(f"GPT-2 124M with AdamW's state: {n_bytes / 2**30:.2f} GiB, {SAVES} saves of each kind, in turn")
     folder = Path(tempfile.mkdtemp(dir="."))
-    savers = {
+    writers = {
         kind: CheckpointWriter(folder / kind, SINGLE, CheckpointConfig(background=kind == "background"))
         for kind in ("foreground", "background")
     }
-    stalls: dict[str, list[float]] = {kind: [] for kind in savers}
+    stalls: dict[str, list[float]] = {kind: [] for kind in writers}
     try:
-        for saver in savers.values():
+        for writer in writers.values():
             start = time.perf_counter()
-            saver.preallocate(some)
-            saver.close()
-            prepared = time.perf_counter() - start
+            writer.preallocate(shards)
+            writer.close()
+            allocation = time.perf_counter() - start
         for step in range(SAVES):
-            for kind, saver in savers.items():
+            for kind, writer in writers.items():
                 start = time.perf_counter()
-                saver.save(some, {"step": step}, None)
+                writer.save(shards, {"step": step}, None)
                 stalls[kind].append(time.perf_counter() - start)
-                saver.wait()
+                writer.wait()
     finally:
         shutil.rmtree(folder)
-    print(f"memory for the copy: {prepared:.2f} s, beside the loop")
+    print(f"allocation of the copy's buffers: {allocation:.2f} s, in the background")
     for kind, (first, *later) in stalls.items():
         median, spread = statistics.median(later), f"{min(later):.2f} to {max(later):.2f}"
-        print(f"{kind:<11} stands still for {first:5.2f} s the first time, then {median:5.2f} s ({spread})")
+        print(f"{kind:<11} waits {first:5.2f} s the first time, then {median:5.2f} s ({spread})")
     shares = [ours / blocking for ours, blocking in zip(stalls["background"], stalls["foreground"], strict=True)]
     first, later = shares[0], statistics.median(shares[1:])
     met = "met" if max(first, later) < BAR else "MISSED"

@@ -1,8 +1,8 @@
-"""Two processes of one thread each against one of two threads: real runs of the same global batch, by torchrun.
+"""Compare two processes of one thread with one process of two threads: real runs of the same batch, by torchrun.
 
     python benchmarks/scaling.py | tee benchmarks/results/scaling.txt
 
-The sides take turns; a side's figure is the median of its rows' seconds a step, over all its runs.
+The sides take turns. A run's figure is the median of its seconds per step; a side's figure is the median over its runs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PROCESSES = {"one of two threads": (1, 2), "two of one thread": (2, 1)}
 
 
 def steps_of(config: Path, folder: Path, n_processes: int, n_threads: int) -> list[float]:
-    """Seconds of the steps of a run, without those in which memory is first touched."""
+    """Return the seconds of a run's steps, without the first two, which touch new memory."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
     command = [sys.executable, *(launcher if n_processes > 1 else []), "-m", "training.train", "--config", str(config)]
     done = subprocess.run(
@@ -53,24 +53,24 @@ def steps_of(config: Path, folder: Path, n_processes: int, n_threads: int) -> li
     return [json.loads(row)["step_s"] for row in rows[2:]]
 
 
-def compare(sizes: dict, model: dict, asked: argparse.Namespace, folder: Path) -> Times:
-    """Seconds a step of each round of each side."""
+def compare(sizes: dict, model: dict, args: argparse.Namespace, folder: Path) -> Times:
+    """Return the seconds per step of each side in each round."""
     options = argparse.Namespace(
         **dict.fromkeys(step.SIZES) | sizes,
-        samples=asked.samples,
+        samples=args.samples,
         micro_batch="auto",
         precision=PRECISION,
         device="cpu",
     )
     config = step.options(step.LLAMA | model, options, folder)
     config = config.model_copy(
-        update={"steps": asked.steps, "schedule": config.schedule.model_copy(update={"warmup_steps": 1})}
+        update={"steps": args.steps, "schedule": config.schedule.model_copy(update={"warmup_steps": 1})}
     )
     config = config.model_copy(update={"logging": config.logging.model_copy(update={"every": 1})})
     prepare(config.data, quiet=True)
     (folder / "config.yaml").write_text(cli.dump_config(config))
     times: Times = {name: [] for name in PROCESSES}
-    for _ in range(asked.rounds):
+    for _ in range(args.rounds):
         for name, (n_processes, n_threads) in PROCESSES.items():
             times[name].append(statistics.median(steps_of(folder / "config.yaml", folder, n_processes, n_threads)))
     return times
@@ -79,20 +79,20 @@ def compare(sizes: dict, model: dict, asked: argparse.Namespace, folder: Path) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=12, help="of a run (default %(default)s)")
-    parser.add_argument("--samples", type=int, default=32, help="of the global batch (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=12, help="steps of a run (default %(default)s)")
+    parser.add_argument("--samples", type=int, default=32, help="samples per step (default %(default)s)")
     parser.add_argument("--only", choices=SIZES, help="one of the sizes")
     parser.add_argument("--kinds", choices=KINDS, nargs="*", default=list(KINDS), help="default: both")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     print(f"{header(torch.device('cpu'))}; {PRECISION}")
     for title, sizes in SIZES.items():
-        for kind in asked.kinds:
-            if asked.only in (None, title):
+        for kind in args.kinds:
+            if args.only in (None, title):
                 with tempfile.TemporaryDirectory() as folder:
-                    times = compare(sizes, KINDS[kind], asked, Path(folder))
-                print(f"{title}, {kind}, {asked.rounds} rounds")
+                    times = compare(sizes, KINDS[kind], args, Path(folder))
+                print(f"{title}, {kind}, {args.rounds} rounds")
                 for name, seconds in times.items():
-                    n_tokens = asked.samples * sizes.get("n_positions", step.SIZES["n_positions"])
+                    n_tokens = args.samples * sizes.get("n_positions", step.SIZES["n_positions"])
                     print(line(name, seconds, n_tokens))
                 speed = ratio(times, *PROCESSES)
                 print(f"    tokens/s of two processes over one's: {against(speed, BAR, least=True)}", flush=True)

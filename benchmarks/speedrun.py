@@ -1,10 +1,10 @@
-"""How soon recipes/speedrun.yaml is where recipes/plain.yaml ends, on the standard library.
+"""Measure when recipes/speedrun.yaml reaches the final loss of recipes/plain.yaml, on Python's standard library.
 
     python benchmarks/speedrun.py --plot benchmarks/results/speedrun.png | tee benchmarks/results/speedrun.txt
 
-Both runs take turns, whichever has done less of its steps, so that what else the machine does is shared out. A run's
-clock stands still while the other trains or any is evaluated. The second is as long as it is because its learning rate
-ends with it; it counts where it is evaluated to be done.
+The runs take turns, so that other load on the machine affects both: the run with the smaller share of its steps done
+goes on. A run's clock stops while the other trains and during evaluations. The speedrun has arrived at its first
+evaluation that is no worse than plain's final loss.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BAR = 0.4
 
 
 def side_of(recipe: Path, folder: str) -> Side:
-    """The recipe's run, at its beginning."""
+    """Return the recipe's run before its first step."""
     config = cli.load_config(
         recipe, {"out_dir": folder, "data.cache_dir": f"{folder}/cache", "logging.tensorboard": "false"}
     )
@@ -40,7 +40,7 @@ def side_of(recipe: Path, folder: str) -> Side:
 
 
 def draw(sides: list[Side], path: Path) -> None:
-    """Validation loss by time and by tokens."""
+    """Draw validation loss by time and by tokens."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -63,12 +63,14 @@ def draw(sides: list[Side], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", type=Path, default=RECIPES, help="folder of the two (default: recipes)")
+    parser.add_argument(
+        "--recipes", type=Path, default=RECIPES, help="folder of plain.yaml and speedrun.yaml (default: recipes)"
+    )
     parser.add_argument("--plot", type=Path, help="draw the curves into this PNG")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     print(header(torch.device("cpu")), flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        sides = [side_of(asked.recipes / f"{name}.yaml", folder) for name in ("plain", "speedrun")]
+        sides = [side_of(args.recipes / f"{name}.yaml", folder) for name in ("plain", "speedrun")]
         while any(side.run.step < side.run.config.steps for side in sides):
             min(sides, key=lambda side: side.run.step / side.run.config.steps).step()
     for side in sides:
@@ -76,12 +78,12 @@ def main() -> None:
     plain, speedrun = sides
     reached = next(((step, seconds) for step, seconds, loss in speedrun.curve if loss <= plain.loss), None)
     if reached is None:
-        print("the speedrun does not get there")
+        print("the speedrun does not reach plain's final loss")
     else:
         share = against(reached[1] / sum(plain.step_s), BAR, least=False)
-        print(f"plain's final loss is reached at step {reached[0]}, in so much of its time: {share}")
-    if asked.plot:
-        draw(sides, asked.plot)
+        print(f"plain's final loss is reached at step {reached[0]}, share of its time: {share}")
+    if args.plot:
+        draw(sides, args.plot)
 
 
 if __name__ == "__main__":

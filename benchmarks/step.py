@@ -1,14 +1,16 @@
-"""A training step beside what a user would take instead: Transformers, nanoGPT, nanoMoE, and a MoE's dense twin.
+"""Compare a training step with Transformers, nanoGPT, nanoMoE, and a MoE's dense twin.
 
     python benchmarks/step.py --nanogpt PATH --nanomoe PATH | tee benchmarks/results/step.txt
 
-One step is forward, backward, clipping and AdamW on a global batch, of 6 layers, 384 wide, context 256. Ours is the
-loop's own step, its batches read from disk, its metrics kept. The others hold one batch in memory, compute under
-autocast, and have fused AdamW. "large pages" is PyTorch's own THP_MEM_ALLOC_ENABLE=1, "kept memory" glibc told by
-MALLOC_MMAP_MAX_=0 to keep what is freed, as ours does by itself: who knows of them may set them. PATHs are folders with
-their `model.py`; without, they are left out. Each side has a process of its own, so that none has what another asked
-of the allocator, and they take turns; a figure is the median over the rounds, and so is a ratio of two figures of one
-round. Memory is the peak of a later step in a fresh process, beyond what its imports took.
+One step is forward, backward, clipping and AdamW on a global batch: 6 layers of width 384, context 256. Our side is
+the training loop's own step, with batches read from disk and metrics collected. The others hold one batch in memory,
+compute under autocast and use fused AdamW. "large pages" sets PyTorch's THP_MEM_ALLOC_ENABLE=1; "kept memory" sets
+MALLOC_MMAP_MAX_=0, so that glibc keeps freed memory, as our package does by default. PATHs are folders with nanoGPT's
+and nanoMoE's `model.py`; without them these sides are left out.
+
+Each side has a process of its own, so that allocator settings do not affect the others, and they take turns. A figure
+is the median over rounds, a ratio the median of the ratios within each round. Memory is the peak of a later step in a
+fresh process, without its imports.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from training.twin import twin
 from training.weights import hf
 
 Step = Callable[[], object]
-WARM = 12  # steps before those that count
+WARM = 12  # warm-up steps
 SIZES = {"n_layer": 6, "n_head": 6, "n_embd": 384, "n_positions": 256}
 GPT2 = {"position": "learned", "norm": "layernorm", "bias": True}
 LLAMA = {"position": "rope", "norm": "rmsnorm", "bias": False}
@@ -49,30 +51,30 @@ GELU = {"type": "moe", "n_experts": 8, "top_k": 2, "hidden": 1536, "activation":
 
 
 def samples(argument: str) -> int | str:
-    """A micro-batch as it is written."""
+    """Parse a micro-batch."""
     return argument if argument == "auto" else int(argument)
 
 
 def text(folder: Path) -> Path:
-    """A file to learn from; which one does not matter to speed."""
+    """Write a text file, if it is missing, and return its path; its content does not affect speed."""
     path = folder / "text.txt"
     if not path.exists():
         path.write_text("".join(f"{n} and {n} are {n + n}.\n" for n in range(20000)))
     return path
 
 
-def options(model: dict, asked: argparse.Namespace, folder: Path, optim: str = "adamw", **parallel: object) -> Config:
-    """A run of ours: `model` is what its section holds beside the sizes, `parallel` what its section holds."""
-    sizes = {name: getattr(asked, name) or value for name, value in SIZES.items()}
+def options(model: dict, args: argparse.Namespace, folder: Path, optim: str = "adamw", **parallel: object) -> Config:
+    """Return a run's config; `model` and `parallel` are options of these sections, the sizes come from `args`."""
+    sizes = {name: getattr(args, name) or value for name, value in SIZES.items()}
     return Config.model_validate(
         {
             "name": "run",
             "out_dir": str(folder / "runs"),
             "steps": 1000,
-            "batch_tokens": asked.samples * sizes["n_positions"],
-            "micro_batch": asked.micro_batch,
-            "precision": asked.precision,
-            "model": sizes | {"vocab_size": asked.vocab_size} | model,
+            "batch_tokens": args.samples * sizes["n_positions"],
+            "micro_batch": args.micro_batch,
+            "precision": args.precision,
+            "model": sizes | {"vocab_size": args.vocab_size} | model,
             "data": {
                 "sources": [{"paths": [str(text(folder))]}],
                 "tokenizer": {"type": "byte"},
@@ -81,13 +83,13 @@ def options(model: dict, asked: argparse.Namespace, folder: Path, optim: str = "
             "optim": {"type": optim},
             "eval": {"tokens": 1024, "prompts": []},
             "logging": {"tensorboard": False},
-            "parallel": {"device": asked.device} | parallel,
+            "parallel": {"device": args.device} | parallel,
         }
     )
 
 
 def ours(config: Config, device: torch.device) -> Step:
-    """The loop's own step."""
+    """Return the training loop's own step."""
     with redirect_stdout(sys.stderr):
         run = begin(config, prepare(config.data), World(0, 1, device), "never")
     run.close()
@@ -95,26 +97,26 @@ def ours(config: Config, device: torch.device) -> Step:
     def step() -> None:
         train_step(run)
         if run.step % config.logging.every == 0:
-            run.metrics.rows()
+            run.metrics.fetch()
 
     step.run = run
     return step
 
 
 def theirs(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], config: Config, device: torch.device) -> Step:
-    """A step as their users write it."""
+    """Return a step as users of Transformers or nanoGPT write it."""
     optimizer = torch.optim.AdamW(model.to(device).parameters(), lr=6e-4, betas=(0.9, 0.95), fused=True)
     generator = torch.Generator().manual_seed(0)
-    sections = config.model
-    shape = (config.batch_tokens // sections.n_positions, sections.n_positions + 1)
+    n_positions = config.model.n_positions
+    shape = (config.batch_tokens // n_positions, n_positions + 1)
     text = torch.randint(0, 256, shape, generator=generator).to(device)
     tokens_BT, targets_BT = text[:, :-1].contiguous(), text[:, 1:].contiguous()
-    at_a_time = len(text) if config.micro_batch == "auto" else config.micro_batch
+    micro_batch = len(text) if config.micro_batch == "auto" else config.micro_batch
     dtype = devices.DTYPES[config.precision]
     cast = partial(torch.autocast, device.type, dtype) if dtype != torch.float32 else nullcontext
 
     def step() -> None:
-        for tokens_bT, targets_bT in zip(tokens_BT.split(at_a_time), targets_BT.split(at_a_time), strict=True):
+        for tokens_bT, targets_bT in zip(tokens_BT.split(micro_batch), targets_BT.split(micro_batch), strict=True):
             with cast():
                 loss = loss_of(tokens_bT, targets_bT) * (len(tokens_bT) / len(text))
             loss.backward()
@@ -127,7 +129,7 @@ def theirs(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], config
 
 
 def transformers_side(config: Config, device: torch.device, *, compiled: bool = False) -> Step:
-    """The class that Transformers has for this model: the one that our export of it opens as."""
+    """Return a step of Transformers' class for this model: the class that our export opens as."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -140,23 +142,22 @@ def transformers_side(config: Config, device: torch.device, *, compiled: bool = 
         assert not getattr(model.config, name, 0)
     called = torch.compile(model) if compiled else model
 
-    def loss_of(tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:  # noqa: ARG001 (it shifts by itself)
+    def loss_of(tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:  # noqa: ARG001 (Transformers shifts the labels itself)
         return called(tokens_BT, labels=tokens_BT, use_cache=False).loss
 
     return theirs(model, loss_of, config, device)
 
 
 def from_folder(path: Path, config: Config, device: torch.device, *, compiled: bool, **more: object) -> Step:
-    """nanoGPT's model, or nanoMoE's, from the folder with its `model.py`."""
+    """Return a step of nanoGPT's or nanoMoE's model, from the folder with its `model.py`."""
     sys.path.insert(0, str(path))
     for name in ("model", "manager"):
         sys.modules.pop(name, None)
     from model import GPT, GPTConfig
 
-    section = config.model
-    sizes = {name: getattr(section, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size", "bias")}
+    sizes = {name: getattr(config.model, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size", "bias")}
     with redirect_stdout(sys.stderr):
-        model = GPT(GPTConfig(block_size=section.n_positions, dropout=0.0, **sizes, **more))
+        model = GPT(GPTConfig(block_size=config.model.n_positions, dropout=0.0, **sizes, **more))
     sys.path.remove(str(path))
     called = torch.compile(model) if compiled else model
 
@@ -166,43 +167,43 @@ def from_folder(path: Path, config: Config, device: torch.device, *, compiled: b
     return theirs(model, loss_of, config, device)
 
 
-def dense_sides(asked: argparse.Namespace, folder: Path, device: torch.device) -> dict[str, Callable[[], Step]]:
-    """GPT-2 as it is, everywhere."""
-    config = options(GPT2, asked, folder)
+def dense_sides(args: argparse.Namespace, folder: Path, device: torch.device) -> dict[str, Callable[[], Step]]:
+    """Return the sides that train GPT-2 unchanged."""
+    config = options(GPT2, args, folder)
     sides = {
         "this": lambda: ours(config, device),
-        "this, compiled": lambda: ours(options(GPT2, asked, folder, compile=True), device),
+        "this, compiled": lambda: ours(options(GPT2, args, folder, compile=True), device),
         "transformers": lambda: transformers_side(config, device),
     }
-    if asked.nanogpt:
-        sides["nanogpt"] = lambda: from_folder(asked.nanogpt, config, device, compiled=False)
-        sides["nanogpt, compiled"] = lambda: from_folder(asked.nanogpt, config, device, compiled=True)
+    if args.nanogpt:
+        sides["nanogpt"] = lambda: from_folder(args.nanogpt, config, device, compiled=False)
+        sides["nanogpt, compiled"] = lambda: from_folder(args.nanogpt, config, device, compiled=True)
         if device.type == "cpu":
             for name in ENVIRONMENT:
                 sides[f"nanogpt, compiled, {name}"] = sides["nanogpt, compiled"]
     return sides
 
 
-def moe_sides(asked: argparse.Namespace, folder: Path, device: torch.device) -> dict[str, Callable[[], Step]]:
-    """Experts in every layer, SwiGLU as Transformers has them; those of nanoMoE are GELU, four times as wide."""
+def moe_sides(args: argparse.Namespace, folder: Path, device: torch.device) -> dict[str, Callable[[], Step]]:
+    """Return the sides with experts in every layer: SwiGLU as in Transformers, and wide GELU as in nanoMoE."""
     experts = LLAMA | {"blocks": [{"ffn": SWIGLU}]}
-    config = options(experts, asked, folder)
+    config = options(experts, args, folder)
     sides = {
         "this": lambda: ours(config, device),
-        "this, compiled": lambda: ours(options(experts, asked, folder, compile=True), device),
+        "this, compiled": lambda: ours(options(experts, args, folder, compile=True), device),
         "its dense twin": lambda: ours(twin(config), device),
         "transformers": lambda: transformers_side(config, device),
     }
-    if asked.nanomoe:
-        wide = options(LLAMA | {"position": "learned", "norm": "layernorm", "blocks": [{"ffn": GELU}]}, asked, folder)
+    if args.nanomoe:
+        wide = options(LLAMA | {"position": "learned", "norm": "layernorm", "blocks": [{"ffn": GELU}]}, args, folder)
         shipped = {"n_exp": 8, "top_k": 2, "stride": 1, "use_aux_loss": True, "use_router_z_loss": True}
         sides["this, as nanomoe"] = lambda: ours(wide, device)
-        sides["nanomoe"] = lambda: from_folder(asked.nanomoe, wide, device, compiled=False, **shipped)
+        sides["nanomoe"] = lambda: from_folder(args.nanomoe, wide, device, compiled=False, **shipped)
     return sides
 
 
 SIDES = {"dense": dense_sides, "moe": moe_sides}
-# Of what is compared: one side's time over another's, its bar, and whether that is the least or the most.
+# Ratios of one side's time to another's: (one, other, bar, True if at least the bar, False if at most).
 BARS = {
     "dense": [
         ("transformers", "this", 1.8, True),
@@ -219,23 +220,23 @@ BARS = {
 }
 
 
-def sides_of(kind: str, asked: argparse.Namespace, folder: Path, device: torch.device) -> dict[str, Callable]:
-    """Those that are asked for."""
-    found = SIDES[kind](asked, folder, device)
-    return {name: make for name, make in found.items() if not (asked.uncompiled and "compiled" in name)}
+def sides_of(kind: str, args: argparse.Namespace, folder: Path, device: torch.device) -> dict[str, Callable]:
+    """Return the sides of a comparison, without compiled ones under --uncompiled."""
+    sides = SIDES[kind](args, folder, device)
+    return {name: make for name, make in sides.items() if not (args.uncompiled and "compiled" in name)}
 
 
-def compare(kind: str, asked: argparse.Namespace, folder: Path, device: torch.device) -> None:
-    """Print each side's time, and the ratios that have bars."""
-    n_tokens = asked.samples * (asked.n_positions or SIZES["n_positions"])
-    print(f"{kind}, {asked.precision}, vocabulary {asked.vocab_size:,}, {n_tokens:,} tokens, {asked.rounds} rounds")
-    times: Times = {name: [] for name in sides_of(kind, asked, folder, device)}
+def compare(kind: str, args: argparse.Namespace, folder: Path, device: torch.device) -> None:
+    """Print each side's time, and the ratios beside their bars."""
+    n_tokens = args.samples * (args.n_positions or SIZES["n_positions"])
+    print(f"{kind}, {args.precision}, vocabulary {args.vocab_size:,}, {n_tokens:,} tokens, {args.rounds} rounds")
+    times: Times = {name: [] for name in sides_of(kind, args, folder, device)}
     with ExitStack() as at_end:
         workers = {
             name: at_end.enter_context(Worker(__file__, *sys.argv[1:], "--side", kind, name, env=environment(name)))
             for name in times
         }
-        for _ in range(asked.rounds):
+        for _ in range(args.rounds):
             for name, worker in workers.items():
                 times[name].append(worker.seconds())
     for name, seconds in times.items():
@@ -246,15 +247,14 @@ def compare(kind: str, asked: argparse.Namespace, folder: Path, device: torch.de
 
 
 def environment(side: str) -> dict[str, str]:
-    """What a side's users would have set."""
+    """Return the environment variables of a side."""
     return ENVIRONMENT.get(side.rpartition(", ")[2], {})
 
 
 def take_turns(step: Step, device: torch.device) -> None:
-    """In a process of a side: a step for every line that comes, and its seconds.
+    """Run warm-up steps, then a step for every line on stdin; print its seconds. Runs in a side's process.
 
-    The first do not count: until then kept memory grows, and numbers of an expert's rows are new, each of which has a
-    program written for it.
+    During warm-up the kept memory still grows, and oneDNN generates code for each new row count of an expert.
     """
     for _ in range(WARM):
         step()
@@ -263,9 +263,9 @@ def take_turns(step: Step, device: torch.device) -> None:
         print("took", seconds_of(step, device), flush=True)
 
 
-def memory(kind: str, asked: argparse.Namespace, folder: Path, device: torch.device) -> None:
-    """Print each side's peak, found in a process of its own."""
-    names = sides_of(kind, asked, folder, device)
+def memory(kind: str, args: argparse.Namespace, folder: Path, device: torch.device) -> None:
+    """Print each side's peak memory, each in a process of its own."""
+    names = sides_of(kind, args, folder, device)
     peaks = {name: in_a_process(__file__, *sys.argv[1:], "--peak", kind, name, env=environment(name)) for name in names}
     print(f"{kind}: GiB at the peak of a step: {', '.join(f'{name} {gib:.2f}' for name, gib in peaks.items())}")
     if kind == "dense":
@@ -274,10 +274,10 @@ def memory(kind: str, asked: argparse.Namespace, folder: Path, device: torch.dev
         )
 
 
-def peak_of(kind: str, name: str, asked: argparse.Namespace, folder: Path, device: torch.device) -> float:
-    """GiB of a side, in this fresh process."""
+def peak_of(kind: str, name: str, args: argparse.Namespace, folder: Path, device: torch.device) -> float:
+    """Return the peak GiB of a side's step, in this fresh process."""
     before = used_gib(device)
-    step = SIDES[kind](asked, folder, device)[name]()
+    step = SIDES[kind](args, folder, device)[name]()
     for _ in range(WARM):
         step()
     return peak_gib(step, device, before)
@@ -285,10 +285,10 @@ def peak_of(kind: str, name: str, asked: argparse.Namespace, folder: Path, devic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=SIDES, help="one of the comparisons")
+    parser.add_argument("--only", choices=SIDES, help="run one comparison")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each side (default %(default)s)")
-    parser.add_argument("--samples", type=int, default=16, help="of the global batch (default %(default)s)")
-    parser.add_argument("--micro_batch", type=samples, default="auto", help="of ours (default %(default)s)")
+    parser.add_argument("--samples", type=int, default=16, help="samples per step (default %(default)s)")
+    parser.add_argument("--micro_batch", type=samples, default="auto", help="our micro-batch (default %(default)s)")
     parser.add_argument("--vocab_size", type=int, default=50304, help="default %(default)s")
     for name, value in SIZES.items():
         parser.add_argument(f"--{name}", type=int, help=f"default {value}")
@@ -296,26 +296,26 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default %(default)s)")
     parser.add_argument("--nanogpt", type=Path, help="folder with nanoGPT's model.py")
     parser.add_argument("--nanomoe", type=Path, help="folder with nanoMoE's model.py")
-    parser.add_argument("--uncompiled", action="store_true", help="leave out what compiles")
-    parser.add_argument("--no_memory", action="store_true", help="leave the peaks out")
+    parser.add_argument("--uncompiled", action="store_true", help="skip compiled sides")
+    parser.add_argument("--no_memory", action="store_true", help="skip peak memory")
     for what in ("--peak", "--side"):
         parser.add_argument(what, nargs=2, metavar=("KIND", "SIDE"), help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    device = devices.select_device(asked.device)
-    asked.precision = devices.resolve_precision(asked.precision, device)
+    args = parser.parse_args()
+    device = devices.select_device(args.device)
+    args.precision = devices.resolve_precision(args.precision, device)
     with tempfile.TemporaryDirectory() as folder:
-        if asked.peak:
-            print(peak_of(*asked.peak, asked, Path(folder), device))
+        if args.peak:
+            print(peak_of(*args.peak, args, Path(folder), device))
             return
-        if asked.side:
-            kind, name = asked.side
-            take_turns(sides_of(kind, asked, Path(folder), device)[name](), device)
+        if args.side:
+            kind, name = args.side
+            take_turns(sides_of(kind, args, Path(folder), device)[name](), device)
             return
         print(header(device, "transformers"))
-        for kind in SIDES if asked.only is None else [asked.only]:
-            compare(kind, asked, Path(folder), device)
-            if not asked.no_memory:
-                memory(kind, asked, Path(folder), device)
+        for kind in SIDES if args.only is None else [args.only]:
+            compare(kind, args, Path(folder), device)
+            if not args.no_memory:
+                memory(kind, args, Path(folder), device)
 
 
 if __name__ == "__main__":

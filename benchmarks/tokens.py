@@ -1,10 +1,10 @@
-"""Tokenizing: megabytes a second of one core, and memory against the size of the text.
+"""Measure tokenizing: megabytes per second of one core, and memory by the size of the text.
 
     python benchmarks/tokens.py --tokenizer PATH --plot benchmarks/results/tokens_memory.png
 
-The text is Python's standard library: for speed some of it, beside the `tokenizers` library with the same ids; for
-memory as often over as a size takes, in files of 10 MB, by `training.prepare` with a process a core. Memory is the most
-that all its processes had at one time, pages that they share counted once (PSS; Linux).
+The text is Python's standard library. For speed, a part of it is tokenized beside the `tokenizers` library, which
+produces the same ids. For memory, `training.prepare` tokenizes each size, in files of 10 MB, with one process per core;
+the figure is the peak of all processes together, with shared pages counted once (PSS; Linux).
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ FILE_BYTES = 10_000_000
 
 
 def stdlib() -> list[str]:
-    """The text of its modules."""
+    """Return the text of each module."""
     return ["".join(document.chunks) for document in build_reader(StdlibSource()).documents()]
 
 
 def tokenizers(folder: Path | None) -> Iterator[tuple[str, Tokenizer]]:
-    """8192 tokens learned from some of the text, and those of a folder, such as GPT-2's."""
+    """Yield a BPE of 8192 tokens trained on some of the text, and the tokenizer in `folder`, such as GPT-2's."""
     yield "trained here", train_bpe(stdlib()[:200], 8192)
     if folder is not None:
         yield folder.name, from_vocab_and_merges(folder / "vocab.json", folder / "merges.txt")
 
 
 def speed(name: str, tokenizer: Tokenizer, megabytes: float, rounds: int) -> None:
-    """Print megabytes a second, in turn with the library's."""
+    """Print megabytes per second of both libraries, which take turns."""
     texts, size = [], 0
     for text in stdlib():
         if size < megabytes * 1e6:
@@ -63,7 +63,7 @@ def speed(name: str, tokenizer: Tokenizer, megabytes: float, rounds: int) -> Non
 
 
 def write_text(folder: Path, size: int) -> None:
-    """Files of real text, of so many bytes in all; no two modules are alike."""
+    """Write files of real text, `size` bytes in all; each module is numbered, so no two are equal."""
     modules = [text.encode() for text in stdlib()]
     numbered = (b"%d\n%b" % (n, modules[n % len(modules)]) for n in count())
     for part in range(-(-size // FILE_BYTES)):
@@ -74,7 +74,7 @@ def write_text(folder: Path, size: int) -> None:
 
 
 def family(pid: int) -> Iterator[int]:
-    """A process and all that come of it."""
+    """Yield the ids of a process and all its descendants."""
     yield pid
     for task in Path(f"/proc/{pid}/task").glob("*"):
         for child in (task / "children").read_text().split():
@@ -82,18 +82,18 @@ def family(pid: int) -> Iterator[int]:
 
 
 def memory_gib(pid: int) -> float:
-    """Of the family, now."""
+    """Return the GiB of a process and all its descendants, now."""
     total = 0
     try:
         for member in family(pid):
             total += int(Path(f"/proc/{member}/smaps_rollup").read_text().partition("Pss:")[2].split()[0])
-    except (OSError, IndexError, ValueError):  # one ended meanwhile
+    except (OSError, IndexError, ValueError):  # a process has just ended
         return 0.0
     return total / 2**20
 
 
 def peak_of(size: int) -> tuple[float, float]:
-    """(GiB at the most, seconds) of preparing so many bytes."""
+    """Prepare `size` bytes of text; return (peak GiB, seconds)."""
     with tempfile.TemporaryDirectory() as folder:
         for name, n_bytes in (("text", size), ("val", 100_000)):
             (Path(folder) / name).mkdir()
@@ -102,50 +102,48 @@ def peak_of(size: int) -> tuple[float, float]:
         config = {"sources": sources, "val_sources": val_sources, "cache_dir": f"{folder}/c"}
         path = Path(folder) / "config.yaml"
         path.write_text(cli.dump_config(Config.model_validate({"name": "run", "steps": 1000, "data": config})))
-        start, most = time.perf_counter(), 0.0
+        start, peak = time.perf_counter(), 0.0
         run = subprocess.Popen(
             [sys.executable, "-m", "training.prepare", "--config", str(path)], cwd=HERE, stdout=subprocess.DEVNULL
         )
         while run.poll() is None:
-            most = max(most, memory_gib(run.pid))
+            peak = max(peak, memory_gib(run.pid))
             time.sleep(0.1)
         if run.returncode:
-            raise SystemExit("it did not come to its end")
-        return most, time.perf_counter() - start
+            raise SystemExit("training.prepare failed")
+        return peak, time.perf_counter() - start
 
 
 def growth(sizes: list[int], plot: Path | None) -> None:
-    """Print, and draw, the most memory of each size."""
-    found = {}
+    """Print, and draw, the peak memory of each size."""
+    peaks = {}
     for size in sizes:
-        found[size], seconds = peak_of(size)
-        said = (
-            f"{size / 1e6:7,.0f} MB of text: {found[size]:.3f} GiB at the most, {size / 1e6 / seconds:.1f} MB/s in all"
-        )
-        print(f"    {said}", flush=True)
-    print(f"    the most: {against(max(found.values()), BAR_GIB, least=False)} GiB", flush=True)
+        peaks[size], seconds = peak_of(size)
+        rate = f"{size / 1e6 / seconds:.1f} MB/s in all"
+        print(f"    {size / 1e6:7,.0f} MB of text: {peaks[size]:.3f} GiB at the peak, {rate}", flush=True)
+    print(f"    the largest: {against(max(peaks.values()), BAR_GIB, least=False)} GiB", flush=True)
     if plot is not None:
-        draw(found, plot)
+        draw(peaks, plot)
 
 
-def draw(found: dict[int, float], path: Path) -> None:
-    """Memory against size."""
+def draw(peaks: dict[int, float], path: Path) -> None:
+    """Draw peak memory against the size of the text."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.plot([size / 1e6 for size in found], list(found.values()), marker="o", label="all processes")
+    axes.plot([size / 1e6 for size in peaks], list(peaks.values()), marker="o", label="all processes")
     axes.axhline(BAR_GIB, color="grey", linestyle="--", label="bar")
     axes.set(
         xscale="log",
         ylim=(0, None),
         xlabel="text (MB)",
-        ylabel="most memory (GiB)",
+        ylabel="peak memory (GiB)",
         title="Memory of tokenizing a text",
     )
-    axes.set_xticks([size / 1e6 for size in found], [f"{size / 1e6:g}" for size in found], minor=False)
+    axes.set_xticks([size / 1e6 for size in peaks], [f"{size / 1e6:g}" for size in peaks], minor=False)
     axes.minorticks_off()
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -154,17 +152,19 @@ def draw(found: dict[int, float], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, help="folder with vocab.json and merges.txt, such as GPT-2's")
-    parser.add_argument("--rounds", type=int, default=5, help="default %(default)s")
-    parser.add_argument("--timed", type=float, default=8, help="megabytes that are timed (default %(default)s)")
-    parser.add_argument("--megabytes", type=int, nargs="*", default=[10, 30, 100, 300, 1000], help="sizes of the text")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default %(default)s)")
+    parser.add_argument("--timed", type=float, default=8, help="megabytes of text for speed (default %(default)s)")
+    parser.add_argument(
+        "--megabytes", type=int, nargs="*", default=[10, 30, 100, 300, 1000], help="sizes of the text for memory"
+    )
     parser.add_argument("--plot", type=Path, help="draw memory against the text's size into this PNG")
-    asked = parser.parse_args()
-    os.environ["RAYON_NUM_THREADS"] = "1"  # of the library, read at its first use
+    args = parser.parse_args()
+    os.environ["RAYON_NUM_THREADS"] = "1"  # of the `tokenizers` library, which reads it at its first use
     print(header(torch.device("cpu"), "tokenizers", "tiktoken"))
-    for name, tokenizer in tokenizers(asked.tokenizer):
-        speed(name, tokenizer, asked.timed, asked.rounds)
+    for name, tokenizer in tokenizers(args.tokenizer):
+        speed(name, tokenizer, args.timed, args.rounds)
     del os.environ["RAYON_NUM_THREADS"]
-    growth([size * 1_000_000 for size in asked.megabytes], asked.plot)
+    growth([size * 1_000_000 for size in args.megabytes], args.plot)
 
 
 if __name__ == "__main__":

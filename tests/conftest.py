@@ -1,19 +1,24 @@
-"""What the tests of whole runs share: a small run on real text, and the command as a real process."""
+"""Fixtures of tests of whole runs: a small run on real text, interruptions, and commands as processes or calls."""
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
+import warm
+from torch.utils.hooks import RemovableHandle
 
 from training.checkpoint import SINGLE, Checkpoint, CheckpointWriter, TensorShard
 from training.config import CheckpointConfig, Config
@@ -27,7 +32,7 @@ MOE = {"type": "moe", "n_experts": 4, "hidden": 32}
 TIME_FIELDS = {"tokens_per_s", "mfu", "memory_gib", "step_s", "time_s", *(f"time_{phase}" for phase in PHASES)}
 
 torch.set_num_threads(1)
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's background job; what tests start would ignore it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job ignores it, and so would its children
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -104,15 +109,115 @@ def run(config):
     return go
 
 
+class AtStep:
+    """Actions in the loop of `train`, each with the model as its argument. Steps count from 1."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        from training.engine import step as engine
+
+        self.before: list[tuple[int, Callable]] = []
+        self.after: list[tuple[int, Callable]] = []
+        original = engine.train_step
+
+        def train_step(run):
+            step, model = run.step + 1, run.model
+            for action in [action for n, action in self.before if n == step]:
+                action(model)
+            original(run)
+            for action in [action for n, action in self.after if n == step]:
+                action(model)
+
+        monkeypatch.setattr(engine, "train_step", train_step)
+
+    def __call__(self, step: int, action: Callable[[torch.nn.Module], object]) -> None:
+        """Call `action(model)` right after this step, before signals are looked at and rows are written."""
+        self.after.append((step, action))
+
+    def before_step(self, step: int, action: Callable[[torch.nn.Module], object]) -> None:
+        """Call `action(model)` right before this step."""
+        self.before.append((step, action))
+
+    def send(self, step: int, number: signal.Signals = signal.SIGTERM) -> None:
+        """Send this process a signal after the step."""
+        self(step, lambda _: os.kill(os.getpid(), number))
+
+    def die(self, step: int) -> None:
+        """End `train` with a KeyboardInterrupt after the step."""
+
+        def die(_model):
+            raise KeyboardInterrupt
+
+        self(step, die)
+
+    def poison(self, steps: Iterable[int], value: float = math.nan) -> None:
+        """Multiply the loss of these steps by `value`."""
+        hooks = []
+        for step in steps:
+            self.before_step(step, lambda model: hooks.append(poison_loss(model, value)))
+            self(step, lambda _: hooks.pop().remove())
+
+    def clear(self) -> None:
+        """Forget all actions, so that the next `train` runs undisturbed."""
+        self.before, self.after = [], []
+
+
+def poison_loss(model: torch.nn.Module, value: float) -> RemovableHandle:
+    """Multiply the loss of every forward by `value`, until the hook is removed."""
+
+    def multiply(_model, _inputs, outputs):
+        loss, metrics = outputs
+        return loss * value, metrics | {"loss_sum": metrics["loss_sum"] * value}
+
+    return model.register_forward_hook(multiply)
+
+
+@pytest.fixture
+def at_step(monkeypatch) -> AtStep:
+    """Do something at a step of `train`: stop, die, poison the loss, fill the disk."""
+    return AtStep(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory):
+    """Processes without imports: commands and ranks as forks of a warm server."""
+    server = warm.Server(tmp_path_factory.mktemp("warm"), environment() | {"PYTHONPATH": str(ROOT)})
+    yield server
+    server.close()
+
+
+class Called(NamedTuple):
+    """The outcome of a command, as `subprocess.CompletedProcess` names it."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def call(capsys):
+    """Call a command of the package in this process: call("generate", "--run", ...)."""
+
+    def go(name: str, *arguments: str) -> Called:
+        capsys.readouterr()
+        try:
+            status = importlib.import_module(f"training.{name}").main(list(arguments))
+        except SystemExit as end:
+            status = end.code
+        return Called(status or 0, *capsys.readouterr())
+
+    return go
+
+
 def command(*arguments: str, env: dict[str, str] | None = None, **kwargs) -> subprocess.CompletedProcess:
-    """Run `python ...` from the repository's root, with one thread and these variables besides."""
-    made = environment() | (env or {})
+    """Run `python ...` from the repository's root in a new process, with one thread."""
+    variables = environment() | (env or {})
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=made, capture_output=True, text=True, timeout=240, **kwargs
+        [sys.executable, *arguments], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240, **kwargs
     )
 
 
 def environment() -> dict[str, str]:
+    """The variables of a process that a test starts."""
     ours = {name: value for name, value in os.environ.items() if name != "TORCH_CPP_LOG_LEVEL"}  # set by `main` here
     return ours | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
 
@@ -124,7 +229,7 @@ def write_config(path: Path, options: dict) -> Path:
 
 
 def rows(run: Path) -> list[dict]:
-    """metrics.jsonl without what depends on the clock and the machine."""
+    """metrics.jsonl without the fields that depend on the clock or the machine."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in TIME_FIELDS} for line in lines]
 
@@ -136,27 +241,27 @@ def tensors(run: Path, step: int) -> dict[str, str]:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Save it as one process does, and wait; nothing that is there goes."""
-    saver = CheckpointWriter(folder, SINGLE, CheckpointConfig(keep=1000))
-    parts = {
+    """Save a checkpoint as one process does, and wait; older checkpoints stay."""
+    writer = CheckpointWriter(folder, SINGLE, CheckpointConfig(keep=1000))
+    shards = {
         kind: {
             name: TensorShard(tensor, 0, tensor.shape, is_owner=True)
             for name, tensor in getattr(checkpoint, kind).items()
         }
         for kind in ("model", "optimizer")
     }
-    saver.save(parts, checkpoint.state, None)
-    saver.wait()
+    writer.save(shards, checkpoint.state, None)
+    writer.wait()
     return folder / f"step-{checkpoint.state['step']:08d}"
 
 
 def goes_on_with(kernel: str, run, folder: Path, capsys) -> None:
-    """The fixture `run`'s eight steps, gone back to the sixth, end in the same bits and name this kernel."""
+    """Assert that the run of eight steps, resumed from step 6, ends in the same bits and names this kernel."""
     before = tensors(folder, 8)
     shutil.rmtree(folder / "checkpoints" / "step-00000008")
     run()
-    said = capsys.readouterr().out
-    assert "goes on     after step 6" in said and f"{kernel} (ran, and equals the reference)" in said
+    output = capsys.readouterr().out
+    assert "goes on     after step 6" in output and f"{kernel} (ran, and equals the reference)" in output
     assert tensors(folder, 8) == before
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there; what is damaged is named and passed over."""
+"""A checkpoint is complete or absent; a damaged one is named and the one before it is used."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def checkpoint(step: int) -> Checkpoint:
     )
 
 
-def test_what_is_loaded_is_what_was_saved(tmp_path):
+def test_loaded_tensors_and_state_equal_the_saved_ones(tmp_path):
     saved = checkpoint(7)
     loaded = load(save(tmp_path, saved))
     for ours, theirs in ((loaded.model, saved.model), (loaded.optimizer, saved.optimizer)):
@@ -35,18 +35,18 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("harm", ["gone", "empty", "halved", "longer", "one bit", "of another step", "a folder"])
-def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(tmp_path, name, harm):
+@pytest.mark.parametrize("damage", ["gone", "empty", "halved", "longer", "one bit", "of another step", "a folder"])
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(tmp_path, name, damage):
     older, path = save(tmp_path, checkpoint(3)), save(tmp_path, checkpoint(6))
     file = path / name
     data = file.read_bytes()
-    if harm in ("gone", "a folder"):
+    if damage in ("gone", "a folder"):
         file.unlink()
-    if harm == "a folder":
+    if damage == "a folder":
         file.mkdir()
-    elif harm == "of another step":
+    elif damage == "of another step":
         file.write_bytes((older / name).read_bytes())
-    elif harm != "gone":
+    elif damage != "gone":
         flipped = bytes([data[len(data) // 2] ^ 4])
         file.write_bytes(
             {
@@ -54,30 +54,30 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(tmp_path, nam
                 "halved": data[: len(data) // 2],
                 "longer": data + b"x",
                 "one bit": data[: len(data) // 2] + flipped + data[len(data) // 2 + 1 :],
-            }[harm]
+            }[damage]
         )
-    said = []
-    assert latest(tmp_path, said.append) == older
-    assert len(said) == 1 and "\n" not in said[0]
-    # A manifest that is whole JSON but of another checkpoint blames the first file that differs from it.
-    assert str(file) in said[0] or (name == "manifest.json" and str(path) in said[0])
+    warnings = []
+    assert latest(tmp_path, warnings.append) == older
+    assert len(warnings) == 1 and "\n" not in warnings[0]
+    # With the manifest of another checkpoint, the first file that differs from it is named.
+    assert str(file) in warnings[0] or (name == "manifest.json" and str(path) in warnings[0])
     with pytest.raises(UserError, match="step-00000006"):
         load(path)
 
 
-def test_where_every_checkpoint_is_damaged_nothing_starts_afresh(tmp_path):
+def test_a_run_does_not_start_over_if_every_checkpoint_is_damaged(tmp_path):
     for step in (1, 2):
         (save(tmp_path, checkpoint(step)) / "state.json").write_text("{}")
-    with pytest.raises(UserError, match="no checkpoint is whole"):
+    with pytest.raises(UserError, match="every checkpoint is damaged"):
         latest(tmp_path, lambda _: None)
 
 
-def test_a_folder_without_checkpoints_has_no_newest(tmp_path):
+def test_latest_is_none_in_a_folder_without_checkpoints(tmp_path):
     assert latest(tmp_path / "missing", pytest.fail) is None
     assert latest(tmp_path, pytest.fail) is None
 
 
-def test_the_newest_are_kept_and_the_best(tmp_path):
+def test_prune_keeps_the_newest_and_the_best(tmp_path):
     for step in (1, 2, 3, 4, 5):
         save(tmp_path, checkpoint(step))
         prune(tmp_path, keep=2, best_step=2)
@@ -86,7 +86,7 @@ def test_the_newest_are_kept_and_the_best(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [path.name for _, path in list_checkpoints(tmp_path)]
 
 
-def test_a_save_that_was_killed_leaves_nothing_that_counts(tmp_path):
+def test_the_remains_of_a_killed_save_do_not_count_and_are_removed(tmp_path):
     for name in (".step-00000009.tmp", ".step-00000001.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"torn")
@@ -95,7 +95,7 @@ def test_a_save_that_was_killed_leaves_nothing_that_counts(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000009"]
 
 
-def test_a_disk_that_refuses_is_one_line_and_leaves_nothing(tmp_path):
+def test_a_failed_save_is_one_line(tmp_path):
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     with pytest.raises(UserError, match="could not be saved") as error:
         save(tmp_path / "checkpoints", checkpoint(1))
@@ -106,17 +106,17 @@ def test_the_manifest_is_written_last_and_everything_is_synced_before_the_name(t
     order = []
     fsync, original = os.fsync, Path.rename
 
-    def watched_fsync(descriptor):
+    def recorded_fsync(descriptor):
         order.append(("sync", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
         fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
 
-    def watched_rename(path, target):
+    def recorded_rename(path, target):
         order.append(("rename", path.name))
         return original(path, target)
 
-    monkeypatch.setattr(Path, "rename", watched_rename)
+    monkeypatch.setattr(Path, "rename", recorded_rename)
     save(tmp_path, checkpoint(1))
     kinds = [kind for kind, _ in order]
     before = [name.rsplit("/", 1)[-1] for kind, name in order[: kinds.index("rename")]]

@@ -1,4 +1,4 @@
-"""A disk that is too small, or full in the middle of a save: one line, nothing lost, and it goes on exactly."""
+"""A disk that is too small, or full during a save: one line, nothing lost, and the run resumes to the same bits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAGE = 4096
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own below tmp_path, of so many KiB."""
+    """Return a function that mounts a file system of `kib` KiB below tmp_path."""
     mounted = []
 
     def make(kib: int):
@@ -40,7 +40,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", folder], check=True)
 
 
-def test_a_run_that_will_not_fit_is_refused_before_the_first_step(config, small_disk):
+def test_a_run_that_does_not_fit_on_the_disk_ends_before_the_first_step(config, small_disk):
     disk = small_disk(512)
     with pytest.raises(UserError, match=rf"{disk}/runs has 0\.\d+ MiB free, .* need 0\.\d+ MiB: lower checkpoint"):
         train(config(out_dir=str(disk / "runs")))
@@ -48,28 +48,28 @@ def test_a_run_that_will_not_fit_is_refused_before_the_first_step(config, small_
     assert train(config(out_dir=str(disk / "runs"), checkpoint={"keep": 1, "keep_best": False})) == 0
 
 
-def test_space_is_for_all_checkpoints_and_the_model_and_those_that_are_there_count(config, small_disk):
+def test_the_disk_needs_room_for_all_checkpoints_and_the_model_less_existing_ones(config, small_disk):
     disk = small_disk(4096)
     made = config(out_dir=str(disk / "runs"))
     sized = GPT(made.model.model_copy(update={"vocab_size": 320}))
     a_save, weights = checkpoint_bytes(sized, made), 4 * sum(p.numel() for p in sized.parameters())
     whole = n_checkpoints(made) * a_save + weights
-    assert n_checkpoints(made) == made.checkpoint.keep + 2, "the best, and the one that is written"
+    assert n_checkpoints(made) == made.checkpoint.keep + 2, "the best, and the one being written"
     assert a_save == 3 * weights > 2 * PAGE
     for room, fits in ((whole, True), (whole - weights // 2, False)):
         fill(disk, room + PAGE)
         assert (disk_shortage(sized, made) is None) == fits, room
     (disk / "filler").unlink()
-    there = disk / "runs/small/checkpoints/step-00000003"
-    there.mkdir(parents=True)
-    (there / "model.safetensors").write_bytes(bytes(a_save))
+    existing = disk / "runs/small/checkpoints/step-00000003"
+    existing.mkdir(parents=True)
+    (existing / "model.safetensors").write_bytes(bytes(a_save))
     fill(disk, whole - a_save + PAGE)
     assert disk_shortage(sized, made) is None
-    assert "lower checkpoint.keep" in disk_shortage(sized, made, fresh=True), "they stay where the run is moved aside"
+    assert "lower checkpoint.keep" in disk_shortage(sized, made, fresh=True), "the old run keeps its checkpoints"
 
 
-def test_the_disk_that_is_asked_for_is_enough(config, small_disk):
-    """But for 256 KiB of logs and names."""
+def test_a_disk_of_the_required_size_is_enough(config, small_disk):
+    """Beside 256 KiB for logs and file names."""
     disk = small_disk(4096)
     made = config(out_dir=str(disk / "runs"), checkpoint={"every": 1, "keep": 3})
     sized = GPT(made.model.model_copy(update={"vocab_size": 320}))
@@ -78,8 +78,8 @@ def test_the_disk_that_is_asked_for_is_enough(config, small_disk):
     assert train(made) == 0
 
 
-def test_the_best_is_saved_and_kept_only_where_that_is_asked_for(run):
-    """The learning rate rises until nothing is learned, so the best is an early one; it pushes nothing out."""
+def test_without_keep_best_the_best_checkpoint_is_neither_saved_nor_kept(run):
+    """The learning rate rises until training diverges, so the best step is an early one."""
     rising = {"steps": 40, "optim": {"learning_rate": 1.0}, "schedule": {"type": "constant", "warmup_steps": 39}}
     for every, keep in ((4, 1), (None, 10)):
         section = {"every": every, "keep": keep, "keep_best": False}
@@ -90,7 +90,7 @@ def test_the_best_is_saved_and_kept_only_where_that_is_asked_for(run):
 
 @pytest.mark.parametrize("background", [True, False])
 @pytest.mark.parametrize("percent", [0, 10, 50, 90, 99])
-def test_a_disk_that_is_full_in_a_save_loses_nothing(config, run, small_disk, monkeypatch, percent, background):
+def test_a_full_disk_during_a_save_loses_nothing(config, run, small_disk, monkeypatch, percent, background):
     disk = small_disk(4096)
     often = {"every": 3, "background": background}
     logs = {"every": 50, "tensorboard": False}
@@ -104,7 +104,7 @@ def test_a_disk_that_is_full_in_a_save_loses_nothing(config, run, small_disk, mo
         step(run)
         if run.step == 5:
             run.saver.wait()
-            room = 16 * 1024 + percent * of_a_save(made, run.dataset.tokenizer.vocab_size) // 100
+            room = 16 * 1024 + percent * save_bytes(made, run.dataset.tokenizer.vocab_size) // 100
             fill(disk, room)
 
     monkeypatch.setattr(loop, "train_step", filled)
@@ -120,13 +120,13 @@ def test_a_disk_that_is_full_in_a_save_loses_nothing(config, run, small_disk, mo
     assert tensors(folder, 12) == tensors(through, 12)
 
 
-def of_a_save(config: Config, n_vocab: int) -> int:
+def save_bytes(config: Config, n_vocab: int) -> int:
     sized = config.model.model_copy(update={"vocab_size": -(-n_vocab // 64) * 64})
     return checkpoint_bytes(GPT(sized), config)
 
 
 def fill(disk, room: int) -> None:
-    """Leave so many bytes, or less than a page more."""
+    """Fill the disk but for `room` bytes, or up to a page more."""
     (disk / "filler").unlink(missing_ok=True)
-    there = os.statvfs(disk)
-    (disk / "filler").write_bytes(b"x" * max(0, there.f_bavail * there.f_frsize - room))
+    stat = os.statvfs(disk)
+    (disk / "filler").write_bytes(b"x" * max(0, stat.f_bavail * stat.f_frsize - room))

@@ -1,6 +1,6 @@
-"""A disk that is full while shards, rows or events are written: one line, nothing torn that counts, and it goes on.
+"""A full disk while shards, rows or events are written: one line, no torn file is used, and the run resumes.
 
-Saves are in test_disk.py.
+Tests of saves are in test_disk.py.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def stopped(main, path: Path, capsys) -> str:
-    """The one line with which the command ends, for lack of space."""
+    """Run the command on the full disk; return its one error line."""
     assert main(["--config", str(path)]) == 2
     error = capsys.readouterr().err
     assert error.count("error: ") == 1 and "Traceback" not in error, error
@@ -43,7 +43,7 @@ def stopped(main, path: Path, capsys) -> str:
 
 @contextmanager
 def no_file_beyond(n_bytes: int):
-    """What is written past so many bytes of a file is refused, to the byte."""
+    """Fail writes beyond `n_bytes` of a file, to the byte."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
     try:
@@ -60,10 +60,10 @@ def no_file_beyond(n_bytes: int):
     [({"type": "byte"}, PERCENT), ({"type": "bpe", "vocab_size": 300}, [0, 50])],
     ids=["byte", "bpe"],
 )
-def test_a_disk_that_is_full_in_a_preparation_leaves_nothing(
+def test_a_full_disk_during_preparation_leaves_nothing(
     config, options, run, small_disk, tmp_path, capsys, monkeypatch, tokenizer, percents  # noqa: F811
 ):  # fmt: skip
-    """The run that follows when there is space again is the one that never met it."""
+    """With space again, the run ends in the same bits as one whose disk was never full."""
     monkeypatch.setattr(workers, "REQUEST_CHARS", 50_000)  # two workers, though the text is small
     data = config().data.model_dump() | {"tokenizer": tokenizer, "workers": 1}
     made = Path(prepare(config(data=data).data, quiet=True).report["folder"])
@@ -95,7 +95,7 @@ def clear(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("n_bytes", [0, 1, 4095, 100_001])
-def test_shards_that_are_torn_within_a_token_leave_nothing(config, tmp_path, monkeypatch, n_bytes):
+def test_shards_torn_inside_a_token_leave_nothing(config, tmp_path, monkeypatch, n_bytes):
     made = config().data.model_copy(update={"cache_dir": str(tmp_path / "cache"), "workers": 1})
     write_streams = dataset_module.write_streams
 
@@ -115,12 +115,12 @@ def test_shards_that_are_torn_within_a_token_leave_nothing(config, tmp_path, mon
 
 
 def file_of(sink) -> Path:
-    """That it appends to."""
+    """Return the file that the sink appends to."""
     return sink.path if isinstance(sink, JSONLSink) else Path(sink.file.name)
 
 
 def size_of(write, sink, rows: list[dict], scratch: Path) -> int:
-    """Bytes that it makes of the rows."""
+    """Return the number of bytes that the sink writes for the rows."""
     twin, twin_path = copy.copy(sink), scratch / "twin"
     with twin_path.open("wb") as twin.file:
         twin.path = twin_path
@@ -129,34 +129,34 @@ def size_of(write, sink, rows: list[dict], scratch: Path) -> int:
 
 
 @pytest.mark.parametrize(("kind", "place"), [(JSONLSink, "metrics.jsonl"), (TensorBoardSink, "tensorboard")])
-def test_rows_that_do_not_fit_are_a_line_and_are_written_again(
+def test_rows_that_do_not_fit_on_the_disk_are_one_line_and_are_written_after_a_restart(
     options, run, tmp_path, capsys, monkeypatch, kind, place
 ):
-    """The disk is full when the fourth row is due: of its bytes only so many go to the file."""
+    """The disk is full at the fourth row: only a percentage of its bytes is written."""
     changes = {"logging": {"every": 3, "tensorboard": True}, "steps": 6}
     through, write = run(name="through", **changes), kind.write
     for percent in PERCENT:
         folder = tmp_path / f"runs/full-{percent}"
         path = write_config(tmp_path / "run.yaml", options(name=folder.name, **changes))
 
-        def limited(sink, some, percent=percent):
-            if some[0]["step"] != 4:
-                return write(sink, some)
-            room = size_of(write, sink, some, tmp_path) * percent // 100
+        def limited(sink, new_rows, percent=percent):
+            if new_rows[0]["step"] != 4:
+                return write(sink, new_rows)
+            room = size_of(write, sink, new_rows, tmp_path) * percent // 100
             with no_file_beyond(file_of(sink).stat().st_size + room):
-                return write(sink, some)
+                return write(sink, new_rows)
 
         with monkeypatch.context() as patch:
             patch.setattr(kind, "write", limited)
             assert stopped(train_command, path, capsys) == f"error: cannot write {folder / place}: File too large"
-        assert_nothing_torn_counts(folder, through)
+        assert_torn_rows_are_ignored(folder, through)
         assert train_command(["--config", str(path)]) == 0
         assert rows(folder) == rows(through)
         assert tensors(folder, 6) == tensors(through, 6)
         assert curve(folder) == curve(through) and len(curve(folder)) == 6
 
 
-def assert_nothing_torn_counts(folder: Path, through: Path) -> None:
+def assert_torn_rows_are_ignored(folder: Path, through: Path) -> None:
     (saved,) = (folder / "checkpoints").iterdir()
     assert saved.name == "step-00000003" and corruption(saved) is None
     whole = (folder / "metrics.jsonl").read_text().rpartition("\n")[0].splitlines()
@@ -165,5 +165,5 @@ def assert_nothing_torn_counts(folder: Path, through: Path) -> None:
 
 
 def curve(folder: Path) -> list[tuple[int, float]]:
-    found = EventAccumulator(os.fspath(folder / "tensorboard")).Reload()
-    return [(event.step, event.value) for event in found.Scalars("train/loss")]
+    events = EventAccumulator(os.fspath(folder / "tensorboard")).Reload()
+    return [(event.step, event.value) for event in events.Scalars("train/loss")]

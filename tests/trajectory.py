@@ -1,10 +1,10 @@
-"""Train on every rank of a process group, in several layouts one after the other, and write down what was computed.
+"""Train on every rank of a process group, in one layout after another, and write the results to files.
 
-    torchrun ... tests/trajectory.py FOLDER CONFIG.yaml...    each trained: FOLDER/CONFIG.safetensors and .json
+`main([FOLDER, CONFIG.yaml, ...])` runs on each rank (`warm.py`); the results are FOLDER/CONFIG.safetensors and .json.
 
-OUT_OF_MEMORY="1:5" makes the allocation of rank 1's sixth forward fail, POISON="1:5" its loss no number; ALL_TO="2,1"
-sends all tokens to these experts;
-STOP_AT="8" saves after the eighth step and ends there; THREADS="1,2" are those of each rank.
+Variables of the environment: OUT_OF_MEMORY="1:5" makes an allocation in rank 1's sixth forward fail; POISON="1:5" makes
+the loss of that forward NaN; ALL_TO="2,1" routes all tokens to these experts; STOP_AT="8" saves after step 8 and ends;
+THREADS="1,2" sets the number of threads of each rank.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -30,13 +31,13 @@ from training.errors import UserError
 from training.options import cli
 
 
-def train(config: Config, world: World) -> tuple[dict, dict[str, torch.Tensor]]:
-    """(what every step computed, the weights on the main rank)."""
+def train(config: Config, world: World, stop_at: int | None = None) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Train, save a checkpoint, evaluate; returns the figures of every step, and the weights (on the main rank)."""
     run = begin(config, prepare(config.data, quiet=True), world, "auto")
     seen: list[tuple[bytes, bytes]] = []
 
     def see(_model: object, _inputs: tuple, inputs: dict) -> None:
-        """The tokens that the model was given, by the key of their sample; a stand-in for no sample has none."""
+        """Collect the tokens of a forward by the key of their sample; the dummy of a rank without samples has none."""
         if torch.is_grad_enabled():
             keys, tokens = inputs["key_B"].numpy(), inputs["tokens_BT"].numpy()
             seen.extend((key.tobytes(), row.tobytes()) for key, row in zip(keys, tokens, strict=True) if key)
@@ -54,16 +55,16 @@ def train(config: Config, world: World) -> tuple[dict, dict[str, torch.Tensor]]:
         rank, call = map(int, poisoned.split(":"))
         if rank == world.rank:
             hooks.append(not_finite_at(run.model, call))
-    stop = int(os.environ.get("STOP_AT", config.steps))
+    stop = stop_at or config.steps
     while run.step < stop:
         seen.clear()
         train_step(run)
-        once = dict(seen)  # of a batch that was begun again too
+        once = dict(seen)  # a batch that was tried again counts once
         of_ranks = world.gather_bytes(b"".join(once.values()))
         tokens_of_step.append(hashlib.sha256(b"".join(of_ranks)).hexdigest())
     for hook in hooks:
         hook.remove()
-    rows = run.metrics.rows()
+    rows = run.metrics.fetch()
     run.last_row = rows[-1]
     save(run)
     found = evaluate(run.model, run.val_batches, run.dataset.tokenizer, config.eval.tokens, run.micro_batch, world)
@@ -77,7 +78,7 @@ def train(config: Config, world: World) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def out_of_memory_at(module: torch.nn.Module, call: int) -> RemovableHandle:
-    """From here on, fail once, as an allocator does."""
+    """Make an allocation fail in the module's forward number `call`, counted from now."""
     calls = itertools.count()
 
     def fail(*_: object) -> None:
@@ -88,28 +89,29 @@ def out_of_memory_at(module: torch.nn.Module, call: int) -> RemovableHandle:
 
 
 def not_finite_at(module: torch.nn.Module, call: int) -> RemovableHandle:
-    """The loss of that forward is not a number."""
+    """Make the loss of the module's forward number `call`, counted from now, NaN."""
     calls = itertools.count()
 
     def spoil(_module: object, _inputs: tuple, outputs: tuple) -> tuple:
         loss, metrics = outputs
-        worse = float("nan") if next(calls) == call else 1.0
-        return loss * worse, metrics | {"loss_sum": metrics["loss_sum"] * worse}
+        factor = float("nan") if next(calls) == call else 1.0
+        return loss * factor, metrics | {"loss_sum": metrics["loss_sum"] * factor}
 
     return module.register_forward_hook(spoil)
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
+    """Train every config on this rank."""
     threads = os.environ.get("THREADS", "").split(",")
     torch.set_num_threads(int(threads[int(os.environ["RANK"])]) if len(threads) > 1 else 1)
-    folder, *paths = map(Path, sys.argv[1:])
+    folder, *paths = map(Path, arguments)
     configs = {path: cli.load_config(path) for path in paths}
     try:
         with ExitStack() as at_end:
             world = join_world(torch.device("cpu"), configs[paths[0]].parallel)
             at_end.push(world.close)
             for path, config in configs.items():
-                outcome, weights = train(config, world)
+                outcome, weights = train(config, world, int(os.environ.get("STOP_AT", config.steps)))
                 if world.is_main:
                     path = folder / path.name
                     path.with_suffix(".json").write_text(json.dumps(outcome))
@@ -121,5 +123,49 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def main_in_own_folder(arguments: list[str]) -> int:
+    """Train like the command, in a folder of this rank's own below the first argument."""
+    from training.train import main as train_command
+
+    os.chdir(Path(arguments[0], os.environ["RANK"]))
+    return train_command(arguments[1:])
+
+
+def main_in_a_borrowed_group(arguments: list[str]) -> int:
+    """Train in a thread, in a process group that was there before."""
+    import threading
+
+    import torch.distributed as dist
+
+    from training.train import train as train_run
+
+    dist.init_process_group("gloo")
+    config, statuses = cli.load_config(arguments[0]), []
+    thread = threading.Thread(target=lambda: statuses.append(train_run(config)))
+    thread.start()
+    thread.join()
+    dist.barrier()
+    return statuses[0] if statuses else 1
+
+
+def main_that_hangs(arguments: list[str]) -> int:
+    """Train like the command, but HANG="1:5" never ends step 5 on rank 1, SLOW_RECORD="3:8" writes row 3 in 8 s."""
+    from training.engine import step as engine
+    from training.logging.jsonl import JSONLSink
+    from training.train import main as train_command
+
+    hanging, slow = os.environ["HANG"].split(":"), os.environ["SLOW_RECORD"].split(":")
+    train_step, write = engine.train_step, JSONLSink.write
+
+    def hang(run):
+        while [str(run.world.rank), str(run.step + 1)] == hanging:
+            pass
+        train_step(run)
+
+    def write_slowly(self, rows):
+        if str(rows[-1]["step"]) == slow[0]:
+            time.sleep(float(slow[1]))
+        write(self, rows)
+
+    engine.train_step, JSONLSink.write = hang, write_slowly
+    return train_command(arguments)

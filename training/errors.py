@@ -1,29 +1,52 @@
-"""The exceptions a user is meant to see: each one's text is one line that says what to do."""
+"""Errors that the user can act on, and `@command`, which turns them into one line and an exit status."""
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 import time
+from collections.abc import Callable
 
-EXIT_DELAY_S = 5.0
+EXIT_DELAY_S = 5.0  # time for the first local rank to print its error before the launcher ends all ranks
 
 
 class UserError(Exception):
-    """Wrong input. Commands print `error: <text>` and exit with this status."""
+    """Wrong input. Its text says in one line what is wrong and what to do; commands exit with `status`."""
 
     status = 2
 
 
 class RestartNeeded(UserError):
-    """What the same command goes on from, as it is: a launcher that starts it again does right."""
+    """A retryable error: running the same command again resumes the run."""
 
     status = 1
 
 
-def exit_unless_first_local_rank() -> None:
-    """End this process with status 2, unless it is its host's first: all find the same wrong, and that one says so.
+def command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
+    """Wrap a command's `main(argv)`: print its error as one line on stderr and return the exit status.
 
-    The others end later, as a launcher ends all processes with the first that ends.
+    UserError: its `status`; OSError: 2; Ctrl-C: 130.
+    """
+
+    @functools.wraps(main)
+    def wrapper(argv: list[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except (UserError, OSError) as error:
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            return getattr(error, "status", 2)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+    return wrapper
+
+
+def exit_unless_first_local_rank() -> None:
+    """Exit with status 2 on all local ranks but the first, so that an error that every rank finds is printed once.
+
+    They exit `EXIT_DELAY_S` later, because a launcher ends all ranks as soon as one of them exits.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(EXIT_DELAY_S)
@@ -31,7 +54,7 @@ def exit_unless_first_local_rank() -> None:
 
 
 def one_line(error: UserError | OSError) -> str:
-    """What is said of it: of the system's refusals, to which file, and why."""
+    """Return the error on one line; for an OSError the file and the reason."""
     if isinstance(error, UserError) or error.filename is None:
         return " ".join(str(error).split())
     return f"{error.filename}: {error.strerror}"

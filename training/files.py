@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and folders that one process has."""
+"""Durable, atomic files and folders, and the lock of a run's folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training.errors import UserError
 
 @contextmanager
 def write_errors_as_user_errors(path: Path) -> Iterator[None]:
-    """Turn the system's refusal to write `path` into one line for the user."""
+    """Turn an OSError while `path` is written into a UserError that names it."""
     try:
         yield
     except OSError as error:
@@ -22,7 +22,7 @@ def write_errors_as_user_errors(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace the file by `text`, durably: a reader, or a crash, sees the old or the new, never a part."""
+    """Replace the file by `text` durably. After a crash the file holds the old text or the new, never a mixture."""
     partial = path.with_name(f".{path.name}.tmp")
     with write_errors_as_user_errors(path):
         try:
@@ -39,33 +39,46 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A new folder to fill, which gets the name `target` once all in it is durable; removed where that fails."""
+    """Yield a new folder to fill. Rename it to `target` once its files are durable; remove it after an error."""
     partial = target.with_name(f".{target.name}.tmp")
+    old = target.with_name(f".{target.name}.old")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
         for path in [*sorted(partial.iterdir()), partial]:
-            path.chmod(path.stat().st_mode | 0o444)  # safetensors writes for the owner alone
+            path.chmod(path.stat().st_mode | 0o444)  # safetensors makes files that only their owner can read
             fsync_path(path)
-        before = target.with_name(f".{target.name}.old")
-        remove(before)
+        remove(old)
         if target.exists():
-            target.rename(before)
-        partial.rename(target)
-        fsync_path(target.parent)
-        remove(before)
+            target.rename(old)
+        rename_durable(partial, target)
+        remove(old)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
+class RunLock:
+    """The lock of a run's folder. It is held as long as the lock file is the one that was locked."""
+
+    def __init__(self, folder: Path, lock_file: Path):
+        self.folder, self.lock_file, self.inode = folder, lock_file, lock_file.stat().st_ino
+
+    def check(self) -> None:
+        """Raise UserError if the lock file was removed, because another process may train the run now."""
+        if not self.lock_file.exists() or self.lock_file.stat().st_ino != self.inode:
+            raise UserError(
+                f"{self.lock_file}: was removed, so another process may be training {self.folder}; start again"
+            )
+
+
 @contextmanager
 def run_lock(folder: Path) -> Iterator[RunLock]:
-    """Hold a run's folder; it is free again when the process ends, however. Raises UserError where another has it."""
+    """Lock a run's folder until the block or the process ends. Raises UserError if another process holds the lock."""
     from filelock import FileLock, Timeout
 
-    real = folder.resolve()  # by whichever name another goes to it
+    real = folder.resolve()  # one lock for all names of the folder
     lock = FileLock(real.with_name(f".{real.name}.lock"))
     try:
         mkdir_durable(real.parent)
@@ -81,28 +94,22 @@ def run_lock(folder: Path) -> Iterator[RunLock]:
         lock.release()
 
 
-class RunLock:
-    """A folder that is held, as long as the lock's file is the one that was locked."""
-
-    def __init__(self, folder: Path, lock: Path):
-        self.folder, self.lock, self.inode = folder, lock, lock.stat().st_ino
-
-    def check(self) -> None:
-        """Raise UserError where the lock's file was removed: another process may have the folder now."""
-        if not self.lock.exists() or self.lock.stat().st_ino != self.inode:
-            raise UserError(f"{self.lock}: was removed, so another process may be training {self.folder}; start again")
-
-
 def mkdir_durable(path: Path) -> None:
-    """Make a folder, and those that it is in, durably."""
-    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    """Make a folder and its parents durably."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    for folder in new:
+    for folder in missing:
         fsync_path(folder.parent)
 
 
+def rename_durable(source: Path, target: Path) -> None:
+    """Rename a file or folder within its parent folder, durably."""
+    source.rename(target)
+    fsync_path(target.parent)
+
+
 def remove(path: Path) -> None:
-    """Remove a folder, a file or a link, if it is there; never what a link leads to."""
+    """Remove a folder, a file or a link, if it exists; never the target of a link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -110,7 +117,7 @@ def remove(path: Path) -> None:
 
 
 def fsync_path(path: Path) -> None:
-    """Make a file's content, or the names in a folder, durable. Windows cannot open a folder: nothing there."""
+    """Make a file's content, or a folder's list of names, durable. No effect on folders on Windows."""
     if path.is_file() or os.name == "posix":
         descriptor = os.open(path, os.O_RDONLY)
         try:

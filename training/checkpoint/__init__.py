@@ -1,44 +1,27 @@
-"""Checkpoints: saved whole or not at all, verified before they are used, no pickle anywhere.
+"""Checkpoints that are complete or absent, verified before use, without pickle.
 
-A checkpoint is a folder `step-00000120` of safetensors and JSON. It is written under a temporary name; its manifest,
-with the SHA-256 of every file, comes last; then it gets its name. So a folder with that name is whole unless the disk
-failed, and the manifest tells. Any layout of processes writes it, any other reads it: a tensor lies in one file or, by
-an index, in several, and a process asks for its rows. All processes see one file system.
+    writer = CheckpointWriter(folder, SINGLE, CheckpointConfig())
+    writer.save({"model": shards, "optimizer": shards}, {"step": 120}, best_step=None)   # writes in the background
+    model, optimizer, state = load(latest(folder, warn=print))
+
+A checkpoint is a folder `step-00000120` of safetensors and JSON files. It is written under a temporary name; the
+manifest with the SHA-256 of every file is written last; then the folder is renamed. A tensor is in one file or, by an
+index, in one file per rank, so that any layout of ranks reads what any other wrote. All ranks share a file system.
 """
 
-from training.checkpoint.parts import MANIFEST, SINGLE, TensorShard, WriterGroup
+# ruff: noqa: F401 (the public names of the package)
+
 from training.checkpoint.read import (
+    MANIFEST,
     Checkpoint,
     corruption,
     is_complete,
     latest,
     list_checkpoints,
     load,
-    load_unchecked,
     quarantine,
     read_state,
     read_tensors,
     tensor_shapes,
 )
-from training.checkpoint.write import CheckpointWriter, prune, remove_leftovers
-
-__all__ = [
-    "MANIFEST",
-    "SINGLE",
-    "Checkpoint",
-    "CheckpointWriter",
-    "TensorShard",
-    "WriterGroup",
-    "corruption",
-    "is_complete",
-    "latest",
-    "list_checkpoints",
-    "load",
-    "load_unchecked",
-    "prune",
-    "quarantine",
-    "read_state",
-    "read_tensors",
-    "remove_leftovers",
-    "tensor_shapes",
-]
+from training.checkpoint.write import SINGLE, CheckpointWriter, TensorShard, WriterGroup, prune, remove_leftovers

@@ -1,8 +1,7 @@
-"""Reading checkpoints, whole or the rows that a process needs; finding those that are whole."""
+"""Find, verify and read checkpoints: all tensors, or only the rows that a rank needs."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import re
@@ -15,169 +14,169 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from training.checkpoint.parts import KINDS, MANIFEST, Written
+from training.checkpoint.tensor_file import file_entry
 from training.errors import UserError
-from training.files import fsync_path
+from training.files import rename_durable
 
-Rows = tuple[int, int]
+MANIFEST = "manifest.json"
+KINDS = ("model", "optimizer")  # of tensors; each kind has files of its own
+MALFORMED = (ValueError, KeyError, TypeError, RecursionError)  # raised by JSON that is not what this package writes
 
 
 class Checkpoint(NamedTuple):
-    """Everything a run needs to go on: named tensors, and JSON for the rest (with "step")."""
+    """Everything that a run needs to resume."""
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    state: dict
+    state: dict  # JSON, with "step"
 
 
-def load(path: Path) -> Checkpoint:
-    """Read a checkpoint. Raises UserError naming the file that is missing or not what the manifest says."""
-    if problem := corruption(path):
+class Location(NamedTuple):
+    """Rows `start` .. `stop` - 1 of a tensor, which are in `file`. A scalar is one row."""
+
+    file: str
+    start: int
+    stop: int
+
+
+def load(path: Path, *, verify: bool = True) -> Checkpoint:
+    """Read a checkpoint; without `verify`, the caller knows that it is intact.
+
+    Raises UserError naming the file that is missing or differs from the manifest.
+    """
+    if verify and (problem := corruption(path)):
         raise UserError(problem)
-    return load_unchecked(path)
-
-
-def load_unchecked(path: Path) -> Checkpoint:
-    """Read a checkpoint that was found whole."""
     return Checkpoint(read_tensors(path, "model"), read_tensors(path, "optimizer"), read_state(path))
 
 
 def read_state(path: Path) -> dict:
-    """What a checkpoint that was found whole says beside tensors."""
+    """Read the JSON state of a checkpoint that is known to be intact."""
     return json.loads((path / "state.json").read_text())
 
 
 def tensor_shapes(path: Path, kind: str) -> dict[str, torch.Size]:
-    """The tensors of a kind, "model" or "optimizer", and the shapes of the whole ones."""
+    """Return the full shape of each tensor of a kind, "model" or "optimizer"."""
     return {name: shape for name, (shape, _) in _index(path, kind).items()}
 
 
-def read_tensors(path: Path, kind: str, wanted: dict[str, Rows | None] | None = None) -> dict[str, Tensor]:
-    """Rows start .. stop - 1 of the named tensors, or where that is None the whole; of all, where none are named.
+def read_tensors(path: Path, kind: str, wanted: dict[str, tuple[int, int] | None] | None = None) -> dict[str, Tensor]:
+    """Read rows start .. stop - 1 of the `wanted` tensors; None: all rows, or all tensors. Nothing else is read.
 
-    Nothing else is read. Raises KeyError for a tensor that is not there.
+    Raises KeyError for a tensor that the checkpoint lacks.
     """
     index = _index(path, kind)
     wanted = dict.fromkeys(index) if wanted is None else wanted
+    names = dict.fromkeys(location.file for _, locations in index.values() for location in locations)
     with ExitStack() as open_files:
-        files = {
-            file: open_files.enter_context(_opened(path / file))
-            for file in dict.fromkeys(file for _, places in index.values() for file, _, _ in places)
-        }
+        files = {name: open_files.enter_context(_open(path / name)) for name in names}
         try:
-            return {name: _rows(files, name, *index[name], rows) for name, rows in wanted.items()}
+            return {name: _read_rows(files, name, *index[name], rows) for name, rows in wanted.items()}
         except SafetensorError as error:
-            raise UserError(f"{path}: its files of tensors are not what their index says: {error}") from None
+            raise UserError(f"{path}: its tensor files do not match their index: {error}") from None
 
 
-def _opened(path: Path) -> safe_open:
+def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise UserError(f"{path}: not a file of tensors: {error}") from None
+        raise UserError(f"{path}: not a safetensors file: {error}") from None
 
 
-def _rows(files: dict, name: str, shape: torch.Size, places: list[tuple[str, int, int]], rows: Rows | None) -> Tensor:
-    """Some rows of a tensor, of all files that have some of them."""
+def _read_rows(
+    files: dict, name: str, shape: torch.Size, locations: list[Location], rows: tuple[int, int] | None
+) -> Tensor:
     if not shape:
-        return files[places[0][0]].get_tensor(name)
-    start, stop = rows or (0, shape[0])
-    found = []
-    for file, first, last in places:
-        low, high = max(start, first), min(stop, last)
+        return files[locations[0].file].get_tensor(name)
+    first, last = rows or (0, shape[0])
+    parts = []
+    for file, start, stop in locations:
+        low, high = max(first, start), min(last, stop)
         if low < high:
-            found.append(files[file].get_slice(name)[low - first : high - first])
-    if not found:
-        return files[places[0][0]].get_slice(name)[:0]
-    return found[0] if len(found) == 1 else torch.cat(found)
+            parts.append(files[file].get_slice(name)[low - start : high - start])
+    if not parts:
+        return files[locations[0].file].get_slice(name)[:0]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _index(path: Path, kind: str) -> dict[str, tuple[torch.Size, list[tuple[str, int, int]]]]:
-    """Each tensor's shape, and its (file, first row, last row + 1), in the order of the rows."""
+def _index(path: Path, kind: str) -> dict[str, tuple[torch.Size, list[Location]]]:
+    """Return each tensor's shape and the locations of its rows, in order."""
     index = path / f"{kind}.safetensors.index.json"
     if index.exists():
         try:
             listed = json.loads((path / MANIFEST).read_bytes()).keys()
-            return {name: _places(listed, **entry) for name, entry in json.loads(index.read_bytes()).items()}
-        except (ValueError, TypeError, AttributeError, RuntimeError):  # RecursionError is one, torch.Size's another
+            return {name: _locations(listed, **entry) for name, entry in json.loads(index.read_bytes()).items()}
+        except (*MALFORMED, AttributeError, RuntimeError):  # torch.Size raises RuntimeError
             raise UserError(f"{index}: damaged: not an index of tensors in files of this folder") from None
     file = f"{kind}.safetensors"
-    with _opened(path / file) as opened:
+    with _open(path / file) as opened:
         shapes = {name: torch.Size(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    return {name: (shape, [(file, 0, shape[0] if shape else 1)]) for name, shape in shapes.items()}
+    return {name: (shape, [Location(file, 0, shape[0] if shape else 1)]) for name, shape in shapes.items()}
 
 
-def _places(listed: Set[str], shape: list[int], parts: list) -> tuple[torch.Size, list[tuple[str, int, int]]]:
-    """An entry of an index. Raises ValueError or TypeError where it is none, or names what the manifest does not."""
-    places = [(file, int(first), int(last)) for file, first, last in parts]
-    if not places or {file for file, _, _ in places} - listed:
+def _locations(listed: Set[str], shape: list[int], parts: list) -> tuple[torch.Size, list[Location]]:
+    """Parse an index entry. Raises ValueError for a file that the manifest does not list."""
+    locations = [Location(file, int(start), int(stop)) for file, start, stop in parts]
+    if not locations or {location.file for location in locations} - listed:
         raise ValueError
-    return torch.Size(shape), places
+    return torch.Size(shape), locations
 
 
 def corruption(path: Path) -> str | None:
-    """What is wrong with a checkpoint, in one line that names the file; None where it is whole."""
+    """Hash every file of a checkpoint; return one line that names what is damaged, None if it is intact."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
-        for name in ("state.json", *manifest):  # one that lists nothing is none
+        for name in ("state.json", *manifest):  # a manifest without state.json is damaged
             if Path(name).name != name or (path / name).is_symlink() or (path / name).is_fifo():
                 return f"{path / MANIFEST}: damaged: {name!r} is no file of this folder"
             if file_entry(path / name) != manifest[name]:
                 return f"{path / name}: damaged: its size and SHA-256 are not those in {MANIFEST}"
-        if kinds := [kind for kind in KINDS if not any(name.startswith(kind) for name in manifest)]:
-            return f"{path / MANIFEST}: damaged: it lists no {kinds[0]}"
+        if missing := [kind for kind in KINDS if not any(name.startswith(kind) for name in manifest)]:
+            return f"{path / MANIFEST}: damaged: it lists no {missing[0]}"
         if type(step := read_state(path)["step"]) is not int or step < 0:
             return f"{path / 'state.json'}: damaged: not the state of a step"
         if re.fullmatch(r"step-\d+", path.name) and step != int(path.name[5:]):
             return f"{path}: damaged: it is the checkpoint of another step"
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except MALFORMED:
         return f"{path / MANIFEST}: damaged: not a checkpoint's manifest"
     return None
 
 
 def is_complete(path: Path) -> bool:
-    """Whether all files are there in their sizes, which costs next to nothing to see."""
+    """Return True if all files of a checkpoint exist with the sizes in its manifest. Reads no tensor."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         return all((path / name).stat().st_size == manifest[name]["bytes"] for name in ("state.json", *manifest))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, *MALFORMED):
         return False
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """The checkpoints in a folder, (step, path), oldest first; whole or not."""
-    found = [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
-    return sorted((int(path.name[5:]), path) for path in found)
+    """Return (step, path) of each checkpoint in a folder, oldest first; damaged ones too."""
+    paths = [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+    return sorted((int(path.name[5:]), path) for path in paths)
 
 
 def latest(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint, with a warning for each newer one that is damaged; None where there is none.
+    """Return the newest intact checkpoint, None if the folder has none. Call `warn` for each newer one, all damaged.
 
-    Raises UserError where there are checkpoints and all are damaged: never a silent fresh start.
+    Raises UserError if all are damaged, so that a run never silently starts over.
     """
-    found = list_checkpoints(folder)
-    for _, path in reversed(found):
+    checkpoints = list_checkpoints(folder)
+    for _, path in reversed(checkpoints):
         problem = corruption(path)
         if problem is None:
             return path
         warn(f"{problem}; falling back to the checkpoint before it")
-    if found:
-        raise UserError(f"{folder}: no checkpoint is whole")
+    if checkpoints:
+        raise UserError(f"{folder}: every checkpoint is damaged")
     return None
 
 
-def quarantine(folder: Path, after: int, why: str) -> None:
-    """Rename the checkpoints after a step, the newest first, so that they no longer count; nothing is removed."""
+def quarantine(folder: Path, after: int, reason: str) -> None:
+    """Rename the checkpoints after step `after`, newest first, to `reason`-n-step-N. Nothing is removed."""
     for step, path in reversed(list_checkpoints(folder)):
         if step > after:
-            names = (folder / f"{why}-{n}-{path.name}" for n in itertools.count())
-            path.rename(next(name for name in names if not name.exists()))
-            fsync_path(folder)
-
-
-def file_entry(path: Path) -> dict[str, str | int]:
-    """A file, as a manifest has it."""
-    with path.open("rb") as file:
-        return Written(hashlib.file_digest(file, "sha256").hexdigest(), file.tell())._asdict()
+            names = (folder / f"{reason}-{n}-{path.name}" for n in itertools.count())
+            rename_durable(path, next(name for name in names if not name.exists()))

@@ -1,4 +1,8 @@
-"""Saving beside the loop: a copy in memory, then a thread that writes it with the other processes' threads."""
+"""Save checkpoints while training goes on: copy to host memory, then write in a thread together with the other ranks.
+
+Order of operations, each durable before the next: the tensor files, state.json, manifest.json, the folder's name. Only
+then are older checkpoints removed. After a crash at any point the newest complete checkpoint is still there.
+"""
 
 from __future__ import annotations
 
@@ -9,73 +13,88 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from training.checkpoint.parts import (
-    KINDS,
-    MANIFEST,
-    Entry,
-    TensorShard,
-    WriterGroup,
-    Written,
-    write_bytes,
-    write_tensors,
-)
-from training.checkpoint.read import is_complete, list_checkpoints
+from training.checkpoint.read import KINDS, MANIFEST, Location, is_complete, list_checkpoints
+from training.checkpoint.tensor_file import TensorPieces, write_bytes, write_tensors
 from training.config import CheckpointConfig
 from training.errors import UserError
-from training.files import fsync_path, mkdir_durable, remove
+from training.files import fsync_path, mkdir_durable, remove, rename_durable
 
-Parts = dict[str, dict[str, TensorShard]]  # by kind and name
+
+class TensorShard(NamedTuple):
+    """Rows of a tensor that this rank holds, along the first dimension; a scalar is one row."""
+
+    tensor: Tensor
+    start: int  # first row
+    shape: torch.Size  # of the full tensor
+    is_owner: bool  # True on the one rank that writes these rows
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the full tensor."""
+        return self.shape.numel() * self.tensor.element_size()
+
+
+class WriterGroup(NamedTuple):
+    """The ranks that write a checkpoint together."""
+
+    rank: int
+    size: int
+    gather_bytes: Callable[[bytes], list[bytes]]  # all ranks' bytes, on every rank; called from the writing thread
+
+
+SINGLE = WriterGroup(0, 1, lambda data: [data])
+Shards = dict[str, dict[str, TensorShard]]  # by kind ("model", "optimizer") and name
 
 
 class CheckpointWriter:
     """Saves checkpoints to a folder, at most one at a time, while training goes on.
 
-    All processes call it alike. `failure` is what went wrong with the last save, the same on all of them.
+    All ranks call its methods in the same order. `failure` is the error of the last save, the same on all ranks.
     """
 
     def __init__(self, folder: Path, group: WriterGroup, config: CheckpointConfig):
         self.folder, self.group, self.config = folder, group, config
         self.failure: UserError | None = None
         self.is_preallocated = False
-        # One thread for all saves, begun while there is memory: Python waits for ever for one that cannot begin.
+        # One thread for all saves, started while memory is free: Python hangs if a thread cannot start.
         self._pool: ThreadPoolExecutor | None = None
         self._work: Future | None = None
-        self._copies: dict[tuple[str, str], Tensor] = {}  # their memory serves the next save too
+        self._buffers: dict[tuple[str, str], Tensor] = {}  # reused by every save
 
-    def preallocate(self, parts: Parts) -> None:
-        """Begin to take the memory that such parts are copied to: of new pages, that takes longer than the copy."""
+    def preallocate(self, shards: Shards) -> None:
+        """Allocate the copy's buffers in the background: touching new pages takes longer than the copy itself."""
         self.wait()
         self.is_preallocated = True
 
-        def take() -> None:
-            with suppress(RuntimeError):  # no memory: the save will say so
-                for kind, some in parts.items():
-                    for name, part in some.items():
-                        if part.is_owner:
-                            self._memory(kind, name, part.tensor).zero_()
+        def allocate() -> None:
+            with suppress(RuntimeError):  # out of memory: the save will report it
+                for kind, by_name in shards.items():
+                    for name, shard in by_name.items():
+                        if shard.is_owner:
+                            self._buffer(kind, name, shard.tensor).zero_()
 
-        self._begin(take)
+        self._start(allocate)
 
-    def save(self, parts: Parts, state: dict, best_step: int | None) -> None:
-        """Begin to save a step as `folder`/step-N, replacing nothing; then those that are no longer kept go.
+    def save(self, shards: Shards, state: dict, best_step: int | None) -> None:
+        """Start to save `folder`/step-N, unless it exists, then remove checkpoints beyond `keep` but the best.
 
-        `parts` are all of "model" and "optimizer", each with the whole tensor's shape. They may be changed as soon as
-        this returns. Raises UserError where the last save failed, or, not in the background, this one.
+        `shards` hold all of "model" and "optimizer"; they may be changed as soon as this returns. Raises UserError
+        if the last save failed, or, without `background`, this one.
         """
         self.wait()
-        copy = {kind: self._copied(kind, some) for kind, some in parts.items()}
-        self._begin(self._write, copy, state, best_step)
+        copies = {kind: self._copy(kind, by_name) for kind, by_name in shards.items()}
+        self._start(self._write, copies, state, best_step)
         if not self.config.background:
             self.wait()
 
     def wait(self) -> None:
-        """Until nothing is being saved. Raises UserError where that failed."""
+        """Wait until nothing is being saved. Raises UserError if the save failed."""
         if self._work is not None:
             self._work.result()
         if self.failure is not None:
@@ -83,170 +102,172 @@ class CheckpointWriter:
             raise failure
 
     def close(self) -> None:
-        """Until nothing is being saved."""
+        """Wait until nothing is being saved, and end the thread."""
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
 
-    def _begin(self, work: Callable, *arguments: Any) -> None:
+    def _start(self, work: Callable, *args: Any) -> None:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
-        self._work = self._pool.submit(work, *arguments)
+        self._work = self._pool.submit(work, *args)
 
-    def _copied(self, kind: str, parts: dict[str, TensorShard]) -> dict[str, TensorShard]:
-        """What this process writes, in host memory of our own; of the rest only what it is."""
-        found, on_device = {}, False
-        for name, part in sorted(parts.items()):  # the same bytes, whichever order they came to be in
-            tensor = part.tensor.detach()
-            if not part.is_owner:
-                found[name] = part._replace(tensor=tensor.new_empty(0, device="cpu"))
+    def _copy(self, kind: str, shards: dict[str, TensorShard]) -> dict[str, TensorShard]:
+        """Copy the shards that this rank writes to host memory; of the others keep shape and dtype."""
+        copies, on_device = {}, False
+        for name, shard in sorted(shards.items()):  # sorted: the same bytes in whichever order they were created
+            tensor = shard.tensor.detach()
+            if not shard.is_owner:
+                copies[name] = shard._replace(tensor=tensor.new_empty(0, device="cpu"))
                 continue
             on_device |= tensor.device.type == "cuda"
-            found[name] = part._replace(tensor=self._memory(kind, name, tensor).copy_(tensor, non_blocking=True))
+            copies[name] = shard._replace(tensor=self._buffer(kind, name, tensor).copy_(tensor, non_blocking=True))
         if on_device:
             torch.cuda.synchronize()
-        return found
+        return copies
 
-    def _memory(self, kind: str, name: str, tensor: Tensor) -> Tensor:
-        """Host memory for a copy of the tensor: that of the last time, where it fits."""
-        copy = self._copies.get((kind, name))
-        if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+    def _buffer(self, kind: str, name: str, tensor: Tensor) -> Tensor:
+        """Return host memory for a copy of the tensor: the buffer of the last save if it fits."""
+        buffer = self._buffers.get((kind, name))
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             pinned = tensor.device.type == "cuda"
-            copy = self._copies[kind, name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-        return copy
+            buffer = self._buffers[kind, name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        return buffer
 
-    def _write(self, parts: Parts, state: dict, best_step: int | None) -> None:
-        """The thread: three steps, after each of which all processes know whether all could do it."""
+    def _write(self, shards: Shards, state: dict, best_step: int | None) -> None:
+        """Write in the thread, in three steps; after each, all ranks know whether every rank succeeded."""
         target = self.folder / f"step-{state['step']:08d}"
         partial = self.folder / f".{target.name}.tmp"
-        n_bytes = sum(part.n_bytes for some in parts.values() for part in some.values())
-        in_one = n_bytes <= self.config.one_file_gib * 2**30
-        main = self.group.rank == 0
+        n_bytes = sum(shard.n_bytes for by_name in shards.values() for shard in by_name.values())
+        one_file = n_bytes <= self.config.one_file_gib * 2**30
+        is_main = self.group.rank == 0
 
-        def make_room() -> dict:
-            if main and not target.exists():
+        def create_folder() -> dict:
+            if is_main and not target.exists():
                 mkdir_durable(self.folder)
                 remove_leftovers(self.folder)
                 partial.mkdir()
             return {"exists": target.exists()}
 
-        def write_parts() -> dict:
-            names = {kind: f"{kind}-{self.group.rank + 1:05d}-of-{self.group.size:05d}.safetensors" for kind in KINDS}
-            return {kind: self._write_own(partial / names[kind], parts[kind], in_one) for kind in KINDS}
+        def write_shards() -> dict:
+            suffix = f"{self.group.rank + 1:05d}-of-{self.group.size:05d}.safetensors"
+            return {kind: self._write_own(partial / f"{kind}-{suffix}", shards[kind], one_file) for kind in KINDS}
 
-        def finish() -> dict:
-            if main:
+        def publish() -> dict:
+            if is_main:
                 manifest = {}
                 for kind in KINDS:
-                    manifest |= _collect(partial, kind, parts[kind], [answer[kind] for answer in written], in_one)
-                _finish(partial, target, manifest, state)
+                    join = _join_files if one_file else _write_index
+                    manifest |= join(partial, kind, shards[kind], [answer[kind] for answer in written])
+                _publish(partial, target, manifest, state)
                 try:
                     prune(self.folder, self.config.keep, best_step)
-                except OSError as error:  # what is too many harms nobody
+                except OSError as error:  # one checkpoint too many does no harm
                     print(f"{error.filename}: {error.strerror}; an old checkpoint stays", file=sys.stderr)
             return {}
 
-        found = self._agreed(make_room, target)
-        if found is None or found[0]["exists"]:
+        created = self._on_all_ranks(create_folder, target)
+        if created is None or created[0]["exists"]:
             return
-        written = self._agreed(write_parts, target)
-        if (written is None or self._agreed(finish, target) is None) and main:
+        written = self._on_all_ranks(write_shards, target)
+        if (written is None or self._on_all_ranks(publish, target) is None) and is_main:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _write_own(self, path: Path, parts: dict[str, TensorShard], in_one: bool) -> dict:
-        """Write what this process has, but not what the main one will write into one file of all."""
-        mine = {name: part for name, part in parts.items() if part.is_owner and (part.tensor.numel() or not part.shape)}
-        for name, part in mine.items():
-            if not part.tensor.isfinite().all():
+    def _write_own(self, path: Path, shards: dict[str, TensorShard], one_file: bool) -> dict:
+        """Write this rank's rows. If all ranks' rows go into one file, the main rank's stay in memory until then."""
+        own = {name: s for name, s in shards.items() if s.is_owner and (s.tensor.numel() or not s.shape)}
+        for name, shard in own.items():
+            if not shard.tensor.isfinite().all():
                 raise UserError(f"{name} is not finite")
-        rows = {name: [part.start, part.start + (len(part.tensor) if part.shape else 1)] for name, part in mine.items()}
-        if not mine or (in_one and self.group.rank == 0):
+        rows = {name: [s.start, s.start + (len(s.tensor) if s.shape else 1)] for name, s in own.items()}
+        if not own or (one_file and self.group.rank == 0):
             return {"rows": rows, "file": None}
-        entries = {name: Entry(part.tensor.dtype, part.tensor.shape, [part.tensor]) for name, part in mine.items()}
-        return {"rows": rows, "file": path.name, **write_tensors(path, entries)._asdict()}
+        tensors = {name: TensorPieces(s.tensor.dtype, s.tensor.shape, [s.tensor]) for name, s in own.items()}
+        return {"rows": rows, "file": path.name, "entry": write_tensors(path, tensors)}
 
-    def _agreed(self, work: Callable[[], dict], target: Path) -> list[dict] | None:
-        """Every process's answer; None, with `failure` set, where one of them could not."""
+    def _on_all_ranks(self, work: Callable[[], dict], target: Path) -> list[dict] | None:
+        """Run `work` on all ranks and return all results; if any rank fails, set `failure` and return None."""
         try:
-            answer = {"answer": work()}
-        except Exception as error:  # whatever it is: the others wait for an answer
+            answer = {"result": work()}
+        except Exception as error:  # of any type: the other ranks wait for an answer
             answer = {"error": _reason(error)}
         try:
-            answers = [json.loads(told) for told in self.group.gather_bytes(json.dumps(answer).encode())]
-        except RuntimeError as error:  # they are out of reach
+            answers = [json.loads(data) for data in self.group.gather_bytes(json.dumps(answer).encode())]
+        except RuntimeError as error:  # the other ranks are out of reach
             answers = [{"error": _reason(error)}]
         errors = [answer["error"] for answer in answers if "error" in answer]
         if errors:
             self.failure = UserError(f"{target}: the checkpoint could not be saved: {errors[0]}")
             return None
-        return [answer["answer"] for answer in answers]
+        return [answer["result"] for answer in answers]
 
 
 def _reason(error: Exception) -> str:
-    """In one line."""
+    """Return the error on one line."""
     if isinstance(error, UserError):
         return str(error)
     return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".strip().partition("\n")[0]
 
 
-def _collect(
-    partial: Path, kind: str, parts: dict[str, TensorShard], answers: list[dict], in_one: bool
-) -> dict[str, dict]:
-    """The manifest's entries of a kind, once its tensors are in one file, or have an index."""
-    places: dict[str, list[tuple[int, int, str | None]]] = {name: [] for name in parts}
+def _locations(answers: list[dict]) -> dict[str, list[Location]]:
+    """Return the locations of each tensor's rows, in order; file None: in the main rank's memory."""
+    locations: dict[str, list[Location]] = {}
     for answer in answers:
         for name, (start, stop) in answer["rows"].items():
-            places[name].append((start, stop, answer["file"]))
-    places = {name: sorted(some, key=lambda place: place[:2]) for name, some in places.items()}
-    if not in_one:
-        index = {
-            name: {"shape": list(parts[name].shape), "parts": [[file, start, stop] for start, stop, file in some]}
-            for name, some in places.items()
-        }
-        written = {answer["file"]: Written(answer["sha256"], answer["bytes"]) for answer in answers if answer["file"]}
-        name = f"{kind}.safetensors.index.json"
-        written[name] = write_bytes(partial / name, [json.dumps(index).encode()])
-    else:
-        name = f"{kind}.safetensors"
-        entries = {
-            key: Entry(part.tensor.dtype, part.shape, _pieces(partial, key, part, places[key]))
-            for key, part in parts.items()
-        }
-        written = {name: write_tensors(partial / name, entries)}
-        for answer in answers:
-            if answer["file"]:
-                (partial / answer["file"]).unlink()
-    return {name: file._asdict() for name, file in written.items()}
+            locations.setdefault(name, []).append(Location(answer["file"], start, stop))
+    return {name: sorted(rows, key=lambda location: location[1:]) for name, rows in locations.items()}
 
 
-def _pieces(partial: Path, name: str, part: TensorShard, places: list[tuple[int, int, str | None]]) -> Iterator[Tensor]:
-    """A tensor's rows: the main process's own from memory, the others' from their files."""
-    for _, _, file in places:
-        if file is None:
-            yield part.tensor
+def _write_index(partial: Path, kind: str, shards: dict[str, TensorShard], answers: list[dict]) -> dict[str, dict]:
+    """Write the index of the ranks' files; return the manifest entries of index and files."""
+    locations = _locations(answers)
+    index = {name: {"shape": list(s.shape), "parts": locations.get(name, [])} for name, s in shards.items()}
+    name = f"{kind}.safetensors.index.json"
+    entries = {answer["file"]: answer["entry"] for answer in answers if answer["file"]}
+    return entries | {name: write_bytes(partial / name, [json.dumps(index).encode()])}
+
+
+def _join_files(partial: Path, kind: str, shards: dict[str, TensorShard], answers: list[dict]) -> dict[str, dict]:
+    """Join the ranks' rows in one file, a piece at a time, and remove the ranks' files; return its manifest entry."""
+    locations = _locations(answers)
+    name = f"{kind}.safetensors"
+    tensors = {
+        key: TensorPieces(s.tensor.dtype, s.shape, _pieces(partial, key, s, locations.get(key, [])))
+        for key, s in shards.items()
+    }
+    entries = {name: write_tensors(partial / name, tensors)}
+    for answer in answers:
+        if answer["file"]:
+            (partial / answer["file"]).unlink()
+    return entries
+
+
+def _pieces(partial: Path, name: str, shard: TensorShard, locations: list[Location]) -> Iterator[Tensor]:
+    for location in locations:
+        if location.file is None:
+            yield shard.tensor
         else:
-            with safe_open(partial / file, framework="pt") as opened:
+            with safe_open(partial / location.file, framework="pt") as opened:
                 yield opened.get_tensor(name)
 
 
-def _finish(partial: Path, target: Path, manifest: dict[str, dict], state: dict) -> None:
-    """What makes it a checkpoint: the state, then the manifest, then its name, each durable before the next."""
-    manifest["state.json"] = write_bytes(partial / "state.json", [json.dumps(state, indent=1).encode()])._asdict()
+def _publish(partial: Path, target: Path, manifest: dict[str, dict], state: dict) -> None:
+    """Write state.json, then the manifest, then rename the folder, each durable before the next."""
+    manifest["state.json"] = write_bytes(partial / "state.json", [json.dumps(state, indent=1).encode()])
     write_bytes(partial / MANIFEST, [json.dumps(manifest, indent=1).encode()])
     fsync_path(partial)
-    partial.rename(target)
-    fsync_path(target.parent)
+    rename_durable(partial, target)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a save or a removal that was killed left."""
+    """Remove what a killed save or a killed removal left behind."""
     for leftover in folder.glob(".step-*"):
         remove(leftover)
 
 
-def prune(folder: Path, keep: int, best_step: int | None, whole: Callable[[Path], bool] = is_complete) -> None:
-    """Remove all but the newest `keep` and the best of those that are whole; the others do not count, and stay."""
-    whole = [(step, path) for step, path in list_checkpoints(folder) if whole(path)]
-    for step, path in whole[:-keep]:
+def prune(folder: Path, keep: int, best_step: int | None, is_intact: Callable[[Path], bool] = is_complete) -> None:
+    """Remove all intact checkpoints but the newest `keep` and the best. Damaged ones do not count, and stay."""
+    intact = [(step, path) for step, path in list_checkpoints(folder) if is_intact(path)]
+    for step, path in intact[:-keep]:
         if step != best_step:
             remove(path.rename(folder / f".{path.name}.old"))

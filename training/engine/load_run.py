@@ -80,7 +80,7 @@ def _newest(folder: Path) -> tuple[Path, Checkpoint | None]:
     for last_try in (False, False, True):
         try:
             path = checkpoint.latest(folder / "checkpoints", warn=lambda line: print(line, file=sys.stderr))
-            return (folder, None) if path is None else (path, checkpoint.load_unchecked(path))
+            return (folder, None) if path is None else (path, checkpoint.load(path, verify=False))
         except (OSError, UserError):  # the run goes on meanwhile, and removed what was being read
             if last_try:
                 raise

@@ -1,4 +1,4 @@
-"""Space on the disk that a run will take."""
+"""Disk space that a run's checkpoints and final model need."""
 
 from __future__ import annotations
 
@@ -11,39 +11,40 @@ from training.model import GPT
 
 
 def checkpoint_bytes(model: GPT, config: Config) -> int:
-    """Weights and the optimizer's state in float32: two tensors a parameter, of Muon's matrices one."""
-    muon, kinds = config.optim.type == "muon", model.parameter_kinds()
-    return 4 * sum(p.numel() * (2 if muon and kinds[name] == "matrix" else 3) for name, p in model.named_parameters())
+    """Return the size of a checkpoint: float32 weights, and two optimizer tensors each; one for Muon's matrices."""
+    is_muon, kinds = config.optim.type == "muon", model.parameter_kinds()
+    n_tensors = {name: 2 if is_muon and kind == "matrix" else 3 for name, kind in kinds.items()}
+    return 4 * sum(p.numel() * n_tensors[name] for name, p in model.named_parameters())
 
 
 def n_checkpoints(config: Config) -> int:
-    """The most there are at a time: while one is written."""
+    """Return the largest number of checkpoints on disk at a time: while one is written."""
     return config.checkpoint.keep + config.checkpoint.keep_best + 1
 
 
 def disk_shortage(model: GPT, config: Config, *, fresh: bool = False) -> str | None:
-    """What is wrong where checkpoints and the final model do not fit beside what is there; in words.
+    """Return an error line if checkpoints and the final model do not fit on the disk, else None.
 
-    Checkpoints that are there will be replaced, but those of a run that is moved aside (`fresh`) stay.
+    The run will replace existing checkpoints, unless it is `fresh`: then the old run is moved aside and keeps them.
     """
-    checkpoints = Path(config.out_dir, config.name, "checkpoints").absolute()
-    there = next(path for path in (checkpoints, *checkpoints.parents) if path.exists())
+    folder = Path(config.run_dir, "checkpoints").absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
     weights = 4 * sum(p.numel() for p in model.parameters())
     needed = n_checkpoints(config) * checkpoint_bytes(model, config) + weights
-    needed -= 0 if fresh else sum(path.stat().st_size for path in checkpoints.glob("step-*/*"))
-    if (free := shutil.disk_usage(there).free) >= needed:
+    needed -= 0 if fresh else sum(path.stat().st_size for path in folder.glob("step-*/*"))
+    if (free := shutil.disk_usage(existing).free) >= needed:
         return None
     return (
-        f"{there} has {_in_words(free)} free, and checkpoints and the model need {_in_words(needed)}: lower "
+        f"{existing} has {_size_text(free)} free, and checkpoints and the model need {_size_text(needed)}: lower "
         "checkpoint.keep, or choose another out_dir"
     )
 
 
-def _in_words(n_bytes: int) -> str:
+def _size_text(n_bytes: int) -> str:
     return f"{n_bytes / 2**30:,.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.2f} MiB"
 
 
 def check_disk_space(model: GPT, config: Config, *, fresh: bool) -> None:
-    """Raise UserError where there is too little space for the whole run."""
+    """Raise UserError if the disk has too little space for the whole run."""
     if problem := disk_shortage(model, config, fresh=fresh):
         raise UserError(problem)

@@ -1,0 +1,211 @@
+"""Processes that import nothing: forks of a server that has imported torch and training once.
+
+A command or a rank starts in 20 ms this way, instead of 5 CPU seconds. Start-up itself, torchrun, and the cost of
+imports are tested with real processes (`conftest.command`, `launched.py`).
+
+    python tests/warm.py      the server: one JSON request a line on stdin; it ends with stdin
+
+The server writes `pid-RANK`, then `status-RANK` into the request's folder, beside the rank's `out-RANK` and `err-RANK`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+PRELOAD = [
+    "trajectory",
+    "crashes",
+    "training.train",
+    "training.evaluate",
+    "training.generate",
+    "training.export",
+    "training.distributed.consistency",
+    "training.logging.console",
+    "training.logging.dead_experts",
+    "training.logging.tensorboard",
+    "torch.utils.tensorboard",
+    "torch.profiler._cupti_monitor",
+    "huggingface_hub.serialization",
+    "jinja2",
+]
+
+
+class Ended(NamedTuple):
+    """The outcome of a launch: exit status of each rank, negative for a signal; their outputs, one after the other."""
+
+    statuses: list[int]
+    stdout: str
+    stderr: str
+
+    @property
+    def returncode(self) -> int:
+        """0 if every rank ended with 0, else the first status that is not 0."""
+        return next((status for status in self.statuses if status), 0)
+
+
+class Launch:
+    """Processes of one request."""
+
+    def __init__(self, folder: Path, n_ranks: int, server: subprocess.Popen):
+        self.folder, self.n_ranks, self.server = folder, n_ranks, server
+        self.pids = [int(self._read(f"pid-{rank}")) for rank in range(n_ranks)]
+
+    def _read(self, name: str, timeout_s: float = 60) -> str:
+        path, until = self.folder / name, time.monotonic() + timeout_s
+        while not path.exists():
+            assert self.server.poll() is None, "the server of warm processes has ended"
+            assert time.monotonic() < until, f"no {name} after {timeout_s} s\n{self.output('err')}"
+            time.sleep(0.005)
+        return path.read_text()
+
+    def has_ended(self, rank: int) -> bool:
+        """True if that rank has ended."""
+        return (self.folder / f"status-{rank}").exists()
+
+    def output(self, name: str) -> str:
+        """The text of `out` or `err` so far, rank by rank."""
+        return "".join(path.read_text() for path in sorted(self.folder.glob(f"{name}-*")))
+
+    def poll(self) -> int | None:
+        """The exit status of the first rank that ended; None while all run."""
+        ended = sorted(self.folder.glob("status-*"))
+        return int(ended[0].read_text()) if ended else None
+
+    def wait(self, timeout_s: float = 240) -> Ended:
+        """Wait until every rank has ended."""
+        statuses = [int(self._read(f"status-{rank}", timeout_s)) for rank in range(self.n_ranks)]
+        return Ended(statuses, self.output("out"), self.output("err"))
+
+    def signal(self, number: signal.Signals, rank: int = 0) -> None:
+        """Send a signal to one rank."""
+        os.kill(self.pids[rank], number)
+
+    def kill(self) -> None:
+        """Kill every rank that still runs and wait for its end."""
+        for rank, pid in enumerate(self.pids):
+            if not self.has_ended(rank):
+                os.kill(pid, signal.SIGKILL)
+        self.wait()
+
+
+class Server:
+    """The server, started with the first launch."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]):
+        self.folder, self.environment, self.n_launches = folder, environment, 0
+        self.process: subprocess.Popen | None = None
+        self.stores: list[object] = []
+
+    def start(self, target: str, *arguments: str, n_ranks: int = 1, env: dict[str, str] | None = None) -> Launch:
+        """Call `target` ("module:function") with the list of arguments on every rank; its result is the exit status."""
+        if self.process is None:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__],
+                cwd=ROOT,
+                env=self.environment,
+                stdin=subprocess.PIPE,
+                start_new_session=True,
+            )
+        self.n_launches += 1
+        folder = self.folder / f"launch-{self.n_launches}"
+        folder.mkdir()
+        variables = (self._meeting_point(n_ranks) if n_ranks > 1 else {}) | (env or {})
+        request = {"folder": str(folder), "target": target, "arguments": list(arguments), "n_ranks": n_ranks}
+        self.process.stdin.write(json.dumps(request | {"env": variables}).encode() + b"\n")
+        self.process.stdin.flush()
+        return Launch(folder, n_ranks, self.process)
+
+    def run(self, target: str, *arguments: str, n_ranks: int = 1, env: dict[str, str] | None = None) -> Ended:
+        """`start` and wait."""
+        return self.start(target, *arguments, n_ranks=n_ranks, env=env).wait()
+
+    def _meeting_point(self, n_ranks: int) -> dict[str, str]:
+        """Variables as torchrun sets them, with a store in this process, as torchrun's is in its own."""
+        import torch.distributed as dist
+
+        self.stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)]
+        return {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self.stores[0].port),
+            "WORLD_SIZE": str(n_ranks),
+            "LOCAL_WORLD_SIZE": str(n_ranks),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+        }
+
+    def close(self) -> None:
+        """End the server and every process that it started."""
+        if self.process is not None:
+            self.process.stdin.close()
+            self.process.wait()
+
+
+def serve() -> int:
+    """Fork for every request, until stdin ends; in a fork, return the target's exit status."""
+    for module in PRELOAD:
+        importlib.import_module(module)
+    importlib.import_module("training.logging.report")._template()  # compiled once
+    running: dict[int, Path] = {}
+    while True:
+        ready, _, _ = select.select([0], [], [], 0.01 if running else None)
+        if ready:
+            line = sys.stdin.buffer.readline()
+            if not line:
+                break
+            request = json.loads(line)
+            for rank in range(request["n_ranks"]):
+                child = os.fork()
+                if child == 0:
+                    return work(request, rank)
+                running[child] = Path(request["folder"], f"status-{rank}")
+                write(Path(request["folder"], f"pid-{rank}"), child)
+        while running:
+            child, status = os.waitpid(-1, os.WNOHANG)
+            if child == 0:
+                break
+            write(running.pop(child), os.waitstatus_to_exitcode(status))
+    for child in running:
+        os.kill(child, signal.SIGKILL)
+    return 0
+
+
+def work(request: dict, rank: int) -> int:
+    """Be one rank of the request."""
+    os.environ |= request["env"]
+    if request["n_ranks"] > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for fd, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(Path(request["folder"], f"{name}-{rank}"), flags), fd)
+    module, _, function = request["target"].partition(":")
+    sys.argv = [module, *request["arguments"]]
+    try:
+        return getattr(importlib.import_module(module), function)(request["arguments"])
+    except SystemExit:
+        raise
+    except BaseException:
+        traceback.print_exc()
+        return 1
+
+
+def write(path: Path, number: int) -> None:
+    """Write a file that is never seen half written."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(str(number))
+    partial.rename(path)
+
+
+if __name__ == "__main__":
+    sys.exit(serve())

@@ -1,0 +1,275 @@
+"""The plan of a run: what it will need, computed from its options, as lines of text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from training import device as devices
+from training.config import Config
+from training.data import tokenizer_choice
+from training.data.corpus import Corpus
+from training.data.file_hashes import FileHashes
+from training.data.shards import Manifest, read_manifest
+from training.errors import UserError
+from training.model import GPT
+from training.planning.batch_split import HEADROOM, equal_parts, max_samples_per_rank
+from training.planning.disk import checkpoint_bytes, disk_shortage, n_checkpoints
+from training.planning.memory import MemoryEstimate, estimate, largest_micro_batch
+
+DEFAULT_MFU = 0.4
+NO_BF16 = {"V100", "T4"}  # no bf16 matrix units
+MAX_EPOCHS = 4  # up to here repeated text is nearly as good as new text (arXiv:2305.16264)
+# About 20 is best for a given amount of compute (arXiv:2203.15556); up to 500 is usual for models that are used much.
+TOKENS_PER_PARAMETER = (5, 500)
+VOCAB_SIZES = {  # of tokenizers known by name, with the end-of-text token
+    "gpt2": 50257,
+    "openai-community/gpt2": 50257,
+    "r50k_base": 50257,
+    "p50k_base": 50281,
+    "cl100k_base": 100277,
+    "o200k_base": 200019,
+}
+
+
+class TargetDevice(NamedTuple):
+    """A device that a run is planned for."""
+
+    name: str
+    type: str  # cuda, mps, cpu
+    n_bytes: int
+    peak_flops: float | None  # FLOP/s of 16-bit matrix products
+    has_bf16: bool  # has bf16 matrix units
+
+
+class RunPlan(NamedTuple):
+    """The values that the report shows."""
+
+    config: Config  # resolved
+    device: TargetDevice
+    world_size: int
+    manifest: Manifest | None  # of the prepared data
+    model: GPT  # on the meta device
+    micro_batch: int
+    largest_micro_batch: int  # that fits; 0: not one sample does
+    memory: MemoryEstimate
+
+    @property
+    def n_samples(self) -> int:
+        """Samples per step."""
+        return self.config.batch_tokens // self.config.model.n_positions
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.config.steps * self.config.batch_tokens
+
+
+def find_device(name: str | None, config: Config) -> TargetDevice:
+    """Return the device with that name; None: the one of this machine. Raises UserError for an unknown name."""
+    if name is None or name.lower() == "cpu":
+        here = devices.select_device(config.parallel.device if name is None else "cpu")
+        peak = devices.peak_flops(here, "bf16")
+        has_bf16 = devices.has_bf16_units(here)
+        return TargetDevice(devices.device_name(here), here.type, devices.available_memory_bytes(here), peak, has_bf16)
+    known = {_letters(key): key for key in devices.GPUS}
+    if (key := known.get(_letters(name))) is None:
+        raise UserError(f"--device: {name!r} is none of cpu, {', '.join(devices.GPUS)}")
+    gpu = devices.GPUS[key]
+    return TargetDevice(key, "cuda", round(gpu.memory_gib * 2**30), gpu.peak_flops, key not in NO_BF16)
+
+
+def _letters(name: str) -> str:
+    return "".join(re.findall("[a-z0-9]+", name.lower()))
+
+
+def build_plan(config: Config, device: TargetDevice, world_size: int) -> RunPlan:
+    """Look for prepared data and estimate memory. Raises UserError for options that the run would reject."""
+    manifest = find_prepared_data(config)
+    precision = config.precision if config.precision != "auto" else "bf16" if device.has_bf16 else "fp32"
+    model = config.model.model_copy(update={"vocab_size": config.model.vocab_size or _vocab_size(config, manifest)})
+    config = config.model_copy(update={"precision": precision, "model": model})
+    n_samples = config.batch_tokens // model.n_positions
+    if n_samples < world_size:
+        raise UserError(
+            f"--world: {world_size} ranks are more than the {n_samples} samples of batch_tokens "
+            f"{config.batch_tokens}; raise batch_tokens"
+        )
+    per_rank = max_samples_per_rank(config, world_size)
+    largest = largest_micro_batch(config, HEADROOM * device.n_bytes, world_size, device.type)
+    micro_batch = config.micro_batch
+    if micro_batch == "auto":
+        micro_batch = equal_parts(per_rank, max(1, largest), config, device.type)
+    micro_batch = min(micro_batch, per_rank)
+    with torch.device("meta"):
+        network = GPT(model)
+    memory = estimate(config, micro_batch, world_size, device.type)
+    return RunPlan(config, device, world_size, manifest, network, micro_batch, largest, memory)
+
+
+def find_prepared_data(config: Config) -> Manifest | None:
+    """Return the manifest of the prepared data, None if there are none. Raises UserError if a source is missing."""
+    cache = Path(config.data.cache_dir).expanduser()
+    folder = cache / Corpus(config.data).cache_key(FileHashes(cache / "digests.json"))
+    return read_manifest(folder) if folder.is_dir() else None
+
+
+def _vocab_size(config: Config, manifest: Manifest | None) -> int:
+    """Return the rows of the embedding for `vocab_size: null`. Raises UserError if the tokenizer does not tell."""
+    tokenizer = config.data.tokenizer
+    if manifest is not None:
+        size = manifest.vocab_size
+    elif tokenizer.type in ("byte", "file"):
+        size = tokenizer_choice.build_tokenizer(tokenizer, ()).vocab_size
+    else:
+        size = tokenizer.vocab_size if tokenizer.type == "bpe" else VOCAB_SIZES.get(tokenizer.name)
+    if size is None:
+        raise UserError(
+            f"model.vocab_size: unknown, as the data are not prepared; give --model.vocab_size, or first "
+            f"python -m training.prepare, which loads the tokenizer {tokenizer.name}"
+        )
+    return -(-size // 64) * 64
+
+
+def describe_model(config: Config, n_total: int, n_active: int) -> dict[str, str]:
+    """Return the lines "model" and "parameters" of a plan and of a run's header."""
+    model = config.model
+    moe = [block.ffn for block in model.layers() if block.ffn.type == "moe"]
+    kinds = dict.fromkeys(
+        f"top {ffn.top_k} of {ffn.n_experts}" + (f" and {ffn.n_shared} shared" if ffn.n_shared else "") for ffn in moe
+    )
+    experts = f"{len(moe)} of them MoE, {' or '.join(kinds)} experts, " if moe else ""
+    return {
+        "model": f"{model.n_layer} layers, {experts}{model.n_head} heads, width {model.n_embd}, "
+        f"context {model.n_positions}, vocabulary {model.vocab_size:,}",
+        "parameters": f"{n_total:,}" + (f", {n_active:,} active per token" if n_active < n_total else ""),
+    }
+
+
+def describe_batch(config: Config, micro_batch: int, n_ranks: int = 1) -> str:
+    """Return the line "batch" of a plan and of a run's header."""
+    n_samples = config.batch_tokens // config.model.n_positions
+    per_rank = f", {-(-n_samples // n_ranks)} per rank" if n_ranks > 1 else ""
+    return (
+        f"{config.batch_tokens:,} tokens = {n_samples:,} samples x {config.model.n_positions}{per_rank}, "
+        f"micro-batch {micro_batch}"
+    )
+
+
+def report_lines(plan: RunPlan, mfu: float | None, measured: float | None) -> list[str]:
+    """Return the report. `mfu`: FLOPs utilization, None: unknown; `measured`: tokens/s of this run on this machine."""
+    config, device = plan.config, plan.device
+    ranks = f"{plan.world_size} x {device.name}" if plan.world_size > 1 else device.name
+    total, active = plan.model.n_parameters()
+    flops = plan.model.flops_per_token()
+    gib = checkpoint_bytes(plan.model, config) / 2**30
+    figures = {
+        "plan": f"{config.name} on {ranks}, {config.precision}",
+        **describe_model(config, total, active),
+        "FLOPs": f"{flops / 1e9:,.3g} G per token, forward and backward; {flops * plan.n_tokens:.3g} in all",
+        "batch": describe_batch(config, plan.micro_batch, plan.world_size)
+        + (" (chosen)" if config.micro_batch == "auto" else ""),
+        "steps": f"{config.steps:,} = {plan.n_tokens:,} tokens, {_rounded(plan.n_tokens / active)} per "
+        + ("active parameter" if active < total else "parameter"),
+        "data": _data(plan),
+        "checkpoints": f"{gib:,.2f} GiB each, at most {n_checkpoints(config)} on disk at a time",
+        "time": _time(plan, mfu, measured),
+        "memory": _largest_micro_batch(plan),
+    }
+    peak = "the optimizer step" if plan.memory.in_step else "forward and backward"
+    parts = {name.replace("_", " "): n_bytes for name, n_bytes in plan.memory.parts().items() if n_bytes}
+    return [
+        *(f"{label:<13}{text}" for label, text in figures.items()),
+        "",
+        f"peak memory per device, in {peak}, GiB",
+        *(f"  {name:<14}{n_bytes / 2**30:>9.2f}" for name, n_bytes in parts.items()),
+        f"  {'in all':<14}{plan.memory.total / 2**30:>9.2f} of {device.n_bytes / 2**30:.1f}",
+        *(f"warning: {text}" for text in warnings(plan)),
+    ]
+
+
+def _data(plan: RunPlan) -> str:
+    if plan.manifest is None:
+        return "not prepared here, so epochs are unknown; python -m training.prepare counts them"
+    n_tokens = sum(record.n_tokens for record in plan.manifest.streams if record.split == "train")
+    source = " (the source that is read most)" if len(plan.manifest.streams) > 2 else ""
+    return f"{n_tokens:,} training tokens, {epochs(plan):.3g} epochs{source}"
+
+
+def epochs(plan: RunPlan) -> float:
+    """Return how often the run reads its text; with weighted sources, the source that is read most."""
+    streams = [record.n_tokens for record in plan.manifest.streams if record.split == "train"]
+    weights = [source.weight or 1.0 for source in plan.config.data.sources] if len(streams) > 1 else [1.0]
+    return max(plan.n_tokens * weight / sum(weights) / n for n, weight in zip(streams, weights, strict=True))
+
+
+def _time(plan: RunPlan, mfu: float | None, measured: float | None) -> str:
+    """Return the duration and how it was computed. Raises UserError for an `mfu` of a device with an unknown peak."""
+    if mfu is None and measured:
+        return f"{duration_text(plan.n_tokens / measured)}, at {measured:,.0f} tokens/s as this run was measured here"
+    peak = plan.device.peak_flops if plan.config.precision != "fp32" else None
+    if peak is None:
+        if mfu is not None:
+            raise UserError(f"--mfu: no peak is known of {plan.device.name} in {plan.config.precision}; leave it out")
+        return "unknown: no peak is known of this device; train some steps here, then plan again"
+    speed = (mfu or DEFAULT_MFU) * peak * plan.world_size / plan.model.flops_per_token()
+    how = f"{mfu or DEFAULT_MFU:.0%} of {peak / 1e12:,.0f} TFLOP/s" + ("" if mfu else ", assumed; set it with --mfu")
+    how += "; communication is not counted" if plan.world_size > 1 else ""
+    return f"{duration_text(plan.n_tokens / speed)}, at {speed:,.0f} tokens/s = {how}"
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration in days, hours, minutes or seconds."""
+    for unit, minimum, size in (("days", 2 * 86400, 86400), ("hours", 3600, 3600), ("minutes", 60, 60)):
+        if seconds >= minimum:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:,.1f} seconds"
+
+
+def _rounded(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _largest_micro_batch(plan: RunPlan) -> str:
+    per_rank = max_samples_per_rank(plan.config, plan.world_size)
+    if plan.largest_micro_batch == 0:
+        return "not one sample fits"
+    if plan.largest_micro_batch < per_rank:
+        return f"{plan.largest_micro_batch} of a rank's {per_rank} samples fit at once"
+    return "all samples fit at once"
+
+
+def warnings(plan: RunPlan) -> Iterator[str]:
+    """Yield likely mistakes, each with what to change."""
+    config, device = plan.config, plan.device
+    per_rank = plan.n_samples // plan.world_size
+    if not plan.largest_micro_batch:
+        yield (
+            f"not one sample fits into {device.n_bytes / 2**30:.1f} GiB: use parallel.recompute: full, "
+            "parallel.mesh.shard over more devices, a smaller model.n_positions, or a smaller model"
+        )
+    elif plan.micro_batch > plan.largest_micro_batch:
+        yield f"micro_batch {plan.micro_batch} does not fit: use auto, or {plan.largest_micro_batch}"
+    if plan.n_samples % plan.world_size:
+        yield f"{plan.n_samples} samples do not divide among {plan.world_size} ranks: some wait at each step"
+    elif per_rank % plan.micro_batch:
+        yield (
+            f"a rank's {per_rank} samples are no multiple of micro_batch {plan.micro_batch}: the last micro-batch of a "
+            "step is smaller"
+        )
+    if config.precision == "bf16" and not device.has_bf16:
+        other = "fp16" if device.type == "cuda" else "fp32"
+        yield f"{device.name} has no matrix units for bf16: use precision {other}"
+    if plan.manifest is not None and (n_epochs := epochs(plan)) > MAX_EPOCHS:
+        yield f"{n_epochs:.3g} epochs: beyond {MAX_EPOCHS} the model learns little; use more text or fewer steps"
+    ratio = plan.n_tokens / plan.model.n_parameters()[1]
+    low, high = TOKENS_PER_PARAMETER
+    if not low <= ratio <= high:
+        change = "a smaller model, or more steps," if ratio < low else "a larger model"
+        yield f"{_rounded(ratio)} tokens per parameter; about 20 are best: {change} learns more in that time"
+    if problem := disk_shortage(plan.model, config):
+        yield problem
