@@ -32,7 +32,7 @@ class Defect(NamedTuple):
 
 
 RANKS = "tests/test_distributed.py -k ranks_and_layouts"
-MOVES = "tests/test_distributed.py -k moves_between"
+MOVES = "tests/test_distributed.py -k move_between"
 SAVES = "tests/test_checkpoint.py tests/test_background_save.py"
 DEFECTS = [
     # what is computed
@@ -123,11 +123,11 @@ DEFECTS = [
     Defect("written in place", "checkpoint/write.py", 'partial = self.folder / f".{target.name}.tmp"',
            "partial = target", "tests/test_crashes.py -k operations", "state.json"),
     Defect("what is old goes before the new one is there", "checkpoint/write.py",
-           "                _finish(partial, target, manifest, state)\n                try:\n"
+           "                _publish(partial, target, manifest, state)\n                try:\n"
            "                    prune(self.folder, self.config.keep, best_step)\n",
            "                prune(self.folder, self.config.keep, best_step)\n                try:\n"
-           "                    _finish(partial, target, manifest, state)\n",
-           "tests/test_crashes.py -k operations", "nothing goes before the new one is durable"),
+           "                    _publish(partial, target, manifest, state)\n",
+           "tests/test_crashes.py -k operations", "nothing is removed before the new checkpoint is durable"),
     Defect("the best is not kept", "engine/build.py",
            "if run.best and run.config.checkpoint.keep_best else", "if False else",
            "tests/test_loop.py -k best_evaluation"),
@@ -141,17 +141,18 @@ DEFECTS = [
            'LossScale(state["loss_scale"]["scale"])', "tests/test_skips.py -k every_count"),
     Defect("the newest folder wins", "checkpoint/read.py", "        problem = corruption(path)\n",
            "        problem = None\n", "tests/test_checkpoint.py"),
-    Defect("what is damaged counts when others go", "checkpoint/write.py", "if whole(path)]", "]",
+    Defect("what is damaged counts when others go", "checkpoint/write.py", "if is_intact(path)]", "]",
            "tests/test_checkpoints_command.py"),
-    Defect("what is not finite is saved", "checkpoint/write.py", "if not part.tensor.isfinite().all():",
+    Defect("what is not finite is saved", "checkpoint/write.py", "if not shard.tensor.isfinite().all():",
            "if False:", SAVES),
     Defect("no copy before the save", "checkpoint/write.py",
-           "self._memory(kind, name, tensor).copy_(tensor, non_blocking=True)", "tensor", SAVES),
+           "self._buffer(kind, name, tensor).copy_(tensor, non_blocking=True)", "tensor", SAVES),
     Defect("no fsync of files", "checkpoint/tensor_file.py", "        os.fsync(file.fileno())\n", "", SAVES),
-    Defect("no fsync of the folder", "checkpoint/write.py", "    fsync_path(target.parent)\n", "", SAVES),
+    Defect("no fsync of the folder", "files.py", "    source.rename(target)\n    fsync_path(target.parent)\n",
+           "    source.rename(target)\n", SAVES),
     Defect("a failure is not looked for", "engine/step.py", "self.run.saver.failure is not None)", "False)",
            "tests/test_runs.py -k save_that"),
-    Defect("rows read past their part", "checkpoint/read.py", "min(stop, last)", "last", SAVES),
+    Defect("rows read past their part", "checkpoint/read.py", "min(last, stop)", "last", SAVES),
     Defect("rows are not dropped at a restart", "logging/jsonl.py", 'if row["step"] <= run.start_step', "if True",
            "tests/test_runs.py -k rows_after"),
     Defect("TensorBoard shows steps twice", "logging/tensorboard.py", "purge_step = run.start_step",
