@@ -42,7 +42,7 @@ def summary(report: dict[str, Any]) -> str:
     if report["blank_documents"]:
         lines.append(f"       {report['blank_documents']:>12,} blank documents left out")
     megabytes = (report["train"]["bytes"] + report["val"]["bytes"]) / 1e6
-    rate = "found in the cache" if report["found"] else f"{megabytes / report['seconds']:.1f} MB/s"
+    rate = "found in the cache" if report["is_cached"] else f"{megabytes / report['seconds']:.1f} MB/s"
     lines.append(f"vocabulary {report['vocab_size']:,}; {report['seconds']:.2f} s, {rate}; {report['folder']}")
     return "\n".join(lines)
 

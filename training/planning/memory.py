@@ -39,6 +39,7 @@ from training.kernels.choose import ATTENTION_BACKENDS, EXPERT_KERNELS, TORCH_LO
 from training.kernels.experts import Dispatch, permute, sort_by_expert, unpermute
 from training.model import GPT, layers
 from training.model.moe import Experts
+from training.model.stats import parameter_kinds
 from training.optim.optimizer import Optimizer
 from training.planning.batch_split import max_samples_per_rank
 
@@ -191,7 +192,7 @@ def _peak(
             tracker.count(tensor, "weights", shares.get(tensor, 1.0))
         gathered = torch.empty(_gathered_bytes(model, mesh, dtype), dtype=torch.int8)
         tracker.count(gathered, "casts")
-        optimizer = Optimizer(config.optim, sharded.local_parameters(), model.parameter_kinds(), dtype)
+        optimizer = Optimizer(config.optim, sharded.local_parameters(), parameter_kinds(model), dtype)
         _add_hooks(model, shares, tracker)
         _create_gradients(shares, tracker)
         _optimizer_step(sharded, optimizer, shares, tracker, is_replicated)  # creates the optimizer state
