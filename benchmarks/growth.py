@@ -23,7 +23,7 @@ from common import header, in_a_process, peak_gib, used_gib
 
 from training import device as devices
 from training.config import Config
-from training.model import model_stats
+from training.model.stats import model_stats
 from training.planning import memory
 
 CPU = torch.device("cpu")

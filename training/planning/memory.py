@@ -40,6 +40,7 @@ from training.kernels.choose import ATTENTION_BACKENDS, EXPERT_KERNELS, TORCH_LO
 from training.kernels.experts import Dispatch, permute, sort_by_expert, unpermute
 from training.model import GPT, layers, parameter_kinds
 from training.model.moe import Experts
+from training.model.stats import parameter_kinds
 from training.optim.optimizer import Optimizer
 from training.planning.batch_split import max_samples_per_rank
 
