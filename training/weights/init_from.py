@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from training.config import Config, ModelConfig
-from training.errors import UserError
+from training.errors import UserError, library_error
 from training.kernels.attention.table import find_documents
 from training.model import GPT
 from training.options import cli
@@ -172,12 +172,9 @@ def _folder(config: Config, patterns: list[str]) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # the network's and the hub's errors have no common class
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
-        raise UserError(
-            f"init_from {name}: no such folder, and not loaded from the Hugging Face hub: "
-            f"{type(error).__name__}: {reason}"
-        ) from None
+    except Exception as error:
+        where = f"init_from {name}: no such folder, and not loaded from the Hugging Face hub"
+        raise UserError(f"{where}: {library_error(error)}") from None
 
 
 def _fitted(given: ModelConfig, theirs: ModelConfig, where: str) -> ModelConfig:
