@@ -59,7 +59,7 @@ def find(config: Config, resume: str) -> tuple[Path, bool] | None:
     """(the checkpoint that the run goes on from, whether it is the run's own); None: it begins.
 
     `resume` is auto, or the path of a checkpoint or a run. A checkpoint of this run is gone back to; another run's
-    begins this one, unless it has a checkpoint of its own already. Raises UserError where no checkpoint is whole.
+    begins this one, unless it has a checkpoint of its own already. Raises UserError where every checkpoint is damaged.
     """
     folder = config.run_dir / "checkpoints"
     asked = None if resume == "auto" else _checkpoint_at(Path(resume), print)
