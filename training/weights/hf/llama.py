@@ -68,6 +68,9 @@ class PerLayer(NamedTuple):
     read: Callable[[dict[str, Any], int], list] = lambda _hf, n_layer: [None] * n_layer  # (fields, n_layer)
 
 
+NOWHERE = PerLayer()
+
+
 @dataclass(frozen=True, kw_only=True)
 class LlamaLike(Architecture):
     """Llama or one of its successors."""
@@ -81,8 +84,8 @@ class LlamaLike(Architecture):
     implied_attention: dict[str, Any] = field(default_factory=dict)  # options of every layer's attention
     expert_fields: tuple[Field, ...] = ()
     implied_experts: dict[str, Any] = field(default_factory=dict)
-    windows: PerLayer = PerLayer()
-    experts: PerLayer = PerLayer()
+    windows: PerLayer = NOWHERE
+    experts: PerLayer = NOWHERE
     constants: Callable[[ModelConfig], dict[str, Any]] = lambda _config: {}  # further fields that are written
     attention: Tensors = attention
     feed_forward: Tensors = dense
@@ -120,9 +123,7 @@ class LlamaLike(Architecture):
         n_layer = read(hf, "num_hidden_layers", int)
         layers = [
             {"mixer": mixer | {"window": window}, "ffn": experts if has_experts else mlp}
-            for window, has_experts in zip(
-                self.windows.read(hf, n_layer), self.experts.read(hf, n_layer), strict=True
-            )
+            for window, has_experts in zip(self.windows.read(hf, n_layer), self.experts.read(hf, n_layer), strict=True)
         ]
         return {
             **read_fields(hf, MODEL),
