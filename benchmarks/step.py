@@ -97,7 +97,7 @@ def ours(config: Config, device: torch.device) -> Step:
     def step() -> None:
         train_step(run)
         if run.step % config.logging.every == 0:
-            run.metrics.rows()
+            run.metrics.fetch()
 
     step.run = run
     return step

@@ -1,11 +1,11 @@
-"""Kill a run at an operation on files, let it go on, and compare it with the run that was never killed.
+"""Kill a run at a file operation, resume it, and compare it with the run that was never killed.
 
-    python tests/crashes.py FOLDER CONFIG.yaml [--few] [--torn] [--chains N]
+    main([FOLDER, CONFIG.yaml, "--few", "--torn", "--chains", "N"])     in a process of its own (`warm.py`)
 
-A warm process forks one for every trial, so that a trial costs no imports. In it, opening, writing, syncing, renaming,
-removing and making folders are counted, and at the k-th the process kills itself (--torn: after half of a write). The
-next process, unharmed, goes on. Prints JSON: the operations of a run, and what went wrong by k. Of the writes to a file
-one after the other, --few takes the first and the last, and away from the second save every seventh operation.
+Every trial is a fork, so that it costs no imports. The fork counts the files opened, written, synced, renamed and
+removed, and the folders made, and kills itself at the k-th operation (--torn: after half of a write). The next fork
+resumes undisturbed. Prints JSON: the operations of a run, and the errors by k. --few takes the first and the last of
+consecutive writes to a file, and only every tenth operation outside the second save.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ OPERATIONS = ("fsync", "rename", "replace", "unlink", "mkdir", "rmdir")  # of os
 
 
 class Operations:
-    """Counts what is done to files, of all threads."""
+    """Counts the file operations of all threads."""
 
     def __init__(self, kill_at: int | None, torn: bool = False):
         self.kill_at, self.torn, self.count = kill_at, torn, itertools.count(1)
@@ -49,7 +49,7 @@ class Operations:
         io.open = builtins.open = self.open
 
     def due(self, name: str, path: object) -> bool:
-        """Count one; whether it is the one to be killed at."""
+        """Count an operation; returns True if the process is to be killed at it."""
         self.names.append((name, str(path)))
         return next(self.count) == self.kill_at
 
@@ -101,7 +101,7 @@ class Written:
 
 
 def forked(work: Callable[[], int]) -> int:
-    """The exit status of a process that does it, negative for a signal; it says nothing but what is wrong."""
+    """Call `work` in a fork, which prints only errors; returns its exit status, negative for a signal."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
@@ -116,19 +116,19 @@ def forked(work: Callable[[], int]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def train(config: Config, kill_at: int | None = None, torn: bool = False, told: Path | None = None) -> int:
-    """Train in this process, which is a trial's own; `told` is where the operations are written to."""
+def train(config: Config, kill_at: int | None = None, torn: bool = False, report: Path | None = None) -> int:
+    """Train in this process, a fork; the operations and the imported modules are written to `report`."""
     from training.train import train as go
 
     operations = Operations(kill_at, torn)
     status = go(config)
-    if told is not None:
-        told.write_text(json.dumps([operations.names, sorted(sys.modules)]))
+    if report is not None:
+        report.write_text(json.dumps([operations.names, sorted(sys.modules)]))
     return status
 
 
 def digest(config: Config) -> dict[str, str]:
-    """What a run has come to, without times: bits of its last checkpoint and its model, its state and its rows."""
+    """Hash the result of a run, without times: last checkpoint, exported model, state, rows."""
     folder = Path(config.out_dir, config.name)
     last = max((folder / "checkpoints").glob("step-*"))
     state = json.loads((last / "state.json").read_text())
@@ -136,16 +136,17 @@ def digest(config: Config) -> dict[str, str]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     kept |= {"rows": [{key: value for key, value in row.items() if key not in TIME_FIELDS} for row in rows]}
     kept["config"] = {key: value for key, value in kept["config"].items() if key != "name"}
-    found = {"state and rows": hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest(), "last": last.name}
+    hashes = {"state and rows": hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()}
+    hashes["last"] = last.name
     for path in [*last.glob("*.safetensors"), *(folder / "model").glob("*.safetensors")]:
-        found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+        hashes[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
     if config.logging.tensorboard:
-        found["tensorboard"] = shown(folder / "tensorboard")
-    return found
+        hashes["tensorboard"] = tensorboard_losses(folder / "tensorboard")
+    return hashes
 
 
-def shown(folder: Path) -> str:
-    """The losses that TensorBoard shows of all that was written, by step."""
+def tensorboard_losses(folder: Path) -> str:
+    """The losses that TensorBoard shows, by step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     seen = EventAccumulator(str(folder)).Reload()
@@ -153,7 +154,7 @@ def shown(folder: Path) -> str:
 
 
 def leftovers(config: Config) -> list[str]:
-    """What a killed process may have left, that nothing needs."""
+    """List the files of a killed process that should have been removed."""
     folder = Path(config.out_dir, config.name)
     most = config.checkpoint.keep + config.checkpoint.keep_best + 1
     checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())
@@ -161,9 +162,9 @@ def leftovers(config: Config) -> list[str]:
     return extra + [str(path.relative_to(folder)) for path in folder.rglob("*") if path.name.startswith(".")]
 
 
-def lacking(config: Config, operations: list[list[str]], told: Path) -> list[str]:
-    """Operations of the reference that another run did not do."""
-    done, _ = json.loads(told.read_text())
+def missing(config: Config, operations: list[list[str]], report: Path) -> list[str]:
+    """List the reference's operations that another run did not do."""
+    done, _ = json.loads(report.read_text())
     named = Counter((name, path.replace(f"/{config.name}", "/reference")) for name, path in done)
     return [f"{name} {path}" for name, path in (Counter(map(tuple, operations)) - named).elements()]
 
@@ -171,79 +172,74 @@ def lacking(config: Config, operations: list[list[str]], told: Path) -> list[str
 def trial(
     config: Config, expected: dict[str, str], operations: list[list[str]], kills: list[int], torn: bool
 ) -> str | None:
-    """Kill at those operations, each counted from a start of its own, then go on; what is wrong.
+    """Kill a run at these operations, each counted from its own start, then resume it; returns an error or None.
 
-    Threads take turns, so the k-th operation is not always the same one; how many there are is, and where it is not
-    the difference is told.
+    The order of two threads' operations varies, so the k-th is not always the same; their number does not vary.
     """
-    told = Path(config.out_dir, "trial.json")
+    report = Path(config.out_dir, "trial.json")
     shutil.rmtree(Path(config.out_dir, config.name), ignore_errors=True)
     for k in kills:
-        status = forked(lambda k=k: train(config, k, torn, told))
+        status = forked(lambda k=k: train(config, k, torn, report))
         if status == 0 and kills == [k]:
-            return f"not killed at operation {k}; did not {lacking(config, operations, told)}"
+            return f"not killed at operation {k}; did not {missing(config, operations, report)}"
         if status != -signal.SIGKILL:
             return f"ended with {status} before operation {k}"
     if status := forked(lambda: train(config)):
-        return f"went on, and ended with {status}"
+        return f"resumed, and ended with {status}"
     if wrong := leftovers(config):
         return f"left {wrong}"
-    found = digest(config)
-    return None if found == expected else f"differs in {sorted(k for k in expected if found.get(k) != expected[k])}"
+    hashes = digest(config)
+    return None if hashes == expected else f"differs in {sorted(k for k in expected if hashes.get(k) != expected[k])}"
 
 
 def main(arguments: list[str]) -> int:
-    """The reference, then the trials."""
+    """Train the reference, then run the trials."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("config", type=Path)
     parser.add_argument("--few", action="store_true")
     parser.add_argument("--torn", action="store_true")
-    parser.add_argument("--chains", type=int, default=0, help="so many runs of 20 kills each, at random")
-    asked = parser.parse_args(arguments)
+    parser.add_argument("--chains", type=int, default=0, help="number of runs with 20 kills each, at random operations")
+    args = parser.parse_args(arguments)
 
     import torch
 
     from training.data import prepare
-    from training.logging import report
+    from training.logging.report import _template
 
     torch.set_num_threads(1)
-    report._template()
-    config = cli.load_config(asked.config).model_copy(update={"out_dir": str(asked.folder / "runs")})
+    _template()  # compiled once, for all trials
+    config = cli.load_config(args.config).model_copy(update={"out_dir": str(args.folder / "runs")})
     prepare(config.data, quiet=True)
     reference = config.model_copy(update={"name": "reference"})
-    told = asked.folder / "operations.json"
-    Path(config.out_dir).mkdir()  # as every trial finds it, so that all do as many operations
+    report = args.folder / "operations.json"
+    Path(config.out_dir).mkdir()  # it exists in every trial, so that all do as many operations
     began = time.perf_counter()
-    assert forked(lambda: train(reference, told=told)) == 0
+    assert forked(lambda: train(reference, report=report)) == 0
     alone_s = time.perf_counter() - began
-    (operations, modules), expected = json.loads(told.read_text()), digest(reference)
-    for module in modules:  # that a trial would import; computing something here would start threads
+    (operations, modules), expected = json.loads(report.read_text()), digest(reference)
+    for module in modules:  # so that no trial imports them; a computation here would start threads
         with suppress(ImportError):
             importlib.import_module(module)
     named = config.model_copy(update={"name": "trial"})
-    trials = [[k] for k in points(operations, few=asked.few, torn=asked.torn)]
-    if asked.chains:
+    trials = [[k] for k in points(operations, few=args.few, torn=args.torn)]
+    if args.chains:
         draw = random.Random(0)
-        furthest = len(operations) // 20  # so that twenty do not reach the end
-        trials = [[draw.randrange(1, furthest) for _ in range(20)] for _ in range(asked.chains)]
-    wrong = {str(kills): found for kills in trials if (found := trial(named, expected, operations, kills, asked.torn))}
-    rows = (asked.folder / "runs/reference/metrics.jsonl").read_text().splitlines()
-    found = {"operations": operations, "trials": len(trials), "wrong": wrong, "run_s": alone_s}
-    print(json.dumps(found | {"skipped": json.loads(rows[-1])["skipped_steps"]}))
+        furthest = len(operations) // 20  # so that twenty kills do not reach the end
+        trials = [[draw.randrange(1, furthest) for _ in range(20)] for _ in range(args.chains)]
+    wrong = {str(kills): error for kills in trials if (error := trial(named, expected, operations, kills, args.torn))}
+    rows = (args.folder / "runs/reference/metrics.jsonl").read_text().splitlines()
+    result = {"operations": operations, "trials": len(trials), "wrong": wrong, "run_s": alone_s}
+    print(json.dumps(result | {"skipped": json.loads(rows[-1])["skipped_steps"]}))
     return 0
 
 
 def points(operations: list[tuple[str, str]], *, few: bool, torn: bool) -> list[int]:
-    """Where to kill, counted from 1; torn: at writes alone."""
+    """Number the operations to kill at, from 1; `torn`: the writes only."""
     names = [tuple(operation) for operation in operations]
     ks = [k for k, (name, _) in enumerate(names, start=1) if name == "write" or not torn]
     if not few:
         return ks
     alike = {k for k in ks if 1 < k < len(names) and names[k - 2] == names[k - 1] == names[k]}
     saves = [k for k, (name, path) in enumerate(names, start=1) if name == "mkdir" and "step-" in path]
-    return [k for i, k in enumerate(ks) if k not in alike and (saves[1] <= k < saves[2] or i % 7 == 0)]
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    return [k for i, k in enumerate(ks) if k not in alike and (saves[1] <= k < saves[2] or i % 10 == 0)]

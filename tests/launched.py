@@ -1,4 +1,4 @@
-"""Ranks that torchrun starts, each with a log of its own, watched from outside: what the tests of faults share."""
+"""Ranks of a run, each with its own log, watched from outside: started by torchrun, or as forks of a warm server."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from conftest import ROOT, environment
+from warm import Launch
 
 TRAIN = ["-m", "training.train"]
 
@@ -22,28 +23,21 @@ class Launched:
         variables |= {"PYTHONPATH": str(ROOT), "TEST_LAUNCH": str(logs)}
         self.logs = logs
         logs.mkdir(parents=True)
-        with (logs / "launcher").open("w") as said:
+        with (logs / "launcher").open("w") as log:
             self.process = subprocess.Popen(
-                [*torchrun, *arguments], cwd=ROOT, env=environment() | variables, stdout=said, stderr=said
+                [*torchrun, *arguments], cwd=ROOT, env=environment() | variables, stdout=log, stderr=log
             )
 
     def pids(self) -> dict[int, int]:
-        """Each rank's process."""
+        """The process of each rank that runs."""
         return ranks_of(self.logs)
 
-    def signal(self, rank: int, number: signal.Signals) -> None:
-        os.kill(self.pids()[rank], number)
-
-    def ends(self, within: float) -> float:
-        """Wait until the launcher and all ranks have ended; returns the seconds it took."""
-        began = time.monotonic()
-        while self.process.poll() is None or self.pids():
-            assert time.monotonic() - began < within, f"{self.pids()} run after {within} s\n{self.said()}"
-            time.sleep(0.05)
-        return time.monotonic() - began
+    def running(self) -> bool:
+        """True while the launcher or a rank runs."""
+        return self.process.poll() is None or bool(self.pids())
 
     def kill(self) -> None:
-        """End what is left, in a `finally`."""
+        """Kill all processes that are left, in a `finally`."""
         for pid in [*self.pids().values(), self.process.pid]:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -51,49 +45,87 @@ class Launched:
                 continue
         self.process.wait()
 
-    def said(self) -> str:
-        """What the ranks wrote to stderr."""
+    def errors(self) -> str:
+        """The ranks' stderr, one after the other."""
         return "".join(path.read_text() for path in sorted(self.logs.rglob("stderr.log")))
 
+    def signal(self, rank: int, number: signal.Signals) -> None:
+        """Send a signal to one rank."""
+        os.kill(self.pids()[rank], number)
+
+    def ends(self, within: float) -> float:
+        """Wait until the launcher and all ranks have ended; returns the seconds it took."""
+        began = time.monotonic()
+        while self.running():
+            assert time.monotonic() - began < within, f"{self.pids()} run after {within} s\n{self.errors()}"
+            time.sleep(0.05)
+        return time.monotonic() - began
+
     def line(self) -> str:
-        """The one line that says why the run ended; and no rank said more."""
-        said = self.said()
-        assert "Traceback" not in said and "frame #" not in said, said
-        (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+        """The one line that says why the run ended; asserts that no rank printed more."""
+        errors = self.errors()
+        assert "Traceback" not in errors and "frame #" not in errors, errors
+        (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
         return line
 
 
+class Forked(Launched):
+    """The command on the ranks of one host, without torchrun and without imports."""
+
+    def __init__(self, launch: Launch):
+        self.launch = launch
+
+    def pids(self) -> dict[int, int]:
+        return {rank: pid for rank, pid in enumerate(self.launch.pids) if not self.launch.has_ended(rank)}
+
+    def running(self) -> bool:
+        return bool(self.pids())
+
+    def kill(self) -> None:
+        self.launch.kill()
+
+    def others_end(self, rank: int, within: float) -> None:
+        """Wait until all ranks but this one have ended."""
+        until = time.monotonic() + within
+        while self.pids().keys() - {rank}:
+            assert time.monotonic() < until, f"{self.pids()} run after {within} s\n{self.errors()}"
+            time.sleep(0.05)
+
+    def errors(self) -> str:
+        return self.launch.output("err")
+
+
 def ranks_of(logs: Path) -> dict[int, int]:
-    """The processes that were given a rank and TEST_LAUNCH."""
-    mine, found = f"TEST_LAUNCH={logs}", {}
+    """The processes with a rank and this TEST_LAUNCH in their environment."""
+    mine, ranks = f"TEST_LAUNCH={logs}", {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
             variables = (path / "environ").read_text().split("\0")  # a zombie has none
             if mine in variables:
-                found |= {int(v[5:]): int(path.name) for v in variables if v.startswith("RANK=")}
+                ranks |= {int(v[5:]): int(path.name) for v in variables if v.startswith("RANK=")}
         except OSError:
             continue
-    return found
+    return ranks
 
 
 def train(logs: Path, config: Path, ranks: int = 2, **variables: str) -> Launched:
-    """The command on one host."""
+    """Start the command on one host by torchrun."""
     where = ["--standalone", "--nproc-per-node", str(ranks)]
     return Launched(logs, *where, *TRAIN, "--config", str(config), **variables)
 
 
 def rows_in(folder: Path) -> int:
-    """Rows of a run's metrics.jsonl."""
+    """Count the rows of a run's metrics.jsonl."""
     path = folder / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def wait_for_rows(folder: Path, at_least: int, *launched: Launched) -> None:
-    """Until the run has come so far."""
+    """Wait until the run has written this many rows."""
     for _ in range(3000):
         if rows_in(folder) >= at_least:
             return
         for each in launched:
-            assert each.process.poll() is None, each.said() + (each.logs / "launcher").read_text()
+            assert each.running(), each.errors()
         time.sleep(0.02)
     raise AssertionError(f"{at_least} rows never came")

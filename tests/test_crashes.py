@@ -1,4 +1,4 @@
-"""A run that is killed anywhere, any number of times, ends in the bits of one that was not."""
+"""A run that is killed at any operation, any number of times, ends in the bits of one that was not."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command, environment, rows, tensors, write_config
+from conftest import ROOT, environment, rows, tensors, write_config
 from launched import rows_in
 
 from training.checkpoint import corruption, latest, list_checkpoints
+from training.config import Config
 from training.data import prepare
 from training.data.loader import Samples
-from training.engine import step as loop
 from training.errors import UserError
 from training.train import train
 
@@ -43,33 +43,32 @@ SMALL = {
 
 
 @pytest.fixture
-def killed(options, tmp_path):
-    """Run the harness; returns what it found."""
+def kills(processes, options, tmp_path):
+    """Kill trial runs by the harness `crashes.py`; returns its report."""
 
     def go(*arguments: str, **changes) -> dict:
         path = write_config(tmp_path / "trial.yaml", options(**SMALL | changes))
-        harness = [sys.executable, str(ROOT / "tests/crashes.py"), str(tmp_path), str(path), *arguments]
-        done = subprocess.run(harness, env=environment(), capture_output=True, text=True, cwd=ROOT)
+        done = processes.start("crashes:main", str(tmp_path), str(path), *arguments).wait(timeout_s=7200)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
     return go
 
 
-def test_killed_at_operations_on_files_it_goes_on_to_the_same_bits(killed):
-    found = killed("--few")
-    in_order(found["operations"])
-    assert found["wrong"] == {}
-    assert found["trials"] > 40 and len(found["operations"]) > 300
+def test_a_run_killed_at_file_operations_resumes_to_the_same_bits(kills):
+    report = kills("--few")
+    check_order(report["operations"])
+    assert report["wrong"] == {}
+    assert report["trials"] > 40 and len(report["operations"]) > 300
 
 
 WRITES = ("open", "write", "fsync")
 
 
-def in_order(operations: list[tuple[str, str]]) -> None:
-    """Of each of four saves: every file synced, the manifest last, the folder, its name, its parent; then others go."""
+def check_order(operations: list[tuple[str, str]]) -> None:
+    """Assert for four saves: files synced, then the manifest, the folder, the rename, its parent; then old ones go."""
     names = [(name, path.rpartition("/checkpoints")[2]) for name, path in operations if "/checkpoints" in path]
-    places = {operation: [i for i, found in enumerate(names) if found == operation] for operation in set(names)}
+    places = {operation: [i for i, other in enumerate(names) if other == operation] for operation in set(names)}
     for step in (2, 4, 6, 8):
         partial = f"/.step-{step:08d}.tmp"
         files = [f"{partial}/{name}" for name in ("model.safetensors", "optimizer.safetensors", "state.json")]
@@ -79,79 +78,86 @@ def in_order(operations: list[tuple[str, str]]) -> None:
         assert max(synced) < manifest[0] < manifest[1] < places["fsync", partial][0] < renamed
         durable = min(i for i in places["fsync", ""] if i > renamed)
         changes = [name for name, _ in names[places["mkdir", partial][0] + 1 : durable] if name not in WRITES]
-        assert changes == ["rename"], "nothing goes before the new one is durable"
+        assert changes == ["rename"], "nothing is removed before the new checkpoint is durable"
         for path in files:
             assert max(places["write", path]) < places["fsync", path][0]
 
 
-def test_writes_that_are_torn_count_for_nothing(killed):
-    found = killed("--few", "--torn")
-    assert found["wrong"] == {} and found["trials"] > 10
+def test_torn_writes_lose_nothing(kills):
+    report = kills("--few", "--torn")
+    assert report["wrong"] == {} and report["trials"] > 10
 
 
-def test_twenty_kills_in_one_run_with_saves_that_are_waited_for(killed):
-    found = killed("--chains", "1", steps=40, checkpoint=SMALL["checkpoint"] | {"background": False})
-    assert found["wrong"] == {}
+@pytest.mark.soak
+def test_twenty_kills_of_a_run_that_waits_for_its_saves(kills):
+    report = kills("--chains", "1", steps=40, checkpoint=SMALL["checkpoint"] | {"background": False})
+    assert report["wrong"] == {}
 
 
-def test_twenty_kills_with_a_loss_scale_spikes_that_are_skipped_and_tensorboard(killed):
-    found = killed(
-        "--chains", "1", precision="fp16", skip_spikes=1.0, steps=40, logging=SMALL["logging"] | {"tensorboard": True}
-    )
-    assert found["wrong"] == {}
-    assert found["skipped"] > 0
+def test_twenty_kills_with_a_loss_scale_skipped_spikes_and_tensorboard(kills):
+    tensorboard = SMALL["logging"] | {"tensorboard": True}
+    report = kills("--chains", "1", precision="fp16", skip_spikes=1.0, steps=40, logging=tensorboard)
+    assert report["wrong"] == {}
+    assert report["skipped"] > 0
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("more", [[], ["--torn"], ["--chains", "25"]], ids=["every operation", "torn", "500 kills"])
 @pytest.mark.parametrize("background", [True, False])
-def test_killed_at_every_operation(killed, more, background):
+def test_a_run_killed_at_every_file_operation(kills, more, background):
     steps = 40 if "--chains" in more else 8
-    found = killed(*more, steps=steps, checkpoint=SMALL["checkpoint"] | {"background": background})
-    print(f"{found['trials']} trials, {len(found['operations'])} operations, wrong: {found['wrong']}")
-    assert found["wrong"] == {}
+    report = kills(*more, steps=steps, checkpoint=SMALL["checkpoint"] | {"background": background})
+    print(f"{report['trials']} trials, {len(report['operations'])} operations, wrong: {report['wrong']}")
+    assert report["wrong"] == {}
 
 
-class Real:
-    """The command as a process that is killed by what can be seen of its run from outside."""
+class Victim:
+    """A training process that is killed by the signs of its run seen from outside.
 
-    def __init__(self, config: Path, folder: Path):
+    At start-up it is a real command; at the other moments a fork, which spares the imports.
+    """
+
+    def __init__(self, processes, config: Path, folder: Path, moment: str):
         self.folder, self.checkpoints, self.n_before = folder, folder / "checkpoints", rows_in(folder)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "training.train", "--config", str(config)], cwd=ROOT, env=environment(),
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        self.moment, arguments = moment, ["--config", str(config)]
+        if moment == "at start-up":
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "training.train", *arguments], cwd=ROOT, env=environment(),
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+        else:
+            self.process = processes.start("training.train:main", *arguments)
 
     def until(self, seen: Callable[[], bool]) -> None:
         while not seen():
-            assert self.process.poll() is None, f"it ended before it was killed: {self.process.stderr.read()}"
+            assert self.process.poll() is None, "it ended before it was killed"
             time.sleep(0.0005)
 
-    def kill(self, draw: random.Random, moment: str) -> bool:
-        """Kill it, alive, at such a moment; whether what it left says that it was."""
-        if moment == "at start-up":
+    def kill(self, draw: random.Random) -> bool:
+        """Kill it at its moment; returns True if the files that it left show that the moment was met."""
+        if self.moment == "at start-up":
             time.sleep(draw.uniform(0.2, 1.0))
         else:
             far = self.n_before + draw.randrange(3, 30)
             self.until(lambda: rows_in(self.folder) > far)
-        if moment == "in a save":
+        if self.moment == "in a save":
             self.until(self.saving)
             time.sleep(draw.uniform(0, 0.005))
-        elif moment == "in an evaluation":
+        elif self.moment == "in an evaluation":
             self.until(self.evaluating)
-        elif moment == "before what is old goes":
+        elif self.moment == "before old checkpoints go":
             self.until(self.too_many)
         assert self.process.poll() is None
         self.process.kill()
-        self.process.communicate()
-        assert self.process.returncode == -signal.SIGKILL
+        self.process.wait()
+        assert self.process.poll() == -signal.SIGKILL
         return {
             "at start-up": lambda: rows_in(self.folder) == self.n_before,
             "training": lambda: True,
             "in a save": self.saving,
             "in an evaluation": lambda: rows_in(self.folder) % EVAL_EVERY == EVAL_EVERY - 1,
-            "before what is old goes": self.too_many,
-        }[moment]()
+            "before old checkpoints go": self.too_many,
+        }[self.moment]()
 
     def names(self) -> list[str]:
         return os.listdir(self.checkpoints) if self.checkpoints.exists() else []  # noqa: PTH208 (the quickest look)
@@ -160,10 +166,10 @@ class Real:
         return any(name.endswith(".tmp") for name in self.names())
 
     def too_many(self) -> bool:
-        return sum(name.startswith("step-") for name in self.names()) > 2 + 1  # of two kept, and the best
+        return sum(name.startswith("step-") for name in self.names()) > 2 + 1  # two are kept, and the best
 
     def evaluating(self) -> bool:
-        """Whether the row of an evaluation's step is due, and does not come."""
+        """True if the row of an evaluation's step is due and does not come."""
         n_rows = rows_in(self.folder)
         if n_rows % EVAL_EVERY != EVAL_EVERY - 1:
             return False
@@ -173,7 +179,7 @@ class Real:
 
 EVAL_EVERY = 50
 IN_SMALL = ["in a save", "in an evaluation", "at start-up", "training"]
-IN_FULL = {"in a save": 20, "in an evaluation": 5, "at start-up": 5, "before what is old goes": 5, "training": 15}
+IN_FULL = {"in a save": 20, "in an evaluation": 5, "at start-up": 5, "before old checkpoints go": 5, "training": 15}
 
 
 @pytest.mark.parametrize(
@@ -183,7 +189,7 @@ IN_FULL = {"in a save": 20, "in an evaluation": 5, "at start-up": 5, "before wha
         pytest.param(4000, [m for m, n in IN_FULL.items() for _ in range(n)], marks=pytest.mark.soak, id="50"),
     ],
 )
-def test_real_kills_of_a_process_that_trains_lose_nothing(options, run, tmp_path, steps, moments):
+def test_kills_of_a_training_process_lose_nothing(processes, options, run, tmp_path, steps, moments):
     long = SMALL | {
         "steps": steps,
         "model": SMALL["model"] | {"vocab_size": 4096},  # so that a save takes a while
@@ -193,52 +199,54 @@ def test_real_kills_of_a_process_that_trains_lose_nothing(options, run, tmp_path
     path, draw = write_config(tmp_path / "killed.yaml", options(name="killed", **long)), random.Random(1)
     folder, seen = tmp_path / "runs/killed", []
     for moment in draw.sample(moments, len(moments)):
-        while not Real(path, folder).kill(draw, moment):  # the save was quicker than the signal
+        while not Victim(processes, path, folder, moment).kill(draw):  # the save was quicker than the signal
             continue
         seen.append(moment)
         latest(folder / "checkpoints", pytest.fail)
     assert sorted(seen) == sorted(moments)
-    done = command("-m", "training.train", "--config", str(path))
-    assert done.returncode == 0, done.stderr
+    run(name="killed", **long)
     through = run(name="through", **long)
     assert rows(folder) == rows(through)
     assert tensors(folder, steps) == tensors(through, steps)
 
 
-@pytest.mark.parametrize("n_stops", [1, 3])
-def test_stopped_at_every_kind_of_step_and_past_the_end_of_the_text(run, config, monkeypatch, n_stops):
-    """After the first step, in warm-up, after an evaluation, around the end of an epoch, before the last step."""
+STOPS = [
+    (1, ["first", "warm-up", "evaluation", "end of text", "new epoch", "before the last"]),
+    (3, ["warm-up", "before the last"]),
+]
+
+
+@pytest.mark.parametrize(("n_stops", "moments"), STOPS)
+def test_a_run_stopped_at_every_kind_of_step_and_past_the_end_of_the_text(run, config, at_step, n_stops, moments):
     texts = [{"type": "files", "paths": [str(Path(json.__file__).with_name("scanner.py"))]}]
     data = config().data.model_dump() | {"sources": texts, "val_sources": texts}
     short = SMALL | {"steps": 40, "schedule": {"warmup_steps": 4}, "checkpoint": {"every": 100}, "data": data}
     through = run(name="through", **short)
-    n_samples = train_windows(config, short)
+    n_samples = train_windows(config(**short))
     assert n_samples < 40 * 4 / 2, "the text is read twice and more"
-    original = loop.train_step
-    for moment in (1, 3, 4, n_samples // 4, n_samples // 4 + 1, 39):
-        made, stops = config(name=f"stopped-{moment}", **short), iter([True] * n_stops)
-
-        def stopping(run, moment=moment, stops=stops):
-            original(run)
-            if run.step >= moment and next(stops, False):
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        monkeypatch.setattr(loop, "train_step", stopping)
-        ends = [train(made)]
+    epoch = n_samples // 4
+    steps = {"first": 1, "warm-up": 3, "evaluation": 4, "end of text": epoch, "new epoch": epoch + 1,
+             "before the last": 39}  # fmt: skip
+    for moment in moments:
+        at_step.clear()
+        stops = range(steps[moment], min(steps[moment] + n_stops, 41))
+        for step in stops:
+            at_step.send(step)
+        stopped = config(name=f"stopped-{steps[moment]}", **short)
+        ends = [train(stopped)]
         while ends[-1]:
-            ends.append(train(made))
-        assert ends == [128 + signal.SIGTERM] * min(n_stops, 41 - moment) + [0]
-        folder = through.with_name(made.name)
-        assert rows(folder) == rows(through), moment
-        assert tensors(folder, 40) == tensors(through, 40), moment
+            ends.append(train(stopped))
+        assert ends == [128 + signal.SIGTERM] * len(stops) + [0]
+        assert rows(stopped.run_dir) == rows(through), moment
+        assert tensors(stopped.run_dir, 40) == tensors(through, 40), moment
 
 
-def train_windows(config, options: dict) -> int:
-    made = config(**options)
-    return Samples(prepare(made.data, quiet=True).train, n_positions=32, seed=0).n_samples
+def train_windows(config: Config) -> int:
+    """The number of samples in the training split."""
+    return Samples(prepare(config.data, quiet=True).train, n_positions=32, seed=0).n_samples
 
 
-def test_of_a_thousand_bits_that_flip_every_one_is_found(run):
+def test_each_of_a_thousand_flipped_bits_is_detected(run):
     folder = run(**SMALL) / "checkpoints/step-00000008"
     draw, missed = random.Random(0), []
     files = {path: path.read_bytes() for path in sorted(folder.iterdir())}
@@ -258,9 +266,9 @@ def test_of_a_thousand_bits_that_flip_every_one_is_found(run):
 @pytest.mark.parametrize(
     "harm", ["gone", "empty", "half", "one byte less", "one byte more", "of another step", "of another run", "a folder"]
 )
-def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(run, config, capsys, file, harm):
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(run, config, capsys, file, harm):
     folder = run(**SMALL)
-    bits, found = tensors(folder, 8), rows(folder)
+    before = tensors(folder, 8), rows(folder)
     other = run(name="other", seed=1, **SMALL) if harm == "of another run" else folder
     path = folder / "checkpoints/step-00000008" / file
     data = path.read_bytes()
@@ -277,31 +285,29 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(ru
     assert train(config(**SMALL)) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "falling back" in line]
     assert len(said) == 1 and str(path.parent) in said[0]
-    assert tensors(folder, 8) == bits
-    assert rows(folder) == found
+    assert (tensors(folder, 8), rows(folder)) == before
 
 
-def test_a_checkpoint_under_another_steps_name_is_damaged(run):
+def test_a_checkpoint_under_another_steps_name_is_corrupt(run):
     folder = run(**SMALL) / "checkpoints"
     shutil.copytree(folder / "step-00000006", folder / "step-00000099")
-    assert (
-        corruption(folder / "step-00000099") == f"{folder}/step-00000099: damaged: it is the checkpoint of another step"
-    )
+    path = folder / "step-00000099"
+    assert corruption(path) == f"{path}: damaged: it is the checkpoint of another step"
 
 
 @pytest.mark.parametrize("name", ["../../elsewhere", "/etc/hostname"])
-def test_a_manifest_that_names_files_elsewhere_is_damaged(run, name):
+def test_a_manifest_that_names_files_elsewhere_is_corrupt(run, name):
     folder = run(**SMALL) / "checkpoints/step-00000008"
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {name: manifest["state.json"]}, indent=1))
     assert corruption(folder) == f"{folder}/manifest.json: damaged: {name!r} is no file of this folder"
 
 
-def test_where_all_are_damaged_the_run_ends_and_nothing_is_begun_anew(run, config):
+def test_a_run_with_only_damaged_checkpoints_ends_and_does_not_start_over(run, config):
     folder = run(**SMALL)
     for _, path in list_checkpoints(folder / "checkpoints"):
         (path / "state.json").write_text("{}")
     before = (folder / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match="no checkpoint is whole; start over with --resume never"):
+    with pytest.raises(UserError, match="every checkpoint is damaged; start over with --resume never"):
         train(config(**SMALL))
     assert (folder / "metrics.jsonl").read_bytes() == before

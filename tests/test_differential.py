@@ -155,7 +155,7 @@ def test_what_both_softmaxes_agree_on_is_taken_away():
     [
         ({"head_dim": 6}, "rope", "two halves and rope need a multiple of 4, not 6"),
         ({"head_dim": 7}, "learned", "two halves need a multiple of 2, not 7"),
-        ({"head_dim": 8, "n_kv_head": 3}, "rope", "3 do not divide n_head 4"),
+        ({"head_dim": 8, "n_kv_head": 3}, "rope", "3 does not divide n_head 4"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_the_number(options, position, message):

@@ -17,7 +17,7 @@ from training.checkpoint import corruption
 from training.config import Config, MeshConfig, ModelConfig
 from training.data import prepare
 from training.distributed.mesh import MeshShape, mesh_shape
-from training.distributed.parallelize import SAVED_OPERATORS
+from training.distributed.recompute import SAVED_OPERATORS
 from training.distributed.world import World
 from training.engine.build import begin
 from training.engine.step import train_step

@@ -1,11 +1,10 @@
-"""Ranks that die, hang, fail or differ: all end, in time, and one line says why; then the run goes on."""
+"""Ranks that die, hang, fail or differ: all ranks end in time, one line says why, and the run can be resumed."""
 
 from __future__ import annotations
 
 import json
 import re
 import signal
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,19 +13,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import write_config
-from launched import Launched, rows_in, train, wait_for_rows
+from launched import Forked, Launched, rows_in, train, wait_for_rows
 
 from training.config import ParallelConfig
-from training.distributed.diagnosis import LOOP, Lane, Rank, lost
-from training.distributed.process_id import Place, here
+from training.distributed.diagnosis import LOOP, Activity, Rank, diagnose
+from training.distributed.process_id import ProcessId, current_process
 from training.distributed.rendezvous import agree_on_start_id
 from training.distributed.world import join_world
 from training.errors import UserError
 
-LIMIT = 6.0  # four processes that start on two cores that others use too meet within it
-EXITS = 3.0  # after the limit, or after a death
-SLOW = 0.5  # until a test sees it
-AGAIN = "start again with the same command: the run goes on from its newest checkpoint"
+LIMIT = 6.0  # parallel.timeout_s; long enough for four processes to start on two busy cores
+EXITS = 3.0  # seconds in which all ranks end, after the limit or a death
+SLOW = 0.5  # seconds until a test sees that
+AGAIN = "run the same command again to resume from the latest checkpoint"
 
 
 @pytest.fixture
@@ -43,52 +42,70 @@ def small(options, tmp_path):
     return make
 
 
-BORROWS = """
-import sys, threading
-import torch.distributed as dist
-from training import cli, train
+@pytest.fixture
+def fork(processes):
+    """Start the command, or another target, on ranks that are forks; they are killed at the end of the test."""
+    started = []
 
-dist.init_process_group("gloo")
-config, statuses = cli.load_config(sys.argv[1]), []
-thread = threading.Thread(target=lambda: statuses.append(train.train(config)))
-thread.start()
-thread.join()
-dist.barrier()
-assert statuses == [0]
-"""
+    def start(*arguments: str, n_ranks: int = 2, target: str = "training.train:main", **variables: str) -> Forked:
+        started.append(Forked(processes.start(target, *arguments, n_ranks=n_ranks, env=variables)))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.kill()
 
 
-def test_a_rank_that_is_killed_or_stopped_ends_all_with_one_line_and_the_run_goes_on(small, tmp_path):
-    path, folder = small(steps=120)
-    faults = [(2, 1, signal.SIGKILL, "died"), (2, 0, signal.SIGKILL, "died"), (4, 2, signal.SIGSTOP, "has not been")]
-    for n, (size, rank, number, what) in enumerate(faults):
-        ranks = train(tmp_path / f"logs{n}", path, size)
-        try:
-            wait_for_rows(folder, rows_in(folder) + 15, ranks)
-            pid = ranks.pids()[rank]
-            ranks.signal(rank, number)
-            seconds = ranks.ends(within=EXITS + LIMIT * (number == signal.SIGSTOP) + SLOW)
-        finally:
-            ranks.kill()
-        assert ranks.process.returncode == 1
-        assert re.fullmatch(
-            rf"error: rank {rank} \(host \S+, pid {pid}\) {what}.* while rank \d \(host \S+, pid \d+\) "
-            rf"(waited for it|was) in .*(step|record of step) \d+; {AGAIN}",
-            ranks.line(),
-        ), ranks.line()
-        print(f"{number.name} of rank {rank} of {size}: {seconds:.1f} s: {ranks.line()}")
-    # as Ray Train does: a process group that is there, and a thread that is not the main one
-    (program := tmp_path / "borrows.py").write_text(BORROWS)
-    ranks = Launched(tmp_path / "logs", "--standalone", "--nproc-per-node", "2", str(program), str(path))
+FAULTS = [
+    ("torchrun", 2, 1, signal.SIGKILL, "died"),
+    ("forks", 2, 0, signal.SIGKILL, "died"),
+    ("forks", 2, 1, signal.SIGSTOP, "has not been"),
+    pytest.param("torchrun", 4, 2, signal.SIGSTOP, "has not been", marks=pytest.mark.soak),
+]
+
+
+@pytest.mark.parametrize(("launcher", "size", "rank", "number", "event"), FAULTS)
+def test_a_rank_that_is_killed_or_stopped_ends_all_with_one_line(
+    small, fork, tmp_path, launcher, size, rank, number, event
+):
+    path, folder = small(steps=100_000)
+    if launcher == "torchrun":
+        ranks = train(tmp_path / "logs", path, size)
+    else:
+        ranks = fork("--config", str(path), n_ranks=size)
     try:
-        assert ranks.process.wait(60) == 0, ranks.said()
+        wait_for_rows(folder, 15, ranks)
+        pid = ranks.pids()[rank]
+        ranks.signal(rank, number)
+        within = EXITS + LIMIT * (number == signal.SIGSTOP) + SLOW
+        if (launcher, number) == ("forks", signal.SIGSTOP):  # without a launcher nobody kills the stopped rank
+            ranks.others_end(rank, within)
+        else:
+            ranks.ends(within)
     finally:
         ranks.kill()
+    assert launcher == "forks" or ranks.process.returncode == 1
+    assert re.fullmatch(
+        rf"error: rank {rank} \(host \S+, pid {pid}\) {event}.* while rank \d \(host \S+, pid \d+\) "
+        rf"(waited for it|was) in .*(step|record of step) \d+; {AGAIN}",
+        ranks.line(),
+    ), ranks.line()
+
+
+def test_a_run_whose_ranks_died_resumes_in_a_borrowed_process_group(small, fork):
+    """The second start is like Ray Train's: the process group is there, and `train` is not in the main thread."""
+    path, folder = small(steps=60)
+    ranks = fork("--config", str(path))
+    wait_for_rows(folder, 15, ranks)
+    ranks.signal(1, signal.SIGKILL)
+    ranks.ends(EXITS + SLOW)
+    ranks = fork(str(path), target="trajectory:main_in_a_borrowed_group")
+    assert ranks.launch.wait(60).returncode == 0, ranks.errors()
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 121)) and (folder / "summary.json").exists()
+    assert steps == list(range(1, 61)) and (folder / "summary.json").exists()
 
 
-def test_ranks_that_are_stopped_together_go_on_together_and_without_their_launcher_end(small, tmp_path):
+def test_ranks_stopped_together_continue_together_and_end_without_their_launcher(small, tmp_path):
     path, folder = small(steps=100_000)
     ranks = train(tmp_path / "logs", path)
     try:
@@ -107,37 +124,12 @@ def test_ranks_that_are_stopped_together_go_on_together_and_without_their_launch
     assert "torchrun, which keeps the ranks' store at " in ranks.line() and "has ended" in ranks.line()
 
 
-HANGS = """
-import time
-from training import loop, train
-
-step, record = loop.train_step, loop.record
-
-def hangs(run):
-    while run.step == 4 and run.world.rank == 1:
-        pass
-    step(run)
-
-def is_slow(run, due):
-    if run.step == 2 and run.world.is_main:
-        time.sleep(LIMIT + 2)
-    record(run, due)
-
-loop.train_step, loop.record = hangs, is_slow
-raise SystemExit(train.main())
-"""
-
-
-def test_work_that_others_have_to_wait_for_takes_its_time_and_a_loop_without_end_does_not(small, tmp_path):
+def test_slow_work_of_the_main_rank_is_waited_for_and_an_endless_loop_is_not(small, fork):
+    """The record of step 3 takes longer than the limit; step 5 never ends on rank 1."""
     path, folder = small(steps=100_000)
-    program = tmp_path / "hangs.py"
-    program.write_text(HANGS.replace("LIMIT", str(LIMIT)))
-    ranks = Launched(tmp_path / "logs", "--standalone", "--nproc-per-node", "2", str(program), "--config", str(path))
-    try:
-        wait_for_rows(folder, 4, ranks)
-        ranks.ends(within=LIMIT + EXITS + SLOW)
-    finally:
-        ranks.kill()
+    ranks = fork("--config", str(path), target="trajectory:main_that_hangs", SLOW_RECORD=f"3:{LIMIT + 2}", HANG="1:5")
+    wait_for_rows(folder, 4, ranks)
+    ranks.ends(within=LIMIT + EXITS + SLOW)
     assert rows_in(folder) == 4
     assert re.search(
         r"rank 1 \(host \S+, pid \d+\) does not come out of .* while rank 0 .* waited \d+ s for it in .* of step 5;",
@@ -146,42 +138,34 @@ def test_work_that_others_have_to_wait_for_takes_its_time_and_a_loop_without_end
 
 
 @pytest.mark.parametrize(
-    ("unlike", "said"),
+    ("difference", "message"),
     [
         ("options", r"the ranks were not given the same: steps: 8 on rank 0, 9 on rank 1; start all of them alike"),
         ("data", r'the ranks were not given the same: data: "\w+" on rank 0, "\w+" on rank 1; start all of them alike'),
         ("nothing", r"rank 1 \(host \S+, pid \d+\): texts: no such file or folder"),
     ],
 )
-def test_ranks_that_were_given_different_things_end_before_the_run_begins(options, tmp_path, unlike, said):
+def test_ranks_with_different_options_or_data_end_before_the_run_begins(options, fork, tmp_path, difference, message):
     data = {"sources": [{"paths": ["texts"]}], "tokenizer": {"type": "byte"}, "val_fraction": 0.3, "cache_dir": "cache"}
     for rank in (0, 1):
         home = tmp_path / str(rank)
         home.mkdir()
-        other = rank == 1 and unlike
-        made = options(data=data, parallel={"timeout_s": LIMIT}, steps=9 if other == "options" else 8)
-        write_config(home / "run.yaml", made)
+        other = rank == 1 and difference
+        changes = options(data=data, parallel={"timeout_s": LIMIT}, steps=9 if other == "options" else 8)
+        write_config(home / "run.yaml", changes)
         if other != "nothing":
             (home / "texts").mkdir()
             for i in range(30):
                 (home / "texts" / f"{i}.txt").write_text(f"document {i} " * (41 if other == "data" else 40))
-    program = f"cd {tmp_path}/$RANK && exec {sys.executable} -m training.train --config run.yaml"
-    ranks = Launched(
-        tmp_path / "logs", "--standalone", "--nproc-per-node", "2", "--no-python", "bash", "-c", program,
-    )  # fmt: skip
-    try:
-        ranks.process.wait(40)
-    finally:
-        ranks.kill()
-    assert re.fullmatch(f"error: {said}", ranks.line()), ranks.line()
-    statuses = re.findall(r"exitcode +: (-?\d+)", (ranks.logs / "launcher").read_text())
-    assert set(statuses) == {"2"}
+    ranks = fork(str(tmp_path), "--config", "run.yaml", target="trajectory:main_in_own_folder")
+    assert ranks.launch.wait(40).statuses == [2, 2]
+    assert re.fullmatch(f"error: {message}", ranks.line()), ranks.line()
     assert not (tmp_path / "runs/small").exists()
 
 
-@pytest.mark.parametrize("wrong", ["--parallel.device mps", "--steps none"])
-def test_what_all_processes_of_a_host_find_wrong_is_said_once(small, tmp_path, wrong):
-    """And that one, here the last to find it, is not ended by the launcher before."""
+@pytest.mark.parametrize("wrong", ["--parallel.device mps", pytest.param("--steps none", marks=pytest.mark.soak)])
+def test_an_error_of_all_ranks_of_a_host_is_printed_once(small, tmp_path, wrong):
+    """The first rank prints it, though it is the last to find the error, and the launcher ends it no sooner."""
     path, _ = small()
     (tmp_path / "late.py").write_text(
         "import os, sys, time\nfrom training.train import main\n"
@@ -198,7 +182,7 @@ def test_what_all_processes_of_a_host_find_wrong_is_said_once(small, tmp_path, w
 
 
 @pytest.mark.parametrize(
-    ("variables", "said"),
+    ("variables", "message"),
     [
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is not a number: 'two'; start with torchrun"),
         ({"WORLD_SIZE": "2"}, "RANK is not set; start with torchrun"),
@@ -211,12 +195,12 @@ def test_what_all_processes_of_a_host_find_wrong_is_said_once(small, tmp_path, w
         ),
     ],
 )
-def test_what_a_launcher_did_not_set_is_named(monkeypatch, variables, said):
+def test_a_variable_that_the_launcher_did_not_set_is_named(monkeypatch, variables, message):
     for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         join_world(torch.device("cpu"), ParallelConfig(timeout_s=0.5))
     assert "\n" not in str(error.value)
 
@@ -247,7 +231,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 
 def rank(number: int, **lane) -> Rank:
-    return Rank(number, Place("a", "", 100 + number, ""), {LOOP: Lane(**lane)}, heard=8.5)
+    return Rank(number, ProcessId("a", "", 100 + number, ""), {LOOP: Activity(**lane)}, heard=8.5)
 
 
 BEHIND, ALONE = {"doing": "step 5", "count": 6}, {"doing": "the end", "count": 6, "kind": "untimed"}
@@ -274,15 +258,18 @@ def test_who_is_lost(other, change, said):
     me, peer = rank(0, doing="step 5", count=7, waits="a sum"), rank(1, **other)
     for name, value in change.items():
         setattr(peer, name, value)
-    found = lost(me, [peer], now=10.0, limit=5.0, silence=5.0, read=9.0)
+    found = diagnose(me, [peer], now=10.0, limit=5.0, silence=5.0, read=9.0)
     assert (found is None) if said is None else re.search(said, found.line)
 
 
 def test_a_process_of_another_host_or_space_is_never_taken_for_dead():
-    assert not here().dead() and here().able()
-    gone = Place(here().host, here().kernel, 2**22 + 1, "")
+    assert not current_process().dead() and current_process().able()
+    gone = ProcessId(current_process().host, current_process().kernel, 2**22 + 1, "")
     assert gone.dead() and not gone.able()
-    for other in (Place("elsewhere", here().kernel, gone.pid, ""), Place(here().host, "another", gone.pid, "")):
+    for other in (
+        ProcessId("elsewhere", current_process().kernel, gone.pid, ""),
+        ProcessId(current_process().host, "another", gone.pid, ""),
+    ):
         assert not other.dead() and not other.able()
-    again = Place(here().host, here().kernel, here().pid, "long ago")
+    again = ProcessId(current_process().host, current_process().kernel, current_process().pid, "long ago")
     assert again.dead()

@@ -875,7 +875,7 @@ REFUSED = [
     ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping: 30.0"),
     ("llama", {"is_causal": False}, "is_causal: False"),
     ("llama", {"per_layer_config": {"0": {"hidden_size": 5}}}, "per_layer_config: "),
-    ("llama", {"num_key_value_heads": 3}, "n_kv_head: 3 do not divide n_head 4"),
+    ("llama", {"num_key_value_heads": 3}, "n_kv_head: 3 does not divide n_head 4"),
     ("qwen3", {"layer_types": ["full_attention"]}, "layer_types: "),
     ("qwen3", {"layer_types": ["linear_attention"] * 3}, "layer_types: "),
     ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "layer_types: sliding_attention without"),

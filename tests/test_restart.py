@@ -44,7 +44,7 @@ def test_where_all_checkpoints_are_damaged_it_says_how_to_start_over(run, config
     folder = run()
     for name in names(folder):
         flip_a_bit(folder / "checkpoints" / name / "optimizer.safetensors")
-    with pytest.raises(UserError, match="no checkpoint is whole; start over with --resume never"):
+    with pytest.raises(UserError, match="every checkpoint is damaged; start over with --resume never"):
         train(config())
 
 

@@ -210,9 +210,9 @@ def test_what_resume_cannot_be(capsys, options, tmp_path):
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        (lambda lines: lines[:0], "not every step up to 6 has a row of its own"),
-        (lambda lines: lines[:2] + lines[3:], "not every step up to 6 has a row of its own"),
-        (lambda lines: [*lines[:3], *lines[2:]], "not every step up to 6 has a row of its own"),
+        (lambda lines: lines[:0], "not every step up to 6 has exactly one row"),
+        (lambda lines: lines[:2] + lines[3:], "not every step up to 6 has exactly one row"),
+        (lambda lines: [*lines[:3], *lines[2:]], "not every step up to 6 has exactly one row"),
         (lambda lines: lines, None),
     ],
 )
@@ -225,7 +225,7 @@ def test_rows_that_someone_removed_are_missed_aloud_and_the_run_goes_on(run, cap
     capsys.readouterr()
     run(**OFTEN)
     told = capsys.readouterr().err
-    assert told == ("" if said is None else f"{path}: {said}; the run goes on, without these rows\n")
+    assert told == ("" if said is None else f"{path}: {said}; training continues without the missing rows\n")
     assert tensors(folder, 8) == before
 
 
@@ -239,7 +239,7 @@ def test_a_log_that_is_removed_meanwhile_is_missed_once(config, tmp_path, capsys
 
     monkeypatch.setattr(loop, "train_step", removing)
     assert train(config()) == 0
-    said = f"{path}: removed or changed while the run wrote it; the run goes on, without these rows\n"
+    said = f"{path}: removed or changed while the run wrote it; training continues without the missing rows\n"
     assert capsys.readouterr().err.count(said) == 1
     assert rows(path.parent)[-1]["step"] == 8
 
@@ -280,7 +280,7 @@ def test_a_report_of_rows_that_lack_everything_is_a_line(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": 1e999, "tokens": "x"}\n')
     update_report(tmp_path)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{tmp_path}: its files are not what a run writes") and line.endswith("is not renewed")
+    assert line.startswith(f"{tmp_path}: its files are not what a run writes") and line.endswith("is not updated")
 
 
 def test_a_line_that_no_document_is_as_long_as_is_refused(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def train(config: Config, world: World, stop_at: int | None = None) -> tuple[dic
         tokens_of_step.append(hashlib.sha256(b"".join(of_ranks)).hexdigest())
     for hook in hooks:
         hook.remove()
-    rows = run.metrics.flush()
+    rows = run.metrics.fetch()
     run.last_row = rows[-1]
     save(run)
     found = evaluate(run.model, run.val_batches, run.dataset.tokenizer, config.eval.tokens, run.micro_batch, world)
@@ -128,3 +129,43 @@ def main_in_own_folder(arguments: list[str]) -> int:
 
     os.chdir(Path(arguments[0], os.environ["RANK"]))
     return train_command(arguments[1:])
+
+
+def main_in_a_borrowed_group(arguments: list[str]) -> int:
+    """Train in a thread, in a process group that was there before."""
+    import threading
+
+    import torch.distributed as dist
+
+    from training.train import train as train_run
+
+    dist.init_process_group("gloo")
+    config, statuses = cli.load_config(arguments[0]), []
+    thread = threading.Thread(target=lambda: statuses.append(train_run(config)))
+    thread.start()
+    thread.join()
+    dist.barrier()
+    return statuses[0] if statuses else 1
+
+
+def main_that_hangs(arguments: list[str]) -> int:
+    """Train like the command, but HANG="1:5" never ends step 5 on rank 1, SLOW_RECORD="3:8" writes row 3 in 8 s."""
+    from training.engine import step as engine
+    from training.logging.jsonl import JSONLSink
+    from training.train import main as train_command
+
+    hanging, slow = os.environ["HANG"].split(":"), os.environ["SLOW_RECORD"].split(":")
+    train_step, write = engine.train_step, JSONLSink.write
+
+    def hang(run):
+        while [str(run.world.rank), str(run.step + 1)] == hanging:
+            pass
+        train_step(run)
+
+    def write_slowly(self, rows):
+        if str(rows[-1]["step"]) == slow[0]:
+            time.sleep(float(slow[1]))
+        write(self, rows)
+
+    engine.train_step, JSONLSink.write = hang, write_slowly
+    return train_command(arguments)

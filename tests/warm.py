@@ -30,8 +30,13 @@ PRELOAD = [
     "training.evaluate",
     "training.generate",
     "training.export",
+    "training.distributed.consistency",
+    "training.logging.console",
+    "training.logging.dead_experts",
     "training.logging.tensorboard",
     "torch.utils.tensorboard",
+    "torch.profiler._cupti_monitor",
+    "huggingface_hub.serialization",
     "jinja2",
 ]
 
@@ -64,6 +69,10 @@ class Launch:
             time.sleep(0.005)
         return path.read_text()
 
+    def has_ended(self, rank: int) -> bool:
+        """True if that rank has ended."""
+        return (self.folder / f"status-{rank}").exists()
+
     def output(self, name: str) -> str:
         """The text of `out` or `err` so far, rank by rank."""
         return "".join(path.read_text() for path in sorted(self.folder.glob(f"{name}-*")))
@@ -85,7 +94,7 @@ class Launch:
     def kill(self) -> None:
         """Kill every rank that still runs and wait for its end."""
         for rank, pid in enumerate(self.pids):
-            if not (self.folder / f"status-{rank}").exists():
+            if not self.has_ended(rank):
                 os.kill(pid, signal.SIGKILL)
         self.wait()
 

@@ -24,13 +24,18 @@ Activation = Literal["gelu_tanh", "gelu", "relu2", "silu"]
 
 
 class MixerConfig(Section):
-    """What every kind of attention has."""
+    """Options of every kind of attention."""
 
     head_dim: int | None = option(None, "width of a head; null: n_embd / n_head", unit="channels", ge=1)
-    window: int | None = option(None, "tokens seen, a token itself included; null: all before", unit="tokens", ge=1)
+    window: int | None = option(
+        None,
+        "sliding-window length in tokens, including the token itself; null: full causal attention",
+        unit="tokens",
+        ge=1,
+    )
 
     def model_rules(self, model: ModelConfig) -> Iterator[tuple[str, str]]:  # noqa: ARG002 (one signature)
-        """As `rules`, between this mixer and the model that it is in."""
+        """Yield (option of this mixer, problem) for options that do not fit the model's."""
         yield from ()
 
 
@@ -39,25 +44,30 @@ class AttentionConfig(MixerConfig):
 
     type: Literal["attention"] = "attention"
     n_kv_head: int | None = option(
-        None, "heads of keys and values, shared by queries; null: n_head; 1: multi-query", unit="heads", ge=1
+        None,
+        "heads of keys and values, each shared by several queries; null: n_head; 1: multi-query",
+        unit="heads",
+        ge=1,
     )
-    softcap: float | None = option(None, "bound scores smoothly: softcap x tanh(score / softcap)", gt=0)
-    qk_norm: bool = option(False, "normalise each head's queries and keys (RMSNorm) before their product")
-    rope: bool = option(True, "turn queries and keys by their positions, where model.position is rope")
+    softcap: float | None = option(
+        None, "bound scores smoothly by softcap x tanh(score / softcap); null: no bound", gt=0
+    )
+    qk_norm: bool = option(False, "apply RMSNorm to the queries and keys of each head")
+    rope: bool = option(True, "apply RoPE to queries and keys, if model.position is rope")
 
     def model_rules(self, model: ModelConfig) -> Iterator[tuple[str, str]]:
         width = self.head_dim or model.n_embd // model.n_head
         if self.rope and model.position == "rope" and width % 2:
             yield "head_dim", f"rope needs an even head width, not {width}"
         if self.n_kv_head is not None and model.n_head % self.n_kv_head:
-            yield "n_kv_head", f"{self.n_kv_head} do not divide n_head {model.n_head}"
+            yield "n_kv_head", f"{self.n_kv_head} does not divide n_head {model.n_head}"
 
 
 class DifferentialConfig(AttentionConfig):
-    """Differential attention (arXiv:2410.05258): a head is the difference of two softmaxes, each half as wide."""
+    """Differential attention (arXiv:2410.05258): each head is the difference of two softmaxes of half its width."""
 
     type: Literal["differential"] = "differential"
-    lambda_init: float = option(0.8, "share of the second softmax that is taken off the first, at first", ge=0, lt=1)
+    lambda_init: float = option(0.8, "initial weight of the second softmax, which is subtracted", ge=0, lt=1)
 
     def model_rules(self, model: ModelConfig) -> Iterator[tuple[str, str]]:
         width = self.head_dim or model.n_embd // model.n_head
@@ -69,17 +79,21 @@ class DifferentialConfig(AttentionConfig):
 
 
 class LatentConfig(MixerConfig):
-    """Multi-head latent attention (MLA, arXiv:2405.04434): keys and values from one short vector a token."""
+    """Multi-head latent attention (MLA, arXiv:2405.04434): keys and values are projections of one short vector."""
 
     type: Literal["latent"] = "latent"
-    kv_rank: int = option(512, "width of the vector that keys and values are made of", unit="channels", ge=1)
-    q_rank: int | None = option(None, "width that queries are squeezed through; null: not", unit="channels", ge=1)
-    rope_dim: int = option(64, "further width of a head, turned by position, its key shared", unit="channels", ge=2)
+    kv_rank: int = option(
+        512, "rank of the key and value projections; width of the cached vector", unit="channels", ge=1
+    )
+    q_rank: int | None = option(None, "rank of the query projection; null: full rank", unit="channels", ge=1)
+    rope_dim: int = option(
+        64, "additional width of each head that RoPE is applied to; heads share its keys", unit="channels", ge=2
+    )
     value_dim: int | None = option(None, "width of a head's values; null: head_dim", unit="channels", ge=1)
 
     def rules(self) -> Iterator[tuple[str, str]]:
         if self.rope_dim % 2:
-            yield "rope_dim", f"rotary positions need an even width, not {self.rope_dim}"
+            yield "rope_dim", f"RoPE needs an even width, not {self.rope_dim}"
 
 
 class MLPConfig(Section):
@@ -87,36 +101,42 @@ class MLPConfig(Section):
 
     type: Literal["mlp"] = "mlp"
     hidden: int | None = option(None, "hidden width; null: 4 x n_embd", unit="channels", ge=1)
-    activation: Activation = option("gelu_tanh", "nonlinearity (gelu_tanh is GPT-2's gelu_new)")
-    gated: bool = option(False, "multiply by a second projection (with silu: SwiGLU)")
+    activation: Activation = option("gelu_tanh", "activation (gelu_tanh is GPT-2's gelu_new)")
+    gated: bool = option(False, "multiply by a second up-projection (with silu: SwiGLU)")
 
 
 class MoEConfig(Section):
-    """Mixture of experts: each token goes to its top_k experts. docs/moe.md says what to choose."""
+    """Mixture of experts: each token is routed to top_k experts. docs/moe.md helps to choose."""
 
     type: Literal["moe"] = "moe"
     n_experts: int = option(8, "experts that the router chooses from", unit="experts", ge=1)
-    top_k: int = option(2, "experts that each token is sent to", unit="experts", ge=1)
-    n_shared: int = option(0, "experts beside these that every token goes to (arXiv:2401.06066)", unit="experts", ge=0)
+    top_k: int = option(2, "experts per token", unit="experts", ge=1)
+    n_shared: int = option(0, "shared experts, which every token uses besides (arXiv:2401.06066)", unit="experts", ge=0)
     hidden: int | None = option(None, "hidden width of one expert; null: 4 x n_embd", unit="channels", ge=1)
-    activation: Activation = option("gelu_tanh", "nonlinearity inside the experts")
-    gated: bool = option(False, "multiply by a second projection (with silu: SwiGLU)")
+    activation: Activation = option("gelu_tanh", "activation of the experts")
+    gated: bool = option(False, "multiply by a second up-projection (with silu: SwiGLU)")
     scoring: Literal["softmax", "sigmoid"] = option(
-        "softmax", "scores from the router's logits: over all experts, or each by itself (arXiv:2412.19437)"
+        "softmax", "router scores: softmax over all experts, or sigmoid of each (arXiv:2412.19437)"
     )
-    renormalize: bool = option(True, "scale the chosen experts' weights to sum to one")
-    route_scale: float = option(1.0, "factor of the chosen experts' weights, after that", gt=0)
+    renormalize: bool = option(True, "scale the weights of a token's experts to sum to one")
+    route_scale: float = option(1.0, "factor of the experts' weights, after renormalize", gt=0)
     jitter: float = option(
-        0.0, "in training, multiply each of the router's inputs by 1 +- this (arXiv:2101.03961); 0: not", ge=0, lt=1
+        0.0,
+        "in training, multiply the router's inputs by noise from 1 +- jitter (arXiv:2101.03961); 0: no noise",
+        ge=0,
+        lt=1,
     )
     balance: Literal["bias", "switch", "both", "none"] = option(
-        "bias", "keep experts evenly used: selection bias (arXiv:2408.15664), Switch loss (arXiv:2101.03961)"
+        "bias", "load balancing: selection bias (arXiv:2408.15664), Switch loss (arXiv:2101.03961), both or none"
     )
     bias_rate: float = option(1e-3, "change of an expert's selection bias per step", gt=0)
-    switch_weight: float = option(0.01, "weight of the Switch loss, where `balance` asks for it", gt=0)
+    switch_weight: float = option(0.01, "weight of the Switch loss, if balance is switch or both", gt=0)
     z_loss_weight: float = option(1e-3, "weight of the router z-loss (arXiv:2202.08906 eq. 5); 0: none", ge=0)
     capacity_factor: float | None = option(
-        None, "in training, drop beyond so many fair shares of a micro-batch, on which results then depend", gt=0
+        None,
+        "expert capacity = this x tokens x top_k / n_experts per micro-batch; excess tokens are dropped in training, "
+        "so results depend on micro_batch; null: no limit",
+        gt=0,
     )
 
     def rules(self) -> Iterator[tuple[str, str]]:
@@ -131,31 +151,37 @@ FeedForward = one_of(MLPConfig, MoEConfig)
 class BlockConfig(Section):
     """One transformer block: a token mixer, then a feed-forward layer."""
 
-    repeat: int = option(1, "times this entry is used in a row within the pattern", unit="layers", ge=1)
-    mixer: Mixer = option(AttentionConfig(), "how tokens see each other")
-    ffn: FeedForward = option(MLPConfig(), "what each token does by itself")
+    repeat: int = option(1, "consecutive layers of this entry within the pattern", unit="layers", ge=1)
+    mixer: Mixer = option(AttentionConfig(), "layer that mixes tokens")
+    ffn: FeedForward = option(MLPConfig(), "feed-forward layer, which treats each token by itself")
 
 
 class ModelConfig(Section):
-    """The network. Sizes carry the names of Transformers' `GPT2Config`; the defaults are GPT-2 124M."""
+    """The network. Sizes have the names of Transformers' `GPT2Config`; the defaults are GPT-2 124M."""
 
     n_layer: int = option(12, "blocks", unit="layers", ge=1)
     n_head: int = option(12, "attention heads", unit="heads", ge=1)
     n_embd: int = option(768, "width of the residual stream", unit="channels", ge=1)
-    n_positions: int = option(1024, "context: length of a training sample", unit="tokens", ge=1)
+    n_positions: int = option(1024, "context length: tokens of a training sample", unit="tokens", ge=1)
     vocab_size: int | None = option(
         None, "rows of the embedding; null: the tokenizer's size rounded up to a multiple of 64", unit="tokens", ge=2
     )
-    position: Literal["learned", "rope", "none"] = option("learned", "learned table (GPT-2), rotary embedding or none")
-    rope_theta: float = option(10000.0, "base of the rotary frequencies, where position is rope", gt=0)
-    norm: Literal["layernorm", "rmsnorm"] = option("layernorm", "normalisation before each sub-layer and the head")
-    norm_eps: float = option(1e-5, "epsilon of the normalisation", gt=0)
+    position: Literal["learned", "rope", "none"] = option(
+        "learned", "positions: learned embedding (GPT-2), rotary embedding or none"
+    )
+    rope_theta: float = option(10000.0, "base of the rotary frequencies, if position is rope", gt=0)
+    norm: Literal["layernorm", "rmsnorm"] = option("layernorm", "normalization before each sub-layer and the head")
+    norm_eps: float = option(1e-5, "epsilon of the normalization", gt=0)
     bias: bool = option(True, "biases in linear layers and LayerNorm")
     tie_head: bool = option(True, "use the token embedding as the output projection")
-    logit_softcap: float | None = option(None, "bound logits smoothly: softcap x tanh(logit / softcap)", gt=0)
-    isolate_documents: bool = option(False, "documents in a sample do not see each other; positions restart in each")
+    logit_softcap: float | None = option(
+        None, "bound logits smoothly by softcap x tanh(logit / softcap); null: no bound", gt=0
+    )
+    isolate_documents: bool = option(
+        False, "documents packed into one sample do not attend to each other; positions restart in each"
+    )
     blocks: Annotated[tuple[BlockConfig, ...], Field(strict=False)] = option(
-        (BlockConfig(),), "pattern of blocks, repeated until there are n_layer", min_length=1
+        (BlockConfig(),), "pattern of blocks, repeated up to n_layer layers", min_length=1
     )
 
     def rules(self) -> Iterator[tuple[str, str]]:
@@ -169,7 +195,7 @@ class ModelConfig(Section):
             yield "blocks", f"the pattern is {period} layers long, more than n_layer {self.n_layer}"
 
     def layers(self) -> list[BlockConfig]:
-        """The block of every layer: the pattern written out to `n_layer` entries."""
+        """Return the block of every layer: the pattern repeated up to `n_layer` entries."""
         pattern = [block for block in self.blocks for _ in range(block.repeat)]
         return [pattern[i % len(pattern)] for i in range(self.n_layer)]
 
@@ -276,21 +302,28 @@ class DataConfig(Section):
 # --- optimizer and schedule ------------------------------------------------------------------------
 
 
-class AdamWConfig(Section):
-    """AdamW for everything; weight decay on matrices only (not on biases, norms and embeddings)."""
+class OptimConfig(Section):
+    """Options of every optimizer: the training loop and the log read these."""
+
+    learning_rate: float = option(6e-4, "peak learning rate", gt=0)
+    grad_clip: float | None = option(1.0, "largest global gradient norm; null: no clipping", gt=0)
+
+
+class AdamWConfig(OptimConfig):
+    """AdamW for all parameters; weight decay on matrices only (not on biases, norms and embeddings)."""
 
     type: Literal["adamw"] = "adamw"
-    learning_rate: float = option(6e-4, "peak learning rate", gt=0)
-    embedding_learning_rate: float | None = option(None, "peak rate of embeddings and head; null: learning_rate", gt=0)
+    embedding_learning_rate: float | None = option(
+        None, "peak learning rate of embeddings and head; null: learning_rate", gt=0
+    )
     beta1: float = option(0.9, "decay of the gradient's running mean", ge=0, lt=1)
     beta2: float = option(0.95, "decay of the squared gradient's running mean", ge=0, lt=1)
     eps: float = option(1e-8, "added to the denominator", gt=0)
     weight_decay: float = option(0.1, "decoupled weight decay of matrices", ge=0)
-    grad_clip: float | None = option(1.0, "largest global gradient norm; null: no clipping", gt=0)
 
 
 class MuonConfig(AdamWConfig):
-    """Muon for the blocks' matrices (each expert its own); AdamW at `learning_rate` for the rest."""
+    """Muon for the matrices of the blocks (each expert is one); AdamW at `learning_rate` for the rest."""
 
     type: Literal["muon"] = "muon"
     muon_learning_rate: float = option(0.02, "peak learning rate of the matrices", gt=0)
@@ -301,11 +334,21 @@ class MuonConfig(AdamWConfig):
 Optim = one_of(AdamWConfig, MuonConfig)
 
 
-class CosineSchedule(Section):
+class ScheduleConfig(Section):
+    """Options of every learning-rate schedule."""
+
+    warmup_steps: int = option(100, "linear warm-up from zero to the peak", unit="steps", ge=0)
+
+    def step_rules(self, steps: int) -> Iterator[tuple[str, str]]:
+        """Yield (option of this schedule, problem) for options that do not fit a run of `steps` steps."""
+        if self.warmup_steps >= steps:
+            yield "warmup_steps", f"{self.warmup_steps} is not below steps {steps}"
+
+
+class CosineSchedule(ScheduleConfig):
     """Linear warm-up, then half a cosine down to the end of the run."""
 
     type: Literal["cosine"] = "cosine"
-    warmup_steps: int = option(100, "linear warm-up from zero", unit="steps", ge=0)
     final_ratio: float = option(0.1, "last learning rate over the peak", ge=0, le=1)
 
 
@@ -322,12 +365,19 @@ class WSDSchedule(CosineSchedule):
     decay_steps: int = option(..., "length of the final decay", unit="steps", ge=1)
     final_ratio: float = option(0.0, "last learning rate over the peak", ge=0, le=1)
 
+    def step_rules(self, steps: int) -> Iterator[tuple[str, str]]:
+        yield from super().step_rules(steps)
+        if self.warmup_steps < steps < self.warmup_steps + self.decay_steps:
+            yield (
+                "decay_steps",
+                f"warm-up {self.warmup_steps} and decay {self.decay_steps} are longer than steps {steps}",
+            )
 
-class ConstantSchedule(Section):
+
+class ConstantSchedule(ScheduleConfig):
     """Linear warm-up, then the peak to the end."""
 
     type: Literal["constant"] = "constant"
-    warmup_steps: int = option(100, "linear warm-up from zero", unit="steps", ge=0)
 
 
 Schedule = one_of(CosineSchedule, LinearSchedule, WSDSchedule, ConstantSchedule)
@@ -477,14 +527,8 @@ class Config(Section):
             )
         if self.upcycle_noise is not None and self.init_from is None:
             yield "upcycle_noise", "there is no init_from whose layers could become experts"
-        if self.schedule.warmup_steps >= self.steps:
-            yield "schedule.warmup_steps", f"{self.schedule.warmup_steps} is not below steps {self.steps}"
-        decay = getattr(self.schedule, "decay_steps", 0)
-        if decay and self.schedule.warmup_steps < self.steps < self.schedule.warmup_steps + decay:
-            yield (
-                "schedule.decay_steps",
-                f"warm-up {self.schedule.warmup_steps} and decay {decay} are longer than steps {self.steps}",
-            )
+        for name, problem in self.schedule.step_rules(self.steps):
+            yield f"schedule.{name}", problem
 
 
 # What a restart may change: how the run is carried out, watched and kept, never what it computes.

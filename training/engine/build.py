@@ -38,13 +38,15 @@ from training.kernels.choose import (
 )
 from training.logging import jsonl
 from training.logging import sinks as logging
-from training.logging.advice import advice, facts_of_run
+from training.logging.advice import Facts, advice, facts_from_rows
+from training.logging.metrics import summary_values
 from training.logging.phase_timer import PhaseTimer
 from training.logging.report import update_report
 from training.logging.rows import RunLog
 from training.model import GPT, kernel_requirements
 from training.optim.optimizer import FullShapes, Optimizer
 from training.options import cli
+from training.planning.batch_split import max_samples_per_rank
 from training.planning.disk import check_disk_space
 from training.weights import hf, init_from
 
@@ -93,13 +95,11 @@ class Run:
     ahead: dict[int, tuple] = field(default_factory=dict)  # by step: its batch, read while the one before it computes
     best: dict | None = None  # {"step", "val_loss"} of the lowest validation loss
     last_row: dict = field(default_factory=dict)
-    sinks: list[logging.Sink] = field(default_factory=list)  # of the main process
 
     def close(self, summary: dict | None = None) -> None:
         """Close the logs, once nothing is being saved. `summary` is None where the run did not come to its end."""
         self.saver.close()
-        while self.sinks:
-            self.sinks.pop(0).close(summary)
+        self.metrics.close(summary)
 
 
 def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
@@ -133,7 +133,7 @@ def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
         optimizer=Optimizer(config.optim, layout.local_parameters(), model.parameter_kinds(), dtype, together),
         batches=Samples(dataset.train, n_positions=config.model.n_positions, seed=config.seed),
         val_batches=Samples(dataset.val, n_positions=config.model.n_positions, seed=None),
-        metrics=RunLog(config, world, whole, timer),
+        metrics=RunLog(config, world, whole.step_metrics, whole.flops_per_token(), timer),
         timer=timer,
         saver=CheckpointWriter(folder / "checkpoints", peers(world), config.checkpoint),
         kernels=kernel_names(kernels),
@@ -146,7 +146,7 @@ def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
     else:
         layout.load_full(lambda name, shape: whole.initial_value(name, shape, config.seed))
         if config.init_from is not None:
-            init_from.initialize(run)
+            init_from.load_weights(layout, config, dataset, world)
     if world.is_main:
         if run.step < config.steps:
             check_disk_space(whole, config, fresh=fresh)
@@ -292,14 +292,15 @@ def open_logs(run: Run) -> None:
         tokens_per_step=config.batch_tokens,
         moe_layers=[i for i, block in enumerate(config.model.layers()) if block.ffn.type == "moe"],
     )
-    run.sinks = logging.open_sinks(config.logging, facts)
+    run.metrics.sinks = logging.open_sinks(config.logging, facts)
     if run.step == 0 and not run.layout.mesh.has_collectives:
         tokens, targets = (torch.from_numpy(a[:, :32]).to(run.world.device) for a in run.batches.at([0]))
         chosen, run.model.attention = (
             run.model.attention,
             run.model.portable_attention,
         )  # a kernel cannot be looked into
-        logging.write_graph(run.sinks, run.model, tokens, targets, targets.numel())
+        for sink in run.metrics.sinks:
+            sink.write_graph(run.model, tokens, targets, targets.numel())
         run.model.attention = chosen
 
 
@@ -357,6 +358,24 @@ def command(name: str) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else name
 
 
+def facts_of_run(run: Run) -> Facts:
+    """Return the facts of a finished run for `advice`."""
+    device = run.world.device
+    return facts_from_rows(
+        jsonl.read_rows(run.folder / "metrics.jsonl"),
+        run.config,
+        memory_gib=devices.available_memory_bytes(device) / 2**30,
+        peak_gib=devices.peak_memory_gib(device),
+        seconds=run.timer.seconds,
+        on_gpu=device.type != "cpu",
+        micro_batch=run.micro_batch,
+        max_samples_per_rank=max_samples_per_rank(run.config, run.world.size),
+        n_out_of_memory=run.back_offs,
+        n_skipped=run.skips.total,
+        vocab_size=run.dataset.tokenizer.vocab_size,
+    )
+
+
 def finish(run: Run) -> None:
     """Leave the final model, experts.json, summary.json and report.html, and close the logs with the summary."""
     run.timer.enter("checkpoint")
@@ -381,8 +400,7 @@ def finish(run: Run) -> None:
         "tokens": row["tokens"],
         "skipped_steps": run.skips.total,
         "train_loss": row["loss"],
-        **{key: row[key] for key in ("val_loss", "val_perplexity", "val_bits_per_byte")},
-        **{key: row[key] for key in ("expert_load_max", "expert_entropy", "dead_experts") if key in row},
+        **summary_values(row),
         "best_val_loss": run.best["val_loss"],
         "best_step": run.best["step"],
         "time_s": run.metrics.time_s,

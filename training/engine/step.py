@@ -153,8 +153,9 @@ def train_step(run: Run) -> None:
         update(run, grad_norm)
     run.layout.zero_grad()
     totals = run.model.finish_step(totals, taken)
-    run.metrics.add(run.step, totals | {"grad_norm": grad_norm}, n_targets, run.skips.total)
+    run.metrics.add(run.step + 1, totals | {"grad_norm": grad_norm}, n_targets, run.skips.total)
     run.step += 1
+    run.timer.finish_startup()
     run.timer.enter("idle")
 
 
@@ -252,9 +253,10 @@ def record(run: Run, due: Due) -> None:
 
     Raises UserError where too many steps in a row were not finite, or the validation loss is not: nothing is saved.
     """
-    rows = run.metrics.flush()
+    run.metrics.fetch()
+    rows = run.metrics.rows
     if run.skips.in_a_row >= MOST:
-        refuse(run, rows, f"the last {MOST} steps' losses or gradients were not finite")
+        refuse(run, f"the last {MOST} steps' losses or gradients were not finite")
     improved = False
     if due.evaluate:
         run.timer.enter("evaluation")
@@ -263,7 +265,7 @@ def record(run: Run, due: Due) -> None:
         run.layout.reshard()
         rows[-1] |= found
         if not math.isfinite(found["val_loss"]):
-            refuse(run, rows, f"val_loss is {found['val_loss']}")
+            refuse(run, f"val_loss is {found['val_loss']}")
         best = run.best is None or found["val_loss"] < run.best["val_loss"]
         improved = best and (due.save or run.skips.in_a_row == 0)  # else it is not saved
         if improved:
@@ -276,8 +278,7 @@ def record(run: Run, due: Due) -> None:
         run.layout.reshard()
         rows[-1] = rows[-1] | {"samples": texts}
     run.timer.enter("idle")
-    for sink in run.sinks:
-        sink.write(rows)
+    run.metrics.write()
     if due.evaluate and run.world.is_main:
         update_report(run.folder)
     if due.save or (improved and run.config.checkpoint.keep_best):
@@ -287,10 +288,9 @@ def record(run: Run, due: Due) -> None:
     run.metrics.start_clock()
 
 
-def refuse(run: Run, rows: list[dict], why: str) -> NoReturn:
+def refuse(run: Run, why: str) -> NoReturn:
     """Raise UserError, with the rows that led there written."""
-    for sink in run.sinks:
-        sink.write(rows)
+    run.metrics.write()
     raise UserError(
         f"step {run.step}: {why}, and nothing more is saved; lower the learning rate and start over with --resume "
         f"never, or with another --name that begins with --resume {run.folder / 'checkpoints'}/step-N"

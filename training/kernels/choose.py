@@ -82,8 +82,8 @@ class Kernels(NamedTuple):
     """The functions a model computes with. The defaults run everywhere."""
 
     attention: AttentionBackend | None = None  # None: what does everything that the model asks for
-    experts: ExpertKernel = EXPERT_KERNELS["loop"]
-    loss: Callable[..., Tensor] = LOSS_KERNELS["chunked"]
+    experts: ExpertKernel = TORCH_EXPERTS["loop"]  # names that an exported file has as well
+    loss: Callable[..., Tensor] = TORCH_LOSS["chunked"]
 
 
 class ExpertsSpec(NamedTuple):

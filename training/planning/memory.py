@@ -63,9 +63,13 @@ class MemoryEstimate(NamedTuple):
     process: int  # interpreter and libraries; 0 on a GPU
     in_step: bool  # True: the peak is in the optimizer step; False: in forward and backward
 
+    def parts(self) -> dict[str, int]:
+        """Return the bytes by purpose."""
+        return dict(zip(self._fields[:-1], self[:-1], strict=True))
+
     @property
     def total(self) -> int:
-        """Sum of all purposes, bytes."""
+        """The bytes of all purposes together."""
         return sum(self[:-1])
 
 

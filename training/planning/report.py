@@ -34,18 +34,6 @@ VOCAB_SIZES = {  # of tokenizers known by name, with the end-of-text token
     "cl100k_base": 100277,
     "o200k_base": 200019,
 }
-MEMORY_LABELS = {
-    "weights": "weights",
-    "casts": "weights, cast or gathered",
-    "gradients": "gradients",
-    "optimizer": "optimizer",
-    "activations": "activations",
-    "logits": "logits and the head's gradients",
-    "routing": "all tokens to one rank's experts",
-    "fragmentation": "fragmentation (C library)",
-    "save_copy": "copy that checkpoints are saved from",
-    "process": "interpreter and libraries",
-}
 
 
 class TargetDevice(NamedTuple):
@@ -88,11 +76,11 @@ def find_device(name: str | None, config: Config) -> TargetDevice:
         peak = devices.peak_flops(here, "bf16")
         has_bf16 = devices.has_bf16_units(here)
         return TargetDevice(devices.device_name(here), here.type, devices.available_memory_bytes(here), peak, has_bf16)
-    known = {_letters(key): key for key in devices.MEMORY_GIB}
+    known = {_letters(key): key for key in devices.GPUS}
     if (key := known.get(_letters(name))) is None:
-        raise UserError(f"--device: {name!r} is none of cpu, {', '.join(devices.MEMORY_GIB)}")
-    n_bytes = round(devices.MEMORY_GIB[key] * 2**30)
-    return TargetDevice(key, "cuda", n_bytes, devices.PEAK_FLOPS[key], key not in NO_BF16)
+        raise UserError(f"--device: {name!r} is none of cpu, {', '.join(devices.GPUS)}")
+    gpu = devices.GPUS[key]
+    return TargetDevice(key, "cuda", round(gpu.memory_gib * 2**30), gpu.peak_flops, key not in NO_BF16)
 
 
 def _letters(name: str) -> str:
@@ -193,13 +181,13 @@ def report_lines(plan: RunPlan, mfu: float | None, measured: float | None) -> li
         "memory": _largest_micro_batch(plan),
     }
     peak = "the optimizer step" if plan.memory.in_step else "forward and backward"
-    parts = {label: getattr(plan.memory, part) for part, label in MEMORY_LABELS.items()}
+    parts = {name.replace("_", " "): n_bytes for name, n_bytes in plan.memory.parts().items() if n_bytes}
     return [
         *(f"{label:<13}{text}" for label, text in figures.items()),
         "",
         f"peak memory per device, in {peak}, GiB",
-        *(f"  {label:<36}{n_bytes / 2**30:>9.2f}" for label, n_bytes in parts.items() if n_bytes),
-        f"  {'in all':<36}{plan.memory.total / 2**30:>9.2f} of {device.n_bytes / 2**30:.1f}",
+        *(f"  {name:<14}{n_bytes / 2**30:>9.2f}" for name, n_bytes in parts.items()),
+        f"  {'in all':<14}{plan.memory.total / 2**30:>9.2f} of {device.n_bytes / 2**30:.1f}",
         *(f"warning: {text}" for text in warnings(plan)),
     ]
 

@@ -13,15 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from training.batch import Batch
 from training.config import Config, ModelConfig
 from training.data.loader import Samples
-from training.errors import UserError
-from training.kernels.attention.masks import find_documents
+from training.errors import UserError, library_error
 from training.model import GPT
 from training.options import cli
 from training.weights import hf, upcycle
@@ -100,13 +99,13 @@ def _upcycle(
     theirs: ModelConfig,
     dense: dict[str, Tensor],
     initial: dict[str, Tensor],
-    samples: list[upcycle.Sample],
+    samples: list[Batch],
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Return the weights of the run's model and a report. Raises UserError if they compute something else."""
     layers = upcycle.upcycled_layers(theirs, config.model)
     weights = upcycle.upcycle_weights(dense, theirs, config.model, initial)
     # float64: in float32, rounding alone changes the logits of a model like GPT-2 by 1e-3.
-    device = samples[0].tokens_1T.device
+    device = samples[0].tokens_BT.device
     before, after = (GPT(model, dtype=torch.float64).to(device) for model in (theirs, config.model))
     before.load_state_dict(before.state_dict() | dense)
     after.load_state_dict(after.state_dict() | weights)
@@ -124,17 +123,16 @@ def _upcycle(
     return weights, lines
 
 
-def _samples(config: Config, dataset: Dataset, device: torch.device) -> Iterator[upcycle.Sample]:
+def _samples(config: Config, dataset: Dataset, device: torch.device) -> Iterator[Batch]:
     """Yield samples spread evenly over the validation set, cut to MAX_LENGTH tokens."""
-    samples = Samples(dataset.val, n_positions=config.model.n_positions, seed=None)
-    n_tokens = min(config.model.n_positions, MAX_LENGTH)
-    n_samples = min(MAX_SAMPLES, MAX_TOKENS // n_tokens, samples.n_samples)
-    for index in np.arange(n_samples) * samples.n_samples // n_samples:
-        tokens_1T, targets_1T = (torch.from_numpy(array[:, :n_tokens]) for array in samples.at([index]))
-        documents = None
-        if config.model.isolate_documents:
-            documents = find_documents(tokens_1T, dataset.tokenizer.end_of_text).to(device)
-        yield upcycle.Sample(tokens_1T.to(device), targets_1T.to(device), documents)
+    n_positions, isolated = config.model.n_positions, config.model.isolate_documents
+    end_of_text = dataset.tokenizer.end_of_text if isolated else None
+    samples = Samples(dataset.val, n_positions=n_positions, seed=None, end_of_text=end_of_text)
+    n_tokens = min(n_positions, MAX_LENGTH)
+    for index in samples.evenly_spaced(min(MAX_SAMPLES, MAX_TOKENS // n_tokens) * n_positions):
+        batch = samples.batch([index])
+        cut = {"tokens_BT": batch.tokens_BT[:, :n_tokens], "targets_BT": batch.targets_BT[:, :n_tokens]}
+        yield batch._replace(**cut).to(device)
 
 
 def _model_of_run(config: Config) -> ModelConfig | None:
@@ -170,12 +168,9 @@ def _folder(config: Config, patterns: list[str]) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # the network's and the hub's errors have no common class
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
-        raise UserError(
-            f"init_from {name}: no such folder, and not loaded from the Hugging Face hub: "
-            f"{type(error).__name__}: {reason}"
-        ) from None
+    except Exception as error:
+        where = f"init_from {name}: no such folder, and not loaded from the Hugging Face hub"
+        raise UserError(f"{where}: {library_error(error)}") from None
 
 
 def _merge(ours: ModelConfig, theirs: ModelConfig, where: str) -> ModelConfig:

@@ -22,23 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.batch import Batch
 from training.config import MLPConfig, ModelConfig, MoEConfig
 from training.errors import UserError
-from training.kernels.attention.masks import Documents
 from training.model import GPT
 from training.model.layers import normal_from_key
 from training.weights.hf.layers import with_explicit_sizes
 
 MAX_LOGIT_CHANGE = 1e-4  # rounding changes a logit by less
 MAX_TIED_SHARE = 1e-3  # of the tokens; chance ties thousands of times fewer
-
-
-class Sample(NamedTuple):
-    """One sample of validation data."""
-
-    tokens_1T: Tensor
-    targets_1T: Tensor
-    documents: Documents | None
 
 
 class Change(NamedTuple):
@@ -169,17 +161,18 @@ def with_noise(weights: dict[str, Tensor], layers: Iterable[int], relative: floa
 
 
 @torch.no_grad()
-def compare(dense: GPT, upcycled: GPT, samples: Sequence[Sample]) -> Change:
-    """Compare both models' logits, one sample at a time.
+def compare(dense: GPT, upcycled: GPT, samples: Sequence[Batch]) -> Change:
+    """Compare both models' logits on batches of one sample.
 
     If two groups' scores are equal to the last bit (about one token in a million), top-k takes a part of each group.
     Such a token and those after it in its sample are left out.
     """
     sums, changes, n_tied, n_tokens = [0.0, 0.0], [], 0, 0
     layers = upcycled_layers(dense.config, upcycled.config)
-    for tokens_1T, targets_1T, documents in samples:
+    for sample in samples:
+        targets_1T = sample.targets_BT
         with _record_choices(upcycled, layers) as chosen:
-            logits = [model.logits(tokens_1T, documents=documents)[0] for model in (dense, upcycled)]
+            logits = [model.logits(sample.tokens_BT, documents=sample.documents)[0] for model in (dense, upcycled)]
         for i, logits_TV in enumerate(logits):
             sums[i] += F.cross_entropy(logits_TV, targets_1T[0], ignore_index=-1, reduction="sum").item()
         tied_T = torch.zeros_like(targets_1T[0], dtype=torch.bool)
@@ -190,7 +183,7 @@ def compare(dense: GPT, upcycled: GPT, samples: Sequence[Sample]) -> Change:
         n_tied, n_tokens = n_tied + int(tied_T.sum()), n_tokens + len(tied_T)
         if n_compared:
             changes.append((logits[1] - logits[0])[:n_compared].abs().max())
-    n_targets = sum(int((sample.targets_1T >= 0).sum()) for sample in samples)
+    n_targets = sum(sample.n_local_targets for sample in samples)
     max_change = torch.stack(changes).max().item() if changes else 0.0  # NaN if one is NaN
     return Change(sums[0] / n_targets, sums[1] / n_targets, max_change, n_tied, n_tokens)
 

@@ -68,9 +68,6 @@ class PerLayer(NamedTuple):
     read: Callable[[dict[str, Any], int], list] = lambda _hf, n_layer: [None] * n_layer  # (fields, n_layer)
 
 
-NOWHERE = PerLayer()
-
-
 @dataclass(frozen=True, kw_only=True)
 class LlamaLike(Architecture):
     """Llama or one of its successors."""
@@ -84,8 +81,8 @@ class LlamaLike(Architecture):
     implied_attention: dict[str, Any] = field(default_factory=dict)  # options of every layer's attention
     expert_fields: tuple[Field, ...] = ()
     implied_experts: dict[str, Any] = field(default_factory=dict)
-    windows: PerLayer = NOWHERE
-    experts: PerLayer = NOWHERE
+    windows: PerLayer = field(default_factory=PerLayer)
+    experts: PerLayer = field(default_factory=PerLayer)
     constants: Callable[[ModelConfig], dict[str, Any]] = lambda _config: {}  # further fields that are written
     attention: Tensors = attention
     feed_forward: Tensors = dense
