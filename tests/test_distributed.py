@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import write_config
+from conftest import ROOT, write_config
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from trajectory import train

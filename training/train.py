@@ -59,7 +59,7 @@ def train(config: Config, *, resume: str = "auto") -> int:
         # 2. Initialize the model and optimizer, or restore them from a checkpoint.
         setup = engine.build(run.config, dataset, run.world, resume)
         config, model, optimizer, state = setup.config, setup.model, setup.optimizer, setup.state
-        log = stack.enter_context(closing(engine.open_log(setup, dataset, run.config, started)))
+        log = stack.enter_context(closing(engine.open_log(setup, dataset, started)))
         checkpoints = stack.enter_context(engine.Checkpoints(config, model, optimizer, log))
         events = stack.enter_context(engine.Events(config, run.world, checkpoints))
         stack.enter_context(setup.micro_batch.restart_on_out_of_memory())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -26,21 +25,15 @@ from training.engine.resume import (
 )
 from training.engine.state import TrainState, load_tensors
 from training.errors import UserError
-from training.kernels.choose import (
-    ATTENTION_BACKENDS,
-    EXPERT_KERNELS,
-    LOSS_KERNELS,
-    Kernels,
-    choose_kernels,
-    kernel_names,
-)
+from training.kernels.choose import KernelChoice, choose_kernels
+from training.kernels.table import TABLES
 from training.model import GPT, kernel_requirements
 from training.model.stats import ModelStats, initial_value, model_stats
 from training.optim.loss_scale import LossScale
 from training.optim.optimizer import Optimizer
 from training.optim.parameters import FullShapes
 from training.planning.disk import check_disk_space
-from training.weights.init_from import initialize
+from training.weights.init_from import load_weights
 
 
 class Setup(NamedTuple):
@@ -54,7 +47,7 @@ class Setup(NamedTuple):
     val_samples: Samples
     micro_batch: MicroBatch
     state: TrainState
-    kernel_reasons: dict[str, str]  # by option: the kernel's name and why it was chosen
+    kernels: KernelChoice
 
 
 def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
@@ -73,11 +66,11 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
         check_unchanged(config, dataset.fingerprint, point.state.config, point.state.data)
     elif point is None and resume != "never":
         check_folder_is_free(config, dataset.fingerprint)
-    kernels, kernel_reasons = agree_on_kernels(config, world, point)
+    kernels = agree_on_kernels(config, world, point)
 
     stats, dtype = model_stats(config.model), devices.DTYPES[config.precision]
     with torch.device("meta"):
-        network = GPT(config.model, kernels, dtype)
+        network = GPT(config.model, kernels.kernels, dtype)
     model = parallelize(network, config.parallel, world, dtype)
     full_shapes = FullShapes(model.full_shapes(), model.matrix_gather()) if world.size > 1 else None
     optimizer = Optimizer(config.optim, model.local_parameters(), stats.kinds, dtype, full_shapes)
@@ -89,15 +82,7 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
     if point is not None:
         load_tensors(point.path, model, optimizer)
     elif config.init_from is not None:
-        parts = {
-            "config": config,
-            "layout": model,
-            "world": world,
-            "dataset": dataset,
-            "stats": stats,
-            "val_batches": val,
-        }
-        initialize(SimpleNamespace(**parts))
+        load_weights(model, config, dataset, world)
     else:
         model.load_full(lambda name, shape: initial_value(name, shape, config.model, config.seed))
     if world.is_main:
@@ -108,7 +93,7 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
     micro_batch.choose(optimizer)
     config = resolve_parallel(config, kernels, model, micro_batch)
     state.config = config.model_dump(mode="json")
-    return Setup(config, model, stats, optimizer, loader, val, micro_batch, state, kernel_reasons)
+    return Setup(config, model, stats, optimizer, loader, val, micro_batch, state, kernels)
 
 
 def resolve_precision_and_sizes(config: Config, dataset: Dataset, world: World, point: ResumePoint | None) -> Config:
@@ -127,40 +112,39 @@ def resolve_precision_and_sizes(config: Config, dataset: Dataset, world: World, 
     return config.model_copy(update={"precision": precision, "model": model}).with_explicit_sizes()
 
 
-def resolve_parallel(config: Config, kernels: Kernels, model: ShardedModel, micro_batch: MicroBatch) -> Config:
+def resolve_parallel(config: Config, kernels: KernelChoice, model: ShardedModel, micro_batch: MicroBatch) -> Config:
     """Replace what is left of `auto` and null: micro-batch, device, kernels and the number of replicas."""
     mesh = config.parallel.mesh.model_copy(update={"replicate": model.mesh.replicate})
-    changes = {"device": model.world.device.type, "mesh": mesh, **kernel_names(kernels)}
+    changes = {"device": model.world.device.type, "mesh": mesh, **kernels.names}
     parallel = config.parallel.model_copy(update=changes)
     return config.model_copy(update={"micro_batch": micro_batch.size, "parallel": parallel})
 
 
-def agree_on_kernels(config: Config, world: World, point: ResumePoint | None) -> tuple[Kernels, dict[str, str]]:
+def agree_on_kernels(config: Config, world: World, point: ResumePoint | None) -> KernelChoice:
     """Choose the same kernels on all ranks: of those that the ranks choose, the last in the tables' order. Collective.
 
     A resumed run keeps its kernels. Raises UserError on a rank where the agreed kernel does not work.
     """
-    requirements, dtype = kernel_requirements(config.model), devices.DTYPES[config.precision]
+    where = {"device": world.device, "dtype": devices.DTYPES[config.precision]}
+    requirements = kernel_requirements(config.model)
     previous = point.state.kernels if point is not None and point.is_own else {}
-    kernels, reasons = choose_kernels(config.parallel, requirements, device=world.device, dtype=dtype, previous=previous)
-    orders = {"attention": list(ATTENTION_BACKENDS), "experts": list(EXPERT_KERNELS), "loss": list(LOSS_KERNELS)}
-    own = kernel_names(kernels)
-    ranks = world.max_int(*(order.index(own[option]) for option, order in orders.items()))
-    agreed = {option: order[rank] for (option, order), rank in zip(orders.items(), ranks, strict=True)}
-    if agreed != own:
-        parallel = config.parallel.model_copy(update=agreed)
-        kernels, reasons = choose_kernels(parallel, requirements, device=world.device, dtype=dtype)
-    return kernels, reasons
+    choice = choose_kernels(config.parallel, requirements, **where, previous=previous)
+    orders = {option: list(table) for option, table in TABLES.items()}
+    last = world.max_int(*(order.index(choice.names[option]) for option, order in orders.items()))
+    agreed = {option: order[index] for (option, order), index in zip(orders.items(), last, strict=True)}
+    if agreed != choice.names:
+        choice = choose_kernels(config.parallel.model_copy(update=agreed), requirements, **where)
+    return choice
 
 
-def initial_state(config: Config, dataset: Dataset, kernels: Kernels, point: ResumePoint | None) -> TrainState:
+def initial_state(config: Config, dataset: Dataset, kernels: KernelChoice, point: ResumePoint | None) -> TrainState:
     """Return the state to start from. `best` is kept only from the run's own checkpoint."""
     if point is None:
         state = TrainState({}, dataset.fingerprint, guard=StepGuard(config.skip_spikes))
     else:
         state = point.state
         state.data, state.best = dataset.fingerprint, state.best if point.is_own else None
-    state.kernels = kernel_names(kernels)
+    state.kernels = kernels.names
     if config.precision != "fp16":
         state.loss_scale = None
     elif state.loss_scale is None:

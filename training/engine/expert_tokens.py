@@ -66,7 +66,8 @@ def count_routed(
         batch = samples.batch(indices[first : first + micro_batch])
         tokens_BT, is_text_BT = batch.tokens_BT.numpy(), batch.targets_BT.numpy() >= 0
         slot_BT = np.where(np.isin(tokens_BT, ids_S), np.searchsorted(ids_S, tokens_BT), len(ids_S))
-        routes = model.routed_experts(batch.to(device))
+        on_device = batch.to(device)
+        routes = model.routed_experts(on_device.tokens_BT, on_device.documents)
         slot_N1 = slot_BT[is_text_BT][:, None]
         for layer, count_SE in counts.items():
             expert_NK = routes[layer].cpu().numpy()[is_text_BT]

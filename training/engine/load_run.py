@@ -61,8 +61,8 @@ def load_model(run: str, device_name: str = "auto") -> tuple[GPT, LoadedRun]:
         devices.select_device(device_name),
         devices.DTYPES[loaded.config.precision],
     )
-    kernels, _ = choose_kernels(ParallelConfig(), kernel_requirements(config), device=device, dtype=dtype)
-    model = GPT(config, kernels, dtype)
+    choice = choose_kernels(ParallelConfig(), kernel_requirements(config), device=device, dtype=dtype)
+    model = GPT(config, choice.kernels, dtype)
     model.load_state_dict(loaded.weights)
     return model.to(device).cast_for_inference(), loaded
 
@@ -86,7 +86,7 @@ def _latest(folder: Path) -> tuple[Path, Checkpoint | None]:
     for attempt in range(1, ATTEMPTS + 1):
         try:
             path = checkpoint.latest(folder / "checkpoints", warn=lambda line: print(line, file=sys.stderr))
-            return (folder, None) if path is None else (path, checkpoint.load_unchecked(path))
+            return (folder, None) if path is None else (path, checkpoint.load(path, verify=False))
         except (OSError, UserError):
             if attempt == ATTEMPTS:
                 raise

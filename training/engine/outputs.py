@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 from training import device as devices
-from training.config import Config
 from training.data import Dataset
 from training.engine.build import Setup
 from training.errors import UserError
@@ -20,11 +19,10 @@ from training.options import cli
 from training.planning.report import describe_batch, describe_model
 
 
-def open_log(setup: Setup, dataset: Dataset, requested: Config, started: float) -> RunLog:
+def open_log(setup: Setup, dataset: Dataset, started: float) -> RunLog:
     """Return the run's log; on the main rank write config.yaml and the tokenizer, and open the sinks.
 
-    `requested` is the configuration before it was resolved, `started` the process's start by `time.perf_counter`.
-    Raises UserError if the folder cannot be written.
+    `started` is the process's start by `time.perf_counter`. Raises UserError if the folder cannot be written.
     """
     config, state, world = setup.config, setup.state, setup.model.world
     timer = PhaseTimer(world.device)
@@ -77,16 +75,17 @@ def header(setup: Setup, dataset: Dataset) -> dict[str, str]:
     ranks = f", {world.size} processes: {setup.model.mesh}" if world.size > 1 else ""
     moe = [block.ffn for block in model.layers() if block.ffn.type == "moe"]
     capacities = dict.fromkeys(f"{ffn.capacity_factor:g}" for ffn in moe if ffn.capacity_factor is not None)
+    kernels = setup.kernels.as_text()
     lines = {
         "run": str(config.run_dir),
         "device": f"{devices.device_name(world.device)}{ranks}, {config.precision}",
-        "attention": setup.kernel_reasons["attention"],
-        "experts": setup.kernel_reasons["experts"] if moe else "",
-        "loss": setup.kernel_reasons["loss"],
+        "attention": kernels["attention"],
+        "experts": kernels["experts"] if moe else "",
+        "loss": kernels["loss"],
         "capacity": f"{', '.join(capacities)}: drops tokens, so the result depends on micro-batch and ranks"
         if capacities
         else "",
-        **describe_model(config, setup.stats.n_parameters, setup.stats.n_active_parameters),
+        **describe_model(config, setup.stats),
         "data": "; ".join(
             f"{name} {split.n_documents:,} documents, {split.n_tokens:,} tokens, {split.n_bytes / 1e6:.1f} MB"
             for name, split in (("train", dataset.train), ("val", dataset.val))

@@ -162,10 +162,10 @@ def load_tensors(path: Path, model: ShardedModel, optimizer: Optimizer) -> None:
         if differing := sorted(checkpoint.tensor_shapes(path, "model").items() ^ shapes):
             raise KeyError(f"{differing[0][0]} {tuple(differing[0][1])}")
         rows = {name: (shard.rows.start, shard.rows.stop) for name, shard in shards.items()}
-        for name, tensor in checkpoint.read_rows(path, "model", rows).items():
+        for name, tensor in checkpoint.read_tensors(path, "model", rows).items():
             shards[name].local_rows().copy_(tensor)
         shapes = checkpoint.tensor_shapes(path, "optimizer")
         rows = {key: rows[key.rpartition("/")[0]] if shape else None for key, shape in shapes.items()}
-        optimizer.load_state_dict(checkpoint.read_rows(path, "optimizer", rows))
+        optimizer.load_state_dict(checkpoint.read_tensors(path, "optimizer", rows))
     except (RuntimeError, KeyError) as error:
         raise UserError(f"the checkpoint does not fit this model: {' '.join(str(error).split())}") from error

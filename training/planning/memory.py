@@ -38,7 +38,7 @@ from training.kernels.attention import sdpa
 from training.kernels.attention.table import Documents
 from training.kernels.choose import ATTENTION_BACKENDS, EXPERT_KERNELS, TORCH_LOSS, AttentionBackend, Kernels
 from training.kernels.experts import Dispatch, permute, sort_by_expert, unpermute
-from training.model import GPT, layers, parameter_kinds
+from training.model import GPT, layers
 from training.model.moe import Experts
 from training.model.stats import parameter_kinds
 from training.optim.optimizer import Optimizer
