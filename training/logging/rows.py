@@ -15,7 +15,7 @@ from training.config import Config
 from training.distributed.world import World
 from training.logging.phase_timer import PhaseTimer
 from training.logging.sinks import Sink
-from training.optim.optimizer import lr_factor
+from training.optim.schedule import lr_factor
 
 
 @dataclass
