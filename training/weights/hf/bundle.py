@@ -58,7 +58,6 @@ def parts() -> Iterator[tuple[str, tuple[str, ...]]]:
     yield "config.py", ("Activation",)
     yield CONFIG, ()
     yield "kernels/attention/masks.py", ()
-    yield "batch.py", ()
     yield "kernels/attention/reference.py", ()
     yield "kernels/attention/sdpa.py", ("sdpa_mask", "sdpa_attention")
     yield "kernels/attention/table.py", ("AttentionBackend", "AttentionSpec")
