@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, write_config
+from conftest import write_config
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from trajectory import train
