@@ -109,6 +109,29 @@ def run(config):
     return go
 
 
+@pytest.fixture(scope="session")
+def finished_runs() -> dict[str, Path]:
+    """Copies of finished runs by their changed options."""
+    return {}
+
+
+@pytest.fixture
+def finished(config, run, finished_runs, tmp_path_factory):
+    """The folder of a finished run as `run` leaves it; equal ones are trained once per session and copied."""
+
+    def copy(**changes) -> Path:
+        folder, key = config(**changes).run_dir, json.dumps(changes, sort_keys=True)
+        if key in finished_runs:
+            shutil.copytree(finished_runs[key], folder)
+            folder.with_name(f".{folder.name}.lock").touch()
+            return folder
+        run(**changes)
+        finished_runs[key] = shutil.copytree(folder, tmp_path_factory.mktemp("finished") / "run")
+        return folder
+
+    return copy
+
+
 class AtStep:
     """Actions in the loop of `train`, each with the model as its argument. Steps count from 1."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from training.model.stats import model_stats
+from training.model import model_stats
 from training.options import cli
 
 ROOT = Path(__file__).parent.parent

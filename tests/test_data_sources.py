@@ -10,6 +10,7 @@ import mailbox
 import os
 import re
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import get_args
 
@@ -300,7 +301,7 @@ def test_a_larger_fraction_keeps_all_that_a_smaller_one_held_out():
 def test_the_example_of_the_playbook_reads_a_mailbox(tmp_path):
     page = (Path(__file__).parents[1] / "docs/playbooks/add_a_data_source.md").read_text()
     options, reader = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    names = vars(config) | vars(sources) | {"mailbox": mailbox, "__name__": "mbox"}
+    names = vars(config) | vars(sources) | {"mailbox": mailbox, "closing": closing, "__name__": "mbox"}
     for code in (options, reader):
         exec(compile(code, "the playbook", "exec", dont_inherit=True), names)
     (tmp_path / "a.mbox").write_text(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt
 
@@ -34,6 +34,10 @@ class MixerConfig(Section):
         ge=1,
     )
 
+    def with_explicit_sizes(self, model: ModelConfig) -> Self:
+        """Return a copy in which no null stands for a size."""
+        return self.model_copy(update={"head_dim": self.head_dim or model.n_embd // model.n_head})
+
     def model_rules(self, model: ModelConfig) -> Iterator[tuple[str, str]]:  # noqa: ARG002 (one signature)
         """Yield (option of this mixer, problem) for options that do not fit the model's."""
         yield from ()
@@ -54,6 +58,10 @@ class AttentionConfig(MixerConfig):
     )
     qk_norm: bool = option(False, "apply RMSNorm to the queries and keys of each head")
     rope: bool = option(True, "apply RoPE to queries and keys, if model.position is rope")
+
+    def with_explicit_sizes(self, model: ModelConfig) -> Self:
+        changes = {"n_kv_head": self.n_kv_head or model.n_head}
+        return super().with_explicit_sizes(model).model_copy(update=changes)
 
     def model_rules(self, model: ModelConfig) -> Iterator[tuple[str, str]]:
         width = self.head_dim or model.n_embd // model.n_head
@@ -90,6 +98,10 @@ class LatentConfig(MixerConfig):
         64, "additional width of each head that RoPE is applied to; heads share its keys", unit="channels", ge=2
     )
     value_dim: int | None = option(None, "width of a head's values; null: head_dim", unit="channels", ge=1)
+
+    def with_explicit_sizes(self, model: ModelConfig) -> Self:
+        explicit = super().with_explicit_sizes(model)
+        return explicit.model_copy(update={"value_dim": self.value_dim or explicit.head_dim})
 
     def rules(self) -> Iterator[tuple[str, str]]:
         if self.rope_dim % 2:
@@ -134,8 +146,7 @@ class MoEConfig(Section):
     z_loss_weight: float = option(1e-3, "weight of the router z-loss (arXiv:2202.08906 eq. 5); 0: none", ge=0)
     capacity_factor: float | None = option(
         None,
-        "expert capacity = this x tokens x top_k / n_experts per micro-batch; excess tokens are dropped in training, "
-        "so results depend on micro_batch; null: no limit",
+        "in training, drop tokens beyond this x an expert's even share of a micro-batch; null: drop none",
         gt=0,
     )
 
@@ -193,6 +204,20 @@ class ModelConfig(Section):
         period = sum(block.repeat for block in self.blocks)
         if period > self.n_layer:
             yield "blocks", f"the pattern is {period} layers long, more than n_layer {self.n_layer}"
+
+    def with_explicit_sizes(self) -> Self:
+        """Return a copy in which no null stands for a size of a block."""
+        hidden = 4 * self.n_embd
+        blocks = tuple(
+            block.model_copy(
+                update={
+                    "mixer": block.mixer.with_explicit_sizes(self),
+                    "ffn": block.ffn.model_copy(update={"hidden": block.ffn.hidden or hidden}),
+                }
+            )
+            for block in self.blocks
+        )
+        return self.model_copy(update={"blocks": blocks})
 
     def layers(self) -> list[BlockConfig]:
         """Return the block of every layer: the pattern repeated up to `n_layer` entries."""
@@ -521,6 +546,10 @@ class Config(Section):
     def run_dir(self) -> Path:
         """The run's folder."""
         return Path(self.out_dir, self.name)
+
+    def with_explicit_sizes(self) -> Self:
+        """Return a copy in which no null stands for a size of the model."""
+        return self.model_copy(update={"model": self.model.with_explicit_sizes()})
 
     def rules(self) -> Iterator[tuple[str, str]]:
         is_inherited = self.init_from is not None and "n_positions" not in self.model.model_fields_set

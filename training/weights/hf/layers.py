@@ -41,7 +41,7 @@ def computed_options(config: ModelConfig) -> dict[str, Any]:
     for i, block in enumerate(with_explicit_sizes(config)):
         for part in ("mixer", "ffn"):
             values = getattr(block, part).model_dump(exclude=BALANCING)
-            options |= {f"{part}.{name} of layer {i}": values[name] for name in ("type", *(values.keys() - {"type"}))}
+            options |= {f"{part}.{name} of layer {i}": value for name, value in ({"type": ""} | values).items()}
     return options
 
 
