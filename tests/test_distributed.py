@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, write_config
+from conftest import write_config
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from trajectory import train
@@ -302,7 +303,7 @@ def test_a_mesh_that_can_never_fit_is_refused_with_the_options():
 
 def test_the_saved_operators_of_our_kernels_are_defined():
     """A renamed kernel file or operator would silently be recomputed."""
-    package = ROOT / "training"
+    package = Path(__file__).parent.parent / "training"
     for operator in (name for name in SAVED_OPERATORS if name.startswith("training_")):
         namespace, _, name = operator.partition("::")
         (path,) = [

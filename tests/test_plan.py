@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+from training.batch import Batch
 from training.config import Config
 from training.data import prepare
 from training.distributed.mesh import MeshShape
@@ -39,7 +40,7 @@ def peak_of_real_tensors(config: Config, micro_batch: int) -> int:
     """Return the bytes at the peak of a second step with real tensors."""
     tracker = StorageTracker(MeshShape(1, 1, 1))
     with tracker:
-        model = GPT(config.model, Kernels(ATTENTION_BACKENDS["flash"], EXPERT_KERNELS["grouped"])).init_weights(0)
+        model = GPT(config.model, Kernels(ATTENTION_BACKENDS["flash"], EXPERT_KERNELS["grouped"]))
         gc.collect()
         sharded = parallelize(model, config.parallel, World(0, 1, torch.device("cpu")), torch.float32)
         optimizer = Optimizer(config.optim, sharded.local_parameters(), parameter_kinds(model))
@@ -47,7 +48,8 @@ def peak_of_real_tensors(config: Config, micro_batch: int) -> int:
             tracker.peak.clear()
             for _ in range(config.batch_tokens // 64 // micro_batch):
                 tokens_BT = torch.randint(512, (micro_batch, 64))
-                model(tokens_BT, tokens_BT, 512, None, torch.zeros(micro_batch, dtype=torch.int64))[0].backward()
+                key_B = torch.zeros(micro_batch, dtype=torch.int64)
+                model(Batch(tokens_BT, tokens_BT, key_B, 512))[0].backward()
             with torch.no_grad():
                 sharded.grad_norm()
                 optimizer.step(1.0)
