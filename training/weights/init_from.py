@@ -21,7 +21,7 @@ from training.batch import Batch
 from training.config import Config, ModelConfig
 from training.data.loader import Samples
 from training.errors import UserError, library_error
-from training.model import GPT
+from training.model import GPT, initial_value, model_stats
 from training.options import cli
 from training.weights import hf, upcycle
 from training.weights.hf.layers import BALANCING, pattern, with_explicit_sizes
@@ -63,9 +63,8 @@ def load_weights(sharded: ShardedModel, config: Config, dataset: Dataset, world:
 
     Raises UserError if the weights cannot be read, or if upcycling changed the model's logits.
     """
-    with torch.device("meta"):
-        meta = GPT(config.model)
-    weights = {name: meta.initial_value(name, t.shape, config.seed) for name, t in meta.state_dict().items()}
+    shapes = model_stats(config.model).shapes
+    weights = {name: initial_value(name, shape, config.model, config.seed) for name, shape in shapes.items()}
     theirs, pretrained = load_pretrained(config)
     if upcycle.upcycled_layers(theirs, config.model):
         device = torch.device("cpu") if world.device.type == "mps" else world.device  # MPS has no float64
