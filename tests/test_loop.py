@@ -15,9 +15,10 @@ from training.data import prepare
 from training.data.loader import Samples
 from training.distributed.world import World
 from training.engine import step as loop
-from training.engine.build import LossScale, begin, save
+from training.engine.build import begin, save
 from training.engine.step import Watch, evaluate, train_step, update
 from training.errors import UserError
+from training.optim.loss_scale import LossScale
 from training.train import train
 
 CPU = torch.device("cpu")
@@ -150,7 +151,7 @@ def test_a_step_balances_the_experts(begun):
         load = torch.tensor(run.metrics.fetch()[0]["expert_load"][0])
         assert load.max() > 0.3
         torch.testing.assert_close(moe.load, load)
-        expected += moe.section.bias_rate * (0.25 - load).sign()
+        expected += moe.config.bias_rate * (0.25 - load).sign()
     torch.testing.assert_close(moe.selection_bias, expected)
 
 

@@ -10,7 +10,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import ROOT, command, rows, tensors, write_config
+from conftest import poison_loss, rows, tensors, write_config
 from safetensors.torch import load_file
 
 from training import checkpoint
@@ -23,16 +23,6 @@ from training.logging.report import write_report
 from training.train import train
 
 
-def spoil_loss(model, value):
-    """Every forward's loss is that value from here on, until the hook is removed."""
-
-    def spoiled(_model, _inputs, outputs):
-        loss, metrics = outputs
-        return loss * value, metrics | {"loss_sum": metrics["loss_sum"] * value}
-
-    return model.register_forward_hook(spoiled)
-
-
 def spoil_gradient(name, value):
     def spoil(run, _):
         return dict(run.model.named_parameters())[name].register_hook(
@@ -43,8 +33,8 @@ def spoil_gradient(name, value):
 
 
 SPOILED = {
-    "loss nan": lambda run, _: spoil_loss(run.model, math.nan),
-    "loss inf": lambda run, _: spoil_loss(run.model, math.inf),
+    "loss nan": lambda run, _: poison_loss(run.model, math.nan),
+    "loss inf": lambda run, _: poison_loss(run.model, math.inf),
     "a row of a gradient": spoil_gradient("wte.weight", math.nan),
     "an expert": spoil_gradient("blocks.0.ffn.experts.up", math.inf),
 }
@@ -80,7 +70,7 @@ def test_the_steps_around_one_that_is_skipped_are_those_that_never_saw_it(begun)
     """The third batch teaches nothing: the run is that of the others, at their own rates."""
     run, other = begun(name="run"), begun(name="other")
     for step in range(4):
-        hook = spoil_loss(run.model, math.nan) if step == 2 else None
+        hook = poison_loss(run.model, math.nan) if step == 2 else None
         train_step(run)
         if hook is not None:
             hook.remove()
@@ -91,16 +81,8 @@ def test_the_steps_around_one_that_is_skipped_are_those_that_never_saw_it(begun)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-def test_ten_in_a_row_end_the_run_in_a_line_with_their_rows_and_no_checkpoint(config, tmp_path, monkeypatch):
-    before = loop.train_step
-
-    def poisoned(run):
-        hook = spoil_loss(run.model, math.nan) if run.step >= 5 else None
-        before(run)
-        if hook is not None:
-            hook.remove()
-
-    monkeypatch.setattr(loop, "train_step", poisoned)
+def test_ten_skipped_steps_in_a_row_end_the_run_with_their_rows_and_no_checkpoint(config, tmp_path, at_step):
+    at_step.poison(range(6, 41))
     with pytest.raises(UserError, match=rf"step 15: the last {MOST} steps' losses or gradients were not finite"):
         train(config(steps=40, checkpoint={"every": 3}, eval={"every": None, "tokens": 64}))
     folder = tmp_path / "runs/small"
@@ -116,16 +98,8 @@ def test_ten_in_a_row_end_the_run_in_a_line_with_their_rows_and_no_checkpoint(co
     write_report(folder)
 
 
-def test_a_run_whose_last_step_was_skipped_ends_well(config, tmp_path, monkeypatch, capsys):
-    before = loop.train_step
-
-    def poisoned(run):
-        hook = spoil_loss(run.model, math.nan) if run.step == 7 else None
-        before(run)
-        if hook is not None:
-            hook.remove()
-
-    monkeypatch.setattr(loop, "train_step", poisoned)
+def test_a_run_whose_last_step_was_skipped_ends_well(config, tmp_path, at_step, capsys):
+    at_step.poison([8])
     assert train(config(logging={"every": 1, "tensorboard": True})) == 0
     folder = tmp_path / "runs/small"
     for text in [(folder / "summary.json").read_text(), *(folder / "metrics.jsonl").read_text().splitlines()]:
@@ -139,7 +113,7 @@ def test_a_run_whose_last_step_was_skipped_ends_well(config, tmp_path, monkeypat
 
 def test_a_run_goes_on_counting(begun):
     run = begun()
-    hook = spoil_loss(run.model, math.nan)
+    hook = poison_loss(run.model, math.nan)
     for _ in range(3):
         train_step(run)
     hook.remove()
@@ -172,7 +146,7 @@ def test_an_evaluation_that_alone_is_not_finite_ends_the_run_and_is_not_saved(co
     before = loop.evaluate
 
     def spoiled(model, *arguments):
-        hook = spoil_loss(model, value)
+        hook = poison_loss(model, value)
         found = before(model, *arguments)
         hook.remove()
         return found
@@ -187,14 +161,11 @@ def test_an_evaluation_that_alone_is_not_finite_ends_the_run_and_is_not_saved(co
     assert found[-1]["val_loss"] is None and found[-1]["skipped_steps"] == 0
 
 
-def test_what_one_rank_alone_cannot_compute_no_rank_learns(options, begun, tmp_path):
+def test_a_step_that_is_nan_on_one_rank_is_skipped_by_all(processes, options, begun, tmp_path):
     alike = {"micro_batch": 2, "parallel": {"device": "cpu"}}
     path = write_config(tmp_path / "poisoned.yaml", options(name="poisoned", **alike))
-    done = command(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        str(ROOT / "tests" / "trajectory.py"), str(tmp_path), str(path),
-        env={"POISON": "1:3", "STOP_AT": "2"},
-    )  # fmt: skip
+    ranks = {"POISON": "1:3", "STOP_AT": "2"}
+    done = processes.run("trajectory:main", str(tmp_path), str(path), n_ranks=2, env=ranks)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("step 2: loss is nan; skipped") == 1
     poisoned, run = load_file(tmp_path / "poisoned.safetensors"), begun(name="one", **alike)

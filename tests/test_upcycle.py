@@ -15,9 +15,9 @@ from test_init_from import SMALL, STILL
 from test_restart import flip_a_bit
 
 from training import train
+from training.batch import Batch
 from training.config import ModelConfig
 from training.errors import UserError
-from training.batch import Batch
 from training.model import GPT, init_weights
 from training.weights import hf, init_from, upcycle
 
