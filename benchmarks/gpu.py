@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from training import device as devices
 from training.errors import UserError
 from training.kernels.attention.table import auto_candidates, device_info, limits_on
-from training.kernels.choose import ATTENTION_BACKENDS, LOSS_KERNELS
+from training.kernels.table import ATTENTION_BACKENDS, LOSS_KERNELS
 from training.model import GPT
 from training.twin import twin
 

@@ -26,6 +26,7 @@ from training.distributed.world import World
 from training.engine.build import Run, begin
 from training.engine.step import evaluate, train_step
 from training.errors import UserError
+from training.model import model_stats
 from training.options import cli
 from training.twin import describe_twin, twin
 
@@ -50,7 +51,7 @@ class Side:
         synchronize()
         self.step_s.append(time.perf_counter() - start)
         if run.step % config.eval.every == 0 or run.step == config.steps:
-            run.metrics.rows()  # drops the metrics: this benchmark logs nothing
+            run.metrics.fetch()  # drops the metrics: this benchmark logs nothing
             end = run.dataset.tokenizer
             metrics = evaluate(run.model, run.val_batches, end, config.eval.tokens, run.micro_batch, run.world)
             self.curve.append((run.step, sum(self.step_s), metrics["val_loss"]))
@@ -85,8 +86,9 @@ def report(dense: Side, moe: Side, short: Side) -> None:
     for side in (dense, moe, short):
         config, seconds = side.run.config, sum(side.step_s)
         n_tokens = config.steps * config.batch_tokens
-        total, active = side.run.model.n_parameters()
-        flops = n_tokens * side.run.model.flops_per_token()
+        stats = model_stats(config.model)
+        total, active = stats.n_parameters, stats.n_active_parameters
+        flops = n_tokens * stats.flops_per_token
         print(
             f"{side.name:10} loss {side.loss:.4f} after {n_tokens / 1e6:.1f}M tokens, {flops / 1e12:.1f} TFLOP, "
             f"{seconds:.0f} s; {total:,} parameters, {active:,} active"
@@ -112,7 +114,7 @@ def draw(path: Path, runs: list[Side]) -> None:
 
     figure, panels = pyplot.subplots(1, 3, figsize=(14, 4.5), layout="constrained", sharey=True)
     for side, color in zip(runs, ("#666666", "#1f66b0", "#d9822b"), strict=True):
-        config, flops = side.run.config, side.run.model.flops_per_token()
+        config, flops = side.run.config, model_stats(side.run.config.model).flops_per_token
         losses = [loss for _, _, loss in side.curve]
         tokens = [step * config.batch_tokens for step, _, _ in side.curve]
         label = f"{side.name}: {losses[-1]:.3f}"

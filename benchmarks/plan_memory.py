@@ -89,9 +89,7 @@ def main() -> None:
             n_bytes, estimate = measured(config, Path(folder)), memory.estimate(config, config.micro_batch)
         error = estimate.total / n_bytes - 1
         worst = max(worst, abs(error))
-        parts = estimate._asdict()
-        parts.pop("in_step")
-        largest = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in parts.items() if size >= 2**24)
+        largest = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in estimate.parts().items() if size >= 2**24)
         print(f"{name:<26}{n_bytes / 2**30:>9.2f}{estimate.total / 2**30:>9.2f}{error:>+8.1%}  {largest}", flush=True)
     print(f"the largest error is {worst:.1%}; the bar is {BAR:.0%}")
 

@@ -33,7 +33,7 @@ from training.data import prepare
 from training.distributed.world import World
 from training.engine.build import begin
 from training.engine.step import train_step
-from training.model import GPT
+from training.model import GPT, init_weights
 from training.twin import twin
 from training.weights import hf
 
@@ -97,7 +97,7 @@ def ours(config: Config, device: torch.device) -> Step:
     def step() -> None:
         train_step(run)
         if run.step % config.logging.every == 0:
-            run.metrics.rows()
+            run.metrics.fetch()
 
     step.run = run
     return step
@@ -135,7 +135,7 @@ def transformers_side(config: Config, device: torch.device, *, compiled: bool = 
     transformers.utils.logging.disable_progress_bar()
     vocab_size = config.model.vocab_size
     with tempfile.TemporaryDirectory() as folder:
-        weights = GPT(config.model).init_weights(0).state_dict()
+        weights = init_weights(GPT(config.model), 0).state_dict()
         hf.write_model(Path(folder), weights, config.model, vocab_size - 1)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder).train()
     for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):

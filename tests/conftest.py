@@ -13,7 +13,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from training.checkpoint import SINGLE, Checkpoint, CheckpointWriter, TensorShar
 from training.config import CheckpointConfig, Config
 from training.logging.phases import PHASES
 from training.options import cli
+from training.options.schema import is_list, sections
 from training.train import train
 
 ROOT = Path(__file__).parent.parent
@@ -285,3 +286,13 @@ def goes_on_with(kernel: str, run, folder: Path, capsys) -> None:
     output = capsys.readouterr().out
     assert "goes on     after step 6" in output and f"{kernel} (ran, and equals the reference)" in output
     assert tensors(folder, 8) == before
+
+
+def minimal_value(annotation: Any) -> Any:
+    """Return a valid value of an option: of a section, its required options only."""
+    if is_list(annotation):
+        return [minimal_value(get_args(annotation)[0])]
+    if inside := sections(annotation):
+        fields = inside[0].model_fields.items()
+        return {name: minimal_value(field.annotation) for name, field in fields if field.is_required()}
+    return "x" if annotation is str else 1

@@ -18,14 +18,14 @@ from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import pytest
-from conftest import ROOT, rows
+from conftest import ROOT, minimal_value, rows
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from training.config import Config, Section
 from training.options import cli
-from training.options.schema import all_groups, is_list, minimal_value, sections, type_name
+from training.options.schema import all_groups, is_list, sections, type_name
 from training.options.yaml import OptionPath
 from training.train import FLAGS, train
 
@@ -91,7 +91,7 @@ def shown(text: str, value: Any) -> str:
     return f"'{value}'" if isinstance(value, str) else text
 
 
-GROUPS = [(tuple(0 if key == "N" else key for key in group.at), group.section) for group in all_groups()]
+GROUPS = [(tuple(0 if key == "N" else key for key in group.path), group.section) for group in all_groups()]
 NAMES = sorted({name for _, section in GROUPS for name in section.model_fields} - {"type"})
 
 

@@ -255,27 +255,36 @@ def test_a_flags_error_names_the_flag(write):
     assert errors(path, model__blocks__ffn__type="moe")[0].endswith("and none is 'ffn'")
 
 
-def test_every_error_is_told_at_once(write):
+def origins(lines: list[str]) -> list[str]:
+    """Return the place and option of each error line."""
+    return [re.match(r"(?:my.yaml:)?([^:]+: )?[^:]+", line)[0] for line in lines]
+
+
+def test_all_wrong_options_are_reported_at_once(write):
     path = write(
         "optim:\n  learning_rte: 3e-4\n  beta1: 2\nmodel:\n  n_head: 7\n  blocks:\n  - ffn: {type: moee}\n  - 3\n"
         "batch_tokens: 1000\nschedule: {type: wsd, warmup_steps: 5000}\nnam: x\n"
     )
-    assert [re.match(r"(?:my.yaml:)?([^:]+: )?[^:]+", line)[0] for line in errors(path, seed="x", stps="3")] == [
+    assert origins(errors(path, seed="x", stps="3")) == [
         "my.yaml:2: optim.learning_rte",
         "my.yaml:3: optim.beta1",
-        "my.yaml:5: model.n_head",
         "my.yaml:7: model.blocks.0.ffn.type",
         "my.yaml:8: model.blocks.1",
-        "my.yaml:9: batch_tokens",
         "my.yaml:10: schedule.decay_steps",
-        "my.yaml:10: schedule.warmup_steps",
         "my.yaml:11: nam",
         "--stps: unknown option; did you mean 'steps'?",
         "--seed: 'x' is not an integer >= 0 and < 4294967296",
     ]
 
 
-def test_a_rule_says_nothing_where_what_it_compares_is_wrong_already(write):
+def test_rules_between_options_are_checked_once_the_options_of_the_section_are_right(write):
+    wrong = "eval: {every: 0}\nmodel: {n_head: 7}\nbatch_tokens: 1000\nschedule: {warmup_steps: 5000}\n"
+    assert origins(errors(write(wrong))) == ["my.yaml:1: eval.every", "my.yaml:2: model.n_head"]
+    fixed = wrong.replace("every: 0", "every: 1").replace("7", "4")
+    assert origins(errors(write(fixed))) == ["my.yaml:3: batch_tokens", "my.yaml:4: schedule.warmup_steps"]
+
+
+def test_a_rule_is_silent_while_an_option_that_it_compares_is_wrong(write):
     assert len(errors(write("batch_tokens: 1000\nmodel: {n_positions: x}\n"))) == 1
     assert len(errors(write("batch_tokens: 1000\nmodel: {n_position: 500}\n"))) == 1
     assert len(errors(write("steps: 50\nschedule: {warmup_step: 5}\n"))) == 1
@@ -344,7 +353,7 @@ def test_help_lists_every_option_with_default_unit_and_line(columns, capsys, mon
     assert max(map(len, text.splitlines())) <= max(80, min(int(columns), 120))
     for group in all_groups():
         for name, field in group.section.model_fields.items():
-            at = ".".join([*group.at, name]).replace("val_sources.N", "sources.N")
+            at = ".".join([*group.path, name]).replace("val_sources.N", "sources.N")
             assert name == "type" or (sections(field.annotation) and at in words) or f"--{at} " in words
             assert name == "type" or field.description.replace(" ", "") in "".join(words.split())
     assert "--model.n_layer 12 blocks [layers]" in words
@@ -397,7 +406,7 @@ def test_wrong_input_is_answered_before_torch_is_imported(write):
 # --- whatever is thrown at it ----------------------------------------------------------------------
 
 NAMES = sorted(
-    {key for group in all_groups() for key in (*group.at, *group.section.model_fields)} | {"0", "1", "moo", "é\n"}
+    {key for group in all_groups() for key in (*group.path, *group.section.model_fields)} | {"0", "1", "moo", "é\n"}
 )
 SCALARS = st.one_of(
     st.none(),

@@ -1,4 +1,4 @@
-"""The recipes of docs/clusters.md: run where that can be done on one machine, else checked against what they name."""
+"""The recipes of docs/clusters.md: run if one machine is enough, otherwise their files and options are checked."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def parsed(name: str) -> list[dict]:
 
 
 def check_command(words: list[str]) -> None:
-    """torchrun knows its own options; the command knows the rest, and the config is there."""
+    """Check that torchrun accepts its options, the training command accepts the rest, and the config exists."""
     from torch.distributed.run import get_args_parser
 
     assert Path(words[0]).name == "torchrun"
@@ -37,7 +37,7 @@ def check_command(words: list[str]) -> None:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The torchrun commands of a shell script, with stand-ins for what the launcher sets."""
+    """Return the torchrun commands of a shell script, with values for the variables that the launcher sets."""
     text = re.sub(r'"\$\(.*\)"', "10.0.0.1", text.replace("\\\n", " ")).replace("my.yaml", "configs/quickstart.yaml")
     text = text.replace('"$CONFIG"', parsed("skypilot.yaml")[0]["envs"]["CONFIG"])
     text = re.sub(r'"\$SKYPILOT_\w+"', "1", text)
@@ -46,20 +46,20 @@ def commands(text: str) -> list[list[str]]:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-def test_every_torchrun_command_is_understood(monkeypatch):
+def test_every_torchrun_command_parses(monkeypatch):
     monkeypatch.chdir(ROOT)
     (block,) = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
     (sky,) = parsed("skypilot.yaml")
     *_, job = parsed("kubernetes.yaml")
     trainer = job["spec"]["trainer"]
-    found = [*commands(block), *commands(sky["run"]), trainer["command"] + trainer["args"]]
-    assert len(found) == 5
-    for words in found:
+    torchrun_commands = [*commands(block), *commands(sky["run"]), trainer["command"] + trainer["args"]]
+    assert len(torchrun_commands) == 5
+    for words in torchrun_commands:
         check_command(words)
     assert subprocess.run(["bash", "-n"], input=sky["run"] + sky["setup"], text=True).returncode == 0
 
 
-def test_the_job_is_of_its_runtime_and_finds_its_volumes():
+def test_the_kubernetes_job_names_its_runtime_and_volumes():
     runtime, job = parsed("kubernetes.yaml")
     assert job["spec"]["runtimeRef"] == {
         "apiGroup": runtime["apiVersion"].split("/")[0],
@@ -72,7 +72,7 @@ def test_the_job_is_of_its_runtime_and_finds_its_volumes():
     assert all(argument.startswith("/shared/") for argument in job["spec"]["trainer"]["args"] if argument[0] == "/")
 
 
-def test_the_program_for_ray_calls_what_there_is():
+def test_the_ray_program_imports_existing_names():
     (program,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     compile(program, "clusters.md", "exec")
     for module, name in re.findall(r"from (training\S*) import (\w+)", program):
@@ -80,7 +80,7 @@ def test_the_program_for_ray_calls_what_there_is():
 
 
 SRUN = """#!/bin/bash
-# As srun does: a task a process, and every signal to each of them.
+# Like srun: one process per task, and every signal goes to all of them.
 for n in 0 1; do
     SLURM_PROCID=$n SLURM_LOCALID=$n SLURM_NTASKS=2 "$@" 2> "$LOGS/$SLURM_RESTART_COUNT.$n" &
     tasks+=($!)
@@ -101,7 +101,7 @@ exit 0
 """
 
 
-def test_the_slurm_script_saves_before_its_time_is_over_and_goes_on_when_requeued(options, tmp_path):
+def test_the_slurm_script_saves_before_the_time_limit_and_resumes_when_requeued(options, tmp_path):
     path = write_config(tmp_path / "run.yaml", options(
         name="slurm", steps=300, eval={"every": None, "tokens": 64}, checkpoint={"every": 500},
         logging={"every": 1, "tensorboard": False}, parallel={"timeout_s": 5.0},
@@ -118,8 +118,8 @@ def test_the_slurm_script_saves_before_its_time_is_over_and_goes_on_when_requeue
         "TEST_LAUNCH": str(tmp_path), "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "here",
     }  # fmt: skip
 
-    ends = [(signal.SIGTERM, 143, ""), (signal.SIGKILL, 137, "rank 0, which keeps the ranks' store at "), (None, 0, "")]
-    for count, (number, status, said) in enumerate(ends):
+    ends = [(signal.SIGTERM, 143, ""), (signal.SIGKILL, 137, "rank 0, which holds the ranks' store at "), (None, 0, "")]
+    for count, (number, status, message) in enumerate(ends):
         job = subprocess.Popen(
             ["bash", str(RECIPES / "slurm.sh"), str(path)], cwd=home, stderr=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, env=variables | {"SLURM_RESTART_COUNT": str(count)},
@@ -134,12 +134,12 @@ def test_the_slurm_script_saves_before_its_time_is_over_and_goes_on_when_requeue
                 os.kill(pid, signal.SIGKILL)
             job.wait(5)
         errors = "".join((tmp_path / f"{count}.{n}").read_text() for n in (0, 1))
-        assert errors.count("error: ") == bool(said) and said in errors and "Traceback" not in errors, errors
+        assert errors.count("error: ") == bool(message) and message in errors and "Traceback" not in errors, errors
         assert requeued.read_text().count("\n") == min(count + 1, 2)
     assert rows_in(folder) == 300 and (folder / "summary.json").exists()
 
 
-def test_torchrun_starts_a_rank_that_was_killed_again(options, tmp_path):
+def test_torchrun_restarts_after_a_rank_is_killed(options, tmp_path):
     path = write_config(tmp_path / "run.yaml", options(
         name="again", steps=100, eval={"every": None, "tokens": 64}, checkpoint={"every": 10},
         logging={"every": 1, "tensorboard": False}, parallel={"timeout_s": 5.0},

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from conftest import minimal_value
 from pydantic import ValidationError
 
 from training.config import (
@@ -25,7 +26,6 @@ from training.options.schema import (
     describe_expected,
     find_option,
     json_schema,
-    minimal_value,
     sections,
     type_name,
 )
@@ -34,7 +34,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 DATA = {"sources": [{"type": "stdlib"}]}
 OPTIONS = [
     pytest.param(
-        field, id=".".join([*group.at, *([type_name(group.section)] * (type_name(group.section) is not None)), name])
+        field, id=".".join([*group.path, *([type_name(group.section)] * (type_name(group.section) is not None)), name])
     )
     for group in all_groups()
     for name, field in group.section.model_fields.items()

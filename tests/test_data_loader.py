@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.data.loader import MIXTURE_BLOCK, Mixture, Samples, feistel, permutation_key, permute_index
+from training.data.loader import MIXTURE_BLOCK, Loader, Mixture, Samples, feistel, permutation_key, permute_index
 from training.data.shards import Split, Stream
 from training.errors import UserError
 
@@ -141,7 +141,7 @@ def test_a_last_window_that_is_whole_is_not_followed_by_an_empty_one():
 def test_a_mixture_keeps_its_proportions(weights, blocks):
     share = np.array(weights) / sum(weights)
     mixture = Mixture(weights, seed=0)
-    before, after = mixture.drawn(np.array([blocks, blocks + 1]))
+    before, after = mixture.n_drawn(np.array([blocks, blocks + 1]))
     assert before.sum() == blocks * MIXTURE_BLOCK
     assert (after >= before).all()
     assert (np.abs(before - blocks * MIXTURE_BLOCK * share) < len(weights)).all()
@@ -179,3 +179,57 @@ def test_a_token_beyond_the_vocabulary_is_an_error_and_not_a_crash_on_the_device
     batches = Samples(Split("train", split.streams, None, 99, 1, 100, 100), n_positions=99, seed=0)
     with pytest.raises(UserError, match=r"^data: token 99 is not below the vocabulary's 99"):
         batches.at([0])
+
+
+# --- a step's batch ----------------------------------------------------------------------------------
+
+
+def test_a_rank_gets_its_part_of_the_steps_batch_with_the_samples_keys():
+    samples = Samples(split_of(331), n_positions=8, seed=5, end_of_text=300)
+    indices = 3 * 16 + np.arange(4, 9)
+    batch = Loader(samples, 16, range(4, 9)).at(3)
+    tokens, targets = samples.at(indices)
+    assert (batch.tokens_BT.numpy() == tokens).all() and (batch.targets_BT.numpy() == targets).all()
+    assert (batch.key_B.numpy() == samples.random_keys(indices)).all()
+    assert batch.end_of_text == 300
+
+
+def test_nothing_is_random_in_an_evaluation():
+    assert Samples(split_of(331), n_positions=8, seed=None).batch([0, 3]).key_B is None
+
+
+def test_a_prefetched_batch_is_read_once_and_belongs_to_its_step(monkeypatch):
+    samples = Samples(split_of(331), n_positions=8, seed=5)
+    loader, n_reads, at = Loader(samples, 4, range(4)), [], Samples.at
+    monkeypatch.setattr(Samples, "at", lambda self, indices: n_reads.append(len(indices)) or at(self, indices))
+    expected = [samples.batch(4 * step + np.arange(4)).tokens_BT.tolist() for step in range(3)]
+    n_reads.clear()
+    loader.prefetch(1)
+    assert loader.at(1).tokens_BT.tolist() == expected[1] and len(n_reads) == 1
+    loader.prefetch(0)
+    assert loader.at(2).tokens_BT.tolist() == expected[2]
+    assert loader.at(0).tokens_BT.tolist() == expected[0]
+
+
+def test_an_error_while_prefetching_is_raised_by_the_step_that_needs_the_batch(monkeypatch):
+    loader = Loader(Samples(split_of(331), n_positions=8, seed=5), 4, range(4))
+    with monkeypatch.context() as patch:
+        patch.setattr(Samples, "at", failing)
+        loader.prefetch(1)
+    with pytest.raises(UserError, match="damaged"):
+        loader.at(1)
+    assert len(loader.at(1).tokens_BT) == 4
+
+
+def failing(_samples, _indices):
+    raise UserError("damaged")
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "indices"),
+    [(None, range(41)), (1000, range(41)), (31, [0, 13, 27]), (7, [0]), (0, [0])],
+)
+def test_evaluation_samples_are_spread_evenly(n_tokens, indices):
+    samples = Samples(split_of(329), n_positions=8, seed=None)
+    n_tokens = n_tokens if n_tokens != 31 else 3 * 8 + 7
+    assert samples.evenly_spaced(n_tokens).tolist() == list(indices)

@@ -15,11 +15,10 @@ from filelock import FileLock
 from training import prepare as command
 from training.config import DataConfig
 from training.data import Samples, prepare, shards, workers
+from training.data import dataset as dataset_module
 from training.data import in_memory as memory
 from training.data.shards import open_split, read_manifest
 from training.errors import UserError
-
-build = sys.modules["training.data.prepare"]  # the package exports a function of that name
 
 ROOT = Path(__file__).parents[1]
 
@@ -112,7 +111,7 @@ def test_a_document_stays_in_its_split_when_others_are_added(folder):
 def test_a_long_document_has_the_tokens_of_its_whole_text(folder, monkeypatch):
     monkeypatch.setattr("training.data.chunks.CHUNK_CHARS", 200)
     monkeypatch.setattr("training.data.chunks.MAX_SEARCH_CHARS", 200)
-    long = Path(build.__file__).read_text()
+    long = Path(dataset_module.__file__).read_text()
     (folder / "text" / "long.txt").write_text(long)
     dataset = prepare(config_of(folder, val_sources=[{"paths": [str(folder / "text" / "rows.jsonl")]}]), quiet=True)
     stream = dataset.train.streams[0]
@@ -132,7 +131,7 @@ def test_weighted_sources_are_streams_of_their_own(folder):
     assert sum(other) == 256
     sources[0]["weight"] = 1
     again = prepare(config_of(folder, sources=sources), quiet=True)
-    assert again.report["found"]
+    assert again.report["is_cached"]
     assert again.fingerprint == dataset.fingerprint
 
 
@@ -150,7 +149,7 @@ def test_blank_documents_are_left_out_and_counted(folder):
 def test_a_second_start_finds_it(folder):
     first = prepare(config_of(folder), quiet=True)
     second = prepare(config_of(folder, workers=2), quiet=True)
-    assert [first.report["found"], second.report["found"]] == [False, True]
+    assert [first.report["is_cached"], second.report["is_cached"]] == [False, True]
     assert first.fingerprint == second.fingerprint
     assert second.report["seconds"] < 0.2
     assert second.tokenizer.encode("row number").tolist() == first.tokenizer.encode("row number").tolist()
@@ -162,10 +161,10 @@ def test_a_touched_file_that_holds_the_same_is_found(folder):
     content = path.read_bytes()
     path.unlink()
     path.write_bytes(content)
-    assert prepare(config_of(folder), quiet=True).report["found"]
+    assert prepare(config_of(folder), quiet=True).report["is_cached"]
     path.with_name("moved.jsonl").write_bytes(content)
     path.unlink()
-    assert prepare(config_of(folder), quiet=True).report["found"]
+    assert prepare(config_of(folder), quiet=True).report["is_cached"]
 
 
 @pytest.mark.parametrize("change", ["text", "added", "tokenizer", "split"])
@@ -180,19 +179,19 @@ def test_whatever_changes_the_tokens_is_noticed(folder, change):
     else:
         options = {"tokenizer": {"tokenizer": {"type": "byte"}}, "split": {"val_fraction": 0.2}}[change]
     second = prepare(config_of(folder, **options), quiet=True)
-    assert not second.report["found"]
+    assert not second.report["is_cached"]
     assert second.fingerprint != first.fingerprint
 
 
 def test_text_that_changes_while_it_is_read_is_refused(folder, monkeypatch):
     path = folder / "text" / "rows.jsonl"
-    write = build.write_dataset
+    write = dataset_module.write_dataset
 
     def write_and_change(*arguments: object) -> None:
         write(*arguments)
         path.write_text(path.read_text() + '{"text": "late"}\n')
 
-    monkeypatch.setattr(build, "write_dataset", write_and_change)
+    monkeypatch.setattr(dataset_module, "write_dataset", write_and_change)
     with pytest.raises(UserError, match="changed while they were read"):
         prepare(config_of(folder), quiet=True)
     assert datasets_in(folder / "cache") == []
@@ -285,7 +284,7 @@ def test_what_an_earlier_try_at_the_same_data_left_is_not_in_it(folder):
     place = Path(prepare(config_of(folder), quiet=True).report["folder"])
     place.rename(place.with_suffix(".partial"))
     (place.with_suffix(".partial") / "stale").touch()
-    assert not prepare(config_of(folder), quiet=True).report["found"]
+    assert not prepare(config_of(folder), quiet=True).report["is_cached"]
     assert not (place / "stale").exists()
 
 
@@ -299,8 +298,8 @@ def test_what_another_process_is_building_is_left_alone(folder):
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(folder, monkeypatch):
     events = []
-    sync, rename = build.fsync_path, Path.rename
-    monkeypatch.setattr(build, "fsync_path", lambda path: (events.append(path.name), sync(path)))
+    sync, rename = dataset_module.fsync_path, Path.rename
+    monkeypatch.setattr(dataset_module, "fsync_path", lambda path: (events.append(path.name), sync(path)))
     monkeypatch.setattr(Path, "rename", lambda path, to: (events.append("rename"), rename(path, to)))
     place = Path(prepare(config_of(folder), quiet=True).report["folder"])
     before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
@@ -399,13 +398,13 @@ def test_a_token_beyond_the_vocabulary_in_a_file_too_long_to_read_is_named(folde
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
 def test_a_disk_that_is_full_is_one_line(folder, monkeypatch):
     place = folder / "cache"
-    monkeypatch.setattr(build, "StreamWriter", FullDisk)
+    monkeypatch.setattr(dataset_module, "StreamWriter", FullDisk)
     with pytest.raises(UserError, match=rf"^{place}: cannot be written: No space left on device$"):
         prepare(config_of(folder), quiet=True)
     assert datasets_in(place) == []
 
 
-class FullDisk(build.StreamWriter):
+class FullDisk(dataset_module.StreamWriter):
     """Writes its tokens to a device that takes none."""
 
     def __init__(self, folder: Path, split: str, index: int, tokenizer: object):

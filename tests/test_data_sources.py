@@ -21,7 +21,7 @@ from pyarrow import parquet
 
 from training.config import FilesSource, HuggingFaceSource, SourceConfig, StdlibSource
 from training.data import chunks as text
-from training.data.chunks import CUT, cut, document
+from training.data.chunks import WORD_START, split_into_chunks, to_document
 from training.data.corpus import is_held_out
 from training.data.sources import READERS, build_reader
 from training.data.text_files import open_decompressed
@@ -249,14 +249,14 @@ def test_pieces_are_the_document_however_it_arrives(words, size):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "CHUNK_CHARS", 40)
         patch.setattr(text, "MAX_SEARCH_CHARS", 20)
-        chunks = list(document(whole).chunks)
+        chunks = list(to_document(whole).chunks)
         assert "".join(chunks) == whole
         assert all(len(chunk) <= 60 for chunk in chunks)
-        assert list(cut(whole[i : i + size] for i in range(0, len(whole), size))) == chunks
+        assert list(split_into_chunks(whole[i : i + size] for i in range(0, len(whole), size))) == chunks
 
 
 def test_a_document_is_cut_before_a_word():
-    assert [match.start() for match in CUT.finditer("a b\nc \nd  e\n\nf")] == [1, 4]
+    assert [match.start() for match in WORD_START.finditer("a b\nc \nd  e\n\nf")] == [1, 4]
 
 
 def test_text_that_a_block_ends_within_is_decoded_whole(tmp_path, monkeypatch):

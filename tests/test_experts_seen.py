@@ -1,4 +1,4 @@
-"""What routers do is seen: starving experts on the console, the tokens that each expert likes in the report."""
+"""The console reports dead experts, and the report shows the tokens that each expert prefers."""
 
 from __future__ import annotations
 
@@ -16,45 +16,46 @@ from conftest import MOE
 from test_logging import on_a_terminal, row, run_in
 from test_report import Page
 
-from training.config import EvalConfig, ModelConfig
+from training.config import EvalConfig, LoggingConfig, ModelConfig
 from training.data import tokenizer as tokenizers
 from training.data.in_memory import read_split
 from training.data.loader import Samples
 from training.engine import expert_tokens
 from training.engine.expert_tokens import sampled_layers, token_texts, top_tokens
 from training.engine.step import model_inputs
-from training.logging.console import open_console
+from training.logging.console import open_sink
 from training.logging.dead_experts import PATIENCE, DeadExpertWatch
-from training.model import GPT
-from training.model.moe import MoE, dead_expert_threshold
+from training.model import GPT, init_weights
+from training.model.metrics import dead_expert_threshold
+from training.model.moe import MoE
 
 EVEN = [1 / 8] * 8
-THREE_STARVE = [0.005, 0.0, 0.009, *[0.1972] * 5]
+THREE_DEAD = [0.005, 0.0, 0.009, *[0.1972] * 5]
 
 # --- the console -----------------------------------------------------------------------------------
 
 
-def said(loads: list[list[float]], layer: int = 4) -> list[tuple[int, str]]:
-    """(step, line) of a run with these loads of its one MoE layer."""
+def reported(loads: list[list[float]], layer: int = 4) -> list[tuple[int, str]]:
+    """Return (step, line) of a run with these loads of its one MoE layer."""
     watch = DeadExpertWatch([layer])
     return [(step, line) for step, load in enumerate(loads, start=1) for line in watch.update({"expert_load": [load]})]
 
 
-def test_experts_that_starve_are_said_once_and_again_when_it_has_lasted_twice_as_long():
-    assert said([EVEN] * 50 + [THREE_STARVE] * 1000) == [
+def test_dead_experts_are_reported_once_and_again_when_it_has_lasted_twice_as_long():
+    assert reported([EVEN] * 50 + [THREE_DEAD] * 1000) == [
         (250, "layer 5: 3 of 8 experts received < 1 % of tokens for 200 steps"),
         (450, "layer 5: 3 of 8 experts received < 1 % of tokens for 400 steps"),
         (850, "layer 5: 3 of 8 experts received < 1 % of tokens for 800 steps"),
     ]
 
 
-def test_one_fed_step_is_a_new_beginning():
-    assert said([THREE_STARVE] * 199 + [EVEN] + [THREE_STARVE] * 199) == []
+def test_one_step_with_tokens_restarts_the_count():
+    assert reported([THREE_DEAD] * 199 + [EVEN] + [THREE_DEAD] * 199) == []
 
 
-def test_an_expert_more_is_said_too():
+def test_another_dead_expert_is_reported():
     four = [0.0] * 4 + [0.25] * 4
-    assert said([THREE_STARVE] * 150 + [four] * 300)[:2] == [
+    assert reported([THREE_DEAD] * 150 + [four] * 300)[:2] == [
         (200, "layer 5: 3 of 8 experts received < 1 % of tokens for 200 steps"),
         (400, "layer 5: 4 of 8 experts received < 1 % of tokens for 250 steps"),
     ]
@@ -62,42 +63,42 @@ def test_an_expert_more_is_said_too():
 
 def test_with_many_experts_the_threshold_is_a_tenth_of_an_even_share():
     load = [0.0015, *[0.9985 / 63] * 63]
-    assert said([load] * 200) == [(200, "layer 5: 1 of 64 experts received < 0.16 % of tokens for 200 steps")]
-    assert said([[0.002, *[0.998 / 63] * 63]] * 200) == []
+    assert reported([load] * 200) == [(200, "layer 5: 1 of 64 experts received < 0.16 % of tokens for 200 steps")]
+    assert reported([[0.002, *[0.998 / 63] * 63]] * 200) == []
 
 
-def test_every_layer_is_named_by_its_place_in_the_network():
+def test_a_layer_has_the_number_of_its_place_in_the_network():
     watch = DeadExpertWatch([1, 11])
-    lines = [watch.update({"expert_load": [EVEN, THREE_STARVE]}) for _ in range(200)]
+    lines = [watch.update({"expert_load": [EVEN, THREE_DEAD]}) for _ in range(200)]
     assert lines[:-1] == [[]] * 199
     assert lines[-1] == ["layer 12: 3 of 8 experts received < 1 % of tokens for 200 steps"]
 
 
-def test_a_dense_run_has_nobody_to_starve():
+def test_a_dense_run_has_no_dead_experts():
     assert DeadExpertWatch([]).update({"loss": 1.0}) == []
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_what_is_said_is_true_and_is_not_said_often(seed):
-    draw, loads, hungry = random.Random(seed), [], [False] * 8
+def test_every_report_is_true_and_reports_are_rare(seed):
+    draw, loads, dead_E = random.Random(seed), [], [False] * 8
     for _ in range(3000):
-        hungry = [not one if draw.random() < 1 / 400 else one for one in hungry]
-        loads.append([0.0 if one else 0.125 for one in hungry])
-    found = said(loads)
-    assert found
-    for step, line in found:
+        dead_E = [not dead if draw.random() < 1 / 400 else dead for dead in dead_E]
+        loads.append([0.0 if dead else 0.125 for dead in dead_E])
+    lines = reported(loads)
+    assert lines
+    for step, line in lines:
         n, steps = map(int, re.fullmatch(r"layer 5: (\d) of 8 .* for (\d+) steps", line).groups())
         assert steps >= PATIENCE
         before = np.array(loads[:step])
-        assert (before[-steps:] < dead_expert_threshold(8)).all(axis=0).sum() == n  # those and no others for so long
+        assert (before[-steps:] < dead_expert_threshold(8)).all(axis=0).sum() == n  # exactly these for that long
         assert (before[-PATIENCE:] < dead_expert_threshold(8)).all(axis=0).sum() == n
-    assert all(later - earlier >= PATIENCE for (earlier, _), (later, _) in pairwise(found))
+    assert all(later - earlier >= PATIENCE for (earlier, _), (later, _) in pairwise(lines))
 
 
-def test_the_plain_console_says_it_once_among_its_lines(tmp_path, capsys):
-    sink = open_console(run_in(tmp_path, steps=250), every=100)
+def test_the_plain_console_reports_dead_experts_once(tmp_path, capsys):
+    sink = open_sink(run_in(tmp_path, steps=250), LoggingConfig(every=100))
     for first in range(1, 250, 10):
-        sink.write([row(step, expert_load=[EVEN, THREE_STARVE]) for step in range(first, first + 10)])
+        sink.write([row(step, expert_load=[EVEN, THREE_DEAD]) for step in range(first, first + 10)])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     assert [line for line in lines if "experts" in line] == [
         "step 200/250  layer 4: 3 of 8 experts received < 1 % of tokens for 200 steps"
@@ -105,22 +106,22 @@ def test_the_plain_console_says_it_once_among_its_lines(tmp_path, capsys):
     assert len(lines) == 4
 
 
-def test_the_live_console_says_it_once_above_the_bar(tmp_path):
+def test_the_live_console_reports_dead_experts_once_above_the_bar(tmp_path):
     script = f"""
         from test_logging import *
-        sink = open_console(run_in(Path({str(tmp_path)!r}), steps=250), every=100)
-        sink.write([row(step, expert_load={[EVEN, THREE_STARVE]!r}) for step in range(1, 250)])
+        sink = open_sink(run_in(Path({str(tmp_path)!r}), steps=250), LoggingConfig(every=100))
+        sink.write([row(step, expert_load={[EVEN, THREE_DEAD]!r}) for step in range(1, 250)])
         sink.close(None)
     """
-    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", on_a_terminal(script, 120, colour=True))
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", on_a_terminal(script, 120, color=True))
     assert shown.count("step 200  layer 4: 3 of 8 experts received < 1 % of tokens for 200 steps") == 1
 
 
-# --- which tokens each expert likes ----------------------------------------------------------------
+# --- tokens that each expert prefers ----------------------------------------------------------------
 
 
 def validation(folder: Path, n_positions: int) -> Samples:
-    """Documents that are shorter than a window, or longer; the last window is partly empty."""
+    """Return samples of documents shorter and longer than a window; the last window is partly empty."""
     for i in range(40):
         (folder / f"{i}.txt").write_text("the cat and the dog; naïve 日本\n\tthe end\n"[i % 7 : 19 + i])
     return Samples(
@@ -131,7 +132,7 @@ def validation(folder: Path, n_positions: int) -> Samples:
 
 
 def router_model(isolate_documents: bool = False) -> GPT:
-    """Three layers, the second and the third with experts that are not equally busy."""
+    """Return a model of three layers; the second and the third have experts with unequal loads."""
     config = ModelConfig.model_validate(
         {
             "n_layer": 3, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": 320,
@@ -139,15 +140,15 @@ def router_model(isolate_documents: bool = False) -> GPT:
             "blocks": [{}, {"ffn": MOE}, {"ffn": MOE | {"n_experts": 6, "top_k": 1}}],
         }
     )  # fmt: skip
-    model = GPT(config).init_weights(0)
+    model = init_weights(GPT(config), 0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(10)
     return model
 
 
-def journeys(model: GPT, batches: Samples, end_of_text: int) -> dict[int, Counter]:
-    """How often each (token, expert) is, a window at a time and as a hook on each layer sees it."""
+def count_assignments(model: GPT, batches: Samples, end_of_text: int) -> dict[int, Counter]:
+    """Return how often each (token, expert) occurs by layer, counted with hooks, a window at a time."""
     seen: dict[int, Counter] = {}
 
     def hook(layer: int):
@@ -163,12 +164,12 @@ def journeys(model: GPT, batches: Samples, end_of_text: int) -> dict[int, Counte
             block.ffn.register_forward_hook(hook(layer))
     for window in range(batches.n_samples):
         tokens, targets = batches.at([window])
-        model(**model_inputs(model, tokens, targets, end_of_text), n_targets=1)
+        model(model_inputs(model, tokens, targets, end_of_text))
     return seen
 
 
-def liked_by(expert: int, counts: Counter, top_k: int, n_ids: int) -> list[tuple[int, float, int]]:
-    """(token, lift, times sent here), from the words: share of the token's journeys over that of all journeys."""
+def preferred_by(expert: int, counts: Counter, top_k: int, n_ids: int) -> list[tuple[int, float, int]]:
+    """Return (token, lift, times sent here) by definition: share of the token's assignments over that of all tokens."""
     of_token, of_expert = Counter(), Counter()
     for (token, to), n in counts.items():
         of_token[token] += n
@@ -184,7 +185,7 @@ def liked_by(expert: int, counts: Counter, top_k: int, n_ids: int) -> list[tuple
 
 
 @pytest.mark.parametrize(("isolate", "n_ids"), [(False, 4096), (False, 9), (True, 4096)])
-def test_the_tokens_that_experts_like_are_those_that_a_loop_over_the_text_finds(tmp_path, monkeypatch, isolate, n_ids):
+def test_the_preferred_tokens_are_those_of_a_plain_loop_over_the_text(tmp_path, monkeypatch, isolate, n_ids):
     monkeypatch.setattr(expert_tokens, "MOST_IDS", n_ids)
     model, batches, tokenizer = router_model(isolate), validation(tmp_path, 32), tokenizers.build_byte_tokenizer()
     found = expert_tokens.measure_expert_tokens(
@@ -192,28 +193,28 @@ def test_the_tokens_that_experts_like_are_those_that_a_loop_over_the_text_finds(
     )
     assert (found["step"], found["n_tokens"], found["seen_at_least"]) == (7, batches.split.n_tokens - 1, 5)
     assert [(layer["layer"], layer["n_experts"]) for layer in found["layers"]] == [(1, 4), (2, 6)]
-    seen = journeys(model, batches, tokenizer.end_of_text)
+    seen = count_assignments(model, batches, tokenizer.end_of_text)
     for layer in found["layers"]:
         for expert, ours in enumerate(layer["liked"]):
-            theirs = liked_by(expert, seen[layer["layer"]], {1: 2, 2: 1}[layer["layer"]], n_ids)
+            theirs = preferred_by(expert, seen[layer["layer"]], {1: 2, 2: 1}[layer["layer"]], n_ids)
             assert [token["sent"] for token in ours] == [sent for _, _, sent in theirs]
             assert [token["lift"] for token in ours] == pytest.approx([lift for _, lift, _ in theirs], abs=1e-3)
             assert [token["text"] for token in ours] == token_texts(tokenizer, np.array([t for t, _, _ in theirs], int))
     assert sum(bool(tokens) for layer in found["layers"] for tokens in layer["liked"]) >= 6
 
 
-def test_what_an_expert_likes_is_not_what_is_frequent():
-    counts_SE = np.array([[1000, 1000], [90, 10], [0, 20], [500, 580]])  # of the last, the others, nothing is named
+def test_preferred_tokens_are_not_just_frequent_ones():
+    counts_SE = np.array([[1000, 1000], [90, 10], [0, 20], [500, 580]])  # the last row counts all other tokens
     assert [[slot for slot, _, _ in of_expert] for of_expert in top_tokens(counts_SE)] == [[1, 0], [2]]
     (_, lift, sent), _ = top_tokens(counts_SE)[0]
     assert (lift, sent) == (pytest.approx(0.9 / (1590 / 3200)), 90)
 
 
-def test_an_expert_that_gets_nothing_likes_nothing():
+def test_an_expert_without_tokens_has_no_preferred_tokens():
     assert top_tokens(np.array([[5, 0], [5, 0]])) == [[], []]
 
 
-def test_tokens_are_spelled_as_text_or_as_the_bytes_that_they_are():
+def test_a_token_is_shown_as_text_or_as_its_bytes():
     tokenizer = tokenizers.build_byte_tokenizer()
     ids = np.array([ord("a"), ord("\n"), 0xE2, tokenizer.end_of_text])
     assert token_texts(tokenizer, ids) == ["a", "\n", "\\xe2", "<|endoftext|>"]
@@ -222,7 +223,7 @@ def test_tokens_are_spelled_as_text_or_as_the_bytes_that_they_are():
     assert "".join(token_texts(bpe, ids)) == "naïve café"
 
 
-def test_a_large_model_has_a_bounded_table():
+def test_the_table_of_a_large_model_is_bounded():
     config = ModelConfig.model_validate({"n_layer": 48, "blocks": [{}, {"ffn": MOE | {"n_experts": 256}}]})
     layers = sampled_layers(config)
     assert len(layers) == 12 and set(layers.values()) == {256}
@@ -230,7 +231,7 @@ def test_a_large_model_has_a_bounded_table():
     assert len(top_tokens(np.random.default_rng(0).integers(1, 9, (10, 256)))) == 64
 
 
-def test_looking_leaves_the_model_and_the_random_numbers_alone(tmp_path):
+def test_measuring_changes_neither_the_model_nor_the_random_state(tmp_path):
     model = router_model()
     state, weights = torch.get_rng_state(), {name: value.clone() for name, value in model.state_dict().items()}
     expert_tokens.measure_expert_tokens(
@@ -248,7 +249,7 @@ def model_of(*blocks: dict) -> dict:
     return {"n_layer": len(blocks), "n_head": 2, "n_embd": 16, "n_positions": 32, "blocks": list(blocks)}
 
 
-def test_a_run_ends_with_its_experts_in_the_report_and_the_summary(run, capsys):
+def test_the_report_and_the_summary_of_a_run_have_its_experts(run, capsys):
     folder = run(model=model_of({}, {"ffn": MOE | {"capacity_factor": 0.5}}))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((folder / "summary.json").read_text())
@@ -266,7 +267,7 @@ def test_a_run_ends_with_its_experts_in_the_report_and_the_summary(run, capsys):
     assert re.search(rf"^capacity +{promise}$", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_a_dense_run_leaves_nothing_of_experts(run, capsys):
+def test_a_dense_run_has_no_output_about_experts(run, capsys):
     folder = run(model=model_of({}))
     assert not (folder / "experts.json").exists()
     assert not any("expert" in key for key in json.loads((folder / "summary.json").read_text()))
@@ -275,7 +276,7 @@ def test_a_dense_run_leaves_nothing_of_experts(run, capsys):
     assert not re.search("^capacity", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_without_a_capacity_nothing_is_said_of_drops(run, capsys):
+def test_a_run_without_capacity_has_no_output_about_drops(run, capsys):
     page = Page(run() / "report.html")
     assert "Dropped" not in page.of("b")
     assert not re.search("^capacity", capsys.readouterr().out, re.MULTILINE)

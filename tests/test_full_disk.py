@@ -19,8 +19,8 @@ from test_disk import fill, small_disk  # noqa: F401 (a fixture)
 
 from training import prepare as prepare_command
 from training.checkpoint import corruption
+from training.data import dataset as dataset_module
 from training.data import prepare, workers
-from training.data import prepare as build
 from training.errors import UserError
 from training.logging.jsonl import JSONLSink
 from training.logging.tensorboard import TensorBoardSink
@@ -97,13 +97,13 @@ def clear(folder: Path) -> None:
 @pytest.mark.parametrize("n_bytes", [0, 1, 4095, 100_001])
 def test_shards_torn_inside_a_token_leave_nothing(config, tmp_path, monkeypatch, n_bytes):
     made = config().data.model_copy(update={"cache_dir": str(tmp_path / "cache"), "workers": 1})
-    write_streams = build.write_streams
+    write_streams = dataset_module.write_streams
 
     def limited(*arguments):
         with no_file_beyond(n_bytes):
             return write_streams(*arguments)
 
-    monkeypatch.setattr(build, "write_streams", limited)
+    monkeypatch.setattr(dataset_module, "write_streams", limited)
     with pytest.raises(UserError, match=r"cache: cannot be written: File too large$"):
         prepare(made, quiet=True)
     assert not [each for each in (tmp_path / "cache").iterdir() if each.is_dir()]

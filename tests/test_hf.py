@@ -15,7 +15,7 @@ from torch import Tensor
 
 from training.config import AttentionConfig, BlockConfig, LatentConfig, MLPConfig, ModelConfig, MoEConfig
 from training.errors import UserError
-from training.model import GPT
+from training.model import GPT, init_weights
 from training.weights import hf
 from training.weights.hf import deepseek, ernie, files, gpt2, llama, mixtral, qwen3
 from training.weights.hf.fields import ACTIVATIONS
@@ -147,7 +147,7 @@ def perturbed(model: GPT) -> GPT:
 
 def made(options: dict) -> GPT:
     """A model with nothing trivial in it; where its balance moves a selection bias, that rules many a choice."""
-    model = perturbed(GPT(ModelConfig.model_validate(options)).init_weights(0))
+    model = perturbed(init_weights(GPT(ModelConfig.model_validate(options)), 0))
     generator = torch.Generator().manual_seed(4)
     for ffn in (block.ffn for block in model.blocks):
         if getattr(ffn, "section", None) is not None and ffn.section.balance in ("bias", "both"):
@@ -875,7 +875,7 @@ REFUSED = [
     ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping: 30.0"),
     ("llama", {"is_causal": False}, "is_causal: False"),
     ("llama", {"per_layer_config": {"0": {"hidden_size": 5}}}, "per_layer_config: "),
-    ("llama", {"num_key_value_heads": 3}, "n_kv_head: 3 do not divide n_head 4"),
+    ("llama", {"num_key_value_heads": 3}, "n_kv_head: 3 does not divide n_head 4"),
     ("qwen3", {"layer_types": ["full_attention"]}, "layer_types: "),
     ("qwen3", {"layer_types": ["linear_attention"] * 3}, "layer_types: "),
     ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "layer_types: sliding_attention without"),

@@ -1,4 +1,4 @@
-"""Two hosts, each a network namespace with an address and a name of its own: one is cut off in mid-run."""
+"""Two hosts, network namespaces with their own addresses and host names; one is cut off during a run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from conftest import rows, tensors, write_config
 from launched import TRAIN, Launched, rows_in, train, wait_for_rows
 
-LIMIT = 5.0
-EXITS = 3.5  # after the limit; half a second until the test sees it
+LIMIT = 5.0  # s, parallel.timeout_s
+EXIT_S = 3.5  # after the limit; includes 0.5 s until the test notices
 HOSTS = {"host-a": "10.213.77.1", "host-b": "10.213.77.2"}
 
 
@@ -22,8 +22,8 @@ def ip(*arguments: str) -> None:
 
 
 @pytest.fixture
-def cable():
-    """The hosts, joined by a cable."""
+def two_hosts():
+    """Create the hosts, connected by a virtual cable."""
     if shutil.which("ip") is None or os.geteuid() != 0:
         pytest.skip("network namespaces need root and `ip`")
     try:
@@ -31,7 +31,7 @@ def cable():
             ip("netns", "add", host)
             ip("-n", host, "link", "set", "lo", "up")
     except subprocess.CalledProcessError as error:
-        remove()
+        remove_hosts()
         pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
     try:
         ip("-n", "host-a", "link", "add", "net0", "type", "veth", "peer", "name", "net0", "netns", "host-b")
@@ -40,16 +40,16 @@ def cable():
             ip("-n", host, "link", "set", "net0", "up")
         yield
     finally:
-        remove()
+        remove_hosts()
 
 
-def remove() -> None:
+def remove_hosts() -> None:
     for host in HOSTS:
         subprocess.run(["ip", "netns", "delete", host], capture_output=True)
 
 
 def start(logs: Path, config: Path) -> list[Launched]:
-    """One rank a host."""
+    """Start one rank on each host."""
     return [
         Launched(
             logs / host, "--nnodes", "2", "--nproc-per-node", "1", "--local-addr", address, "--rdzv-id", "run",
@@ -62,27 +62,27 @@ def start(logs: Path, config: Path) -> list[Launched]:
     ]  # fmt: skip
 
 
-@pytest.mark.usefixtures("cable")
-def test_a_host_that_is_cut_off_ends_the_run_on_both_and_it_goes_on_to_the_same_weights(options, tmp_path):
-    made = options(
+@pytest.mark.usefixtures("two_hosts")
+def test_a_host_cut_off_ends_the_run_on_both_and_resuming_gives_the_same_weights(options, tmp_path):
+    values = options(
         name="cut", steps=60, eval={"every": None, "tokens": 64}, checkpoint={"every": 10},
         logging={"every": 1, "tensorboard": False}, parallel={"timeout_s": LIMIT},
     )  # fmt: skip
-    cut, through = tmp_path / "runs/cut", tmp_path / "runs/through"
-    alone = train(tmp_path / "alone", write_config(tmp_path / "through.yaml", made | {"name": "through"}))
+    cut, uncut = tmp_path / "runs/cut", tmp_path / "runs/uncut"
+    alone = train(tmp_path / "alone", write_config(tmp_path / "uncut.yaml", values | {"name": "uncut"}))
     try:
         assert alone.process.wait(60) == 0, alone.said()
     finally:
         alone.kill()
 
-    path = write_config(tmp_path / "cut.yaml", made)
+    path = write_config(tmp_path / "cut.yaml", values)
     both = start(tmp_path / "first", path)
     try:
         wait_for_rows(cut, 15, *both)
         began = time.monotonic()
         ip("-n", "host-b", "link", "set", "net0", "down")
         while any(host.pids() for host in both):
-            assert time.monotonic() - began < LIMIT + EXITS, [host.said() for host in both]
+            assert time.monotonic() - began < LIMIT + EXIT_S, [host.said() for host in both]
             time.sleep(0.05)
         seconds = time.monotonic() - began
     finally:
@@ -92,7 +92,7 @@ def test_a_host_that_is_cut_off_ends_the_run_on_both_and_it_goes_on_to_the_same_
     on_a, on_b = (host.line() for host in both)
     print(f"{seconds:.1f} s\n{on_a}\n{on_b}")
     assert on_a.startswith("error: rank 1 (host host-b, pid ") and "while rank 0 (host host-a, pid " in on_a
-    silent = f"torchrun, which keeps the ranks' store at {HOSTS['host-a']}:"
+    silent = f"torchrun, which holds the ranks' store at {HOSTS['host-a']}:"
     assert on_b.startswith(f"error: {silent}") and ", has not answered for " in on_b
     assert "while rank 1 (host host-b, pid " in on_b and "; rank 0 (host host-a, pid " in on_b
 
@@ -104,5 +104,5 @@ def test_a_host_that_is_cut_off_ends_the_run_on_both_and_it_goes_on_to_the_same_
         for host in both:
             host.kill()
     assert "goes on     after step" in "".join(path.read_text() for path in (tmp_path / "second").rglob("stdout.log"))
-    assert rows(cut) == rows(through)
-    assert tensors(cut, 60) == tensors(through, 60)
+    assert rows(cut) == rows(uncut)
+    assert tensors(cut, 60) == tensors(uncut, 60)

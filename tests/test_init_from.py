@@ -18,7 +18,7 @@ from test_restart import flip_a_bit
 from training import train
 from training.config import ModelConfig
 from training.errors import UserError
-from training.model import GPT
+from training.model import GPT, init_weights
 from training.weights import hf, init_from
 
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": 259}
@@ -44,7 +44,7 @@ def folder(tmp_path):
 
     def make(model_type: str = "gpt2", **changes) -> tuple[GPT, Path]:
         config = ModelConfig.model_validate(MODELS[model_type] | changes)
-        model, path = perturbed(GPT(config).init_weights(0)), tmp_path / "pretrained"
+        model, path = perturbed(init_weights(GPT(config), 0)), tmp_path / "pretrained"
         for name, buffer in model.named_buffers():
             if model_type in BIASED | {"training_gpt"} and name.endswith("selection_bias"):
                 buffer += torch.linspace(-0.1, 0.1, len(buffer))

@@ -1,4 +1,4 @@
-"""Sinks are given plain rows; what they leave behind is read back with the tools a person would use."""
+"""Sinks write plain rows; the tests read their output with the tools that a person would use."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import MOE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -26,20 +28,23 @@ from torch import nn
 
 from training.config import LoggingConfig, WandbConfig
 from training.errors import UserError
-from training.logging.console import ETA, open_console
-from training.logging.format import clock, count, printable, share
-from training.logging.graph import record
-from training.logging.heat_map import CELL, LEFT, TOP, heat_map
+from training.logging import metrics as metrics_module
+from training.logging import report
+from training.logging.console import ETA, open_sink
+from training.logging.format import clock, count, share, without_control_chars
+from training.logging.graph import trace_graph
+from training.logging.heat_map import CELL, LEFT, TOP, draw_heat_map
 from training.logging.jsonl import JSONLSink, read_rows
+from training.logging.metrics import LOAD_IMAGE, METRICS, readme_table, scalars
 from training.logging.phases import PHASES
-from training.logging.sinks import LOAD_IMAGE, RunInfo, open_sinks, scalars, write_graph
+from training.logging.sinks import SINKS, RunInfo, open_sinks
 
 SUMMARY = {
     "steps": 4, "tokens": 128, "train_loss": 2.5, "val_loss": 2.6, "val_perplexity": 13.5, "val_bits_per_byte": 1.25,
     "best_val_loss": 2.6, "best_step": 4, "time_s": 61.0, "tokens_per_s": 9800.0, "parameters": 1000,
     "active_parameters": 500, "model_dir": "runs/r/model", "next": ["python -m training.generate --run runs/r"],
     "goodput": 0.95, "time": dict.fromkeys(PHASES, 0.0) | {"compute": 95.0, "start": 5.0},
-    "advice": ["memory: enough", "speed: 31 % of the time waits for data"],
+    "advice": ["memory: enough", "speed: 31 % of the time was spent waiting for data"],
 }  # fmt: skip
 
 
@@ -77,7 +82,7 @@ def steps_in(folder: Path) -> list[int]:
 # --- metrics.jsonl ---------------------------------------------------------------------------------
 
 
-def test_a_row_is_read_back_as_it_was_written(tmp_path):
+def test_a_row_reads_back_as_it_was_written(tmp_path):
     rows = [row(1), evaluated(2, text="\u2028 é \ud800 </script>\x00")]
     JSONLSink(run_in(tmp_path)).write(rows)
     assert read_rows(tmp_path / "metrics.jsonl") == rows
@@ -85,23 +90,23 @@ def test_a_row_is_read_back_as_it_was_written(tmp_path):
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6), st.integers(0, 40)), max_size=5))
-def test_every_step_is_there_exactly_once_after_any_restarts(tmp_path, lives):
+def test_every_step_has_exactly_one_row_after_any_restarts(tmp_path, processes):
     path = tmp_path / "metrics.jsonl"
     path.write_text("")
     checkpoint = 0
-    for more, saved_before_the_end, torn in lives:
+    for n_steps, steps_after_save, n_torn_bytes in processes:
         sink = JSONLSink(run_in(tmp_path, start_step=checkpoint))
-        end = checkpoint + more
+        end = checkpoint + n_steps
         sink.write([row(step) for step in range(checkpoint + 1, end + 1)])
         with path.open("ab") as file:
-            file.write(json.dumps(row(end + 1)).encode()[:torn])
-        checkpoint = max(checkpoint, end - saved_before_the_end)
+            file.write(json.dumps(row(end + 1)).encode()[:n_torn_bytes])
+        checkpoint = max(checkpoint, end - steps_after_save)
     JSONLSink(run_in(tmp_path, start_step=checkpoint))
     assert steps_in(tmp_path) == list(range(1, checkpoint + 1))
     assert path.read_bytes().endswith(b"\n") or not checkpoint
 
 
-def test_numbers_that_are_not_finite_are_null_so_that_every_json_reader_can_read_them(tmp_path):
+def test_nan_and_inf_become_null_which_every_json_reader_accepts(tmp_path):
     nan = {"expert_load": [[math.inf, 0.5]], "router_layers": {"entropy": [math.nan, 1.0]}}
     JSONLSink(run_in(tmp_path)).write([row(1, loss=math.nan, **nan)])
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -111,18 +116,18 @@ def test_numbers_that_are_not_finite_are_null_so_that_every_json_reader_can_read
     assert json.loads(text)["router_layers"] == {"entropy": [None, 1.0]}
 
 
-def test_a_line_that_is_no_row_is_named(tmp_path):
+def test_the_error_for_an_invalid_row_names_its_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n[2]\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl line 2"):
         JSONLSink(run_in(tmp_path))
 
 
-def test_a_folder_that_is_not_there_is_one_line_for_the_user(tmp_path):
+def test_a_missing_folder_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*gone.metrics\.jsonl: No such file"):
         JSONLSink(run_in(tmp_path / "gone"))
 
 
-def test_a_full_disk_is_one_line_and_the_next_start_mends_the_file(tmp_path):
+def test_a_full_disk_is_a_user_error_and_the_next_start_repairs_the_file(tmp_path):
     script = f"""
         import resource, signal
         from pathlib import Path
@@ -136,15 +141,14 @@ def test_a_full_disk_is_one_line_and_the_next_start_mends_the_file(tmp_path):
         except UserError as error:
             print(error)
     """
-    said = python(script)
-    assert re.fullmatch(r"cannot write .*metrics\.jsonl: File too large\n", said)
+    assert re.fullmatch(r"cannot write .*metrics\.jsonl: File too large\n", python(script))
     assert (tmp_path / "metrics.jsonl").stat().st_size == 700
     JSONLSink(run_in(tmp_path, start_step=2)).write([row(3)])
     assert steps_in(tmp_path)[0] == 1
     assert steps_in(tmp_path)[-1] == 3
 
 
-def test_a_file_that_does_not_fit_is_left_as_it_was_and_no_part_of_the_new_one_stays(tmp_path):
+def test_an_atomic_write_to_a_full_disk_keeps_the_old_file_and_no_partial_one(tmp_path):
     script = f"""
         import resource, signal
         from test_logging import *
@@ -163,7 +167,7 @@ def test_a_file_that_does_not_fit_is_left_as_it_was_and_no_part_of_the_new_one_s
 
 
 def python(script: str, **options) -> str:
-    """What the script prints in a new interpreter that can import this file."""
+    """Return the output of the script in a new interpreter that can import this file."""
     command = [sys.executable, "-c", textwrap.dedent(script)]
     return subprocess.run(
         command, cwd=Path(__file__).parent, check=True, text=True, stdout=subprocess.PIPE, **options
@@ -173,8 +177,8 @@ def python(script: str, **options) -> str:
 # --- console ---------------------------------------------------------------------------------------
 
 
-def test_plain_lines_do_not_wrap_and_say_what_is_known(tmp_path, capsys):
-    sink = open_console(run_in(tmp_path), every=2)
+def test_plain_lines_have_one_width_and_show_all_fields(tmp_path, capsys):
+    sink = open_sink(run_in(tmp_path), LoggingConfig(every=2))
     sink.write([row(1), row(2)])
     sink.write([row(3), evaluated(4)])
     sink.close(SUMMARY)
@@ -188,36 +192,36 @@ def test_plain_lines_do_not_wrap_and_say_what_is_known(tmp_path, capsys):
     assert lines[lines.index(steps[2]) + 1 :][:2] == ["    | def f(x):", "    |     return x"]
     assert lines[-1] == "  python -m training.generate --run runs/r"
     assert any("best 2.6000 at step 4" in line for line in lines)
-    told = lines.index("time        95 % compute, 5 % start; goodput 95 %")
-    assert lines[told + 1 : told + 3] == [
+    time_line = lines.index("time        95 % compute, 5 % start; goodput 95 %")
+    assert lines[time_line + 1 : time_line + 3] == [
         "advice      memory: enough",
-        "            speed: 31 % of the time waits for data",
+        "            speed: 31 % of the time was spent waiting for data",
     ]
 
 
-def test_an_interrupted_run_has_no_closing_summary(tmp_path, capsys):
-    sink = open_console(run_in(tmp_path), every=1)
+def test_an_interrupted_run_prints_no_summary(tmp_path, capsys):
+    sink = open_sink(run_in(tmp_path), LoggingConfig(every=1))
     capsys.readouterr()
     sink.close(None)
     assert capsys.readouterr().out == ""
 
 
-def test_a_run_without_validation_has_no_validation_to_sum_up(tmp_path, capsys):
+def test_the_summary_of_a_run_without_validation_omits_it(tmp_path, capsys):
     unknown = {"val_loss": None, "val_perplexity": None, "val_bits_per_byte": None, "best_val_loss": None}
-    open_console(run_in(tmp_path), every=1).close(SUMMARY | unknown | {"best_step": None, "next": []})
-    said = capsys.readouterr().out
-    assert "validation" not in said
-    assert "next" not in said
+    open_sink(run_in(tmp_path), LoggingConfig(every=1)).close(SUMMARY | unknown | {"best_step": None, "next": []})
+    output = capsys.readouterr().out
+    assert "validation" not in output
+    assert "next" not in output
 
 
-def test_a_loss_that_is_not_a_number_is_said_to_be_none(tmp_path, capsys):
-    open_console(run_in(tmp_path), every=1).write([row(1, loss=math.nan, grad_norm=math.inf)])
+def test_a_nan_loss_prints_as_nan(tmp_path, capsys):
+    open_sink(run_in(tmp_path), LoggingConfig(every=1)).write([row(1, loss=math.nan, grad_norm=math.inf)])
     assert "loss nan" in capsys.readouterr().out
 
 
 @given(st.text())
-def test_what_a_model_writes_cannot_steer_the_terminal(text):
-    assert all(c == "\n" or c.isprintable() for c in printable(text))
+def test_a_sample_cannot_control_the_terminal(text):
+    assert all(c == "\n" or c.isprintable() for c in without_control_chars(text))
 
 
 def test_the_eta_follows_the_recent_steps():
@@ -228,11 +232,11 @@ def test_the_eta_follows_the_recent_steps():
     assert str(eta) == "0:30:00"
 
 
-def test_training_goes_on_when_nobody_reads_its_output(tmp_path):
+def test_training_continues_if_the_reader_of_its_output_is_gone(tmp_path):
     script = f"""
         import time
         from test_logging import *
-        sink = open_console(run_in(Path({str(tmp_path)!r}), steps=3), every=1)
+        sink = open_sink(run_in(Path({str(tmp_path)!r}), steps=3), LoggingConfig(every=1))
         for step in (1, 2, 3):
             time.sleep(0.1)
             sink.write([row(step)])
@@ -248,42 +252,41 @@ def test_training_goes_on_when_nobody_reads_its_output(tmp_path):
     assert process.returncode == 0
 
 
-def test_a_sample_that_the_output_cannot_encode_is_not_the_end_of_training():
+def test_a_sample_that_standard_output_cannot_encode_does_not_stop_training():
     script = """
         from test_logging import *
-        open_console(run_in(Path()), every=1).write([evaluated(1, text="naïve ✓")])
+        open_sink(run_in(Path()), LoggingConfig(every=1)).write([evaluated(1, text="naïve ✓")])
     """
     assert "na?ve ?" in python(script, env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
 
 
 @pytest.mark.parametrize("columns", [60, 120])
-@pytest.mark.parametrize("colour", [True, False])
-def test_a_terminal_shows_a_live_bar_that_fits_its_width(tmp_path, columns, colour):
+@pytest.mark.parametrize("color", [True, False])
+def test_a_terminal_shows_a_live_bar_that_fits_its_width(tmp_path, columns, color):
     script = f"""
         from test_logging import *
-        sink = open_console(run_in(Path({str(tmp_path)!r})), every=1)
+        sink = open_sink(run_in(Path({str(tmp_path)!r})), LoggingConfig(every=1))
         sink.write([row(1), row(2)])
         sink.write([row(3), evaluated(4)])
         sink.close(SUMMARY)
     """
-    shown = on_a_terminal(script, columns, colour)
+    shown = on_a_terminal(script, columns, color)
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
     expected = ["step 2/4", "ETA 0:00:01", "━", "loss 3.6000", "9.80k tokens/s", "MFU unknown", "1.2 GiB"]
     expected += ["step 4  val loss 2.6000", "    def f(x):\n        return x", "done", "training.generate"]
-    for said in expected:
-        assert said in plain
+    assert all(text in plain for text in expected)
     frames = [line for line in re.split(r"[\r\n]+", plain) if "ETA" in line or "tokens/s" in line]
     assert max(map(len, frames)) <= columns
-    assert bool(re.search(r"\x1b\[[0-9;]*3[0-9]", shown)) == colour
-    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # the cursor is given back
+    assert bool(re.search(r"\x1b\[[0-9;]*3[0-9]", shown)) == color
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # the cursor is visible again
 
 
-def on_a_terminal(script: str, columns: int, colour: bool) -> str:
-    """All that the script writes to a terminal of that width."""
+def on_a_terminal(script: str, columns: int, color: bool) -> str:
+    """Return all that the script writes to a terminal of this width."""
     master, slave = pty.openpty()
     environment = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")}
     environment |= {"TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": "40"} | (
-        {} if colour else {"NO_COLOR": "1"}
+        {} if color else {"NO_COLOR": "1"}
     )
     command = [sys.executable, "-c", textwrap.dedent(script)]
     with subprocess.Popen(command, cwd=Path(__file__).parent, stdout=slave, env=environment) as process:
@@ -299,19 +302,19 @@ def on_a_terminal(script: str, columns: int, colour: bool) -> str:
 def _read(descriptor: int) -> bytes:
     try:
         return os.read(descriptor, 65536)
-    except OSError:  # Linux's way to say that the other end is closed
+    except OSError:  # Linux raises EIO once the other end is closed
         return b""
 
 
 @pytest.mark.parametrize(
-    ("said", "meant"),
+    ("text", "expected"),
     [
         (count(512), "512"), (count(9800), "9.80k"), (count(124_439_808), "124.4M"), (count(1.2e9), "1.20B"),
         (clock(59.6), "0:01:00"), (clock(3723), "1:02:03"), (share(0.314), "31.4 %"), (share(None), "unknown"),
     ],
 )  # fmt: skip
-def test_numbers_are_said_shortly(said, meant):
-    assert said == meant
+def test_numbers_are_short(text, expected):
+    assert text == expected
 
 
 # --- TensorBoard -----------------------------------------------------------------------------------
@@ -334,7 +337,7 @@ def tensorboard(run: RunInfo):
 def test_tensorboard_reads_back_every_number_text_image_and_histogram(tmp_path):
     sink = tensorboard(run_in(tmp_path))
     sink.write([row(1), row(2), row(3, mfu=0.3), evaluated(4, "f(x):\n    x \ud800")])
-    sink.graph(Toy(), torch.zeros(1, 4, dtype=torch.long))
+    sink.write_graph(Toy(), torch.zeros(1, 4, dtype=torch.long))
     sink.close(SUMMARY)
     found = events(tmp_path)
     tags = found.Tags()
@@ -369,7 +372,7 @@ def test_tensorboard_reads_back_every_number_text_image_and_histogram(tmp_path):
 
 
 def assert_is_the_heat_map(png) -> None:
-    """Of `row`: layers downwards, experts to the right, each cell blue below its share and red above it."""
+    """Check the image of `row`: layers downwards, experts to the right, cells blue below their share and red above."""
     image = np.asarray(Image.open(png).convert("RGB")).astype(int)
     assert image.shape == (TOP + 2 * CELL, LEFT + 3 * CELL, 3)
     redder = [
@@ -384,7 +387,7 @@ def text_of(found, tag: str) -> str:
     return found.Tensors(f"{tag}/text_summary")[-1].tensor_proto.string_val[0].decode()
 
 
-def test_a_resumed_run_does_not_overlap_itself_in_tensorboard(tmp_path):
+def test_a_resumed_run_shows_each_step_once_in_tensorboard(tmp_path):
     first = tensorboard(run_in(tmp_path))
     first.write([row(step) for step in (1, 2, 3)])
     first.close(None)
@@ -396,7 +399,7 @@ def test_a_resumed_run_does_not_overlap_itself_in_tensorboard(tmp_path):
     assert [values[step] == 9.0 for step in (1, 2, 3, 4)] == [False, False, True, True]
 
 
-def test_the_hyperparameters_of_a_run_are_there_to_compare(tmp_path):
+def test_tensorboard_has_the_hyperparameters_of_a_run(tmp_path):
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     tensorboard(run_in(tmp_path)).close(SUMMARY)
@@ -408,14 +411,14 @@ def test_the_hyperparameters_of_a_run_are_there_to_compare(tmp_path):
     assert found.SummaryMetadata("_hparams_/session_end_info")
 
 
-def test_a_tensorboard_folder_that_cannot_be_made_is_one_line(tmp_path):
+def test_a_tensorboard_folder_that_cannot_be_created_is_a_user_error(tmp_path):
     (tmp_path / "tensorboard").write_text("in the way")
     with pytest.raises(UserError, match=r"cannot write .*tensorboard"):
         tensorboard(run_in(tmp_path))
 
 
-def test_the_heat_map_is_blue_without_tokens_white_at_its_share_and_red_at_twice():
-    image = heat_map([[0.0, 0.25, 0.25, 0.5], [1.0]], [1, 3])
+def test_the_heat_map_is_blue_without_tokens_white_at_an_even_share_and_red_at_twice_that():
+    image = draw_heat_map({1: [0.0, 0.25, 0.25, 0.5], 3: [1.0]})
     cells = image[TOP:, LEFT:]
     assert cells.shape == (48, 96, 3)
     blue, white, red = cells[0, 0].tolist(), cells[0, 30].tolist(), cells[0, 90].tolist()
@@ -426,13 +429,14 @@ def test_the_heat_map_is_blue_without_tokens_white_at_its_share_and_red_at_twice
 
 
 def test_the_heat_map_names_each_layer_beside_its_row_and_each_expert_above_its_column():
-    load = [[0.5, 0.5]] * 2
-    image, others, alone = heat_map(load, [1, 3]), heat_map(load, [1, 5]), heat_map([[1.0]], [1])
+    even = [0.5, 0.5]
+    image, others = draw_heat_map({1: even, 3: even}), draw_heat_map({1: even, 5: even})
+    single = draw_heat_map({1: [1.0]})
     written = (image[:, :LEFT] != 255).any(-1)
     assert written[TOP : TOP + CELL].any() and written[TOP + CELL :].any() and not written[:TOP].any()
     assert np.array_equal(image[: TOP + CELL], others[: TOP + CELL])  # layer 2 in both
     assert not np.array_equal(image[TOP + CELL :, :LEFT], others[TOP + CELL :, :LEFT])  # layer 4 or layer 6
-    assert np.array_equal(image[:TOP, : LEFT + CELL], alone[:TOP])
+    assert np.array_equal(image[:TOP, : LEFT + CELL], single[:TOP])
     assert (image[:TOP, LEFT + CELL :] != 255).any()
 
 
@@ -440,7 +444,7 @@ def test_the_heat_map_names_each_layer_beside_its_row_and_each_expert_above_its_
 
 
 class Double(torch.autograd.Function):
-    """Work behind an autograd function, as a kernel's."""
+    """Work inside an autograd function, as a kernel has it."""
 
     @staticmethod
     def forward(_ctx, x):
@@ -484,7 +488,7 @@ class Toy(nn.Module):
 
 
 def test_the_graph_has_the_modules_operations_shapes_and_parameters():
-    nodes = {node.name: node for node in record(Toy(), torch.zeros(1, 4, dtype=torch.long)).node}
+    nodes = {node.name: node for node in trace_graph(Toy(), torch.zeros(1, 4, dtype=torch.long)).node}
     edges = {name: list(node.input) for name, node in nodes.items()}
     assert edges["wte"] == ["tokens"]
     assert edges["blocks.0/0"] == ["wte"]
@@ -503,12 +507,12 @@ def test_the_graph_has_the_modules_operations_shapes_and_parameters():
     assert any(source.startswith("experts/setitem") for source in edges["gelu"])
 
 
-def test_drawing_the_graph_leaves_the_model_and_the_random_numbers_alone():
+def test_drawing_the_graph_changes_neither_the_model_nor_the_random_state():
     model = Toy()
     model.blocks[0].eval()
     modes = [module.training for module in model.modules()]
     state, weights = torch.get_rng_state(), [parameter.clone() for parameter in model.parameters()]
-    record(model, torch.zeros(1, 4, dtype=torch.long))
+    trace_graph(model, torch.zeros(1, 4, dtype=torch.long))
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert all(map(torch.equal, model.parameters(), weights))
@@ -523,17 +527,17 @@ def offline(folder: Path) -> list[Path]:
 
 
 def logged(path: Path) -> list[dict]:
-    """The history rows of an offline run, from its file, once W&B's own process has written its end there."""
+    """Return the history rows of an offline run from its file, once W&B's process has finished it."""
     until = time.monotonic() + 60
     while not (records := records_in(path.read_bytes())) or not records[-1].HasField("exit"):
-        assert time.monotonic() < until, f"{path} has no end"
+        assert time.monotonic() < until, f"{path} is not finished"
         time.sleep(0.05)
     histories = [record.history.item for record in records if record.HasField("history")]
     return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row} for row in histories]
 
 
 def records_in(data: bytes) -> list:
-    """The whole records of LevelDB's log format, each a protobuf."""
+    """Return the complete records of LevelDB's log format, each a protobuf."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     records, at, whole = [], 7, b""
@@ -564,8 +568,7 @@ def test_wandb_keeps_one_run_over_restarts_and_logs_no_step_twice(tmp_path, capf
     second = WandbSink(run_in(tmp_path, start_step=2), config, histogram_every=2)
     second.write([row(3), row(4)])
     second.close(SUMMARY)
-    said = capfd.readouterr()
-    assert said.out + said.err == ""
+    assert "".join(capfd.readouterr()) == ""
     assert second.run.id == first.run.id
     histories = [logged(path) for path in offline(tmp_path)]
     assert [record["_step"] for history in histories for record in history] == [1, 2, 3, 4]
@@ -601,7 +604,7 @@ def wandb_error(tmp_path: Path, **environment: str) -> subprocess.CompletedProce
 
 
 @pytest.mark.parametrize("key", [{}, {"WANDB_API_KEY": "short"}])
-def test_without_a_good_key_wandb_is_one_line_that_says_what_to_do(tmp_path, key):
+def test_an_invalid_wandb_key_is_one_line_with_the_remedies(tmp_path, key):
     pytest.importorskip("wandb")
     ended = wandb_error(tmp_path, **key)
     assert ended.stderr.startswith("error: Weights & Biases: ")
@@ -609,7 +612,7 @@ def test_without_a_good_key_wandb_is_one_line_that_says_what_to_do(tmp_path, key
     assert ended.stderr.count("\n") == 1
 
 
-def test_without_a_network_wandb_is_kept_on_disk_and_training_goes_on(tmp_path):
+def test_without_a_network_wandb_logs_offline(tmp_path):
     pytest.importorskip("wandb")
     ended = wandb_error(tmp_path, WANDB_API_KEY="a" * 40, WANDB_BASE_URL="http://127.0.0.1:9", WANDB_INIT_TIMEOUT="2")
     assert ended.returncode == 0
@@ -618,7 +621,7 @@ def test_without_a_network_wandb_is_kept_on_disk_and_training_goes_on(tmp_path):
     assert [record["_step"] for record in logged(offline(tmp_path)[-1])] == [1]
 
 
-def test_without_the_package_wandb_is_one_line(tmp_path, monkeypatch):
+def test_a_missing_wandb_package_is_a_user_error(tmp_path, monkeypatch):
     from training.logging.wandb import WandbSink
 
     monkeypatch.setitem(sys.modules, "wandb", None)
@@ -629,10 +632,10 @@ def test_without_the_package_wandb_is_one_line(tmp_path, monkeypatch):
 # --- together --------------------------------------------------------------------------------------
 
 
-def test_open_sinks_opens_what_is_asked_for_and_the_graph_finds_its_place(tmp_path, capsys):
+def test_open_sinks_opens_the_configured_sinks_and_tensorboard_has_the_graph(tmp_path, capsys):
     sinks = open_sinks(LoggingConfig(every=1), run_in(tmp_path))
-    write_graph(sinks, Toy(), torch.zeros(1, 4, dtype=torch.long))
     for sink in sinks:
+        sink.write_graph(Toy(), torch.zeros(1, 4, dtype=torch.long))
         sink.write([row(1)])
         sink.close(None)
     assert steps_in(tmp_path) == [1]
@@ -644,7 +647,112 @@ def test_open_sinks_opens_what_is_asked_for_and_the_graph_finds_its_place(tmp_pa
     ]  # fmt: skip
 
 
-def test_logging_imports_neither_torch_nor_wandb_before_a_sink_needs_them():
+def code_of(page: str, start: str) -> list[str]:
+    """Return the Python blocks of a playbook that begin with `start`."""
+    text = (Path(__file__).parent.parent / "docs/playbooks" / page).read_text()
+    blocks = [
+        textwrap.dedent(block) for block in re.findall(r"^ *```python\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
+    ]
+    return [block for block in blocks if block.startswith(start)]
+
+
+def steps_by_sink(folder: Path, output: str) -> dict[str, list[int]]:
+    """Return the steps that each sink shows, for the sinks of `test_the_contract_of_every_sink`."""
+    return {
+        "jsonl": steps_in(folder),
+        "tensorboard": [event.step for event in events(folder).Scalars("train/loss")],
+        "wandb": [record["_step"] for path in offline(folder) for record in logged(path)],
+        "console": [int(step) for step in re.findall(r"^step (\d+)/4 +loss", output, re.MULTILINE)],
+        "csv": [int(line.split(",")[0]) for line in (folder / "loss.csv").read_text().splitlines()],
+    }
+
+
+def test_the_contract_of_every_sink(tmp_path, capsys, monkeypatch):
+    """Each step once, also after a restart from step 2; closing twice is harmless; rows may lack any key."""
+    pytest.importorskip("wandb")
+    for name in (*SINKS, "csv"):
+        monkeypatch.setitem(SINKS, name, lambda _: True)
+    module = ModuleType("training.logging.csv")
+    exec("\n".join(code_of("add_a_logging_sink.md", '"""loss.csv')), vars(module))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    config, outputs = LoggingConfig(every=1, wandb=WandbConfig(mode="offline")), []
+    for start_step, summary in ((0, None), (2, SUMMARY)):
+        sinks = open_sinks(config, run_in(tmp_path, start_step=start_step))
+        for sink in sinks:
+            sink.write_graph(Toy(), torch.zeros(1, 4, dtype=torch.long))
+            sink.write([row(start_step + 1, loss=9.0 - start_step), evaluated(start_step + 2)])
+        if summary is None:
+            for sink in sinks:
+                sink.write([row(3)])  # not in the checkpoint: dropped by the restart
+        for sink in sinks:
+            sink.close(summary)
+            sink.close(summary)
+        outputs.append(capsys.readouterr().out)
+    shown = steps_by_sink(tmp_path, outputs[0].replace("step 3/4", "") + outputs[1])
+    assert shown.keys() == SINKS.keys()
+    assert all(steps == [1, 2, 3, 4] for steps in shown.values()), shown
+    assert outputs[1].count("done") == 1
+
+
+def test_every_sink_accepts_rows_without_most_keys(tmp_path):
+    pytest.importorskip("wandb")
+    sinks = open_sinks(LoggingConfig(every=1, wandb=WandbConfig(mode="offline")), run_in(tmp_path))
+    for sink in sinks:
+        sink.write([{"step": 1, "loss": 2.0}, {"step": 2}])
+        sink.close(None)
+
+
+# --- the table of metrics --------------------------------------------------------------------------
+
+
+def keys_of(row: dict) -> set[str]:
+    """Return the row's keys, with those of `router_layers` as METRICS writes them."""
+    return {f"router_layers.{key}" for key in row.get("router_layers", ())} | row.keys() - {"router_layers"}
+
+
+def test_every_key_of_a_real_run_is_in_the_table_and_every_metric_is_in_a_row(run):
+    folder = run(model={"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "blocks": [{}, {"ffn": MOE}]})
+    keys = set().union(*map(keys_of, read_rows(folder / "metrics.jsonl")))
+    metrics = {metric.key for metric in METRICS}
+    assert keys - metrics == set(), "add these keys to METRICS in training/logging/metrics.py"
+    assert metrics - keys == {"time_redone"}  # only after a kill
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {metric.key for metric in METRICS if metric.in_summary} <= summary.keys()
+
+
+def test_keys_and_tags_are_unique_and_every_metric_is_documented():
+    for attribute in ("key", "tag"):
+        values = [getattr(metric, attribute) for metric in METRICS if getattr(metric, attribute) is not None]
+        assert len(values) == len(set(values))
+    assert all(len(metric.doc) > 10 and "|" not in metric.doc for metric in METRICS)
+
+
+def test_the_readme_has_the_table_of_metrics():
+    readme = (Path(__file__).parent.parent / "training/README.md").read_text()
+    assert readme_table() in readme, "copy the output of python -m training.logging.metrics to training/README.md"
+
+
+def test_a_metric_is_shown_everywhere_by_its_entry_alone(tmp_path, capsys, request):
+    """The entries in the playbooks reach the console, TensorBoard and the report."""
+    pages = ("add_a_metric.md", "add_a_validation_figure.md")
+    blocks = [block for page in pages for block in code_of(page, "Metric(")]
+    metrics = [metric for block in blocks for metric in eval(block, vars(metrics_module).copy())]
+    assert [metric.key for metric in metrics] == ["weight_norm", "val_accuracy"]
+    request.addfinalizer(lambda: METRICS.__delitem__(slice(-len(metrics), None)))
+    METRICS.extend(metrics)
+    rows = [row(1, weight_norm=12.34), row(2, weight_norm=12.5, val_accuracy=0.25)]
+    sinks = open_sinks(LoggingConfig(every=1), run_in(tmp_path, steps=2))
+    for sink in sinks:
+        sink.write(rows)
+        sink.close(None)
+    output, found = capsys.readouterr().out, events(tmp_path)
+    assert "norm 12.3" in output and "accuracy 0.250" in output
+    assert [len(found.Scalars(tag)) for tag in ("train/weight_norm", "val/accuracy")] == [2, 1]
+    page = report.write_report(tmp_path).read_text()
+    assert all(f"<b>{text}</b>" in page for text in ("12.5", "0.250", "Weight norm", "Accuracy"))
+
+
+def test_logging_imports_torch_and_wandb_only_for_a_sink_that_needs_them():
     script = """
         import sys
         import training.logging, training.logging.console, training.logging.report, training.logging.wandb

@@ -15,9 +15,10 @@ from training.data import prepare
 from training.data.loader import Samples
 from training.distributed.world import World
 from training.engine import step as loop
-from training.engine.build import LossScale, begin, save
+from training.engine.build import begin, save
 from training.engine.step import Watch, evaluate, train_step, update
 from training.errors import UserError
+from training.optim.loss_scale import LossScale
 from training.train import train
 
 CPU = torch.device("cpu")
@@ -107,7 +108,7 @@ def test_a_step_follows_the_gradient_of_the_written_down_loss_on_its_own_batch(b
         rounding = 1e-5 * max(g.abs().max().item() for g in expected)  # a key's bias has a gradient of zero
         for ours, theirs in zip(taken, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=rounding)
-        (row,) = run.metrics.flush()
+        (row,) = run.metrics.fetch()
         assert row["loss"] == pytest.approx(nats.item() / 256, rel=1e-5)
         assert row["grad_norm"] == pytest.approx(torch.cat([g.flatten() for g in expected]).norm().item(), rel=1e-4)
 
@@ -147,10 +148,10 @@ def test_a_step_balances_the_experts(begun):
     expected = torch.zeros(4)
     for _ in range(2):
         train_step(run)
-        load = torch.tensor(run.metrics.flush()[0]["expert_load"][0])
+        load = torch.tensor(run.metrics.fetch()[0]["expert_load"][0])
         assert load.max() > 0.3
         torch.testing.assert_close(moe.load, load)
-        expected += moe.section.bias_rate * (0.25 - load).sign()
+        expected += moe.config.bias_rate * (0.25 - load).sign()
     torch.testing.assert_close(moe.selection_bias, expected)
 
 
@@ -178,7 +179,7 @@ def test_the_learning_rate_in_the_log_is_the_one_of_the_step(begun):
         train_step(run)
         used.append(run.optimizer.optimizers[0].param_groups[0]["lr"])
     assert used[:3] == pytest.approx([6e-4 / 3, 6e-4 * 2 / 3, 6e-4])  # two steps of warm-up
-    assert [row["learning_rate"] for row in run.metrics.flush()] == pytest.approx(used)
+    assert [row["learning_rate"] for row in run.metrics.fetch()] == pytest.approx(used)
 
 
 def test_the_loss_scale_doubles_after_2000_good_steps_and_halves_after_a_bad_one():

@@ -1,4 +1,4 @@
-"""The report is one page that opens from disk: it is parsed here as a browser would, and what it shows is looked up."""
+"""The report is one page that opens from disk; the tests parse it and look up its content."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training.errors import UserError
-from training.logging.charts import COLUMNS, READINGS, Curve, chart, limits, smoothed, thinned, tick_text, ticks_between
-from training.logging.format import LONGEST, spoken, visible
-from training.logging.moe_report import heat_map
+from training.logging.charts import COLUMNS, READINGS, Curve, chart, smooth, thin, tick_text, ticks_between, value_range
+from training.logging.format import MAX_TOKEN_CHARS, duration_text, token_text
+from training.logging.metrics import Chart
 from training.logging.phases import PHASES
-from training.logging.report import write_report
+from training.logging.report import load_table, write_report
 
 VOID = {"meta", "input", "line", "path", "progress", "br"}
 
 
 class Page(HTMLParser):
-    """The text by tag, every attribute, and whether the elements close in order."""
+    """The texts by tag and all attributes of a page; fails if its elements do not close in order."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Page(HTMLParser):
         return [text for inside, text in self.texts if inside == tag]
 
     def legends(self) -> list[list[str]]:
-        """The labels beside each chart that has more than one."""
+        """Return the labels of each chart that has more than one."""
         found: list[list[str]] = []
         for tag, text in self.texts:
             if tag == "b":
@@ -124,7 +124,7 @@ def titles(page: Page) -> list[str]:
     return [text for text in page.of("b") if text[0].isupper()]
 
 
-def test_a_finished_mixture_of_experts_is_told_from_its_first_loss_to_its_next_commands(tmp_path):
+def test_the_page_of_a_finished_moe_run_has_all_sections(tmp_path):
     facts = {"name": "tiny", "header": {"device": "H < 200"}, "steps": 40, "moe_layers": [1, 4]}
     (tmp_path / "run.json").write_text(json.dumps(facts))
     (tmp_path / "config.yaml").write_text("steps: 40 # <b>\n")
@@ -149,12 +149,12 @@ def test_a_finished_mixture_of_experts_is_told_from_its_first_loss_to_its_next_c
     assert "H < 200" in page.of("dd")
 
 
-def test_the_time_is_a_bar_whose_parts_are_named_and_add_up_and_the_advice_is_below(tmp_path):
+def test_the_time_is_a_bar_of_named_parts_with_the_advice_below(tmp_path):
     seconds = dict.fromkeys(PHASES, 0.0) | {"compute": 3600.0, "data": 1200.0, "start": 1195.0, "idle": 5.0}
     advice = ["memory: fits", "speed: 20 % of the time: a < b"]
     page = report(tmp_path, [row(1)], FINISHED | {"time": seconds, "goodput": 0.8, "advice": advice})
     widths = [float(re.search(r"flex-grow: ([\d.]+)", style)[1]) for style in page.values("i", "style")]
-    assert widths == [60.0, 20.0, 19.92]  # five seconds of 6000 are nothing
+    assert widths == [60.0, 20.0, 19.92]  # five seconds of 6000 round to 0 %
     assert page.values("i", "title") == ["compute: 60 %", "data: 20 %", "start: 20 %"]
     assert [text.strip() for text in page.of("li")] == [
         "compute", "forward and backward, 60 minutes", "data", "waiting for a batch, 20 minutes",
@@ -164,7 +164,7 @@ def test_the_time_is_a_bar_whose_parts_are_named_and_add_up_and_the_advice_is_be
     assert page.of("dt")[:2] == ["memory", "speed"] and page.of("dd")[:2] == ["fits", "20 % of the time: a < b"]
 
 
-def test_the_time_of_a_run_that_is_not_finished_is_what_its_rows_say(tmp_path):
+def test_the_time_of_an_unfinished_run_comes_from_its_rows(tmp_path):
     rows = [row(1, time_start=3.0, time_compute=0.5), row(2, time_compute=0.5)]
     page = report(tmp_path, rows)
     assert page.values("i", "title") == ["start: 75 %", "compute: 25 %"]
@@ -172,7 +172,7 @@ def test_the_time_of_a_run_that_is_not_finished_is_what_its_rows_say(tmp_path):
     assert "Where the time went" not in report(tmp_path, [row(1)]).of("h2")
 
 
-def test_charts_of_what_went_wrong_are_there_where_it_did(tmp_path):
+def test_charts_of_problems_appear_only_if_there_were_any(tmp_path):
     wrong = {"dead_experts": 1, "router_bias_range": 0.02, "dropped_share": 0.25}
     rows = [with_experts(1), with_experts(2, **wrong), with_experts(3)]
     page = report(tmp_path, rows)
@@ -183,7 +183,7 @@ def test_charts_of_what_went_wrong_are_there_where_it_did(tmp_path):
     assert not {"0.000", "0.0 %"} & set(report(tmp_path, [with_experts(step) for step in (1, 2, 3)]).of("b"))
 
 
-def test_layers_whose_numbers_are_not_known_are_counted_among_themselves(tmp_path):
+def test_without_run_json_moe_layers_are_numbered_among_themselves(tmp_path):
     assert report(tmp_path, [with_experts(1)]).of("th")[3:] == ["MoE layer 1", "MoE layer 2"]
 
 
@@ -195,18 +195,18 @@ def test_layers_of_different_sizes_share_a_heat_map(tmp_path):
     assert any("An even share is 50.0 % or 25.0 %;" in text for text in page.of("p"))
 
 
-def test_a_confidence_that_was_not_finite_leaves_a_gap(tmp_path):
+def test_a_nan_confidence_leaves_a_gap(tmp_path):
     broken = {"confidence": [None, 0.5], "entropy": [None, None]}
     rows = [with_experts(1), with_experts(2, router_confidence=None, router_layers=broken), with_experts(3)]
     assert not re.search("nan|inf|None", " ".join(report(tmp_path, rows).values("path", "d")))
 
 
-def test_the_tokens_that_experts_like_are_spelled_so_that_nothing_hides(tmp_path):
+def test_every_character_of_a_preferred_token_is_visible(tmp_path):
     (tmp_path / "experts.json").write_text(json.dumps(PREFERENCES))
     page = report(tmp_path, [with_experts(1)])
     assert page.of("summary") == ["layer 2", "layer 5"]
     assert page.of("code")[:3] == ["␣def", "↵⇥</td>", "\\x1b\\u202e\\x00"]
-    assert page.of("code")[3:] == ["}" * (LONGEST - 1) + "…"] * 64
+    assert page.of("code")[3:] == ["}" * (MAX_TOKEN_CHARS - 1) + "…"] * 64
     assert page.values("code", "title")[0] == "sent here 1,266 times, 7.3 times as often as the average token"
     assert page.of("dt")[:5] == ["1", "2", "3", "1", "2"]
     assert page.of("span").count("none more than others") == 1
@@ -216,9 +216,9 @@ def test_the_tokens_that_experts_like_are_spelled_so_that_nothing_hides(tmp_path
 
 @given(st.text(min_size=1))
 def test_a_token_is_never_blank_and_fits_its_cell(text):
-    shown = visible(text)
+    shown = token_text(text)
     assert shown.isprintable() and not re.search(r"\s", shown)
-    assert len(re.sub(r"\\(x..|u....|U.{8}|[a-z])", ".", shown)) <= LONGEST
+    assert len(re.sub(r"\\(x..|u....|U.{8}|[a-z])", ".", shown)) <= MAX_TOKEN_CHARS
 
 
 def test_a_dense_run_has_no_charts_of_experts(tmp_path):
@@ -228,7 +228,7 @@ def test_a_dense_run_has_no_charts_of_experts(tmp_path):
 
 
 @pytest.mark.parametrize("rows", [[], [row(1)], [with_experts(1)], [row(1) | validation()], [row(1), row(2)]])
-def test_a_run_that_has_only_begun_has_a_page_too(tmp_path, rows):
+def test_a_run_that_has_just_started_has_a_page(tmp_path, rows):
     (tmp_path / "run.json").write_text(json.dumps({"name": "tiny", "header": {}, "steps": 40}))
     page = report(tmp_path, rows)
     assert page.of("h1") == ["tiny"]
@@ -240,7 +240,7 @@ def test_a_folder_with_metrics_alone_is_enough(tmp_path):
     assert report(tmp_path, [row(1)]).of("h1") == [tmp_path.name]
 
 
-def test_what_the_model_writes_stays_text(tmp_path):
+def test_a_sample_stays_text(tmp_path):
     text = "</pre></script><script>alert(1)</script><img src=x onerror=alert(1)>\x1b[31m\x00&amp;"
     page = report(tmp_path, [row(1) | validation(text)])
     assert "".join(page.of("pre")) == text.replace("\x1b", "\ufffd").replace("\x00", "\ufffd")
@@ -255,7 +255,7 @@ def test_the_page_fetches_nothing(tmp_path):
     assert not re.search(r"https?:|//[a-z]|url\(|@import", (tmp_path / "report.html").read_text())
 
 
-def test_a_loss_that_was_not_finite_leaves_a_gap_and_no_nan_on_the_page(tmp_path):
+def test_a_nan_loss_leaves_a_gap_in_the_chart(tmp_path):
     page = report(tmp_path, [row(1), row(2, loss=None, grad_norm=None), row(3)])
     paths = " ".join(page.values("path", "d"))
     assert not re.search("nan|inf|None", paths)
@@ -274,13 +274,13 @@ def test_a_long_run_is_still_a_small_page(tmp_path):
     assert readings[0]["curves"][0]["steps"][-1] == 20_000
 
 
-def test_a_summary_that_is_not_json_is_named(tmp_path):
+def test_the_error_for_a_broken_summary_names_the_file(tmp_path):
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(UserError, match=r"summary\.json is not JSON"):
         write_report(tmp_path)
 
 
-def test_the_page_before_stays_where_a_new_one_cannot_be_written(tmp_path):
+def test_the_old_page_stays_if_the_new_one_cannot_be_written(tmp_path):
     report(tmp_path, [row(1)])
     before = (tmp_path / "report.html").read_bytes()
     (tmp_path / ".report.html.tmp").mkdir()
@@ -297,9 +297,9 @@ curves = st.lists(values, min_size=1, max_size=50).map(lambda ys: list(enumerate
 
 @given(curves, st.booleans(), st.booleans())
 def test_every_chart_stays_in_its_frame(points, spikes, zero):
-    if spikes or zero:  # which are for numbers that are never negative
+    if spikes or zero:  # used only for numbers that are never negative
         points = [(step, abs(y)) for step, y in points]
-    found = chart("t", "u", len(points), [Curve("c", "train", points)], spikes=spikes, zero=zero)
+    found = chart(Chart("t", "u", spikes=spikes, zero=zero), len(points), [Curve("c", "train", points)])
     assert all(-1e-6 <= tick["at"] <= 100 + 1e-6 for tick in found["y_ticks"])
     assert 1 <= len(found["y_ticks"]) <= 12
     assert all(0 <= tick["at"] <= 100 for scale in found["scales"] for tick in scale["x_ticks"])
@@ -311,21 +311,21 @@ def test_every_chart_stays_in_its_frame(points, spikes, zero):
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=100))
 def test_thinning_keeps_the_highest_and_the_lowest_point(ys):
     points = list(enumerate(ys, start=1))
-    kept = thinned(points, lambda step: 0.01 * step / len(points))
+    kept = thin(points, lambda step: 0.01 * step / len(points))
     assert kept == sorted(kept)
     assert len(kept) <= 0.02 * COLUMNS + 2
     assert {min(ys), max(ys)} <= {y for _, y in kept}
 
 
 def test_smoothing_follows_a_steep_start_and_averages_the_noise_of_a_plateau():
-    assert list(smoothed([(1, 10.0), (2, 5.0), (3, 3.0)], half=100)) == [(1, 10.0), (2, 5.0), (3, 3.0)]
+    assert list(smooth([(1, 10.0), (2, 5.0), (3, 3.0)], half=100)) == [(1, 10.0), (2, 5.0), (3, 3.0)]
     noisy = [(step, 1.0 + (-1) ** step) for step in range(1, 401)]
-    assert all(abs(y - 1) < 0.06 for step, y in smoothed(noisy, half=20) if step > 100)
+    assert all(abs(y - 1) < 0.06 for step, y in smooth(noisy, half=20) if step > 100)
 
 
 def test_a_spike_does_not_flatten_the_rest():
-    assert limits([1.0] * 99 + [1000.0], spikes=True, zero=True)[1] < 2
-    assert limits([1.0] * 99 + [1000.0], spikes=False, zero=True)[1] > 1000
+    assert value_range([1.0] * 99 + [1000.0], spikes=True, zero=True)[1] < 2
+    assert value_range([1.0] * 99 + [1000.0], spikes=False, zero=True)[1] > 1000
 
 
 @pytest.mark.parametrize(
@@ -340,9 +340,11 @@ def test_ticks_are_short(value, text):
     assert tick_text(value) == text
 
 
-def test_the_heat_map_is_the_mean_over_the_end_of_the_run():
+def test_the_load_table_is_the_mean_over_the_end_of_the_run():
     rows = [{"expert_load": [[1.0, 0.0]]}] * 50 + [{"expert_load": [[0.25, 0.75]]}] * 50
-    assert heat_map(rows) == [[{"text": "25.0", "kind": "under", "by": 50}, {"text": "75.0", "kind": "over", "by": 50}]]
+    assert load_table(rows) == [
+        [{"text": "25.0", "kind": "under", "by": 50}, {"text": "75.0", "kind": "over", "by": 50}]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -356,5 +358,5 @@ def test_the_heat_map_is_the_mean_over_the_end_of_the_run():
         (7200, "2 hours"),
     ],
 )
-def test_durations_are_said_as_one_would(seconds, text):
-    assert spoken(seconds) == text
+def test_durations_have_a_readable_unit(seconds, text):
+    assert duration_text(seconds) == text

@@ -194,9 +194,9 @@ def test_wrong_values_of_resume_and_name_are_errors_of_one_line(capsys, options,
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda lines: lines[:0], "not every step up to 6 has a row of its own"),
-        (lambda lines: lines[:2] + lines[3:], "not every step up to 6 has a row of its own"),
-        (lambda lines: [*lines[:3], *lines[2:]], "not every step up to 6 has a row of its own"),
+        (lambda lines: lines[:0], "not every step up to 6 has exactly one row"),
+        (lambda lines: lines[:2] + lines[3:], "not every step up to 6 has exactly one row"),
+        (lambda lines: [*lines[:3], *lines[2:]], "not every step up to 6 has exactly one row"),
         (lambda lines: lines, None),
     ],
 )
@@ -209,7 +209,7 @@ def test_rows_that_were_removed_are_reported_and_the_run_resumes(run, finished, 
     capsys.readouterr()
     run(**OFTEN)
     errors = capsys.readouterr().err
-    assert errors == ("" if message is None else f"{path}: {message}; the run goes on, without these rows\n")
+    assert errors == ("" if message is None else f"{path}: {message}; training continues without the missing rows\n")
     assert tensors(folder, 8) == before
 
 
@@ -217,7 +217,7 @@ def test_a_log_that_is_removed_during_the_run_is_reported_once(config, tmp_path,
     path = tmp_path / "runs/small/metrics.jsonl"
     at_step(5, lambda _: path.unlink())
     assert train(config()) == 0
-    message = f"{path}: removed or changed while the run wrote it; the run goes on, without these rows\n"
+    message = f"{path}: removed or changed while the run wrote it; training continues without the missing rows\n"
     assert capsys.readouterr().err.count(message) == 1
     assert rows(path.parent)[-1]["step"] == 8
 

@@ -61,7 +61,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(begun, spoil, 
     train_step(run)
     assert not torch.equal(before["wte.weight"], run.model.wte.weight)
     assert (run.step, run.skips.total, run.skips.in_a_row) == (4, 1, 0)
-    assert [row["skipped_steps"] for row in run.metrics.flush()] == [0, 0, 1, 1]
+    assert [row["skipped_steps"] for row in run.metrics.fetch()] == [0, 0, 1, 1]
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
     assert line.startswith("step 3: ") and line.endswith("; skipped, nothing is learned from it")
 
@@ -117,7 +117,7 @@ def test_a_run_goes_on_counting(begun):
     for _ in range(3):
         train_step(run)
     hook.remove()
-    run.last_row = run.metrics.flush()[-1]
+    run.last_row = run.metrics.fetch()[-1]
     save(run)
     run.close()
     again = begun()

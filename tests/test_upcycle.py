@@ -17,7 +17,7 @@ from test_restart import flip_a_bit
 from training import train
 from training.config import ModelConfig
 from training.errors import UserError
-from training.model import GPT
+from training.model import GPT, init_weights
 from training.weights import hf, init_from, upcycle
 
 SIZES = SMALL | {"vocab_size": 257}
@@ -54,8 +54,8 @@ def upcycled(model: dict, mlp: dict, moe: dict, every: int = 1) -> tuple[GPT, GP
     moe = moe | {name: mlp[name] for name in ("activation", "gated") if name in mlp}
     theirs = ModelConfig.model_validate(SIZES | model | {"blocks": [{"ffn": mlp}]})
     ours = ModelConfig.model_validate(SIZES | model | {"blocks": [{"ffn": mlp}] * (every - 1) + [{"ffn": moe}]})
-    dense = perturbed(GPT(theirs, dtype=torch.float64).init_weights(0))
-    experts = GPT(ours, dtype=torch.float64).init_weights(1)
+    dense = perturbed(init_weights(GPT(theirs, dtype=torch.float64), 0))
+    experts = init_weights(GPT(ours, dtype=torch.float64), 1)
     made = upcycle.upcycle_weights(dense.state_dict(), theirs, ours, experts.state_dict())
     experts.load_state_dict(experts.state_dict() | made)
     return dense, experts
@@ -183,7 +183,7 @@ def test_a_gpt2_of_transformers_becomes_experts(run, tmp_path):
 def test_large_activations_are_no_reason_to_refuse(run, tmp_path, capsys):
     """As GPT-2 has them: a channel of thousands beside others of one; in float32 logits then differ by 5e-4."""
     config = ModelConfig.model_validate(SIZES)
-    model = perturbed(GPT(config).init_weights(0))
+    model = perturbed(init_weights(GPT(config), 0))
     model.blocks[0].ffn.down.weight.data[3] *= 1e3
     model.norm_f.weight.data *= 50
     hf.write_model(tmp_path / "large", model.state_dict(), config, end_of_text=256)
@@ -305,7 +305,7 @@ def test_experts_that_cannot_compute_the_same_are_one_line_and_status_2(
 def pretrained(tmp_path):
     """A folder with a dense model."""
     config = ModelConfig.model_validate(SIZES)
-    hf.write_model(tmp_path / "pretrained", GPT(config).init_weights(0).state_dict(), config, end_of_text=256)
+    hf.write_model(tmp_path / "pretrained", init_weights(GPT(config), 0).state_dict(), config, end_of_text=256)
     return tmp_path / "pretrained"
 
 

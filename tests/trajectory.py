@@ -65,7 +65,7 @@ def train(config: Config, world: World, stop_at: int | None = None) -> tuple[dic
         tokens_of_step.append(hashlib.sha256(b"".join(of_ranks)).hexdigest())
     for hook in hooks:
         hook.remove()
-    rows = run.metrics.flush()
+    rows = run.metrics.fetch()
     run.last_row = rows[-1]
     save(run)
     found = evaluate(run.model, run.val_batches, run.dataset.tokenizer, config.eval.tokens, run.micro_batch, world)

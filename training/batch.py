@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from training.kernels.attention.masks import Documents, documents
+from training.kernels.attention.masks import Documents, find_documents
 
 
 class Batch(NamedTuple):
@@ -40,7 +40,7 @@ class Batch(NamedTuple):
         """Copy to the device without waiting for it, and locate the documents."""
         located = None
         if self.end_of_text is not None:  # on the host: counting documents on the device would wait for it
-            located = documents(self.tokens_BT, self.end_of_text).to(device)
+            located = find_documents(self.tokens_BT, self.end_of_text).to(device)
         key_B = None if self.key_B is None else _to_device(self.key_B, device)
         tokens_BT, targets_BT = _to_device(self.tokens_BT, device), _to_device(self.targets_BT, device)
         return self._replace(tokens_BT=tokens_BT, targets_BT=targets_BT, key_B=key_B, documents=located)

@@ -1,18 +1,18 @@
-"""Every option of a run: its type, default, unit, limits, and what it does.
+"""Every option of a run: its type, default, unit, limits and help text.
 
-This is the page to read first and the only place where options are added. It imports no torch,
-so `--help` and a config error answer at once. Sections are frozen and strictly checked; a component
-receives its own section, never the root, and so works in a notebook or a test without a run.
+Options are added here and nowhere else. This file imports no torch, so `--help` and a config error answer at once.
+Sections are frozen and strictly checked. A component receives its own section, never the root, and so works in a
+notebook or a test without a run.
 
-`type:` picks one variant of a union (mixer, feed-forward, optimizer, schedule, source, tokenizer).
-A dict beside the implementations says which code answers for which variant.
+`type:` selects a variant of a union (mixer, feed-forward, optimizer, schedule, source, tokenizer). A dict beside the
+implementations maps each variant to its code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt
 
@@ -24,13 +24,22 @@ Activation = Literal["gelu_tanh", "gelu", "relu2", "silu"]
 
 
 class MixerConfig(Section):
-    """What every kind of attention has."""
+    """Options of every kind of attention."""
 
     head_dim: int | None = option(None, "width of a head; null: n_embd / n_head", unit="channels", ge=1)
-    window: int | None = option(None, "tokens seen, a token itself included; null: all before", unit="tokens", ge=1)
+    window: int | None = option(
+        None,
+        "sliding-window length in tokens, including the token itself; null: full causal attention",
+        unit="tokens",
+        ge=1,
+    )
+
+    def with_explicit_sizes(self, model: ModelConfig) -> Self:
+        """Return a copy in which no null stands for a size."""
+        return self.model_copy(update={"head_dim": self.head_dim or model.n_embd // model.n_head})
 
     def model_rules(self, model: ModelConfig) -> Iterator[tuple[str, str]]:  # noqa: ARG002 (one signature)
-        """As `rules`, between this mixer and the model that it is in."""
+        """Yield (option of this mixer, problem) for options that do not fit the model's."""
         yield from ()
 
 
@@ -39,25 +48,34 @@ class AttentionConfig(MixerConfig):
 
     type: Literal["attention"] = "attention"
     n_kv_head: int | None = option(
-        None, "heads of keys and values, shared by queries; null: n_head; 1: multi-query", unit="heads", ge=1
+        None,
+        "heads of keys and values, each shared by several queries; null: n_head; 1: multi-query",
+        unit="heads",
+        ge=1,
     )
-    softcap: float | None = option(None, "bound scores smoothly: softcap x tanh(score / softcap)", gt=0)
-    qk_norm: bool = option(False, "normalise each head's queries and keys (RMSNorm) before their product")
-    rope: bool = option(True, "turn queries and keys by their positions, where model.position is rope")
+    softcap: float | None = option(
+        None, "bound scores smoothly by softcap x tanh(score / softcap); null: no bound", gt=0
+    )
+    qk_norm: bool = option(False, "apply RMSNorm to the queries and keys of each head")
+    rope: bool = option(True, "apply RoPE to queries and keys, if model.position is rope")
+
+    def with_explicit_sizes(self, model: ModelConfig) -> Self:
+        changes = {"n_kv_head": self.n_kv_head or model.n_head}
+        return super().with_explicit_sizes(model).model_copy(update=changes)
 
     def model_rules(self, model: ModelConfig) -> Iterator[tuple[str, str]]:
         width = self.head_dim or model.n_embd // model.n_head
         if self.rope and model.position == "rope" and width % 2:
             yield "head_dim", f"rope needs an even head width, not {width}"
         if self.n_kv_head is not None and model.n_head % self.n_kv_head:
-            yield "n_kv_head", f"{self.n_kv_head} do not divide n_head {model.n_head}"
+            yield "n_kv_head", f"{self.n_kv_head} does not divide n_head {model.n_head}"
 
 
 class DifferentialConfig(AttentionConfig):
-    """Differential attention (arXiv:2410.05258): a head is the difference of two softmaxes, each half as wide."""
+    """Differential attention (arXiv:2410.05258): each head is the difference of two softmaxes of half its width."""
 
     type: Literal["differential"] = "differential"
-    lambda_init: float = option(0.8, "share of the second softmax that is taken off the first, at first", ge=0, lt=1)
+    lambda_init: float = option(0.8, "initial weight of the second softmax, which is subtracted", ge=0, lt=1)
 
     def model_rules(self, model: ModelConfig) -> Iterator[tuple[str, str]]:
         width = self.head_dim or model.n_embd // model.n_head
@@ -69,17 +87,25 @@ class DifferentialConfig(AttentionConfig):
 
 
 class LatentConfig(MixerConfig):
-    """Multi-head latent attention (MLA, arXiv:2405.04434): keys and values from one short vector a token."""
+    """Multi-head latent attention (MLA, arXiv:2405.04434): keys and values are projections of one short vector."""
 
     type: Literal["latent"] = "latent"
-    kv_rank: int = option(512, "width of the vector that keys and values are made of", unit="channels", ge=1)
-    q_rank: int | None = option(None, "width that queries are squeezed through; null: not", unit="channels", ge=1)
-    rope_dim: int = option(64, "further width of a head, turned by position, its key shared", unit="channels", ge=2)
+    kv_rank: int = option(
+        512, "rank of the key and value projections; width of the cached vector", unit="channels", ge=1
+    )
+    q_rank: int | None = option(None, "rank of the query projection; null: full rank", unit="channels", ge=1)
+    rope_dim: int = option(
+        64, "additional width of each head that RoPE is applied to; heads share its keys", unit="channels", ge=2
+    )
     value_dim: int | None = option(None, "width of a head's values; null: head_dim", unit="channels", ge=1)
+
+    def with_explicit_sizes(self, model: ModelConfig) -> Self:
+        explicit = super().with_explicit_sizes(model)
+        return explicit.model_copy(update={"value_dim": self.value_dim or explicit.head_dim})
 
     def rules(self) -> Iterator[tuple[str, str]]:
         if self.rope_dim % 2:
-            yield "rope_dim", f"rotary positions need an even width, not {self.rope_dim}"
+            yield "rope_dim", f"RoPE needs an even width, not {self.rope_dim}"
 
 
 class MLPConfig(Section):
@@ -87,36 +113,41 @@ class MLPConfig(Section):
 
     type: Literal["mlp"] = "mlp"
     hidden: int | None = option(None, "hidden width; null: 4 x n_embd", unit="channels", ge=1)
-    activation: Activation = option("gelu_tanh", "nonlinearity (gelu_tanh is GPT-2's gelu_new)")
-    gated: bool = option(False, "multiply by a second projection (with silu: SwiGLU)")
+    activation: Activation = option("gelu_tanh", "activation (gelu_tanh is GPT-2's gelu_new)")
+    gated: bool = option(False, "multiply by a second up-projection (with silu: SwiGLU)")
 
 
 class MoEConfig(Section):
-    """Mixture of experts: each token goes to its top_k experts. docs/moe.md says what to choose."""
+    """Mixture of experts: each token is routed to top_k experts. docs/moe.md helps to choose."""
 
     type: Literal["moe"] = "moe"
     n_experts: int = option(8, "experts that the router chooses from", unit="experts", ge=1)
-    top_k: int = option(2, "experts that each token is sent to", unit="experts", ge=1)
-    n_shared: int = option(0, "experts beside these that every token goes to (arXiv:2401.06066)", unit="experts", ge=0)
+    top_k: int = option(2, "experts per token", unit="experts", ge=1)
+    n_shared: int = option(0, "shared experts, which every token uses besides (arXiv:2401.06066)", unit="experts", ge=0)
     hidden: int | None = option(None, "hidden width of one expert; null: 4 x n_embd", unit="channels", ge=1)
-    activation: Activation = option("gelu_tanh", "nonlinearity inside the experts")
-    gated: bool = option(False, "multiply by a second projection (with silu: SwiGLU)")
+    activation: Activation = option("gelu_tanh", "activation of the experts")
+    gated: bool = option(False, "multiply by a second up-projection (with silu: SwiGLU)")
     scoring: Literal["softmax", "sigmoid"] = option(
-        "softmax", "scores from the router's logits: over all experts, or each by itself (arXiv:2412.19437)"
+        "softmax", "router scores: softmax over all experts, or sigmoid of each (arXiv:2412.19437)"
     )
-    renormalize: bool = option(True, "scale the chosen experts' weights to sum to one")
-    route_scale: float = option(1.0, "factor of the chosen experts' weights, after that", gt=0)
+    renormalize: bool = option(True, "scale the weights of a token's experts to sum to one")
+    route_scale: float = option(1.0, "factor of the experts' weights, after renormalize", gt=0)
     jitter: float = option(
-        0.0, "in training, multiply each of the router's inputs by 1 +- this (arXiv:2101.03961); 0: not", ge=0, lt=1
+        0.0,
+        "in training, multiply the router's inputs by noise from 1 +- jitter (arXiv:2101.03961); 0: no noise",
+        ge=0,
+        lt=1,
     )
     balance: Literal["bias", "switch", "both", "none"] = option(
-        "bias", "keep experts evenly used: selection bias (arXiv:2408.15664), Switch loss (arXiv:2101.03961)"
+        "bias", "load balancing: selection bias (arXiv:2408.15664), Switch loss (arXiv:2101.03961), both or none"
     )
     bias_rate: float = option(1e-3, "change of an expert's selection bias per step", gt=0)
-    switch_weight: float = option(0.01, "weight of the Switch loss, where `balance` asks for it", gt=0)
+    switch_weight: float = option(0.01, "weight of the Switch loss, if balance is switch or both", gt=0)
     z_loss_weight: float = option(1e-3, "weight of the router z-loss (arXiv:2202.08906 eq. 5); 0: none", ge=0)
     capacity_factor: float | None = option(
-        None, "in training, drop beyond so many fair shares of a micro-batch, on which results then depend", gt=0
+        None,
+        "in training, drop tokens beyond this x an expert's even share of a micro-batch; null: drop none",
+        gt=0,
     )
 
     def rules(self) -> Iterator[tuple[str, str]]:
@@ -131,31 +162,37 @@ FeedForward = one_of(MLPConfig, MoEConfig)
 class BlockConfig(Section):
     """One transformer block: a token mixer, then a feed-forward layer."""
 
-    repeat: int = option(1, "times this entry is used in a row within the pattern", unit="layers", ge=1)
-    mixer: Mixer = option(AttentionConfig(), "how tokens see each other")
-    ffn: FeedForward = option(MLPConfig(), "what each token does by itself")
+    repeat: int = option(1, "consecutive layers of this entry within the pattern", unit="layers", ge=1)
+    mixer: Mixer = option(AttentionConfig(), "layer that mixes tokens")
+    ffn: FeedForward = option(MLPConfig(), "feed-forward layer, which treats each token by itself")
 
 
 class ModelConfig(Section):
-    """The network. Sizes carry the names of Transformers' `GPT2Config`; the defaults are GPT-2 124M."""
+    """The network. Sizes have the names of Transformers' `GPT2Config`; the defaults are GPT-2 124M."""
 
     n_layer: int = option(12, "blocks", unit="layers", ge=1)
     n_head: int = option(12, "attention heads", unit="heads", ge=1)
     n_embd: int = option(768, "width of the residual stream", unit="channels", ge=1)
-    n_positions: int = option(1024, "context: length of a training sample", unit="tokens", ge=1)
+    n_positions: int = option(1024, "context length: tokens of a training sample", unit="tokens", ge=1)
     vocab_size: int | None = option(
         None, "rows of the embedding; null: the tokenizer's size rounded up to a multiple of 64", unit="tokens", ge=2
     )
-    position: Literal["learned", "rope", "none"] = option("learned", "learned table (GPT-2), rotary embedding or none")
-    rope_theta: float = option(10000.0, "base of the rotary frequencies, where position is rope", gt=0)
-    norm: Literal["layernorm", "rmsnorm"] = option("layernorm", "normalisation before each sub-layer and the head")
-    norm_eps: float = option(1e-5, "epsilon of the normalisation", gt=0)
+    position: Literal["learned", "rope", "none"] = option(
+        "learned", "positions: learned embedding (GPT-2), rotary embedding or none"
+    )
+    rope_theta: float = option(10000.0, "base of the rotary frequencies, if position is rope", gt=0)
+    norm: Literal["layernorm", "rmsnorm"] = option("layernorm", "normalization before each sub-layer and the head")
+    norm_eps: float = option(1e-5, "epsilon of the normalization", gt=0)
     bias: bool = option(True, "biases in linear layers and LayerNorm")
     tie_head: bool = option(True, "use the token embedding as the output projection")
-    logit_softcap: float | None = option(None, "bound logits smoothly: softcap x tanh(logit / softcap)", gt=0)
-    isolate_documents: bool = option(False, "documents in a sample do not see each other; positions restart in each")
+    logit_softcap: float | None = option(
+        None, "bound logits smoothly by softcap x tanh(logit / softcap); null: no bound", gt=0
+    )
+    isolate_documents: bool = option(
+        False, "documents packed into one sample do not attend to each other; positions restart in each"
+    )
     blocks: Annotated[tuple[BlockConfig, ...], Field(strict=False)] = option(
-        (BlockConfig(),), "pattern of blocks, repeated until there are n_layer", min_length=1
+        (BlockConfig(),), "pattern of blocks, repeated up to n_layer layers", min_length=1
     )
 
     def rules(self) -> Iterator[tuple[str, str]]:
@@ -168,77 +205,93 @@ class ModelConfig(Section):
         if period > self.n_layer:
             yield "blocks", f"the pattern is {period} layers long, more than n_layer {self.n_layer}"
 
+    def with_explicit_sizes(self) -> Self:
+        """Return a copy in which no null stands for a size of a block."""
+        hidden = 4 * self.n_embd
+        blocks = tuple(
+            block.model_copy(
+                update={
+                    "mixer": block.mixer.with_explicit_sizes(self),
+                    "ffn": block.ffn.model_copy(update={"hidden": block.ffn.hidden or hidden}),
+                }
+            )
+            for block in self.blocks
+        )
+        return self.model_copy(update={"blocks": blocks})
+
     def layers(self) -> list[BlockConfig]:
-        """The block of every layer: the pattern written out to `n_layer` entries."""
+        """Return the block of every layer: the pattern repeated up to `n_layer` entries."""
         pattern = [block for block in self.blocks for _ in range(block.repeat)]
         return [pattern[i % len(pattern)] for i in range(self.n_layer)]
 
 
 # --- data ------------------------------------------------------------------------------------------
 
-WEIGHT_DOC = "share of the samples drawn from here; null everywhere: in proportion to size"
+WEIGHT_DOC = "relative share of samples from this source; null for all sources: in proportion to size"
 
 
 class StdlibSource(Section):
-    """The source of Python's own standard library, without its tests: about 11 MB on every machine."""
+    """The source code of Python's standard library without its tests, about 11 MB; needs no download."""
 
     type: Literal["stdlib"] = "stdlib"
     weight: float | None = option(None, WEIGHT_DOC, gt=0)
 
 
 class FilesSource(Section):
-    """Local files: .txt .md .py are a document each, .jsonl .parquet a document a row; .gz .bz2 .xz .zst too."""
+    """Local files: .txt .md .py are one document, .jsonl .parquet one per row; also .gz .bz2 .xz .zst."""
 
     type: Literal["files"] = "files"
     paths: Annotated[tuple[str, ...], Field(strict=False)] = option(
-        ..., "files, folders (searched through) or globs", min_length=1
+        ..., "files, folders (with all files below them) or globs", min_length=1
     )
-    text_column: str = option("text", "column of .jsonl and .parquet that holds the text")
+    text_column: str = option("text", "column of .jsonl and .parquet files that holds the text")
     weight: float | None = option(None, WEIGHT_DOC, gt=0)
 
 
 class HuggingFaceSource(Section):
-    """A Hugging Face data set, by name on the hub or by a local folder."""
+    """A Hugging Face data set, from the hub or from a local folder."""
 
     type: Literal["huggingface"] = "huggingface"
     name: str = option(..., "name on the hub, or a folder written by `save_to_disk`", min_length=1)
-    config: str | None = option(None, "the data set's configuration (subset)")
-    split: str = option("train", "the data set's split")
+    config: str | None = option(None, "configuration (subset) of the data set; null: its default")
+    split: str = option("train", "split of the data set to read")
     text_column: str = option("text", "column that holds the text")
-    streaming: bool = option(False, "read while downloading instead of downloading first")
+    streaming: bool = option(False, "read while downloading, without storing the data set first")
     weight: float | None = option(None, WEIGHT_DOC, gt=0)
 
 
 class BPETokenizer(Section):
-    """A byte-level BPE trained here, on the training documents."""
+    """A byte-level BPE, trained on the training documents."""
 
     type: Literal["bpe"] = "bpe"
-    vocab_size: int = option(8192, "tokens, the end-of-text token included", unit="tokens", ge=257)
-    max_bytes: int = option(50_000_000, "text that the merges are learned from", unit="bytes", ge=1)
+    vocab_size: int = option(8192, "tokens, including the end-of-text token", unit="tokens", ge=257)
+    max_bytes: int = option(50_000_000, "training text that the merges are learned from, at most", unit="bytes", ge=1)
 
 
 class ByteTokenizer(Section):
-    """The 256 bytes and an end-of-text token; nothing is trained."""
+    """One token per byte and an end-of-text token; nothing is trained."""
 
     type: Literal["byte"] = "byte"
 
 
 class FileTokenizer(Section):
-    """A tokenizer on disk."""
+    """A tokenizer from disk."""
 
     type: Literal["file"] = "file"
-    path: str = option(..., "a tokenizer.json, or a folder with one or with vocab.json and merges.txt", min_length=1)
+    path: str = option(
+        ..., "a tokenizer.json, or a folder with tokenizer.json or vocab.json and merges.txt", min_length=1
+    )
 
 
 class HuggingFaceTokenizer(Section):
-    """A tokenizer by its name on the Hugging Face hub."""
+    """A tokenizer from the Hugging Face hub."""
 
     type: Literal["huggingface"] = "huggingface"
     name: str = option(..., "name on the hub, such as openai-community/gpt2", min_length=1)
 
 
 class TiktokenTokenizer(Section):
-    """A tokenizer by its tiktoken name."""
+    """A tokenizer of tiktoken."""
 
     type: Literal["tiktoken"] = "tiktoken"
     name: str = option(..., "name of the encoding, such as gpt2 or cl100k_base", min_length=1)
@@ -249,48 +302,55 @@ TokenizerConfig = one_of(BPETokenizer, ByteTokenizer, FileTokenizer, HuggingFace
 
 
 class DataConfig(Section):
-    """What the model reads. Text is tokenized once, into memory-mapped shards under `cache_dir`."""
+    """Text, tokenizer and held-out split. Text is tokenized once, into memory-mapped shards in `cache_dir`."""
 
     sources: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = option(
-        ..., "where the text comes from, such as [{paths: [my.txt]}] or [{type: stdlib}]", min_length=1
+        ..., "training text, such as [{paths: [my.txt]}] or [{type: stdlib}]", min_length=1
     )
     val_sources: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = option(
-        (), "where the validation text comes from; empty: held out from `sources`"
+        (), "validation text; empty: documents held out of `sources`"
     )
     val_fraction: float = option(
         0.02,
-        "share of the documents held out, by a hash (of a lone text file: its end); not with val_sources",
+        "share of documents held out by a hash (of a single text file: its end); unused with val_sources",
         gt=0,
         lt=1,
     )
-    tokenizer: TokenizerConfig = option(BPETokenizer(), "how text becomes tokens")
-    cache_dir: str = option("data_cache", "folder of the token shards", min_length=1)
-    workers: int | None = option(None, "processes that tokenize; null: one a core", unit="processes", ge=1)
+    tokenizer: TokenizerConfig = option(BPETokenizer(), "conversion of text to tokens")
+    cache_dir: str = option("data_cache", "folder for token shards, shared by all runs", min_length=1)
+    workers: int | None = option(None, "processes that tokenize; null: one per core", unit="processes", ge=1)
 
     def rules(self) -> Iterator[tuple[str, str]]:
         for name, sources in (("sources", self.sources), ("val_sources", self.val_sources)):
             if len({source.weight is None for source in sources}) > 1:
-                yield name, "give every source a weight, or none"
+                yield name, "give every source a weight, or none of them"
 
 
 # --- optimizer and schedule ------------------------------------------------------------------------
 
 
-class AdamWConfig(Section):
-    """AdamW for everything; weight decay on matrices only (not on biases, norms and embeddings)."""
+class OptimConfig(Section):
+    """Options of every optimizer: the training loop and the log read these."""
+
+    learning_rate: float = option(6e-4, "peak learning rate", gt=0)
+    grad_clip: float | None = option(1.0, "largest global gradient norm; null: no clipping", gt=0)
+
+
+class AdamWConfig(OptimConfig):
+    """AdamW for all parameters; weight decay on matrices only (not on biases, norms and embeddings)."""
 
     type: Literal["adamw"] = "adamw"
-    learning_rate: float = option(6e-4, "peak learning rate", gt=0)
-    embedding_learning_rate: float | None = option(None, "peak rate of embeddings and head; null: learning_rate", gt=0)
+    embedding_learning_rate: float | None = option(
+        None, "peak learning rate of embeddings and head; null: learning_rate", gt=0
+    )
     beta1: float = option(0.9, "decay of the gradient's running mean", ge=0, lt=1)
     beta2: float = option(0.95, "decay of the squared gradient's running mean", ge=0, lt=1)
     eps: float = option(1e-8, "added to the denominator", gt=0)
     weight_decay: float = option(0.1, "decoupled weight decay of matrices", ge=0)
-    grad_clip: float | None = option(1.0, "largest global gradient norm; null: no clipping", gt=0)
 
 
 class MuonConfig(AdamWConfig):
-    """Muon for the blocks' matrices (each expert its own); AdamW at `learning_rate` for the rest."""
+    """Muon for the matrices of the blocks (each expert is one); AdamW at `learning_rate` for the rest."""
 
     type: Literal["muon"] = "muon"
     muon_learning_rate: float = option(0.02, "peak learning rate of the matrices", gt=0)
@@ -301,11 +361,21 @@ class MuonConfig(AdamWConfig):
 Optim = one_of(AdamWConfig, MuonConfig)
 
 
-class CosineSchedule(Section):
+class ScheduleConfig(Section):
+    """Options of every learning-rate schedule."""
+
+    warmup_steps: int = option(100, "linear warm-up from zero to the peak", unit="steps", ge=0)
+
+    def step_rules(self, steps: int) -> Iterator[tuple[str, str]]:
+        """Yield (option of this schedule, problem) for options that do not fit a run of `steps` steps."""
+        if self.warmup_steps >= steps:
+            yield "warmup_steps", f"{self.warmup_steps} is not below steps {steps}"
+
+
+class CosineSchedule(ScheduleConfig):
     """Linear warm-up, then half a cosine down to the end of the run."""
 
     type: Literal["cosine"] = "cosine"
-    warmup_steps: int = option(100, "linear warm-up from zero", unit="steps", ge=0)
     final_ratio: float = option(0.1, "last learning rate over the peak", ge=0, le=1)
 
 
@@ -322,31 +392,38 @@ class WSDSchedule(CosineSchedule):
     decay_steps: int = option(..., "length of the final decay", unit="steps", ge=1)
     final_ratio: float = option(0.0, "last learning rate over the peak", ge=0, le=1)
 
+    def step_rules(self, steps: int) -> Iterator[tuple[str, str]]:
+        yield from super().step_rules(steps)
+        if self.warmup_steps < steps < self.warmup_steps + self.decay_steps:
+            yield (
+                "decay_steps",
+                f"warm-up {self.warmup_steps} and decay {self.decay_steps} are longer than steps {steps}",
+            )
 
-class ConstantSchedule(Section):
+
+class ConstantSchedule(ScheduleConfig):
     """Linear warm-up, then the peak to the end."""
 
     type: Literal["constant"] = "constant"
-    warmup_steps: int = option(100, "linear warm-up from zero", unit="steps", ge=0)
 
 
 Schedule = one_of(CosineSchedule, LinearSchedule, WSDSchedule, ConstantSchedule)
 
 
-# --- carrying it out, watching it, keeping it ------------------------------------------------------
+# --- execution, checkpoints, evaluation, logging ------------------------------------------------------
 
 
 class MeshConfig(Section):
-    """The processes as a grid: their number is replicate x shard. docs/distributed.md says what to choose."""
+    """The device mesh of replicate x shard processes. docs/distributed.md explains the choice."""
 
     replicate: int | None = option(
-        None, "copies of the weights, each on `shard` processes; null: as many as there are", unit="copies", ge=1
+        None, "copies of the model (HSDP replicas); null: number of processes / shard", unit="copies", ge=1
     )
     shard: int = option(
-        1, "processes that weights, gradients and optimizer state are split over (FSDP2)", unit="processes", ge=1
+        1, "processes that share weights, gradients and optimizer state (FSDP2)", unit="processes", ge=1
     )
     expert: int = option(
-        1, "processes that a layer's experts are split over; tokens travel to them", unit="processes", ge=1
+        1, "processes that share each layer's experts (expert parallelism, all-to-all)", unit="processes", ge=1
     )
 
     def rules(self) -> Iterator[tuple[str, str]]:
@@ -357,137 +434,135 @@ class MeshConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the run is carried out. Nothing here changes what is computed, beyond the order of sums."""
+    """Devices, kernels and parallelism. They change speed and memory, and results only by the order of sums."""
 
-    device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "where to compute; auto: the first there is")
+    device: Literal["auto", "cuda", "mps", "cpu"] = option(
+        "auto", "device; auto: the first of cuda, mps and cpu that is available"
+    )
     attention: Literal[
         "auto", "flash3", "flash4", "flash2", "cudnn", "flash", "varlen", "flex", "efficient", "sdpa", "reference"
-    ] = option("auto", "attention kernel; auto: the first that really runs here, forward and backward")
+    ] = option("auto", "attention kernel; auto: the first that runs here and equals the reference")
     experts: Literal["auto", "triton", "grouped", "loop", "reference"] = option(
-        "auto", "kernel of the experts; auto: of those that really run here the first, on CUDA the fastest"
+        "auto", "expert kernel; auto: the first that runs here and equals the reference, on CUDA the fastest"
     )
     loss: Literal["auto", "triton", "chunked", "reference"] = option(
-        "auto", "kernel of the loss; auto: the first that really runs here; reference holds all logits at once"
+        "auto", "loss kernel; auto: the first that runs here; reference holds all logits in memory at once"
     )
     compile: bool = option(False, "compile the blocks with torch.compile")
     recompute: Literal["none", "selective", "full"] = option(
-        "none", "activation checkpointing: compute again in the backward, all of a block or all but its products"
+        "none", "activation checkpointing: recompute whole blocks (full), or all but matmul outputs (selective)"
     )
-    mesh: MeshConfig = option(MeshConfig(), "how weights and experts lie on several processes")
+    mesh: MeshConfig = option(MeshConfig(), "how processes share weights and experts")
     timeout_s: float = option(
-        600.0, "longest wait for another process before the run ends with a line that names it", unit="seconds", gt=0
+        600.0, "longest wait for another process; then the run ends with an error that names it", unit="seconds", gt=0
     )
 
 
 class CheckpointConfig(Section):
-    """When the run is saved. The end of the run, SIGTERM, SIGINT and SIGUSR1 always save."""
+    """When the run is saved. It is also saved at its end and on SIGTERM, SIGINT and SIGUSR1."""
 
-    every: int | None = option(500, "save every so many steps; null: not by steps", unit="steps", ge=1)
-    every_minutes: float | None = option(10.0, "save after so long; null: not by time", unit="minutes", gt=0)
-    keep: int = option(2, "newest checkpoints that are kept", unit="checkpoints", ge=1)
-    keep_best: bool = option(True, "keep the one with the lowest validation loss as well")
-    background: bool = option(True, "write while training goes on, from a copy in memory")
+    every: int | None = option(500, "save every N steps; null: not by steps", unit="steps", ge=1)
+    every_minutes: float | None = option(10.0, "save every N minutes; null: not by time", unit="minutes", gt=0)
+    keep: int = option(2, "number of newest checkpoints to keep", unit="checkpoints", ge=1)
+    keep_best: bool = option(True, "also save and keep the checkpoint with the lowest validation loss")
+    background: bool = option(True, "write in the background from a copy in memory, while training continues")
     one_file_gib: float = option(
-        8.0, "above this size each process writes its own part, and none needs the whole", unit="GiB", ge=0
+        8.0, "larger checkpoints are written by all processes, one part each", unit="GiB", ge=0
     )
 
 
 class EvalConfig(Section):
-    """Evaluation over a fixed validation set, and samples of generated text."""
+    """Evaluation on a fixed part of the validation text, and samples of generated text."""
 
-    every: int | None = option(200, "evaluate every so many steps and at the end; null: at the end", unit="steps", ge=1)
-    tokens: int | None = option(1_000_000, "validation tokens used; null: all of them", unit="tokens", ge=1)
-    prompts: Annotated[tuple[str, ...], Field(strict=False)] = option((), "texts to continue at each evaluation")
-    sample_tokens: int = option(64, "length of a continuation", unit="tokens", ge=1)
-    temperature: float = option(0.8, "sampling temperature; 0: always the likeliest token", ge=0)
-    top_k: int | None = option(50, "sample among the so many likeliest; null: among all", unit="tokens", ge=1)
+    every: int | None = option(200, "evaluate every N steps and at the end; null: at the end only", unit="steps", ge=1)
+    tokens: int | None = option(1_000_000, "validation tokens to evaluate on; null: all", unit="tokens", ge=1)
+    prompts: Annotated[tuple[str, ...], Field(strict=False)] = option((), "prompts to continue at each evaluation")
+    sample_tokens: int = option(64, "length of each continuation", unit="tokens", ge=1)
+    temperature: float = option(0.8, "sampling temperature; 0: greedy", ge=0)
+    top_k: int | None = option(50, "sample from the N likeliest tokens; null: from all", unit="tokens", ge=1)
 
 
 class WandbConfig(Section):
     """Weights & Biases."""
 
-    project: str = option("training", "project that the run is logged to", min_length=1)
-    entity: str | None = option(None, "user or team; null: your default")
-    mode: Literal["online", "offline"] = option("online", "send at once, or keep on disk for `wandb sync`")
+    project: str = option("training", "W&B project", min_length=1)
+    entity: str | None = option(None, "W&B user or team; null: your default")
+    mode: Literal["online", "offline"] = option(
+        "online", "online: send while training; offline: store on disk for `wandb sync`"
+    )
 
 
 class LoggingConfig(Section):
-    """Where progress is written, beside metrics.jsonl, which always is."""
+    """Outputs beside metrics.jsonl, which is always written."""
 
-    every: int = option(
-        10, "console line, and metrics fetched from the device, every so many steps", unit="steps", ge=1
-    )
+    every: int = option(10, "print a console line and fetch metrics from the device every N steps", unit="steps", ge=1)
     tensorboard: bool = option(True, "write TensorBoard events")
     histogram_every: int = option(
-        100, "images and histograms of expert load, for TensorBoard and W&B, every so many steps", unit="steps", ge=1
+        100, "images and histograms of expert load to TensorBoard and W&B every N steps", unit="steps", ge=1
     )
-    wandb: WandbConfig | None = option(None, "log to Weights & Biases; null: no")
+    wandb: WandbConfig | None = option(None, "log to Weights & Biases; null: off")
 
 
 class Config(Section):
     """A run."""
 
-    name: str = option("gpt2", "the run's name: its folder below out_dir", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    out_dir: str = option("runs", "folder that holds the runs", min_length=1)
-    seed: int = option(0, "seed of initial weights, data order and samples", ge=0, lt=2**32)
-    steps: int = option(1000, "optimizer steps of the whole run", unit="steps", ge=1)
-    batch_tokens: int = option(524_288, "tokens per optimizer step, over all devices", unit="tokens", ge=1)
+    name: str = option("gpt2", "name of the run and of its folder in out_dir", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    out_dir: str = option("runs", "folder of all runs", min_length=1)
+    seed: int = option(0, "random seed of initial weights, data order and generated samples", ge=0, lt=2**32)
+    steps: int = option(1000, "optimizer steps in all", unit="steps", ge=1)
+    batch_tokens: int = option(524_288, "tokens per optimizer step, over all processes", unit="tokens", ge=1)
     micro_batch: Literal["auto"] | PositiveInt = option(
-        "auto", "samples per forward and backward; auto: as many as fit; changes memory and speed only", unit="samples"
+        "auto", "samples per forward and backward; auto: as many as fit; changes only memory and speed", unit="samples"
     )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
-        "auto", "type of the matrix products; auto: bf16 where the device has units for it, else fp32"
+        "auto", "compute dtype of matmuls; auto: bf16 if the device supports it in hardware, else fp32"
     )
     init_from: str | None = option(
         None,
-        "weights and sizes to begin with: a finished run, a Hugging Face folder or a name on the hub",
+        "initial weights and sizes: a finished run, a Hugging Face folder or hub name; null: random",
         min_length=1,
     )
     upcycle_noise: float | None = option(
         None,
-        "noise on the experts that init_from's dense layers become, relative to their weights; null: none",
+        "upcycling: noise on the new experts, relative to the dense layer's weights; null: none",
         gt=0,
     )
     skip_spikes: float | None = option(
         None,
-        "skip a step whose loss or gradient norm is so far above the last 128; null: take every finite one",
+        "skip updates whose loss or gradient norm is N deviations above the last 128; null: off",
         unit="standard deviations",
         gt=0,
     )
     model: ModelConfig = option(ModelConfig(), "the network")
-    data: DataConfig = option(..., "what it reads")
+    data: DataConfig = option(..., "training and validation text")
     optim: Optim = option(AdamWConfig(), "the optimizer")
-    schedule: Schedule = option(CosineSchedule(), "learning rate over the run")
-    parallel: ParallelConfig = option(ParallelConfig(), "how it is carried out")
-    checkpoint: CheckpointConfig = option(CheckpointConfig(), "when it is saved")
-    eval: EvalConfig = option(EvalConfig(), "how it is judged")
-    logging: LoggingConfig = option(LoggingConfig(), "how it is watched")
+    schedule: Schedule = option(CosineSchedule(), "learning-rate schedule")
+    parallel: ParallelConfig = option(ParallelConfig(), "devices, kernels and parallelism")
+    checkpoint: CheckpointConfig = option(CheckpointConfig(), "checkpoints")
+    eval: EvalConfig = option(EvalConfig(), "evaluation")
+    logging: LoggingConfig = option(LoggingConfig(), "logging")
 
     @property
     def run_dir(self) -> Path:
         """The run's folder."""
         return Path(self.out_dir, self.name)
 
+    def with_explicit_sizes(self) -> Self:
+        """Return a copy in which no null stands for a size of the model."""
+        return self.model_copy(update={"model": self.model.with_explicit_sizes()})
+
     def rules(self) -> Iterator[tuple[str, str]]:
-        borrowed = self.init_from is not None and "n_positions" not in self.model.model_fields_set
-        if not borrowed and self.batch_tokens % self.model.n_positions:
-            yield (
-                "batch_tokens",
-                f"{self.batch_tokens} is not a multiple of model.n_positions {self.model.n_positions}",
-            )
+        is_inherited = self.init_from is not None and "n_positions" not in self.model.model_fields_set
+        if not is_inherited and self.batch_tokens % self.model.n_positions:
+            problem = f"{self.batch_tokens} is not a multiple of model.n_positions {self.model.n_positions}"
+            yield "batch_tokens", problem
         if self.upcycle_noise is not None and self.init_from is None:
-            yield "upcycle_noise", "there is no init_from whose layers could become experts"
-        if self.schedule.warmup_steps >= self.steps:
-            yield "schedule.warmup_steps", f"{self.schedule.warmup_steps} is not below steps {self.steps}"
-        decay = getattr(self.schedule, "decay_steps", 0)
-        if decay and self.schedule.warmup_steps < self.steps < self.schedule.warmup_steps + decay:
-            yield (
-                "schedule.decay_steps",
-                f"warm-up {self.schedule.warmup_steps} and decay {decay} are longer than steps {self.steps}",
-            )
+            yield "upcycle_noise", "needs init_from, whose dense layers become experts"
+        for name, problem in self.schedule.step_rules(self.steps):
+            yield f"schedule.{name}", problem
 
 
-# What a restart may change: how the run is carried out, watched and kept, never what it computes.
+# Options that may change when a run is resumed: none of them changes what the run computes.
 CHANGEABLE_ON_RESUME = frozenset(
     {"name", "out_dir", "micro_batch", "parallel", "checkpoint", "eval", "logging", "data.cache_dir", "data.workers"}
 )

@@ -1,4 +1,4 @@
-"""The device of a run: which one, how fast it could be, how much memory is used, what it is called."""
+"""The device of a run: selection, name, peak FLOP/s and memory."""
 
 from __future__ import annotations
 
@@ -9,77 +9,66 @@ import re
 import resource
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from training.errors import UserError
 
-# Peak dense matrix products per second in bf16 with float32 sums (fp16 where there is no bf16), from
-# the makers' data sheets; the longest name that matches counts.
-PEAK_FLOPS = {
-    "V100": 125e12,
-    "T4": 65e12,
-    "A10G": 70e12,
-    "A100": 312e12,
-    "L4": 121e12,
-    "L40S": 362e12,
-    "RTX 3090": 71e12,
-    "RTX 4090": 165e12,
-    "H100": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-}
 
-# What the driver says that each has, in GiB; of those that come in two sizes the larger.
-MEMORY_GIB = {
-    "V100": 31.7,
-    "T4": 14.6,
-    "A10G": 22.0,
-    "A100": 79.3,
-    "L4": 22.0,
-    "L40S": 44.4,
-    "RTX 3090": 23.7,
-    "RTX 4090": 23.6,
-    "H100": 79.2,
-    "H100 PCIe": 79.2,
-    "H100 NVL": 93.1,
-    "H200": 139.8,
-    "GH200": 94.5,
-    "B200": 178.4,
+class GPU(NamedTuple):
+    """Figures of a GPU model."""
+
+    memory_gib: float  # as the driver reports it; of the larger version if it is sold in two sizes
+    peak_flops: float  # dense bf16 matmuls with float32 accumulation (fp16 without bf16), from the data sheet
+
+
+GPUS = {
+    "V100": GPU(31.7, 125e12),
+    "T4": GPU(14.6, 65e12),
+    "A10G": GPU(22.0, 70e12),
+    "A100": GPU(79.3, 312e12),
+    "L4": GPU(22.0, 121e12),
+    "L40S": GPU(44.4, 362e12),
+    "RTX 3090": GPU(23.7, 71e12),
+    "RTX 4090": GPU(23.6, 165e12),
+    "H100": GPU(79.2, 989e12),
+    "H100 PCIe": GPU(79.2, 756e12),
+    "H100 NVL": GPU(93.1, 835e12),
+    "H200": GPU(139.8, 989e12),
+    "GH200": GPU(94.5, 989e12),
+    "B200": GPU(178.4, 2250e12),
 }
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def select_device(asked: str) -> torch.device:
-    """The device that was asked for, or the first there is. Raises UserError where it is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if asked == "auto":
-        return torch.device(next(name for name, available in there.items() if available))
-    if not there[asked]:
-        raise UserError(f"parallel.device: this machine has no {asked}; use auto or cpu")
-    return torch.device(asked)
+def select_device(name: str) -> torch.device:
+    """Return the device of that type; "auto": the first of cuda, mps, cpu. Raises UserError if there is none."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(device for device, is_available in available.items() if is_available))
+    if not available[name]:
+        raise UserError(f"parallel.device: this machine has no {name}; use auto or cpu")
+    return torch.device(name)
 
 
 def has_bf16_units(device: torch.device) -> bool:
-    """Whether the device has bf16 matrix units; a CPU without them is several times slower than in fp32."""
+    """Return True if the device has bf16 matrix units; without them a CPU is several times slower in bf16 than fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and "amx_bf16" in _cpu_fields().get("flags", "")
 
 
-def resolve_precision(asked: str, device: torch.device) -> str:
-    """The precision that `auto` means here: bf16 where there are matrix units for it, else fp32."""
-    if asked != "auto":
-        return asked
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """Return the precision, for "auto" bf16 if the device has matrix units for it, else fp32."""
+    if precision != "auto":
+        return precision
     return "bf16" if has_bf16_units(device) else "fp32"
 
 
 def device_name(device: torch.device) -> str:
-    """The device in words: "NVIDIA H200", "CPU, 2 threads (Intel Xeon Processor)"."""
+    """Return the name of the device: "NVIDIA H200", "CPU, 2 threads (Intel Xeon Processor)"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
@@ -90,79 +79,76 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak FLOP/s of the device for 16-bit products, where it is known."""
+    """Return the peak FLOP/s of 16-bit matmuls; None if unknown."""
     if device.type != "cuda" or precision == "fp32":
         return None
-    name = torch.cuda.get_device_name(device)
-    words = set(re.split("[ -]", name))
-    known = [key for key in PEAK_FLOPS if words.issuperset(key.split())]
-    return PEAK_FLOPS[max(known, key=len)] if known else None
+    words = set(re.split("[ -]", torch.cuda.get_device_name(device)))
+    known = [name for name in GPUS if words.issuperset(name.split())]
+    return GPUS[max(known, key=len)].peak_flops if known else None
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory this process had so far: the allocator's on a GPU, the resident set on a CPU; on MPS, what it has."""
+    """Return this process's peak memory in GiB: allocated on CUDA, resident on a CPU; on MPS the current memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB here
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): ru_maxrss is in bytes on macOS, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def available_memory_bytes(device: torch.device) -> int:
-    """Memory that this process may use: what others leave of a GPU's, or its share of a CPU's among the run's."""
+    """Return the memory that this process may use: what other programs leave of a GPU's, or its share of the host's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        physical = min(physical, int(text))
-    if os.name == "posix":
-        import resource
-
-        asked, _ = resource.getrlimit(resource.RLIMIT_AS)
-        physical = physical if asked == resource.RLIM_INFINITY else min(physical, asked)
-    return physical // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    n_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cgroup_limit = Path("/sys/fs/cgroup/memory.max")
+    if cgroup_limit.exists() and (text := cgroup_limit.read_text().strip()).isdigit():
+        n_bytes = min(n_bytes, int(text))
+    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if address_space != resource.RLIM_INFINITY:
+        n_bytes = min(n_bytes, address_space)
+    return n_bytes // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """On a CPU with glibc, what is freed stays the process's own, all of it, from now on, and is used again.
+    """Make glibc keep freed memory for reuse, for the rest of the process; no effect on other devices.
 
-    Else large tensors are mapped and unmapped at each use, and the kernel clears their pages one by one: up to a third
-    of a step. What the process has is its peak so far, or since `reset_peak_memory` (mallopt(3)).
+    By default large tensors are mapped and unmapped at each use and the kernel zeroes their pages: up to a third of a
+    step. The process then holds its peak since `reset_peak_memory` (mallopt(3)).
     """
     if (c_library := _glibc(device)) is not None:
         c_library.mallopt(-4, 0)  # M_MMAP_MAX: no tensor is a mapping of its own
-        c_library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is handed back
+        c_library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is returned to the system
 
 
 def release_freed_memory(device: torch.device) -> None:
-    """The other way again, where memory is scarce: what is free goes back, and so does what will be freed."""
+    """Return freed memory to the system, now and from now on: undo `keep_freed_memory` when memory is scarce."""
     if (c_library := _glibc(device)) is not None:
-        c_library.mallopt(-4, 65536)  # M_MMAP_MAX, as it is at first
+        c_library.mallopt(-4, 65536)  # M_MMAP_MAX: its default
         c_library.mallopt(-1, 2**17)  # M_TRIM_THRESHOLD
         c_library.malloc_trim(0)
 
 
 def _glibc(device: torch.device) -> ctypes.CDLL | None:
-    """The C library that tensors there are allocated by, where it is glibc."""
+    """Return the C library if it is glibc and allocates the tensors of this device."""
     return ctypes.CDLL(None) if device.type == "cpu" and platform.libc_ver()[0] == "glibc" else None
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin to look for a new peak, where that can be told. Memory that is free goes back, else it would count."""
+    """Reset the peak-memory counter, after returning free heap pages to the system: they would be counted."""
     if (c_library := _glibc(device)) is not None:
         c_library.malloc_trim(0)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif (clear := Path("/proc/self/clear_refs")).exists():
-        clear.write_text("5")  # proc(5): the peak resident set is what it is now
+        clear.write_text("5")  # proc(5): reset the peak resident set to the current one
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process had since `reset_peak_memory`, or since it began where that cannot be told."""
+    """Return the peak memory since `reset_peak_memory`: reserved on CUDA, resident on Linux; else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     status = Path("/proc/self/status")
@@ -172,13 +158,13 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocator raised it."""
+    """Return True if an allocator raised the error."""
     words = ("can't allocate memory", "not enough memory", "out of memory")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def _cpu_fields() -> dict[str, str]:
-    """The first processor's fields in Linux's /proc/cpuinfo; nothing elsewhere."""
+    """Return the fields of the first processor in /proc/cpuinfo; {} on other systems than Linux."""
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return {}

@@ -58,3 +58,9 @@ def one_line(error: UserError | OSError) -> str:
     if isinstance(error, UserError) or error.filename is None:
         return " ".join(str(error).split())
     return f"{error.filename}: {error.strerror}"
+
+
+def library_error(error: BaseException) -> str:
+    """Return "Type: first line" of an exception of a library, a hub or the network, which have no common class."""
+    reason = (str(error).strip() or "no reason given").splitlines()[0]
+    return f"{type(error).__name__}: {reason}"

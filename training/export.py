@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from training.errors import UserError
+from training.errors import UserError, command
 from training.options.cli import Parser
 
 if TYPE_CHECKING:
@@ -39,17 +39,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    """The command. Exit status 0, or 2 for wrong input or an export that is not what was trained."""
-    try:
-        asked = arguments(argv)
-        for line in export(asked.run, asked.out, asked.dtype):
-            print(line)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    """Run the command. Exit status: 0 done, 2 wrong input or an export that differs from the run, 130 interrupted."""
+    args = arguments(argv)
+    for line in export(args.run, args.out, args.dtype):
+        print(line)
     return 0
 
 

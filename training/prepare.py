@@ -10,28 +10,22 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from training.errors import UserError
+from training.errors import command
 from training.options import cli
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    """The command. Exit status: 0 done, 2 wrong input, 130 interrupted."""
+    """Run the command. Exit status: 0 done, 2 wrong input, 130 interrupted."""
     arguments = sys.argv[1:] if argv is None else argv
     config, _ = cli.parse_command_line(arguments, prog="python -m training.prepare", doc=__doc__, flags={})
     from training.data import prepare
 
-    try:
-        if config.init_from is not None:  # what is wrong with it is said before hours of tokenizing; it needs torch
-            from training.weights.init_from import resolve_init_from
+    if config.init_from is not None:  # check it now, not after hours of tokenizing
+        from training.weights.init_from import resolve_init_from
 
-            resolve_init_from(config)
-        print(summary(prepare(config.data).report))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing half-made is kept, so start again at any time", file=sys.stderr)
-        return 130
+        resolve_init_from(config)
+    print(summary(prepare(config.data).report))
     return 0
 
 
@@ -48,7 +42,7 @@ def summary(report: dict[str, Any]) -> str:
     if report["blank_documents"]:
         lines.append(f"       {report['blank_documents']:>12,} blank documents left out")
     megabytes = (report["train"]["bytes"] + report["val"]["bytes"]) / 1e6
-    rate = "found in the cache" if report["found"] else f"{megabytes / report['seconds']:.1f} MB/s"
+    rate = "found in the cache" if report["is_cached"] else f"{megabytes / report['seconds']:.1f} MB/s"
     lines.append(f"vocabulary {report['vocab_size']:,}; {report['seconds']:.2f} s, {rate}; {report['folder']}")
     return "\n".join(lines)
 

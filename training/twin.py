@@ -12,27 +12,24 @@ import sys
 from pathlib import Path
 
 from training.config import BlockConfig, Config, MLPConfig, MoEConfig
-from training.errors import UserError
+from training.errors import UserError, command
 from training.files import write_atomically
 from training.options import cli
 
 FLAGS = {"--out": "file that the twin is written to; without it, it is printed"}
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    """The command. Exit status: 0 done, 2 wrong input."""
+    """Run the command. Exit status: 0 done, 2 wrong input, 130 interrupted."""
     arguments = sys.argv[1:] if argv is None else argv
     config, flags = cli.parse_command_line(arguments, prog="python -m training.twin", doc=__doc__, flags=FLAGS)
-    try:
-        text = cli.dump_config(twin(config))
-        if flags["--out"] is None:
-            print(f"# {describe_twin(config)}", text, sep="\n", end="")
-        else:
-            write_atomically(Path(flags["--out"]), f"# {describe_twin(config)}\n{text}")
-            print(f"{flags['--out']}: {describe_twin(config)}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    text = cli.dump_config(twin(config))
+    if flags["--out"] is None:
+        print(f"# {describe_twin(config)}", text, sep="\n", end="")
+    else:
+        write_atomically(Path(flags["--out"]), f"# {describe_twin(config)}\n{text}")
+        print(f"{flags['--out']}: {describe_twin(config)}")
     return 0
 
 

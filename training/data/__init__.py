@@ -1,8 +1,8 @@
-"""From text to batches: `prepare` tokenizes once, `Samples` serves any sample by its index."""
+"""From text to batches: `prepare` tokenizes once, `Samples` serves any sample by its index, `Loader` a step's batch."""
 
-from training.data.loader import Samples
-from training.data.prepare import Dataset, prepare
+from training.data.dataset import Dataset, prepare
+from training.data.loader import Loader, Samples
 from training.data.shards import Split
 from training.data.tokenizer import Tokenizer
 
-__all__ = ["Dataset", "Samples", "Split", "Tokenizer", "prepare"]
+__all__ = ["Dataset", "Loader", "Samples", "Split", "Tokenizer", "prepare"]

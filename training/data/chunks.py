@@ -1,8 +1,8 @@
-"""Documents in chunks: text of any length with bounded memory.
+"""Documents as streams of text chunks, so that text of any length needs bounded memory.
 
-A document is a stream of chunks of about a million characters, cut where no token spans the cut: the
-usual pre-tokenizers (GPT-2's and tiktoken's patterns) always begin a new word there, so the chunks'
-tokens are the document's tokens. Where a text offers no such place, it is cut all the same.
+A chunk has about a million characters and ends where no token spans the cut: the usual pre-tokenizers (GPT-2's and
+tiktoken's patterns) always start a new word there, so the chunks' tokens are the document's tokens. Text that offers
+no such place within reach is cut anyway.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import BinaryIO, NamedTuple
 
 from training.errors import UserError
 
-CHUNK_CHARS = 1 << 20  # characters
-MAX_SEARCH_CHARS = 1 << 16  # characters in which a place to cut is looked for
-CUT = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
+CHUNK_CHARS = 1 << 20
+MAX_SEARCH_CHARS = 1 << 16  # how far past CHUNK_CHARS to look for a place to cut
+WORD_START = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
 
 
 class Document(NamedTuple):
-    """One document: its text in chunks, to be read before the next document is asked for.
+    """One document. Read its chunks before asking for the next document.
 
-    `key` decides whether it is held out for validation; None: its first chunk, that is, its content.
+    `key` decides whether the document is held out for validation; None: its first chunk decides.
     """
 
     chunks: Iterator[str]
@@ -30,26 +30,26 @@ class Document(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """A chunk of a document on its way to a stream of tokens; `first`: the document begins with it."""
+    """A chunk of a document and the token stream that it goes to."""
 
     text: str
-    split: str
+    split: str  # "train" or "val"
     stream: int
-    first: bool
+    starts_document: bool
 
 
-def document(text: str) -> Document:
-    """A document whose text is in memory already."""
-    return Document(cut(text[i : i + CHUNK_CHARS] for i in range(0, len(text), CHUNK_CHARS)))
+def to_document(text: str) -> Document:
+    """Make a document of text that is in memory."""
+    return Document(split_into_chunks(text[i : i + CHUNK_CHARS] for i in range(0, len(text), CHUNK_CHARS)))
 
 
-def cut(blocks: Iterable[str]) -> Iterator[str]:
-    """Join blocks of text and cut them into chunks; at least one, and the same however they came."""
+def split_into_chunks(blocks: Iterable[str]) -> Iterator[str]:
+    """Join blocks of text and cut them into at least one chunk; the sizes of the blocks do not matter."""
     rest = ""
     for block in blocks:
         rest += block
         while len(rest) >= CHUNK_CHARS + MAX_SEARCH_CHARS:
-            match = CUT.search(rest, CHUNK_CHARS, CHUNK_CHARS + MAX_SEARCH_CHARS)
+            match = WORD_START.search(rest, CHUNK_CHARS, CHUNK_CHARS + MAX_SEARCH_CHARS)
             end = match.start() if match else CHUNK_CHARS
             yield rest[:end]
             rest = rest[end:]
@@ -57,10 +57,10 @@ def cut(blocks: Iterable[str]) -> Iterator[str]:
 
 
 def decode_utf8(file: BinaryIO, name: str) -> Iterator[str]:
-    """The UTF-8 text of a file, in blocks. A byte order mark is dropped, line ends are kept as they are.
+    """Yield a file's text in blocks, without its byte order mark and with its line ends as they are.
 
-    Raises UserError with the byte's offset (counted from 0, after decompression) for a byte that is not
-    UTF-8 and for a NUL byte, which no text file holds but most binary files and UTF-16 do.
+    Raises UserError with the byte's offset (from 0, after decompression) for a byte that is not UTF-8 and for a
+    NUL byte, which most binary files and UTF-16 contain and no text file does.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     n_read = 0

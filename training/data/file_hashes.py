@@ -1,4 +1,4 @@
-"""What files hold, as hashes that are computed again only where a file's size or times have changed."""
+"""Hashes of files, computed again only after a file's size or times have changed."""
 
 from __future__ import annotations
 
@@ -13,45 +13,43 @@ from training.errors import UserError
 
 
 class FileHashes:
-    """SHA-256 of files, remembered in `memo` by path, size, and times of change.
+    """SHA-256 of files, remembered in `memo` by path, size and times of change.
 
-    The content decides: a file that was touched but holds the same keeps its digest. Losing the memo
-    costs time only, so one that cannot be read is begun anew.
+    A file that was touched but not changed keeps its hash. A memo that cannot be read only costs time.
     """
 
     def __init__(self, memo: Path):
         self.memo = memo
-        self.changed = False
+        self.has_changed = False
         try:
-            self.known = dict(json.loads(memo.read_bytes()))
+            self.entries = dict(json.loads(memo.read_bytes()))
         except (OSError, ValueError, TypeError, RecursionError):
-            self.known = {}
+            self.entries = {}
 
     def sha256(self, path: Path) -> str:
-        """The digest of a file's bytes. Raises UserError where it cannot be read."""
+        """Return the hash of a file's bytes. Raises UserError if it cannot be read."""
         name = str(path.absolute())
         try:
-            # The status comes first: a change during the reading leaves a memo that no longer fits.
-            status = path.stat()
+            status = path.stat()  # before reading: a change meanwhile leaves an entry that no longer matches
             if not stat.S_ISREG(status.st_mode):
                 raise UserError(f"{path}: not a file but a folder, a pipe or a device")
-            seen = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-            if (entry := self.known.get(name)) and entry[:3] == seen:
+            version = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+            if (entry := self.entries.get(name)) and entry[:3] == version:
                 return entry[3]
             with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-        self.known[name], self.changed = [*seen, digest], True
-        return digest
+        self.entries[name], self.has_changed = [*version, sha256], True
+        return sha256
 
     def save(self) -> None:
-        """Write what was learned, whole or not at all; a disk that refuses it costs time at the next start."""
-        if self.changed:
+        """Replace the memo atomically. A disk that refuses it costs time at the next start, nothing else."""
+        if self.has_changed:
             temporary = self.memo.with_name(f"{self.memo.name}.{os.getpid()}")
             with suppress(OSError):
                 try:
-                    temporary.write_text(json.dumps(self.known))
+                    temporary.write_text(json.dumps(self.entries))
                     temporary.replace(self.memo)
                 finally:
                     temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Files read straight into memory as a split, without a cache: for a look at a text, not for training."""
+"""Files read into memory as a split, without a cache: to evaluate on a text, not to train on it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from training.config import FilesSource
-from training.data.corpus import chunks
+from training.data.corpus import split_documents
 from training.data.shards import Split, Stream
 from training.data.sources import build_reader
 from training.data.tokenizer import Tokenizer
@@ -16,15 +16,16 @@ from training.errors import UserError
 
 
 def read_split(paths: Sequence[str], text_column: str, tokenizer: Tokenizer) -> Split:
-    """All documents of the files as one stream. Raises UserError for files that cannot be read or hold no text."""
+    """Tokenize all documents of the files as one stream. Raises UserError if they cannot be read or hold no text."""
     arrays, starts, n_tokens, n_bytes = [], [], 0, 0
-    for chunk in chunks(build_reader(FilesSource(paths=tuple(paths), text_column=text_column)), 0, 1.0):
-        if chunk.first and not chunk.text.strip():
+    reader = build_reader(FilesSource(paths=tuple(paths), text_column=text_column))
+    for chunk in split_documents(reader, 0, 1.0):
+        if chunk.starts_document and not chunk.text.strip():
             continue
-        if chunk.first:
-            starts.append(n_tokens)
         ids = tokenizer.encode(chunk.text)
-        ids = np.concatenate([[tokenizer.end_of_text], ids]) if chunk.first else ids
+        if chunk.starts_document:
+            starts.append(n_tokens)
+            ids = np.concatenate([[tokenizer.end_of_text], ids])
         arrays.append(ids.astype(tokenizer.dtype))
         n_tokens += len(ids)
         n_bytes += len(chunk.text.encode())

@@ -1,4 +1,4 @@
-"""How far a preparation is: a bar on a terminal, a line for each stage elsewhere, nothing where quiet."""
+"""Progress of a preparation: a bar on a terminal, two lines for each stage elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress(stage: str, *, quiet: bool) -> Iterator[Callable[[int], object]]:
-    """Show a stage; call what is yielded with the bytes of text that have been dealt with since the last call."""
+    """Show a stage on stderr. Call the yielded function with the bytes of text processed since its last call."""
     if quiet:
         yield lambda _n_bytes: None
     elif sys.stderr.isatty():
@@ -34,14 +34,7 @@ def _bar(stage: str) -> Iterator[Callable[[int], object]]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        # The total is not known: text may be compressed, or come from the network.
-        task = bar.add_task(stage, total=None)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, TransferSpeedColumn(), TimeElapsedColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task(stage, total=None)  # unknown: text may be compressed, or come from the network
         yield lambda n_bytes: bar.advance(task, n_bytes)

@@ -1,8 +1,8 @@
-"""Tokens on disk: raw little-endian integers that are mapped, not read, and the manifest that vouches for them.
+"""Tokens on disk: raw little-endian integers, memory-mapped, and the manifest with their hashes.
 
-A dataset's folder holds `manifest.json`, `tokenizer/`, and for each stream of tokens `train-0.tokens` (uint16,
-or uint32 above 65,536 tokens) and `train-0.documents` (uint64: where each document begins). Every document
-begins with the end-of-text token, so that all of its text, first token included, has something before it.
+A dataset's folder holds `manifest.json`, `tokenizer/`, and for each stream of tokens `train-0.tokens` (uint16, or
+uint32 above 65,536 tokens) and `train-0.documents` (uint64: the position at which each document starts). Every
+document starts with the end-of-text token, so that its first token of text is a target, too.
 """
 
 from __future__ import annotations
@@ -25,13 +25,11 @@ from training.errors import UserError
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
-HASH_AT_START_BYTES = (
-    2**28
-)  # bytes of a file that are read at every start, to see that they are those that were written
+HASH_AT_START_BYTES = 2**28  # files up to this size are hashed at every start
 
 
 class StreamRecord(Section):
-    """What the manifest says of one stream."""
+    """One stream in the manifest."""
 
     split: Literal["train", "val"]
     n_documents: int = Field(ge=0)
@@ -41,22 +39,22 @@ class StreamRecord(Section):
 
 
 class Manifest(Section):
-    """What a dataset's folder holds. `key` stands for the sources and the tokenizer as they were asked for."""
+    """The content of a dataset's folder. `key` hashes the sources and the tokenizer's options."""
 
     format: Literal[1]
     key: str
     dtype: Literal["<u2", "<u4"]
     vocab_size: int = Field(ge=2)
     tokenizer_sha256: str
-    n_blank: int = Field(ge=0, description="documents left out because they hold white space only")
+    n_blank: int = Field(ge=0, description="blank documents, which are left out")
     streams: list[StreamRecord]
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Documents in a row. `tokens` (n_tokens,) and `documents` (n_documents,) are mapped files.
+    """Documents one after another: `tokens` (n_tokens,) and the start of each in `documents` (n_documents,).
 
-    `mapped` is the tokens' file, where there is one: it is there as long as it is mapped, deleted or not.
+    `mapped` is the map of the tokens' file, which stays readable if the file is deleted; None: in memory.
     """
 
     path: Path
@@ -65,9 +63,9 @@ class Stream:
     mapped: mmap.mmap | None = None
 
     def window(self, start: int, stop: int) -> np.ndarray:
-        """Some of the tokens, to be read at once.
+        """Return tokens, to be copied at once.
 
-        Raises UserError where the file is shorter than it was: reading would end the process without a word.
+        Raises UserError if the file has been truncated: reading past its end would kill the process (SIGBUS).
         """
         if self.mapped is not None and (size := self.mapped.size()) < self.tokens.nbytes:
             raise _damaged(self.path, f"cut to {size} bytes while it was read")
@@ -76,7 +74,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Split:
-    """Training or validation text; `weights`, where given, is each stream's share of the samples."""
+    """Training or validation text. `weights` are the streams' shares of the samples; None: in proportion to size."""
 
     name: str
     streams: tuple[Stream, ...]
@@ -88,7 +86,7 @@ class Split:
 
 
 class StreamWriter:
-    """Writes one stream, front to back."""
+    """Writes one stream from start to end."""
 
     def __init__(self, folder: Path, split: str, index: int, tokenizer: Tokenizer):
         self.split, self.tokenizer = split, tokenizer
@@ -105,13 +103,13 @@ class StreamWriter:
             pass
 
     def start_document(self) -> None:
-        """Note where a document begins, and write its end-of-text token."""
+        """Record where a document starts, and write its end-of-text token."""
         self.documents.write(np.array([self.n_tokens], "<u8").tobytes())
         self.n_documents += 1
         self._write(np.array([self.tokenizer.end_of_text]))
 
     def add(self, ids: np.ndarray, n_bytes: int) -> None:
-        """Write tokens of the document, which stand for `n_bytes` of text."""
+        """Write tokens of the current document, which encode `n_bytes` of text."""
         if (ids == self.tokenizer.end_of_text).any():
             raise UserError("data.tokenizer: it gave an end-of-text token for ordinary text, so it cannot be used")
         self._write(ids)
@@ -124,20 +122,15 @@ class StreamWriter:
         self.n_tokens += len(ids)
 
     def finish(self) -> StreamRecord:
-        """Hand the rest to the system and say what was written."""
+        """Flush to the system and return the manifest's record."""
         self.tokens.flush()
         self.documents.flush()
-        return StreamRecord(
-            split=self.split,
-            n_documents=self.n_documents,
-            n_tokens=self.n_tokens,
-            n_bytes=self.n_bytes,
-            sha256=self.sha256.hexdigest(),
-        )
+        counts = {name: getattr(self, name) for name in ("n_documents", "n_tokens", "n_bytes")}
+        return StreamRecord(split=self.split, sha256=self.sha256.hexdigest(), **counts)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder. Raises UserError where it is damaged."""
+    """Read a dataset's manifest. Raises UserError if it is damaged."""
     path = folder / MANIFEST_FILE
     try:
         return Manifest.model_validate_json(path.read_bytes())
@@ -148,42 +141,38 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def open_split(folder: Path, manifest: Manifest, name: str, weights: Sequence[float] | None = None) -> Split:
-    """Map the streams of one split. Raises UserError where a file is not as long as the manifest says."""
+    """Map the streams of one split. Raises UserError if a file is not as long as the manifest says."""
     records = [record for record in manifest.streams if record.split == name]
     streams = []
     for i, record in enumerate(records):
         path = folder / f"{name}-{i}.tokens"
-        tokens, mapped = _mapped(path, manifest.dtype, record.n_tokens)
-        documents, _ = _mapped(path.with_suffix(".documents"), "<u8", record.n_documents)
+        tokens, mapped = _map_file(path, manifest.dtype, record.n_tokens)
+        documents, _ = _map_file(path.with_suffix(".documents"), "<u8", record.n_documents)
         streams.append(Stream(path, tokens, documents, mapped))
-    return Split(
-        name=name,
-        streams=tuple(streams),
-        weights=tuple(weights) if weights else None,
-        vocab_size=manifest.vocab_size,
-        n_documents=sum(record.n_documents for record in records),
-        n_tokens=sum(record.n_tokens for record in records),
-        n_bytes=sum(record.n_bytes for record in records),
-    )
+    counts = {
+        count: sum(getattr(record, count) for record in records) for count in ("n_documents", "n_tokens", "n_bytes")
+    }
+    weights = tuple(weights) if weights else None
+    return Split(name, tuple(streams), weights, manifest.vocab_size, **counts)
 
 
 def check_hashes(split: Split, manifest: Manifest, hashes: FileHashes) -> None:
-    """Raise UserError where the tokens are not those that were written.
+    """Raise UserError if the tokens are not the ones that were written.
 
-    A file of up to `HASH_AT_START_BYTES` bytes is read; a longer one only where its size or times changed.
+    Files up to HASH_AT_START_BYTES are read; longer ones only after their size or times have changed.
     """
     records = (record for record in manifest.streams if record.split == split.name)
     for stream, record in zip(split.streams, records, strict=True):
-        read = stream.tokens.nbytes <= HASH_AT_START_BYTES
-        digest = hashlib.sha256(stream.tokens.data).hexdigest() if read else hashes.sha256(stream.path)
-        if digest != record.sha256:
+        is_short = stream.tokens.nbytes <= HASH_AT_START_BYTES
+        sha256 = hashlib.sha256(stream.tokens.data).hexdigest() if is_short else hashes.sha256(stream.path)
+        if sha256 != record.sha256:
             raise _damaged(stream.path, "its SHA-256 is not the one in the manifest")
-        if read and (largest := stream.tokens.max(initial=0)) >= split.vocab_size:
+        if is_short and (largest := stream.tokens.max(initial=0)) >= split.vocab_size:
             raise _damaged(stream.path, f"token {largest} is not below the vocabulary's {split.vocab_size}")
 
 
-def _mapped(path: Path, dtype: str, length: int) -> tuple[np.ndarray, mmap.mmap | None]:
-    """A file as a read-only array and as what is mapped. Not np.memmap, whose slices cost several times as much."""
+def _map_file(path: Path, dtype: str, length: int) -> tuple[np.ndarray, mmap.mmap | None]:
+    """Map a file as a read-only array. Not with np.memmap, whose slices cost several times as much."""
     expected = length * np.dtype(dtype).itemsize
     try:
         with path.open("rb") as file:
@@ -197,13 +186,13 @@ def _mapped(path: Path, dtype: str, length: int) -> tuple[np.ndarray, mmap.mmap 
 
 
 def open_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
-    """The dataset's tokenizer. Raises UserError where it is not the one that wrote the tokens."""
+    """Load the dataset's tokenizer. Raises UserError if it is not the one that wrote the tokens."""
     path = folder / "tokenizer" / "tokenizer.json"
     try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise _damaged(path, error.strerror) from None
-    if digest != manifest.tokenizer_sha256:
+    if sha256 != manifest.tokenizer_sha256:
         raise _damaged(path, "not the file that was written")
     return Tokenizer.load(path.parent)
 

@@ -1,9 +1,4 @@
-"""Where text comes from: one class a kind of source, and the dict that says which answers for which.
-
-A reader has two methods. `documents()` yields every document in an order that depends on nothing but the
-source; it is called more than once. `identity(hashes)` is JSON-able and differs where the documents do:
-it decides whether text that was tokenized before can be used again.
-"""
+"""Readers of text: one class for each kind of source, and the table that maps a source's config to its reader."""
 
 from __future__ import annotations
 
@@ -14,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from training.config import FilesSource, HuggingFaceSource, Section, StdlibSource
-from training.data.chunks import Document, document
+from training.data.chunks import Document, to_document
 from training.data.file_hashes import FileHashes
 from training.data.text_files import (
     FORMATS,
@@ -23,24 +18,26 @@ from training.data.text_files import (
     format_of,
     read_documents,
     read_text,
-    text_of,
+    to_text,
     walk,
 )
-from training.errors import UserError
+from training.errors import UserError, library_error
 
 
 class Reader(Protocol):
-    """What a source must answer."""
+    """A source of documents."""
 
-    def documents(self) -> Iterator[Document]: ...
+    def documents(self) -> Iterator[Document]:
+        """Yield every document, in an order that depends only on the source. Called more than once."""
 
-    def identity(self, hashes: FileHashes) -> Any: ...
+    def identity(self, hashes: FileHashes) -> Any:
+        """Return JSON-able facts that differ whenever the documents do: they decide if the cache can be used."""
 
 
-class Stdlib:
-    """Python's standard library: a module is a document, held out by its path and so alike in every release.
+class StdlibReader:
+    """Python's standard library: each module is a document, held out by its path, so alike in every release.
 
-    Left out: tests, installed packages, and the modules that were generated for this one machine.
+    Tests, installed packages and modules that were generated for this machine are left out.
     """
 
     LEFT_OUT = SKIPPED_FOLDERS | {"test", "tests", "idle_test"}
@@ -52,13 +49,13 @@ class Stdlib:
             raise UserError(f"{self.root}: the standard library is not here as .py files; use another source")
 
     def _is_module(self, path: Path) -> bool:
-        generated = path.name.startswith("_sysconfigdata") or path.parent.name.startswith("config-")
-        return path.suffix == ".py" and not generated
+        is_generated = path.name.startswith("_sysconfigdata") or path.parent.name.startswith("config-")
+        return path.suffix == ".py" and not is_generated
 
     def documents(self) -> Iterator[Document]:
         for path in self.modules:
-            for each in read_documents(path, ""):
-                yield Document(each.chunks, key=self._name(path))
+            for document in read_documents(path, ""):
+                yield document._replace(key=self._name(path))
 
     def identity(self, hashes: FileHashes) -> Any:
         return [(self._name(path), hashes.sha256(path)) for path in self.modules]
@@ -67,22 +64,21 @@ class Stdlib:
         return path.relative_to(self.root).as_posix()
 
 
-class Files:
-    """Local files. One that is named by itself must hold text; one that was searched for may be empty."""
+class FilesReader:
+    """Local files. A file that is named itself must hold text; files found in folders and by globs may be empty."""
 
     def __init__(self, config: FilesSource):
         self.column = config.text_column
         self.paths = find_files(config.paths)
 
     def documents(self) -> Iterator[Document]:
-        for path, named in self.paths.items():
-            yield from (
-                _holding_text(path, read_documents(path, self.column)) if named else read_documents(path, self.column)
-            )
+        for path, is_named in self.paths.items():
+            documents = read_documents(path, self.column)
+            yield from _check_text(path, documents) if is_named else documents
 
     @property
     def single_text_file(self) -> Path | None:
-        """The file, where this is a single text file, and so a single document."""
+        """The file, if this source is a single text file, and so a single document."""
         first = next(iter(self.paths))
         return first if len(self.paths) == 1 and FORMATS[format_of(first)] is read_text else None
 
@@ -90,27 +86,27 @@ class Files:
         return [self.column, [(format_of(path), hashes.sha256(path)) for path in self.paths]]
 
 
-def _holding_text(path: Path, documents: Iterator[Document]) -> Iterator[Document]:
-    """The documents, checked to hold one character that is not white space."""
-    blank = True
-    for each in documents:
-        first = next(each.chunks)
-        blank = blank and not first.strip()
-        yield Document(chain([first], each.chunks), each.key)
-    if blank:
+def _check_text(path: Path, documents: Iterator[Document]) -> Iterator[Document]:
+    """Yield the documents. Raises UserError at the end if all are blank."""
+    is_blank = True
+    for document in documents:
+        first = next(document.chunks)
+        is_blank = is_blank and not first.strip()
+        yield document._replace(chunks=chain([first], document.chunks))
+    if is_blank:
         raise no_text_error(path)
 
 
 def no_text_error(path: Path) -> UserError:
-    """What is said of a file that was named by itself."""
+    """Return the error for a named file without text."""
     return UserError(f"{path}: no text in this file: it is empty, or all white space")
 
 
-class HuggingFace:
+class HuggingFaceReader:
     """A data set read with `datasets`, from the hub or from a local folder.
 
-    A local folder is known by its content. A data set on the hub is known by its name: it is fetched once,
-    and the shards stay what they were; delete their folder to fetch it again.
+    A local folder is identified by its content, a data set on the hub by its name: later changes on the hub are not
+    noticed. Delete the cached dataset to download it again.
     """
 
     def __init__(self, config: HuggingFaceSource):
@@ -118,10 +114,10 @@ class HuggingFace:
         self.folder = Path(config.name).expanduser()
 
     def identity(self, hashes: FileHashes) -> Any:
-        asked = self.config.model_dump(exclude={"name", "weight", "streaming"})
+        options = self.config.model_dump(exclude={"name", "weight", "streaming"})
         if not self.folder.is_dir():
-            return [self.config.name, asked]
-        return [asked, [(p.relative_to(self.folder).as_posix(), hashes.sha256(p)) for p in walk(self.folder)]]
+            return [self.config.name, options]
+        return [options, [(p.relative_to(self.folder).as_posix(), hashes.sha256(p)) for p in walk(self.folder)]]
 
     def documents(self) -> Iterator[Document]:
         name, column, row = self.config.name, self.config.text_column, 0
@@ -129,7 +125,7 @@ class HuggingFace:
             if column not in batch:
                 raise UserError(f"{name}: no column {column!r}; there are {', '.join(batch)} (option text_column)")
             for value in batch[column]:
-                yield document(text_of(value, column, f"{name}: row {row}"))
+                yield to_document(to_text(value, column, f"{name}: row {row}"))
                 row += 1
 
     def _batches(self) -> Iterator[dict[str, list]]:
@@ -137,16 +133,14 @@ class HuggingFace:
             yield from self._load().iter(batch_size=256)
         except UserError:
             raise
-        except Exception as error:  # `datasets` raises whatever its readers and the network do
-            cause = error.__cause__ or error
-            reason = (str(cause).strip() or "no reason given").splitlines()[0]
-            raise UserError(f"{self.config.name}: cannot be read: {type(cause).__name__}: {reason}") from None
+        except Exception as error:
+            raise UserError(f"{self.config.name}: cannot be read: {library_error(error.__cause__ or error)}") from None
 
     def _load(self) -> Any:
         import datasets
 
         name, split = self.config.name, self.config.split
-        if not any((self.folder / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+        if not any((self.folder / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
             path = str(self.folder) if self.folder.is_dir() else name
             return datasets.load_dataset(path, self.config.config, split=split, streaming=self.config.streaming)
         saved = datasets.load_from_disk(str(self.folder))
@@ -158,12 +152,12 @@ class HuggingFace:
 
 
 READERS: dict[type[Section], type[Reader]] = {
-    StdlibSource: Stdlib,
-    FilesSource: Files,
-    HuggingFaceSource: HuggingFace,
+    StdlibSource: StdlibReader,
+    FilesSource: FilesReader,
+    HuggingFaceSource: HuggingFaceReader,
 }
 
 
 def build_reader(config: Section) -> Reader:
-    """The reader that answers for a source. Raises UserError where its files are missing."""
+    """Build the reader of a source. Raises UserError if its files are missing."""
     return READERS[type(config)](config)

@@ -1,4 +1,4 @@
-"""Local files: found by path, folder or glob, opened whatever their compression, read a document at a time."""
+"""Local text files: found by path, folder or glob, decompressed, read document by document."""
 
 from __future__ import annotations
 
@@ -15,30 +15,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from training.data.chunks import Document, cut, decode_utf8, document
+from training.data.chunks import Document, decode_utf8, split_into_chunks, to_document
 from training.errors import UserError
 
 SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages"})
-MAX_LINE_BYTES = 2**26  # bytes of a line of JSON at most: a document is in memory in one chunk
+MAX_LINE_BYTES = 2**26  # of .jsonl: the document of a line is in memory whole
 
 
 # --- finding ---------------------------------------------------------------------------------------
 
 
 def walk(folder: Path, skip: frozenset[str] = SKIPPED_FOLDERS) -> Iterator[Path]:
-    """Every file below a folder, sorted by path; hidden files and folders and those named in `skip` are not."""
+    """Yield every file below a folder, sorted by path, without hidden files and folders and those named in `skip`."""
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if name not in skip and not name.startswith("."))
         yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
 
 
-def is_usable(path: Path) -> bool:
-    """Whether the file's name says that it can be read."""
-    return format_of(path) in FORMATS
-
-
 def format_of(path: Path) -> str:
-    """The format by the file's name, compression left off: `a.jsonl.gz` is `.jsonl`."""
+    """Return the extension that names the format, without the compression's: `.jsonl` of `a.jsonl.gz`."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if len(suffixes) > 1 and suffixes[-1] in OPENERS and suffixes[-2] != ".parquet":
         return suffixes[-2]
@@ -46,30 +41,30 @@ def format_of(path: Path) -> str:
 
 
 def find_files(patterns: Iterable[str]) -> dict[Path, bool]:
-    """The files that paths, folders and globs mean, in that order, each once; True: named by itself.
+    """Return the files of paths, folders and globs, in that order, each once; True: the file is named itself.
 
-    Raises UserError for a pattern that gives none.
+    Raises UserError for a pattern without files.
     """
-    found: dict[Path, bool] = {}
+    files: dict[Path, bool] = {}
     for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.is_file():
-            if not is_usable(path):
+            if format_of(path) not in FORMATS:
                 raise UserError(f"{path}: no usable file: its name does not end in {EXTENSIONS}")
-            found[path] = True
+            files[path] = True
             continue
-        paths = sorted(search(path))
-        if not paths:
+        matches = sorted(search(path))
+        if not matches:
             raise UserError(f"{pattern}: {_why_nothing(path)}")
-        found.update((each, False) for each in paths if each not in found)
-    return found
+        files.update((match, False) for match in matches if match not in files)
+    return files
 
 
 def search(path: Path) -> Iterator[Path]:
-    """The usable files below a folder, or those that a glob matches and those below folders that it matches."""
+    """Yield the usable files below a folder, or those that a glob matches and those below folders that it matches."""
     matches = [path] if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207 (it may be absolute)
     for match in matches:
-        yield from (each for each in (walk(match) if match.is_dir() else [match]) if is_usable(each))
+        yield from (file for file in (walk(match) if match.is_dir() else [match]) if format_of(file) in FORMATS)
 
 
 def _why_nothing(path: Path) -> str:
@@ -94,7 +89,7 @@ OPENERS = {"": lambda path: path.open("rb"), ".gz": gzip.open, ".bz2": bz2.open,
 
 @contextmanager
 def open_decompressed(path: Path) -> Iterator[BinaryIO]:
-    """The file's bytes, decompressed. Raises UserError that names the file where it cannot be read to its end."""
+    """Open a file's decompressed bytes. Raises UserError, also while they are read, if it cannot be read to its end."""
     suffix = path.suffix.lower()
     try:
         with OPENERS[suffix if suffix in OPENERS else ""](path) as file:
@@ -109,46 +104,45 @@ def open_decompressed(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_text(path: Path, _column: str) -> Iterator[Document]:
-    """A text file is one document."""
-    yield Document(_chunks(path))
+    """Yield a text file as one document."""
 
+    def chunks() -> Iterator[str]:
+        with open_decompressed(path) as file:
+            yield from split_into_chunks(decode_utf8(file, str(path)))
 
-def _chunks(path: Path) -> Iterator[str]:
-    with open_decompressed(path) as file:
-        yield from cut(decode_utf8(file, str(path)))
+    yield Document(chunks())
 
 
 def read_jsonl(path: Path, column: str) -> Iterator[Document]:
-    """A line is one document; blank lines are passed over."""
+    """Yield a document for each line that is not blank."""
     with open_decompressed(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
             if len(line) > MAX_LINE_BYTES:
-                raise UserError(
-                    f"{path}: line {number} is longer than {MAX_LINE_BYTES >> 20} MiB, more than a document has"
-                )
+                limit = f"{MAX_LINE_BYTES >> 20} MiB"
+                raise UserError(f"{path}: line {number} is longer than {limit}, more than a document has")
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
-                yield document(_json_text(line, column, f"{path}: line {number}"))
+                yield to_document(_parse_line(line, column, f"{path}: line {number}"))
 
 
-def _json_text(line: bytes, column: str, where: str) -> str:
+def _parse_line(line: bytes, column: str, where: str) -> str:
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: byte {error.start} of the line is not UTF-8 ({error.reason})") from None
     except (ValueError, RecursionError) as error:
-        torn = "" if line.endswith(b"\n") else "; it is the last line: was it cut short?"
-        raise UserError(f"{where}: not JSON ({error}){torn}") from None
+        hint = "" if line.endswith(b"\n") else "; it is the last line: was it cut short?"
+        raise UserError(f"{where}: not JSON ({error}){hint}") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: a JSON {type(row).__name__}, not an object with a {column!r}")
     if column not in row:
         raise UserError(f"{where}: no column {column!r}; there are {', '.join(row) or 'none'} (option text_column)")
-    return text_of(row[column], column, where)
+    return to_text(row[column], column, where)
 
 
 def read_parquet(path: Path, column: str) -> Iterator[Document]:
-    """A row is one document."""
+    """Yield a document for each row."""
     import pyarrow
     from pyarrow import parquet
 
@@ -160,14 +154,14 @@ def read_parquet(path: Path, column: str) -> Iterator[Document]:
                 raise UserError(f"{path}: no column {column!r}; there are {names} (option text_column)")
             for batch in file.iter_batches(batch_size=256, columns=[column]):
                 for value in batch.column(0):
-                    yield document(text_of(value.as_py(), column, f"{path}: row {row}"))
+                    yield to_document(to_text(value.as_py(), column, f"{path}: row {row}"))
                     row += 1
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: row {row}: cannot be read: {str(error).splitlines()[0]}") from None
 
 
-def text_of(value: Any, column: str, where: str) -> str:
-    """The text in a column of a row; null is an empty document, anything else than text a UserError."""
+def to_text(value: Any, column: str, where: str) -> str:
+    """Return the text of a row's column, "" for null. Raises UserError for anything but text."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -184,5 +178,5 @@ EXTENSIONS = ", ".join(FORMATS) + " (each but .parquet also with " + ", ".join(f
 
 
 def read_documents(path: Path, column: str) -> Iterator[Document]:
-    """The documents of a file that `usable` accepts."""
+    """Return the documents of a file in one of FORMATS."""
     return FORMATS[format_of(path)](path, column)

@@ -1,4 +1,4 @@
-"""Text to tokens and back, with the end-of-text token between documents, and only there."""
+"""Text to tokens and back. The end-of-text token stands between documents and nowhere else."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ PROBE = "Def F(x):\r\n\treturn  x  # naïve 日本語 🙂 1234567 don't <|endof
 
 
 class Tokenizer:
-    """A byte-level `tokenizers.Tokenizer` that turns any text into tokens and back without loss.
+    """A lossless byte-level tokenizer: a `tokenizers.Tokenizer` with an end-of-text token.
 
-    `<|endoftext|>` within a text is encoded as the ordinary characters that it is made of. The tokenizer
-    gets that token as an additional last one where it has none. Raises UserError where text does not come
-    back as it was or where tokens do not add up to its bytes, as with WordPiece or SentencePiece.
+    `<|endoftext|>` within text is encoded as ordinary characters. A tokenizer without that token gets it as an
+    additional last one. Raises UserError if text does not survive a round trip or the tokens do not add up to its
+    bytes, as with WordPiece or SentencePiece.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, name: str):
@@ -39,30 +39,30 @@ class Tokenizer:
         self.dtype = np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
         ids = self.encode(PROBE)
         if self.decode(ids) != PROBE or self.token_bytes[ids].sum() != len(PROBE.encode()):
-            raise UserError(f"{name}: not a lossless byte-level tokenizer (such as GPT-2's), which is what can be used")
+            raise UserError(f"{name}: not a lossless byte-level tokenizer; use one such as GPT-2's")
 
     def encode(self, text: str) -> np.ndarray:
-        """The tokens of a text, int64, without an end-of-text token."""
+        """Return the tokens of a text, int64 (n_tokens,), without an end-of-text token."""
         return np.array(self.inner.encode(text, add_special_tokens=False).ids, np.int64)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The tokens of each text, in `dtype`; for many and long texts."""
-        if self._fast is not None:
-            return [self._fast(text).astype(self.dtype, copy=False) for text in texts]
+        """Return the tokens of each text, in `dtype`, faster than `encode`."""
+        if self._fast_encoder is not None:
+            return [self._fast_encoder(text).astype(self.dtype, copy=False) for text in texts]
         encodings = self.inner.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
     @cached_property
-    def _fast(self) -> Encoder | None:
+    def _fast_encoder(self) -> Encoder | None:
         return build_fast_encoder(self.inner)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of tokens, end-of-text tokens written out; bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of tokens, with end-of-text tokens written out and U+FFFD for bytes that are not UTF-8."""
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=False)
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """int32 (vocab_size,): the bytes of text that each token stands for; 0 for special tokens."""
+        """Bytes of text in each token, int32 (vocab_size,); 0 for special tokens."""
         n_bytes = np.zeros(self.vocab_size, np.int32)
         for token, i in self.inner.get_vocab().items():
             n_bytes[i] = len(token)  # a character of a byte-level token stands for one byte
@@ -74,25 +74,24 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json, which Transformers' `AutoTokenizer` opens."""
         folder = Path(folder)
         mkdir_durable(folder)
-        # Not by `inner.save`, whose refusal by the system is a bare Exception.
+        # Not `inner.save`, which raises a bare Exception if the disk is full.
         write_atomically(folder / "tokenizer.json", self.inner.to_str(pretty=True))
-        special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_input_names": ["input_ids", "attention_mask"],  # Transformers 4 would add token_type_ids
             "clean_up_tokenization_spaces": False,
-            **special,
+            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
         }
         write_atomically(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """The tokenizer that `save` wrote, or another tokenizer.json in a folder."""
+        """Load the tokenizer.json of a folder."""
         return from_json(Path(folder) / "tokenizer.json")
 
 
 def from_json(path: Path) -> Tokenizer:
-    """A tokenizer.json. Raises UserError that names it."""
+    """Load a tokenizer.json. Raises UserError if it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -105,7 +104,7 @@ def from_json(path: Path) -> Tokenizer:
 
 
 def from_vocab_and_merges(vocab: Path, merges: Path) -> Tokenizer:
-    """A tokenizer in GPT-2's own two files."""
+    """Load a tokenizer from GPT-2's two files. Raises UserError if they cannot be read."""
     try:
         model = models.BPE.from_file(str(vocab), str(merges))
     except Exception as error:  # `tokenizers` raises bare Exception
@@ -114,14 +113,14 @@ def from_vocab_and_merges(vocab: Path, merges: Path) -> Tokenizer:
 
 
 def build_byte_tokenizer() -> Tokenizer:
-    """Token i is byte i; 256 is the end of text."""
+    """Build the tokenizer whose token i is byte i and whose token 256 is the end of text."""
     return Tokenizer(_byte_level(models.BPE(vocab=unicode_to_bytes(), merges=[])), "byte")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE with GPT-2's pre-tokenizer; the same texts give the same tokenizer.
+    """Train a byte-level BPE with GPT-2's pre-tokenizer. The same texts give the same tokenizer.
 
-    `vocab_size` includes the end-of-text token, which is the last; a small text gives fewer tokens.
+    `vocab_size` includes the end-of-text token, which is the last. Little text gives fewer tokens.
     """
     inner = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(

@@ -1,4 +1,4 @@
-"""Which code answers for which `data.tokenizer`: trained here, on disk, on the hub, or tiktoken's."""
+"""Builds the tokenizer of `data.tokenizer`: trained here, from disk, from the hub, or tiktoken's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from training.data.tokenizer import (
     from_vocab_and_merges,
     train_bpe,
 )
-from training.errors import UserError
+from training.errors import UserError, library_error
 
 if TYPE_CHECKING:
     import tiktoken
@@ -35,6 +35,7 @@ def _bpe(config: BPETokenizer, texts: Iterable[str]) -> Tokenizer:
 
 
 def _up_to(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
+    """Yield texts until they have `max_bytes` in all."""
     for text in texts:
         yield text
         max_bytes -= len(text.encode())
@@ -48,7 +49,7 @@ def _file(config: FileTokenizer, _texts: Iterable[str]) -> Tokenizer:
 
 
 def tokenizer_files(config: FileTokenizer) -> list[Path]:
-    """The tokenizer.json, or the vocab.json and merges.txt. Raises UserError where there are neither."""
+    """Return the tokenizer.json, or vocab.json and merges.txt. Raises UserError if there is neither."""
     path = Path(config.path).expanduser()
     if path.is_file():
         return [path]
@@ -61,8 +62,9 @@ def tokenizer_files(config: FileTokenizer) -> list[Path]:
 def _huggingface(config: HuggingFaceTokenizer, _texts: Iterable[str]) -> Tokenizer:
     try:
         inner = tokenizers.Tokenizer.from_pretrained(config.name)
-    except Exception as error:  # the network's and the hub's errors have no common class
-        raise _not_loaded(f"tokenizer {config.name!r} from the Hugging Face hub", error) from None
+    except Exception as error:
+        where = f"tokenizer {config.name!r} from the Hugging Face hub"
+        raise UserError(f"{where} cannot be loaded: {library_error(error)}") from None
     return Tokenizer(inner, config.name)
 
 
@@ -71,22 +73,17 @@ def _tiktoken(config: TiktokenTokenizer, _texts: Iterable[str]) -> Tokenizer:
 
     try:
         encoding = tiktoken.get_encoding(config.name)
-    except Exception as error:  # the network's errors and ValueError for an unknown name
-        raise _not_loaded(f"tiktoken encoding {config.name!r}", error) from None
+    except Exception as error:  # the network's errors, and ValueError for an unknown name
+        raise UserError(f"tiktoken encoding {config.name!r} cannot be loaded: {library_error(error)}") from None
     return from_tiktoken(encoding)
 
 
-def _not_loaded(what: str, error: Exception) -> UserError:
-    reason = (str(error).strip() or "no reason given").splitlines()[0]
-    return UserError(f"{what} cannot be loaded: {type(error).__name__}: {reason}")
-
-
 def from_tiktoken(encoding: tiktoken.Encoding) -> Tokenizer:
-    """The same encoding as a `tokenizers.Tokenizer`; raises UserError where it would not give the same tokens.
+    """Convert an encoding to a `tokenizers.Tokenizer`. Raises UserError if it would not give the same tokens.
 
-    tiktoken stores ranks, not merges: a token's merges are the pairs of tokens that make it up, best ranks
-    first (as in Transformers' TikTokenConverter). Its patterns use possessive quantifiers and `$` for the
-    end of the text, which the other regular expression engine writes differently.
+    tiktoken stores ranks instead of merges: a token's merges are the pairs of tokens that make it up, best ranks
+    first (as in Transformers' TikTokenConverter). Its patterns use possessive quantifiers and `$` for the end of the
+    text, which the regular expressions of `tokenizers` write differently.
     """
     letters = {byte: letter for letter, byte in unicode_to_bytes().items()}
     ranks = encoding._mergeable_ranks
@@ -123,12 +120,12 @@ TOKENIZERS: dict[type[Section], Callable[[Any, Iterable[str]], Tokenizer]] = {
 
 
 def build_tokenizer(config: Section, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer that is asked for; one that is trained here learns from the beginning of `texts`."""
+    """Build the tokenizer of a config. A tokenizer that is trained here learns from the start of `texts`."""
     return TOKENIZERS[type(config)](config, texts)
 
 
 def tokenizer_identity(config: Section, hashes: FileHashes) -> Any:
-    """What the tokenizer depends on besides the texts, JSON-able: its options, or its files' content."""
+    """Return JSON-able facts that decide the tokenizer, beside the texts: its options, or its files' hashes."""
     if isinstance(config, FileTokenizer):
         return ["file", [hashes.sha256(path) for path in tokenizer_files(config)]]
     return config.model_dump()

@@ -1,16 +1,21 @@
-"""Tokenizing on all cores, by processes that run `training.data.worker`.
+"""Tokenizing on all cores, in processes that run `serve`.
 
-They are started anew: nothing is forked, torch is not imported, and the user's main module is not run again.
+Not `multiprocessing`: a process that it spawns runs the user's main module again, so every caller would need a
+`__main__` guard. These processes import neither that module nor torch.
+
+The protocol: a line of JSON with texts goes in; a line of JSON with the number of tokens of each comes out, then the
+tokens. A process ends when its input ends, and so also when its owner is killed.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from itertools import chain, islice
 from pathlib import Path
@@ -21,17 +26,13 @@ from training.data.chunks import Chunk
 from training.data.tokenizer import Tokenizer
 from training.errors import UserError
 
-REQUEST_CHARS = 1 << 20  # characters that are sent at once
-MIN_REQUESTS = 2  # requests for which starting processes costs more than it saves
-
-
-def n_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+REQUEST_CHARS = 1 << 20
+MIN_REQUESTS = 2  # for less text, starting processes costs more than it saves
+PROGRAM = "import sys; from training.data.workers import serve; serve(sys.argv[1])"
 
 
 def encode_chunks(chunks: Iterable[Chunk], folder: Path, workers: int | None) -> Iterator[tuple[Chunk, np.ndarray]]:
-    """Each chunk with its tokens, in order, by the tokenizer in `folder`; a few requests in memory at a time."""
+    """Yield each chunk with its tokens, in order, by the tokenizer in `folder`. Holds a few requests in memory."""
     requests = to_requests(chunks)
     first = list(islice(requests, MIN_REQUESTS))
     requests = chain(first, requests)
@@ -44,8 +45,13 @@ def encode_chunks(chunks: Iterable[Chunk], folder: Path, workers: int | None) ->
         yield from zip(request, tokenizer.encode_batch([chunk.text for chunk in request]), strict=True)
 
 
+def n_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def to_requests(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
-    """Consecutive chunks, together about REQUEST_CHARS characters long."""
+    """Group consecutive chunks into requests of about REQUEST_CHARS characters."""
     request, length = [], 0
     for chunk in chunks:
         request.append(chunk)
@@ -60,7 +66,7 @@ def to_requests(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
 def encode_in_processes(
     requests: Iterator[list[Chunk]], folder: Path, dtype: np.dtype, workers: int
 ) -> Iterator[tuple[Chunk, np.ndarray]]:
-    """Chunks go to the workers in turn and come back in that order, one at a time at each worker."""
+    """Send requests to the workers in turn, one at a time each, and yield the answers in the same order."""
     with ExitStack() as stack:
         idle = [stack.enter_context(Worker(folder, dtype)) for _ in range(workers)]
         busy = deque((worker.send(request), request) for worker, request in zip(idle, requests, strict=False))
@@ -77,10 +83,9 @@ class Worker:
 
     def __init__(self, folder: Path, dtype: np.dtype):
         self.dtype = dtype
-        root = str(Path(__file__).parents[2])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, "-m", "training.data.worker", str(folder)]
+        command = [sys.executable, "-c", PROGRAM, str(folder)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
     def __enter__(self) -> Worker:
@@ -90,8 +95,8 @@ class Worker:
         self.process.kill()
         self.process.communicate()
 
-    def send(self, request: Sequence[Chunk]) -> Worker:
-        """Give it a request to work on."""
+    def send(self, request: list[Chunk]) -> Worker:
+        """Send a request. Raises UserError if the process has died."""
         try:
             self.process.stdin.write(json.dumps([chunk.text for chunk in request]).encode() + b"\n")
             self.process.stdin.flush()
@@ -100,7 +105,7 @@ class Worker:
         return self
 
     def receive(self) -> list[np.ndarray]:
-        """The tokens of each text of the request, when it is done."""
+        """Wait for the tokens of each text of the request. Raises UserError if the process has died."""
         header = self.process.stdout.readline()
         counts = json.loads(header) if header.endswith(b"\n") else None
         data = self.process.stdout.read(sum(counts) * self.dtype.itemsize) if counts else b""
@@ -111,3 +116,14 @@ class Worker:
     def _died(self) -> UserError:
         status = self.process.wait()
         return UserError(f"a tokenizing process ended with status {status} (out of memory?); lower data.workers")
+
+
+def serve(folder: str) -> None:
+    """Answer requests on stdin, in a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the owner, who then ends this process
+    tokenizer = Tokenizer.load(folder)
+    for line in sys.stdin.buffer:
+        ids = tokenizer.encode_batch(json.loads(line))
+        sys.stdout.buffer.write(json.dumps([len(each) for each in ids]).encode() + b"\n")
+        sys.stdout.buffer.writelines(each.tobytes() for each in ids)
+        sys.stdout.buffer.flush()

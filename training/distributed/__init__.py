@@ -1,1 +1,1 @@
-"""Everything about several processes; the only package that imports torch.distributed."""
+"""Several processes: the only package that imports torch.distributed. docs/distributed.md lists its files."""

@@ -1,4 +1,4 @@
-"""Who keeps a run from going on: what ranks know of one another, and what follows from it. Nothing here acts."""
+"""Decide from heartbeats which rank is dead or stuck. Pure functions: nothing here waits, prints or ends a process."""
 
 from __future__ import annotations
 
@@ -6,99 +6,104 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from training.distributed.process_id import Place
+from training.distributed.process_id import ProcessId
 
-# What others may expect of a rank that does something. work: they wait up to the limit for it. collective: there are
-# collectives inside that nobody announces, so that it waits itself when it does not go on. untimed: it takes as long as
-# it takes, and others wait; only its end, or its silence, is a fault.
+# timed: other ranks wait for it at most `limit` seconds. collective: timed, and it contains collectives that are not
+# announced, so that a rank that makes no progress in it may itself be waiting. untimed: others wait until it ends or
+# its heartbeats stop.
 ActivityKind = Literal["timed", "collective", "untimed"]
-FRESH_S = 2.5  # the age of a beat that still tells where its rank is
-LOOP, BACKGROUND = "loop", "background"  # the threads of a rank that wait for other ranks
+FRESH_S = 2.5  # an older heartbeat no longer tells what its rank is doing
+LOOP, BACKGROUND = "loop", "background"  # the threads of a rank that run collectives
 
 
 @dataclass
-class Lane:
-    """What a thread of a rank is in."""
+class Activity:
+    """The current activity of one thread of a rank."""
 
-    doing: str = "the start"
+    name: str = "the start"
     kind: ActivityKind = "timed"
-    waits: str = ""  # the collective that it is in
-    count: int = 0  # collectives entered so far
-    since: float = field(default=0.0, compare=False)  # when the rest last changed, by the clock of who knows it
+    collective: str = ""  # the collective that the thread waits in
+    n_collectives: int = 0  # entered so far
+    changed_at: float = field(default=0.0, compare=False)  # when the fields above changed, by the observer's clock
 
     def text(self) -> str:
-        """What it is in, in words."""
-        return f"{self.waits} of {self.doing}" if self.waits else self.doing
+        """Return the activity as text: "the all-reduce of gradients of step 5"."""
+        return f"{self.collective} of {self.name}" if self.collective else self.name
 
 
 @dataclass
 class Rank:
-    """A rank as another, or itself, knows it; `place` is None until it has come."""
+    """The state of a rank, as it or another rank knows it."""
 
     number: int
-    place: Place | None = None
-    lanes: dict[str, Lane] = field(default_factory=dict)
-    ended: bool = False  # and said so
-    beat: float = -1.0  # its clock, when it was last heard of
-    heard: float = 0.0  # ours
-    gone: float | None = None  # when its process was first missed here
+    process: ProcessId | None = None  # None until the rank has joined
+    activities: dict[str, Activity] = field(default_factory=dict)  # by thread
+    has_ended: bool = False  # it announced its end
+    heartbeat: float = -1.0  # time of its newest heartbeat, by its clock
+    last_heartbeat: float = 0.0  # when that arrived, by ours
+    missing_since: float | None = None  # when its process was first seen to be dead, by our clock
 
     def text(self) -> str:
-        """Its name, in words."""
-        return f"rank {self.number}" + (f" (host {self.place.host}, pid {self.place.pid})" if self.place else "")
+        """Return the rank, host and pid as text."""
+        return f"rank {self.number}" + (f" (host {self.process.host}, pid {self.process.pid})" if self.process else "")
 
-    def lane(self) -> Lane:
-        """The lane that waits, else the loop's."""
-        return next((lane for lane in self.lanes.values() if lane.waits), self.lanes[LOOP])
+    def current_activity(self) -> Activity:
+        """Return the activity of the thread that waits in a collective, else of the loop."""
+        waiting = (activity for activity in self.activities.values() if activity.collective)
+        return next(waiting, self.activities[LOOP])
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why the run ends; `by` is the rank that says so."""
+    """Why the run ends, and the rank that prints it."""
 
-    line: str  # empty: it says it in its own way
+    message: str  # empty: the reporter prints its own error
     status: int
     lost: Sequence[int] = ()
-    by: int = -1
+    reporter: int = -1
 
 
-def lost(me: Rank, others: Sequence[Rank], now: float, limit: float, silence: float, read: float) -> Verdict | None:
-    """Who keeps the run from going on, if anybody does.
+def diagnose(
+    me: Rank, others: Sequence[Rank], now: float, limit: float, silence: float, read_at: float
+) -> Verdict | None:
+    """Return a verdict if a rank is dead, silent or stuck, else None. Times are in seconds.
 
-    `limit` is the longest wait and `silence` the longest time without a beat, in seconds; `read` is when the store was
-    last asked for beats and answered: a rank that told of its end is not missed, nor one that is not asked for.
+    `limit` is the longest wait and `silence` the longest time without a heartbeat. `read_at` is when the newest answer
+    of the store was requested: a rank is missed only if a later answer does not contain its announced end.
     """
-    lane = me.lane()
-    during = f"while {me.text()} {'waited for it' if lane.waits else 'was'} in {lane.text()}"
-    for rank in others:
-        if not rank.ended and rank.gone is not None and read > rank.gone:
+    activity = me.current_activity()
+    during = f"while {me.text()} {'waited for it' if activity.collective else 'was'} in {activity.text()}"
+    running = [rank for rank in others if not rank.has_ended]
+    for rank in running:
+        if rank.missing_since is not None and read_at > rank.missing_since:
             return Verdict(f"{rank.text()} died {during}", 1, (rank.number,))
-    for rank in others:
-        if not rank.ended and read - rank.heard > silence:
-            how = "has not been heard of for" if rank.place else "has not come in"
-            return Verdict(f"{rank.text()} {how} {read - rank.heard:.0f} s, {during}", 1, (rank.number,))
-    if any(not rank.ended and read - rank.heard > FRESH_S for rank in others):
-        return None  # what it was in then says little
-    found = (_behind(me, name, [r for r in others if name in r.lanes], now, limit, read) for name in me.lanes)
-    return next(filter(None, found), None)
+    for rank in running:
+        if read_at - rank.last_heartbeat > silence:
+            silent = "has sent no heartbeat for" if rank.process else "has not joined for"
+            return Verdict(f"{rank.text()} {silent} {read_at - rank.last_heartbeat:.0f} s, {during}", 1, (rank.number,))
+    if any(read_at - rank.last_heartbeat > FRESH_S for rank in running):
+        return None
+    for thread in me.activities:
+        if verdict := _stuck(me, thread, [rank for rank in others if thread in rank.activities], now, limit, read_at):
+            return verdict
+    return None
 
 
-def _behind(me: Rank, name: str, others: Sequence[Rank], now: float, limit: float, read: float) -> Verdict | None:
-    """Who is behind, where this rank has waited too long in a lane and nobody else has moved in it either."""
-    mine, theirs = me.lanes[name], {rank.number: rank.lanes[name] for rank in others}
-    if not (others and (mine.waits or mine.kind == "collective")):
+def _stuck(me: Rank, thread: str, others: Sequence[Rank], now: float, limit: float, read_at: float) -> Verdict | None:
+    """Return a verdict if this rank waited longer than `limit` in a thread in which no other rank moved either."""
+    mine, theirs = me.activities[thread], {rank.number: rank.activities[thread] for rank in others}
+    if not (others and (mine.collective or mine.kind == "collective")):
         return None
-    if now - mine.since <= limit or any(read - lane.since <= limit for lane in theirs.values()):
+    if now - mine.changed_at <= limit or any(read_at - activity.changed_at <= limit for activity in theirs.values()):
         return None
-    if any(
-        lane.kind == "untimed" and not lane.waits and not rank.ended for rank in others if (lane := rank.lanes[name])
-    ):
+    working = (theirs[rank.number] for rank in others if not rank.has_ended)
+    if any(activity.kind == "untimed" and not activity.collective for activity in working):
         return None
-    seconds = f"{now - mine.since:.0f} s"
-    last = min(others, key=lambda rank: rank.lanes[name].count)
-    if theirs[last.number].count < mine.count:
-        state = "has ended" if last.ended else f"does not come out of {theirs[last.number].text()}"
-        line = f"{last.text()} {state}, while {me.text()} waited {seconds} for it in {mine.text()}"
-        return Verdict(line, 1, (last.number,))
-    places = "; ".join(f"rank {number} is in {lane.text()}" for number, lane in list(theirs.items())[:8])
-    return Verdict(f"no rank has gone on for {seconds}: rank {me.number} is in {mine.text()}; {places}", 1)
+    seconds = f"{now - mine.changed_at:.0f} s"
+    last = min(others, key=lambda rank: theirs[rank.number].n_collectives)
+    if theirs[last.number].n_collectives < mine.n_collectives:
+        state = "has ended" if last.has_ended else f"is stuck in {theirs[last.number].text()}"
+        message = f"{last.text()} {state}, while {me.text()} waited {seconds} for it in {mine.text()}"
+        return Verdict(message, 1, (last.number,))
+    listed = "; ".join(f"rank {number} is in {activity.text()}" for number, activity in list(theirs.items())[:8])
+    return Verdict(f"no rank has made progress for {seconds}: rank {me.number} is in {mine.text()}; {listed}", 1)

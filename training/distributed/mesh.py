@@ -1,4 +1,8 @@
-"""How ranks are laid out: rank = copy x shard + place, and an expert's ranks are neighbours."""
+"""The device mesh: which rank holds which rows.
+
+rank = replica x shard + index within the shard group. A rank's part of the experts is rank % expert, so that the ranks
+among which experts are split are neighbors.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,11 @@ from training.errors import UserError
 
 
 class MeshShape(NamedTuple):
-    """Numbers of ranks. Rank = (copy x shard + place in the shard); its part of the experts is rank % expert."""
+    """Sizes of the mesh axes, as the options `parallel.mesh` name them."""
 
-    replicate: int
-    shard: int
-    expert: int
+    replicate: int  # replicas of the sharded weights
+    shard: int  # ranks that the weights are sharded over
+    expert: int  # ranks that each layer's experts are split over
 
     def __str__(self) -> str:
         split = f"weights split over {self.shard}" if self.shard > 1 else ""
@@ -27,72 +31,73 @@ class MeshShape(NamedTuple):
 
     @property
     def has_collectives(self) -> bool:
-        """Whether forward and backward need every rank: all have to make equally many."""
+        """True if forward and backward contain collectives, so that every rank must run the same number of them."""
         return self.shard > 1 or self.expert > 1
 
     def local_rows(self, n: int, rank: int, is_expert: bool) -> range:
-        """The rows, of n, of a parameter that lie on a rank: contiguous, as FSDP2 cuts them."""
-        rows, n_shards, place = range(n), self.shard, rank % self.shard
+        """Return the contiguous rows that a rank holds of a parameter with n rows, split as FSDP2 splits them."""
+        rows, n_shards, index = range(n), self.shard, rank % self.shard
         if is_expert and self.expert > 1:
             size = n // self.expert
             first = rank % self.expert * size
-            rows, n_shards, place = range(first, first + size), max(1, self.shard // self.expert), place // self.expert
+            rows, n_shards, index = range(first, first + size), max(1, self.shard // self.expert), index // self.expert
         size = -(-len(rows) // n_shards)
-        return rows[min(place * size, len(rows)) : min((place + 1) * size, len(rows))]
+        return rows[min(index * size, len(rows)) : min((index + 1) * size, len(rows))]
 
 
-def check_mesh(config: Config, size: int) -> None:
-    """Raise UserError where the options cannot be carried out by so many ranks."""
+def check_mesh(config: Config, n_ranks: int) -> None:
+    """Raise UserError if the options do not fit the number of ranks."""
     n_samples = config.batch_tokens // config.model.n_positions
-    if n_samples < size:
-        raise UserError(f"batch_tokens: {config.batch_tokens} are {n_samples} samples, fewer than {size} processes")
-    mesh_shape(config.parallel.mesh, size, config.model)
+    if n_samples < n_ranks:
+        few = f"{config.batch_tokens} are {n_samples} samples, fewer than {n_ranks} processes"
+        raise UserError(f"batch_tokens: {few}; raise batch_tokens or start fewer processes")
+    mesh_shape(config.parallel.mesh, n_ranks, config.model)
 
 
-def mesh_shape(section: MeshConfig, size: int, model: ModelConfig) -> MeshShape:
-    """The section's numbers for so many ranks. Raises UserError where they do not multiply out."""
-    replicate = section.replicate or size // section.shard
-    if replicate * section.shard != size:
-        wrong = f".shard: {section.shard} does not divide the {size} processes"
-        if section.replicate:
-            wrong = f": replicate {section.replicate} x shard {section.shard} is not {size}, the number of processes"
-        raise UserError(f"parallel.mesh{wrong}; change the mesh, or start {max(1, replicate) * section.shard} of them")
-    if size % section.expert:
-        raise UserError(f"parallel.mesh.expert: {section.expert} does not divide the {size} processes")
+def mesh_shape(config: MeshConfig, n_ranks: int, model: ModelConfig) -> MeshShape:
+    """Return the mesh for the number of ranks. Raises UserError if the axes do not multiply out."""
+    replicate = config.replicate or n_ranks // config.shard
+    if replicate * config.shard != n_ranks:
+        wrong = f".shard: {config.shard} does not divide the {n_ranks} processes"
+        if config.replicate:
+            wrong = f": replicate {config.replicate} x shard {config.shard} is not {n_ranks}, the number of processes"
+        raise UserError(f"parallel.mesh{wrong}; change the mesh, or start {max(1, replicate) * config.shard} of them")
+    if n_ranks % config.expert:
+        raise UserError(f"parallel.mesh.expert: {config.expert} does not divide the {n_ranks} processes")
     counts = [block.ffn.n_experts for block in model.blocks if block.ffn.type == "moe"]
-    if section.expert > 1 and not counts:
-        raise UserError(f"parallel.mesh.expert: {section.expert}, and the model has no experts; leave it out")
+    if config.expert > 1 and not counts:
+        raise UserError(f"parallel.mesh.expert: {config.expert}, but the model has no experts; remove the option")
     for n_experts in counts:
-        if n_experts % section.expert:
-            raise UserError(f"parallel.mesh.expert: {section.expert} does not divide n_experts {n_experts}")
-    return MeshShape(replicate, section.shard, section.expert)
+        if n_experts % config.expert:
+            raise UserError(f"parallel.mesh.expert: {config.expert} does not divide n_experts {n_experts}")
+    return MeshShape(replicate, config.shard, config.expert)
 
 
 class MeshGroups(NamedTuple):
-    """The process groups of a grid with more than one rank; None where a group would be one rank."""
+    """The process groups of a mesh; None where a group would be a single rank."""
 
-    shard: DeviceMesh | None  # for FSDP2: (shard,), or (replicate, shard)
-    expert_shard: DeviceMesh | None  # the same among the ranks that hold the same experts
-    expert: dist.ProcessGroup | None  # among which a layer's experts are split
-    same_experts: dist.ProcessGroup | None  # the ranks that hold the same experts, where these are not sharded
+    shard: DeviceMesh | None = None  # for FSDP2: (shard,), or (replicate, shard) for hybrid sharding
+    expert_shard: DeviceMesh | None = None  # the same among the ranks that hold the same experts
+    expert: dist.ProcessGroup | None = None  # the ranks that a layer's experts are split over
+    same_experts: dist.ProcessGroup | None = None  # the ranks that hold the same experts, if these are not sharded
 
 
 def build_groups(mesh: MeshShape, device: torch.device) -> MeshGroups:
-    """Make them. Collective."""
+    """Create the process groups. Collective."""
     replicate, shard, expert = mesh
     if not mesh.has_collectives:
-        return MeshGroups(None, None, None, None)
-    plain = None
+        return MeshGroups()
+    fsdp = None
     if shard > 1:
         root = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
-        plain = root if replicate > 1 else root["shard"]
+        fsdp = root if replicate > 1 else root["shard"]
     if expert == 1:
-        return MeshGroups(plain, plain, None, None)
+        return MeshGroups(fsdp, fsdp)
     if shard == 1:
         split = init_device_mesh(device.type, (replicate // expert, expert), mesh_dim_names=("same", "expert"))
         same = split.get_group("same") if replicate > expert else None
-        return MeshGroups(None, None, split.get_group("expert"), same)
+        return MeshGroups(expert=split.get_group("expert"), same_experts=same)
     sizes, names = (replicate, shard // expert, expert), ("replicate", "shard", "expert")
     split = init_device_mesh(device.type, sizes, mesh_dim_names=names)
-    of_experts = split["replicate", "shard"] if replicate > 1 else split["shard"]
-    return MeshGroups(plain, of_experts, split.get_group("expert"), None)
+    expert_shard = split["replicate", "shard"] if replicate > 1 else split["shard"]
+    return MeshGroups(fsdp, expert_shard, split.get_group("expert"))

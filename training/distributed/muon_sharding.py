@@ -1,143 +1,140 @@
-"""Matrices whose rows lie on several ranks, or that several ranks hold: each is worked on once, by one of them.
+"""Muon on sharded or replicated parameters: each matrix is gathered on one rank, processed there once, and sent back.
 
-Rows travel to the matrix's rank and what comes of them travels back, in one message to each rank.
+All rows of one call travel in one all-to-all to the owners of the matrices and one back. X matrices of M x N; P ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from training.distributed.world import World
-
-Work = Callable[[Tensor], Tensor]  # of matrices, (X, M, N) -> (X, M, N)
+from training.distributed.world import World, all_to_all_rows
 
 
-class Piece(NamedTuple):
-    """Rows of a matrix, on a rank."""
+class RowBlock(NamedTuple):
+    """Contiguous rows of a matrix that one rank holds."""
 
-    matrix: int  # its number in a call
+    matrix: int  # index of the matrix within the call
     rank: int
     rows: range  # of the matrix
-    parameter: int  # its number in a call
-    first: int  # where the rows begin in the rank's tensor of the parameter, seen as (rows, N)
+    parameter: int  # index of the parameter within the call
+    offset: int  # of the first row in the rank's tensor, viewed as (rows, N)
 
 
-class Way(NamedTuple):
-    """Pieces that go from one rank to another, in the order of the ranks."""
+class Transfer(NamedTuple):
+    """What this rank sends, or receives, in one all-to-all."""
 
-    pieces: list[Piece]
-    rows_P: list[int]  # for each rank
+    blocks: list[RowBlock]  # ordered by peer
+    rows_P: list[int]  # number of rows for each peer
 
 
-class Route(NamedTuple):
-    """Of one call: there, to the matrix's rank, and back; as this rank sends and receives."""
+class Schedule(NamedTuple):
+    """The two all-to-alls of one call, as this rank takes part in them."""
 
-    mine: dict[int, int]  # the matrices of this rank, by number, and the place of each among them
-    sent: Way
-    come: Way
-    back: Way
-    returned: Way
+    index_of_owned: dict[int, int]  # matrix -> its index among those that this rank owns
+    send: Transfer  # rows to the owners
+    receive: Transfer
+    send_back: Transfer  # results to every rank that holds the rows
+    receive_back: Transfer
 
 
 class MatrixGather:
-    """Work on the matrices of parameters of which this rank has some rows."""
+    """An operation on the full matrices of parameters of which this rank holds some rows."""
 
     def __init__(
         self,
         shapes: dict[nn.Parameter, torch.Size],
-        rows: dict[nn.Parameter, list[range]],
+        rows_of_rank: dict[nn.Parameter, list[range]],
         world: World,
         n_shards: int,
     ):
-        """`shapes` are those of the whole parameters, `rows` what each rank has of their first dimension.
+        """`shapes` are full shapes, `rows_of_rank` the rows of the first dimension that each rank holds.
 
-        Every `n_shards` ranks in a row hold a copy of everything but experts that are elsewhere.
+        Each group of `n_shards` consecutive ranks holds every row once, except rows of experts on other ranks.
         """
-        self.shapes, self.rows, self.world, self.n_shards = shapes, rows, world, n_shards
-        self.routes: dict[tuple[int, ...], Route] = {}
+        self.shapes, self.rows_of_rank, self.world, self.n_shards = shapes, rows_of_rank, world, n_shards
+        self._schedules: dict[tuple[int, ...], Schedule] = {}
 
-    def __call__(self, parameters: list[nn.Parameter], tensors: list[Tensor], work: Work) -> list[Tensor]:
-        """`work` on every matrix of parameters whose matrices have equal shape; tensors and results are this
-        rank's rows. Collective."""
+    def __call__(
+        self, parameters: list[nn.Parameter], tensors: list[Tensor], function: Callable[[Tensor], Tensor]
+    ) -> list[Tensor]:
+        """Apply `function`, (X, M, N) -> (X, M, N), to the full matrices and return this rank's rows of the results.
+
+        `tensors` are this rank's rows, one tensor for each parameter; all matrices are M x N. Collective.
+        """
         key = tuple(map(id, parameters))
-        if key not in self.routes:
-            self.routes[key] = self._route(parameters)
-        route, (n_rows, width) = self.routes[key], self.shapes[parameters[0]][-2:]
+        if key not in self._schedules:
+            self._schedules[key] = self._schedule(parameters)
+        schedule, (n_rows, width) = self._schedules[key], self.shapes[parameters[0]][-2:]
+        index = schedule.index_of_owned
+
         flat = [tensor.reshape(-1, width) for tensor in tensors]
-        sent = [_of(flat[p.parameter], p.first, p) for p in route.sent.pieces]
-        came = _exchanged(sent, route.sent, route.come, flat[0])
-        whole = flat[0].new_empty(len(route.mine), n_rows, width)
-        for piece, x in zip(route.come.pieces, came, strict=True):
-            _of(whole[route.mine[piece.matrix]], piece.rows.start, piece).copy_(x)
-        done = work(whole)  # of no matrices too: all ranks have to agree on the type
-        back = [_of(done[route.mine[p.matrix]], p.rows.start, p) for p in route.back.pieces]
-        returned = _exchanged(back, route.back, route.returned, done[:0].reshape(-1, width))
-        results = [done.new_empty(x.shape) for x in flat]
-        for piece, x in zip(route.returned.pieces, returned, strict=True):
-            _of(results[piece.parameter], piece.first, piece).copy_(x)
+        sent = [_slice(flat[block.parameter], block.offset, block) for block in schedule.send.blocks]
+        full_XMN = flat[0].new_empty(len(index), n_rows, width)
+        for block, rows in _exchange(sent, schedule.send, schedule.receive, flat[0]):
+            _slice(full_XMN[index[block.matrix]], block.rows.start, block).copy_(rows)
+
+        result_XMN = function(full_XMN)  # also where X is 0: it decides the dtype that all ranks exchange
+        sent = [_slice(result_XMN[index[b.matrix]], b.rows.start, b) for b in schedule.send_back.blocks]
+        results = [result_XMN.new_empty(rows.shape) for rows in flat]
+        for block, rows in _exchange(
+            sent, schedule.send_back, schedule.receive_back, result_XMN[:0].reshape(-1, width)
+        ):
+            _slice(results[block.parameter], block.offset, block).copy_(rows)
         return [result.view_as(tensor) for result, tensor in zip(results, tensors, strict=True)]
 
-    def _route(self, parameters: list[nn.Parameter]) -> Route:
-        """Who works on which matrix, and what travels for it."""
-        me, pieces = self.world.rank, list(self._pieces(parameters))
-        of_matrix: dict[int, list[Piece]] = {}
-        for piece in pieces:
-            of_matrix.setdefault(piece.matrix, []).append(piece)
-        owner = {matrix: some[matrix % len(some)].rank for matrix, some in of_matrix.items()}
-        copy = {matrix: rank // self.n_shards for matrix, rank in owner.items()}  # in which each row lies once
-        needed = [p for p in pieces if p.rank // self.n_shards == copy[p.matrix]]
+    def _schedule(self, parameters: list[nn.Parameter]) -> Schedule:
+        """Assign each matrix to an owner, in turn among the ranks that hold rows of it, and list the transfers."""
+        me, blocks = self.world.rank, list(self._row_blocks(parameters))
+        by_matrix: dict[int, list[RowBlock]] = {}
+        for block in blocks:
+            by_matrix.setdefault(block.matrix, []).append(block)
+        owner = {matrix: holders[matrix % len(holders)].rank for matrix, holders in by_matrix.items()}
+        # Within the owner's group of shards each row exists once; the other replicas need not send theirs.
+        needed = [block for block in blocks if block.rank // self.n_shards == owner[block.matrix] // self.n_shards]
 
-        def way(among: list[Piece], end: Callable[[Piece], int], other: Callable[[Piece], int]) -> Way:
-            mine: list[list[Piece]] = [[] for _ in range(self.world.size)]
-            for p in among:
-                if end(p) == me:
-                    mine[other(p)].append(p)
-            return Way([p for some in mine for p in some], [sum(len(p.rows) for p in some) for some in mine])
+        def as_holder(candidates: list[RowBlock]) -> Transfer:
+            return self._transfer((owner[block.matrix], block) for block in candidates if block.rank == me)
 
-        def holds(p: Piece) -> int:
-            return p.rank
+        def as_owner(candidates: list[RowBlock]) -> Transfer:
+            return self._transfer((block.rank, block) for block in candidates if owner[block.matrix] == me)
 
-        def works(p: Piece) -> int:
-            return owner[p.matrix]
+        owned = [matrix for matrix in by_matrix if owner[matrix] == me]
+        index_of_owned = {matrix: index for index, matrix in enumerate(owned)}
+        return Schedule(index_of_owned, as_holder(needed), as_owner(needed), as_owner(blocks), as_holder(blocks))
 
-        mine = [matrix for matrix in of_matrix if owner[matrix] == me]
-        there = way(needed, holds, works), way(needed, works, holds)
-        return Route(
-            {matrix: place for place, matrix in enumerate(mine)},
-            *there,
-            way(pieces, works, holds),
-            way(pieces, holds, works),
-        )
+    def _transfer(self, blocks_by_peer: Iterable[tuple[int, RowBlock]]) -> Transfer:
+        pairs, rows_P = sorted(blocks_by_peer, key=lambda pair: pair[0]), [0] * self.world.size
+        for peer, block in pairs:
+            rows_P[peer] += len(block.rows)
+        return Transfer([block for _, block in pairs], rows_P)
 
-    def _pieces(self, parameters: list[nn.Parameter]) -> Iterator[Piece]:
-        """Everything that ranks hold of these parameters' matrices; a matrix's one after the other."""
+    def _row_blocks(self, parameters: list[nn.Parameter]) -> Iterator[RowBlock]:
+        """Yield the blocks of all ranks, matrix by matrix. A parameter is a matrix (M, N) or a stack (E, M, N)."""
         matrix = 0
         for number, parameter in enumerate(parameters):
-            shape = self.shapes[parameter]
+            shape, held = self.shapes[parameter], self.rows_of_rank[parameter]
             if len(shape) == 2:
-                for rank, rows in enumerate(self.rows[parameter]):
-                    if rows:
-                        yield Piece(matrix, rank, rows, number, 0)
+                yield from (RowBlock(matrix, rank, rows, number, 0) for rank, rows in enumerate(held) if rows)
                 matrix += 1
                 continue
             for index in range(shape[0]):
-                for rank, stack in enumerate(self.rows[parameter]):
+                for rank, stack in enumerate(held):
                     if index in stack:
-                        yield Piece(matrix, rank, range(shape[1]), number, (index - stack.start) * shape[1])
+                        yield RowBlock(matrix, rank, range(shape[1]), number, (index - stack.start) * shape[1])
                 matrix += 1
 
 
-def _of(tensor: Tensor, first: int, piece: Piece) -> Tensor:
-    return tensor[first : first + len(piece.rows)]
+def _slice(tensor: Tensor, start: int, block: RowBlock) -> Tensor:
+    return tensor[start : start + len(block.rows)]
 
 
-def _exchanged(tensors: list[Tensor], sent: Way, come: Way, like: Tensor) -> tuple[Tensor, ...]:
-    """What comes, piece by piece, for what is sent; (rows, N) of the type of `like`."""
-    came = like.new_empty(sum(come.rows_P), like.shape[1])
-    dist.all_to_all_single(came, torch.cat([like[:0], *tensors]), come.rows_P, sent.rows_P)
-    return came.split([len(p.rows) for p in come.pieces])
+def _exchange(
+    tensors: list[Tensor], send: Transfer, receive: Transfer, like: Tensor
+) -> Iterator[tuple[RowBlock, Tensor]]:
+    """Send `tensors`, the rows of each block; return the received blocks and their rows, with the dtype of `like`."""
+    received = all_to_all_rows(torch.cat([like[:0], *tensors]), send.rows_P, receive.rows_P)
+    return zip(receive.blocks, received.split([len(block.rows) for block in receive.blocks]), strict=True)

@@ -1,4 +1,4 @@
-"""Where a process runs, and whether it still does: asked about itself, sent to others, asked about them."""
+"""Identity of a process across hosts, and whether it is still running."""
 
 from __future__ import annotations
 
@@ -11,50 +11,50 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Place:
-    """A process, told apart from those of other hosts, and from a later one with its number.
+class ProcessId:
+    """A process, distinguished from those of other hosts and from a later process with the same pid.
 
-    `kernel` is the running system and its space of process numbers: two containers on one machine may both have
-    a process 7, and a number says nothing about a process of another space.
+    `kernel` identifies the boot and the pid namespace: two containers on one machine may both have a process 7, and a
+    pid says nothing about a process of another namespace.
     """
 
     host: str
     kernel: str
     pid: int
-    began: str  # in the kernel's clock ticks; empty where there is no /proc
+    start_time: str  # in clock ticks since boot; empty without /proc
 
-    def near(self) -> bool:
-        """Whether it is where this process can see it."""
-        return (self.host, self.kernel) == (here().host, here().kernel)
+    def is_local(self) -> bool:
+        """Return True if this process can see it."""
+        return (self.host, self.kernel) == (current_process().host, current_process().kernel)
 
-    def dead(self) -> bool:
-        """Whether it has ended, as far as can be seen from here. A zombie has."""
-        return self.near() and self._state() in ("", "Z", "X")
+    def is_dead(self) -> bool:
+        """Return True if it is local and has ended; a zombie has."""
+        return self.is_local() and self._state() in ("", "Z", "X")
 
-    def able(self) -> bool:
-        """Whether it runs near, and is not stopped."""
-        return self.near() and self._state() not in ("", "Z", "X", "T", "t")
+    def is_running(self) -> bool:
+        """Return True if it is local, has not ended and is not stopped."""
+        return self.is_local() and self._state() not in ("", "Z", "X", "T", "t")
 
     def kill(self) -> None:
-        """End it, if it is near and still the same process."""
-        if self.near() and not self.dead():
+        """Send SIGKILL if it is local and still the same process."""
+        if self.is_local() and not self.is_dead():
             os.kill(self.pid, signal.SIGKILL)
 
     def _state(self) -> str:
-        state, began = _status(self.pid)
-        return state if began == self.began else ""
+        state, start_time = _proc_stat(self.pid)
+        return state if start_time == self.start_time else ""
 
 
 @cache
-def here() -> Place:
-    """This process's."""
-    boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
-    kernel = f"{boot.read_text().strip()} {space.readlink()}" if boot.exists() and space.is_symlink() else ""
-    return Place(socket.gethostname(), kernel, os.getpid(), _status(os.getpid())[1])
+def current_process() -> ProcessId:
+    """Return the identity of this process."""
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    kernel = f"{boot.read_text().strip()} {namespace.readlink()}" if boot.exists() and namespace.is_symlink() else ""
+    return ProcessId(socket.gethostname(), kernel, os.getpid(), _proc_stat(os.getpid())[1])
 
 
-def _status(pid: int) -> tuple[str, str]:
-    """(state, start time) of a process, proc(5); state "" where there is none."""
+def _proc_stat(pid: int) -> tuple[str, str]:
+    """Return (state, start time) of a process, see proc(5); state "" if there is none."""
     if not Path("/proc/self/stat").exists():  # not Linux
         try:
             os.kill(pid, 0)

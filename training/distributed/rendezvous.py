@@ -1,4 +1,4 @@
-"""How ranks find one another: by torchrun's variables, which other launchers set too, through a store."""
+"""Rendezvous: how ranks find each other, by the environment variables of torchrun and through its store."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from training.errors import UserError, exit_unless_first_local_rank
 
 @contextmanager
 def report_once_per_host() -> Iterator[None]:
-    """Of the processes of a host, which find the same wrong before they can agree, the first says so."""
+    """Let only the first process of a host report a UserError that all of them raise before they can communicate."""
     try:
         yield
     except UserError:
@@ -28,84 +28,85 @@ def report_once_per_host() -> Iterator[None]:
 
 
 def rank_and_size() -> tuple[int, int]:
-    """(rank, ranks) by this process's environment: (0, 1) where it was started alone. Raises UserError."""
-    size = _variable("WORLD_SIZE", 1)
-    rank = _variable("RANK", 0 if size == 1 else None)
+    """Return (RANK, WORLD_SIZE) of the environment; (0, 1) without a launcher. Raises UserError."""
+    size = _int_variable("WORLD_SIZE", 1)
+    rank = _int_variable("RANK", 0 if size == 1 else None)
     if not 0 <= rank < size:
         raise UserError(f"RANK {rank} does not fit WORLD_SIZE {size}; start with torchrun, which sets both")
     return rank, size
 
 
-def _variable(name: str, default: int | None) -> int:
+def _int_variable(name: str, default: int | None) -> int:
     text = os.environ.get(name)
     if text is None and default is not None:
         return default
     try:
         return int(text or "")
     except ValueError:
-        found = "is not set" if text is None else f"is not a number: {text!r}"
-        raise UserError(f"{name} {found}; start with torchrun, which sets RANK, LOCAL_RANK and WORLD_SIZE") from None
+        wrong = "is not set" if text is None else f"is not a number: {text!r}"
+        raise UserError(f"{name} {wrong}; start with torchrun, which sets RANK, LOCAL_RANK and WORLD_SIZE") from None
 
 
 def local_device(device: torch.device) -> torch.device:
-    """This process's device among those of its host. Raises UserError where they are fewer than the processes."""
+    """Return this process's device on its host. Raises UserError if the host has more processes than GPUs."""
     if device.type != "cuda":
         return device
-    local, there = _variable("LOCAL_RANK", None), torch.cuda.device_count()
-    if max(local + 1, _variable("LOCAL_WORLD_SIZE", 1)) > there:
+    local_rank, n_gpus = _int_variable("LOCAL_RANK", None), torch.cuda.device_count()
+    if max(local_rank + 1, _int_variable("LOCAL_WORLD_SIZE", 1)) > n_gpus:
         raise UserError(
-            f"LOCAL_RANK {local} has no GPU: this host has {there}; start at most {there} processes on it "
-            "(--nproc-per-node), or show each of them all GPUs (CUDA_VISIBLE_DEVICES)"
+            f"LOCAL_RANK {local_rank} has no GPU: this host has {n_gpus}; start at most {n_gpus} processes on it "
+            "(--nproc-per-node), or make all GPUs visible to each of them (CUDA_VISIBLE_DEVICES)"
         )
-    device = torch.device("cuda", local)
+    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
 
 
-def rendezvous(rank: int, size: int, limit_s: float) -> dist.Store:
-    """The store at MASTER_ADDR. Raises UserError where it or a rank does not come."""
-    address, port = os.environ.get("MASTER_ADDR"), _variable("MASTER_PORT", None)
+def rendezvous(rank: int, size: int, timeout_s: float) -> dist.Store:
+    """Return the store at MASTER_ADDR:MASTER_PORT. Raises UserError if it, or a rank, is missing after `timeout_s`."""
+    address, port = os.environ.get("MASTER_ADDR"), _int_variable("MASTER_PORT", None)
     if not address:
         raise UserError("MASTER_ADDR is not set; start with torchrun, which sets it")
     try:
-        return next(dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=limit_s)))[0]
+        return next(dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=timeout_s)))[0]
     except (RuntimeError, ValueError) as error:
-        what = f"rank {rank} found nobody at {address}:{port} (MASTER_ADDR, MASTER_PORT) in {limit_s:g} s"
-        raise UserError(f"{what}: {first_line(str(error))}") from None
+        failure = f"rank {rank} could not connect to {address}:{port} (MASTER_ADDR, MASTER_PORT) within {timeout_s:g} s"
+        raise UserError(f"{failure}: {first_line(str(error))}") from None
 
 
-def agree_on_start_id(store: dist.Store, rank: int, size: int, limit_s: float) -> str:
-    """A name that all ranks of this start agree on, and no other start has: torchrun keeps a store over its restarts.
+def agree_on_start_id(store: dist.Store, rank: int, size: int, timeout_s: float) -> str:
+    """Return an id that all ranks of this start share and no other start has: torchrun keeps its store over restarts.
 
-    Each rank draws a number; rank 0 tells its own, as the name, with those that it has seen. Who finds its number there
-    is meant. Raises UserError where a rank does not come.
+    Each rank writes a random number. Rank 0 publishes all numbers that it sees, its own first: that is the id. A rank
+    that finds its own number there confirms; otherwise the list is of an earlier start, and it waits for a newer one.
+    Raises UserError if a rank does not arrive.
     """
-    mine, keys, until = secrets.token_hex(8), [f"start/{n}" for n in range(size)], time.monotonic() + limit_s
-    store.set(keys[rank], mine)
-    while time.monotonic() < until:
+    number, keys, deadline = secrets.token_hex(8), [f"start/{n}" for n in range(size)], time.monotonic() + timeout_s
+    store.set(keys[rank], number)
+    while time.monotonic() < deadline:
         if rank == 0 and store.check(keys):
-            drawn = [number.decode() for number in store.multi_get(keys)]
-            store.set("start", json.dumps(drawn))
-            if store.check([f"start/{mine}/{n}" for n in range(1, size)]):
-                return mine
+            store.set("start", json.dumps([each.decode() for each in store.multi_get(keys)]))
+            if store.check([f"start/{number}/{n}" for n in range(1, size)]):
+                return number
         elif rank and store.check(["start"]):
-            drawn = json.loads(store.get("start"))
-            if drawn[rank : rank + 1] == [mine]:
-                store.set(f"start/{drawn[0]}/{rank}", "")
-                return drawn[0]
+            numbers = json.loads(store.get("start"))
+            if numbers[rank : rank + 1] == [number]:
+                store.set(f"start/{numbers[0]}/{rank}", "")
+                return numbers[0]
         time.sleep(0.02)
-    missing = [n for n in range(1, size) if not store.check([f"start/{mine}/{n}"])] if rank == 0 else [0]
-    raise UserError(f"rank {missing[0]} has not come in {limit_s:g} s" + f" (of {len(missing)})" * (len(missing) > 1))
+    missing = [n for n in range(1, size) if not store.check([f"start/{number}/{n}"])] if rank == 0 else [0]
+    count = f" ({len(missing)} ranks are missing)" if len(missing) > 1 else ""
+    raise UserError(f"rank {missing[0]} did not join within {timeout_s:g} s{count}")
 
 
-def reconnect(store: dist.Store, limit_s: float) -> tuple[dist.Store, str]:
-    """(a connection of its own to what keeps the store, what that is)."""
+def reconnect(store: dist.Store, timeout_s: float) -> tuple[dist.Store, str]:
+    """Return (a second connection to the store's server, the server's name for error messages)."""
     inner = store
     while isinstance(inner, dist.PrefixStore):
         inner = inner.underlying_store
     if not isinstance(inner, dist.TCPStore):
         return store, "the store of the process group"
-    limit = timedelta(seconds=limit_s)
-    again = dist.TCPStore(inner.host, inner.port, is_master=False, wait_for_workers=False, timeout=limit)
+    limit = timedelta(seconds=timeout_s)
+    connection = dist.TCPStore(inner.host, inner.port, is_master=False, wait_for_workers=False, timeout=limit)
     owner = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
-    return again, f"{owner}, which keeps the ranks' store at {inner.host}:{inner.port},"
+    return connection, f"{owner}, which holds the ranks' store at {inner.host}:{inner.port},"

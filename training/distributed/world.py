@@ -1,8 +1,8 @@
-"""Processes that carry out one run together: the only room that imports torch.distributed.
+"""The ranks of one run and their collectives.
 
-Every rank computes its share of the global batch; sums over ranks make the result that of one process.
-Started by torchrun or another launcher (`joining.py`), else alone. What every rank is in is known to the others, so
-that one that dies or hangs is named (`faults.py`).
+Each rank computes its part of the global batch; sums over ranks give the result of a single process. A launcher such
+as torchrun starts the ranks (rendezvous.py); without one, World is this process alone and its collectives do nothing.
+The monitor tells the other ranks what this one is doing, and names a rank that dies or hangs (monitor.py).
 """
 
 from __future__ import annotations
@@ -26,163 +26,169 @@ from training.distributed.monitor import Monitor
 from training.distributed.rendezvous import agree_on_start_id, local_device, rank_and_size, reconnect, rendezvous
 from training.errors import UserError
 
-BUCKET = 2**26  # bytes of tensors that are summed in one message: more would be memory, fewer waiting
+BUCKET = 2**26  # bytes per all-reduce: larger buckets take memory, smaller ones more waits
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run."""
+    """This process as a rank of the run."""
 
     rank: int
     size: int
     device: torch.device
-    background: dist.ProcessGroup | None = None  # for a thread beside the loop's; None where there is one process
-    monitor: Monitor | None = field(default=None, repr=False)  # None where there is one process
-    borrowed: bool = False  # the process group was there before, and stays
+    background: dist.ProcessGroup | None = None  # for the background thread; None with one process
+    monitor: Monitor | None = field(default=None, repr=False)  # None with one process
+    has_external_group: bool = False  # the process group existed before (Ray Train) and is not destroyed
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes and prints."""
+        """True on rank 0, the process that writes and prints."""
         return self.rank == 0
 
     def local_range(self, n: int) -> range:
-        """This rank's part of n items: contiguous, sizes differ by one at most."""
+        """Return this rank's part of n items: contiguous; sizes differ by at most one."""
         return range(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
-    def set_activity(self, what: str, kind: ActivityKind = "timed") -> None:
-        """Tell the other ranks what this one is in from now on: a noun, for the line about a rank that is lost.
+    def set_activity(self, name: str, kind: ActivityKind = "timed") -> None:
+        """Tell the other ranks what this one does from now on; `name` is a noun for the error about a lost rank.
 
-        timed: other ranks wait `parallel.timeout_s` for it at most. collective: there are collectives inside that World
-        does not make, so that the same holds for the time between two calls. untimed: others wait as long as it takes.
+        timed: other ranks wait at most `parallel.timeout_s`. collective: timed, and contains collectives outside of
+        World (FSDP), so that the limit also applies between two calls of it. untimed: others wait as long as it takes.
         """
         if self.monitor is not None:
-            self.monitor.set_activity(what, kind)
+            self.monitor.set_activity(name, kind)
 
-    def in_collective(self, what: str, background: bool = False) -> AbstractContextManager[None]:
-        """Around a collective that is not made here; `background` as in `gather_bytes`."""
-        return self.monitor.in_collective(what, BACKGROUND if background else LOOP) if self.monitor else nullcontext()
+    def in_collective(self, name: str, background: bool = False) -> AbstractContextManager[None]:
+        """Surround a collective, so that the monitor knows that this thread waits; `background`: see `gather_bytes`."""
+        return self.monitor.in_collective(name, BACKGROUND if background else LOOP) if self.monitor else nullcontext()
 
     def all_reduce_(
-        self, tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None, what: str = "a sum"
+        self, tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None, name: str = "an all-reduce"
     ) -> None:
-        """Sum the tensors over all ranks, or a group's, in place, small ones together. Collective."""
+        """Sum the tensors over all ranks, or those of a group, in place, in buckets of BUCKET bytes. Collective."""
         if self.size == 1:
             return
-        alike: dict[tuple, list[Tensor]] = {}
+        same_type: dict[tuple, list[Tensor]] = {}
         for tensor in tensors:
-            alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-        for some in (bucket for same in alike.values() for bucket in _buckets(same)):
-            flat = some[0] if len(some) == 1 and some[0].is_contiguous() else torch.cat([t.flatten() for t in some])
-            with self.in_collective(what):
+            same_type.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+        for bucket in (bucket for same in same_type.values() for bucket in _buckets(same)):
+            alone = len(bucket) == 1 and bucket[0].is_contiguous()
+            flat = bucket[0] if alone else torch.cat([tensor.flatten() for tensor in bucket])
+            with self.in_collective(name):
                 dist.all_reduce(flat, group=group)
-            if flat is not some[0]:
-                for tensor, summed in zip(some, flat.split([t.numel() for t in some]), strict=True):
-                    tensor.copy_(summed.view_as(tensor))
+            if not alone:
+                for tensor, total in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                    tensor.copy_(total.view_as(tensor))
 
     def sum_int(self, value: int) -> int:
-        """The sum of a host's number over all ranks. Collective."""
+        """Return the sum of an integer over all ranks, without waiting for the device. Collective."""
         total = torch.tensor([value])
         self.all_reduce_([total])
         return int(total)
 
     def max_int(self, *values: int) -> list[int]:
-        """The largest over all ranks of each of a host's numbers, for what they must agree on. Collective."""
+        """Return the maximum of each integer over all ranks, without waiting for the device. Collective."""
         if self.size == 1:
             return list(values)
         largest = torch.tensor(values)
-        with self.in_collective("an agreement"):
+        with self.in_collective("an all-reduce"):
             dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return largest.tolist()
 
     def gather_bytes(self, data: bytes, background: bool = False) -> list[bytes]:
-        """Every rank's bytes, on all of them; `background`: called from the thread beside the loop's. Collective."""
+        """Return the bytes of every rank on every rank. `background`: called from the background thread. Collective."""
         if self.size == 1:
             return [data]
         group = self.background if background else None
         length = torch.tensor([len(data)])
         lengths = [torch.empty_like(length) for _ in range(self.size)]
-        with self.in_collective("an exchange", background):
+        with self.in_collective("an all-gather", background):
             dist.all_gather(lengths, length, group=group)
         longest = max(1, *(int(n) for n in lengths))
         padded = torch.frombuffer(bytearray(data.ljust(longest)), dtype=torch.uint8)
         gathered = [torch.empty_like(padded) for _ in range(self.size)]
-        with self.in_collective("an exchange", background):
+        with self.in_collective("an all-gather", background):
             dist.all_gather(gathered, padded, group=group)
-        return [bytes(got[: int(n)].numpy()) for got, n in zip(gathered, lengths, strict=True)]
+        return [bytes(each[: int(n)].numpy()) for each, n in zip(gathered, lengths, strict=True)]
 
     def broadcast_tensor(self, tensor: Tensor) -> Tensor:
-        """The main rank's tensor, on all of them. Collective."""
-        with self.in_collective("a message"):
+        """Overwrite the tensor with the main rank's and return it. Collective."""
+        with self.in_collective("a broadcast"):
             dist.broadcast(tensor, 0)
         return tensor
 
     def broadcast(self, value: Any) -> Any:
-        """The main rank's value, of JSON's types, on all of them. Collective."""
+        """Return the main rank's JSON value on every rank. Collective."""
         return json.loads(self.gather_bytes(json.dumps(value if self.is_main else None).encode())[0])
-
-    def barrier(self) -> None:
-        """Until every rank is here. Collective."""
-        if self.size > 1:
-            with self.in_collective("a meeting"):
-                dist.barrier()
 
     def close(
         self,
-        _kind: type[BaseException] | None = None,
+        _type: type[BaseException] | None = None,
         error: BaseException | None = None,
-        _trace: TracebackType | None = None,
+        _traceback: TracebackType | None = None,
     ) -> None:
-        """This rank's end; to be pushed on an ExitStack.
+        """End this rank; to be pushed on an ExitStack.
 
-        After an error the other ranks end too. Raises it, or, where another rank speaks, a SystemExit without a word.
+        After an error, the other ranks end too. Raises the error, or a silent SystemExit if another rank reports one.
         """
         if self.monitor is not None and error is not None and not isinstance(error, SystemExit):
-            found = self.monitor.fail(error)
-            if found is not error:
-                raise found from None
+            outcome = self.monitor.fail(error)
+            if outcome is not error:
+                raise outcome from None
         elif self.monitor is not None:
-            self.monitor.end()
-        if self.size > 1 and not self.borrowed:
+            self.monitor.finish()
+        if self.size > 1 and not self.has_external_group:
             dist.destroy_process_group()
 
 
+def all_to_all_rows(
+    x_RC: Tensor, sent_P: list[int], received_P: list[int], group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Send the next sent_P[p] rows to each rank p; return the received rows, ordered by rank. Collective."""
+    y_SC = x_RC.new_empty(sum(received_P), x_RC.shape[1])
+    dist.all_to_all_single(y_SC, x_RC.contiguous(), received_P, sent_P, group=group)
+    return y_SC
+
+
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in their order, in lists of up to BUCKET bytes; a larger one is alone."""
-    some, n_bytes = [], 0
+    """Yield the tensors in order, in lists of at most BUCKET bytes; a larger tensor is alone."""
+    bucket, n_bytes = [], 0
     for tensor in tensors:
-        if some and n_bytes + tensor.nbytes > BUCKET:
-            yield some
-            some, n_bytes = [], 0
-        some.append(tensor)
+        if bucket and n_bytes + tensor.nbytes > BUCKET:
+            yield bucket
+            bucket, n_bytes = [], 0
+        bucket.append(tensor)
         n_bytes += tensor.nbytes
-    yield some
+    yield bucket
 
 
-def join_world(device: torch.device, section: ParallelConfig) -> World:
-    """Join the processes that were started together, or be the only one.
+def join_world(device: torch.device, config: ParallelConfig) -> World:
+    """Join the ranks that a launcher started, or return a World of one process.
 
-    CUDA tensors go through NCCL and host tensors through gloo, so agreeing on a number waits for no device. A process
-    group that is there (Ray Train) is used, and left as it is. Raises UserError where ranks do not fit or do not come.
+    CUDA tensors use NCCL and host tensors gloo, so that agreeing on a number does not wait for the device. An existing
+    process group (Ray Train) is used and left as it is. Raises UserError if the launcher's variables are wrong or a
+    rank does not arrive within `timeout_s`.
     """
-    borrowed = dist.is_available() and dist.is_initialized()
-    rank, size = (dist.get_rank(), dist.get_world_size()) if borrowed else rank_and_size()
+    is_external = dist.is_available() and dist.is_initialized()
+    rank, size = (dist.get_rank(), dist.get_world_size()) if is_external else rank_and_size()
     if size == 1:
-        return World(0, 1, device, borrowed=borrowed)
-    device = local_device(device)
-    if borrowed and "gloo" not in str(dist.get_backend_config()):
-        raise UserError("the process group that is there has no gloo for host tensors; use backend cpu:gloo,cuda:nccl")
-    store = dist.distributed_c10d._get_default_store() if borrowed else rendezvous(rank, size, section.timeout_s)
-    name = agree_on_start_id(store, rank, size, section.timeout_s)
-    again, owner = reconnect(store, section.timeout_s)
-    monitor = Monitor(dist.PrefixStore(f"monitor/{name}", again), rank, size, section.timeout_s, owner)
-    # Longer than the monitor's, which knows who is missing; NCCL's own watch over its errors would abort the process.
+        return World(0, 1, device, has_external_group=is_external)
+    device, timeout_s = local_device(device), config.timeout_s
+    if is_external and "gloo" not in str(dist.get_backend_config()):
+        raise UserError("the existing process group has no gloo for host tensors; use backend cpu:gloo,cuda:nccl")
+    store = dist.distributed_c10d._get_default_store() if is_external else rendezvous(rank, size, timeout_s)
+    start_id = agree_on_start_id(store, rank, size, timeout_s)
+    own_store, store_owner = reconnect(store, timeout_s)
+    monitor = Monitor(dist.PrefixStore(f"monitor/{start_id}", own_store), rank, size, timeout_s, store_owner)
+    # NCCL's own error handling would abort the process, and its timeout must be longer than the monitor's, which knows
+    # the missing rank.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-    limit = timedelta(seconds=2 * section.timeout_s + 60)
-    with monitor.in_collective("the first meeting", LOOP):
-        if not borrowed:
+    limit = timedelta(seconds=2 * timeout_s + 60)
+    with monitor.in_collective("the creation of the process group", LOOP):
+        if not is_external:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            named = dist.PrefixStore(f"group/{name}", store)
-            dist.init_process_group(backend, store=named, rank=rank, world_size=size, timeout=limit)
+            group_store = dist.PrefixStore(f"group/{start_id}", store)
+            dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=limit)
         background = dist.new_group(backend="gloo", timeout=limit)
-    monitor.meet()
-    return World(rank, size, device, background, monitor, borrowed)
+    monitor.exchange_heartbeats()
+    return World(rank, size, device, background, monitor, is_external)

@@ -1,1 +1,1 @@
-"""What a person sees and keeps of a run: one sink per file, the table of metrics, and the report."""
+"""Logs of a run: a sink per file, the table of metrics, the timer of phases, the report and the advice."""

@@ -1,40 +1,74 @@
-"""The geometry of the report's charts: what an SVG needs, computed here, so the page needs no library."""
+"""The geometry of the report's charts as plain data for SVG, so that the page needs no library."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from training.logging.metrics import METRICS, Chart, Metric
+
 WIDTH, HEIGHT = 1000, 300  # units of the SVG's own coordinates; the page stretches them
-COLUMNS = 400  # a path has at most two points in each, its lowest and its highest
-READINGS = 200  # steps that the pointer can read values at, on either axis
+COLUMNS = 400  # a path has at most two points in each: its lowest and its highest
+READINGS = 200  # steps on either axis whose values the pointer can show
+LAYER_POINTS = 400  # of a layer's curve; also its first ones are all kept, for the logarithmic axis
 
 Point = tuple[int, float]  # step, value
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a chart. Without a label it is neither in the legend nor read out."""
+    """A line of a chart. Without a label it is in neither the legend nor the pointer's values."""
 
     label: str
     kind: str  # CSS class: raw, train, val or layer
     points: list[Point]
-    shade: int = 0  # per cent between the first layer's colour and the last's
+    shade: int = 0  # per cent between the first layer's color and the last's
 
 
-def chart(
-    title: str, unit: str, last: int, curves: list[Curve], *, spikes: bool = False, zero: bool = False
-) -> dict | None:
-    """The chart over steps 1 to `last` as plain data; None where no curve has a point.
+def metric_charts(rows: list[dict], groups: Sequence[str], layer_names: Sequence[str] = ()) -> list[dict]:
+    """Return the charts of these groups of METRICS, without those that have no numbers to show."""
+    specs: dict[str, Chart] = {}
+    curves: dict[str, list[Curve]] = {}
+    for metric in METRICS:
+        if metric.chart is not None and metric.group in groups:
+            specs.setdefault(metric.chart.title, metric.chart)
+            curves.setdefault(metric.chart.title, []).extend(_metric_curves(metric, rows, layer_names))
+    last = rows[-1]["step"] if rows else 1
+    charts = [chart(spec, last, curves[title]) for title, spec in specs.items()]
+    return [each for each in charts if each is not None]
 
-    `spikes`: rare outliers may leave the frame, rather than flatten the rest. `zero`: the axis starts at 0.
-    """
+
+def _metric_curves(metric: Metric, rows: list[dict], layer_names: Sequence[str]) -> list[Curve]:
+    if metric.of_layer is not None:
+        return _layer_curves([(row["step"], metric.layers(row)) for row in rows], layer_names)
+    raw, style = points(rows, metric.key), metric.chart.style
+    if metric.chart.hide_zeros and not any(value for _, value in raw):
+        return []
+    if style != "noisy":
+        return [Curve(metric.chart.label, style, raw)]
+    return [Curve("", "raw", raw), Curve(metric.chart.label, "train", list(smooth(raw, len(rows) // 100)))]
+
+
+def _layer_curves(values: list[tuple[int, list[float | None]]], names: Sequence[str]) -> list[Curve]:
+    """Return a smoothed curve for each MoE layer."""
+    curves = []
+    for layer, name in enumerate(names):
+        raw = [(step, layers[layer]) for step, layers in values if layers and layers[layer] is not None]
+        stride, smoothed = max(len(raw) // LAYER_POINTS, 1), smooth(raw, len(raw) // 200)
+        kept = [point for i, point in enumerate(smoothed) if i < LAYER_POINTS or (len(raw) - 1 - i) % stride == 0]
+        curves.append(Curve(name, "layer", kept, 100 * layer // max(len(names) - 1, 1)))
+    return curves
+
+
+def chart(spec: Chart, last: int, curves: list[Curve]) -> dict | None:
+    """Return the chart over steps 1 to `last` as plain data; None if no curve has a point."""
     curves = [curve for curve in curves if curve.points]
     if not curves:
         return None
-    low, high = limits([value for curve in curves for _, value in curve.points], spikes=spikes, zero=zero)
+    values = [value for curve in curves for _, value in curve.points]
+    low, high = value_range(values, spikes=spec.spikes, zero=spec.zero)
 
     def y(value: float) -> float:
         return HEIGHT * (1 - (value - low) / (high - low))
@@ -48,8 +82,8 @@ def chart(
 
     linear, logarithmic = axes(last)
     return {
-        "title": title,
-        "unit": unit,
+        "title": spec.title,
+        "unit": spec.unit,
         "legend": [curve for curve in curves if curve.label],
         "y_ticks": [{"at": 100 * y(tick) / HEIGHT, "text": tick_text(tick)} for tick in ticks_between(low, high, 6)],
         "scales": [scale("linear", linear, ticks_between(0, last, 5)), scale("log", logarithmic, decades(last))],
@@ -58,12 +92,12 @@ def chart(
 
 
 def axes(last: int) -> tuple[Callable[[float], float], Callable[[float], float]]:
-    """The place of a step, 0 to 1, on a linear axis from 0 and on a logarithmic one from 1."""
+    """Return functions from a step to its position, 0 to 1, on a linear axis from 0 and a logarithmic axis from 1."""
     return (lambda step: step / last), (lambda step: math.log(step) / math.log(max(last, 2)))
 
 
-def limits(values: list[float], *, spikes: bool, zero: bool) -> tuple[float, float]:
-    """The values' range with a margin, never empty; with `spikes` or `zero` no value is negative."""
+def value_range(values: list[float], *, spikes: bool, zero: bool) -> tuple[float, float]:
+    """Return the values' range with a margin, never empty; with `spikes` or `zero` no value may be negative."""
     ordered = sorted(values)
     low, high = ordered[0], ordered[-1]
     if spikes:
@@ -74,15 +108,15 @@ def limits(values: list[float], *, spikes: bool, zero: bool) -> tuple[float, flo
 
 
 def path(points: list[Point], x: Callable[[float], float], y: Callable[[float], float]) -> str:
-    """The SVG path of the points; a lone point becomes a short dash."""
-    kept = [(WIDTH * x(step), y(value)) for step, value in thinned(points, x)]
+    """Return the SVG path of the points; a lone point becomes a short dash."""
+    kept = [(WIDTH * x(step), y(value)) for step, value in thin(points, x)]
     if len(kept) == 1:
         kept.insert(0, (kept[0][0] - 15, kept[0][1]))
     return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in kept)
 
 
-def thinned(points: list[Point], x: Callable[[float], float]) -> list[Point]:
-    """At most 2 * COLUMNS points that draw the same picture: each column's lowest and highest, in order."""
+def thin(points: list[Point], x: Callable[[float], float]) -> list[Point]:
+    """Return at most 2 * COLUMNS points that draw the same picture: each column's lowest and highest, in order."""
     columns: dict[int, list[Point]] = {}
     for point in points:
         columns.setdefault(min(int(x(point[0]) * COLUMNS), COLUMNS - 1), []).append(point)
@@ -93,42 +127,36 @@ def thinned(points: list[Point], x: Callable[[float], float]) -> list[Point]:
     return kept
 
 
-def readings(curve: Curve, *places: Callable[[float], float]) -> dict:
-    """The curve at up to READINGS steps spread evenly over each axis, for the pointer to read."""
+def readings(curve: Curve, *axes: Callable[[float], float]) -> dict:
+    """Return the curve at up to READINGS steps spread evenly over each axis, for the pointer."""
     kept: set[Point] = set()
-    for x in places:
+    for x in axes:
         kept.update({int(x(point[0]) * READINGS): point for point in curve.points}.values())
     steps, values = zip(*sorted(kept), strict=True)
     return {"label": curve.label, "steps": steps, "values": [float(f"{value:.4g}") for value in values]}
 
 
 def ticks_between(low: float, high: float, about: int) -> list[float]:
-    """Round numbers from low to high, 1, 2 or 5 times a power of ten apart."""
+    """Return `about` round numbers from low to high, 1, 2 or 5 times a power of ten apart."""
     rough = (high - low) / about
     power = 10 ** math.floor(math.log10(rough))
-    apart = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
-    first, last = math.ceil(low / apart - 1e-9), math.floor(high / apart + 1e-9)
-    return [round(index * apart, 12) for index in range(first, last + 1)]
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(index * step, 12) for index in range(first, last + 1)]
 
 
 def decades(last: int) -> list[float]:
-    """1, 10, 100, ... up to the last step."""
+    """Return 1, 10, 100, ... up to the last step."""
     return [float(10**power) for power in range(len(str(last)))]
 
 
 def points(rows: list[dict], key: str) -> list[Point]:
-    """(step, value) wherever the rows have one; null stands for what was not finite."""
+    """Return (step, value) for the rows with a number under the key; NaN and Inf are null there."""
     return [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
 
 
-def noisy(rows: list[dict], key: str) -> list[Curve]:
-    """What the rows have under the key, as it is and smoothed."""
-    raw = points(rows, key)
-    return [Curve("", "raw", raw), Curve("training", "train", list(smoothed(raw, len(rows) // 100)))]
-
-
-def smoothed(points: list[Point], half: int) -> Iterator[Point]:
-    """Mean over `half` points on either side, over fewer near the start, where a curve is steep."""
+def smooth(points: list[Point], half: int) -> Iterator[Point]:
+    """Average over `half` points on either side, over fewer near the start, where a curve is steep."""
     sums = [0.0, *accumulate(value for _, value in points)]
     for index, (step, _) in enumerate(points):
         reach = min(half, index // 4)
@@ -137,9 +165,8 @@ def smoothed(points: list[Point], half: int) -> Iterator[Point]:
 
 
 def tick_text(value: float) -> str:
-    """A round number in few characters: 20k, 0.5, 6e-4."""
+    """Return a round number in few characters: 20k, 0.5, 6e-4."""
     if value and abs(value) < 1e-3:
         return f"{value:.0e}".replace("e-0", "e-")
-    return (
-        f"{value / 1000:g}k" if 1000 <= abs(value) < 1e6 else f"{value / 1e6:g}M" if abs(value) >= 1e6 else f"{value:g}"
-    )
+    size, unit = next(((size, unit) for size, unit in ((1e6, "M"), (1e3, "k")) if abs(value) >= size), (1, ""))
+    return f"{value / size:g}{unit}"

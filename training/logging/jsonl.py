@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a step, each step exactly once, whatever restarts the run had."""
+"""metrics.jsonl: one JSON object per step, each step exactly once over all restarts."""
 
 from __future__ import annotations
 
@@ -9,76 +9,79 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from training.config import LoggingConfig
 from training.errors import UserError
 from training.files import write_atomically, write_errors_as_user_errors
-from training.logging.sinks import RunInfo
+from training.logging.sinks import RunInfo, Sink
 
 
-class JSONLSink:
-    """Appends rows to `run.dir / "metrics.jsonl"`, after dropping what is past `run.start_step`.
+def open_sink(run: RunInfo, _config: LoggingConfig) -> Sink:
+    return JSONLSink(run)
 
-    Rows that someone else removed are missed aloud: a run does not end for its log.
+
+class JSONLSink(Sink):
+    """Appends rows to `run.dir / "metrics.jsonl"`, after dropping those past `run.start_step`.
+
+    Warns if rows were removed by someone else; a run never stops because of its log.
     """
 
     def __init__(self, run: RunInfo) -> None:
         self.path = run.dir / "metrics.jsonl"
-        text = _text(self.path)
-        rows = [(line, row["step"]) for line, row in _rows(self.path, text) if row["step"] <= run.start_step]
+        text = read_text(self.path)
+        rows = [(line, row["step"]) for line, row in _parse(self.path, text) if row["step"] <= run.start_step]
         kept = "".join(f"{line}\n" for line, _ in rows)
         if kept != text or not self.path.exists():
             write_atomically(self.path, kept)
-        steps, begun = [step for _, step in rows], (run.dir / "checkpoints").exists()
-        first = run.start_step + 1 - len(steps)  # a run that began with another's checkpoint has rows from there
-        if steps != list(range(first, run.start_step + 1)) or (begun and run.start_step and not steps):
-            self._miss(f"not every step up to {run.start_step} has a row of its own")
+        steps, has_checkpoints = [step for _, step in rows], (run.dir / "checkpoints").exists()
+        first = run.start_step + 1 - len(steps)  # rows may begin at the checkpoint of another run
+        if steps != list(range(first, run.start_step + 1)) or (has_checkpoints and run.start_step and not steps):
+            self._warn(f"not every step up to {run.start_step} has exactly one row")
         self.size = self.path.stat().st_size
 
     def write(self, rows: list[dict]) -> None:
-        """Append the rows, durably: rows that a checkpoint relies on survive a power cut as it does."""
+        """Append the rows durably: rows before a checkpoint survive a power cut as the checkpoint does."""
         lines = "".join(json.dumps(nan_to_null(row), ensure_ascii=False) + "\n" for row in rows)
         with write_errors_as_user_errors(self.path), self.path.open("ab") as file:
             if file.tell() != self.size:
-                self._miss("removed or changed while the run wrote it")
+                self._warn("removed or changed while the run wrote it")
             file.write(lines.encode("utf-8", "backslashreplace"))
             file.flush()
             os.fsync(file.fileno())
             self.size = file.tell()
 
-    def _miss(self, why: str) -> None:
-        print(f"{self.path}: {why}; the run goes on, without these rows", file=sys.stderr)
-
-    def close(self, summary: dict | None) -> None:
-        """Nothing is held open."""
+    def _warn(self, problem: str) -> None:
+        print(f"{self.path}: {problem}; training continues without the missing rows", file=sys.stderr)
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl, also of one that is being written; none where there is no file.
+    """Return the rows of a metrics.jsonl, finished or not; [] if there is no file.
 
-    Raises `UserError` for a line, other than an unfinished last one, that is no row.
+    Raises UserError for a line, other than an unfinished last one, that is not a row.
     """
-    return [row for _, row in _rows(path, _text(path))]
+    return [row for _, row in _parse(path, read_text(path))]
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Return the file's text, "" if there is no file. Raises UserError if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _rows(path: Path, text: str) -> list[tuple[str, dict]]:
-    """Every complete line with its row. A line is complete when it ends in a newline."""
-    *lines, _torn = text.split("\n")
-    found = []
+def _parse(path: Path, text: str) -> list[tuple[str, dict]]:
+    """Return every complete line with its row. A line is complete if it ends in a newline."""
+    *lines, _incomplete = text.split("\n")
+    parsed = []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
         except ValueError:
             row = None
         if not isinstance(row, dict) or not _is_row(row):
-            raise UserError(f"{path} line {number} is not a row of metrics: remove the line to go on")
-        found.append((line, row))
-    return found
+            raise UserError(f"{path} line {number} is not a row of metrics: remove the line and start again")
+        parsed.append((line, row))
+    return parsed
 
 
 def _is_row(row: dict) -> bool:
@@ -87,7 +90,7 @@ def _is_row(row: dict) -> bool:
 
 
 def nan_to_null(value: Any) -> Any:
-    """NaN and infinities as null, since JSON has no word for them."""
+    """Return the value with None for NaN and Inf, which JSON lacks, at any depth."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

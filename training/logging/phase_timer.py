@@ -1,12 +1,12 @@
-"""Where the time of a run goes: every moment belongs to one phase.
+"""Where the time of a run goes: every moment belongs to one phase of `PHASES`.
 
-The loop says `enter(phase)` where one ends and the next begins. On CUDA that is an event in the device's queue,
-resolved when rows are fetched: nothing waits inside a step, and a phase lasts as long as it keeps the device. A batch
-that is read while the device still computes costs nothing; one that the device waits for is `data`. Elsewhere it is
-the host's clock. What is sent within forward and backward (FSDP2, tokens to experts on other ranks) overlaps with
-them and is `compute`; `communication` is what is waited for besides.
+The loop calls `enter(phase)` where one phase ends and the next begins. On CUDA that records an event in the device's
+queue, which is read when rows are fetched: nothing waits inside a step, and a phase lasts as long as it keeps the
+device busy. Reading a batch while the device still computes costs nothing; a batch that the device waits for is `data`.
+Elsewhere the host's clock counts. Collectives inside forward and backward (FSDP2, tokens to experts on other ranks)
+overlap with them and count as `compute`; `communication` is all other waiting for ranks.
 
-On several ranks the main one's timer is written. Its sums are those of the run's whole life, over restarts.
+The main rank's timer is written. Its sums cover all restarts of the run.
 """
 
 from __future__ import annotations
@@ -17,85 +17,93 @@ from itertools import pairwise
 
 import torch
 
-from training.logging import phases as times
+from training.logging import phases
 from training.logging.phases import PHASES
 
-RARE = ("start", "redone")  # in rows only where there is something of it
+RARE = ("start", "redone")  # in a row only if they are not 0
 
 
 class PhaseTimer:
-    """Seconds by phase. Start-up is one phase whatever it enters, until the first step is done: the first `idle`."""
+    """Seconds by phase. Everything before `finish_startup` is the phase `start`."""
 
     def __init__(self, device: torch.device):
         self.on_cuda = device.type == "cuda"
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self._since_row = dict.fromkeys(PHASES, 0.0)
         self._created, self._phase, self._carried = time.perf_counter(), "start", 0.0
-        self._marks: list[tuple[str, float | torch.cuda.Event]] = [("start", self._now())]  # (what begins, when)
+        self._marks: list[tuple[str, float | torch.cuda.Event]] = [("start", self._now())]  # (phase, its beginning)
 
-    def set_start(self, at: float) -> None:
-        """The start was at this value of `time.perf_counter`, before there was a timer."""
-        self._spend("start", self._created - at)
+    def set_start(self, start: float) -> None:
+        """Count the time since this value of `time.perf_counter`, before the timer existed, as start-up."""
+        self._add("start", self._created - start)
+
+    def finish_startup(self) -> None:
+        """End start-up after the first step: from here on, `enter` counts."""
+        if self._phase == "start":
+            self._mark("idle")
 
     def enter(self, phase: str) -> None:
-        """The running phase ends and this one begins."""
-        if self._phase == "start" and phase != "idle":
-            return
-        self._phase = phase
-        self._marks.append((phase, self._now()))
+        """End the current phase and begin this one."""
+        if self._phase != "start":
+            self._mark(phase)
 
     def flush(self) -> None:
-        """Count the time until now. Waits for the device, and so has no place inside a step."""
-        self._marks.append((self._phase, self._now()))
+        """Add the time until now to `seconds`. Synchronizes with the device: do not call it inside a step."""
+        self._mark(self._phase)
         if self.on_cuda:
             self._marks[-1][1].synchronize()
         for (phase, begin), (_, end) in pairwise(self._marks):
-            self._spend(phase, begin.elapsed_time(end) / 1000 if self.on_cuda else end - begin)
+            self._add(phase, begin.elapsed_time(end) / 1000 if self.on_cuda else end - begin)
         del self._marks[:-1]
 
     def row_times(self, n_steps: int) -> dict[str, float]:
-        """Seconds a step of each phase, over the steps since the last call: a row's fields `time_data`, ...
+        """Return a row's `time_data`, ...: seconds per step of each phase over the `n_steps` since the last call.
 
-        They add up to the time that passed, so the evaluation and the save that follow a row are in the next one.
+        They add up to the time that passed: the evaluation and the save that follow a row are in the next one.
         """
         self.flush()
-        spent, self._since_row = self._since_row, dict.fromkeys(PHASES, 0.0)
+        elapsed, self._since_row = self._since_row, dict.fromkeys(PHASES, 0.0)
         return {
             f"time_{phase}": float(f"{seconds / n_steps:.4g}")
-            for phase, seconds in spent.items()
+            for phase, seconds in elapsed.items()
             if seconds or phase not in RARE
         }
 
     @property
     def goodput(self) -> float:
-        """The share of all time that was spent on the steps that count."""
+        """Share of all time that went into steps that count."""
         self.flush()
-        return times.goodput(self.seconds)
+        return phases.goodput(self.seconds)
 
     def state_dict(self) -> dict[str, dict[str, float]]:
-        """For a checkpoint: the sums, and what of them no row has yet."""
+        """Return the sums for a checkpoint, and the part of them that no row has yet."""
         self.flush()
         return {"seconds": dict(self.seconds), "since_row": dict(self._since_row)}
 
     def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
-        """Go on from a checkpoint's sums; nothing for one that has none."""
+        """Add a checkpoint's sums; {} adds nothing."""
         for phase in PHASES:
             self.seconds[phase] += state.get("seconds", {}).get(phase, 0.0)
             self._since_row[phase] += state.get("since_row", {}).get(phase, 0.0)
         self._carried = sum(state.get("since_row", {}).values())
 
     def add_lost_time(self, rows: Iterable[dict], step: int) -> None:
-        """Count the time of the rows past this step, which are about to be removed. Follows `load_state_dict`.
+        """Count the time of the rows past `step`, which are about to be removed, as `redone`.
 
-        That of an earlier kill is in them: the first row after it tells it as `time_redone`.
+        Call it after `load_state_dict`. The rows include what an earlier kill cost: the first row after that kill has
+        it as `time_redone`.
         """
-        lost = sum(times.phase_seconds(row for row in rows if row["step"] > step).values())
-        if lost:  # the first of them told what the checkpoint's sums have already
-            self._spend("redone", max(0.0, lost - self._carried))
+        lost = sum(phases.phase_seconds(row for row in rows if row["step"] > step).values())
+        if lost:  # the first of these rows repeats what the checkpoint has as `since_row`
+            self._add("redone", max(0.0, lost - self._carried))
 
-    def _spend(self, phase: str, seconds: float) -> None:
+    def _add(self, phase: str, seconds: float) -> None:
         self.seconds[phase] += seconds
         self._since_row[phase] += seconds
+
+    def _mark(self, phase: str) -> None:
+        self._phase = phase
+        self._marks.append((phase, self._now()))
 
     def _now(self) -> float | torch.cuda.Event:
         if not self.on_cuda:

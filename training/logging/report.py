@@ -12,123 +12,166 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from training.errors import UserError
 from training.files import write_atomically
-from training.logging import moe_report as experts
-from training.logging import phases as times
-from training.logging.charts import Curve, chart, noisy, points
-from training.logging.format import count, number, printable, spoken
-from training.logging.jsonl import read_rows
+from training.logging.charts import metric_charts, points
+from training.logging.format import count, duration_text, layer_name, number, token_text, without_control_chars
+from training.logging.jsonl import read_rows, read_text
+from training.logging.metrics import METRICS
+from training.logging.phases import phase_seconds, stacked_bar
+
+RECENT_STEPS = 50  # averaged for the expert load at the end
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `run_dir / "report.html"` from what the folder holds of the run, finished or not; return its path.
+    """Write `run_dir / "report.html"` from the files of a run, finished or not, and return its path.
 
-    Reads metrics.jsonl, summary.json, run.json, experts.json and config.yaml, each of which may be absent.
-    Raises `UserError` where one cannot be read, is not what a run writes, or the page cannot be written.
+    Reads metrics.jsonl, summary.json, run.json, experts.json and config.yaml, each of which may be missing.
+    Raises UserError if one cannot be read or was not written by a run, or if the page cannot be written.
     """
     try:
         page = _page(run_dir)
     except UserError:
         raise
-    except Exception as error:  # whatever was made of these files by hand
+    except Exception as error:  # files edited by hand can fail in any way
         raise UserError(f"{run_dir}: its files are not what a run writes ({type(error).__name__}: {error})") from error
     write_atomically(run_dir / "report.html", page)
     return run_dir / "report.html"
 
 
 def update_report(run_dir: Path) -> None:
-    """Write the report; where that fails say so, as a run does not end for its report."""
+    """Write the report; print a warning if that fails, as a run does not stop for its report."""
     try:
         write_report(run_dir)
     except UserError as error:
-        print(f"{error}; the report is not renewed", file=sys.stderr)
+        print(f"{error}; the report is not updated", file=sys.stderr)
 
 
 def _page(run_dir: Path) -> str:
-    rows, summary = read_rows(run_dir / "metrics.jsonl"), _json(run_dir / "summary.json")
-    facts = _json(run_dir / "run.json")
+    rows, summary = read_rows(run_dir / "metrics.jsonl"), _read_json(run_dir / "summary.json")
+    run = _read_json(run_dir / "run.json")
     return _template().render(
-        name=facts.get("name", run_dir.resolve().name),
-        lede=lede(rows, summary, facts.get("steps")),
-        done=rows[-1]["step"] / facts["steps"] if rows and facts and not summary else None,
-        headlines=headlines(rows, summary),
-        charts=[found for found in charts(rows) if found],
-        routing=experts.routing(rows, facts.get("moe_layers")),
-        liked=experts.liked(_json(run_dir / "experts.json")),
+        name=run.get("name", run_dir.resolve().name),
+        summary_sentence=summary_sentence(rows, summary, run.get("steps")),
+        progress=rows[-1]["step"] / run["steps"] if rows and run and not summary else None,
+        key_figures=key_figures(rows, summary),
+        charts=metric_charts(rows, ("step", "validation")),
+        routing=routing(rows, run.get("moe_layers")),
+        top_tokens=top_tokens(_read_json(run_dir / "experts.json")),
         samples=samples(rows),
-        time=times.bar(summary.get("time") or times.phase_seconds(rows)),
+        time=stacked_bar(summary.get("time") or phase_seconds(rows)),
         advice=[line.partition(": ") for line in summary.get("advice", ())],
-        header=facts.get("header", {}),
+        header=run.get("header", {}),
         next=summary.get("next", []),
-        config=_text(run_dir / "config.yaml"),
+        config=read_text(run_dir / "config.yaml"),
     )
 
 
-def lede(rows: list[dict], summary: dict, steps: int | None) -> str:
-    """The run in two sentences."""
+def summary_sentence(rows: list[dict], summary: dict, steps: int | None) -> str:
+    """Return the run in two sentences."""
     if not rows:
-        return "The first step is on its way."
+        return "Waiting for the first step."
     last = rows[-1]
-    read_ = f"this model read {count(last['tokens'])} tokens"
+    text = f"In {duration_text(last.get('time_s', 0))} this model read {count(last.get('tokens', 0))} tokens"
     if not summary and steps:
-        read_ += f" so far, in {last['step']:,} of {steps:,} steps"
-    text = f"In {spoken(last['time_s'])} {read_}. "
+        text += f" so far, in {last['step']:,} of {steps:,} steps"
     if len(rows) > 1:
-        text += f"Its loss went from {number(rows[0]['loss'], '.2f')} to {number(last['loss'], '.2f')}"
+        text += f". Its loss went from {number(rows[0].get('loss'), '.2f')} to {number(last.get('loss'), '.2f')}"
     else:
-        text += f"Its loss is {number(last['loss'], '.2f')}"
+        text += f". Its loss is {number(last.get('loss'), '.2f')}"
     bits = [value for _, value in points(rows, "val_bits_per_byte")]
     return text + (f", and it needs {bits[-1]:.2f} bits for a byte of text it has never seen." if bits else ".")
 
 
-def headlines(rows: list[dict], summary: dict) -> list[tuple[str, str]]:
-    """The large numbers: (text, what it is)."""
+def key_figures(rows: list[dict], summary: dict) -> list[tuple[str, str]]:
+    """Return the large numbers at the top as (text, label)."""
     if not rows:
         return []
-    known = {
-        key: values[-1][1] for key in {key for row in rows for key in row} if (values := points(rows, key))
-    } | summary
-    said = {
-        "val_loss": ("validation loss", ".3f"),
-        "val_perplexity": ("perplexity", ".1f"),
-        "val_bits_per_byte": ("bits per byte", ".3f"),
-        "loss": ("training loss", ".3f"),
-    }
-    found = [(number(known[key], spec), label) for key, (label, spec) in said.items() if known.get(key) is not None]
-    for key, label in (("tokens", "tokens read"), ("tokens_per_s", "tokens per second"), ("parameters", "parameters")):
-        if key in known:
-            found.append((count(known[key]), label))
-    if known.get("active_parameters") != known.get("parameters"):
-        found.append((count(known["active_parameters"]), "active per token"))
-    return [*found, (spoken(known["time_s"]), "training")]
+    known = _newest_values(rows) | summary
+    figures = [*_figures(rows, known, "validation"), *_figures(rows, known, "step")]
+    if "parameters" in known:
+        figures.append((count(known["parameters"]), "parameters"))
+        if known.get("active_parameters") != known["parameters"]:
+            figures.append((count(known["active_parameters"]), "active per token"))
+    return [*figures, (duration_text(known.get("time_s", 0)), "training")]
 
 
-def charts(rows: list[dict]) -> list[dict | None]:
-    """The charts of learning, the loss first; None for those that the run has no numbers for."""
-    last = rows[-1]["step"] if rows else 1
-    validation = Curve("validation", "val", points(rows, "val_loss"))
-    bits = Curve("validation", "val", points(rows, "val_bits_per_byte"))
-    rate = Curve("learning rate", "train", points(rows, "learning_rate"))
+def _figures(rows: list[dict], known: dict, group: str) -> list[tuple[str, str]]:
     return [
-        chart("Loss", "nats per token", last, [*noisy(rows, "loss"), validation]),
-        chart("Compression", "bits per byte of validation text", last, [bits]),
-        chart("Learning rate", "", last, [rate], zero=True),
-        chart("Gradient norm", "before clipping", last, noisy(rows, "grad_norm"), spikes=True, zero=True),
-        chart("Throughput", "tokens per second", last, noisy(rows, "tokens_per_s"), zero=True),
+        (metric.figure.format(known[metric.key], known), metric.figure.label)
+        for metric in METRICS
+        if metric.group == group and metric.figure is not None and known.get(metric.key) is not None
+        if not metric.figure.hide_zeros or any(value for _, value in points(rows, metric.key))
     ]
 
 
+def _newest_values(rows: list[dict]) -> dict[str, Any]:
+    return {key: value for row in rows for key, value in row.items() if value is not None}
+
+
+def routing(rows: list[dict], moe_layers: list[int] | None) -> dict[str, Any] | None:
+    """Return the figures, heat map and charts of the experts; None for a dense run.
+
+    If `moe_layers` is None, as in a folder without run.json, MoE layers are numbered among themselves.
+    """
+    table = load_table(rows)
+    if not table:
+        return None
+    names = [layer_name(i) for i in moe_layers] if moe_layers else [f"MoE layer {i + 1}" for i in range(len(table))]
+    return {
+        "figures": _figures(rows, _newest_values(rows), "router"),
+        "layers": [{"name": name, "cells": cells} for name, cells in zip(names, table, strict=True)],
+        "n_experts": max(map(len, table)),
+        "even": " or ".join(f"{100 / n:.1f} %" for n in sorted({len(cells) for cells in table})),
+        "charts": metric_charts(rows, ("router",), names),
+    }
+
+
+def load_table(rows: list[dict]) -> list[list[dict]]:
+    """Return the expert load at the end, a list per MoE layer: each share as text, and per cent over or under even."""
+    loads = [row["expert_load"] for row in rows[-RECENT_STEPS:] if row.get("expert_load")]
+    table = []
+    for layer in zip(*loads, strict=True):
+        shares = [sum(expert) / len(layer) for expert in zip(*layer, strict=True)]
+        over = [100 * (share * len(shares) - 1) for share in shares]
+        table.append(
+            [
+                {"text": f"{100 * share:.1f}", "kind": "over" if by > 0 else "under", "by": min(round(abs(by)), 100)}
+                for share, by in zip(shares, over, strict=True)
+            ]
+        )
+    return table
+
+
+def top_tokens(experts: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the table of experts.json as the page shows it; None if there is no such file."""
+    if not experts:
+        return None
+    layers = []
+    for layer in experts["layers"]:
+        lists = [
+            [
+                {"text": token_text(token["text"]), "lift": f"{token['lift']:.1f}", "sent": f"{token['sent']:,}"}
+                for token in tokens
+            ]
+            for tokens in layer["liked"]
+        ]
+        layers.append(
+            {"name": layer_name(layer["layer"]), "experts": lists, "n_omitted": layer["n_experts"] - len(lists)}
+        )
+    return {key: f"{experts[key]:,}" for key in ("step", "n_tokens", "seen_at_least")} | {"layers": layers}
+
+
 def samples(rows: list[dict]) -> list[dict]:
-    """What the model wrote at its first evaluation and at its last."""
-    told = [row for row in rows if row.get("samples")]
-    titles = ["First words", "Last words"] if len(told) > 1 else ["First words"]
+    """Return the texts of the first evaluation and of the last."""
+    evaluations = [row for row in rows if row.get("samples")]
+    chosen = evaluations[:1] + evaluations[1:][-1:]
     return [
         {
             "title": f"{title}, step {row['step']:,}",
             "texts": [
-                {"prompt": printable(sample["prompt"]), "text": printable(sample["text"])} for sample in row["samples"]
+                {key: without_control_chars(sample[key]) for key in ("prompt", "text")} for sample in row["samples"]
             ],
         }
-        for title, row in zip(titles, (told[0], told[-1]) if told else (), strict=False)
+        for title, row in zip(("First words", "Last words"), chosen, strict=False)
     ]
 
 
@@ -140,15 +183,8 @@ def _template() -> Any:
     ).get_template("report.html.j2")
 
 
-def _json(path: Path) -> dict:
+def _read_json(path: Path) -> dict:
     try:
-        return json.loads(_text(path) or "{}")
+        return json.loads(read_text(path) or "{}")
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): remove it to go on") from error
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8") if path.exists() else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+        raise UserError(f"{path} is not JSON ({error}): remove it and start again") from error

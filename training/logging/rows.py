@@ -1,9 +1,11 @@
-"""Rows of metrics: kept on the device while steps run, fetched all at once, described for the log."""
+"""The log of the training loop: metrics stay on the device until rows are due, then go to all sinks."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,72 +14,87 @@ from training import device as devices
 from training.config import Config
 from training.distributed.world import World
 from training.logging.phase_timer import PhaseTimer
-from training.model import GPT
-from training.optim.optimizer import lr_factor
+from training.logging.sinks import Sink
+from training.optim.schedule import lr_factor
 
 
 @dataclass
 class RunLog:
-    """RunLog of the steps since the last row was written, and the clock of training."""
+    """Metrics of the updates since the last rows, the clock of training, and the sinks of the main rank."""
 
     config: Config
     world: World
-    model: GPT
+    step_metrics: Callable[[dict[str, Sequence[float]], int], dict[str, Any]]  # model.metrics.step_metrics
+    flops_per_token: float  # of the whole model, forward and backward
     timer: PhaseTimer
-    time_s: float = 0.0  # spent training, over restarts; evaluations and saves do not count
+    sinks: list[Sink] = field(default_factory=list)
+    time_s: float = 0.0  # seconds of training over all restarts, without evaluations and saves
+    rows: list[dict] = field(default_factory=list)  # fetched, not written yet
+    last_row: dict = field(default_factory=dict)  # the newest fetched row
     _pending: list[tuple[int, dict[str, Tensor], int, int]] = field(default_factory=list)
-    _since: float = 0.0
+    _clock: float = 0.0
 
     def start_clock(self) -> None:
-        """Training begins, or goes on after an evaluation or a save."""
-        self._since = time.perf_counter()
+        """Count the time from now on as training: at the first step, and after evaluations and saves."""
+        self._clock = time.perf_counter()
 
-    def add(self, step: int, totals: dict[str, Tensor], n_targets: int, n_skipped: int) -> None:
-        """Keep the summed metrics of step 0 .. steps - 1, and "grad_norm", on the device; and steps skipped so far."""
-        self._pending.append((step, totals, n_targets, n_skipped))
+    def add(self, step: int, metrics: dict[str, Tensor], n_targets: int, n_skipped: int) -> None:
+        """Keep the summed metrics of an update on the device, "grad_norm" among them; `step` counts from 1."""
+        self.timer.finish_startup()
+        self._pending.append((step, metrics, n_targets, n_skipped))
 
-    def flush(self) -> list[dict]:
-        """The rows of the steps since the last call; their times are an average. Waits for the device."""
+    def fetch(self) -> list[dict]:
+        """Move the pending updates to `rows` and return their rows; times are means. Synchronizes with the device."""
         if not self._pending:
             return []
-        self.timer.enter("compute")  # which is what is waited for here
-        fetched = _fetch([totals for _, totals, _, _ in self._pending])
+        self.timer.enter("compute")  # the transfer waits for the device to finish its updates
+        fetched = _fetch([metrics for _, metrics, _, _ in self._pending])
         self.timer.enter("idle")
-        now, times = time.perf_counter(), self.timer.row_times(len(fetched))
-        seconds, self._since = (now - self._since) / len(fetched), now
-        counts = [(step, n_targets, n_skipped) for step, _, n_targets, n_skipped in self._pending]
+        now, phase_times = time.perf_counter(), self.timer.row_times(len(fetched))
+        step_s, self._clock = (now - self._clock) / len(fetched), now
+        rows = [
+            self._row(step, values, n_targets, n_skipped, step_s) | phase_times
+            for (step, _, n_targets, n_skipped), values in zip(self._pending, fetched, strict=True)
+        ]
         self._pending.clear()
-        return [self._row(*of_step, values, seconds) | times for of_step, values in zip(counts, fetched, strict=True)]
+        self.rows += rows
+        self.last_row = rows[-1]
+        return rows
 
-    def _row(self, step: int, n_targets: int, n_skipped: int, values: dict[str, list[float]], seconds: float) -> dict:
+    def write(self) -> None:
+        """Hand the fetched rows to all sinks."""
+        rows, self.rows = self.rows, []
+        for sink in self.sinks:
+            sink.write(rows)
+
+    def close(self, summary: dict | None = None) -> None:
+        """Close all sinks; `summary` is None if the run stopped before its end."""
+        while self.sinks:
+            self.sinks.pop(0).close(summary)
+
+    def _row(self, step: int, values: dict[str, list[float]], n_targets: int, n_skipped: int, step_s: float) -> dict:
         config = self.config
         (grad_norm,) = values.pop("grad_norm")
-        tokens_per_s = config.batch_tokens / seconds
+        tokens_per_s = config.batch_tokens / step_s
         peak = devices.peak_flops(self.world.device, config.precision)
-        self.time_s += seconds
+        self.time_s += step_s
         return {
-            "step": step + 1,
-            **self.model.step_metrics(values, n_targets),
-            "learning_rate": config.optim.learning_rate * lr_factor(config.schedule, step, config.steps),
+            "step": step,
+            **self.step_metrics(values, n_targets),
+            "learning_rate": config.optim.learning_rate * lr_factor(config.schedule, step - 1, config.steps),
             "grad_norm": grad_norm,
             "skipped_steps": n_skipped,
-            "tokens": (step + 1) * config.batch_tokens,
+            "tokens": step * config.batch_tokens,
             "tokens_per_s": tokens_per_s,
-            "mfu": peak and tokens_per_s * self.model.flops_per_token() / (peak * self.world.size),
+            "mfu": peak and tokens_per_s * self.flops_per_token / (peak * self.world.size),
             "memory_gib": devices.peak_memory_gib(self.world.device),
-            "step_s": seconds,
+            "step_s": step_s,
             "time_s": self.time_s,
         }
 
 
-def _fetch(steps: list[dict[str, Tensor]]) -> list[dict[str, list[float]]]:
-    """Steps' tensors as flat lists of numbers, in one transfer."""
-    flat = torch.cat([value.flatten().float() for totals in steps for value in totals.values()]).tolist()
-    fetched, start = [], 0
-    for totals in steps:
-        values = {}
-        for name, value in totals.items():
-            values[name] = flat[start : start + value.numel()]
-            start += value.numel()
-        fetched.append(values)
-    return fetched
+def _fetch(updates: list[dict[str, Tensor]]) -> list[dict[str, list[float]]]:
+    """Return the updates' tensors as flat lists of numbers, in one transfer."""
+    flat = torch.cat([value.flatten().float() for metrics in updates for value in metrics.values()]).tolist()
+    numbers = iter(flat)
+    return [{name: [next(numbers) for _ in range(value.numel())] for name, value in u.items()} for u in updates]

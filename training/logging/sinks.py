@@ -1,142 +1,74 @@
-"""What a person sees and keeps of a run: one sink a file, and the report.
-
-The loop hands every sink the same rows. A row is a dict of one optimizer step, plain data that JSON can
-hold; row k is the state after k steps.
-
-Always: `step loss learning_rate grad_norm skipped_steps tokens tokens_per_s mfu memory_gib step_s time_s`, where `mfu`
-may be None, and `time_compute`, `time_data`, ...: seconds a step of each phase (`times.PHASES`), the mean since the
-row that was fetched before, so that what follows a row is in the next. After an evaluation: `val_loss
-val_perplexity val_bits_per_byte` and `samples`, dicts of a `prompt` and the `text` that continues it.
-
-With experts, of the step's global batch:
-
-- `expert_load`: for each MoE layer the share of what was sent that each expert got, summing to one;
-- `router_layers`: for each MoE layer, in lists: `entropy` of the load over that of an even one,
-  `confidence` (mean over tokens of the largest share of the scores), `z_loss`, `bias_range` (largest less
-  smallest selection bias) and `dropped` (share of what was sent that was beyond the experts' capacity);
-- of all layers at once: `expert_load_max` (largest over mean share) and `expert_entropy`, each of the worst
-  layer, `dead_experts` (how many got less than `dead_expert_threshold` in model/moe.py says), `router_confidence` and
-  `router_z_loss` (means), `router_bias_range` (the largest) and `dropped_share` (of all that was sent).
-
-Layers are counted from 0 in data (`RunInfo.moe_layers`, run.json, experts.json) and from 1 in what people read.
-"""
+"""Sinks: the places that rows of metrics go to, one per file. `SINKS` lists them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from training.config import LoggingConfig
 from training.files import write_atomically
-from training.logging.phases import PHASES
 
 if TYPE_CHECKING:
     import torch
 
-TAGS = {
-    "loss": "train/loss",
-    "learning_rate": "train/learning_rate",
-    "grad_norm": "train/grad_norm",
-    "skipped_steps": "train/skipped_steps",
-    "tokens": "train/tokens",
-    "val_loss": "val/loss",
-    "val_perplexity": "val/perplexity",
-    "val_bits_per_byte": "val/bits_per_byte",
-    "tokens_per_s": "speed/tokens_per_s",
-    "step_s": "speed/step_s",
-    "mfu": "speed/mfu",
-    "memory_gib": "memory/gib",
-    "expert_load_max": "router/expert_load_max",
-    "expert_entropy": "router/expert_entropy",
-    "dead_experts": "router/dead_experts",
-    "router_confidence": "router/confidence",
-    "router_z_loss": "router/z_loss",
-    "router_bias_range": "router/bias_range",
-    "dropped_share": "router/dropped_share",
-    **{f"time_{phase}": f"time/{phase}" for phase in PHASES},
+# Modules of this folder, and whether the options ask for their sink. Each has `open_sink(run, config) -> Sink`.
+# metrics.jsonl comes first: it decides what was logged. The console comes last: it prints once all others are open.
+SINKS: dict[str, Callable[[LoggingConfig], bool]] = {
+    "jsonl": lambda _: True,
+    "tensorboard": lambda config: config.tensorboard,
+    "wandb": lambda config: config.wandb is not None,
+    "console": lambda _: True,
 }
-LOAD_IMAGE = "router/load_layers_x_experts"
+IN_RUN_JSON = ("name", "header", "facts", "steps", "tokens_per_step", "moe_layers")
 
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a sink may know of the run it shows."""
+    """Facts about the run that sinks may show."""
 
     dir: Path
     name: str
     config: dict[str, Any]  # resolved, as plain data
     config_yaml: str
-    header: dict[str, str]  # facts in the order to show them, such as "device" or "parameters"
-    start_step: int  # 0, or the step of the checkpoint that the run goes on from
+    header: dict[str, str]  # label and text, in the order to show them
+    start_step: int  # 0, or the step of the checkpoint that the run resumes from
     steps: int
     tokens_per_step: int
-    moe_layers: list[int]  # the layers that have experts, counted from 0
+    moe_layers: list[int]  # indices of the layers with experts
+    facts: dict[str, Any] = field(default_factory=dict)  # plain data for programs: device, world_size, ...
 
 
-class Sink(Protocol):
-    """A place that rows go to."""
+class Sink:
+    """A place that rows go to. Opening one drops the rows past `run.start_step` that an earlier process wrote."""
 
     def write(self, rows: list[dict]) -> None:
-        """Take the rows of consecutive steps, none of which it was given before."""
+        """Write the rows of consecutive steps; each row comes once."""
+        raise NotImplementedError
+
+    def write_graph(self, model: torch.nn.Module, *inputs: Any) -> None:
+        """Draw the graph of `model(*inputs)`; a sink that cannot draw ignores it."""
 
     def close(self, summary: dict | None) -> None:
-        """End. `summary` is what summary.json says; None: interrupted."""
+        """Close; harmless if repeated. `summary` is the content of summary.json, None if the run was interrupted."""
 
 
 def open_sinks(config: LoggingConfig, run: RunInfo) -> list[Sink]:
-    """Open what `config` asks for, metrics.jsonl first. Rows past `run.start_step` are forgotten.
+    """Write run.json and open the sinks that `config` asks for, in the order of `SINKS`.
 
-    Raises `UserError` where a file cannot be written or Weights & Biases is not set up.
+    Raises UserError if a file cannot be written or Weights & Biases is not set up.
     """
-    from training.logging.console import open_console
-    from training.logging.jsonl import JSONLSink
-
-    known = ("name", "header", "steps", "tokens_per_step", "moe_layers")
-    facts = {name: getattr(run, name) for name in known}
-    write_atomically(run.dir / "run.json", json.dumps(facts, indent=2) + "\n")
-    with ExitStack() as opened:
-        sinks: list[Sink] = []
-
-        def add(sink: Sink) -> None:
-            sinks.append(sink)
-            opened.callback(sink.close, None)
-
-        add(JSONLSink(run))
-        if config.tensorboard:
-            from training.logging.tensorboard import TensorBoardSink
-
-            add(TensorBoardSink(run, config.histogram_every))
-        if config.wandb:
-            from training.logging.wandb import WandbSink
-
-            add(WandbSink(run, config.wandb, config.histogram_every))
-        add(open_console(run, config.every))
-        opened.pop_all()
+    content = {name: getattr(run, name) for name in IN_RUN_JSON}
+    write_atomically(run.dir / "run.json", json.dumps(content, indent=2) + "\n")
+    sinks: list[Sink] = []
+    with ExitStack() as on_error:
+        for name, is_enabled in SINKS.items():
+            if is_enabled(config):
+                sinks.append(import_module(f"training.logging.{name}").open_sink(run, config))
+                on_error.callback(sinks[-1].close, None)
+        on_error.pop_all()
     return sinks
-
-
-def write_graph(sinks: list[Sink], model: torch.nn.Module, *inputs: Any) -> None:
-    """Draw `model(*inputs)` where a sink can show it. Call it before compiling or sharding the model."""
-    for sink in sinks:
-        if draw := getattr(sink, "graph", None):
-            draw(model, *inputs)
-
-
-def scalars(row: dict, moe_layers: list[int]) -> dict[str, float]:
-    """The row's numbers by the tag that TensorBoard and Weights & Biases group them under."""
-    found = {tag: row[key] for key, tag in TAGS.items() if row.get(key) is not None}
-    by_layer = dict(row.get("router_layers") or {})
-    if load := row.get("expert_load"):
-        by_layer["max_over_mean"] = [max(load_E) * len(load_E) for load_E in load]
-    for figure, values in by_layer.items():
-        for layer, value in zip(moe_layers, values, strict=True):
-            found[layer_tag(figure, layer)] = value
-    return found
-
-
-def layer_tag(figure: str, layer: int) -> str:
-    """Apart from `router/`, so that its few summary figures are not lost among those of every layer."""
-    return f"router_layers/{figure}/layer_{layer + 1:02d}"

@@ -15,28 +15,34 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import histogram, hparams, image, text
 
+from training.config import LoggingConfig
 from training.files import write_errors_as_user_errors
-from training.logging.format import printable
-from training.logging.graph import record
-from training.logging.heat_map import due, heat_map
-from training.logging.sinks import LOAD_IMAGE, RunInfo, layer_tag, scalars
+from training.logging.format import without_control_chars
+from training.logging.graph import trace_graph
+from training.logging.heat_map import draw_heat_map, should_draw
+from training.logging.metrics import LOAD_IMAGE, expert_load, layer_tag, scalars
+from training.logging.sinks import RunInfo, Sink
 
 if TYPE_CHECKING:
     import torch
 
-LOAD_BINS = [0.0, *np.geomspace(1e-4, 1.1, 99)]  # of an expert's share of the tokens: a tenth apart
+LOAD_BINS = [0.0, *np.geomspace(1e-4, 1.1, 99)]  # of an expert's share of the assignments, each 10 % wider
 
 
-class TensorBoardSink:
+def open_sink(run: RunInfo, config: LoggingConfig) -> Sink:
+    return TensorBoardSink(run, config.histogram_every)
+
+
+class TensorBoardSink(Sink):
     """Writes events below `run.dir / "tensorboard"`; `tensorboard --logdir` on the folder of runs compares them."""
 
     def __init__(self, run: RunInfo, histogram_every: int) -> None:
         self.histogram_every, self.steps, self.moe_layers = histogram_every, run.steps, run.moe_layers
         self.path = run.dir / "tensorboard"
         purge_step = run.start_step + 1
-        facts = "\n".join(f"| {label} | {cell(fact)} |" for label, fact in run.header.items())
+        header = "\n".join(f"| {label} | {_cell(fact)} |" for label, fact in run.header.items())
         _, start, self.end = hparams(flat(run.config), {})
-        # torch's SummaryWriter writes in a thread, which prints a traceback where a disk is full.
+        # torch's SummaryWriter writes in a thread, which prints a traceback if the disk is full.
         name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
         with write_errors_as_user_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -44,41 +50,35 @@ class TensorBoardSink:
         self._write(
             Event(file_version="brain.Event:2"),
             Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)),
-            Event(step=purge_step, summary=text("config", fenced(run.config_yaml))),
-            Event(step=purge_step, summary=text("run", f"| | |\n|---|---|\n{facts}")),
+            Event(step=purge_step, summary=text("config", _code_block(run.config_yaml))),
+            Event(step=purge_step, summary=text("run", f"| | |\n|---|---|\n{header}")),
             Event(summary=start),
         )
 
     def write(self, rows: list[dict]) -> None:
         for row in rows:
-            # All in one event, for one a number takes five times as long to write where a model is deep.
-            found = scalars(row, self.moe_layers).items()
-            summaries = [Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in found])]
-            if due(row, self.histogram_every, self.steps):
-                summaries += self._expert_load(row["expert_load"])
+            # One event for all numbers: an event per number takes five times as long for a deep model.
+            values = [Summary.Value(tag=tag, simple_value=v) for tag, v in scalars(row, self.moe_layers).items()]
+            summaries = [Summary(value=values)]
+            if should_draw(row, self.histogram_every, self.steps):
+                summaries += _expert_load(expert_load(row, self.moe_layers))
             if row.get("samples"):
-                said = "\n\n---\n".join(fenced(printable(s["prompt"] + s["text"])) for s in row["samples"])
-                summaries.append(text("samples", said))
+                texts = (without_control_chars(sample["prompt"] + sample["text"]) for sample in row["samples"])
+                summaries.append(text("samples", "\n\n---\n".join(map(_code_block, texts))))
             self._write(*(Event(step=row["step"], summary=summary) for summary in summaries))
 
-    def graph(self, model: torch.nn.Module, *inputs: Any) -> None:
-        """Show `model(*inputs)` in the Graphs tab."""
-        self._write(Event(graph_def=record(model, *inputs).SerializeToString()))
+    def write_graph(self, model: torch.nn.Module, *inputs: Any) -> None:
+        """Show the graph of `model(*inputs)` in the Graphs tab."""
+        self._write(Event(graph_def=trace_graph(model, *inputs).SerializeToString()))
 
     def close(self, summary: dict | None) -> None:
-        if summary is not None:
+        if summary is not None and not self.file.closed:
             self._write(Event(summary=self.end))
-        with suppress(OSError):  # every event was flushed; what a disk refused then, it refuses again
+        with suppress(OSError):  # every event was flushed; a full disk refuses only what it refused before
             self.file.close()
 
-    def _expert_load(self, load: list[list[float]]) -> list[Summary]:
-        found = [image(LOAD_IMAGE, heat_map(load, self.moe_layers), dataformats="HWC")]
-        for layer, shares in zip(self.moe_layers, load, strict=True):
-            found.append(histogram(layer_tag("load", layer), np.asarray(shares), LOAD_BINS))
-        return found
-
     def _write(self, *events: Event) -> None:
-        """Append events, and hand them to the system."""
+        """Append the events and flush them."""
         with write_errors_as_user_errors(self.path):
             for event in events:
                 event.wall_time = time.time()
@@ -87,21 +87,29 @@ class TensorBoardSink:
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The configuration as `section.option: value` for the HParams tab, lists written as JSON."""
-    found = {}
+    """Return the configuration as `section.option: value` for the HParams tab, with lists as JSON."""
+    options = {}
     for key, value in config.items():
         if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
+            options |= flat(value, f"{prefix}{key}.")
         else:
-            found[prefix + key] = value if isinstance(value, bool | int | float | str) else json.dumps(value)
-    return found
+            options[prefix + key] = value if isinstance(value, bool | int | float | str) else json.dumps(value)
+    return options
 
 
-def fenced(text: str) -> str:
-    """Markdown that shows the text as it is."""
+def _expert_load(load: dict[int, list[float]]) -> list[Summary]:
+    histograms = [
+        histogram(layer_tag("router_layers/load", layer), np.asarray(load_E), LOAD_BINS)
+        for layer, load_E in load.items()
+    ]
+    return [image(LOAD_IMAGE, draw_heat_map(load), dataformats="HWC"), *histograms]
+
+
+def _code_block(text: str) -> str:
+    """Return Markdown that shows the text as it is."""
     return "\n".join(f"    {line}" for line in ("\n" + text).split("\n"))
 
 
-def cell(text: str) -> str:
-    """The text on one line, with nothing in it that Markdown would take for markup."""
+def _cell(text: str) -> str:
+    """Return the text on one line, with Markdown's markup characters escaped."""
     return "".join(f"\\{c}" if c in "\\`*_{}[]<>()#+-.!|" else " " if c == "\n" else c for c in text)

@@ -1,4 +1,4 @@
-"""Weights & Biases, where it is asked for. The local process sends; training never waits for the network."""
+"""Weights & Biases, if `logging.wandb` is set. Its local process sends; training never waits for the network."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from training.config import WandbConfig
+from training.config import LoggingConfig, WandbConfig
 from training.errors import UserError
 from training.files import write_atomically
-from training.logging.heat_map import due, heat_map
-from training.logging.sinks import LOAD_IMAGE, RunInfo, scalars
+from training.logging.heat_map import draw_heat_map, should_draw
+from training.logging.metrics import LOAD_IMAGE, expert_load, scalars
+from training.logging.sinks import RunInfo, Sink
 
-FINISH_TIMEOUT_S = 120  # what is not sent by then stays on disk for `wandb sync`
+FINISH_TIMEOUT_S = 120  # rows not sent by then stay on disk for `wandb sync`
 
 
-class WandbSink:
-    """Logs to one W&B run over all restarts; what it holds of a step it never logs again."""
+def open_sink(run: RunInfo, config: LoggingConfig) -> Sink:
+    return WandbSink(run, config.wandb, config.histogram_every)
+
+
+class WandbSink(Sink):
+    """Logs to one W&B run over all restarts; W&B cannot drop rows, so a repeated step is not logged again."""
 
     def __init__(self, run: RunInfo, config: WandbConfig, histogram_every: int) -> None:
         try:
@@ -27,10 +32,10 @@ class WandbSink:
             raise UserError(
                 "logging.wandb needs Weights & Biases: pip install wandb, or remove logging.wandb"
             ) from error
-        self.wandb = wandb
+        self.wandb, self.is_closed = wandb, False
         self.histogram_every, self.steps, self.moe_layers = histogram_every, run.steps, run.moe_layers
         self.marker = run.dir / "wandb.json"
-        self.state = _state(self.marker, run.name)
+        self.state = _load_state(self.marker, run.name)
         settings = wandb.Settings(silent=True, console="off", finish_timeout=FINISH_TIMEOUT_S)
         wandb.setup(settings=wandb.Settings(silent=True))
         self.run = _init(wandb, config, run, id=self.state["id"], settings=settings)
@@ -45,37 +50,40 @@ class WandbSink:
             write_atomically(self.marker, json.dumps(self.state) + "\n")
 
     def close(self, summary: dict | None) -> None:
+        if self.is_closed:
+            return
+        self.is_closed = True
         if summary is not None:
             self.run.summary.update({key: value for key, value in summary.items() if key != "next"})
         self.run.finish(exit_code=0 if summary is not None else 1)
 
     def _values(self, row: dict) -> dict[str, Any]:
         values: dict[str, Any] = dict(scalars(row, self.moe_layers))
-        if due(row, self.histogram_every, self.steps):
-            values[LOAD_IMAGE] = self.wandb.Image(heat_map(row["expert_load"], self.moe_layers))
+        if should_draw(row, self.histogram_every, self.steps):
+            values[LOAD_IMAGE] = self.wandb.Image(draw_heat_map(expert_load(row, self.moe_layers)))
         if row.get("samples"):
             data = [[row["step"], sample["prompt"], sample["text"]] for sample in row["samples"]]
             values["samples"] = self.wandb.Table(columns=["step", "prompt", "text"], data=data)
         return values
 
 
-def _state(marker: Path, name: str) -> dict:
-    """The run's id and the last step logged; new ones are made and kept, since a folder's name may be used again."""
+def _load_state(marker: Path, name: str) -> dict:
+    """Return the W&B run's id and the last step logged. A new id is random, as a folder's name may be used again."""
     if marker.exists():
         try:
-            known = json.loads(marker.read_bytes())
-            return {"id": str(known["id"]), "step": int(known["step"])}
+            state = json.loads(marker.read_bytes())
+            return {"id": str(state["id"]), "step": int(state["step"])}
         except (ValueError, KeyError, TypeError):
-            print(f"{marker}: does not tell the W&B run any more; a new one begins", file=sys.stderr)
-    new = {"id": f"{name[:32]}-{uuid.uuid4().hex[:8]}", "step": 0}
-    write_atomically(marker, json.dumps(new) + "\n")
-    return new
+            print(f"{marker}: no valid W&B run id; starting a new W&B run", file=sys.stderr)
+    state = {"id": f"{name[:32]}-{uuid.uuid4().hex[:8]}", "step": 0}
+    write_atomically(marker, json.dumps(state) + "\n")
+    return state
 
 
 def _init(wandb: Any, config: WandbConfig, run: RunInfo, **options: Any) -> Any:
-    """Start or resume the W&B run, offline where the network does not answer.
+    """Start or resume the W&B run, offline if the network does not answer.
 
-    Raises `UserError` where there is no key, or the key is refused.
+    Raises UserError if there is no API key or the server refuses it.
     """
     options |= {"project": config.project, "entity": config.entity, "name": run.name, "resume": "allow"}
     options |= {"dir": str(run.dir), "config": run.config}
@@ -89,7 +97,7 @@ def _init(wandb: Any, config: WandbConfig, run: RunInfo, **options: Any) -> Any:
     except wandb.errors.CommError as error:
         reason, kept = str(error).splitlines()[0], run.dir / "wandb"
         print(
-            f"Weights & Biases does not answer ({reason}); the run is kept in {kept}: send it with `wandb sync`",
+            f"Weights & Biases does not answer ({reason}); logging offline to {kept}, upload it with `wandb sync`",
             file=sys.stderr,
         )
         wandb.teardown()  # its process still holds the run's id

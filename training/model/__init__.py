@@ -1,6 +1,18 @@
-"""The network, one file a mechanism; `gpt.GPT` puts them together from the configuration's block pattern."""
+"""The network, one file per mechanism; `gpt.GPT` builds it from the configuration's block pattern."""
 
 from training.model.cache import Cache
-from training.model.gpt import FEED_FORWARDS, GPT, MIXERS, ParameterKind, kernel_requirements
+from training.model.gpt import FEED_FORWARDS, GPT, MIXERS, kernel_requirements
+from training.model.stats import ModelStats, init_weights, initial_value, model_stats, parameter_kinds
 
-__all__ = ["FEED_FORWARDS", "GPT", "MIXERS", "Cache", "ParameterKind", "kernel_requirements"]
+__all__ = [
+    "FEED_FORWARDS",
+    "GPT",
+    "MIXERS",
+    "Cache",
+    "ModelStats",
+    "init_weights",
+    "initial_value",
+    "kernel_requirements",
+    "model_stats",
+    "parameter_kinds",
+]

@@ -1,7 +1,7 @@
-"""Self-attention: multi-head, grouped-query, multi-query.
+"""Causal self-attention: multi-head, grouped-query, multi-query; and what all kinds of attention share.
 
 Shapes: B batch, T tokens, S keys (cached ones included), C channels, H query heads, G heads of keys and
-values, D head width.
+values, D head width, E width of a value.
 """
 
 from __future__ import annotations
@@ -13,61 +13,97 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.config import AttentionConfig, ModelConfig
+from training.kernels.attention.table import Visibility
 from training.kernels.choose import AttentionBackend, AttentionSpec
 from training.model.cache import LayerCache
-from training.model.layers import Linear, RMSNorm, rotate
+from training.model.layers import Linear, RMSNorm, rotary_table, rotate
 
 
 class AttentionContext(NamedTuple):
-    """Where the tokens of a call are: what a mixer needs to know beside their vectors."""
+    """Positions, mask and kernel of one layer in one forward pass."""
 
-    rotation_2TD: Tensor | None  # of the mixer's `rotary_dim`, if it has one
-    mask: Any  # which keys a query sees, as the back-end wants it
+    rotation_2TD: Tensor | None  # rotary table of the mixer's `rotary_dim`; None: no rotary positions
+    mask: Any  # which keys each query sees, in the back-end's own form
     backend: AttentionBackend
 
     def attend(self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, spec: AttentionSpec) -> Tensor:
-        """y_BHTE: the mean of the values that each query sees, weighted by softmax."""
+        """Return softmax(scale x q k) v over the visible keys, (B, H, T, E)."""
         return self.backend.attend(q_BHTD, k_BGSD, v_BGSE, self.mask, scale=spec.scale, softcap=spec.softcap)
 
 
-class Attention(nn.Module):
-    """Causal attention. Query, key and value are parameters of their own and, in training, one product."""
+class AttentionContexts:
+    """Rotary tables and masks of one forward pass, each built once for all layers that need the same one."""
 
-    def __init__(self, section: AttentionConfig, model: ModelConfig):
+    def __init__(self, visibility: Visibility, backend: AttentionBackend, rope_theta: float):
+        self.visibility, self.backend, self.rope_theta = visibility, backend, rope_theta
+        if visibility.documents is not None:
+            self.position = visibility.documents.position_BT
+        else:
+            start = visibility.n_keys - visibility.n_queries
+            self.position = torch.arange(start, visibility.n_keys, device=visibility.device)  # (T,)
+        self.rotations: dict[int, Tensor | None] = {0: None}  # by width
+        self.masks: dict[int | None, Any] = {}  # by window
+
+    def for_mixer(self, mixer: nn.Module) -> AttentionContext:
+        """Return the context of a layer, by its `rotary_dim` and its window."""
+        width, window = mixer.rotary_dim, self.visibility._replace(window=mixer.spec.window).effective_window
+        if width not in self.rotations:
+            self.rotations[width] = rotary_table(self.position, width, self.rope_theta)
+        if window not in self.masks:
+            self.masks[window] = self.backend.build_mask(self.visibility._replace(window=window))
+        return AttentionContext(self.rotations[width], self.masks[window], self.backend)
+
+
+class Attention(nn.Module):
+    """Causal attention. A subclass changes `attend` to do something between the scores and the output projection."""
+
+    def __init__(self, config: AttentionConfig, model: ModelConfig):
         super().__init__()
-        self.spec = spec = self.attention_spec(section, model)
-        self.rotary_dim = spec.head_dim if section.rope and model.position == "rope" else 0
+        self.spec = spec = self.attention_spec(config, model)
+        self.rotary_dim = spec.head_dim if config.rope and model.position == "rope" else 0
         sizes = [(model.n_embd, n * spec.head_dim) for n in (spec.n_head, spec.n_kv_head, spec.n_kv_head)]
         sizes.append((spec.n_head * spec.head_dim, model.n_embd))
         self.query, self.key, self.value, self.out = (Linear(*size, bias=model.bias) for size in sizes)
         self.query_norm, self.key_norm = (
-            RMSNorm(spec.head_dim, model.norm_eps) if section.qk_norm else nn.Identity() for _ in range(2)
+            RMSNorm(spec.head_dim, model.norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
         )
 
     @staticmethod
-    def attention_spec(section: AttentionConfig, model: ModelConfig) -> AttentionSpec:
-        """What this layer asks of an attention back-end."""
-        width = section.head_dim or model.n_embd // model.n_head
-        n_kv_head = section.n_kv_head or model.n_head
-        return AttentionSpec(model.n_head, n_kv_head, width, width, section.window, section.softcap)
+    def attention_spec(config: AttentionConfig, model: ModelConfig) -> AttentionSpec:
+        """Return the sizes and features that this layer needs from an attention back-end."""
+        width = config.head_dim or model.n_embd // model.n_head
+        n_kv_head = config.n_kv_head or model.n_head
+        return AttentionSpec(model.n_head, n_kv_head, width, width, config.window, config.softcap)
 
     def forward(self, x_BTC: Tensor, context: AttentionContext, cache: LayerCache | None) -> Tensor:
-        """x_BTC -> y_BTC. `cache` holds the keys and values of earlier tokens and takes this call's."""
-        q_BHTD, k_BGSD, v_BGSD = (
-            x.unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2) for x in self._project(x_BTC)
+        """Return y_BTC. `cache` holds keys and values of earlier tokens; those of these tokens are appended."""
+        widths = (self.spec.head_dim, self.spec.head_dim, self.spec.value_dim)
+        q_BHTD, k_BGSD, v_BGSE = (
+            x.unflatten(-1, (-1, width)).transpose(1, 2) for x, width in zip(self._project(x_BTC), widths, strict=True)
         )
         q_BHTD, k_BGSD = self.query_norm(q_BHTD), self.key_norm(k_BGSD)
         if context.rotation_2TD is not None:
             q_BHTD, k_BGSD = rotate(q_BHTD, context.rotation_2TD), rotate(k_BGSD, context.rotation_2TD)
         if cache is not None:
-            k_BGSD, v_BGSD = cache.append("key", k_BGSD), cache.append("value", v_BGSD)
-        y_BHTD = context.attend(q_BHTD, k_BGSD, v_BGSD, self.spec)
-        return self.out(y_BHTD.transpose(1, 2).flatten(2))
+            k_BGSD, v_BGSE = cache.append("key", k_BGSD), cache.append("value", v_BGSE)
+        y_BHTE = self.attend(x_BTC, q_BHTD, k_BGSD, v_BGSE, context)
+        return self.out(y_BHTE.transpose(1, 2).flatten(2))
+
+    def attend(
+        self,
+        x_BTC: Tensor,  # noqa: ARG002 (for subclasses, such as a gate)
+        q_BHTD: Tensor,
+        k_BGSD: Tensor,
+        v_BGSE: Tensor,
+        context: AttentionContext,
+    ) -> Tensor:
+        """Return what the output projection reads, (B, H, T, E). `x_BTC` is the layer's input."""
+        return context.attend(q_BHTD, k_BGSD, v_BGSE, self.spec)
 
     def _project(self, x_BTC: Tensor) -> tuple[Tensor, ...]:
-        """Query, key and value, heads side by side."""
+        """Return query, key and value, heads side by side: one matmul in training, three in generation."""
         projections = (self.query, self.key, self.value)
-        if not torch.is_grad_enabled():  # a few tokens: joining the weights would cost more than three products
+        if not torch.is_grad_enabled():  # few tokens: joining the weights would cost more than three matmuls
             return tuple(projection(x_BTC) for projection in projections)
         weight = torch.cat([p.weight for p in projections]).to(x_BTC.dtype)
         bias = None if self.query.bias is None else torch.cat([p.bias for p in projections]).to(x_BTC.dtype)

@@ -1,7 +1,7 @@
-"""Differential attention (arXiv:2410.05258): what two softmaxes agree on is taken away.
+"""Differential attention (arXiv:2410.05258): the difference of two softmaxes cancels what both attend to.
 
 Shapes: B batch, T tokens, S keys (cached ones included), C channels, H heads, G heads of keys and values, D half
-the width of a head, E = 2D its width. Queries and keys are the first softmax's heads, then the second's: 2H, 2G.
+the width of a head, E = 2D its width. Queries and keys hold the heads of the first softmax, then those of the second.
 """
 
 from __future__ import annotations
@@ -12,49 +12,37 @@ from torch import Tensor, nn
 from training.config import DifferentialConfig, ModelConfig
 from training.kernels.choose import AttentionSpec
 from training.model.attention import Attention, AttentionContext
-from training.model.cache import LayerCache
-from training.model.layers import RMSNorm, rotate
+from training.model.layers import RMSNorm
 
 
 class DifferentialAttention(Attention):
-    """y_h = (1 - lambda_init) RMSNorm((softmax(q1 k1) - lambda softmax(q2 k2)) v), heads then mixed as ever.
+    """y_h = (1 - lambda_init) RMSNorm((softmax(q1 k1) - lambda softmax(q2 k2)) v), then the output projection.
 
-    lambda = exp(a) - exp(b) + lambda_init, one a layer. In the paper, a and b are products of two learned vectors
-    that begin near zero; here they are the learned numbers themselves, zero at first.
+    lambda = exp(a) - exp(b) + lambda_init, one per layer. The paper computes a and b as products of two learned
+    vectors that start near zero; here a and b are the learned numbers themselves and start at zero.
     """
 
-    def __init__(self, section: DifferentialConfig, model: ModelConfig):
-        super().__init__(section, model)  # 2G values D wide are as many parameters as G values E wide
-        self.lambda_init = section.lambda_init
+    def __init__(self, config: DifferentialConfig, model: ModelConfig):
+        super().__init__(config, model)  # 2G values of width D have as many parameters as G values of width E
+        self.lambda_init = config.lambda_init
         self.exponents = nn.Parameter(torch.zeros(2))
         self.head_norm = RMSNorm(self.spec.value_dim, model.norm_eps)
 
     @staticmethod
-    def attention_spec(section: DifferentialConfig, model: ModelConfig) -> AttentionSpec:
-        """What this layer asks of an attention back-end: both calls as one."""
-        plain = Attention.attention_spec(section, model)
+    def attention_spec(config: DifferentialConfig, model: ModelConfig) -> AttentionSpec:
+        """Return the needs of both softmaxes as if they were one call with twice the heads."""
+        plain = Attention.attention_spec(config, model)
         heads, width = (2 * plain.n_head, 2 * plain.n_kv_head), plain.head_dim
-        return AttentionSpec(*heads, width // 2, width, section.window, section.softcap)
+        return AttentionSpec(*heads, width // 2, width, config.window, config.softcap)
 
-    def forward(self, x_BTC: Tensor, context: AttentionContext, cache: LayerCache | None) -> Tensor:
-        """x_BTC -> y_BTC. `cache` holds the keys and values of earlier tokens and takes this call's."""
-        q, k, v = self._project(x_BTC)
-        q, k = (x.unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2) for x in (q, k))
-        v_BGSE = v.unflatten(-1, (-1, self.spec.value_dim)).transpose(1, 2)
-        q, k = self.query_norm(q), self.key_norm(k)
-        if context.rotation_2TD is not None:
-            q, k = rotate(q, context.rotation_2TD), rotate(k, context.rotation_2TD)
-        if cache is not None:
-            k, v_BGSE = cache.append("key", k), cache.append("value", v_BGSE)
-        # Two calls, for one would copy all the values, at every token that is generated.
+    def attend(self, x_BTC: Tensor, q: Tensor, k: Tensor, v_BGSE: Tensor, context: AttentionContext) -> Tensor:
+        """Return the difference of the two softmaxes' results, normalized, (B, H, T, E)."""
+        # Two calls: one call would have to copy all values, for every generated token.
         first_BHTE, second_BHTE = (
             context.attend(q_BHTD, k_BGSD, v_BGSE, self.spec)
             for q_BHTD, k_BGSD in zip(q.chunk(2, dim=1), k.chunk(2, dim=1), strict=True)
         )
-        y_BHTE = self.head_norm(first_BHTE - self._lambda(x_BTC.dtype) * second_BHTE) * (1 - self.lambda_init)
-        return self.out(y_BHTE.transpose(1, 2).flatten(2))
-
-    def _lambda(self, dtype: torch.dtype) -> Tensor:
-        """A number in float32, of exponents cast to the type of the input, as every parameter is."""
-        a, b = self.exponents.to(dtype).float().exp()
-        return a - b + self.lambda_init
+        # Cast first, as every parameter: generation casts all parameters once and must get the same bits.
+        a, b = self.exponents.to(x_BTC.dtype).float().exp()
+        lambda_ = a - b + self.lambda_init
+        return self.head_norm(first_BHTE - lambda_ * second_BHTE) * (1 - self.lambda_init)

@@ -19,35 +19,36 @@ from training.model.layers import Linear, RMSNorm, rotate
 
 
 class LatentAttention(nn.Module):
-    """Keys and values of all heads are made of one normalised vector a token, which is all that is cached,
-    beside a rotated key that the heads share."""
+    """Attention whose keys and values are projections of one normalized vector per token.
 
-    def __init__(self, section: LatentConfig, model: ModelConfig):
+    The cache holds that vector and one rotated key that all heads share.
+    """
+
+    def __init__(self, config: LatentConfig, model: ModelConfig):
         super().__init__()
-        self.spec = spec = self.attention_spec(section, model)
-        self.rope_dim = section.rope_dim
-        self.rotary_dim = section.rope_dim if model.position == "rope" else 0
+        self.spec = spec = self.attention_spec(config, model)
+        self.rope_dim = config.rope_dim
+        self.rotary_dim = config.rope_dim if model.position == "rope" else 0
         self.squeeze = nn.Identity()
-        if section.q_rank is not None:
-            down, normalise = Linear(model.n_embd, section.q_rank, bias=False), RMSNorm(section.q_rank, model.norm_eps)
-            self.squeeze = nn.Sequential(down, normalise)
-        self.query = Linear(section.q_rank or model.n_embd, spec.n_head * spec.head_dim, bias=False)
-        self.latent = Linear(model.n_embd, section.kv_rank + section.rope_dim, bias=False)
-        self.latent_norm = RMSNorm(section.kv_rank, model.norm_eps)
-        key_width = spec.head_dim - section.rope_dim
-        self.key_value = Linear(section.kv_rank, spec.n_head * (key_width + spec.value_dim), bias=False)
+        if config.q_rank is not None:
+            down, norm = Linear(model.n_embd, config.q_rank, bias=False), RMSNorm(config.q_rank, model.norm_eps)
+            self.squeeze = nn.Sequential(down, norm)
+        self.query = Linear(config.q_rank or model.n_embd, spec.n_head * spec.head_dim, bias=False)
+        self.latent = Linear(model.n_embd, config.kv_rank + config.rope_dim, bias=False)
+        self.latent_norm = RMSNorm(config.kv_rank, model.norm_eps)
+        key_width = spec.head_dim - config.rope_dim
+        self.key_value = Linear(config.kv_rank, spec.n_head * (key_width + spec.value_dim), bias=False)
         self.out = Linear(spec.n_head * spec.value_dim, model.n_embd, bias=model.bias)
 
     @staticmethod
-    def attention_spec(section: LatentConfig, model: ModelConfig) -> AttentionSpec:
-        """What this layer asks of an attention back-end."""
-        width = section.head_dim or model.n_embd // model.n_head
-        return AttentionSpec(
-            model.n_head, model.n_head, width + section.rope_dim, section.value_dim or width, section.window
-        )
+    def attention_spec(config: LatentConfig, model: ModelConfig) -> AttentionSpec:
+        """Return the sizes and features that this layer needs from an attention back-end."""
+        width = config.head_dim or model.n_embd // model.n_head
+        key_dim, value_dim = width + config.rope_dim, config.value_dim or width
+        return AttentionSpec(model.n_head, model.n_head, key_dim, value_dim, config.window)
 
     def forward(self, x_BTC: Tensor, context: AttentionContext, cache: LayerCache | None) -> Tensor:
-        """x_BTC -> y_BTC. `cache` holds the latent vectors and rotated keys of earlier tokens and takes this call's."""
+        """Return y_BTC. `cache` holds latent vectors and rotated keys of earlier tokens; these are appended."""
         q_BHTD = self.query(self.squeeze(x_BTC)).unflatten(-1, (self.spec.n_head, -1)).transpose(1, 2)
         q_BHTN, q_BHTP = q_BHTD.tensor_split([-self.rope_dim], dim=-1)
         latent_BTR, k_BTP = self.latent(x_BTC).tensor_split([-self.rope_dim], dim=-1)
@@ -62,7 +63,7 @@ class LatentAttention(nn.Module):
     def _attend(
         self, q_BHTN: Tensor, q_BHTP: Tensor, latent_BSR: Tensor, k_B1SP: Tensor, context: AttentionContext
     ) -> Tensor:
-        """y_BHTE, with the keys and values of every head written out."""
+        """Return y_BHTE by expanding the latent vectors to the keys and values of every head."""
         kv = self.key_value(latent_BSR).unflatten(-1, (self.spec.n_head, -1)).transpose(1, 2)
         k_BHSN, v_BHSE = kv.tensor_split([q_BHTN.shape[-1]], dim=-1)
         k_BHSD = torch.cat([k_BHSN, k_B1SP.expand(-1, self.spec.n_head, -1, -1)], dim=-1)
@@ -71,7 +72,7 @@ class LatentAttention(nn.Module):
     def _attend_to_latent(
         self, q_BHTN: Tensor, q_BHTP: Tensor, latent_BSR: Tensor, k_B1SP: Tensor, context: AttentionContext
     ) -> Tensor:
-        """The same by associativity, for few queries: the keys' and values' matrices act on queries and results."""
+        """Return the same y_BHTE, cheaper for few queries: multiply queries and results instead of keys and values."""
         w_HFR = self.key_value.weight.to(latent_BSR.dtype).unflatten(0, (self.spec.n_head, -1))
         w_HNR, w_HER = w_HFR.tensor_split([q_BHTN.shape[-1]], dim=1)
         q = torch.cat([torch.einsum("bhtn,hnr->bhtr", q_BHTN, w_HNR), q_BHTP], dim=-1)

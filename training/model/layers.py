@@ -1,6 +1,6 @@
-"""Linear, normalisation, activation and rotary position: what every block is made of.
+"""Linear layers, normalization, activations and rotary positions: the parts that blocks are built from.
 
-Parameters are float32; a layer computes in the type of its input, casting its weights on the way.
+Parameters are float32. A layer computes in the dtype of its input and casts its weights to it on every call.
 Shapes: B batch, T tokens, C channels, H heads, D head width.
 """
 
@@ -18,46 +18,47 @@ from torch.autograd.function import once_differentiable
 from training.config import Activation, ModelConfig
 
 
-class Batch(NamedTuple):
-    """What a layer is told of the global batch that its tokens are a part of."""
+class FeedForwardContext(NamedTuple):
+    """Facts about the batch that a feed-forward layer needs beside its tokens. The default: generate logits only."""
 
-    n_targets: int  # by which losses are divided
-    key_B: Tensor | None = None  # int64: the number of each sample in the run, for what is random; None: evaluation
+    n_targets: int | None = None  # divides auxiliary losses; None: compute no losses and no routing metrics
+    key_B: Tensor | None = None  # int64: one key per sample for random numbers; needed if is_training
+    is_training: bool = False  # add noise and drop tokens beyond the experts' capacity
 
-    def layer(self, index: int) -> Batch:
-        """The same with keys of this layer's own."""
+    def for_layer(self, index: int) -> FeedForwardContext:
+        """Return the context with random keys that differ between layers."""
         return self if self.key_B is None else self._replace(key_B=self.key_B + (index << 48))
 
 
 def normal_from_key(key: str, shape: torch.Size) -> Tensor:
-    """Standard normal numbers, float32 on the CPU, from a generator that is the key's own: no order matters."""
+    """Return standard normal numbers, float32 on the CPU, that depend on the key and the shape only."""
     digest = hashlib.sha256(key.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
     return torch.randn(shape, generator=generator)
 
 
 def uniform_from_keys(key_B: Tensor, n_tokens: int, width: int) -> Tensor:
-    """Numbers in [0, 1), float32 (B, T, C): a hash of the sample's key, the token and the channel.
+    """Return numbers in [0, 1), float32 (B, T, C), that are a hash of (sample key, token, channel).
 
-    The same on any device, in any micro-batch, and when a layer is computed again.
+    They are the same on every device, in every micro-batch, and when activation checkpointing runs the layer again.
     """
-    place_TC = _hash(torch.arange(n_tokens * width, device=key_B.device)).view(n_tokens, width)
+    position_TC = _hash(torch.arange(n_tokens * width, device=key_B.device)).view(n_tokens, width)
     key_B = _hash(_hash(key_B >> 32) ^ key_B & _32_BITS)
-    return (_hash(key_B[:, None, None] ^ place_TC) >> 8).float() / 2**24
+    return (_hash(key_B[:, None, None] ^ position_TC) >> 8).float() / 2**24
 
 
 _32_BITS = 0xFFFFFFFF
 
 
 def _hash(x: Tensor) -> Tensor:
-    """32 bits of each number to 32 others (Wellons 2018, nullprogram.com/blog/2018/07/31, "lowbias32")."""
+    """Map 32 bits to 32 bits (Wellons 2018, nullprogram.com/blog/2018/07/31, "lowbias32")."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ x >> shift) * factor & _32_BITS
     return x ^ x >> 16
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` in the type of its input."""
+    """`nn.Linear` that computes in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -78,13 +79,13 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, self.eps)
 
 
-RMSNORM_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # types that a CPU's own RMSNorm is for
+RMSNORM_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that `_RMSNormOnCPU` handles
 
 
 class _RMSNormOnCPU(torch.autograd.Function):
-    """RMSNorm, in float32. PyTorch has no kernel for it on CPUs, and its operations take several times as long.
+    """RMSNorm in float32 for CPUs, where PyTorch composes it of several slower operations.
 
-    With a mean of zero, LayerNorm's backward lacks of RMSNorm's one term: 1/rms x mean(gradient x weight).
+    The backward is LayerNorm's with a mean of zero, plus the term that it lacks: 1/rms x mean(gradient x weight).
     """
 
     @staticmethod
@@ -124,14 +125,14 @@ class RMSNorm(nn.Module):
 
 
 def build_norm(config: ModelConfig) -> nn.Module:
-    """The model's normalisation over its n_embd channels."""
+    """Build the model's normalization over n_embd channels."""
     if config.norm == "rmsnorm":
         return RMSNorm(config.n_embd, config.norm_eps)
     return LayerNorm(config.n_embd, config.norm_eps, config.bias)
 
 
 class _ReLU2(torch.autograd.Function):
-    """max(x, 0)^2, its backward in two operations instead of five."""
+    """max(x, 0)^2 with a backward of two operations instead of five."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -155,30 +156,33 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 def rotary_table(position: Tensor, width: int, theta: float) -> Tensor:
-    """Cosines and sines (arXiv:2104.09864 eq. 15), float32: (2, T, D) of positions (T,), (2, B, 1, T, D) of (B, T)."""
+    """Return cosines and sines (arXiv:2104.09864 eq. 15), float32.
+
+    Positions (T,) give (2, T, D); positions (B, T) give (2, B, 1, T, D), one table for all heads.
+    """
     frequency = theta ** (-torch.arange(0, width, 2, dtype=torch.float32, device=position.device) / width)
     angle = (position.float()[..., None] * frequency).repeat((1,) * position.ndim + (2,))
-    angle = angle if position.ndim == 1 else angle[:, None]  # the same for all heads
+    angle = angle if position.ndim == 1 else angle[:, None]
     return torch.stack([angle.cos(), angle.sin()])
 
 
 class _Rotation(torch.autograd.Function):
-    """Turn channel pairs by angles; the gradient is turned back."""
+    """Rotation of channel pairs; the backward rotates the gradient by the opposite angle."""
 
     @staticmethod
     def forward(ctx: Any, x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
         ctx.save_for_backward(cos_TD, sin_TD)
-        return _rotated(x_BHTD, cos_TD, sin_TD, 1)
+        return _rotate_pairs(x_BHTD, cos_TD, sin_TD, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BHTD: Tensor) -> tuple[Tensor, None, None]:
-        return _rotated(grad_BHTD, *ctx.saved_tensors, -1), None, None
+        return _rotate_pairs(grad_BHTD, *ctx.saved_tensors, -1), None, None
 
 
-def _rotated(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor, direction: int) -> Tensor:
+def _rotate_pairs(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor, direction: int) -> Tensor:
     half = x_BHTD.shape[-1] // 2
-    if torch.compiler.is_compiling():  # one pass, where writing into halves would be made several
+    if torch.compiler.is_compiling():  # compiles to one pass; writes into two halves would be several
         first_D = torch.arange(2 * half, device=x_BHTD.device) < half
         partner_BHTD = x_BHTD.unflatten(-1, (2, half)).flip(-2).flatten(-2)
         return x_BHTD * cos_TD + partner_BHTD * torch.where(first_D, -direction, direction) * sin_TD
@@ -189,5 +193,5 @@ def _rotated(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor, direction: int) -> 
 
 
 def rotate(x_BHTD: Tensor, rotation_2TD: Tensor) -> Tensor:
-    """Turn channel pairs (i, i + D/2) of each head by their position's angles; Transformers' convention."""
+    """Apply RoPE: rotate channel pairs (i, i + D/2) of each head, as Transformers pairs them."""
     return _Rotation.apply(x_BHTD, *rotation_2TD.to(x_BHTD.dtype))

@@ -1,4 +1,7 @@
-"""Muon: momentum, orthogonalised (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
+"""Muon: orthogonalized momentum (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+Shapes: X matrices of M rows and N columns.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,21 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from training.config import MuonConfig
+from training.optim.parameters import ApplyToMatrices, FullShapes, NamedParameter
+
 # Coefficients of the quintic iteration, chosen for the largest slope at zero (same source).
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(g_XMN: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """The nearest semi-orthogonal matrix of every M x N matrix, roughly: singular values in about (0.7, 1.2).
+    """Return roughly the nearest semi-orthogonal matrix of each matrix: singular values in about (0.7, 1.2).
 
-    Newton-Schulz iteration in `dtype`; a zero matrix stays zero.
+    Newton-Schulz iteration in `dtype`. A zero matrix stays zero.
     """
     a, b, c = QUINTIC
     norm = g_XMN.norm(dim=(-2, -1), keepdim=True)
-    x = (g_XMN / norm.clamp(min=1e-30)).to(dtype)  # divided first: fp16 holds no gradient's own scale
+    x = (g_XMN / norm.clamp(min=1e-30)).to(dtype)  # divide before the cast: fp16 would underflow small gradients
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
@@ -30,23 +36,25 @@ def orthogonalize(g_XMN: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     return x.mT if tall else x
 
 
-MatrixMap = Callable[[list[Tensor], list[Tensor], Callable[[Tensor], Tensor]], list[Tensor]]
-
-
-def map_locally(_parameters: list[Tensor], tensors: list[Tensor], work: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """`work` on the matrices of tensors, all of them whole and here, in one batch."""
+def apply_locally(
+    _parameters: list[Tensor], tensors: list[Tensor], function: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """Apply a function to the matrices of tensors that are whole on this rank, in one batch."""
     stacks = [tensor.view(-1, *tensor.shape[-2:]) for tensor in tensors]
-    done = work(torch.cat(stacks)).split([len(stack) for stack in stacks])
-    return [part.view_as(tensor) for part, tensor in zip(done, tensors, strict=True)]
+    results = function(torch.cat(stacks)).split([len(stack) for stack in stacks])
+    return [result.view_as(tensor) for result, tensor in zip(results, tensors, strict=True)]
 
 
 class Muon(torch.optim.Optimizer):
-    """For parameters that are matrices, (M, N), or stacks of them, (E, M, N): each matrix by itself.
+    """Muon for matrices (M, N) and stacks of matrices (E, M, N), each matrix by itself.
 
     The update is scaled by sqrt(max(1, M / N)); weight decay is decoupled. Matrices of equal shape are
-    orthogonalised in one batched product. Where a parameter holds some rows of a whole one, `shapes` says
-    which shape that has, and `map_matrices`, of `map_locally`'s signature, brings rows together.
+    orthogonalized in one batched product. If parameters are rows of sharded ones, `shapes` holds the full shapes and
+    `apply_to_matrices` brings the rows together.
     """
+
+    state_names = ("momentum",)  # tensors of the parameter's shape
+    scalar_state_names = ()
 
     def __init__(
         self,
@@ -58,11 +66,26 @@ class Muon(torch.optim.Optimizer):
         ns_steps: int,
         dtype: torch.dtype,
         shapes: dict[Tensor, torch.Size] | None = None,
-        map_matrices: MatrixMap = map_locally,
+        apply_to_matrices: ApplyToMatrices = apply_locally,
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "ns_steps": ns_steps})
-        self.dtype, self.map_matrices = dtype, map_matrices
+        self.dtype, self.apply_to_matrices = dtype, apply_to_matrices
         self.shapes = {p: p.shape for group in self.param_groups for p in group["params"]} | (shapes or {})
+
+    @classmethod
+    def build(
+        cls, config: MuonConfig, parameters: list[NamedParameter], dtype: torch.dtype, full_shapes: FullShapes | None
+    ) -> Muon:
+        """Build the optimizer of some parameters from its options; orthogonalization is in `dtype`."""
+        return cls(
+            [parameter for _, parameter, _ in parameters],
+            lr=config.muon_learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            ns_steps=config.ns_steps,
+            dtype=dtype,
+            **({} if full_shapes is None else full_shapes._asdict()),
+        )
 
     @torch.no_grad()
     def step(self) -> None:
@@ -71,11 +94,11 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     by_shape[self.shapes[p][-2:]].append(p)
-            for shape, same in by_shape.items():
-                self._step(same, shape, group)
+            for shape, parameters in by_shape.items():
+                self._step(parameters, shape, group)
 
     def _step(self, parameters: list[Tensor], shape: torch.Size, group: dict) -> None:
-        """One update of parameters whose matrices have equal shape."""
+        """Update parameters whose matrices have equal shape."""
         directions = []
         for p in parameters:
             if not self.state[p]:
@@ -83,8 +106,8 @@ class Muon(torch.optim.Optimizer):
             average = self.state[p]["momentum"]
             average.lerp_(p.grad, 1 - group["momentum"])
             directions.append(p.grad.lerp(average, group["momentum"]))  # Nesterov
-        work = partial(orthogonalize, steps=group["ns_steps"], dtype=self.dtype)
-        updates = self.map_matrices(parameters, directions, work)
+        function = partial(orthogonalize, steps=group["ns_steps"], dtype=self.dtype)
+        updates = self.apply_to_matrices(parameters, directions, function)
         scale = -group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
         for p, update in zip(parameters, updates, strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"])

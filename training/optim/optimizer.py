@@ -1,131 +1,99 @@
-"""Optimizers, one file each, over named parameters; and the learning rate schedule."""
+"""The optimizer of a run: one or several of PyTorch's kind, chosen by its options and the kinds of parameters.
+
+An optimizer class has `build(config, parameters, dtype=, full_shapes=)`, and declares the tensors that it keeps in
+`optimizer.state[parameter]`: `state_names` of the parameter's shape, `scalar_state_names` of one number.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from training.config import AdamWConfig, MuonConfig
-from training.optim.muon import MatrixMap, Muon
-from training.optim.schedule import SCHEDULES, lr_factor
+from training.config import AdamWConfig, MuonConfig, OptimConfig
+from training.optim.adamw import AdamW
+from training.optim.muon import Muon
+from training.optim.parameters import PARAMETER_KINDS, FullShapes, NamedParameter, ParameterKind
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "FullShapes", "Muon", "Optimizer", "lr_factor"]
-
-STATE = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum",)}
-Named = list[tuple[str, nn.Parameter, str]]  # name, parameter, kind
-
-
-class FullShapes(NamedTuple):
-    """What an optimizer of rows is told of the whole parameters: their shapes, and how matrices come together."""
-
-    shapes: dict[nn.Parameter, torch.Size]
-    map_matrices: MatrixMap
-
-
-def _adamw(section: AdamWConfig, named: Named) -> torch.optim.Optimizer:
-    """torch's fused AdamW; decay on matrices only, embeddings at their own rate."""
-
-    def group(kinds: tuple[str, ...], lr: float, weight_decay: float) -> dict:
-        return {"params": [p for _, p, kind in named if kind in kinds], "lr": lr, "weight_decay": weight_decay}
-
-    groups = [
-        group(("matrix", "router"), section.learning_rate, section.weight_decay),
-        group(("embedding",), section.embedding_learning_rate or section.learning_rate, 0.0),
-        group(("vector",), section.learning_rate, 0.0),
-    ]
-    betas = (section.beta1, section.beta2)
-    return torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=section.eps, fused=True)
-
-
-def adamw(
-    section: AdamWConfig,
-    named: Named,
-    dtype: torch.dtype,  # noqa: ARG001 (one signature)
-    whole: FullShapes | None,  # noqa: ARG001
-) -> list[torch.optim.Optimizer]:
-    """AdamW for everything."""
-    return [_adamw(section, named)]
-
-
-def muon(
-    section: MuonConfig, named: Named, dtype: torch.dtype, whole: FullShapes | None
-) -> list[torch.optim.Optimizer]:
-    """Muon for matrices, AdamW for embeddings, routers and vectors."""
-    matrices = [p for _, p, kind in named if kind == "matrix"]
-    orthogonal = Muon(
-        matrices,
-        lr=section.muon_learning_rate,
-        momentum=section.momentum,
-        weight_decay=section.weight_decay,
-        ns_steps=section.ns_steps,
-        dtype=dtype,
-        **({} if whole is None else whole._asdict()),
-    )
-    return [orthogonal, _adamw(section, [entry for entry in named if entry[2] != "matrix"])]
-
-
-OPTIMIZERS: dict[type, Callable[..., list[torch.optim.Optimizer]]] = {AdamWConfig: adamw, MuonConfig: muon}
+# For each optimizer's options: the class that updates each kind of parameter, in the order of their steps.
+OPTIMIZERS: dict[type[OptimConfig], dict[ParameterKind, type]] = {
+    AdamWConfig: dict.fromkeys(PARAMETER_KINDS, AdamW),
+    MuonConfig: {"matrix": Muon} | dict.fromkeys(("embedding", "router", "vector"), AdamW),
+}
 
 
 class Optimizer:
-    """The section's optimizers as one, its state as named tensors.
+    """The configured optimizers as one, with their state as named tensors.
 
-    `kinds` says for every name whether it is a "matrix", an "embedding", a "router" or a "vector";
-    `dtype` is the type of Muon's products. Parameters may be rows of `whole` ones; their state then is too.
+    `kinds` is the kind of each parameter by name, `dtype` that of Muon's matmuls. Parameters may be rows of sharded
+    ones, described by `full_shapes`; their state is sharded alike.
     """
 
     def __init__(
         self,
-        section: AdamWConfig | MuonConfig,
+        config: OptimConfig,
         named_parameters: Iterable[tuple[str, nn.Parameter]],
-        kinds: dict[str, str],
+        kinds: Mapping[str, ParameterKind],
         dtype: torch.dtype = torch.float32,
-        whole: FullShapes | None = None,
+        full_shapes: FullShapes | None = None,
     ):
-        named = [(name, p, kinds[name]) for name, p in named_parameters]
-        self.optimizers = OPTIMIZERS[type(section)](section, named, dtype, whole)
-        self._names = {p: name for name, p, _ in named}
-        self._peaks = [(group, group["lr"]) for part in self.optimizers for group in part.param_groups]
+        class_of_kind = OPTIMIZERS[type(config)]
+        parameters = [NamedParameter(name, p, kinds[name]) for name, p in named_parameters]
+        self.optimizers = []
+        for optimizer_class in dict.fromkeys(class_of_kind.values()):
+            if own := [each for each in parameters if class_of_kind[each.kind] is optimizer_class]:
+                self.optimizers.append(optimizer_class.build(config, own, dtype=dtype, full_shapes=full_shapes))
+        self._names = {each.parameter: each.name for each in parameters}
+        self._peaks = [(group, group["lr"]) for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def step(self, lr_factor: float) -> None:
         """Update every parameter at `lr_factor` times its peak learning rate."""
         for group, peak in self._peaks:
             group["lr"] = peak * lr_factor
-        for part in self.optimizers:
-            part.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
 
     def allocate_missing_state(self) -> list[Tensor]:
-        """Memory of the size that the state will take, where no step was taken yet."""
+        """Return empty tensors as large as the state that the first step will create; none after it."""
         return [
             torch.empty_like(p)
-            for part in self.optimizers
-            for group in part.param_groups
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
             for p in group["params"]
-            for what in STATE[type(part)]
-            if what != "step" and not part.state.get(p)
+            for _ in optimizer.state_names
+            if not optimizer.state.get(p)
         ]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every state tensor by "<parameter>/<what>"."""
+        """Return every state tensor by "<parameter>/<state name>"."""
         return {
-            f"{self._names[p]}/{what}": tensor
-            for part in self.optimizers
-            for p, state in part.state.items()
-            for what, tensor in state.items()
+            f"{self._names[p]}/{state_name}": tensor
+            for optimizer in self.optimizers
+            for p, state in optimizer.state.items()
+            for state_name, tensor in state.items()
         }
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state_dict`. Raises KeyError where it is not the state of these parameters and optimizers."""
+        """Load the result of `state_dict`. Raises KeyError if it is not the state of these parameters and optimizers.
+
+        No tensors at all is valid: fp16 may have skipped every update so far.
+        """
         owners = {self._names[p]: (part, p) for part in self.optimizers for g in part.param_groups for p in g["params"]}
-        expected = {f"{name}/{what}" for name, (part, _) in owners.items() for what in STATE[type(part)]}
-        # Empty: no step was taken yet, every one overflowed in fp16.
-        if tensors and (strange := sorted(expected ^ tensors.keys())):
-            raise KeyError(f"optimizer state {strange[0]}")
+        expected = {
+            f"{name}/{state_name}"
+            for name, (optimizer, _) in owners.items()
+            for state_name in (*optimizer.scalar_state_names, *optimizer.state_names)
+        }
+        if tensors and (mismatched := sorted(expected ^ tensors.keys())):
+            raise KeyError(f"optimizer state {mismatched[0]}")
         for key, tensor in tensors.items():
-            name, _, what = key.rpartition("/")
-            part, p = owners[name]
-            # AdamW counts its steps on the device of the parameter where it is fused.
-            part.state[p][what] = tensor.to(p.device)
+            name, _, state_name = key.rpartition("/")
+            optimizer, p = owners[name]
+            optimizer.state[p][state_name] = tensor.to(p.device)  # fused AdamW counts its steps on that device
+
+
+def state_bytes(config: OptimConfig, shapes: Mapping[str, torch.Size], kinds: Mapping[str, ParameterKind]) -> int:
+    """Return the bytes of the whole float32 optimizer state, without its scalars."""
+    class_of_kind = OPTIMIZERS[type(config)]
+    return 4 * sum(shapes[name].numel() * len(class_of_kind[kind].state_names) for name, kind in kinds.items())

@@ -1,39 +1,46 @@
-"""The learning rate over the run, as a factor of the peak: pure functions of the step."""
+"""Learning-rate schedules: the learning rate over its peak as a pure function of the step.
+
+A schedule is a function of (config, step, steps) for the steps from `warmup_steps` on, of a run of `steps` steps.
+"""
 
 from __future__ import annotations
 
 import math
 
-from training.config import ConstantSchedule, CosineSchedule, LinearSchedule, WSDSchedule
+from training.config import ConstantSchedule, CosineSchedule, LinearSchedule, ScheduleConfig, WSDSchedule
 
 
-def _down(progress: float, final_ratio: float) -> float:
-    """A straight line from 1 at progress 0 to `final_ratio` at progress 1."""
+def lr_factor(config: ScheduleConfig, step: int, steps: int) -> float:
+    """Return the learning rate over its peak for step 0 .. steps - 1. Warm-up ends at 1 at step `warmup_steps`."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    return SCHEDULES[type(config)](config, step, steps)
+
+
+def _decay(progress: float, final_ratio: float) -> float:
+    """Return the point of a straight line from 1 at progress 0 to `final_ratio` at progress 1."""
     return 1 - (1 - final_ratio) * progress
 
 
-def cosine(section: CosineSchedule, step: int, steps: int) -> float:
-    progress = (step - section.warmup_steps) / (steps - section.warmup_steps)
-    return _down((1 - math.cos(math.pi * progress)) / 2, section.final_ratio)
+def cosine(config: CosineSchedule, step: int, steps: int) -> float:
+    """Return the point of half a cosine."""
+    progress = (step - config.warmup_steps) / (steps - config.warmup_steps)
+    return _decay((1 - math.cos(math.pi * progress)) / 2, config.final_ratio)
 
 
-def linear(section: LinearSchedule, step: int, steps: int) -> float:
-    return _down((step - section.warmup_steps) / (steps - section.warmup_steps), section.final_ratio)
+def linear(config: LinearSchedule, step: int, steps: int) -> float:
+    """Return the point of a straight line."""
+    return _decay((step - config.warmup_steps) / (steps - config.warmup_steps), config.final_ratio)
 
 
-def wsd(section: WSDSchedule, step: int, steps: int) -> float:
-    return _down(max(0, step - (steps - section.decay_steps)) / section.decay_steps, section.final_ratio)
+def wsd(config: WSDSchedule, step: int, steps: int) -> float:
+    """Return 1, then the point of a straight line over the last `decay_steps`."""
+    return _decay(max(0, step - (steps - config.decay_steps)) / config.decay_steps, config.final_ratio)
 
 
-def constant(section: ConstantSchedule, step: int, steps: int) -> float:  # noqa: ARG001 (one signature)
+def constant(config: ConstantSchedule, step: int, steps: int) -> float:  # noqa: ARG001 (one signature)
+    """Return 1."""
     return 1.0
 
 
 SCHEDULES = {CosineSchedule: cosine, LinearSchedule: linear, WSDSchedule: wsd, ConstantSchedule: constant}
-
-
-def lr_factor(section: CosineSchedule | ConstantSchedule, step: int, steps: int) -> float:
-    """Learning rate over its peak for step 0 .. steps - 1; warm-up ends at the peak, step `warmup_steps`."""
-    if step < section.warmup_steps:
-        return (step + 1) / (section.warmup_steps + 1)
-    return SCHEDULES[type(section)](section, step, steps)

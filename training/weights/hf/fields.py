@@ -1,13 +1,19 @@
-"""Fields of a config.json, read strictly: what would change the mathematics is never passed over."""
+"""Fields of a config.json, by tables that are read in both directions.
+
+Reading is strict: a value that would change a logit, and that this package does not compute, is an error.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ValidationError
 
 from training.config import Activation
 from training.errors import UserError
 
-# Ours by the names in Transformers' ACT2FN; the first of each is the one that is written.
+# Names in Transformers' ACT2FN and ours; the first name of each of ours is the one that is written.
 ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -17,10 +23,10 @@ ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
 }
-MOST = {"n_layer": 10_000, "num_hidden_layers": 10_000}  # of what is counted out; of all else what fits a size
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list"}
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list"}
+MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1
 
-# Fields that any configuration may have, with the values that leave the model as it is.
+# Accepted values of fields that any configuration may have.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "per_layer_config": (None, {}),
@@ -34,35 +40,67 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def written(activation: Activation) -> str:
-    """Transformers' name of an activation."""
-    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == activation)
+class Field(NamedTuple):
+    """One field of config.json, and the option of ours with the same meaning."""
+
+    theirs: str
+    ours: str
+    type: Any  # int, float, bool or Activation
+    nullable: bool = False  # null means the same on both sides
+    alias: str | None = None  # another name of the field; if a file has both, they must agree
+
+    def read(self, hf: dict[str, Any]) -> Any:
+        """Return the value of our option. Raises UserError that names the field."""
+        present = [name for name in (self.theirs, self.alias) if name is not None and hf.get(name) is not None]
+        if not present and self.nullable:
+            return None
+        values = {name: read(hf, name, self.type) for name in present or [self.theirs]}
+        if len(set(values.values())) > 1:
+            raise UserError(f"{' and '.join(f'{name}: {value}' for name, value in values.items())} differ")
+        return next(iter(values.values()))
+
+    def write(self, config: BaseModel) -> Any:
+        """Return the value of their field."""
+        value = getattr(config, self.ours)
+        return next(name for name, ours in ACTIVATIONS.items() if ours == value) if self.type is Activation else value
 
 
-def read(hf: dict, name: str, kind: type) -> Any:
-    """A field that has to be there. Raises UserError where it is missing, of another type or too large."""
+def read_fields(hf: dict[str, Any], fields: Iterable[Field]) -> dict[str, Any]:
+    """Return our options. Raises UserError that names the first field that is wrong."""
+    return {field.ours: field.read(hf) for field in fields}
+
+
+def write_fields(config: BaseModel, fields: Iterable[Field]) -> dict[str, Any]:
+    """Return their fields."""
+    return {field.theirs: field.write(config) for field in fields}
+
+
+def read(hf: dict[str, Any], name: str, type_: Any) -> Any:
+    """Return a field's value. Raises UserError if it is missing, has another type or is too large."""
     value = hf.get(name)
     if value is None:
         raise UserError(f"{name} is missing")
-    if kind is float and type(value) is int:
+    if type_ is Activation:
+        if (theirs := read(hf, name, str)) not in ACTIVATIONS:
+            raise UserError(f"{name}: {theirs!r} is none of {', '.join(ACTIVATIONS)}")
+        return ACTIVATIONS[theirs]
+    if type_ is float and type(value) is int:
         value = float(value)
-    if type(value) is not kind:
-        raise UserError(f"{name}: {value!r} is not {WORDS[kind]}")
-    if kind is int and value > MOST.get(name, 2**31 - 1):
+    if type(value) is not type_:
+        raise UserError(f"{name}: {value!r} is not {TYPE_NAMES[type_]}")
+    if type_ is int and value > (MAX_LAYERS if name in ("n_layer", "num_hidden_layers") else MAX_SIZE):
         raise UserError(f"{name}: {value} is too large")
     return value
 
 
-def read_activation(hf: dict, name: str) -> Activation:
-    """Our name of an activation. Raises UserError for one that there is not here."""
-    theirs = read(hf, name, str)
-    if theirs not in ACTIVATIONS:
-        raise UserError(f"{name}: {theirs!r} is none of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[theirs]
-
-
-def check_neutral(hf: dict, neutral: dict[str, tuple[Any, ...]]) -> None:
-    """Raises UserError for the first field whose value asks for something that there is not here."""
+def check_neutral(hf: dict[str, Any], neutral: dict[str, tuple[Any, ...]]) -> None:
+    """Raise UserError for the first field whose value is not one of those accepted."""
     for name, values in (NEUTRAL | neutral).items():
         if name in hf and hf[name] not in values:
-            raise UserError(f"{name}: {hf[name]!r} cannot be computed here, only {values[-1]!r}")
+            raise UserError(f"{name}: {hf[name]!r} is not supported, only {values[-1]!r}")
+
+
+def one_line(error: ValidationError) -> str:
+    """Return pydantic's first finding on one line."""
+    detail = error.errors()[0]
+    return ": ".join(filter(None, [".".join(map(str, detail["loc"])), detail["msg"]]))

@@ -10,44 +10,44 @@ from torch import Tensor
 
 
 class Name(NamedTuple):
-    """One tensor of theirs: ours that it is made of, one below the other.
+    """One of their tensors, and the ones of ours that it consists of, concatenated along the rows.
 
-    `transposed`: theirs is (in, out), as GPT-2's Conv1D has it. `only`: an index into ours, such as an expert's.
-    `paired`: (rows of a head, how many of its last ones rotary positions turn) where theirs has the two rows that are
-    turned together side by side; in ours they are half of those rows apart.
+    `transposed`: theirs is (in, out), like GPT-2's Conv1D. `index`: an index into ours, such as an expert's.
+    `pairs`: (rows of a head, number of its last rows that are rotated) if the two rows that rotary positions turn
+    together are neighbors in theirs; in ours they are half of the rotated rows apart.
     """
 
     theirs: str
     ours: tuple[str, ...]
     transposed: bool = False
-    only: tuple[int | slice | None, ...] = ()
-    paired: tuple[int, int] | None = None
+    index: tuple[int | slice | None, ...] = ()
+    pairs: tuple[int, int] | None = None
 
     def parts(self, ours: dict[str, Tensor]) -> list[Tensor]:
-        """The views of our tensors that theirs is made of."""
-        return [ours[name][self.only] for name in self.ours]
+        """Return views of our tensors."""
+        return [ours[name][self.index] for name in self.ours]
 
 
-def as_theirs(names: list[Name], ours: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Their tensors, (name, values): views of ours where nothing is concatenated or rearranged."""
+def to_theirs(names: list[Name], ours: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (their name, tensor): views of ours unless rows are concatenated or rearranged."""
     for name in names:
         parts = name.parts(ours)
-        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-        whole = whole if name.paired is None else _regrouped(whole, *name.paired, (2, -1))
-        yield name.theirs, whole.T if name.transposed else whole
+        joined = torch.cat(parts) if len(parts) > 1 else parts[0]
+        joined = joined if name.pairs is None else _regroup(joined, *name.pairs, (2, -1))
+        yield name.theirs, joined.T if name.transposed else joined
 
 
-def fill(name: Name, ours: dict[str, Tensor], theirs: Tensor) -> None:
-    """Write one tensor of theirs into the parts of ours that it is made of."""
+def copy_to_ours(name: Name, ours: dict[str, Tensor], theirs: Tensor) -> None:
+    """Copy one of their tensors into the parts of ours that it consists of."""
     parts = name.parts(ours)
-    whole = theirs.T if name.transposed else theirs
-    whole = whole if name.paired is None else _regrouped(whole, *name.paired, (-1, 2))
-    for part, values in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+    joined = theirs.T if name.transposed else theirs
+    joined = joined if name.pairs is None else _regroup(joined, *name.pairs, (-1, 2))
+    for part, values in zip(parts, joined.split([len(part) for part in parts]), strict=True):
         part.copy_(values)
 
 
-def _regrouped(rows: Tensor, head: int, n_turned: int, groups: tuple[int, int]) -> Tensor:
-    """The last `n_turned` of each head's rows, seen as a matrix of `groups`, transposed."""
-    kept, turned = rows.unflatten(0, (-1, head)).split([head - n_turned, n_turned], dim=1)
-    turned = turned.unflatten(1, groups).transpose(1, 2).flatten(1, 2)
-    return torch.cat([kept, turned], dim=1).flatten(0, 1)
+def _regroup(rows: Tensor, head: int, n_rotated: int, groups: tuple[int, int]) -> Tensor:
+    """Return the rows with the last `n_rotated` of each head seen as a matrix of `groups`, and transposed."""
+    fixed, rotated = rows.unflatten(0, (-1, head)).split([head - n_rotated, n_rotated], dim=1)
+    rotated = rotated.unflatten(1, groups).transpose(1, 2).flatten(1, 2)
+    return torch.cat([fixed, rotated], dim=1).flatten(0, 1)

@@ -1,112 +1,39 @@
-"""`qwen3` and `qwen3_moe`: Llama with QK-norm in every layer and, if asked for, a sliding window.
+"""`qwen3` and `qwen3_moe`: Llama with QK-norm in every layer and, optionally, a sliding window.
 
-The window is ours: a token sees itself and `sliding_window` - 1 before it. Qwen3's layers may differ in having it;
-Qwen3-MoE's may not, but may differ in having experts.
+A window has our meaning: a token sees itself and `sliding_window` - 1 tokens before it. Qwen3's layers may differ in
+having it; Qwen3-MoE's may not, but may differ in having experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
-from training.config import ModelConfig
+from training.config import BlockConfig
 from training.errors import UserError
-from training.weights.hf import experts, llama
-from training.weights.hf.architecture import Architecture
-from training.weights.hf.fields import check_neutral, read
-from training.weights.hf.names import Name
+from training.weights.hf import llama
+from training.weights.hf.experts import EXPERT_KINDS, dense_layers, expert_tensors
+from training.weights.hf.fields import Field, read
+from training.weights.hf.llama import LlamaLike, PerLayer
 
-# The configuration classes' defaults of what files may leave out.
-DEFAULTS = llama.DEFAULTS | {
-    "num_key_value_heads": 32,
-    "head_dim": 128,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-}
-MOE_DEFAULTS = llama.DEFAULTS | {
-    "num_key_value_heads": 4,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "norm_topk_prob": False,
-}
 FULL, SLIDING = "full_attention", "sliding_attention"
+QK_NORM = {"qk_norm": True}
 
 
-def _unsupported(config: ModelConfig) -> Iterator[str]:
-    yield from llama.dense_unsupported(config)
-    if not config.layers()[0].mixer.qk_norm:
-        yield "no QK-norm"
-    yield from window_unsupported(config)
-
-
-def window_unsupported(config: ModelConfig) -> Iterator[str]:
-    """What there is not where each layer has the one window or none."""
-    if len({block.mixer.window for block in config.layers()} - {None}) > 1:
-        yield "windows of several widths"
-
-
-def _moe_unsupported(config: ModelConfig) -> Iterator[str]:
-    yield from experts.unsupported(config)
-    if not config.layers()[0].mixer.qk_norm:
-        yield "no QK-norm"
-    yield from experts.window_unsupported(config)
-    yield from experts.routing_unsupported(config)
-
-
-def _to_hf(config: ModelConfig) -> dict:
-    windows = windows_to_hf(config)
+def write_windows(layers: list[BlockConfig]) -> dict[str, Any]:
+    """Return the fields of one window that some layers have."""
+    widths = [block.mixer.window for block in layers]
+    sliding = [i for i, width in enumerate(widths) if width is not None]
     return {
-        "architectures": ["Qwen3ForCausalLM"],
-        **llama.common_to_hf(config),
-        **llama.heads_to_hf(config),
-        "use_sliding_window": windows["sliding_window"] is not None,
-        **windows,
+        "sliding_window": widths[sliding[0]] if sliding else None,
+        "max_window_layers": sliding[0] if sliding else len(widths),
+        "layer_types": [FULL if width is None else SLIDING for width in widths],
     }
 
 
-def windows_to_hf(config: ModelConfig) -> dict:
-    """Which layers have the window."""
-    windows = [block.mixer.window for block in config.layers()]
-    there = [i for i, window in enumerate(windows) if window is not None]
-    return {
-        "sliding_window": windows[there[0]] if there else None,
-        "max_window_layers": there[0] if there else len(windows),
-        "layer_types": [FULL if window is None else SLIDING for window in windows],
-    }
-
-
-def _moe_to_hf(config: ModelConfig) -> dict:
-    moe, window = experts.experts(config)[0], config.layers()[0].mixer.window
-    return {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        **llama.common_to_hf(config),
-        **llama.heads_to_hf(config),
-        "use_sliding_window": window is not None,
-        "sliding_window": window,
-        # Transformers 4 reads the first, Transformers 5 either.
-        "num_experts": moe.n_experts,
-        "num_local_experts": moe.n_experts,
-        "num_experts_per_tok": moe.top_k,
-        "moe_intermediate_size": moe.hidden,
-        "norm_topk_prob": moe.renormalize,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": experts.dense_layers(config),
-    }
-
-
-def _from_hf(hf: dict) -> dict:
-    check_neutral(hf, llama.NEUTRAL)
-    hf = DEFAULTS | hf
-    windows = read_windows(hf, _window(hf))
-    mixer, mlp = llama.read_mixer(hf) | {"qk_norm": True}, llama.read_mlp(hf)
-    return llama.common_from_hf(hf, [{"mixer": mixer | {"window": width}, "ffn": mlp} for width in windows])
-
-
-def read_windows(hf: dict, window: int | None) -> list[int | None]:
-    """Each layer's window, which is this one or none."""
-    n_layer, types = read(hf, "num_hidden_layers", int), hf.get("layer_types")
+def read_windows(hf: dict[str, Any], n_layer: int) -> list[int | None]:
+    """Return each layer's window. Raises UserError if layer_types is wrong or needs a window that is not there."""
+    window = read_width(hf)
+    types = hf.get("layer_types")
     if types is None:
         first = n_layer if window is None else read(hf, "max_window_layers", int)
         types = [FULL if i < first else SLIDING for i in range(n_layer)]
@@ -117,39 +44,70 @@ def read_windows(hf: dict, window: int | None) -> list[int | None]:
     return [None if kind == FULL else window for kind in types]
 
 
-def _moe_from_hf(hf: dict) -> dict:
-    check_neutral(hf, llama.NEUTRAL | {"layer_types": (None,)})
-    hf = MOE_DEFAULTS | hf
-    moe = experts.read_experts(
-        hf,
-        experts.read_one(hf, "num_experts", "num_local_experts"),
-        top_k=read(hf, "num_experts_per_tok", int),
-        hidden=read(hf, "moe_intermediate_size", int),
-        renormalize=read(hf, "norm_topk_prob", bool),
-        balance="switch",  # as Qwen3 was trained; a selection bias would have no place in an export
-    )
+def read_width(hf: dict[str, Any]) -> int | None:
+    """Return the width of the sliding window; None if there is none."""
+    return None if hf["sliding_window"] is None else read(hf, "sliding_window", int)
+
+
+SOME_WINDOWS = PerLayer(write_windows, read_windows)  # one window in some layers
+ONE_WINDOW = PerLayer(  # in all layers or in none
+    lambda layers: {"sliding_window": layers[0].mixer.window}, lambda hf, n_layer: [read_width(hf)] * n_layer
+)
+
+
+def _with_switch(windows: PerLayer) -> PerLayer:
+    """Return the fields with `use_sliding_window`, which switches the window off."""
+
+    def write(layers: list[BlockConfig]) -> dict[str, Any]:
+        fields = windows.write(layers)
+        return fields | {"use_sliding_window": fields["sliding_window"] is not None}
+
+    def read_if_used(hf: dict[str, Any], n_layer: int) -> list[int | None]:
+        return windows.read(hf if read(hf, "use_sliding_window", bool) else hf | {"sliding_window": None}, n_layer)
+
+    return PerLayer(write, read_if_used)
+
+
+def _write_experts(layers: list[BlockConfig]) -> dict[str, Any]:
+    # Transformers 4 reads num_experts alone, Transformers 5 either.
+    n_experts = next(block.ffn.n_experts for block in layers if block.ffn.type == "moe")
+    return {"num_local_experts": n_experts, "decoder_sparse_step": 1, "mlp_only_layers": dense_layers(layers)}
+
+
+def _read_experts(hf: dict[str, Any], n_layer: int) -> list[bool]:
     step, dense = read(hf, "decoder_sparse_step", int), read(hf, "mlp_only_layers", list)
     if step < 1:
         raise UserError(f"decoder_sparse_step: {step} is less than 1")
-    mixer = llama.read_mixer(hf) | {"qk_norm": True, "window": _window(hf)}
-    layers = [
-        {"mixer": mixer, "ffn": llama.read_mlp(hf) if i in dense or (i + 1) % step or not moe["n_experts"] else moe}
-        for i in range(read(hf, "num_hidden_layers", int))
-    ]
-    return llama.common_from_hf(hf, layers)
+    return [bool(N_EXPERTS.read(hf)) and i not in dense and (i + 1) % step == 0 for i in range(n_layer)]
 
 
-def _window(hf: dict) -> int | None:
-    """The width of the sliding window, where it is used."""
-    asked = read(hf, "use_sliding_window", bool) and hf["sliding_window"] is not None
-    return read(hf, "sliding_window", int) if asked else None
+N_EXPERTS = Field("num_experts", "n_experts", int, alias="num_local_experts")
 
-
-def _moe_names(config: ModelConfig) -> list[Name]:
-    return llama.table(config, llama.attention, experts.feed_forward)
-
-
-QWEN3 = Architecture(_unsupported, _to_hf, _from_hf, llama.names, prefix="model.", harmless=llama.HARMLESS)
-QWEN3_MOE = Architecture(
-    _moe_unsupported, _moe_to_hf, _moe_from_hf, _moe_names, prefix="model.", harmless=llama.HARMLESS
+QWEN3 = LlamaLike(
+    class_name="Qwen3ForCausalLM",
+    defaults=llama.DEFAULTS
+    | {"num_key_value_heads": 32, "head_dim": 128}
+    | {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28},
+    implied_attention=QK_NORM,
+    windows=_with_switch(SOME_WINDOWS),
+)
+QWEN3_MOE = LlamaLike(
+    class_name="Qwen3MoeForCausalLM",
+    ffns=EXPERT_KINDS,
+    defaults=llama.DEFAULTS
+    | {"num_key_value_heads": 4, "use_sliding_window": False, "sliding_window": 4096}
+    | {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": False},
+    neutral=llama.NEUTRAL | {"layer_types": (None,)},
+    implied_attention=QK_NORM,
+    expert_fields=(
+        N_EXPERTS,
+        Field("num_experts_per_tok", "top_k", int),
+        Field("moe_intermediate_size", "hidden", int),
+        Field("norm_topk_prob", "renormalize", bool),
+        llama.ACTIVATION,
+    ),
+    implied_experts={"balance": "switch"},  # as Qwen3 was trained; a selection bias would have no place in an export
+    windows=_with_switch(ONE_WINDOW),
+    experts=PerLayer(_write_experts, _read_experts),
+    feed_forward=expert_tensors(),
 )

@@ -1,4 +1,4 @@
-"""A folder in one of the layouts that are known here, as our configuration and our named weights."""
+"""A model's folder, read as our configuration and our named weights; no code of the folder runs."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from training.config import ModelConfig
 from training.errors import UserError
 from training.model.gpt import GPT
 from training.weights.hf.architecture import Architecture
-from training.weights.hf.files import CONFIG, Stored, open_tensors, read_json
-from training.weights.hf.names import as_theirs, fill
+from training.weights.hf.architectures import READABLE
+from training.weights.hf.fields import one_line
+from training.weights.hf.files import CONFIG, StoredTensor, open_tensors, read_json
+from training.weights.hf.names import copy_to_ours, to_theirs
 
 HEAD = "lm_head.weight"
 
 
-def read_config(folder: Path, known: dict[str, Architecture]) -> tuple[Architecture, ModelConfig]:
-    """What config.json describes. Raises UserError naming the file and the field that stand in the way."""
+def read_config(folder: Path) -> tuple[Architecture, ModelConfig]:
+    """Return what config.json describes. Raises UserError that names the file and the field."""
     path = folder / CONFIG
     hf = read_json(path)
     model_type = hf.get("model_type")
-    if not isinstance(model_type, str) or model_type not in known:
-        what = "no model_type" if model_type is None else f"model_type {model_type!r} cannot be read"
-        raise UserError(f"{path}: {what}; what can be read: {', '.join(known)}")
-    architecture = known[model_type]
+    if not isinstance(model_type, str) or model_type not in READABLE:
+        problem = "no model_type" if model_type is None else f"model_type {model_type!r} is not supported"
+        raise UserError(f"{path}: {problem}; supported: {', '.join(READABLE)}")
+    architecture = READABLE[model_type]
     try:
         return architecture, ModelConfig.model_validate(architecture.from_hf(hf))
     except UserError as error:
@@ -36,58 +38,51 @@ def read_config(folder: Path, known: dict[str, Architecture]) -> tuple[Architect
         raise UserError(f"{path}: {one_line(error)}") from None
 
 
-def one_line(error: ValidationError) -> str:
-    """The first thing that pydantic found wrong."""
-    detail = error.errors()[0]
-    return ": ".join(filter(None, [".".join(map(str, detail["loc"])), detail["msg"]]))
-
-
 def read_weights(folder: Path, architecture: Architecture, config: ModelConfig) -> dict[str, Tensor]:
-    """Our tensors, float32: all that the architecture has a place for.
+    """Return our tensors in float32: all that the architecture has a place for.
 
-    Raises UserError where one is missing, unknown, of another shape or not finite.
+    Raises UserError if one is missing, unknown, of another shape or not finite.
     """
     with torch.device("meta"):
         meta = GPT(config).state_dict()
     names = architecture.names(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in as_theirs(names, meta)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in to_theirs(names, meta)}
     with open_tensors(folder) as stored:
         if not any(name.startswith(architecture.prefix) for name in stored):
-            stored = {name if name == HEAD else architecture.prefix + name: there for name, there in stored.items()}
-        tied = stored.pop(HEAD, None) if HEAD not in shapes else None
-        stored = {name: there for name, there in stored.items() if not architecture.harmless.fullmatch(name)}
+            stored = {name if name == HEAD else architecture.prefix + name: one for name, one in stored.items()}
+        tied_head = stored.pop(HEAD, None) if HEAD not in shapes else None
+        stored = {name: one for name, one in stored.items() if not architecture.harmless.fullmatch(name)}
         _check_names(folder, shapes.keys(), stored.keys())
-        for name in names:
-            _check(folder, stored[name.theirs], shapes[name.theirs])
+        for name in names:  # all shapes before memory is taken for what config.json says
+            _check_shape(folder, stored[name.theirs], shapes[name.theirs])
         ours = {part: torch.empty(meta[part].shape) for name in names for part in name.ours}
         for name in names:
-            fill(name, ours, _read(folder, stored[name.theirs]))
-        if tied is not None:
-            _check(folder, tied, tuple(meta["wte.weight"].shape))
-        if tied is not None and not torch.equal(_read(folder, tied), ours["wte.weight"]):
-            raise UserError(f"{folder}: {HEAD} is not the embedding, though tie_word_embeddings says so")
+            copy_to_ours(name, ours, _read(folder, stored[name.theirs]))
+        if tied_head is not None:
+            _check_shape(folder, tied_head, tuple(meta["wte.weight"].shape))
+            if not torch.equal(_read(folder, tied_head), ours["wte.weight"]):
+                raise UserError(f"{folder}: {HEAD} is not the embedding, though tie_word_embeddings says so")
     return ours
 
 
-def _check_names(folder: Path, wanted: Set[str], found: Set[str]) -> None:
-    for names, what in ((wanted - found, "missing"), (found - wanted, "not known")):
+def _check_names(folder: Path, expected: Set[str], stored: Set[str]) -> None:
+    for names, problem in ((expected - stored, "missing"), (stored - expected, "unknown")):
         if names:
             first, *others = sorted(names)
             more = f" and {len(others)} more" if others else ""
-            raise UserError(f"{folder}: tensors that are {what}: {first}{more}; is config.json that of these weights?")
+            raise UserError(f"{folder}: {problem} tensors: {first}{more}; does {CONFIG} belong to these weights?")
 
 
-def _check(folder: Path, stored: Stored, shape: tuple[int, ...]) -> None:
-    """Raises UserError where the tensor has another shape: before memory is taken for what config.json says."""
+def _check_shape(folder: Path, stored: StoredTensor, shape: tuple[int, ...]) -> None:
     if stored.shape() != shape:
-        raise UserError(f"{folder}: {stored.name} is {stored.shape()} there, and {shape} by {CONFIG}")
+        raise UserError(f"{folder}: {stored.name} has shape {stored.shape()}; {CONFIG} needs {shape}")
 
 
-def _read(folder: Path, stored: Stored) -> Tensor:
-    """A tensor's values, float32."""
+def _read(folder: Path, stored: StoredTensor) -> Tensor:
+    """Return a tensor's values in float32."""
     values = stored.read()
     if values.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise UserError(f"{folder}: {stored.name} is {values.dtype}; quantized weights are not read")
+        raise UserError(f"{folder}: {stored.name} is {values.dtype}; quantized weights are not supported")
     values = values.float()
     if not values.isfinite().all():
         raise UserError(f"{folder}: {stored.name} is not finite")

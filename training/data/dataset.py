@@ -1,8 +1,8 @@
-"""Prepare the data: found in the cache at once, or else tokenized once, whole or not at all.
+"""Prepare the data: use the cached dataset, or tokenize once.
 
-The cache is a folder of datasets, each named by what it depends on: the content of the sources, the split and
-the tokenizer. One is built under a `.partial` name, made durable and renamed, under a lock that ends with its
-process: a build that was killed leaves nothing that counts, and whoever builds next removes it.
+The cache is a folder of datasets, each named by a hash of all that it depends on: the content of the sources, the split
+and the tokenizer. A dataset is built under a `.partial` name, flushed to disk and renamed, under a lock that ends with
+its process. A killed build leaves nothing that counts; the next build removes its files.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from training.files import fsync_path
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a run reads. `fingerprint` is over sources, tokenizer and tokens; `report` is for people."""
+    """The data of a run. `fingerprint` hashes sources, tokenizer and tokens; `report` is for people."""
 
     tokenizer: Tokenizer
     train: Split
@@ -46,40 +46,33 @@ class Dataset:
 
 
 def prepare(config: DataConfig, *, quiet: bool = False) -> Dataset:
-    """Build the token shards, or find them in `cache_dir`. Safe to call from many processes at once.
+    """Open the token shards in `cache_dir`; build them if they are not there. Many processes may call this at once.
 
     Raises UserError for text that cannot be read, a split without documents, or a disk that cannot be written.
     """
     start = time.perf_counter()
     corpus = Corpus(config)
     cache = Path(config.cache_dir).expanduser()
-    with writing(cache):
+    try:
         cache.mkdir(parents=True, exist_ok=True)
         hashes = FileHashes(cache / "digests.json")
         folder = cache / corpus.cache_key(hashes)
-        found = folder.exists()
-        if not found:
+        is_cached = folder.exists()
+        if not is_cached:
             with lock_dataset(folder, quiet):
                 if not folder.exists():
                     remove_leftovers(cache)
                     build_dataset(corpus, folder, hashes, quiet)
-        dataset = open_dataset(folder, corpus.weights, hashes, found, start)
+        dataset = open_dataset(folder, corpus.weights, hashes, is_cached, start)
         hashes.save()
+    except OSError as error:  # of the cache's disk: errors of the sources are UserErrors already
+        raise UserError(f"{error.filename or cache}: cannot be written: {error.strerror or error}") from None
     return dataset
 
 
 @contextmanager
-def writing(cache: Path) -> Iterator[None]:
-    """What the cache's disk refuses becomes a UserError (the sources' errors are UserErrors already)."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{error.filename or cache}: cannot be written: {error.strerror or error}") from None
-
-
-@contextmanager
 def lock_dataset(folder: Path, quiet: bool) -> Iterator[None]:
-    """Hold the lock of one dataset; the system releases it when the process ends, however it ends."""
+    """Hold the lock of one dataset. The system releases it when the process ends."""
     lock = FileLock(f"{folder}.lock")
     try:
         lock.acquire(timeout=0)
@@ -94,7 +87,7 @@ def lock_dataset(folder: Path, quiet: bool) -> Iterator[None]:
 
 
 def remove_leftovers(cache: Path) -> None:
-    """Remove what builds that were killed have left behind, but nothing that is being built."""
+    """Remove the files of killed builds, but no dataset that is being built."""
     for partial in cache.glob("*.partial"):
         lock = FileLock(partial.with_suffix(".lock"), is_singleton=False)
         try:
@@ -105,7 +98,7 @@ def remove_leftovers(cache: Path) -> None:
 
 
 def build_dataset(corpus: Corpus, folder: Path, hashes: FileHashes, quiet: bool) -> None:
-    """Write a dataset beside its place and move it there. The caller holds its lock."""
+    """Write a dataset under a temporary name and rename it. The caller holds its lock."""
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -120,11 +113,10 @@ def build_dataset(corpus: Corpus, folder: Path, hashes: FileHashes, quiet: bool)
 
 
 def write_dataset(corpus: Corpus, folder: Path, key: str, quiet: bool) -> None:
-    """Make the tokenizer, write the streams, and last the manifest, each durably."""
+    """Write the tokenizer, the streams and at last the manifest, and flush all to disk."""
     with progress("making the tokenizer", quiet=quiet) as advance:
-        tokenizer = tokenizer_choice.build_tokenizer(
-            corpus.config.tokenizer, count_bytes(corpus.training_text(), advance)
-        )
+        texts = count_bytes(corpus.training_text(), advance)
+        tokenizer = tokenizer_choice.build_tokenizer(corpus.config.tokenizer, texts)
     tokenizer.save(folder / "tokenizer")
     streams = [("train", i) for i in range(corpus.n_streams)] + [("val", 0)]
     with ExitStack() as stack, progress("tokenizing", quiet=quiet) as advance:
@@ -147,7 +139,7 @@ def write_dataset(corpus: Corpus, folder: Path, key: str, quiet: bool) -> None:
 
 
 def count_bytes(texts: Iterable[str], advance: Callable[[int], object]) -> Iterator[str]:
-    """The texts, each reported as it goes by."""
+    """Yield the texts, and report the size of each."""
     for text in texts:
         advance(len(text.encode()))
         yield text
@@ -156,20 +148,20 @@ def count_bytes(texts: Iterable[str], advance: Callable[[int], object]) -> Itera
 def write_streams(
     corpus: Corpus, tokenizer: Path, writers: dict[tuple[str, int], StreamWriter], advance: Callable[[int], object]
 ) -> int:
-    """Tokenize everything; returns how many documents were left out for being blank."""
+    """Tokenize everything. Returns the number of blank documents, which are left out."""
     n_blank = 0
 
-    def present() -> Iterator[Chunk]:
+    def non_blank() -> Iterator[Chunk]:
         nonlocal n_blank
         for chunk in chain.from_iterable(corpus.chunks()):
-            if chunk.first and not chunk.text.strip():
+            if chunk.starts_document and not chunk.text.strip():
                 n_blank += 1
             else:
                 yield chunk
 
-    for chunk, ids in encode_chunks(present(), tokenizer, corpus.config.workers):
+    for chunk, ids in encode_chunks(non_blank(), tokenizer, corpus.config.workers):
         writer = writers[chunk.split, chunk.stream]
-        if chunk.first:
+        if chunk.starts_document:
             writer.start_document()
         n_bytes = len(chunk.text.encode())
         writer.add(ids, n_bytes)
@@ -178,29 +170,32 @@ def write_streams(
 
 
 def check_splits(corpus: Corpus, records: Sequence[StreamRecord]) -> None:
-    """Raise UserError, which says what to do, where there is nothing to train on or nothing to validate on."""
+    """Raise UserError if there is nothing to train on or nothing to validate on."""
     *train, val = (record.n_documents for record in records)
     config, n_documents = corpus.config, sum(train) + val
-    share = f"of {n_documents} documents, with data.val_fraction {config.val_fraction}"
     if n_documents == 0 and corpus.single_text_file is not None:
         raise no_text_error(corpus.single_text_file)
-    if n_documents == 0:
-        raise UserError("data.sources: no text in them: every document is empty, or all white space")
-    if config.val_sources:
-        for option, count in (("sources", sum(train)), ("val_sources", val)):
-            if not count:
-                raise UserError(f"data.{option}: no text in them: every document is empty, or all white space")
+    counts = {"sources": n_documents}
+    if n_documents and config.val_sources:
+        counts = {"sources": sum(train), "val_sources": val}
+    for option, count in counts.items():
+        if not count:
+            raise UserError(f"data.{option}: no text in them: every document is empty, or all white space")
+    fraction = f"of {n_documents} documents, with data.val_fraction {config.val_fraction}"
     if not val:
-        raise UserError(f"no document was held out for validation {share}: raise it, or name data.val_sources")
+        raise UserError(
+            f"no document was held out for validation {fraction}: documents are chosen by a hash, so a few may all "
+            "stay; raise it, give more documents, or name data.val_sources"
+        )
     for i, count in enumerate(train):
         if not count:
-            where = f"data.sources.{i}" if len(train) > 1 else "data.sources"
-            todo = "give more text, lower it, or name data.val_sources"
-            raise UserError(f"{where}: no document is left to train on {share}: {todo}")
+            option = f"data.sources.{i}" if len(train) > 1 else "data.sources"
+            advice = "give more text, lower it, or name data.val_sources"
+            raise UserError(f"{option}: no document is left to train on {fraction}: {advice}")
 
 
-def open_dataset(folder: Path, weights: Sequence[float], hashes: FileHashes, found: bool, start: float) -> Dataset:
-    """Map a dataset that is complete. Raises UserError where it is damaged."""
+def open_dataset(folder: Path, weights: Sequence[float], hashes: FileHashes, is_cached: bool, start: float) -> Dataset:
+    """Map a complete dataset; `start` is when preparing began. Raises UserError if the dataset is damaged."""
     manifest = shards.read_manifest(folder)
     train = shards.open_split(folder, manifest, "train", weights)
     val = shards.open_split(folder, manifest, "val")
@@ -208,16 +203,15 @@ def open_dataset(folder: Path, weights: Sequence[float], hashes: FileHashes, fou
         shards.check_hashes(split, manifest, hashes)
     tokenizer = shards.open_tokenizer(folder, manifest)
     parts = [manifest.key, manifest.tokenizer_sha256, *(record.sha256 for record in manifest.streams)]
-    counts = {
+    report = {
         split.name: {"documents": split.n_documents, "tokens": split.n_tokens, "bytes": split.n_bytes}
         for split in (train, val)
     }
-    report = {
-        **counts,
+    report |= {
         "vocab_size": manifest.vocab_size,
         "blank_documents": manifest.n_blank,
         "folder": str(folder),
-        "found": found,
+        "is_cached": is_cached,
         "seconds": time.perf_counter() - start,
     }
     return Dataset(tokenizer, train, val, hashlib.sha256(" ".join(parts).encode()).hexdigest(), report)

@@ -1,4 +1,4 @@
-"""The timer of time: every moment is in one phase, waiting shows where it is, and restarts add up."""
+"""The phase timer: every moment is in one phase, waiting counts where it happens, and restarts add up."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from training.config import Config
 from training.data import prepare
 from training.data.loader import Samples
 from training.distributed.world import World
-from training.engine.build import begin
+from training.engine.build import begin, facts_of_run
 from training.engine.step import Watch, record, train_step
-from training.logging.advice import advice, facts_of_run
+from training.logging.advice import advice
 from training.logging.jsonl import read_rows
 from training.logging.phase_timer import PhaseTimer
 from training.logging.phases import PHASES, PRODUCTIVE, as_text, phase_seconds
@@ -31,7 +31,7 @@ on_gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE.type != "cuda", reason="nee
 
 
 class SlowDisk(Samples):
-    """Samples that have to be waited for; `lasted` is how long each was, on a machine with other work too."""
+    """Samples that take 50 ms to read; `durations` has the real durations, longer on a busy machine."""
 
     SECONDS = 0.05
 
@@ -39,7 +39,7 @@ class SlowDisk(Samples):
         began = time.perf_counter()
         time.sleep(self.SECONDS)
         found = super().at(indices)
-        self.lasted = [*getattr(self, "lasted", []), time.perf_counter() - began]
+        self.durations = [*getattr(self, "durations", []), time.perf_counter() - began]
         return found
 
 
@@ -52,7 +52,7 @@ def start(config, device=DEVICE, slow=False, **changes):
 
 
 def go(run, steps: int) -> None:
-    """Train as `train` does."""
+    """Train for some steps as `train` does."""
     watch = Watch(run)
     for _ in range(steps):
         train_step(run)
@@ -61,32 +61,33 @@ def go(run, steps: int) -> None:
     watch.close()
 
 
-def test_each_phase_is_as_long_as_it_lasted():
+def test_each_phase_has_its_duration():
     timer, begin = PhaseTimer(torch.device("cpu")), time.perf_counter()
-    lasting = {"data": 0.06, "compute": 0.12, "optimizer": 0.03}
+    durations = {"data": 0.06, "compute": 0.12, "optimizer": 0.03}
     time.sleep(0.05)
-    lasted = dict.fromkeys(("idle", *lasting), 0.0)
-    for phase in ("idle", *lasting, *lasting):
+    measured = dict.fromkeys(("idle", *durations), 0.0)
+    timer.finish_startup()
+    for phase in ("idle", *durations, *durations):
         timer.enter(phase)
         entered = time.perf_counter()
-        time.sleep(lasting.get(phase, 0.0))
-        lasted[phase] += time.perf_counter() - entered
+        time.sleep(durations.get(phase, 0.0))
+        measured[phase] += time.perf_counter() - entered
     timer.flush()
     wall = time.perf_counter() - begin
     assert sum(timer.seconds.values()) == pytest.approx(wall, rel=0.02)
-    for phase in lasting:
-        assert lasted[phase] <= timer.seconds[phase] == pytest.approx(lasted[phase], abs=0.03)
+    for phase in durations:
+        assert measured[phase] <= timer.seconds[phase] == pytest.approx(measured[phase], abs=0.03)
     assert timer.seconds["start"] >= 0.05
-    assert timer.goodput == pytest.approx(sum(lasted[phase] for phase in lasting) / wall, abs=0.05)
+    assert timer.goodput == pytest.approx(sum(measured[phase] for phase in durations) / wall, abs=0.05)
 
 
-def test_start_up_is_one_phase_until_the_first_step_is_done():
+def test_startup_is_one_phase_until_finish_startup():
     timer = PhaseTimer(torch.device("cpu"))
     timer.set_start(time.perf_counter() - 10)
     for phase in ("data", "compute", "optimizer", "evaluation"):
         timer.enter(phase)
         time.sleep(0.005)
-    timer.enter("idle")
+    timer.finish_startup()
     timer.flush()
     assert 10.02 < timer.seconds["start"] < 10.5
     assert sum(timer.seconds[phase] for phase in (*PRODUCTIVE, "evaluation")) == 0
@@ -101,7 +102,7 @@ def test_the_phases_add_up_to_the_wall_clock_and_a_slow_disk_is_data(config, dev
     run.timer.flush()
     wall, seconds = time.perf_counter() - began, run.timer.seconds
     assert sum(seconds.values()) - before == pytest.approx(wall, rel=0.02)
-    waited = sum(run.batches.lasted[2:])  # the first two are start-up: each step reads the next one's as well
+    waited = sum(run.batches.durations[2:])  # the first two are start-up: each step reads the next one's as well
     beside = ("compute",) if device == "cuda" else ()  # a GPU computes meanwhile
     assert 6 * SlowDisk.SECONDS <= waited <= sum(seconds[phase] for phase in ("data", *beside))
     assert seconds["data"] < waited + seconds["compute"]
@@ -113,10 +114,10 @@ def test_the_phases_add_up_to_the_wall_clock_and_a_slow_disk_is_data(config, dev
     assert all(row["time_checkpoint"] == 0 for row in rows[:3]) and rows[3]["time_checkpoint"] > 0
     assert ["time_start" in row for row in rows] == [True] * 3 + [False] * 5
     run.close()
-    assert any("of the time waits for data" in line for line in advice(facts_of_run(run)))
+    assert any("of the time was spent waiting for data" in line for line in advice(facts_of_run(run)))
 
 
-def test_a_disk_that_keeps_up_is_not_data(config):
+def test_a_fast_disk_costs_no_data_time(config):
     run = start(config)
     go(run, steps=8)
     run.timer.flush()
@@ -125,7 +126,7 @@ def test_a_disk_that_keeps_up_is_not_data(config):
 
 
 class Straggling(World):
-    """Ranks that one is waited for among, with every number that they agree on."""
+    """Ranks with a straggler: every agreement takes 30 ms."""
 
     SECONDS = 0.03
 
@@ -143,20 +144,20 @@ def test_waiting_for_another_rank_is_communication(config):
     run.world = Straggling(0, 1, torch.device("cpu"))
     go(run, steps=5)
     run.timer.flush()
-    assert run.timer.seconds["communication"] > 4 * 3 * Straggling.SECONDS  # of a batch's targets, memory, what is due
+    assert run.timer.seconds["communication"] > 4 * 3 * Straggling.SECONDS  # targets, memory and events
     assert run.timer.seconds["data"] < Straggling.SECONDS
     run.close()
 
 
 class NothingFetched(TorchDispatchMode):
-    """Refuses what would wait for a device: to read a number that it computed."""
+    """Fails on anything that waits for the device: reading a number that it computed."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func is not torch.ops.aten._local_scalar_dense.default or not args[0].is_floating_point()
         return func(*args, **kwargs or {})
 
 
-def test_nothing_inside_a_step_reads_what_was_computed(config):
+def test_a_step_reads_no_computed_number(config):
     run = start(config, torch.device("cpu"))
     train_step(run)
     with NothingFetched():
@@ -169,7 +170,7 @@ def test_nothing_inside_a_step_reads_what_was_computed(config):
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-def test_nothing_inside_a_step_waits_for_the_gpu_but_whether_it_is_taken(config, monkeypatch):
+def test_a_step_synchronizes_with_the_gpu_only_to_decide_on_the_update(config, monkeypatch):
     from training.engine import step as loop
 
     def waits(*arguments, takes=loop.takes):
@@ -192,11 +193,11 @@ def test_nothing_inside_a_step_waits_for_the_gpu_but_whether_it_is_taken(config,
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
-def test_what_is_computed_while_a_batch_is_read_is_compute():
+def test_reading_a_batch_while_the_gpu_computes_is_compute():
     """On a GPU the host runs ahead: 0.2 s of reading beside 0.4 s of computing cost nothing."""
     timer, big = PhaseTimer(DEVICE), torch.randn(8192, 8192, device=DEVICE)
     big @ big
-    timer.enter("idle")
+    timer.finish_startup()
     timer.enter("compute")
     torch.cuda._sleep(int(0.4 * torch.cuda.get_device_properties(DEVICE).clock_rate * 1000))
     timer.enter("data")
@@ -210,7 +211,7 @@ def summary(folder) -> dict:
     return json.loads((folder / "summary.json").read_text())
 
 
-def test_a_stopped_run_adds_its_sessions_up_and_one_without_a_ledger_goes_on(config, monkeypatch):
+def test_the_times_of_a_stopped_and_resumed_run_add_up(config, monkeypatch):
     from training.engine import step as loop
 
     original, made = loop.train_step, config()
@@ -247,7 +248,7 @@ def test_a_stopped_run_adds_its_sessions_up_and_one_without_a_ledger_goes_on(con
     assert sum(fresh.seconds.values()) == 0
 
 
-def test_what_a_kill_took_away_is_redone_once_however_often_it_happens():
+def test_the_time_lost_to_several_kills_is_counted_once_each():
     def row(step, **times):
         return {"step": step, **{f"time_{phase}": seconds for phase, seconds in times.items()}}
 
@@ -291,7 +292,7 @@ def test_steps_after_kill_9_are_counted_as_redone(options, tmp_path, capsys):
     assert f"; goodput {100 * found['goodput']:.0f} %" in capsys.readouterr().out
 
 
-def test_the_time_in_words_is_the_largest_share_first_without_those_that_round_to_nothing():
+def test_the_text_has_the_largest_share_first_and_omits_shares_of_0_percent():
     seconds = dict.fromkeys(PHASES, 0.0) | {"start": 5.0, "compute": 92.0, "optimizer": 2.6, "data": 0.4}
     assert as_text(seconds) == "92 % compute, 5 % start, 3 % optimizer; goodput 95 %"
     assert as_text(dict.fromkeys(PHASES, 0.0)) == ""

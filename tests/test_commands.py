@@ -1,0 +1,33 @@
+"""Every command prints its error as one line and returns the exit status, whatever happens in it."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from training.errors import RestartNeeded, UserError
+from training.options import cli
+
+COMMANDS = ["prepare", "export", "plan", "twin", "checkpoints"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(28, "No space left on device", "runs/small"), 2, "error: runs/small: No space left on device"),
+        (UserError("--run: two\nlines"), 2, "error: --run: two lines"),
+        (RestartNeeded("out of memory"), 1, "error: out of memory"),
+    ],
+    ids=["Ctrl-C", "OSError", "UserError", "RestartNeeded"],
+)
+def test_every_command_ends_with_one_line_and_an_exit_status(monkeypatch, capsys, name, error, status, line):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(cli, "parse_command_line", fail)
+    monkeypatch.setattr(cli.Parser, "parse_args", fail)
+    assert importlib.import_module(f"training.{name}").main([]) == status
+    assert capsys.readouterr().err == line + "\n"

@@ -1,0 +1,182 @@
+"""A model distributed over the ranks: this rank's rows of every tensor, gradient sums, gathering."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from training.distributed.mesh import MeshGroups, MeshShape
+from training.distributed.muon_sharding import MatrixGather
+from training.distributed.recompute import with_recompute
+from training.distributed.world import World
+
+
+class ShardedTensor(NamedTuple):
+    """A parameter or buffer of the model and this rank's rows of it. Rows are those of the first dimension."""
+
+    name: str
+    parameter: Tensor  # as the model holds it: a DTensor after FSDP2, else the local rows; or a buffer
+    local: nn.Parameter | None  # the optimizer's view of the same memory; None for a buffer
+    shape: torch.Size  # of the full tensor
+    rows: range  # of this rank
+    rows_of_rank: list[range]
+    is_expert: bool
+    is_owner: bool  # True on the lowest rank that holds these rows: that rank writes them
+
+    def local_rows(self) -> Tensor:
+        """Return this rank's rows, sharing memory with the model."""
+        return _local(self.parameter.detach())
+
+
+class ShardedModel:
+    """A model whose blocks, experts and gradients may be split over ranks."""
+
+    def __init__(
+        self, model: nn.Module, world: World, mesh: MeshShape, groups: MeshGroups, shapes: dict[str, torch.Size]
+    ):
+        """`shapes` are the full shapes of parameters and buffers by name."""
+        self.model, self.world, self.mesh, self.groups = model, world, mesh, groups
+        self.tensors = {tensor.name: tensor for tensor in self._tensors(shapes)}
+        self.activation_checkpointing = "none"
+        self._block_forwards = [block.forward for block in model.blocks]
+        self._trained = [tensor for tensor in self.tensors.values() if tensor.local is not None]
+
+    def _tensors(self, shapes: dict[str, torch.Size]) -> Iterator[ShardedTensor]:
+        n_ranks = self.world.size
+        expert_layers = [block.ffn.experts for block in self.model.blocks if hasattr(block.ffn, "experts")]
+        experts = {id(parameter) for layer in expert_layers for parameter in layer.parameters()}
+        for name, parameter in self.model.named_parameters():
+            is_expert = id(parameter) in experts
+            rows_of_rank = [self.mesh.local_rows(shapes[name][0], rank, is_expert) for rank in range(n_ranks)]
+            rows = rows_of_rank[self.world.rank]
+            is_owner = rows_of_rank.index(rows) == self.world.rank
+            local = nn.Parameter(parameter.detach().to_local()) if hasattr(parameter, "to_local") else parameter
+            yield ShardedTensor(name, parameter, local, shapes[name], rows, rows_of_rank, is_expert, is_owner)
+        for name, buffer in self.model.named_buffers():
+            rows = range(len(buffer))
+            yield ShardedTensor(name, buffer, None, shapes[name], rows, [rows] * n_ranks, False, self.world.is_main)
+
+    def local_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the parameters for the optimizer by name: this rank's rows of each."""
+        return [(tensor.name, tensor.local) for tensor in self._trained]
+
+    def full_shapes(self) -> dict[nn.Parameter, torch.Size]:
+        """Return the full shape of each local parameter."""
+        return {tensor.local: tensor.shape for tensor in self._trained}
+
+    def matrix_gather(self) -> MatrixGather:
+        """Return the operation that works on full matrices, once each, for Muon."""
+        rows = {tensor.local: tensor.rows_of_rank for tensor in self._trained}
+        return MatrixGather(self.full_shapes(), rows, self.world, self.mesh.shard)
+
+    def sum_gradients(self, metrics: Iterable[Tensor]) -> None:
+        """Sum gradients and `metrics` over all ranks, in place; each local parameter gets its rows. Collective."""
+        if self.mesh.shard > 1:
+            self.world.all_reduce_(metrics, name="the all-reduce of metrics")
+            for tensor in self._trained:
+                # FSDP2 averages instead of summing, and may have moved the rows since the last step.
+                n_copies = self.mesh.replicate * self.mesh.shard // (self.mesh.expert if tensor.is_expert else 1)
+                tensor.local.data = tensor.local_rows()
+                grad = tensor.parameter.grad
+                tensor.local.grad = None if grad is None else _local(grad).mul_(n_copies)
+            return
+        with_grad = [tensor for tensor in self._trained if tensor.local.grad is not None]
+        if self.mesh.expert == 1:
+            gradients = [tensor.local.grad for tensor in with_grad]
+            self.world.all_reduce_([*gradients, *metrics], name="the all-reduce of gradients")
+            return
+        self.world.all_reduce_(metrics, name="the all-reduce of metrics")
+        replicated = [tensor.local.grad for tensor in with_grad if not tensor.is_expert]
+        self.world.all_reduce_(replicated, name="the all-reduce of gradients")
+        if self.groups.same_experts is not None:
+            experts = [tensor.local.grad for tensor in with_grad if tensor.is_expert]
+            self.world.all_reduce_(experts, self.groups.same_experts, "the all-reduce of experts' gradients")
+
+    def grad_norm(self) -> Tensor:
+        """Return the L2 norm of the full gradient, a scalar on the device. Collective if parameters are split."""
+        if not self.mesh.has_collectives:
+            return _norms([p.grad for _, p in self.local_parameters() if p.grad is not None]).norm()
+        owned = [t.local.grad for t in self._trained if t.is_owner and t.local.grad is not None]
+        sum_of_squares = _norms(owned).square().sum() if owned else torch.zeros((), device=self.world.device)
+        self.world.all_reduce_([sum_of_squares], name="the all-reduce of the gradient norm")
+        return sum_of_squares.sqrt()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for tensor in self._trained:
+            tensor.parameter.grad = tensor.local.grad = None
+
+    @torch.no_grad()
+    def load_full(self, full_value: Callable[[str, torch.Size], Tensor]) -> None:
+        """Copy this rank's rows of `full_value(name, shape)` into each tensor, one tensor at a time."""
+        for tensor in self.tensors.values():
+            rows = slice(tensor.rows.start, tensor.rows.stop)
+            tensor.local_rows().copy_(full_value(tensor.name, tensor.shape)[rows])
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """Return all tensors in full, in the main rank's host memory; {} on the other ranks. Collective."""
+        if not self.mesh.has_collectives:
+            return dict(self.model.state_dict()) if self.world.is_main else {}
+        gathered = {tensor.name: self._gather(tensor) for tensor in self.tensors.values()}
+        return gathered if self.world.is_main else {}
+
+    def _gather(self, tensor: ShardedTensor) -> Tensor:
+        """Return the full tensor on the main rank, an empty one elsewhere. Collective."""
+        local = tensor.local_rows().cpu()
+        if not self.world.is_main:
+            if tensor.is_owner and tensor.rows:
+                dist.send(local.contiguous(), 0)
+            return local.new_empty(0)
+        full = torch.empty(tensor.shape, dtype=local.dtype)
+        for rank, rows in enumerate(tensor.rows_of_rank):
+            if rows and tensor.rows_of_rank.index(rows) == rank:
+                part = full[rows.start : rows.stop]
+                part.copy_(local) if rank == 0 else dist.recv(part, rank)
+        return full
+
+    def set_activation_checkpointing(self, mode: str) -> None:
+        """Recompute blocks in the backward from now on; `mode` is "selective" or "full"."""
+        self.activation_checkpointing = mode
+        for block, forward in zip(self.model.blocks, self._block_forwards, strict=True):
+            # Set on the instance: a wrapper module would rename parameters, and FSDP's hooks stay outside this way.
+            block.forward = with_recompute(forward, mode)
+
+    def compile(self) -> None:
+        """Compile each block with torch.compile, in place."""
+        # Blocks of different types, training and evaluation, and last batches are separate programs of one function.
+        # Past this limit PyTorch would silently run uncompiled.
+        torch._dynamo.config.cache_size_limit = 8 * len(self.model.blocks)
+        # The gradients of query and key are rotated, then concatenated. Fused into one kernel that selects per element,
+        # this takes an H100 six times as long as its memory needs; 0 writes each to its place (PyTorch 2.13 and later).
+        if hasattr(torch._inductor.config, "max_complex_pointwise_cat_inputs"):
+            torch._inductor.config.max_complex_pointwise_cat_inputs = 0
+        for block in self.model.blocks:
+            block.compile()
+
+    def set_last_micro_batch(self, is_last: bool) -> None:
+        """Set whether the next backward is the last of this step: only then does hybrid FSDP sum over replicas."""
+        if self.mesh.shard > 1 and self.mesh.replicate > 1:
+            self.model.set_requires_all_reduce(is_last)
+
+    def reshard(self) -> None:
+        """Free the parameters that FSDP2 gathered, after a forward without a backward."""
+        if self.mesh.shard > 1:
+            self.model.reshard()
+
+
+def _norms(tensors: list[Tensor]) -> Tensor:
+    """Return the L2 norm of each tensor; on a CPU the norm of each row of all tensors.
+
+    On a CPU, one float32 sum of 2e7 squares was wrong by 1e-3.
+    """
+    if tensors[0].device.type == "cpu":
+        tensors = [torch.linalg.vector_norm(tensor, dim=-1) for tensor in tensors]
+    return torch.stack(torch._foreach_norm(tensors))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

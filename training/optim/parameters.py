@@ -1,0 +1,31 @@
+"""What optimizers know of the parameters that they update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+# A matrix may be a stack of matrices: experts are (E, out, in). A vector is a bias or a normalization's weight.
+ParameterKind = Literal["matrix", "embedding", "router", "vector"]
+PARAMETER_KINDS: tuple[ParameterKind, ...] = get_args(ParameterKind)
+
+# (parameters, tensors of their shapes, function of a batch of whole matrices (X, M, N)) -> the function's results
+ApplyToMatrices = Callable[[list[Tensor], list[Tensor], Callable[[Tensor], Tensor]], list[Tensor]]
+
+
+class NamedParameter(NamedTuple):
+    """A parameter, or this rank's rows of it."""
+
+    name: str
+    parameter: nn.Parameter
+    kind: ParameterKind
+
+
+class FullShapes(NamedTuple):
+    """Unsharded parameter shapes, and how to compute on whole matrices whose rows are on several ranks."""
+
+    shapes: dict[nn.Parameter, torch.Size]
+    apply_to_matrices: ApplyToMatrices
