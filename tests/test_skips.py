@@ -80,7 +80,9 @@ def test_the_steps_around_one_that_is_skipped_are_those_that_never_saw_it(begun)
 
 def test_ten_skipped_steps_in_a_row_end_the_run_with_their_rows_and_no_checkpoint(config, tmp_path, at_step):
     at_step.poison(range(6, 41))
-    with pytest.raises(UserError, match=rf"step 15: the last {MAX_CONSECUTIVE} losses or gradients were NaN or infinite"):
+    with pytest.raises(
+        UserError, match=rf"step 15: the last {MAX_CONSECUTIVE} losses or gradients were NaN or infinite"
+    ):
         train(config(steps=40, checkpoint={"every": 3}, eval={"every": None, "tokens": 64}))
     folder = tmp_path / "runs/small"
     assert [step for step, _ in checkpoint.list_checkpoints(folder / "checkpoints")] == [3], (
