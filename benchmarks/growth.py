@@ -23,7 +23,7 @@ from common import header, in_a_process, peak_gib, used_gib
 
 from training import device as devices
 from training.config import Config
-from training.model import model_stats
+from training.model.stats import model_stats
 from training.planning import memory
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def seconds(configs: Iterable[Config], n_steps: int) -> list[tuple[float, ...]]:
 
 def phases_of(one_step: step.Step) -> tuple[float, ...]:
     """Run a step; return the seconds of (forward and backward, optimizer)."""
-    timer = one_step.run.timer
+    timer = one_step.run.log.timer
     timer.flush()
     before = dict(timer.seconds)
     one_step()

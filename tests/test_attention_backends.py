@@ -17,7 +17,6 @@ import torch
 from stand_ins import mode
 from torch._dynamo.utils import counters
 
-from training.batch import Batch
 from training.config import BlockConfig, ModelConfig, ParallelConfig
 from training.errors import UserError
 from training.kernels.attention.deterministic import (
@@ -26,26 +25,13 @@ from training.kernels.attention.deterministic import (
     deterministic_flash,
     deterministic_mode,
 )
+from training.kernels.attention.masks import Visibility, find_documents
 from training.kernels.attention.sdpa import FP32_MAX_KEYS
-from training.kernels.attention.table import (
-    DeviceInfo,
-    Limits,
-    Visibility,
-    auto_candidates,
-    find_documents,
-    limits_on,
-    reason_unsupported,
-)
-from training.kernels.choose import (
-    ATTENTION_BACKENDS,
-    AttentionBackend,
-    AttentionSpec,
-    ExpertsSpec,
-    KernelRequirements,
-    Kernels,
-    choose_kernels,
-)
-from training.model import GPT, init_weights
+from training.kernels.attention.table import DeviceInfo, auto_candidates, limits_on, reason_unsupported
+from training.kernels.choose import choose_kernels
+from training.kernels.interface import AttentionBackend, AttentionSpec, ExpertsSpec, KernelRequirements, Kernels, Limits
+from training.kernels.table import ATTENTION_BACKENDS
+from training.model import GPT
 
 CPU = torch.device("cpu")
 HOPPER = DeviceInfo("cuda", 9)
@@ -472,7 +458,7 @@ def small_model(backend, mixers):
     blocks = tuple(BlockConfig.model_validate({"mixer": mixer}) for mixer in mixers)
     sizes = {"n_layer": len(mixers), "n_head": 4, "n_embd": 32, "n_positions": 16, "vocab_size": 64}
     config = ModelConfig(**sizes, position="rope", isolate_documents=True, blocks=blocks)
-    return init_weights(GPT(config, Kernels(attention=backend)), 0)
+    return GPT(config, Kernels(attention=backend)).init_weights(0)
 
 
 def batch(n_documents, n_samples=3):
@@ -482,7 +468,7 @@ def batch(n_documents, n_samples=3):
 
 
 def step(model, tokens, packed):
-    loss, _ = model(Batch(tokens, tokens, n_targets=tokens.numel(), documents=packed))
+    loss, _ = model(tokens, tokens, tokens.numel(), documents=packed)
     return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
 
 

@@ -12,20 +12,14 @@ from training.data import prepare
 from training.distributed.world import World
 from training.engine.build import begin
 from training.engine.step import train_step
-from training.kernels.attention.table import Visibility, device_info, find_documents, limits_on, reason_unsupported
-from training.kernels.choose import (
-    ATTENTION_BACKENDS,
-    EXPERT_KERNELS,
-    LOSS_KERNELS,
-    AttentionSpec,
-    ExpertsSpec,
-    KernelRequirements,
-    Kernels,
-    choose_kernels,
-)
+from training.kernels.attention.masks import Visibility, find_documents
+from training.kernels.attention.table import device_info, limits_on, reason_unsupported
+from training.kernels.choose import choose_kernels
 from training.kernels.experts import sort_by_expert
-from training.model import GPT, init_weights, kernel_requirements
-from training.model.layers import FeedForwardContext
+from training.kernels.interface import AttentionSpec, ExpertsSpec, KernelRequirements, Kernels
+from training.kernels.table import ATTENTION_BACKENDS, EXPERT_KERNELS, LOSS_KERNELS
+from training.model import GPT, kernel_requirements
+from training.model.layers import Batch
 from training.model.moe import MoE
 
 if not torch.cuda.is_available():
@@ -125,7 +119,7 @@ def test_a_model_computes_the_same_with_it_and_no_step_compiles_anew(name, packe
         ParallelConfig(attention=name, compile=compiled), asked, device=CUDA, dtype=torch.bfloat16
     )
     both = (kernels, kernels._replace(attention=ATTENTION_BACKENDS["reference"]))
-    model, plain = (init_weights(GPT(config, each, torch.bfloat16), 0).to(CUDA) for each in both)
+    model, plain = (GPT(config, each, torch.bfloat16).init_weights(0).to(CUDA) for each in both)
     torch._dynamo.reset()
     counters.clear()
     for block in model.blocks if compiled else ():
@@ -221,7 +215,7 @@ def test_nothing_in_a_layer_of_experts_waits_for_the_device(name, top_k):
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     x = torch.randn(2, 1024, 768, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
-    batch = FeedForwardContext(x[..., 0].numel(), torch.arange(2, device=CUDA), is_training=True)
+    batch = Batch(x[..., 0].numel(), torch.arange(2, device=CUDA))
     for mode in ("default", "error"):  # the first time, kernels are compiled and loaded
         torch.cuda.set_sync_debug_mode(mode)
         try:

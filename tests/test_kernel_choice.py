@@ -8,18 +8,11 @@ from conftest import goes_on_with
 
 from training.config import ModelConfig, ParallelConfig
 from training.errors import UserError
-from training.kernels.attention.table import Limits, Visibility, find_documents
-from training.kernels.choose import (
-    ATTENTION_BACKENDS,
-    AttentionBackend,
-    AttentionSpec,
-    ExpertsSpec,
-    KernelRequirements,
-    choose_kernels,
-    kernel_names,
-)
-from training.model import GPT, init_weights, kernel_requirements
-from training.model.attention import AttentionContexts
+from training.kernels.attention.masks import Visibility, find_documents
+from training.kernels.choose import choose_kernels, kernel_names
+from training.kernels.interface import AttentionBackend, AttentionSpec, ExpertsSpec, KernelRequirements, Limits
+from training.kernels.table import ATTENTION_BACKENDS
+from training.model import GPT, kernel_requirements
 
 CPU = torch.device("cpu")
 REFERENCE = ATTENTION_BACKENDS["reference"]
@@ -144,10 +137,11 @@ def test_layers_that_see_different_windows_have_masks_of_their_own():
     for windows in ([None, 3, 5], [3, None, 5], [5, 3, None], [12, 3, None]):
         blocks = [{"mixer": {"window": window}} for window in windows]
         sizes = {"n_layer": 3, "n_head": 2, "n_embd": 16, "n_positions": 12, "vocab_size": 64}
-        model = init_weights(GPT(ModelConfig.model_validate(sizes | {"blocks": blocks})), 0)
+        model = GPT(ModelConfig.model_validate(sizes | {"blocks": blocks})).init_weights(0)
+        model.attention = REFERENCE
         tokens = torch.randint(0, 9, (2, 12), generator=torch.Generator().manual_seed(0))
         for found in (None, find_documents(tokens, 0)):
-            contexts = AttentionContexts(model._visibility(tokens, found, None), REFERENCE, 10000.0)
+            places = model._places(tokens, None, found)
             for block, window in zip(model.blocks, windows, strict=True):
                 seen = [
                     [window is None or s > t - window for s in range(t + 1)] + [False] * (11 - t) for t in range(12)
@@ -156,7 +150,7 @@ def test_layers_that_see_different_windows_have_masks_of_their_own():
                 if found is not None:
                     index = (tokens == 0).cumsum(1)
                     expected = expected & (index[:, None, :, None] == index[:, None, None, :])
-                assert torch.equal(contexts.for_mixer(block.mixer).mask.expand(2, 1, 12, 12), expected)
+                assert torch.equal(places.of(block.mixer).mask.expand(2, 1, 12, 12), expected)
 
 
 def test_a_mask_written_out_is_made_once_in_the_type_of_the_queries():
@@ -168,7 +162,7 @@ def test_a_mask_written_out_is_made_once_in_the_type_of_the_queries():
 
 
 def test_documents_apart_and_a_cache_are_refused_together():
-    model = init_weights(GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, n_positions=12, vocab_size=64)), 0)
+    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, n_positions=12, vocab_size=64)).init_weights(0)
     tokens = torch.ones(1, 4, dtype=torch.int64)
     with pytest.raises(ValueError, match="a cache is of one text a sample"):
         model.logits(tokens, model.new_cache(), find_documents(tokens, 0))

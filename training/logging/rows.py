@@ -40,6 +40,7 @@ class RunLog:
 
     def add(self, step: int, metrics: dict[str, Tensor], n_targets: int, n_skipped: int) -> None:
         """Keep the summed metrics of an update on the device, "grad_norm" among them; `step` counts from 1."""
+        self.timer.finish_startup()
         self._pending.append((step, metrics, n_targets, n_skipped))
 
     def fetch(self) -> list[dict]:

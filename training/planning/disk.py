@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 from training.config import Config
 from training.errors import UserError
-from training.model import ModelStats
+from training.model.stats import ModelStats
 from training.optim.optimizer import state_bytes
 
 
@@ -26,7 +25,7 @@ def disk_shortage(stats: ModelStats, config: Config, *, fresh: bool = False) -> 
 
     The run will replace existing checkpoints, unless it is `fresh`: then the old run is moved aside and keeps them.
     """
-    folder = Path(config.run_dir, "checkpoints").absolute()
+    folder = (config.run_dir / "checkpoints").absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     needed = n_checkpoints(config) * checkpoint_bytes(stats, config) + 4 * stats.n_parameters
     needed -= 0 if fresh else sum(path.stat().st_size for path in folder.glob("step-*/*"))

@@ -35,11 +35,12 @@ from training.distributed.parallelize import ShardedModel, parallelize
 from training.distributed.world import BUCKET, World
 from training.kernels import loss
 from training.kernels.attention import sdpa
-from training.kernels.attention.table import Documents
+from training.kernels.attention.masks import Documents
 from training.kernels.choose import ATTENTION_BACKENDS, EXPERT_KERNELS, TORCH_LOSS, AttentionBackend, Kernels
 from training.kernels.experts import Dispatch, permute, sort_by_expert, unpermute
-from training.model import GPT, layers, parameter_kinds
+from training.model import GPT, layers
 from training.model.moe import Experts
+from training.model.stats import parameter_kinds
 from training.optim.optimizer import Optimizer
 from training.planning.batch_split import max_samples_per_rank
 

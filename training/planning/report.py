@@ -14,7 +14,7 @@ from training.data.corpus import Corpus
 from training.data.file_hashes import FileHashes
 from training.data.shards import Manifest, read_manifest
 from training.errors import UserError
-from training.model import ModelStats, model_stats
+from training.model.stats import ModelStats, model_stats
 from training.planning.batch_split import HEADROOM, equal_parts, max_samples_per_rank
 from training.planning.disk import checkpoint_bytes, disk_shortage, n_checkpoints
 from training.planning.memory import MemoryEstimate, estimate, largest_micro_batch
@@ -90,7 +90,7 @@ def build_plan(config: Config, device: TargetDevice, world_size: int) -> RunPlan
     manifest = find_prepared_data(config)
     precision = config.precision if config.precision != "auto" else "bf16" if device.has_bf16 else "fp32"
     model = config.model.model_copy(update={"vocab_size": config.model.vocab_size or _vocab_size(config, manifest)})
-    config = config.model_copy(update={"precision": precision, "model": model})
+    config = config.model_copy(update={"precision": precision, "model": model}).with_explicit_sizes()
     n_samples = config.batch_tokens // model.n_positions
     if n_samples < world_size:
         raise UserError(
@@ -131,9 +131,9 @@ def _vocab_size(config: Config, manifest: Manifest | None) -> int:
     return -(-size // 64) * 64
 
 
-def describe_model(config: Config, n_total: int, n_active: int) -> dict[str, str]:
+def describe_model(config: Config, stats: ModelStats) -> dict[str, str]:
     """Return the lines "model" and "parameters" of a plan and of a run's header."""
-    model = config.model
+    model, total, active = config.model, stats.n_parameters, stats.n_active_parameters
     moe = [block.ffn for block in model.layers() if block.ffn.type == "moe"]
     kinds = dict.fromkeys(
         f"top {ffn.top_k} of {ffn.n_experts}" + (f" and {ffn.n_shared} shared" if ffn.n_shared else "") for ffn in moe
@@ -142,7 +142,7 @@ def describe_model(config: Config, n_total: int, n_active: int) -> dict[str, str
     return {
         "model": f"{model.n_layer} layers, {experts}{model.n_head} heads, width {model.n_embd}, "
         f"context {model.n_positions}, vocabulary {model.vocab_size:,}",
-        "parameters": f"{n_total:,}" + (f", {n_active:,} active per token" if n_active < n_total else ""),
+        "parameters": f"{total:,}" + (f", {active:,} active per token" if active < total else ""),
     }
 
 
@@ -160,17 +160,16 @@ def report_lines(plan: RunPlan, mfu: float | None, measured: float | None) -> li
     """Return the report. `mfu`: FLOPs utilization, None: unknown; `measured`: tokens/s of this run on this machine."""
     config, device = plan.config, plan.device
     ranks = f"{plan.world_size} x {device.name}" if plan.world_size > 1 else device.name
-    total, active = plan.stats.n_parameters, plan.stats.n_active_parameters
-    flops = plan.stats.flops_per_token
+    flops, active = plan.stats.flops_per_token, plan.stats.n_active_parameters
     gib = checkpoint_bytes(plan.stats, config) / 2**30
     figures = {
         "plan": f"{config.name} on {ranks}, {config.precision}",
-        **describe_model(config, total, active),
+        **describe_model(config, plan.stats),
         "FLOPs": f"{flops / 1e9:,.3g} G per token, forward and backward; {flops * plan.n_tokens:.3g} in all",
         "batch": describe_batch(config, plan.micro_batch, plan.world_size)
         + (" (chosen)" if config.micro_batch == "auto" else ""),
         "steps": f"{config.steps:,} = {plan.n_tokens:,} tokens, {_rounded(plan.n_tokens / active)} per "
-        + ("active parameter" if active < total else "parameter"),
+        + ("active parameter" if active < plan.stats.n_parameters else "parameter"),
         "data": _data(plan),
         "checkpoints": f"{gib:,.2f} GiB each, at most {n_checkpoints(config)} on disk at a time",
         "time": _time(plan, mfu, measured),
