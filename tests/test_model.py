@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from training.config import FeedForward, Mixer, ModelConfig
-from training.kernels.attention.table import DeviceInfo, Visibility, auto_candidates, find_documents, reason_unsupported
-from training.kernels.choose import ATTENTION_BACKENDS
+from training.kernels.attention.masks import Visibility, find_documents
+from training.kernels.attention.table import DeviceInfo, auto_candidates, reason_unsupported
+from training.kernels.table import ATTENTION_BACKENDS
 from training.model import FEED_FORWARDS, GPT, MIXERS
 from training.model.attention import AttentionContext
 from training.model.layers import RMSNorm, rotary_table, rotate

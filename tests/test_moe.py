@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from training.config import BlockConfig, MLPConfig, ModelConfig, MoEConfig
-from training.kernels.choose import Kernels
 from training.kernels.experts import TORCH_EXPERTS
+from training.kernels.interface import Kernels
 from training.model import GPT
 from training.model.layers import ACTIVATIONS, Batch, uniform_from_keys
 from training.model.mlp import MLP

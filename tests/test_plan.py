@@ -16,7 +16,8 @@ from training.data import prepare
 from training.distributed.mesh import MeshShape
 from training.distributed.parallelize import parallelize
 from training.distributed.world import World
-from training.kernels.choose import ATTENTION_BACKENDS, EXPERT_KERNELS, Kernels
+from training.kernels.interface import Kernels
+from training.kernels.table import ATTENTION_BACKENDS, EXPERT_KERNELS
 from training.model import GPT
 from training.optim.optimizer import Optimizer
 from training.options import cli

@@ -32,9 +32,8 @@ from training.kernels.choose import (
     ATTENTION_BACKENDS,
     EXPERT_KERNELS,
     LOSS_KERNELS,
-    Kernels,
+    KernelChoice,
     choose_kernels,
-    kernel_names,
 )
 from training.logging import jsonl
 from training.logging import sinks as logging
@@ -116,7 +115,8 @@ def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
         restart.refuse_another(config, dataset.fingerprint)
     dtype = devices.DTYPES[config.precision]
     before = found.state.get("kernels", {}) if found is not None and found.own else {}
-    kernels, kernels_why = agreed_kernels(config, world, dtype, before)
+    choice = agreed_kernels(config, world, dtype, before)
+    kernels = choice.kernels
     with torch.device("meta"):
         model, whole = (GPT(config.model, kernels, dtype) for _ in range(2))
     layout = parallelize(model, config.parallel, world, dtype)
@@ -136,8 +136,8 @@ def begin(config: Config, dataset: Dataset, world: World, resume: str) -> Run:
         metrics=RunLog(config, world, whole.step_metrics, whole.flops_per_token(), timer),
         timer=timer,
         saver=CheckpointWriter(folder / "checkpoints", peers(world), config.checkpoint),
-        kernels=kernel_names(kernels),
-        kernels_why=kernels_why,
+        kernels=choice.names,
+        kernels_why=choice.as_text(),
         skips=Skips(config.skip_spikes),
         loss_scale=LossScale() if config.precision == "fp16" else None,
     )
@@ -164,25 +164,21 @@ def peers(world: World) -> WriterGroup:
     return WriterGroup(world.rank, world.size, partial(world.gather_bytes, background=True))
 
 
-def agreed_kernels(
-    config: Config, world: World, dtype: torch.dtype, before: dict[str, str]
-) -> tuple[Kernels, dict[str, str]]:
+def agreed_kernels(config: Config, world: World, dtype: torch.dtype, before: dict[str, str]) -> KernelChoice:
     """The same kernels on all ranks: the last in order of those that they chose. Collective.
 
     `before` are those of the checkpoint. Raises UserError on a rank where that one does not work.
     """
     asked = config.parallel
-    kernels, why = choose_kernels(
-        asked, kernel_requirements(config.model), device=world.device, dtype=dtype, previous=before
-    )
+    choice = choose_kernels(asked, kernel_requirements(config.model), device=world.device, dtype=dtype, previous=before)
     orders = {"attention": list(ATTENTION_BACKENDS), "experts": list(EXPERT_KERNELS), "loss": list(LOSS_KERNELS)}
-    chosen = kernel_names(kernels)
+    chosen = choice.names
     places = world.max_int(*(order.index(chosen[option]) for option, order in orders.items()))
     last = {option: order[place] for (option, order), place in zip(orders.items(), places, strict=True)}
     if last != chosen:
         asked = asked.model_copy(update=last)
-        kernels, why = choose_kernels(asked, kernel_requirements(config.model), device=world.device, dtype=dtype)
-    return kernels, why
+        choice = choose_kernels(asked, kernel_requirements(config.model), device=world.device, dtype=dtype)
+    return choice
 
 
 def resolve(config: Config, found: restart.Found | None, dataset: Dataset, device: torch.device) -> Config:

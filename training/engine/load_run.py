@@ -67,8 +67,8 @@ def load(run: str, asked_device: str = "auto") -> tuple[GPT, Stored]:
     stored = read(run)
     model_config, device = stored.config.model, devices.select_device(asked_device)
     dtype = devices.DTYPES[stored.config.precision]
-    kernels, _ = choose_kernels(ParallelConfig(), kernel_requirements(model_config), device=device, dtype=dtype)
-    model = GPT(model_config, kernels, dtype)
+    choice = choose_kernels(ParallelConfig(), kernel_requirements(model_config), device=device, dtype=dtype)
+    model = GPT(model_config, choice.kernels, dtype)
     model.load_state_dict(stored.weights)
     return model.to(device).cast_for_inference(), stored
 

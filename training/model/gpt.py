@@ -22,16 +22,10 @@ from training.config import (
     ModelConfig,
     MoEConfig,
 )
-from training.kernels.attention.table import Documents, Visibility, left_padded
-from training.kernels.choose import (
-    ATTENTION_BACKENDS,
-    AttentionBackend,
-    ExpertsSpec,
-    KernelRequirements,
-    Kernels,
-    LossSpec,
-)
+from training.kernels.attention.masks import Documents, Visibility, left_padded
+from training.kernels.interface import AttentionBackend, ExpertsSpec, KernelRequirements, Kernels, LossSpec
 from training.kernels.loss import apply_softcap
+from training.kernels.table import ATTENTION_BACKENDS
 from training.model.attention import Attention, AttentionContext, AttentionContexts
 from training.model.cache import Cache, LayerCache
 from training.model.differential import DifferentialAttention

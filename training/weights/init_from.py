@@ -21,7 +21,7 @@ from torch import Tensor
 
 from training.config import Config, ModelConfig
 from training.errors import UserError, library_error
-from training.kernels.attention.table import find_documents
+from training.kernels.attention.masks import find_documents
 from training.model import GPT
 from training.options import cli
 from training.weights import hf, upcycle

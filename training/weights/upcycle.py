@@ -23,7 +23,7 @@ from torch import Tensor
 
 from training.config import MLPConfig, ModelConfig, MoEConfig
 from training.errors import UserError
-from training.kernels.attention.table import Documents
+from training.kernels.attention.masks import Documents
 from training.model import GPT
 from training.model.layers import normal_from_key
 from training.weights.hf.layers import with_explicit_sizes

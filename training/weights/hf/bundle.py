@@ -60,11 +60,10 @@ def parts() -> Iterator[tuple[str, tuple[str, ...]]]:
     yield "kernels/attention/masks.py", ()
     yield "kernels/attention/reference.py", ()
     yield "kernels/attention/sdpa.py", ("sdpa_mask", "sdpa_attention")
-    yield "kernels/attention/table.py", ("AttentionBackend", "AttentionSpec")
-    yield BACKENDS, ()
     yield "kernels/experts.py", ()
     yield "kernels/loss.py", ()
-    yield "kernels/choose.py", ("Kernels", "ExpertsSpec", "LossSpec", "KernelRequirements")
+    yield "kernels/interface.py", ()
+    yield BACKENDS, ()
     yield "model/cache.py", ()
     yield "model/layers.py", ()
     mechanisms = [*MIXERS.values(), *FEED_FORWARDS.values()]
