@@ -1,8 +1,8 @@
 #!/bin/bash
 # sbatch recipes/slurm.sh configs/gpt2_124m.yaml [--options of the run]
 #
-# From the repository, on a file system that all nodes share. One task a GPU, without torchrun: srun gives a signal to
-# the ranks themselves, and nobody counts 30 seconds until they are killed.
+# Submit from the repository, on a file system that all nodes share. One task per GPU, without torchrun: srun forwards
+# signals to the ranks themselves, and no launcher kills them 30 seconds later.
 #SBATCH --job-name=training
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -25,12 +25,13 @@ srun bash -c '
 ' rank "$@" &
 ranks=$!
 
-# 120 seconds before the time is over, or at `scancel --batch --signal=TERM`: the ranks save, and end with 143.
+# SIGTERM comes 120 seconds before the time limit, or from `scancel --batch --signal=TERM`: the ranks save and exit
+# with status 143.
 trap 'kill -TERM "$ranks"' TERM
 wait "$ranks"; status=$?
 while kill -0 "$ranks" 2>/dev/null; do wait "$ranks"; status=$?; done
 
-# 143: stopped and saved. 1, 137, ...: a rank was lost. 2, wrong input, would be wrong again; 0 is the end of the run.
+# 143: stopped and saved. 1, 137, ...: a rank was lost. Do not requeue after 2 (wrong input) or 0 (the run is complete).
 if ((status != 0 && status != 2)) && ((${SLURM_RESTART_COUNT:-0} < 50)); then
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -26,10 +26,15 @@ from training.kernels.attention.deterministic import (
 )
 from training.kernels.attention.masks import Visibility, find_documents
 from training.kernels.attention.sdpa import FP32_MAX_KEYS
-from training.kernels.attention.table import DeviceInfo, auto_candidates, limits_on, reason_unsupported
+from training.kernels.attention.table import (
+    ATTENTION_BACKENDS,
+    DeviceInfo,
+    auto_candidates,
+    limits_on,
+    reason_unsupported,
+)
 from training.kernels.choose import choose_kernels
 from training.kernels.interface import AttentionBackend, AttentionSpec, ExpertsSpec, KernelRequirements, Kernels, Limits
-from training.kernels.table import ATTENTION_BACKENDS
 from training.model import GPT
 
 CPU = torch.device("cpu")

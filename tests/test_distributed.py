@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -298,3 +299,16 @@ def test_a_mesh_that_can_never_fit_is_refused_with_the_options():
         Config.model_validate(
             {"data": {"sources": [{"type": "stdlib"}]}, "parallel": {"mesh": {"shard": 3, "expert": 2}}}
         )
+
+
+def test_the_saved_operators_of_our_kernels_are_defined():
+    """A renamed kernel file or operator would silently be recomputed."""
+    package = Path(__file__).parent.parent / "training"
+    for operator in (name for name in SAVED_OPERATORS if name.startswith("training_")):
+        namespace, _, name = operator.partition("::")
+        (path,) = [
+            path
+            for path in package.rglob("*.py")
+            if "_".join(("training", *path.relative_to(package).with_suffix("").parts)) == namespace
+        ]
+        assert f'::{name}"' in path.read_text(), operator

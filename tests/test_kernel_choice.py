@@ -9,9 +9,9 @@ from conftest import goes_on_with
 from training.config import ModelConfig, ParallelConfig
 from training.errors import UserError
 from training.kernels.attention.masks import Visibility, find_documents
+from training.kernels.attention.table import ATTENTION_BACKENDS
 from training.kernels.choose import choose_kernels
 from training.kernels.interface import AttentionBackend, AttentionSpec, ExpertsSpec, KernelRequirements, Limits
-from training.kernels.table import ATTENTION_BACKENDS
 from training.model import GPT, kernel_requirements
 from training.model.attention import AttentionContexts
 

@@ -23,9 +23,9 @@ from training.config import (
     MoEConfig,
 )
 from training.kernels.attention.masks import Documents, Visibility, left_padded
+from training.kernels.attention.table import ATTENTION_BACKENDS
 from training.kernels.interface import AttentionBackend, ExpertsSpec, KernelRequirements, Kernels, LossSpec
 from training.kernels.loss import apply_softcap
-from training.kernels.table import ATTENTION_BACKENDS
 from training.model.attention import Attention, AttentionContext, AttentionContexts
 from training.model.cache import Cache, LayerCache
 from training.model.differential import DifferentialAttention
