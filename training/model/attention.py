@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.config import AttentionConfig, ModelConfig
-from training.kernels.attention.table import Visibility
-from training.kernels.choose import AttentionBackend, AttentionSpec
+from training.kernels.attention.masks import Visibility
+from training.kernels.interface import AttentionBackend, AttentionSpec
 from training.model.cache import LayerCache
 from training.model.layers import Linear, RMSNorm, rotary_table, rotate
 
