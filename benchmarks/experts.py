@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from training import device as devices
 from training.config import MLPConfig, ModelConfig, MoEConfig, ParallelConfig
-from training.kernels.choose import EXPERT_KERNELS, ExpertsSpec, KernelRequirements, choose_kernels
+from training.kernels.choose import choose_kernels
+from training.kernels.interface import ExpertsSpec, KernelRequirements
+from training.kernels.table import EXPERT_KERNELS
 from training.model.layers import Batch
 from training.model.mlp import MLP
 from training.model.moe import MoE

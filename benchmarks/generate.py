@@ -21,7 +21,7 @@ from common import header
 
 from training import device as devices
 from training.config import ModelConfig
-from training.model import GPT
+from training.model import GPT, init_weights
 from training.model.sampling import SamplingParams, sample
 from training.weights import hf
 
@@ -108,7 +108,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     print(f"{header(device, 'transformers')}; float32")
     for name, shape in SHAPES.items():
-        model = GPT(ModelConfig.model_validate(shape)).init_weights(0).to(device)
+        model = init_weights(GPT(ModelConfig.model_validate(shape)), 0).to(device)
         hugging_face = in_transformers(model)
         model.cast_for_inference()
         prompts = torch.randint(0, N_VOCAB, (8, 16), generator=torch.Generator().manual_seed(0)).tolist()

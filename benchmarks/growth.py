@@ -23,7 +23,7 @@ from common import header, in_a_process, peak_gib, used_gib
 
 from training import device as devices
 from training.config import Config
-from training.model import GPT
+from training.model.stats import model_stats
 from training.planning import memory
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def seconds(configs: Iterable[Config], n_steps: int) -> list[tuple[float, ...]]:
 
 def phases_of(one_step: step.Step) -> tuple[float, ...]:
     """Run a step; return the seconds of (forward and backward, optimizer)."""
-    timer = one_step.run.timer
+    timer = one_step.run.log.timer
     timer.flush()
     before = dict(timer.seconds)
     one_step()
@@ -77,9 +77,8 @@ def phases_of(one_step: step.Step) -> tuple[float, ...]:
 
 def sizes_of(config: Config) -> tuple[int, int]:
     """Return (FLOPs per token, number of parameters)."""
-    with torch.device("meta"):
-        model = GPT(config.model)
-    return model.flops_per_token(), model.n_parameters()[0]
+    stats = model_stats(config.model)
+    return stats.flops_per_token, stats.n_parameters
 
 
 def times(configs: dict[int, Config], n_steps: int) -> Iterator[tuple[Point, Point]]:

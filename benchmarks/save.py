@@ -19,7 +19,7 @@ from common import header
 
 from training.checkpoint import SINGLE, CheckpointWriter, TensorShard
 from training.config import CheckpointConfig, ModelConfig
-from training.model import GPT
+from training.model import GPT, init_weights
 
 SAVES = 8
 BAR = 0.1
@@ -38,7 +38,7 @@ def shards_of(model: GPT) -> dict[str, dict[str, TensorShard]]:
 
 def main() -> None:
     print(header(torch.device("cpu")))
-    shards = shards_of(GPT(ModelConfig(vocab_size=50304)).init_weights(0))
+    shards = shards_of(init_weights(GPT(ModelConfig(vocab_size=50304)), 0))
     n_bytes = sum(shard.n_bytes for by_name in shards.values() for shard in by_name.values())
     print(f"GPT-2 124M with AdamW's state: {n_bytes / 2**30:.2f} GiB, {SAVES} saves of each kind, in turn")
     folder = Path(tempfile.mkdtemp(dir="."))

@@ -25,25 +25,12 @@ from training.kernels.attention.deterministic import (
     deterministic_flash,
     deterministic_mode,
 )
+from training.kernels.attention.masks import Visibility, find_documents
 from training.kernels.attention.sdpa import FP32_MAX_KEYS
-from training.kernels.attention.table import (
-    DeviceInfo,
-    Limits,
-    Visibility,
-    auto_candidates,
-    find_documents,
-    limits_on,
-    reason_unsupported,
-)
-from training.kernels.choose import (
-    ATTENTION_BACKENDS,
-    AttentionBackend,
-    AttentionSpec,
-    ExpertsSpec,
-    KernelRequirements,
-    Kernels,
-    choose_kernels,
-)
+from training.kernels.attention.table import DeviceInfo, auto_candidates, limits_on, reason_unsupported
+from training.kernels.choose import choose_kernels
+from training.kernels.interface import AttentionBackend, AttentionSpec, ExpertsSpec, KernelRequirements, Kernels, Limits
+from training.kernels.table import ATTENTION_BACKENDS
 from training.model import GPT
 
 CPU = torch.device("cpu")

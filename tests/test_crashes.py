@@ -246,8 +246,8 @@ def train_windows(config: Config) -> int:
     return Samples(prepare(config.data, quiet=True).train, n_positions=32, seed=0).n_samples
 
 
-def test_each_of_a_thousand_flipped_bits_is_detected(run):
-    folder = run(**SMALL) / "checkpoints/step-00000008"
+def test_each_of_a_thousand_flipped_bits_is_detected(finished):
+    folder = finished(**SMALL) / "checkpoints/step-00000008"
     draw, missed = random.Random(0), []
     files = {path: path.read_bytes() for path in sorted(folder.iterdir())}
     for path, data in files.items():
@@ -266,10 +266,10 @@ def test_each_of_a_thousand_flipped_bits_is_detected(run):
 @pytest.mark.parametrize(
     "harm", ["gone", "empty", "half", "one byte less", "one byte more", "of another step", "of another run", "a folder"]
 )
-def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(run, config, capsys, file, harm):
-    folder = run(**SMALL)
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(finished, config, capsys, file, harm):
+    folder = finished(**SMALL)
     before = tensors(folder, 8), rows(folder)
-    other = run(name="other", seed=1, **SMALL) if harm == "of another run" else folder
+    other = finished(name="other", seed=1, **SMALL) if harm == "of another run" else folder
     path = folder / "checkpoints/step-00000008" / file
     data = path.read_bytes()
     path.unlink()
@@ -288,23 +288,23 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(run, config, cap
     assert (tensors(folder, 8), rows(folder)) == before
 
 
-def test_a_checkpoint_under_another_steps_name_is_corrupt(run):
-    folder = run(**SMALL) / "checkpoints"
+def test_a_checkpoint_under_another_steps_name_is_corrupt(finished):
+    folder = finished(**SMALL) / "checkpoints"
     shutil.copytree(folder / "step-00000006", folder / "step-00000099")
     path = folder / "step-00000099"
     assert corruption(path) == f"{path}: damaged: it is the checkpoint of another step"
 
 
 @pytest.mark.parametrize("name", ["../../elsewhere", "/etc/hostname"])
-def test_a_manifest_that_names_files_elsewhere_is_corrupt(run, name):
-    folder = run(**SMALL) / "checkpoints/step-00000008"
+def test_a_manifest_that_names_files_elsewhere_is_corrupt(finished, name):
+    folder = finished(**SMALL) / "checkpoints/step-00000008"
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {name: manifest["state.json"]}, indent=1))
     assert corruption(folder) == f"{folder}/manifest.json: damaged: {name!r} is no file of this folder"
 
 
-def test_a_run_with_only_damaged_checkpoints_ends_and_does_not_start_over(run, config):
-    folder = run(**SMALL)
+def test_a_run_with_only_damaged_checkpoints_ends_and_does_not_start_over(finished, config):
+    folder = finished(**SMALL)
     for _, path in list_checkpoints(folder / "checkpoints"):
         (path / "state.json").write_text("{}")
     before = (folder / "metrics.jsonl").read_bytes()

@@ -11,7 +11,7 @@ from torch import Tensor
 from training.config import ModelConfig
 from training.kernels.attention.table import Visibility, device_info, reason_unsupported
 from training.kernels.choose import ATTENTION_BACKENDS
-from training.model import GPT
+from training.model import model_stats
 from training.model.attention import AttentionContext
 from training.model.differential import DifferentialAttention
 from training.model.layers import rotary_table
@@ -129,14 +129,14 @@ def test_the_layer_and_every_gradient_equal_those_of_the_paper_on_every_back_end
 def test_it_has_the_parameters_of_attention_of_the_same_width_and_a_few():
     sizes = {"n_layer": 1, "n_head": 4, "n_embd": 32, "n_positions": 8, "vocab_size": 64}
     plain, ours = (
-        GPT(ModelConfig.model_validate(sizes | {"blocks": [{"mixer": {"type": kind, "n_kv_head": 2}}]}))
+        model_stats(ModelConfig.model_validate(sizes | {"blocks": [{"mixer": {"type": kind, "n_kv_head": 2}}]}))
         for kind in ("attention", "differential")
     )
     extra = 2 + 8  # the exponents and the norm of a head
-    assert ours.n_parameters()[0] == plain.n_parameters()[0] + extra
+    assert ours.n_parameters == plain.n_parameters + extra
     # A token seen costs two scores half as wide, and two results: 1.5 of plain attention's.
     per_token = 6 * 8 * 32
-    assert plain.flops_per_token() + per_token == ours.flops_per_token()
+    assert plain.flops_per_token + per_token == ours.flops_per_token
 
 
 def test_what_both_softmaxes_agree_on_is_taken_away():

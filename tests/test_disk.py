@@ -13,7 +13,7 @@ from training import checkpoint
 from training.config import Config
 from training.engine import step as loop
 from training.errors import UserError
-from training.model import GPT
+from training.model.stats import model_stats
 from training.planning.disk import checkpoint_bytes, disk_shortage, n_checkpoints
 from training.train import train
 
@@ -51,30 +51,30 @@ def test_a_run_that_does_not_fit_on_the_disk_ends_before_the_first_step(config, 
 def test_the_disk_needs_room_for_all_checkpoints_and_the_model_less_existing_ones(config, small_disk):
     disk = small_disk(4096)
     made = config(out_dir=str(disk / "runs"))
-    sized = GPT(made.model.model_copy(update={"vocab_size": 320}))
-    a_save, weights = checkpoint_bytes(sized, made), 4 * sum(p.numel() for p in sized.parameters())
+    stats = model_stats(made.model.model_copy(update={"vocab_size": 320}))
+    a_save, weights = checkpoint_bytes(stats, made), 4 * stats.n_parameters
     whole = n_checkpoints(made) * a_save + weights
     assert n_checkpoints(made) == made.checkpoint.keep + 2, "the best, and the one being written"
     assert a_save == 3 * weights > 2 * PAGE
     for room, fits in ((whole, True), (whole - weights // 2, False)):
         fill(disk, room + PAGE)
-        assert (disk_shortage(sized, made) is None) == fits, room
+        assert (disk_shortage(stats, made) is None) == fits, room
     (disk / "filler").unlink()
     existing = disk / "runs/small/checkpoints/step-00000003"
     existing.mkdir(parents=True)
     (existing / "model.safetensors").write_bytes(bytes(a_save))
     fill(disk, whole - a_save + PAGE)
-    assert disk_shortage(sized, made) is None
-    assert "lower checkpoint.keep" in disk_shortage(sized, made, fresh=True), "the old run keeps its checkpoints"
+    assert disk_shortage(stats, made) is None
+    assert "lower checkpoint.keep" in disk_shortage(stats, made, fresh=True), "the old run keeps its checkpoints"
 
 
 def test_a_disk_of_the_required_size_is_enough(config, small_disk):
     """Beside 256 KiB for logs and file names."""
     disk = small_disk(4096)
     made = config(out_dir=str(disk / "runs"), checkpoint={"every": 1, "keep": 3})
-    sized = GPT(made.model.model_copy(update={"vocab_size": 320}))
-    weights = 4 * sum(p.numel() for p in sized.parameters())
-    fill(disk, n_checkpoints(made) * checkpoint_bytes(sized, made) + weights + 2**18)
+    stats = model_stats(made.model.model_copy(update={"vocab_size": 320}))
+    weights = 4 * stats.n_parameters
+    fill(disk, n_checkpoints(made) * checkpoint_bytes(stats, made) + weights + 2**18)
     assert train(made) == 0
 
 
@@ -122,7 +122,7 @@ def test_a_full_disk_during_a_save_loses_nothing(config, run, small_disk, monkey
 
 def save_bytes(config: Config, n_vocab: int) -> int:
     sized = config.model.model_copy(update={"vocab_size": -(-n_vocab // 64) * 64})
-    return checkpoint_bytes(GPT(sized), config)
+    return checkpoint_bytes(model_stats(sized), config)
 
 
 def fill(disk, room: int) -> None:

@@ -25,8 +25,9 @@ from training.engine.expert_tokens import sampled_layers, token_texts, top_token
 from training.engine.step import model_inputs
 from training.logging.console import open_sink
 from training.logging.dead_experts import PATIENCE, DeadExpertWatch
-from training.model import GPT
-from training.model.moe import MoE, dead_expert_threshold
+from training.model import GPT, init_weights
+from training.model.metrics import dead_expert_threshold
+from training.model.moe import MoE
 
 EVEN = [1 / 8] * 8
 THREE_DEAD = [0.005, 0.0, 0.009, *[0.1972] * 5]
@@ -139,7 +140,7 @@ def router_model(isolate_documents: bool = False) -> GPT:
             "blocks": [{}, {"ffn": MOE}, {"ffn": MOE | {"n_experts": 6, "top_k": 1}}],
         }
     )  # fmt: skip
-    model = GPT(config).init_weights(0)
+    model = init_weights(GPT(config), 0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(10)
@@ -163,7 +164,7 @@ def count_assignments(model: GPT, batches: Samples, end_of_text: int) -> dict[in
             block.ffn.register_forward_hook(hook(layer))
     for window in range(batches.n_samples):
         tokens, targets = batches.at([window])
-        model(**model_inputs(model, tokens, targets, end_of_text), n_targets=1)
+        model(model_inputs(model, tokens, targets, end_of_text))
     return seen
 
 

@@ -18,7 +18,7 @@ from test_model import BLOCKS, WINDOWS, build
 from training import export as exporting
 from training.config import ModelConfig
 from training.errors import UserError
-from training.model import GPT
+from training.model import GPT, init_weights
 from training.weights import hf
 from training.weights.hf import bundle
 
@@ -46,7 +46,7 @@ OPEN = Path(__file__).with_name("open_own.py")
 
 def perturbed(options) -> GPT:
     """A model without a trivial tensor."""
-    model = GPT(ModelConfig.model_validate(SIZES | options)).init_weights(0)
+    model = init_weights(GPT(ModelConfig.model_validate(SIZES | options)), 0)
     generator = torch.Generator().manual_seed(1)
     for tensor in [*model.parameters(), *(b for name, b in model.named_buffers() if "bias" in name)]:
         tensor.data += 0.1 * torch.randn(tensor.shape, generator=generator)

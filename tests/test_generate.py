@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_model import BLOCKS, STYLES, WINDOWS, build
 
+from training.batch import Batch
 from training.config import EvalConfig
 from training.data.tokenizer import build_byte_tokenizer, train_bpe
 from training.engine.step import samples
@@ -344,11 +345,11 @@ def test_samples_of_two_evaluations_are_drawn_apart(run):
 def test_weights_cast_once_give_the_same_bits(block, style, dtype):
     model, x = lively(block, style), torch.tensor(PROMPTS[3:])
     model.dtype = dtype
-    before = model.logits(x), model(x, x, 12)[1]["loss_sum"]
+    before = model.logits(x), model(Batch(x, x, n_targets=12))[1]["loss_sum"]
     names = list(model.state_dict())
     model.cast_for_inference()
     assert torch.equal(model.logits(x), before[0])
-    assert torch.equal(model(x, x, 12)[1]["loss_sum"], before[1])
+    assert torch.equal(model(Batch(x, x, n_targets=12))[1]["loss_sum"], before[1])
     assert list(model.state_dict()) == names
     kept = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
     routers = {name for name in names if ".router." in name}

@@ -12,18 +12,12 @@ from training.data import prepare
 from training.distributed.world import World
 from training.engine.build import begin
 from training.engine.step import train_step
-from training.kernels.attention.table import Visibility, device_info, find_documents, limits_on, reason_unsupported
-from training.kernels.choose import (
-    ATTENTION_BACKENDS,
-    EXPERT_KERNELS,
-    LOSS_KERNELS,
-    AttentionSpec,
-    ExpertsSpec,
-    KernelRequirements,
-    Kernels,
-    choose_kernels,
-)
+from training.kernels.attention.masks import Visibility, find_documents
+from training.kernels.attention.table import device_info, limits_on, reason_unsupported
+from training.kernels.choose import choose_kernels
 from training.kernels.experts import sort_by_expert
+from training.kernels.interface import AttentionSpec, ExpertsSpec, KernelRequirements, Kernels
+from training.kernels.table import ATTENTION_BACKENDS, EXPERT_KERNELS, LOSS_KERNELS
 from training.model import GPT, kernel_requirements
 from training.model.layers import Batch
 from training.model.moe import MoE

@@ -8,16 +8,10 @@ from conftest import goes_on_with
 
 from training.config import ModelConfig, ParallelConfig
 from training.errors import UserError
-from training.kernels.attention.table import Limits, Visibility, find_documents
-from training.kernels.choose import (
-    ATTENTION_BACKENDS,
-    AttentionBackend,
-    AttentionSpec,
-    ExpertsSpec,
-    KernelRequirements,
-    choose_kernels,
-    kernel_names,
-)
+from training.kernels.attention.masks import Visibility, find_documents
+from training.kernels.choose import choose_kernels, kernel_names
+from training.kernels.interface import AttentionBackend, AttentionSpec, ExpertsSpec, KernelRequirements, Limits
+from training.kernels.table import ATTENTION_BACKENDS
 from training.model import GPT, kernel_requirements
 
 CPU = torch.device("cpu")

@@ -9,14 +9,7 @@ import pytest
 import torch
 
 from training.config import ParallelConfig
-from training.kernels.choose import (
-    EXPERT_KERNELS,
-    LOSS_KERNELS,
-    AttentionSpec,
-    ExpertsSpec,
-    KernelRequirements,
-    choose_kernels,
-)
+from training.kernels.choose import choose_kernels
 from training.kernels.experts import (
     TORCH_EXPERTS,
     GroupedMatmul,
@@ -26,6 +19,8 @@ from training.kernels.experts import (
     _Up,
     sort_by_expert,
 )
+from training.kernels.interface import AttentionSpec, ExpertsSpec, KernelRequirements
+from training.kernels.table import EXPERT_KERNELS, LOSS_KERNELS
 
 NO_GROUPED = not hasattr(torch.nn.functional, "grouped_mm")
 KERNELS = [

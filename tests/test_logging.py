@@ -14,6 +14,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -27,16 +28,16 @@ from torch import nn
 
 from training.config import LoggingConfig, WandbConfig
 from training.errors import UserError
+from training.logging import metrics as metrics_module
 from training.logging import report
-from training.logging import sinks as sink_table
 from training.logging.console import ETA, open_sink
 from training.logging.format import clock, count, share, without_control_chars
 from training.logging.graph import trace_graph
 from training.logging.heat_map import CELL, LEFT, TOP, draw_heat_map
 from training.logging.jsonl import JSONLSink, read_rows
-from training.logging.metrics import LOAD_IMAGE, METRICS, Chart, Figure, Metric, readme_table, scalars
+from training.logging.metrics import LOAD_IMAGE, METRICS, readme_table, scalars
 from training.logging.phases import PHASES
-from training.logging.sinks import SINKS, RunInfo, Sink, open_sinks
+from training.logging.sinks import SINKS, RunInfo, open_sinks
 
 SUMMARY = {
     "steps": 4, "tokens": 128, "train_loss": 2.5, "val_loss": 2.6, "val_perplexity": 13.5, "val_bits_per_byte": 1.25,
@@ -646,17 +647,13 @@ def test_open_sinks_opens_the_configured_sinks_and_tensorboard_has_the_graph(tmp
     ]  # fmt: skip
 
 
-class CSVSink(Sink):
-    """The sink of docs/playbooks/add_a_logging_sink.md, in short."""
-
-    def __init__(self, run: RunInfo) -> None:
-        self.path = run.dir / "loss.csv"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.path.write_text("".join(f"{line}\n" for line in lines if int(line.split(",")[0]) <= run.start_step))
-
-    def write(self, rows: list[dict]) -> None:
-        with self.path.open("a") as file:
-            file.writelines(f"{row['step']},{row['loss']}\n" for row in rows)
+def code_of(page: str, start: str) -> list[str]:
+    """Return the Python blocks of a playbook that begin with `start`."""
+    text = (Path(__file__).parent.parent / "docs/playbooks" / page).read_text()
+    blocks = [
+        textwrap.dedent(block) for block in re.findall(r"^ *```python\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
+    ]
+    return [block for block in blocks if block.startswith(start)]
 
 
 def steps_by_sink(folder: Path, output: str) -> dict[str, list[int]]:
@@ -673,9 +670,10 @@ def steps_by_sink(folder: Path, output: str) -> dict[str, list[int]]:
 def test_the_contract_of_every_sink(tmp_path, capsys, monkeypatch):
     """Each step once, also after a restart from step 2; closing twice is harmless; rows may lack any key."""
     pytest.importorskip("wandb")
-    monkeypatch.setitem(sink_table.SINKS, "csv", lambda _: True)
-    module = type(sys)("training.logging.csv")
-    module.open_sink = lambda run, _config: CSVSink(run)
+    for name in (*SINKS, "csv"):
+        monkeypatch.setitem(SINKS, name, lambda _: True)
+    module = ModuleType("training.logging.csv")
+    exec("\n".join(code_of("add_a_logging_sink.md", '"""loss.csv')), vars(module))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     config, outputs = LoggingConfig(every=1, wandb=WandbConfig(mode="offline")), []
     for start_step, summary in ((0, None), (2, SUMMARY)):
@@ -735,14 +733,11 @@ def test_the_readme_has_the_table_of_metrics():
 
 
 def test_a_metric_is_shown_everywhere_by_its_entry_alone(tmp_path, capsys, request):
-    """A made-up metric and a made-up validation figure reach the console, TensorBoard and the report."""
-    metrics = [
-        Metric("weight_norm", "norm of all weights", "train/weight_norm", console=lambda value: f"norm {value:.1f}",
-               figure=Figure("weight norm", ".1f"), chart=Chart("Weight norm")),
-        Metric("val_accuracy", "share of right predictions", "val/accuracy", "validation",
-               console=lambda value: f"accuracy {value:.2f}", figure=Figure("accuracy", ".2f"),
-               chart=Chart("Accuracy", label="validation", style="val")),
-    ]  # fmt: skip
+    """The entries in the playbooks reach the console, TensorBoard and the report."""
+    pages = ("add_a_metric.md", "add_a_validation_figure.md")
+    blocks = [block for page in pages for block in code_of(page, "Metric(")]
+    metrics = [metric for block in blocks for metric in eval(block, vars(metrics_module).copy())]
+    assert [metric.key for metric in metrics] == ["weight_norm", "val_accuracy"]
     request.addfinalizer(lambda: METRICS.__delitem__(slice(-len(metrics), None)))
     METRICS.extend(metrics)
     rows = [row(1, weight_norm=12.34), row(2, weight_norm=12.5, val_accuracy=0.25)]
@@ -751,10 +746,10 @@ def test_a_metric_is_shown_everywhere_by_its_entry_alone(tmp_path, capsys, reque
         sink.write(rows)
         sink.close(None)
     output, found = capsys.readouterr().out, events(tmp_path)
-    assert "norm 12.3" in output and "accuracy 0.25" in output
+    assert "norm 12.3" in output and "accuracy 0.250" in output
     assert [len(found.Scalars(tag)) for tag in ("train/weight_norm", "val/accuracy")] == [2, 1]
     page = report.write_report(tmp_path).read_text()
-    assert all(f"<b>{text}</b>" in page for text in ("12.5", "0.25", "Weight norm", "Accuracy"))
+    assert all(f"<b>{text}</b>" in page for text in ("12.5", "0.250", "Weight norm", "Accuracy"))
 
 
 def test_logging_imports_torch_and_wandb_only_for_a_sink_that_needs_them():

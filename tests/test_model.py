@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from training.batch import Batch
 from training.config import FeedForward, Mixer, ModelConfig
 from training.kernels.attention.table import DeviceInfo, Visibility, auto_candidates, find_documents, reason_unsupported
 from training.kernels.choose import ATTENTION_BACKENDS
-from training.model import FEED_FORWARDS, GPT, MIXERS
+from training.model import FEED_FORWARDS, GPT, MIXERS, init_weights, model_stats
 from training.model.attention import AttentionContext
 from training.model.layers import RMSNorm, rotary_table, rotate
+from training.model.metrics import step_metrics
 
 BLOCKS = {
     "mlp": {},
@@ -51,7 +53,7 @@ CASES = list(product(BLOCKS, STYLES))
 def build(block="mlp", style="gpt2", seed=0, **changes):
     sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 12, "vocab_size": 64}
     options = sizes | STYLES[style] | {"blocks": [(BLOCKS | WINDOWS)[block]]} | changes
-    return GPT(ModelConfig.model_validate(options)).init_weights(seed)
+    return init_weights(GPT(ModelConfig.model_validate(options)), seed)
 
 
 def tokens(batch=2, length=12, seed=0):
@@ -108,7 +110,7 @@ def test_packed_documents_are_computed_as_if_alone(block, style, kernel):
 def test_a_loss_over_documents_apart_is_that_of_their_logits():
     model, x = build(), tokens()
     apart = find_documents(x, int(x[0, 5]))
-    _, metrics = model(x, x.roll(-1, 1), 24, apart)
+    _, metrics = model(Batch(x, x.roll(-1, 1), n_targets=24, documents=apart))
     log_p = model.logits(x, documents=apart).log_softmax(-1)
     expected = -log_p.gather(2, x.roll(-1, 1)[..., None]).sum()
     torch.testing.assert_close(metrics["loss_sum"], expected.detach())
@@ -148,7 +150,7 @@ def test_logits_are_bounded_by_their_soft_cap_and_otherwise_in_order():
 @pytest.mark.parametrize(("block", "style"), CASES)
 def test_every_parameter_gets_a_gradient(block, style):
     model, x = build(block, style), tokens(batch=8)
-    loss, _ = model(x, x.roll(-1, 1), x.numel())
+    loss, _ = model(Batch(x, x.roll(-1, 1), n_targets=x.numel()))
     loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
@@ -157,7 +159,7 @@ def test_every_parameter_gets_a_gradient(block, style):
 @pytest.mark.parametrize(("block", "style"), CASES)
 def test_the_first_loss_is_that_of_a_uniform_guess(block, style):
     model, x = build(block, style, vocab_size=512), tokens(batch=8)
-    _, metrics = model(x, x.roll(-1, 1), x.numel())
+    _, metrics = model(Batch(x, x.roll(-1, 1), n_targets=x.numel()))
     assert metrics["loss_sum"].item() / x.numel() == pytest.approx(math.log(512), abs=0.1)
 
 
@@ -200,12 +202,12 @@ def test_the_registries_cover_the_unions():
 def test_masked_targets_do_not_count():
     model, x = build(), tokens()
     targets = x.roll(-1, 1)
-    _, whole = model(x, targets, 24)
+    _, whole = model(Batch(x, targets, n_targets=24))
     targets[:, 6:] = -1
-    _, first_half = model(x, targets, 24)
+    _, first_half = model(Batch(x, targets, n_targets=24))
     targets = x.roll(-1, 1)
     targets[:, :6] = -1
-    _, second_half = model(x, targets, 24)
+    _, second_half = model(Batch(x, targets, n_targets=24))
     torch.testing.assert_close(first_half["loss_sum"] + second_half["loss_sum"], whole["loss_sum"])
 
 
@@ -299,26 +301,25 @@ def test_initial_deviations_are_gpt2s():
 
 
 def test_counts_of_gpt2_124m():
-    with torch.device("meta"):
-        model = GPT(ModelConfig(vocab_size=50257))
-    assert model.n_parameters() == (124_439_808, 124_439_808)
-    assert model.flops_per_token() == pytest.approx(0.855e9, rel=1e-3)
+    stats = model_stats(ModelConfig(vocab_size=50257))
+    assert (stats.n_parameters, stats.n_active_parameters) == (124_439_808, 124_439_808)
+    assert stats.flops_per_token == pytest.approx(0.855e9, rel=1e-3)
 
 
 def test_active_parameters_are_those_of_a_dense_model_with_top_k_experts():
     moe = {"type": "moe", "n_experts": 8, "top_k": 2, "hidden": 32}
-    sparse = build(blocks=[{"ffn": moe}])
-    dense = build(blocks=[{"ffn": {"type": "moe", "n_experts": 2, "top_k": 2, "hidden": 32}}])
+    sparse = model_stats(build(blocks=[{"ffn": moe}]).config)
+    dense = model_stats(build(blocks=[{"ffn": moe | {"n_experts": 2}}]).config)
     routers = 2 * 32 * (8 - 2)
-    assert sparse.n_parameters()[1] == dense.n_parameters()[0] + routers
-    assert sparse.flops_per_token() == dense.flops_per_token() + 6 * routers
+    assert sparse.n_active_parameters == dense.n_parameters + routers
+    assert sparse.flops_per_token == dense.flops_per_token + 6 * routers
 
 
 def test_metrics_are_described_per_target():
     model, x = build("moe"), tokens()
-    _, metrics = model(x, x.roll(-1, 1), 24)
+    _, metrics = model(Batch(x, x.roll(-1, 1), n_targets=24))
     metrics = model.finish_step(metrics)
-    described = model.step_metrics({name: value.flatten().tolist() for name, value in metrics.items()}, 24)
+    described = step_metrics({name: value.flatten().tolist() for name, value in metrics.items()}, 24, [2, 2])
     assert described["loss"] == pytest.approx(metrics["loss_sum"].item() / 24)
     assert np.sum(described["expert_load"], axis=1) == pytest.approx([1, 1])
     assert described["expert_load_max"] == pytest.approx(4 * np.max(described["expert_load"]))

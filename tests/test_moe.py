@@ -9,13 +9,16 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from training.batch import Batch
 from training.config import BlockConfig, MLPConfig, ModelConfig, MoEConfig
 from training.kernels.choose import Kernels
 from training.kernels.experts import TORCH_EXPERTS
-from training.model import GPT
-from training.model.layers import ACTIVATIONS, Batch, uniform_from_keys
+from training.model import GPT, init_weights, model_stats
+from training.model.layers import ACTIVATIONS, uniform_from_keys
+from training.model.layers import FeedForwardContext as Context
+from training.model.metrics import dead_expert_threshold, routing_metrics
 from training.model.mlp import MLP
-from training.model.moe import MoE, dead_expert_threshold, finish_step, routing_metrics
+from training.model.moe import MoE, finish_step
 
 MODEL = ModelConfig(n_embd=16, n_head=2, vocab_size=64, n_layer=2, n_positions=8)
 
@@ -95,7 +98,10 @@ def outputs(function, moe, x):
 def test_the_layer_and_every_gradient_equal_the_loop_over_tokens(kernel, options):
     moe, x = layer(kernel, **options), torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(1))
     moe.selection_bias[:4] = torch.tensor([0.1, -0.2, 0.0, 0.05])
-    ours, theirs = outputs(lambda x: moe(x, Batch(18))[0], moe, x), outputs(lambda x: by_token(moe, x), moe, x)
+    ours, theirs = (
+        outputs(lambda x: moe(x, Context(18))[0], moe, x),
+        outputs(lambda x: by_token(moe, x), moe, x),
+    )
     for name, expected in theirs.items():
         torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
@@ -107,7 +113,7 @@ def test_one_expert_is_the_dense_layer():
         getattr(dense, name).weight.data = getattr(moe.experts, name)[0].data
         getattr(dense, name).bias.data = getattr(moe.experts, f"{name}_bias")[0].data
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(2))
-    ours, theirs = (outputs(lambda x, one=one: one(x, None)[0], one, x) for one in (moe, dense))
+    ours, theirs = (outputs(lambda x, one=one: one(x, Context())[0], one, x) for one in (moe, dense))
     for name, expected in theirs.items():
         name = name if name in ("y", "x") else f"experts.{name}".removesuffix(".weight").replace(".bias", "_bias")
         torch.testing.assert_close(ours[name].view_as(expected), expected)
@@ -119,7 +125,7 @@ def test_experts_without_tokens_get_zero_gradients_and_nothing_is_nan(kernel, fa
     moe = layer(kernel, top_k=len(favourites))
     moe.selection_bias[favourites] = 100.0
     x = torch.randn(1, 7, 16, generator=torch.Generator().manual_seed(2), requires_grad=True)
-    y, routing = moe(x, Batch(7))
+    y, routing = moe(x, Context(7))
     y.sum().backward()
     assert routing.count_E.tolist() == [7.0 if e in favourites else 0.0 for e in range(4)]
     for e in range(4):
@@ -132,7 +138,7 @@ def test_the_router_gradient_is_that_of_finite_differences():
     x = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
     def f(weight):
-        return torch.func.functional_call(moe, {"router.weight": weight}, (x, None))[0].square().sum()
+        return torch.func.functional_call(moe, {"router.weight": weight}, (x, Context()))[0].square().sum()
 
     weight = moe.router.weight.detach().clone().requires_grad_()
     moe.router.forward = lambda h: F.linear(h.double(), moe.router.weight)
@@ -163,12 +169,12 @@ def test_no_split_of_the_batch_changes_a_gradient(options):
     key_B = torch.arange(100, 108)
     gradients = []
     for size in (8, 4, 3, 1):
-        model = GPT(config).init_weights(0)
+        model = init_weights(GPT(config), 0)
         for moe in (block.ffn for block in model.blocks):
             moe.load[:] = torch.tensor([0.4, 0.3, 0.2, 0.1])
         counts = 0
         for rows, keys in zip(x.split(size), key_B.split(size), strict=True):
-            loss, metrics = model(rows, rows.roll(-1, 1), x.numel(), key_B=keys)
+            loss, metrics = model(Batch(rows, rows.roll(-1, 1), keys, x.numel()))
             loss.backward()
             counts += metrics["expert_count.1"]
         assert counts.sum() == x.numel() * 2
@@ -191,7 +197,7 @@ def test_layers_of_two_kinds_each_take_their_own_counts():
     kinds = [{"n_experts": 4, "bias_rate": 0.01}, {"n_experts": 3, "balance": "switch"}]
     blocks = [BlockConfig.model_validate({"ffn": {"type": "moe", "hidden": 8} | kind}) for kind in kinds]
     sizes = {"n_layer": 4, "n_head": 2, "n_embd": 8, "n_positions": 8, "vocab_size": 16}
-    model = GPT(ModelConfig(**sizes, blocks=tuple(blocks))).init_weights(0)
+    model = init_weights(GPT(ModelConfig(**sizes, blocks=tuple(blocks))), 0)
     counts = [torch.tensor(count) for count in ([9.0, 1, 1, 1], [5.0, 0, 1], [1.0, 1, 1, 9], [2.0, 3, 1])]
     found = model.finish_step({f"expert_count.{i}": count for i, count in enumerate(counts)})
     assert [name for name in found if name.startswith("bias_range")] == [f"bias_range.{i}" for i in range(4)]
@@ -208,7 +214,7 @@ def test_bias_balancing_evens_out_a_skewed_router():
     x = torch.randn(4, 32, 16, generator=torch.Generator().manual_seed(0)) + 0.5
     loads = []
     for _ in range(150):
-        finish_step([moe], [moe(x, Batch(128))[1].count_E])
+        finish_step([moe], [moe(x, Context(128))[1].count_E])
         loads.append(moe.load.max().item())
     assert loads[0] > 0.4
     assert loads[-1] < 0.3
@@ -219,22 +225,22 @@ def test_the_switch_loss_is_that_of_the_paper_with_the_last_steps_fractions():
     moe.load[:] = torch.tensor([0.7, 0.1, 0.1, 0.1])
     x = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(1))
     mean_probability = F.softmax(x[0] @ moe.router.weight.T, dim=1).mean(dim=0)
-    torch.testing.assert_close(moe(x, Batch(6))[1].aux_loss, 4 * (moe.load * mean_probability).sum())
+    torch.testing.assert_close(moe(x, Context(6))[1].aux_loss, 4 * (moe.load * mean_probability).sum())
 
 
 def test_the_z_loss_is_that_of_the_paper():
     moe = layer(balance="none", z_loss_weight=0.5)
     x = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(1))
     expected = (x[0] @ moe.router.weight.T).exp().sum(dim=1).log().square().mean()
-    torch.testing.assert_close(moe(x, Batch(6))[1].aux_loss, 0.5 * expected)
+    torch.testing.assert_close(moe(x, Context(6))[1].aux_loss, 0.5 * expected)
 
 
 def test_routing_is_in_float32_under_bfloat16():
     moe = layer("loop")
     x = torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
     exact = (x.float()[0] @ moe.router.weight.T).softmax(dim=1).topk(2).indices
-    assert moe(x, Batch(64))[1].count_E.tolist() == exact.flatten().bincount(minlength=4).tolist()
-    assert moe(x, Batch(64))[0].dtype == torch.bfloat16
+    assert moe(x, Context(64))[1].count_E.tolist() == exact.flatten().bincount(minlength=4).tolist()
+    assert moe(x, Context(64))[0].dtype == torch.bfloat16
 
 
 GROUPED_BF16 = pytest.param(
@@ -245,7 +251,7 @@ EVERYTHING = {"scoring": "sigmoid", "n_shared": 1, "jitter": 0.1, "capacity_fact
 
 def model_of(ffn, kernel="loop", dtype=torch.float32, **changes) -> GPT:
     options = MODEL.model_dump() | changes | {"blocks": [{"ffn": {"type": "moe", "n_experts": 4, "hidden": 32} | ffn}]}
-    return GPT(ModelConfig.model_validate(options), Kernels(experts=TORCH_EXPERTS[kernel]), dtype).init_weights(0)
+    return init_weights(GPT(ModelConfig.model_validate(options), Kernels(experts=TORCH_EXPERTS[kernel]), dtype), 0)
 
 
 def some_tokens(n_samples=4):
@@ -256,10 +262,10 @@ def test_capacity_keeps_the_first_tokens_and_counts_what_it_drops():
     moe = layer(capacity_factor=0.5, top_k=1, n_experts=2)
     moe.selection_bias[:] = torch.tensor([100.0, 0.0])
     x = torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(2))
-    y, routing = moe(x, Batch(12, torch.tensor([7])))
+    y, routing = moe(x, Context(12, torch.tensor([7]), is_training=True))
     assert routing.count_E.tolist() == [12, 0]
     assert routing.n_dropped == 9  # room for half of six
-    whole, none = moe(x, Batch(12))
+    whole, none = moe(x, Context(12))
     assert none.n_dropped == 0  # evaluation drops nothing
     torch.testing.assert_close(y[0, :3], whole[0, :3])
     assert not y[0, 3:].any()
@@ -271,7 +277,9 @@ def test_capacity_sees_nothing_of_the_future():
     other[1, 4:] = 63 - other[1, 4:]
     found = []
     for tokens in (x, other):
-        hidden, routings = model._hidden(tokens, Batch(16, torch.tensor([1, 2])), None, None)
+        hidden, routings = model._hidden(
+            tokens, None, Context(16, torch.tensor([1, 2]), is_training=True), model.attention
+        )
         found.append(hidden)
         assert all(routing.n_dropped > 0 for routing in routings.values())
     assert torch.equal(found[0][0], found[1][0])
@@ -286,17 +294,17 @@ def test_jitter_is_drawn_for_each_sample_token_channel_layer_and_step_and_never_
     assert noise.mean() == pytest.approx(0.5, abs=0.02) and noise.std() == pytest.approx(12**-0.5, abs=0.02)
     assert noise.unique().numel() > 0.999 * noise.numel()
     assert torch.equal(uniform_from_keys(key_B[1:2], 50, 16)[0], noise[1])
-    assert not torch.equal(uniform_from_keys(Batch(1, key_B).layer(1).key_B, 50, 16), noise)
+    assert not torch.equal(uniform_from_keys(Context(1, key_B).for_layer(1).key_B, 50, 16), noise)
     flat = torch.corrcoef(noise.flatten(1))
     assert (flat - torch.eye(3)).abs().max() < 0.1
 
     moe = layer(jitter=0.3)
     x = torch.randn(1, 200, 16, generator=torch.Generator().manual_seed(2)) + 1
-    ratio = moe._jittered(x, Batch(1, key_B[:1])) / x
+    ratio = moe._add_jitter(x, Context(1, key_B[:1], is_training=True)) / x
     assert ratio.min() == pytest.approx(0.7, abs=0.01) and ratio.max() == pytest.approx(1.3, abs=0.01)
     plain = layer()
-    assert torch.equal(moe(x, Batch(200))[0], plain(x, Batch(200))[0])
-    assert not torch.equal(moe(x, Batch(200, key_B[:1]))[0], plain(x, Batch(200))[0])
+    assert torch.equal(moe(x, Context(200))[0], plain(x, Context(200))[0])
+    assert not torch.equal(moe(x, Context(200, key_B[:1], is_training=True))[0], plain(x, Context(200))[0])
 
 
 def test_recomputation_counts_no_token_twice_and_draws_the_same_noise():
@@ -307,7 +315,7 @@ def test_recomputation_counts_no_token_twice_and_draws_the_same_noise():
             for block in model.blocks:
                 forward = block.forward
                 block.forward = lambda *args, forward=forward: checkpoint(forward, *args, use_reentrant=False)
-        loss, metrics = model(x, x, x.numel(), key_B=torch.arange(4))
+        loss, metrics = model(Batch(x, x, torch.arange(4), x.numel()))
         loss.backward()
         metrics = model.finish_step(metrics)
         assert metrics["expert_count.0"].sum() == 2 * x.numel()
@@ -329,7 +337,7 @@ def test_a_block_compiles_without_a_graph_break_and_computes_the_same(ffn, kerne
         x = torch.randint(0, 64, (4, 8), generator=torch.Generator().manual_seed(seed))
         found = []
         for each in (model, plain):
-            loss, metrics = each(x, x, x.numel(), key_B=torch.arange(4))
+            loss, metrics = each(Batch(x, x, torch.arange(4), x.numel()))
             found.append([loss, *metrics.values(), *torch.autograd.grad(loss, list(each.parameters()))])
         for ours, theirs in zip(*found, strict=True):
             torch.testing.assert_close(ours, theirs)
@@ -340,7 +348,7 @@ def test_an_evaluation_has_no_auxiliary_terms():
     x, losses = some_tokens(), []
     for weight in (1e-3, 10.0):
         model = model_of({"balance": "both", "switch_weight": weight, "z_loss_weight": weight, "jitter": 0.5})
-        loss, metrics = model(x, x, x.numel())
+        loss, metrics = model(Batch(x, x, n_targets=x.numel()))
         losses.append(metrics["loss_sum"] / x.numel())
         assert loss > losses[-1]
     assert losses[0] == losses[1]
@@ -359,7 +367,7 @@ def test_flops_are_those_that_pytorch_counts(ffn):
 
     ops = torch.ops.training_kernels_experts
     with FlopCounterMode(display=False, custom_mapping={ops.loop_matmul: product, ops.loop_outer: product}) as counter:
-        loss, _ = model(x, x, x.numel())
+        loss, _ = model(Batch(x, x, n_targets=x.numel()))
         loss.backward()
     counted = counter.get_flop_counts()
     inside = sum(sum(counted[f"GPT.blocks.{i}.ffn"].values()) for i in range(2))
@@ -367,12 +375,13 @@ def test_flops_are_those_that_pytorch_counts(ffn):
     matrices = 3 if section.gated else 2
     active = (section.top_k + section.n_shared) * matrices * section.hidden * 32 + 32 * section.n_experts
     assert inside == 2 * 6 * active * x.numel()
-    assert model.flops_per_token() == 6 * 2 * (active + 4 * 32 * 32 + 8 * 32 * 2) + 6 * 32 * 64
+    assert model_stats(model.config).flops_per_token == 6 * 2 * (active + 4 * 32 * 32 + 8 * 32 * 2) + 6 * 32 * 64
 
 
 def test_parameters_that_a_token_uses_are_counted():
     model = model_of({"n_experts": 8, "top_k": 2, "n_shared": 1}, bias=False)
-    total, active = model.n_parameters()
+    stats = model_stats(model.config)
+    total, active = stats.n_parameters, stats.n_active_parameters
     assert total == sum(p.numel() for p in model.parameters())
     assert total - active == 2 * 6 * 2 * 32 * 16
 

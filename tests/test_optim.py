@@ -1,4 +1,4 @@
-"""Optimizers do what they are written down to do, to the parameters that they are meant for."""
+"""Optimizers compute what their papers say, on the right parameters; contracts over the registries."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from training.config import (
     CosineSchedule,
     LinearSchedule,
     MuonConfig,
+    OptimConfig,
+    ScheduleConfig,
     WSDSchedule,
 )
-from training.optim.muon import orthogonalize
-from training.optim.optimizer import OPTIMIZERS, SCHEDULES, Muon, Optimizer, lr_factor
+from training.optim.muon import Muon, orthogonalize
+from training.optim.optimizer import OPTIMIZERS, Optimizer, state_bytes
+from training.optim.parameters import PARAMETER_KINDS
+from training.optim.schedule import SCHEDULES, lr_factor
 
 SHAPES = {"matrix": (8, 4), "experts": (3, 4, 8), "wte": (16, 4), "router": (3, 4), "norm": (4,)}
 KINDS = {"matrix": "matrix", "experts": "matrix", "wte": "embedding", "router": "router", "norm": "vector"}
-SECTIONS = [AdamWConfig(), MuonConfig()]
 
 
 def parameters(seed=0):
@@ -39,20 +42,105 @@ def set_gradients(named, seed):
 
 
 def variants(option):
-    """The sections of a union in the configuration."""
+    """Return the config classes of a union in the configuration."""
     union = get_args(Config.model_fields[option].annotation)
-    return {get_args(tagged)[0] for tagged in union}
+    return [get_args(tagged)[0] for tagged in union]
+
+
+# --- contracts: every optimizer, every schedule ------------------------------------------------------
 
 
 def test_the_registries_cover_the_unions():
-    assert set(OPTIMIZERS) == variants("optim")
-    assert set(SCHEDULES) == variants("schedule")
+    assert set(OPTIMIZERS) == set(variants("optim"))
+    assert set(SCHEDULES) == set(variants("schedule"))
+    assert all(set(classes) == set(PARAMETER_KINDS) for classes in OPTIMIZERS.values())
+
+
+def test_options_that_the_training_loop_reads_come_from_base_classes():
+    assert all(issubclass(config, OptimConfig) for config in OPTIMIZERS)
+    assert all(issubclass(config, ScheduleConfig) for config in SCHEDULES)
+
+
+def run_steps(named, optimizer, seeds):
+    for seed in seeds:
+        set_gradients(named, seed)
+        optimizer.step(lr_factor=1.0)
+
+
+@pytest.mark.parametrize("config_class", OPTIMIZERS, ids=lambda c: c.__name__)
+def test_every_optimizer_trains_and_creates_the_state_that_it_declares(config_class):
+    named = parameters()
+    optimizer = Optimizer(config_class(), named.items(), KINDS)
+    before = {name: p.detach().clone() for name, p in named.items()}
+    expected_bytes = state_bytes(config_class(), {name: p.shape for name, p in named.items()}, KINDS)
+    assert sum(tensor.nbytes for tensor in optimizer.allocate_missing_state()) == expected_bytes
+    run_steps(named, optimizer, [1, 2, 3])
+    for name, p in named.items():
+        assert p.isfinite().all() and not torch.equal(p, before[name]), name
+    state = optimizer.state_dict()
+    assert sum(tensor.nbytes for tensor in state.values() if tensor.ndim) == expected_bytes
+    assert optimizer.allocate_missing_state() == []
+
+
+@pytest.mark.parametrize("config_class", OPTIMIZERS, ids=lambda c: c.__name__)
+def test_a_restored_optimizer_continues_bit_for_bit(config_class):
+    uninterrupted = parameters()
+    run_steps(uninterrupted, Optimizer(config_class(), uninterrupted.items(), KINDS), [1, 2, 3, 4])
+
+    first = parameters()
+    stopped = Optimizer(config_class(), first.items(), KINDS)
+    run_steps(first, stopped, [1, 2])
+    second = {name: nn.Parameter(p.detach().clone()) for name, p in first.items()}
+    restored = Optimizer(config_class(), second.items(), KINDS)
+    restored.load_state_dict({key: tensor.clone() for key, tensor in stopped.state_dict().items()})
+    run_steps(second, restored, [3, 4])
+    for name, p in uninterrupted.items():
+        assert torch.equal(p, second[name]), name
+
+
+@pytest.mark.parametrize("config_class", OPTIMIZERS, ids=lambda c: c.__name__)
+def test_state_of_other_parameters_is_rejected_by_name(config_class):
+    named = parameters()
+    optimizer = Optimizer(config_class(), named.items(), KINDS)
+    run_steps(named, optimizer, [1])
+    state = optimizer.state_dict()
+    missing = next(key for key in sorted(state) if key.startswith("norm/"))
+    del state[missing]
+    with pytest.raises(KeyError, match=f"optimizer state {missing}"):
+        Optimizer(config_class(), parameters().items(), KINDS).load_state_dict(state)
+
+
+def schedule_options(config_class):
+    required = {name: 40 for name, field in config_class.model_fields.items() if field.is_required()}
+    return config_class(warmup_steps=10, **required)
+
+
+@pytest.mark.parametrize("config_class", SCHEDULES, ids=lambda c: c.__name__)
+def test_every_schedule_warms_up_to_one_and_stays_between_zero_and_one(config_class):
+    config = schedule_options(config_class)
+    factors = [lr_factor(config, step, 100) for step in range(100)]
+    assert factors[:3] == pytest.approx([1 / 11, 2 / 11, 3 / 11])
+    assert factors[10] == pytest.approx(1.0)
+    assert all(a < b for a, b in pairwise(factors[:11]))
+    assert all(a >= b for a, b in pairwise(factors[10:]))
+    assert all(0 <= factor <= 1 for factor in factors)
+    assert lr_factor(config, 100, 100) == pytest.approx(getattr(config, "final_ratio", 1.0))
+
+
+@pytest.mark.parametrize("config_class", SCHEDULES, ids=lambda c: c.__name__)
+def test_every_schedule_rejects_a_warm_up_as_long_as_the_run(config_class):
+    config = schedule_options(config_class)
+    assert [name for name, _ in config.step_rules(10)] == ["warmup_steps"]
+    assert not list(config.step_rules(50))
+
+
+# --- what each one computes --------------------------------------------------------------------------
 
 
 def test_adamw_is_the_paper():
-    section = AdamWConfig(learning_rate=0.1, weight_decay=0.3, beta1=0.8, beta2=0.9, eps=1e-6)
+    config = AdamWConfig(learning_rate=0.1, weight_decay=0.3, beta1=0.8, beta2=0.9, eps=1e-6)
     named = parameters()
-    optimizer = Optimizer(section, named.items(), KINDS)
+    optimizer = Optimizer(config, named.items(), KINDS)
     expected = {name: p.detach().clone() for name, p in named.items()}
     mean = {name: torch.zeros_like(p) for name, p in expected.items()}
     square = {name: torch.zeros_like(p) for name, p in expected.items()}
@@ -65,20 +153,20 @@ def test_adamw_is_the_paper():
             if KINDS[name] in ("matrix", "router"):
                 w *= 1 - 0.1 * 0.5 * 0.3
             w -= 0.1 * 0.5 * (mean[name] / (1 - 0.8**t)) / ((square[name] / (1 - 0.9**t)).sqrt() + 1e-6)
-        optimizer.step(rate=0.5)
+        optimizer.step(lr_factor=0.5)
         for name, w in expected.items():
             torch.testing.assert_close(named[name].data, w, rtol=1e-5, atol=1e-6)
 
 
-def test_embeddings_have_a_rate_of_their_own():
+def test_embeddings_have_a_learning_rate_of_their_own():
     named = parameters()
     before = {name: p.detach().clone() for name, p in named.items()}
-    section = AdamWConfig(learning_rate=1e-3, embedding_learning_rate=0.1, weight_decay=0.0)
-    optimizer = Optimizer(section, named.items(), KINDS)
+    config = AdamWConfig(learning_rate=1e-3, embedding_learning_rate=0.1, weight_decay=0.0)
+    optimizer = Optimizer(config, named.items(), KINDS)
     set_gradients(named, seed=1)
-    optimizer.step(rate=1.0)
+    optimizer.step(lr_factor=1.0)
     moved = {name: (p - before[name]).abs().max().item() for name, p in named.items()}
-    assert moved["wte"] == pytest.approx(0.1, rel=1e-3)  # the first step of Adam moves by the rate
+    assert moved["wte"] == pytest.approx(0.1, rel=1e-3)  # Adam's first step is as large as the learning rate
     assert moved["matrix"] == pytest.approx(1e-3, rel=1e-3)
 
 
@@ -127,58 +215,20 @@ def test_a_zero_gradient_moves_nothing():
     assert torch.equal(p.data, torch.ones(2, 4, 4))
 
 
-def test_muon_takes_the_matrices_and_adamw_the_rest():
+def test_muon_updates_matrices_and_adamw_the_rest():
     named = parameters()
     muon, adamw = Optimizer(MuonConfig(), named.items(), KINDS).optimizers
     assert {id(p) for g in muon.param_groups for p in g["params"]} == {id(named["matrix"]), id(named["experts"])}
     assert {id(p) for g in adamw.param_groups for p in g["params"]} == {id(named[n]) for n in ("wte", "router", "norm")}
 
 
-@pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.type)
-def test_an_optimizer_restored_goes_on_as_if_it_had_never_stopped(section):
-    def steps(named, optimizer, seeds):
-        for seed in seeds:
-            set_gradients(named, seed)
-            optimizer.step(rate=1.0)
-
-    through = parameters()
-    optimizer = Optimizer(section, through.items(), KINDS)
-    steps(through, optimizer, [1, 2, 3, 4])
-
-    first = parameters()
-    stopped = Optimizer(section, first.items(), KINDS)
-    steps(first, stopped, [1, 2])
-    second = {name: nn.Parameter(p.detach().clone()) for name, p in first.items()}
-    restored = Optimizer(section, second.items(), KINDS)
-    restored.load_state_dict({key: tensor.clone() for key, tensor in stopped.state_dict().items()})
-    steps(second, restored, [3, 4])
-    for name, p in through.items():
-        assert torch.equal(p, second[name]), name
-
-
-SCHEDULE_SECTIONS = [
-    CosineSchedule(warmup_steps=10, final_ratio=0.1),
-    LinearSchedule(warmup_steps=10, final_ratio=0.1),
-    WSDSchedule(warmup_steps=10, decay_steps=40, final_ratio=0.1),
-    ConstantSchedule(warmup_steps=10),
-]
-
-
-@pytest.mark.parametrize("section", SCHEDULE_SECTIONS, ids=lambda s: s.type)
-def test_a_schedule_warms_up_peaks_and_comes_down(section):
-    rates = [lr_factor(section, step, 100) for step in range(100)]
-    assert rates[:3] == pytest.approx([1 / 11, 2 / 11, 3 / 11])
-    assert rates[10] == pytest.approx(1.0)
-    assert all(a < b for a, b in pairwise(rates[:11]))
-    assert all(a >= b for a, b in pairwise(rates[10:]))
-    assert lr_factor(section, 100, 100) == pytest.approx(getattr(section, "final_ratio", 1.0))
-
-
 def test_known_points_of_the_schedules():
-    cosine, linear, wsd, constant = SCHEDULE_SECTIONS
+    cosine = CosineSchedule(warmup_steps=10, final_ratio=0.1)
+    linear = LinearSchedule(warmup_steps=10, final_ratio=0.1)
+    wsd = WSDSchedule(warmup_steps=10, decay_steps=40, final_ratio=0.1)
     assert lr_factor(cosine, 55, 100) == pytest.approx(0.55)
     assert lr_factor(cosine, 32, 100) > lr_factor(linear, 32, 100)
     assert lr_factor(linear, 55, 100) == pytest.approx(0.55)
     assert lr_factor(wsd, 60, 100) == 1.0
     assert lr_factor(wsd, 80, 100) == pytest.approx(0.55)
-    assert lr_factor(constant, 99, 100) == 1.0
+    assert lr_factor(ConstantSchedule(warmup_steps=10), 99, 100) == 1.0

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+from training.batch import Batch
 from training.config import Config
 from training.data import prepare
 from training.distributed.mesh import MeshShape
@@ -18,6 +19,7 @@ from training.distributed.parallelize import parallelize
 from training.distributed.world import World
 from training.kernels.choose import ATTENTION_BACKENDS, EXPERT_KERNELS, Kernels
 from training.model import GPT
+from training.model.stats import model_stats, parameter_kinds
 from training.optim.optimizer import Optimizer
 from training.options import cli
 from training.plan import main, measured_tokens_per_s
@@ -38,15 +40,16 @@ def peak_of_real_tensors(config: Config, micro_batch: int) -> int:
     """Return the bytes at the peak of a second step with real tensors."""
     tracker = StorageTracker(MeshShape(1, 1, 1))
     with tracker:
-        model = GPT(config.model, Kernels(ATTENTION_BACKENDS["flash"], EXPERT_KERNELS["grouped"])).init_weights(0)
+        model = GPT(config.model, Kernels(ATTENTION_BACKENDS["flash"], EXPERT_KERNELS["grouped"]))
         gc.collect()
         sharded = parallelize(model, config.parallel, World(0, 1, torch.device("cpu")), torch.float32)
-        optimizer = Optimizer(config.optim, sharded.local_parameters(), model.parameter_kinds())
+        optimizer = Optimizer(config.optim, sharded.local_parameters(), parameter_kinds(model))
         for _ in range(2):
             tracker.peak.clear()
             for _ in range(config.batch_tokens // 64 // micro_batch):
                 tokens_BT = torch.randint(512, (micro_batch, 64))
-                model(tokens_BT, tokens_BT, 512, None, torch.zeros(micro_batch, dtype=torch.int64))[0].backward()
+                key_B = torch.zeros(micro_batch, dtype=torch.int64)
+                model(Batch(tokens_BT, tokens_BT, key_B, 512))[0].backward()
             with torch.no_grad():
                 sharded.grad_norm()
                 optimizer.step(1.0)
@@ -78,8 +81,9 @@ def test_weights_gradients_and_optimizer_state_are_what_arithmetic_says():
     config = config_of({"blocks": [{"ffn": MOE}]}, optim={"type": "muon"})
     memory, model = estimate(config, 2), GPT(config.model)
     buffers = sum(buffer.nbytes for buffer in model.buffers())
-    matrices = sum(p.numel() for name, p in model.named_parameters() if model.parameter_kinds()[name] == "matrix")
-    n = model.n_parameters()[0]
+    stats = model_stats(config.model)
+    matrices = sum(p.numel() for name, p in model.named_parameters() if stats.kinds[name] == "matrix")
+    n = stats.n_parameters
     assert memory.weights == 4 * n + buffers and memory.gradients == 4 * n
     assert memory.optimizer == pytest.approx(4 * (2 * n - matrices), abs=1000)  # and step counters
     assert memory.save_copy == memory.weights + memory.optimizer
@@ -140,10 +144,9 @@ def test_the_command_prints_a_page_that_can_be_checked_by_hand(tmp_path):
     config = config_of(mixed, batch_tokens=65536, steps=1000, micro_batch=7, precision="bf16")
     page = output_of(tmp_path, config, "--world", "8", "--device", "h200", "--mfu", "0.5")
     assert len(page.splitlines()) < 40
-    model = GPT(config.model.model_copy(update={"vocab_size": 8192}))
-    total, active = model.n_parameters()
-    speed = 0.5 * 989e12 * 8 / model.flops_per_token()
-    assert f"{total:,}, {active:,} active per token" in page
+    stats = model_stats(config.model.model_copy(update={"vocab_size": 8192}))
+    speed = 0.5 * 989e12 * 8 / stats.flops_per_token
+    assert f"{stats.n_parameters:,}, {stats.n_active_parameters:,} active per token" in page
     assert "on 8 x H200, bf16" in page and "256 samples x 256, 32 per rank, micro-batch 7" in page
     assert f"{report.duration_text(65536000 / speed)}, at {speed:,.0f} tokens/s" in page
     assert "not prepared here" in page and "all samples fit at once" in page
@@ -166,9 +169,6 @@ def test_prepared_data_give_the_epochs_and_a_started_run_its_speed(run, config, 
     folder = run(steps=4, **changes)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     median = sorted(row["tokens_per_s"] for row in rows[1:])[1]
-    record = json.loads((folder / "run.json").read_text())
-    facts = {"device": here.name, "world_size": 1}
-    (folder / "run.json").write_text(json.dumps(record | {"facts": record.get("facts") or facts}))
     assert measured_tokens_per_s(plan.config, here.name, 1) == median
     (folder.parent / "c.yaml").write_text(cli.dump_config(small))
     assert main(["--config", str(folder.parent / "c.yaml")]) == 0
@@ -178,8 +178,10 @@ def test_prepared_data_give_the_epochs_and_a_started_run_its_speed(run, config, 
     assert measured_tokens_per_s(plan.config, here.name, 2) is None
     files = [folder / "checkpoints" / "step-00000004" / f"{kind}.safetensors" for kind in ("model", "optimizer")]
     sizes = [path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], "little") for path in files]  # no header
-    assert checkpoint_bytes(plan.model, plan.config) == pytest.approx(sum(sizes), abs=300)  # buffers and step counters
-    (folder / "run.json").write_text(json.dumps({key: value for key, value in record.items() if key != "facts"}))
+    assert checkpoint_bytes(plan.stats, plan.config) == pytest.approx(sum(sizes), abs=300)  # buffers and step counters
+    record = json.loads((folder / "run.json").read_text())
+    del record["facts"]
+    (folder / "run.json").write_text(json.dumps(record))
     assert measured_tokens_per_s(plan.config, here.name, 1) is None, "written by an older version"
 
 

@@ -1,18 +1,17 @@
-"""What a run's folder may go on from: never silently from nothing, never two at once, never as another run."""
+"""Resuming a run's folder: never silently from nothing, never twice at once, never as another run."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command, environment, rows, save_checkpoint, tensors, write_config
+from conftest import command, rows, save_checkpoint, tensors, write_config
+from launched import rows_in
 
 from training import checkpoint
-from training.engine import step as loop
 from training.errors import UserError
 from training.files import run_lock
 from training.train import train
@@ -28,7 +27,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_a_damaged_newest_checkpoint_is_set_aside_and_made_anew(run, capsys):
+def test_a_damaged_newest_checkpoint_is_quarantined_and_written_again(run, capsys):
     keep = {"every": 3, "keep": 1, "keep_best": False}
     folder = run(checkpoint={"every": 3, "keep": 2, "keep_best": False})
     before = tensors(folder, 8)
@@ -40,47 +39,40 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_made_anew(run, capsys):
     assert tensors(folder, 8) == before
 
 
-def test_where_all_checkpoints_are_damaged_it_says_how_to_start_over(run, config):
-    folder = run()
+def test_with_only_damaged_checkpoints_the_error_says_how_to_start_over(finished, config):
+    folder = finished()
     for name in names(folder):
         flip_a_bit(folder / "checkpoints" / name / "optimizer.safetensors")
     with pytest.raises(UserError, match="every checkpoint is damaged; start over with --resume never"):
         train(config())
 
 
-def test_going_back_to_an_older_checkpoint_of_the_run(run):
-    folder = run()
+def test_going_back_to_an_older_checkpoint_of_the_run(run, finished):
+    folder = finished()
     before = tensors(folder, 8), rows(folder)
     run(resume=str(folder / "checkpoints/step-00000006"))
     assert names(folder) == ["step-00000006", "step-00000008", "undone-0-step-00000008"]
     assert (tensors(folder, 8), rows(folder)) == before
 
 
-def test_another_config_is_refused_before_the_first_checkpoint_too(config, monkeypatch):
-    step = loop.train_step
-
-    def die_after_three(run):
-        step(run)
-        if run.step == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop, "train_step", die_after_three)
+def test_another_config_is_an_error_before_the_first_checkpoint_too(config, at_step):
+    at_step.die(3)
     with pytest.raises(KeyboardInterrupt):
         train(config(checkpoint={"every": None}, logging={"every": 1, "tensorboard": False}))
-    monkeypatch.undo()
+    at_step.clear()
     with pytest.raises(UserError, match=r"holds a run with other options: seed: 0 -> 5"):
         train(config(seed=5))
     assert train(config()) == 0
 
 
-def test_nothing_left_to_train_is_refused(run, config):
-    first = run(name="first")
+def test_a_start_with_no_steps_left_is_an_error(finished, config):
+    first = finished(name="first")
     with pytest.raises(UserError, match="it is at step 8, and steps is 8"):
         train(config(name="second"), resume=str(first))
 
 
-def test_a_branch_has_a_best_of_its_own(run):
-    first = run(name="first")
+def test_a_branch_has_its_own_best(run, finished):
+    first = finished(name="first")
     path = first / "checkpoints/step-00000006"
     state = json.loads((path / "state.json").read_text())
     saved = checkpoint.load(path)
@@ -91,73 +83,68 @@ def test_a_branch_has_a_best_of_its_own(run):
     assert json.loads((branch / "summary.json").read_text())["best_step"] == 8
 
 
-def test_a_checkpoint_of_another_optimizer_is_refused(run, config):
-    first = run(name="first")
+def test_a_checkpoint_of_another_optimizer_is_an_error(finished, config):
+    first = finished(name="first")
     with pytest.raises(UserError, match="does not fit this model: 'optimizer state"):
         train(config(name="other", steps=9, optim={"type": "muon"}), resume=str(first))
 
 
-def test_of_twenty_that_start_at_once_one_trains_and_the_others_say_so(options, config, tmp_path):
+def test_of_twenty_starts_at_once_one_trains_and_the_others_say_so(processes, options, config, tmp_path):
     folder = config().run_dir
     path = write_config(tmp_path / "one.yaml", options(steps=1_000_000, checkpoint={"every": 50}))
-    arguments = [sys.executable, "-m", "training.train", "--config", str(path)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [subprocess.Popen(arguments, cwd=ROOT, env=environment(), **pipes) for _ in range(20)]
-    wait_for_rows(folder / "metrics.jsonl", 1, started)
-    running = [process for process in started if process.poll() is None]
-    assert len(running) == 1
-    said = f"error: {folder}: another process is training this run; choose another --name\n"
+    started = [processes.start("training.train:main", "--config", str(path)) for _ in range(20)]
+    wait_until(lambda: rows_in(folder))
+    wait_until(lambda: sum(process.poll() is None for process in started) == 1)
+    (running,) = [process for process in started if process.poll() is None]
+    message = f"error: {folder}: another process is training this run; choose another --name\n"
     for process in started:
-        if process not in running:
-            assert (*process.communicate(), process.returncode) == ("", said, 2)
-    late = command("-X", "importtime", *arguments[1:])
-    assert late.returncode == 2 and late.stderr.endswith(said)
+        if process is not running:
+            assert process.wait() == ([2], "", message)
+    late = command("-X", "importtime", "-m", "training.train", "--config", str(path))
+    assert late.returncode == 2 and late.stderr.endswith(message)
     assert "pydantic" in late.stderr and "torch" not in late.stderr
     with pytest.raises(UserError, match="another process"), run_lock(folder):
         pass
-    running[0].kill()
-    running[0].communicate()
+    running.kill()
     with run_lock(folder):
         pass
 
 
-def wait_for_rows(path, at_least: int, processes) -> None:
-    for _ in range(6000):
-        if path.exists() and path.read_bytes().count(b"\n") >= at_least:
-            return
-        assert any(process.poll() is None for process in processes)
+def wait_until(is_true: Callable[[], bool]) -> None:
+    """Wait for at most a minute."""
+    until = time.monotonic() + 60
+    while not is_true():
+        assert time.monotonic() < until
         time.sleep(0.01)
-    raise AssertionError(f"{at_least} rows never came")
 
 
-def test_out_dir_that_is_a_file_is_one_line(config, tmp_path):
+def test_an_out_dir_that_is_a_file_is_an_error_of_one_line(config, tmp_path):
     (tmp_path / "runs").write_text("")
     with pytest.raises(UserError, match="runs: File exists; choose another --out_dir"):
         train(config())
 
 
-def test_a_kernel_is_chosen_that_runs_at_the_models_own_widths(run, capsys):
+def test_a_chosen_kernel_runs_at_the_models_own_widths(run, capsys):
     model = {"n_layer": 1, "n_head": 1, "n_embd": 18, "n_positions": 32}
     run(model=model | {"blocks": [{"ffn": {"type": "moe", "hidden": 30, "n_experts": 4}}]}, steps=3)
     assert "experts     loop (grouped: it does not run here:" in capsys.readouterr().out
 
 
-def test_fewer_samples_than_processes_are_refused(config):
+def test_fewer_samples_than_processes_are_an_error(config):
     from training.distributed.mesh import check_mesh
 
     with pytest.raises(UserError, match="batch_tokens: 32 are 1 samples, fewer than 2 processes"):
         check_mesh(config(batch_tokens=32), 2)
 
 
-def test_a_run_whose_text_has_changed_is_not_judged_on_it(options, tmp_path):
+def test_a_run_whose_text_has_changed_is_not_evaluated_on_it(config, call, tmp_path):
     texts = tmp_path / "texts"
     texts.mkdir()
     for i in range(30):
         (texts / f"{i}.txt").write_text(f"document {i} " * 40)
     data = {"sources": [{"paths": [str(texts)]}], "tokenizer": {"type": "byte"}, "cache_dir": str(tmp_path / "cache")}
-    path = write_config(tmp_path / "one.yaml", options(data=data | {"val_fraction": 0.3}, steps=3))
-    assert command("-m", "training.train", "--config", str(path)).returncode == 0
+    assert train(config(data=data | {"val_fraction": 0.3}, steps=3)) == 0
     (texts / "0.txt").write_text("something else " * 40)
-    done = command("-m", "training.evaluate", "--run", str(tmp_path / "runs/small"))
+    done = call("evaluate", "--run", str(tmp_path / "runs/small"))
     assert done.returncode == 2
     assert "its text has changed since" in done.stderr

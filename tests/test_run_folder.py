@@ -1,4 +1,4 @@
-"""A run's folder: a refusal changes nothing in it, two never train in it, and what is odd in it is a line."""
+"""A run's folder: an error changes nothing in it, two never train in it, and damaged files are one line each."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command, environment, rows, tensors, write_config
-from test_restart import flip_a_bit, names, wait_for_rows
+from conftest import rows, tensors, write_config
+from launched import rows_in
+from test_restart import flip_a_bit, names, wait_until
 
 from training import checkpoint
 from training import train as train_module
 from training.checkpoint.read import file_entry
 from training.data import text_files
-from training.engine import step as loop
 from training.errors import UserError
 from training.files import run_lock
 from training.logging.report import update_report
@@ -41,47 +40,41 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("never", {"checkpoint": {"keep": 10**8}}),
     ],
 )
-def test_what_is_refused_changes_nothing(run, config, resume, changes):
-    folder = run(**OFTEN)
+def test_a_refused_start_changes_nothing(finished, config, resume, changes):
+    folder = finished(**OFTEN)
     before = contents(folder.parent)
     with pytest.raises(UserError):
         train(config(**OFTEN | changes), resume=resume if resume == "never" else str(folder / resume))
     assert contents(folder.parent) == before
 
 
-def test_by_a_link_it_is_the_same_folder(run, config):
-    folder = run()
+def test_a_link_to_a_run_is_the_same_run(finished, config):
+    folder = finished()
     folder.with_name("link").symlink_to(folder.name)
     with run_lock(folder), pytest.raises(UserError, match="link: another process is training this run"):
         train(config(name="link"))
 
 
-def test_where_the_lock_is_removed_the_run_ends_before_it_writes(options, tmp_path):
+def test_a_run_whose_lock_is_removed_ends_before_it_writes(processes, options, tmp_path):
     path = write_config(tmp_path / "one.yaml", options(steps=1_000_000, checkpoint={"every": 50}))
-    arguments = [sys.executable, "-m", "training.train", "--config", str(path)]
-    process = subprocess.Popen(
-        arguments, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    process = processes.start("training.train:main", "--config", str(path))
     folder = tmp_path / "runs/small"
-    wait_for_rows(folder / "metrics.jsonl", 1, [process])
+    wait_until(lambda: rows_in(folder))
     lock = folder.with_name(".small.lock")
     lock.unlink()
-    _, said = process.communicate(timeout=60)
-    told = f"error: {lock}: was removed, so another process may be training {folder}; start again\n"
-    assert (process.returncode, said) == (2, told)
+    ended = process.wait(60)
+    message = f"error: {lock}: was removed, so another process may be training {folder}; start again\n"
+    assert (ended.statuses, ended.stderr) == ([2], message)
 
 
-def test_while_steps_are_not_finite_nothing_good_is_pushed_out(config, tmp_path, monkeypatch):
-    """Weights that are finite and of which nothing finite comes: a checkpoint of them would be whole."""
-    step = loop.train_step
+def test_no_good_checkpoint_is_pruned_while_steps_are_not_finite(config, tmp_path, at_step):
+    """The weights are finite but every result is not, so that a checkpoint of them would look complete."""
 
-    def spoiled(run):
-        step(run)
-        if run.step == 7:
-            with torch.no_grad():
-                run.model.wte.weight.fill_(3e38)
+    def spoil(model):
+        with torch.no_grad():
+            model.wte.weight.fill_(3e38)
 
-    monkeypatch.setattr(loop, "train_step", spoiled)
+    at_step(7, spoil)
     often = {
         "checkpoint": {"every": 1, "keep": 2, "keep_best": False},
         "eval": {"every": None, "tokens": 64},
@@ -89,36 +82,28 @@ def test_while_steps_are_not_finite_nothing_good_is_pushed_out(config, tmp_path,
     folder = tmp_path / "runs/small/checkpoints"
     with pytest.raises(UserError, match=rf"another --name that begins with --resume {folder}/step-N$"):
         train(config(steps=40, **often))
-    found = checkpoint.list_checkpoints(folder)
-    assert [step for step, _ in found] == [6, 7]
-    assert checkpoint.load(found[0][1]).model["wte.weight"].abs().max() < 1
+    saved = checkpoint.list_checkpoints(folder)
+    assert [step for step, _ in saved] == [6, 7]
+    assert checkpoint.load(saved[0][1]).model["wte.weight"].abs().max() < 1
 
 
-def test_what_was_stopped_goes_on_as_it_is_told(config, capsys, monkeypatch):
-    step = loop.train_step
-
-    def stopping(run):
-        step(run)
-        if run.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(loop, "train_step", stopping)
+def test_a_stopped_run_says_how_to_resume(config, capsys, at_step):
+    at_step.send(3, signal.SIGTERM)
     assert train(config(), resume="never") == 128 + signal.SIGTERM
     assert capsys.readouterr().out.endswith("saved after step 3; the same command without --resume goes on\n")
-    monkeypatch.undo()
     assert train(config()) == 0
     assert "goes on     after step 3" in capsys.readouterr().out
 
 
-def test_started_again_by_a_launcher_it_goes_on(monkeypatch):
+def test_a_restart_by_torchrun_resumes(monkeypatch):
     assert train_module.resumed("never") == "never"
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert train_module.resumed("never") == "auto"
     assert train_module.resumed("runs/other") == "runs/other"
 
 
-def test_names_are_durable_too(config, monkeypatch):
-    """Each folder that is made is synced into the one that it is in, and that before a save counts."""
+def test_the_names_of_new_folders_are_durable(config, monkeypatch):
+    """Each new folder's parent is synced, before the first checkpoint counts."""
     synced, real = [], os.fsync
 
     def noted(file: int) -> None:
@@ -133,8 +118,8 @@ def test_names_are_durable_too(config, monkeypatch):
         assert str(parent) in synced, parent
 
 
-def test_a_checkpoint_that_is_a_link_is_let_go_and_what_it_leads_to_stays(run, config, tmp_path):
-    folder = run(**OFTEN)
+def test_pruning_a_link_leaves_its_target(finished, config, tmp_path):
+    folder = finished(**OFTEN)
     elsewhere = (folder / "checkpoints/step-00000006").rename(tmp_path / "elsewhere")
     (folder / "checkpoints/step-00000006").symlink_to(elsewhere)
     shutil.rmtree(folder / "checkpoints/step-00000008")
@@ -142,8 +127,8 @@ def test_a_checkpoint_that_is_a_link_is_let_go_and_what_it_leads_to_stays(run, c
     assert names(folder) == ["step-00000008"] and checkpoint.corruption(elsewhere) is None
 
 
-def test_odd_things_among_the_checkpoints_are_no_hindrance(run):
-    folder = run(**OFTEN)
+def test_foreign_files_among_the_checkpoints_are_ignored(run, finished):
+    folder = finished(**OFTEN)
     before = tensors(folder, 8), rows(folder)
     flip_a_bit(folder / "checkpoints/step-00000008/model.safetensors")
     (folder / "checkpoints/damaged-0-step-00000008").mkdir()
@@ -155,17 +140,17 @@ def test_odd_things_among_the_checkpoints_are_no_hindrance(run):
 
 
 @pytest.mark.parametrize("state", ["[]", "{}", '{"step": "x"}', '{"step": -3}', '{"step": true}'])
-def test_a_state_that_is_none_is_damaged(run, config, tmp_path, state):
-    """Also where its manifest was made to fit, and its folder's name tells no step."""
-    path = (run() / "checkpoints/step-00000008").rename(tmp_path / "mine")
+def test_a_state_that_is_not_one_is_corrupt(finished, config, tmp_path, state):
+    """Even if its manifest fits, and its folder's name has no step."""
+    path = (finished() / "checkpoints/step-00000008").rename(tmp_path / "mine")
     seal(path, state)
     with pytest.raises(UserError, match=r"mine/(state.json|manifest.json): damaged"):
         train(config(name="other"), resume=str(path))
 
 
 @pytest.mark.parametrize("change", [{"skips": {}}, {"ledger": {"seconds": 3}}, {"loss_scale": {"x": 1}}, {"skips": 3}])
-def test_a_state_of_other_parts_is_a_line(run, config, change):
-    folder = run(precision="fp16")
+def test_a_state_with_other_parts_is_an_error_of_one_line(finished, config, change):
+    folder = finished(precision="fp16")
     path = folder / "checkpoints/step-00000008"
     seal(path, json.dumps(json.loads((path / "state.json").read_text()) | change))
     with pytest.raises(UserError, match=r"step-00000008/state.json: not the state of a run"):
@@ -173,7 +158,7 @@ def test_a_state_of_other_parts_is_a_line(run, config, change):
 
 
 def seal(path: Path, state: str) -> None:
-    """Write a state, and the manifest to it."""
+    """Write a state, and the manifest that fits it."""
     (path / "state.json").write_text(state)
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["state.json"] = file_entry(path / "state.json")
@@ -181,16 +166,15 @@ def seal(path: Path, state: str) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts")
-def test_a_folder_that_cannot_be_changed_is_a_line(run, options, tmp_path):
-    folder = run(**OFTEN)
-    path = write_config(tmp_path / "one.yaml", options(**OFTEN))
+def test_a_folder_that_cannot_be_changed_is_an_error_of_one_line(finished, call, options, tmp_path):
+    folder = finished(**OFTEN)
+    path = str(write_config(tmp_path / "one.yaml", options(**OFTEN)))
     subprocess.run(["mount", "--bind", folder, folder], check=True)
     try:
-        moved = command("-m", "training.train", "--config", str(path), "--resume", "never")
+        moved = call("train", "--config", path, "--resume", "never")
         subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
-        older = str(folder / "checkpoints/step-00000006")
-        back = command("-m", "training.train", "--config", str(path), "--resume", older)
-        pruned = command("-m", "training.checkpoints", "prune", str(folder), "--keep", "1")
+        back = call("train", "--config", path, "--resume", str(folder / "checkpoints/step-00000006"))
+        pruned = call("checkpoints", "prune", str(folder), "--keep", "1")
     finally:
         subprocess.run(["umount", folder], check=True)
     for done, reason in ((moved, "busy"), (back, "Read-only file system"), (pruned, "Read-only file system")):
@@ -199,7 +183,7 @@ def test_a_folder_that_cannot_be_changed_is_a_line(run, options, tmp_path):
         assert line.startswith("error: ") and str(folder) in line and line.lower().endswith(reason.lower())
 
 
-def test_what_resume_cannot_be(capsys, options, tmp_path):
+def test_wrong_values_of_resume_and_name_are_errors_of_one_line(capsys, options, tmp_path):
     path = write_config(tmp_path / "one.yaml", options())
     assert train_module.main(["--config", str(path), "--resume", ""]) == 2
     assert capsys.readouterr().err == "error: --resume: '' is neither auto, never nor a path\n"
@@ -208,7 +192,7 @@ def test_what_resume_cannot_be(capsys, options, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("harm", "said"),
+    ("harm", "message"),
     [
         (lambda lines: lines[:0], "not every step up to 6 has exactly one row"),
         (lambda lines: lines[:2] + lines[3:], "not every step up to 6 has exactly one row"),
@@ -216,31 +200,25 @@ def test_what_resume_cannot_be(capsys, options, tmp_path):
         (lambda lines: lines, None),
     ],
 )
-def test_rows_that_someone_removed_are_missed_aloud_and_the_run_goes_on(run, capsys, harm, said):
-    folder = run(**OFTEN)
+def test_rows_that_were_removed_are_reported_and_the_run_resumes(run, finished, capsys, harm, message):
+    folder = finished(**OFTEN)
     before = tensors(folder, 8)
     shutil.rmtree(folder / "checkpoints/step-00000008")
     path = folder / "metrics.jsonl"
     path.write_text("".join(harm(path.read_text().splitlines(keepends=True))))
     capsys.readouterr()
     run(**OFTEN)
-    told = capsys.readouterr().err
-    assert told == ("" if said is None else f"{path}: {said}; training continues without the missing rows\n")
+    errors = capsys.readouterr().err
+    assert errors == ("" if message is None else f"{path}: {message}; training continues without the missing rows\n")
     assert tensors(folder, 8) == before
 
 
-def test_a_log_that_is_removed_meanwhile_is_missed_once(config, tmp_path, capsys, monkeypatch):
-    step, path = loop.train_step, tmp_path / "runs/small/metrics.jsonl"
-
-    def removing(run):
-        step(run)
-        if run.step == 5:
-            path.unlink()
-
-    monkeypatch.setattr(loop, "train_step", removing)
+def test_a_log_that_is_removed_during_the_run_is_reported_once(config, tmp_path, capsys, at_step):
+    path = tmp_path / "runs/small/metrics.jsonl"
+    at_step(5, lambda _: path.unlink())
     assert train(config()) == 0
-    said = f"{path}: removed or changed while the run wrote it; training continues without the missing rows\n"
-    assert capsys.readouterr().err.count(said) == 1
+    message = f"{path}: removed or changed while the run wrote it; training continues without the missing rows\n"
+    assert capsys.readouterr().err.count(message) == 1
     assert rows(path.parent)[-1]["step"] == 8
 
 
@@ -258,8 +236,8 @@ def test_a_log_that_is_removed_meanwhile_is_missed_once(config, tmp_path, capsys
         ("micro_batch.json", '{"x": 3}'),
     ],
 )
-def test_side_files_that_were_edited_end_no_run(run, file, text):
-    folder = run(**OFTEN)
+def test_edited_side_files_do_not_stop_a_run(run, finished, file, text):
+    folder = finished(**OFTEN)
     before = tensors(folder, 8), rows(folder)
     shutil.rmtree(folder / "checkpoints/step-00000008")
     (folder / file).write_text(text)
@@ -268,22 +246,22 @@ def test_side_files_that_were_edited_end_no_run(run, file, text):
 
 
 @pytest.mark.parametrize("row", ['{"step": "x"}', '{"step": 7, "time_compute": "x"}', "3"])
-def test_a_row_that_is_none_is_named(run, config, row):
-    folder = run(**OFTEN)
+def test_a_line_that_is_not_a_row_is_named(finished, config, row):
+    folder = finished(**OFTEN)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(f"{row}\n")
     with pytest.raises(UserError, match=r"metrics.jsonl line 9 is not a row of metrics"):
         train(config(**OFTEN))
 
 
-def test_a_report_of_rows_that_lack_everything_is_a_line(tmp_path, capsys):
+def test_a_report_of_incomplete_rows_is_one_line(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": 1e999, "tokens": "x"}\n')
     update_report(tmp_path)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{tmp_path}: its files are not what a run writes") and line.endswith("is not updated")
+    assert line.startswith(f"{tmp_path}: its files are not what a run writes") and line.endswith("is not renewed")
 
 
-def test_a_line_that_no_document_is_as_long_as_is_refused(tmp_path, monkeypatch):
+def test_a_line_longer_than_any_document_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "MAX_LINE_BYTES", 1000)
     path = tmp_path / "long.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "fine"}\n' + json.dumps({"text": "x" * 1000}).encode()))

@@ -1,17 +1,14 @@
-"""Whole runs: what they compute does not depend on how they are carried out, and they go on after any stop."""
+"""Whole runs: their results do not depend on how they are executed, and they resume after any stop."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT, command, environment, rows, tensors, write_config
+from conftest import command, rows, tensors, write_config
+from launched import Forked, wait_for_rows
 
 from training.config import Config
 from training.data import prepare
@@ -30,13 +27,13 @@ def losses(folder) -> list[tuple[float, float]]:
     return [(row["loss"], row["grad_norm"]) for row in rows(folder)]
 
 
-def test_a_run_leaves_everything_it_promises(run):
+def test_a_run_leaves_the_files_it_promises(run):
     folder = run(logging={"every": 2, "tensorboard": True, "histogram_every": 4})
-    found = rows(folder)
-    assert [row["step"] for row in found] == list(range(1, 9))
-    assert [row["step"] for row in found if "val_loss" in row] == [4, 8]
-    assert found[3]["samples"][0]["prompt"] == "def "
-    assert len(found[0]["expert_load"]) == 1 and sum(found[0]["expert_load"][0]) == pytest.approx(1)
+    written = rows(folder)
+    assert [row["step"] for row in written] == list(range(1, 9))
+    assert [row["step"] for row in written if "val_loss" in row] == [4, 8]
+    assert written[3]["samples"][0]["prompt"] == "def "
+    assert len(written[0]["expert_load"]) == 1 and sum(written[0]["expert_load"][0]) == pytest.approx(1)
     assert names_in(folder) >= {
         "config.yaml",
         "metrics.jsonl",
@@ -49,89 +46,65 @@ def test_a_run_leaves_everything_it_promises(run):
     assert names_in(folder / "checkpoints") == {"step-00000006", "step-00000008"}
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 8 and summary["tokens"] == 8 * 256
-    assert summary["train_loss"] == found[-1]["loss"] and summary["val_loss"] == found[-1]["val_loss"]
+    assert summary["train_loss"] == written[-1]["loss"] and summary["val_loss"] == written[-1]["val_loss"]
     assert all(name.endswith((".safetensors", ".json")) for name in names_in(folder / "checkpoints/step-00000008"))
 
 
 def test_training_makes_the_loss_fall(run):
-    found = losses(run(steps=40, optim={"type": "muon", "learning_rate": 0.01}, eval={"every": None, "tokens": 256}))
-    assert found[-1][0] < found[0][0] - 1.5
-    assert found[-1][0] < found[len(found) // 2][0] < found[0][0]
+    falling = losses(run(steps=40, optim={"type": "muon", "learning_rate": 0.01}, eval={"every": None, "tokens": 256}))
+    assert falling[-1][0] < falling[0][0] - 1.5
+    assert falling[-1][0] < falling[len(falling) // 2][0] < falling[0][0]
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 8])
-def test_the_micro_batch_changes_nothing_that_is_computed(run, micro_batch):
+def test_losses_do_not_depend_on_the_micro_batch(run, micro_batch):
     whole, cut = run(name="whole", micro_batch=8), run(name="cut", micro_batch=micro_batch)
     for ours, theirs in zip(losses(cut), losses(whole), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resuming_is_the_run_that_never_stopped(run, config, optimizer, monkeypatch):
+def test_a_resumed_run_equals_the_run_that_never_stopped(run, config, optimizer, at_step):
     through = run(name="through", optim={"type": optimizer})
     stopped = config(name="stopped", optim={"type": optimizer})
-    stop_after(monkeypatch, step=5)
+    at_step.send(5, signal.SIGTERM)
     assert train(stopped) == 128 + signal.SIGTERM
-    monkeypatch.undo()
     assert len(rows(stopped.run_dir)) == 5
     assert train(stopped) == 0
     assert tensors(stopped.run_dir, 8) == tensors(through, 8)
     assert rows(stopped.run_dir) == rows(through)
 
 
-def stop_after(monkeypatch, step: int) -> None:
-    """Have the process send itself a real SIGTERM after a step."""
-    from training.engine import step as loop
-
-    original = loop.train_step
-
-    def then_stop(run):
-        original(run)
-        if run.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(loop, "train_step", then_stop)
-
-
-def test_rows_after_the_checkpoint_are_not_written_twice(run, config, monkeypatch):
+def test_rows_after_the_checkpoint_are_not_written_twice(run, config, at_step):
     seldom = {"every": 3, "keep_best": False}
     through = run(name="through", checkpoint=seldom)
     killed = config(name="killed", checkpoint=seldom)
-    from training.engine import step as loop
-
-    original = loop.train_step
-
-    def then_die(run):
-        original(run)
-        if run.step == 5:
-            raise KeyboardInterrupt  # past the save at step 3 and the evaluation at step 4
-
-    monkeypatch.setattr(loop, "train_step", then_die)
+    at_step.die(5)  # past the save at step 3 and the evaluation at step 4
     with pytest.raises(KeyboardInterrupt):
         train(killed)
-    monkeypatch.undo()
+    at_step.clear()
     assert train(killed) == 0
     assert rows(killed.run_dir) == rows(through)
     assert tensors(killed.run_dir, 8) == tensors(through, 8)
 
 
-def test_how_often_a_run_is_evaluated_saved_and_logged_changes_no_bit(run):
+def test_intervals_of_evaluation_saves_and_logs_change_no_bit(run):
     often = run(name="often", eval={"every": 1, "tokens": 256}, checkpoint={"every": 1}, logging={"every": 1})
     rarely = run(name="rarely", eval={"every": None, "tokens": 64}, checkpoint={"every": None}, logging={"every": 50})
     assert tensors(often, 8) == tensors(rarely, 8)
     assert losses(often) == losses(rarely)
 
 
-def test_a_finished_run_started_again_says_so_and_changes_nothing(run, capsys):
-    folder = run()
+def test_a_finished_run_started_again_says_so_and_changes_nothing(run, finished, capsys):
+    folder = finished()
     before, times = tensors(folder, 8), rows(folder)
     run()
     assert tensors(folder, 8) == before and rows(folder) == times
     assert "after step 8" in capsys.readouterr().out
 
 
-def test_other_options_in_a_used_folder_are_refused_and_listed(run, config):
-    run()
+def test_other_options_in_a_used_folder_are_an_error_that_lists_them(finished, config):
+    finished()
     changed = config(seed=1, micro_batch=2, optim={"learning_rate": 1.0}, logging={"every": 1, "tensorboard": False})
     with pytest.raises(UserError) as error:
         train(changed)
@@ -139,30 +112,30 @@ def test_other_options_in_a_used_folder_are_refused_and_listed(run, config):
     assert "micro_batch" not in str(error.value) and "logging" not in str(error.value)
 
 
-def test_starting_over_moves_the_old_run_aside(run, tmp_path):
-    folder = run()
+def test_starting_over_moves_the_old_run_aside(run, finished, tmp_path):
+    folder = finished()
     (folder / "mine.txt").write_text("kept")
     run(resume="never", steps=4)
     assert (tmp_path / "runs/small.old-1/mine.txt").read_text() == "kept"
     assert len(rows(folder)) == 4
 
 
-def test_a_run_can_begin_with_another_runs_checkpoint(run):
-    first = run(name="first")
+def test_a_run_can_start_from_another_runs_checkpoint(run, finished):
+    first = finished(name="first")
     branched = run(name="branched", resume=str(first / "checkpoints/step-00000006"), steps=9)
     assert [row["step"] for row in rows(branched)] == [7, 8, 9]
     run(name="branched", resume=str(first), steps=9)  # its own checkpoint comes first
     assert [row["step"] for row in rows(branched)] == [7, 8, 9]
 
 
-def test_a_checkpoint_of_another_model_is_refused(run, config):
-    first = run(name="first")
+def test_a_checkpoint_of_another_model_is_an_error(finished, config):
+    first = finished(name="first")
     other = config(name="other", steps=9, model={"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32})
     with pytest.raises(UserError, match="does not fit this model"):
         train(other, resume=str(first))
 
 
-def test_changed_data_is_refused(options, tmp_path):
+def test_changed_data_is_an_error(options, tmp_path):
     text = tmp_path / "texts"
     text.mkdir()
     for i in range(30):
@@ -237,23 +210,11 @@ def test_fp16_skips_a_step_that_overflows_and_lowers_the_scale(config):
     run.close()
 
 
-def wait_for_rows(path, at_least: int, process) -> None:
-    for _ in range(2000):
-        if path.exists() and path.read_bytes().count(b"\n") >= at_least:
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    raise AssertionError(f"{at_least} rows never came")
-
-
-def test_two_processes_compute_what_one_does(options, tmp_path, run):
+def test_two_ranks_compute_the_same_as_one(processes, options, tmp_path, run):
     alone = run(name="alone", precision="fp32")
     path = write_config(tmp_path / "two.yaml", options(name="two"))
-    done = command(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "training.train", "--config", str(path),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    ended = processes.run("training.train:main", "--config", str(path), n_ranks=2)
+    assert ended.returncode == 0, ended.stderr
     folder = tmp_path / "runs" / "two"
     for ours, theirs in zip(rows(folder), rows(alone), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
@@ -262,43 +223,33 @@ def test_two_processes_compute_what_one_does(options, tmp_path, run):
         assert ours.get("val_loss", 0) == pytest.approx(theirs.get("val_loss", 0), rel=1e-5)
 
 
-def test_sigterm_to_one_of_two_processes_stops_both_with_one_checkpoint(options, tmp_path):
-    made = options(name="two", steps=1_000_000, eval={"every": None, "tokens": 64}, checkpoint={"every": None})
-    path = write_config(tmp_path / "two.yaml", made)
-    launcher = subprocess.Popen(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            "-m", "training.train", "--config", str(path),
-        ],
-        cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+def test_sigterm_to_one_of_two_ranks_stops_both_with_one_checkpoint(processes, options, tmp_path):
+    endless = options(name="two", steps=1_000_000, eval={"every": None, "tokens": 64}, checkpoint={"every": None})
+    path = write_config(tmp_path / "two.yaml", endless)
     folder = tmp_path / "runs" / "two"
+    ranks = Forked(processes.start("training.train:main", "--config", str(path), n_ranks=2))
     try:
-        wait_for_rows(folder / "metrics.jsonl", 4, launcher)
-        ranks = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
-        assert len(ranks) == 2
-        os.kill(int(ranks[1]), signal.SIGTERM)
-        launcher.communicate(timeout=60)
+        wait_for_rows(folder, 4, ranks)
+        ranks.signal(1, signal.SIGTERM)
+        assert ranks.launch.wait(60).statuses == [128 + signal.SIGTERM] * 2
     finally:
-        launcher.terminate()  # which ends its processes too
-        launcher.communicate(timeout=60)
-    assert launcher.returncode != 0
+        ranks.kill()
     (saved,) = names_in(folder / "checkpoints")
     assert saved == f"step-{rows(folder)[-1]['step']:08d}"
     assert tensors(folder, rows(folder)[-1]["step"])
 
 
-def test_generate_and_evaluate_work_on_a_run(run, tmp_path):
-    folder = run()
+def test_generate_and_evaluate_work_on_a_run(finished, call, tmp_path):
+    folder = finished()
     done = command("-m", "training.generate", "--run", str(folder), "--prompt", "import ", "--tokens", "5")
     assert done.returncode == 0 and done.stdout.startswith("import ") and len(done.stdout) > len("import ")
     done = command("-m", "training.evaluate", "--run", str(folder / "checkpoints/step-00000006"))
     assert done.returncode == 0 and done.stdout.startswith("step 6: loss ")
     text = tmp_path / "text.txt"
     text.write_text("def f():\n    return 1\n" * 20)
-    done = command("-m", "training.evaluate", "--run", str(folder), "--data", str(text))
+    done = call("evaluate", "--run", str(folder), "--data", str(text))
     assert done.returncode == 0 and "440 bytes" in done.stdout
     for name, *prompt in (("generate", "--prompt", "a"), ("evaluate",)):
-        done = command("-m", f"training.{name}", "--run", str(tmp_path), *prompt)
+        done = call(name, "--run", str(tmp_path), *prompt)
         assert done.returncode == 2
         assert done.stderr.startswith(f"error: --run {tmp_path}: no run") and done.stderr.count("\n") == 1

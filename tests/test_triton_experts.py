@@ -19,8 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from training.config import ParallelConfig
 from training.errors import UserError
-from training.kernels.choose import EXPERT_KERNELS, AttentionSpec, ExpertsSpec, KernelRequirements, choose_kernels
+from training.kernels.choose import choose_kernels
 from training.kernels.experts import REFERENCE, sort_by_expert
+from training.kernels.interface import AttentionSpec, ExpertsSpec, KernelRequirements
+from training.kernels.table import EXPERT_KERNELS
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -19,8 +19,10 @@ from test_triton_experts import Launch, file_of, other_process
 
 from training.config import ParallelConfig
 from training.errors import UserError
-from training.kernels.choose import LOSS_KERNELS, KernelRequirements, LossSpec, choose_kernels
+from training.kernels.choose import choose_kernels
+from training.kernels.interface import KernelRequirements, LossSpec
 from training.kernels.loss import chunked_cross_entropy
+from training.kernels.table import LOSS_KERNELS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHUNK_BYTES = (12, 2**28)  # logits of three tokens exist at a time

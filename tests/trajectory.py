@@ -17,6 +17,7 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -168,4 +169,28 @@ def main_that_hangs(arguments: list[str]) -> int:
         write(self, rows)
 
     engine.train_step, JSONLSink.write = hang, write_slowly
+    return train_command(arguments)
+
+
+def main_with_a_signal(arguments: list[str]) -> int:
+    """Train like the command, but send SIGNAL to this process AT a place of its start."""
+    from training import checkpoint
+    from training.engine import resume, step
+    from training.logging.jsonl import JSONLSink
+    from training.train import main as train_command
+
+    places = {
+        "read": (checkpoint, "read_parts"),
+        "prepare folder": (resume, "make_way"),
+        "open logs": (JSONLSink, "__init__"),
+        "watch signals": (step.Watch, "__init__"),
+    }
+    owner, name = places[os.environ["AT"]]
+    original = getattr(owner, name)
+
+    def sending(*arguments: Any, **named: Any) -> Any:
+        os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+        return original(*arguments, **named)
+
+    setattr(owner, name, sending)
     return train_command(arguments)

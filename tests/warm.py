@@ -10,6 +10,7 @@ The server writes `pid-RANK`, then `status-RANK` into the request's folder, besi
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import json
 import os
@@ -17,10 +18,11 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 ROOT = Path(__file__).parent.parent
 PRELOAD = [
@@ -152,7 +154,7 @@ class Server:
 
 
 def serve() -> int:
-    """Fork for every request, until stdin ends; in a fork, return the target's exit status."""
+    """Fork for every request, until stdin ends."""
     for module in PRELOAD:
         importlib.import_module(module)
     importlib.import_module("training.logging.report")._template()  # compiled once
@@ -167,7 +169,7 @@ def serve() -> int:
             for rank in range(request["n_ranks"]):
                 child = os.fork()
                 if child == 0:
-                    return work(request, rank)
+                    end(work(request, rank))
                 running[child] = Path(request["folder"], f"status-{rank}")
                 write(Path(request["folder"], f"pid-{rank}"), child)
         while running:
@@ -193,11 +195,20 @@ def work(request: dict, rank: int) -> int:
     sys.argv = [module, *request["arguments"]]
     try:
         return getattr(importlib.import_module(module), function)(request["arguments"])
-    except SystemExit:
-        raise
+    except SystemExit as error:
+        return error.code or 0
     except BaseException:
         traceback.print_exc()
         return 1
+
+
+def end(status: int) -> NoReturn:
+    """End a fork like the interpreter does, but without taking down every module, which takes 0.3 s."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def write(path: Path, number: int) -> None:

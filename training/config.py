@@ -1,18 +1,18 @@
-"""Every option of a run: its type, default, unit, limits, and what it does.
+"""Every option of a run: its type, default, unit, limits and help text.
 
-This is the page to read first and the only place where options are added. It imports no torch,
-so `--help` and a config error answer at once. Sections are frozen and strictly checked; a component
-receives its own section, never the root, and so works in a notebook or a test without a run.
+Options are added here and nowhere else. This file imports no torch, so `--help` and a config error answer at once.
+Sections are frozen and strictly checked. A component receives its own section, never the root, and so works in a
+notebook or a test without a run.
 
-`type:` picks one variant of a union (mixer, feed-forward, optimizer, schedule, source, tokenizer).
-A dict beside the implementations says which code answers for which variant.
+`type:` selects a variant of a union (mixer, feed-forward, optimizer, schedule, source, tokenizer). A dict beside the
+implementations maps each variant to its code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt
 
@@ -34,6 +34,10 @@ class MixerConfig(Section):
         ge=1,
     )
 
+    def with_explicit_sizes(self, model: ModelConfig) -> Self:
+        """Return a copy in which no null stands for a size."""
+        return self.model_copy(update={"head_dim": self.head_dim or model.n_embd // model.n_head})
+
     def model_rules(self, model: ModelConfig) -> Iterator[tuple[str, str]]:  # noqa: ARG002 (one signature)
         """Yield (option of this mixer, problem) for options that do not fit the model's."""
         yield from ()
@@ -54,6 +58,10 @@ class AttentionConfig(MixerConfig):
     )
     qk_norm: bool = option(False, "apply RMSNorm to the queries and keys of each head")
     rope: bool = option(True, "apply RoPE to queries and keys, if model.position is rope")
+
+    def with_explicit_sizes(self, model: ModelConfig) -> Self:
+        changes = {"n_kv_head": self.n_kv_head or model.n_head}
+        return super().with_explicit_sizes(model).model_copy(update=changes)
 
     def model_rules(self, model: ModelConfig) -> Iterator[tuple[str, str]]:
         width = self.head_dim or model.n_embd // model.n_head
@@ -90,6 +98,10 @@ class LatentConfig(MixerConfig):
         64, "additional width of each head that RoPE is applied to; heads share its keys", unit="channels", ge=2
     )
     value_dim: int | None = option(None, "width of a head's values; null: head_dim", unit="channels", ge=1)
+
+    def with_explicit_sizes(self, model: ModelConfig) -> Self:
+        explicit = super().with_explicit_sizes(model)
+        return explicit.model_copy(update={"value_dim": self.value_dim or explicit.head_dim})
 
     def rules(self) -> Iterator[tuple[str, str]]:
         if self.rope_dim % 2:
@@ -134,8 +146,7 @@ class MoEConfig(Section):
     z_loss_weight: float = option(1e-3, "weight of the router z-loss (arXiv:2202.08906 eq. 5); 0: none", ge=0)
     capacity_factor: float | None = option(
         None,
-        "expert capacity = this x tokens x top_k / n_experts per micro-batch; excess tokens are dropped in training, "
-        "so results depend on micro_batch; null: no limit",
+        "in training, drop tokens beyond this x an expert's even share of a micro-batch; null: drop none",
         gt=0,
     )
 
@@ -194,6 +205,20 @@ class ModelConfig(Section):
         if period > self.n_layer:
             yield "blocks", f"the pattern is {period} layers long, more than n_layer {self.n_layer}"
 
+    def with_explicit_sizes(self) -> Self:
+        """Return a copy in which no null stands for a size of a block."""
+        hidden = 4 * self.n_embd
+        blocks = tuple(
+            block.model_copy(
+                update={
+                    "mixer": block.mixer.with_explicit_sizes(self),
+                    "ffn": block.ffn.model_copy(update={"hidden": block.ffn.hidden or hidden}),
+                }
+            )
+            for block in self.blocks
+        )
+        return self.model_copy(update={"blocks": blocks})
+
     def layers(self) -> list[BlockConfig]:
         """Return the block of every layer: the pattern repeated up to `n_layer` entries."""
         pattern = [block for block in self.blocks for _ in range(block.repeat)]
@@ -202,69 +227,71 @@ class ModelConfig(Section):
 
 # --- data ------------------------------------------------------------------------------------------
 
-WEIGHT_DOC = "share of the samples drawn from here; null everywhere: in proportion to size"
+WEIGHT_DOC = "relative share of samples from this source; null for all sources: in proportion to size"
 
 
 class StdlibSource(Section):
-    """The source of Python's own standard library, without its tests: about 11 MB on every machine."""
+    """The source code of Python's standard library without its tests, about 11 MB; needs no download."""
 
     type: Literal["stdlib"] = "stdlib"
     weight: float | None = option(None, WEIGHT_DOC, gt=0)
 
 
 class FilesSource(Section):
-    """Local files: .txt .md .py are a document each, .jsonl .parquet a document a row; .gz .bz2 .xz .zst too."""
+    """Local files: .txt .md .py are one document, .jsonl .parquet one per row; also .gz .bz2 .xz .zst."""
 
     type: Literal["files"] = "files"
     paths: Annotated[tuple[str, ...], Field(strict=False)] = option(
-        ..., "files, folders (searched through) or globs", min_length=1
+        ..., "files, folders (with all files below them) or globs", min_length=1
     )
-    text_column: str = option("text", "column of .jsonl and .parquet that holds the text")
+    text_column: str = option("text", "column of .jsonl and .parquet files that holds the text")
     weight: float | None = option(None, WEIGHT_DOC, gt=0)
 
 
 class HuggingFaceSource(Section):
-    """A Hugging Face data set, by name on the hub or by a local folder."""
+    """A Hugging Face data set, from the hub or from a local folder."""
 
     type: Literal["huggingface"] = "huggingface"
     name: str = option(..., "name on the hub, or a folder written by `save_to_disk`", min_length=1)
-    config: str | None = option(None, "the data set's configuration (subset)")
-    split: str = option("train", "the data set's split")
+    config: str | None = option(None, "configuration (subset) of the data set; null: its default")
+    split: str = option("train", "split of the data set to read")
     text_column: str = option("text", "column that holds the text")
-    streaming: bool = option(False, "read while downloading instead of downloading first")
+    streaming: bool = option(False, "read while downloading, without storing the data set first")
     weight: float | None = option(None, WEIGHT_DOC, gt=0)
 
 
 class BPETokenizer(Section):
-    """A byte-level BPE trained here, on the training documents."""
+    """A byte-level BPE, trained on the training documents."""
 
     type: Literal["bpe"] = "bpe"
-    vocab_size: int = option(8192, "tokens, the end-of-text token included", unit="tokens", ge=257)
-    max_bytes: int = option(50_000_000, "text that the merges are learned from", unit="bytes", ge=1)
+    vocab_size: int = option(8192, "tokens, including the end-of-text token", unit="tokens", ge=257)
+    max_bytes: int = option(50_000_000, "training text that the merges are learned from, at most", unit="bytes", ge=1)
 
 
 class ByteTokenizer(Section):
-    """The 256 bytes and an end-of-text token; nothing is trained."""
+    """One token per byte and an end-of-text token; nothing is trained."""
 
     type: Literal["byte"] = "byte"
 
 
 class FileTokenizer(Section):
-    """A tokenizer on disk."""
+    """A tokenizer from disk."""
 
     type: Literal["file"] = "file"
-    path: str = option(..., "a tokenizer.json, or a folder with one or with vocab.json and merges.txt", min_length=1)
+    path: str = option(
+        ..., "a tokenizer.json, or a folder with tokenizer.json or vocab.json and merges.txt", min_length=1
+    )
 
 
 class HuggingFaceTokenizer(Section):
-    """A tokenizer by its name on the Hugging Face hub."""
+    """A tokenizer from the Hugging Face hub."""
 
     type: Literal["huggingface"] = "huggingface"
     name: str = option(..., "name on the hub, such as openai-community/gpt2", min_length=1)
 
 
 class TiktokenTokenizer(Section):
-    """A tokenizer by its tiktoken name."""
+    """A tokenizer of tiktoken."""
 
     type: Literal["tiktoken"] = "tiktoken"
     name: str = option(..., "name of the encoding, such as gpt2 or cl100k_base", min_length=1)
@@ -275,28 +302,28 @@ TokenizerConfig = one_of(BPETokenizer, ByteTokenizer, FileTokenizer, HuggingFace
 
 
 class DataConfig(Section):
-    """What the model reads. Text is tokenized once, into memory-mapped shards under `cache_dir`."""
+    """Text, tokenizer and held-out split. Text is tokenized once, into memory-mapped shards in `cache_dir`."""
 
     sources: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = option(
-        ..., "where the text comes from, such as [{paths: [my.txt]}] or [{type: stdlib}]", min_length=1
+        ..., "training text, such as [{paths: [my.txt]}] or [{type: stdlib}]", min_length=1
     )
     val_sources: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = option(
-        (), "where the validation text comes from; empty: held out from `sources`"
+        (), "validation text; empty: documents held out of `sources`"
     )
     val_fraction: float = option(
         0.02,
-        "share of the documents held out, by a hash (of a lone text file: its end); not with val_sources",
+        "share of documents held out by a hash (of a single text file: its end); unused with val_sources",
         gt=0,
         lt=1,
     )
-    tokenizer: TokenizerConfig = option(BPETokenizer(), "how text becomes tokens")
-    cache_dir: str = option("data_cache", "folder of the token shards", min_length=1)
-    workers: int | None = option(None, "processes that tokenize; null: one a core", unit="processes", ge=1)
+    tokenizer: TokenizerConfig = option(BPETokenizer(), "conversion of text to tokens")
+    cache_dir: str = option("data_cache", "folder for token shards, shared by all runs", min_length=1)
+    workers: int | None = option(None, "processes that tokenize; null: one per core", unit="processes", ge=1)
 
     def rules(self) -> Iterator[tuple[str, str]]:
         for name, sources in (("sources", self.sources), ("val_sources", self.val_sources)):
             if len({source.weight is None for source in sources}) > 1:
-                yield name, "give every source a weight, or none"
+                yield name, "give every source a weight, or none of them"
 
 
 # --- optimizer and schedule ------------------------------------------------------------------------
@@ -383,20 +410,20 @@ class ConstantSchedule(ScheduleConfig):
 Schedule = one_of(CosineSchedule, LinearSchedule, WSDSchedule, ConstantSchedule)
 
 
-# --- carrying it out, watching it, keeping it ------------------------------------------------------
+# --- execution, checkpoints, evaluation, logging ------------------------------------------------------
 
 
 class MeshConfig(Section):
-    """The processes as a grid: their number is replicate x shard. docs/distributed.md says what to choose."""
+    """The device mesh of replicate x shard processes. docs/distributed.md explains the choice."""
 
     replicate: int | None = option(
-        None, "copies of the weights, each on `shard` processes; null: as many as there are", unit="copies", ge=1
+        None, "copies of the model (HSDP replicas); null: number of processes / shard", unit="copies", ge=1
     )
     shard: int = option(
-        1, "processes that weights, gradients and optimizer state are split over (FSDP2)", unit="processes", ge=1
+        1, "processes that share weights, gradients and optimizer state (FSDP2)", unit="processes", ge=1
     )
     expert: int = option(
-        1, "processes that a layer's experts are split over; tokens travel to them", unit="processes", ge=1
+        1, "processes that share each layer's experts (expert parallelism, all-to-all)", unit="processes", ge=1
     )
 
     def rules(self) -> Iterator[tuple[str, str]]:
@@ -407,131 +434,135 @@ class MeshConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the run is carried out. Nothing here changes what is computed, beyond the order of sums."""
+    """Devices, kernels and parallelism. They change speed and memory, and results only by the order of sums."""
 
-    device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "where to compute; auto: the first there is")
+    device: Literal["auto", "cuda", "mps", "cpu"] = option(
+        "auto", "device; auto: the first of cuda, mps and cpu that is available"
+    )
     attention: Literal[
         "auto", "flash3", "flash4", "flash2", "cudnn", "flash", "varlen", "flex", "efficient", "sdpa", "reference"
-    ] = option("auto", "attention kernel; auto: the first that really runs here, forward and backward")
+    ] = option("auto", "attention kernel; auto: the first that runs here and equals the reference")
     experts: Literal["auto", "triton", "grouped", "loop", "reference"] = option(
-        "auto", "kernel of the experts; auto: of those that really run here the first, on CUDA the fastest"
+        "auto", "expert kernel; auto: the first that runs here and equals the reference, on CUDA the fastest"
     )
     loss: Literal["auto", "triton", "chunked", "reference"] = option(
-        "auto", "kernel of the loss; auto: the first that really runs here; reference holds all logits at once"
+        "auto", "loss kernel; auto: the first that runs here; reference holds all logits in memory at once"
     )
     compile: bool = option(False, "compile the blocks with torch.compile")
     recompute: Literal["none", "selective", "full"] = option(
-        "none", "activation checkpointing: compute again in the backward, all of a block or all but its products"
+        "none", "activation checkpointing: recompute whole blocks (full), or all but matmul outputs (selective)"
     )
-    mesh: MeshConfig = option(MeshConfig(), "how weights and experts lie on several processes")
+    mesh: MeshConfig = option(MeshConfig(), "how processes share weights and experts")
     timeout_s: float = option(
-        600.0, "longest wait for another process before the run ends with a line that names it", unit="seconds", gt=0
+        600.0, "longest wait for another process; then the run ends with an error that names it", unit="seconds", gt=0
     )
 
 
 class CheckpointConfig(Section):
-    """When the run is saved. The end of the run, SIGTERM, SIGINT and SIGUSR1 always save."""
+    """When the run is saved. It is also saved at its end and on SIGTERM, SIGINT and SIGUSR1."""
 
-    every: int | None = option(500, "save every so many steps; null: not by steps", unit="steps", ge=1)
-    every_minutes: float | None = option(10.0, "save after so long; null: not by time", unit="minutes", gt=0)
-    keep: int = option(2, "newest checkpoints that are kept", unit="checkpoints", ge=1)
-    keep_best: bool = option(True, "keep the one with the lowest validation loss as well")
-    background: bool = option(True, "write while training goes on, from a copy in memory")
+    every: int | None = option(500, "save every N steps; null: not by steps", unit="steps", ge=1)
+    every_minutes: float | None = option(10.0, "save every N minutes; null: not by time", unit="minutes", gt=0)
+    keep: int = option(2, "number of newest checkpoints to keep", unit="checkpoints", ge=1)
+    keep_best: bool = option(True, "also save and keep the checkpoint with the lowest validation loss")
+    background: bool = option(True, "write in the background from a copy in memory, while training continues")
     one_file_gib: float = option(
-        8.0, "above this size each process writes its own part, and none needs the whole", unit="GiB", ge=0
+        8.0, "larger checkpoints are written by all processes, one part each", unit="GiB", ge=0
     )
 
 
 class EvalConfig(Section):
-    """Evaluation over a fixed validation set, and samples of generated text."""
+    """Evaluation on a fixed part of the validation text, and samples of generated text."""
 
-    every: int | None = option(200, "evaluate every so many steps and at the end; null: at the end", unit="steps", ge=1)
-    tokens: int | None = option(1_000_000, "validation tokens used; null: all of them", unit="tokens", ge=1)
-    prompts: Annotated[tuple[str, ...], Field(strict=False)] = option((), "texts to continue at each evaluation")
-    sample_tokens: int = option(64, "length of a continuation", unit="tokens", ge=1)
-    temperature: float = option(0.8, "sampling temperature; 0: always the likeliest token", ge=0)
-    top_k: int | None = option(50, "sample among the so many likeliest; null: among all", unit="tokens", ge=1)
+    every: int | None = option(200, "evaluate every N steps and at the end; null: at the end only", unit="steps", ge=1)
+    tokens: int | None = option(1_000_000, "validation tokens to evaluate on; null: all", unit="tokens", ge=1)
+    prompts: Annotated[tuple[str, ...], Field(strict=False)] = option((), "prompts to continue at each evaluation")
+    sample_tokens: int = option(64, "length of each continuation", unit="tokens", ge=1)
+    temperature: float = option(0.8, "sampling temperature; 0: greedy", ge=0)
+    top_k: int | None = option(50, "sample from the N likeliest tokens; null: from all", unit="tokens", ge=1)
 
 
 class WandbConfig(Section):
     """Weights & Biases."""
 
-    project: str = option("training", "project that the run is logged to", min_length=1)
-    entity: str | None = option(None, "user or team; null: your default")
-    mode: Literal["online", "offline"] = option("online", "send at once, or keep on disk for `wandb sync`")
+    project: str = option("training", "W&B project", min_length=1)
+    entity: str | None = option(None, "W&B user or team; null: your default")
+    mode: Literal["online", "offline"] = option(
+        "online", "online: send while training; offline: store on disk for `wandb sync`"
+    )
 
 
 class LoggingConfig(Section):
-    """Where progress is written, beside metrics.jsonl, which always is."""
+    """Outputs beside metrics.jsonl, which is always written."""
 
-    every: int = option(
-        10, "console line, and metrics fetched from the device, every so many steps", unit="steps", ge=1
-    )
+    every: int = option(10, "print a console line and fetch metrics from the device every N steps", unit="steps", ge=1)
     tensorboard: bool = option(True, "write TensorBoard events")
     histogram_every: int = option(
-        100, "images and histograms of expert load, for TensorBoard and W&B, every so many steps", unit="steps", ge=1
+        100, "images and histograms of expert load to TensorBoard and W&B every N steps", unit="steps", ge=1
     )
-    wandb: WandbConfig | None = option(None, "log to Weights & Biases; null: no")
+    wandb: WandbConfig | None = option(None, "log to Weights & Biases; null: off")
 
 
 class Config(Section):
     """A run."""
 
-    name: str = option("gpt2", "the run's name: its folder below out_dir", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    out_dir: str = option("runs", "folder that holds the runs", min_length=1)
-    seed: int = option(0, "seed of initial weights, data order and samples", ge=0, lt=2**32)
-    steps: int = option(1000, "optimizer steps of the whole run", unit="steps", ge=1)
-    batch_tokens: int = option(524_288, "tokens per optimizer step, over all devices", unit="tokens", ge=1)
+    name: str = option("gpt2", "name of the run and of its folder in out_dir", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    out_dir: str = option("runs", "folder of all runs", min_length=1)
+    seed: int = option(0, "random seed of initial weights, data order and generated samples", ge=0, lt=2**32)
+    steps: int = option(1000, "optimizer steps in all", unit="steps", ge=1)
+    batch_tokens: int = option(524_288, "tokens per optimizer step, over all processes", unit="tokens", ge=1)
     micro_batch: Literal["auto"] | PositiveInt = option(
-        "auto", "samples per forward and backward; auto: as many as fit; changes memory and speed only", unit="samples"
+        "auto", "samples per forward and backward; auto: as many as fit; changes only memory and speed", unit="samples"
     )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
-        "auto", "type of the matrix products; auto: bf16 where the device has units for it, else fp32"
+        "auto", "compute dtype of matmuls; auto: bf16 if the device supports it in hardware, else fp32"
     )
     init_from: str | None = option(
         None,
-        "weights and sizes to begin with: a finished run, a Hugging Face folder or a name on the hub",
+        "initial weights and sizes: a finished run, a Hugging Face folder or hub name; null: random",
         min_length=1,
     )
     upcycle_noise: float | None = option(
         None,
-        "noise on the experts that init_from's dense layers become, relative to their weights; null: none",
+        "upcycling: noise on the new experts, relative to the dense layer's weights; null: none",
         gt=0,
     )
     skip_spikes: float | None = option(
         None,
-        "skip a step whose loss or gradient norm is so far above the last 128; null: take every finite one",
+        "skip updates whose loss or gradient norm is N deviations above the last 128; null: off",
         unit="standard deviations",
         gt=0,
     )
     model: ModelConfig = option(ModelConfig(), "the network")
-    data: DataConfig = option(..., "what it reads")
+    data: DataConfig = option(..., "training and validation text")
     optim: Optim = option(AdamWConfig(), "the optimizer")
-    schedule: Schedule = option(CosineSchedule(), "learning rate over the run")
-    parallel: ParallelConfig = option(ParallelConfig(), "how it is carried out")
-    checkpoint: CheckpointConfig = option(CheckpointConfig(), "when it is saved")
-    eval: EvalConfig = option(EvalConfig(), "how it is judged")
-    logging: LoggingConfig = option(LoggingConfig(), "how it is watched")
+    schedule: Schedule = option(CosineSchedule(), "learning-rate schedule")
+    parallel: ParallelConfig = option(ParallelConfig(), "devices, kernels and parallelism")
+    checkpoint: CheckpointConfig = option(CheckpointConfig(), "checkpoints")
+    eval: EvalConfig = option(EvalConfig(), "evaluation")
+    logging: LoggingConfig = option(LoggingConfig(), "logging")
 
     @property
     def run_dir(self) -> Path:
         """The run's folder."""
         return Path(self.out_dir, self.name)
 
+    def with_explicit_sizes(self) -> Self:
+        """Return a copy in which no null stands for a size of the model."""
+        return self.model_copy(update={"model": self.model.with_explicit_sizes()})
+
     def rules(self) -> Iterator[tuple[str, str]]:
-        borrowed = self.init_from is not None and "n_positions" not in self.model.model_fields_set
-        if not borrowed and self.batch_tokens % self.model.n_positions:
-            yield (
-                "batch_tokens",
-                f"{self.batch_tokens} is not a multiple of model.n_positions {self.model.n_positions}",
-            )
+        is_inherited = self.init_from is not None and "n_positions" not in self.model.model_fields_set
+        if not is_inherited and self.batch_tokens % self.model.n_positions:
+            problem = f"{self.batch_tokens} is not a multiple of model.n_positions {self.model.n_positions}"
+            yield "batch_tokens", problem
         if self.upcycle_noise is not None and self.init_from is None:
-            yield "upcycle_noise", "there is no init_from whose layers could become experts"
+            yield "upcycle_noise", "needs init_from, whose dense layers become experts"
         for name, problem in self.schedule.step_rules(self.steps):
             yield f"schedule.{name}", problem
 
 
-# What a restart may change: how the run is carried out, watched and kept, never what it computes.
+# Options that may change when a run is resumed: none of them changes what the run computes.
 CHANGEABLE_ON_RESUME = frozenset(
     {"name", "out_dir", "micro_batch", "parallel", "checkpoint", "eval", "logging", "data.cache_dir", "data.workers"}
 )

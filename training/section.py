@@ -1,39 +1,38 @@
-"""What options are made of: `option`, `Section`, `one_of`."""
+"""The parts that options are declared with: `option`, `Section`, `one_of`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Annotated, Any, Union
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 
 def option(default: Any, doc: str, *, unit: str | None = None, **limits: Any) -> Any:
-    """One option: its default, what it does in a line, its unit, its limits (`ge`, `gt`, `le`, ...)."""
+    """Declare an option: its default, its help text in one line, its unit, its limits (`ge`, `gt`, `le`, ...)."""
     return Field(default, description=doc, json_schema_extra={"unit": unit} if unit else None, **limits)
 
 
 class Section(BaseModel):
-    """A group of options: frozen, no unknown keys, no silent conversion of types."""
+    """A group of options: frozen, without unknown keys or silent conversions of types."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def rules(self) -> Iterator[tuple[str, str]]:
-        """Yield (option below this section, what is wrong with it) for rules between options."""
+        """Yield (option below this section, problem) for each rule between options that is broken."""
         yield from ()
 
     @model_validator(mode="after")
-    def _check_rules(self, info: ValidationInfo) -> Section:
-        # Who passes a context runs `rules` afterwards: raised here, a section's would hide those of the sections above.
-        if info.context is None and (problems := list(self.rules())):
+    def _check_rules(self) -> Section:
+        if problems := list(self.rules()):
             text = "; ".join(f"{path}: {message}" for path, message in problems)
             raise PydanticCustomError("rules", "{text}", {"text": text, "problems": problems})
         return self
 
 
 def one_of(*variants: type[Section]) -> Any:
-    """A union told apart by `type:`; where that is left out, the first variant is meant."""
+    """Make a union whose variants have a `type:` each; without a `type`, the first variant is meant."""
     names = [variant.model_fields["type"].default for variant in variants]
 
     def name_of(value: Any) -> Any:

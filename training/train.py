@@ -3,7 +3,7 @@
     python -m training.train --config configs/quickstart.yaml
     python -m training.train --config my.yaml --optim.learning_rate 1e-3 --steps 2000
 
-The run is left in out_dir/name. Started again with the same options, it goes on where it was.
+The run is written to out_dir/name. The same command, started again, resumes it.
 """
 
 from __future__ import annotations
@@ -11,103 +11,97 @@ from __future__ import annotations
 import os
 import sys
 import time
-from contextlib import ExitStack
-from pathlib import Path
+from contextlib import ExitStack, closing
 
 from training.config import Config
-from training.errors import UserError, one_line
-from training.files import run_lock
+from training.errors import UserError, command
 from training.options import cli
+from training.session import session
 
 FLAGS = {
-    "--resume": "auto: go on from the run's newest checkpoint (default); never: start over, the old run is moved "
-    "aside; PATH: begin with the checkpoint or run at PATH"
+    "--resume": "auto: resume from the run's latest checkpoint (default); never: start over, moving the old run aside; "
+    "PATH: start from the checkpoint or run at PATH"
 }
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    """The command. Exit status: 0 done, 1 to be started again, 2 wrong input, 128 + n saved and stopped by signal n."""
+    """Run the command. Exit status: 0 done, 1 start it again, 2 wrong input, 128 + n saved and stopped by signal n."""
     arguments = sys.argv[1:] if argv is None else argv
     config, flags = cli.parse_command_line(arguments, prog="python -m training.train", doc=__doc__, flags=FLAGS)
-    # read once by torch: no C++ stacks about ranks that are lost, which a line names
+    # torch reads this at import. Hide C++ stack traces when a rank dies: our monitor prints one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL" if "WORLD_SIZE" in os.environ else "WARNING")
-    try:
-        return train(config, resume=resumed(flags["--resume"]))
-    except (UserError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return error.status if isinstance(error, UserError) else 2
-    except KeyboardInterrupt:  # before the first step
-        print("interrupted", file=sys.stderr)
-        return 130
+    return train(config, resume=resolve_resume(flags["--resume"]))
 
 
-def resumed(asked: str | None) -> str:
-    """What `--resume` means: a launcher that starts processes again does not start the run over again.
+def resolve_resume(value: str | None) -> str:
+    """Resolve --resume. After a torchrun restart, `never` becomes `auto`: the relaunch must not discard the run.
 
-    Raises UserError for nothing at all, such as a variable that is not set.
+    Raises UserError for an empty value, such as an unset shell variable.
     """
-    if asked == "":
-        raise UserError("--resume: '' is neither auto, never nor a path")
-    if asked == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+    if value == "":
+        raise UserError("--resume: '' is empty; use auto, never or a path")
+    if value == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
         return "auto"
-    return asked or "auto"
+    return value or "auto"
 
 
 def train(config: Config, *, resume: str = "auto") -> int:
-    """The five steps of a run; returns the exit status. torch is imported here, once the options are known good."""
-    began, folder = time.perf_counter(), Path(config.out_dir, config.name)
-    with ExitStack() as at_end:
-        lock = None
-        if os.environ.get("WORLD_SIZE", "1") == "1":
-            lock = at_end.enter_context(run_lock(folder))  # a second starter is told at once
-
+    """Run the five steps; return the exit status."""
+    started = time.perf_counter()
+    with session(config, resume) as run, ExitStack() as stack:
+        from training import engine  # imports torch, once the options are known to be good
         from training.data import prepare
-        from training.device import resolve_precision, select_device
-        from training.distributed.consistency import check_same_data, check_same_options
-        from training.distributed.mesh import check_mesh
-        from training.distributed.rendezvous import report_once_per_host
-        from training.distributed.world import join_world
-        from training.engine.build import begin, finish, preallocate_save_buffers
-        from training.engine.micro_batch import told_in_a_line
-        from training.engine.resume import stopped
-        from training.engine.step import Watch, record, train_step
-        from training.weights.init_from import resolve_init_from
 
-        with report_once_per_host():
-            world = join_world(select_device(config.parallel.device), config.parallel)
-        at_end.push(world.close)
-        if world.is_main and world.size > 1:
-            lock = at_end.enter_context(run_lock(folder))
-        check_same_options(world, config, resume, resolve_precision(config.precision, world.device))
-        world.set_activity("the preparation of data", "untimed")
-        config = resolve_init_from(config, fresh=resume == "never")
-        check_mesh(config, world.size)
-        dataset = prepare(config.data, quiet=not world.is_main)  # 1. load and preprocess the dataset
-        world.set_activity("the beginning", "untimed")
-        check_same_data(world, dataset.fingerprint)
-        run = begin(config, dataset, world, resume)  # 2. initialize, or restore, model and optimizer
-        at_end.callback(run.close)
-        at_end.enter_context(told_in_a_line(run))
-        watch = Watch(run)
-        at_end.callback(watch.close)
-        run.timer.set_start(began)
-        run.metrics.start_clock()
-        while run.step < run.config.steps:  # 3. train, 4. evaluating on the way and after the last step
-            train_step(run)
-            preallocate_save_buffers(run)
-            due = watch.due()
+        # 1. Load and preprocess the dataset.
+        dataset = prepare(run.config.data, quiet=not run.world.is_main)
+
+        # 2. Initialize the model and optimizer, or restore them from a checkpoint.
+        setup = engine.build(run.config, dataset, run.world, resume)
+        config, model, optimizer, state = setup.config, setup.model, setup.optimizer, setup.state
+        log = stack.enter_context(closing(engine.open_log(setup, dataset, started)))
+        checkpoints = stack.enter_context(engine.Checkpoints(config, model, optimizer, log))
+        events = stack.enter_context(engine.Events(config, run.world, checkpoints))
+        stack.enter_context(setup.micro_batch.restart_on_out_of_memory())
+        phase = engine.Phases(log.timer, run.world)
+
+        # 3. Train the model.
+        while state.step < config.steps:
+            metrics = engine.train_step(config, model, optimizer, setup.loader, setup.micro_batch, state, phase)
+            log.add(state.step, *metrics, state.guard.n_skipped)
+            checkpoints.preallocate()
+            with phase("communication"):
+                due = events.after(state)  # the same on all ranks
+            is_best = False
+
             if due.log:
-                world.set_activity(f"the record of step {run.step}", "untimed" if world.is_main else "timed")
-                if lock is not None:
-                    lock.check()
-                record(run, due)
+                with phase("compute", f"the log of step {state.step}"):
+                    log.fetch()  # waits for the device
+                run.check_lock()
+                engine.check_finite(state, log)
+            if due.evaluate:  # 4. Evaluate on validation data.
+                with phase("evaluation"):
+                    log.last_row |= engine.evaluate(setup, dataset.tokenizer)
+                    engine.check_finite(state, log)
+                    log.last_row |= engine.sample_texts(setup, dataset.tokenizer)
+                is_best = state.update_best(log.last_row["val_loss"], is_saved=due.save)
+            if due.log:
+                log.write()
+            if due.evaluate and run.world.is_main:
+                engine.update_report(config.run_dir)
+            if due.save or (is_best and config.checkpoint.keep_best):
+                with phase("checkpoint"):
+                    checkpoints.save(state)
+            if due.log:
+                log.start_clock()  # evaluations and saves do not count as training
             if due.signal:
-                run.saver.wait()
-                run.close()
-                stopped(run, due.signal, resume)
-                return 128 + due.signal
-        world.set_activity("the end", "untimed" if world.is_main else "timed")
-        finish(run)  # 5. save the final model and metrics
+                checkpoints.wait()
+                return engine.report_stop(due.signal, state, log, resume)
+
+        # 5. Save the final model and training metrics.
+        with phase("checkpoint", "the end of the run"):
+            checkpoints.wait()
+        engine.finish(setup, dataset, log, phase)
         return 0
 
 

@@ -1,112 +1,106 @@
-"""Which tokens each expert likes: where the routers send the validation text, for the report's table.
+"""Find the tokens that each expert is sent most, for experts.json and the report.
 
-Shapes: B batch, T tokens, N = B x T, K experts a token, E experts, S slots, one a counted token id and a last one for
-all the others.
+Shapes: B batch, T tokens, N = B x T tokens, K experts per token, E experts, S slots: one for each counted token id and
+a last one for all others.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from training.config import EvalConfig, ModelConfig
-from training.data import Tokenizer
+from training.data import Samples, Tokenizer
 from training.data.byte_unicode import unicode_to_bytes
-from training.data.loader import Samples
-from training.kernels.attention.table import find_documents
 from training.model import GPT
 
-MOST_TOKENS = 65_536  # of the validation text; and never more than an evaluation reads
-MOST_IDS = 4096  # token ids that are counted, the most frequent ones
-MOST_LAYERS = 12  # spread over the network, the first and the last one among them
-MOST_EXPERTS = 64  # of each layer, the first ones
-MOST_LIKED = 8  # tokens named for each expert
-LEAST_SHARE = 1 / 4096  # of the text that a token is of, to be told from chance: 16 times in MOST_TOKENS ...
-LEAST_SEEN = 5  # ... and in a short text so often
+MAX_TOKENS = 65_536  # read from the validation text; never more than `eval.tokens`
+MAX_IDS = 4096  # token ids that are counted: the most frequent ones
+MAX_LAYERS = 12  # evenly spaced over the network, first and last included
+MAX_EXPERTS = 64  # of each layer: the first ones
+MAX_TOP_TOKENS = 8  # per expert
+MIN_SHARE = 1 / 4096  # of the text that a counted token makes up: 16 times in MAX_TOKENS, enough to rule out chance
+MIN_COUNT = 5  # in a short text
 
 
 def measure_expert_tokens(
-    model: GPT, batches: Samples, tokenizer: Tokenizer, config: EvalConfig, *, micro_batch: int, step: int
+    model: GPT, samples: Samples, tokenizer: Tokenizer, config: EvalConfig, *, micro_batch: int, step: int
 ) -> dict:
-    """What experts.json says: for each MoE layer and each of its experts the tokens that it is sent most for its size.
+    """Return the contents of experts.json: for each MoE layer and expert the tokens with the largest lift.
 
-    `batches` are the validation text, `step` says when in the run this is. The model is left as it is.
+    `samples` are the validation text. Leaves the model unchanged.
     """
-    n_tokens = min(MOST_TOKENS, config.tokens or MOST_TOKENS)
-    n_windows = min(batches.n_samples, max(1, n_tokens // batches.n_positions))
-    windows = np.arange(n_windows) * batches.n_samples // n_windows
-    tokens_BT, targets_BT = batches.at(windows)
-    text_BT = targets_BT >= 0  # the last window may be partly empty
+    indices = samples.evenly_spaced(min(MAX_TOKENS, config.tokens or MAX_TOKENS))
+    batch = samples.batch(indices)
+    tokens_BT = batch.tokens_BT.numpy()
+    is_text_BT = batch.targets_BT.numpy() >= 0  # the last window may be partly empty
 
-    n_text = int(text_BT.sum())
-    least = max(LEAST_SEEN, round(n_text * LEAST_SHARE))
-    ids, n_seen = np.unique(tokens_BT[text_BT], return_counts=True)
-    frequent = np.argsort(-n_seen, kind="stable")[:MOST_IDS]
-    ids_S = np.sort(ids[frequent[n_seen[frequent] >= least]])
-    counts = count_routed(model, tokens_BT, text_BT, ids_S, tokenizer.end_of_text, micro_batch)
+    n_tokens = int(is_text_BT.sum())
+    min_count = max(MIN_COUNT, round(n_tokens * MIN_SHARE))
+    ids, count = np.unique(tokens_BT[is_text_BT], return_counts=True)
+    frequent = np.argsort(-count, kind="stable")[:MAX_IDS]
+    ids_S = np.sort(ids[frequent[count[frequent] >= min_count]])
+    counts = count_routed(model, samples, indices, ids_S, micro_batch)
 
     texts = token_texts(tokenizer, ids_S)
     layers = [
         {
             "layer": layer,
-            "n_experts": counts_SE.shape[1],
+            "n_experts": count_SE.shape[1],
             "liked": [
-                [{"text": texts[slot], "lift": round(lift, 3), "sent": n_sent} for slot, lift, n_sent in of_expert]
-                for of_expert in top_tokens(counts_SE)
+                [{"text": texts[slot], "lift": round(lift, 3), "sent": n} for slot, lift, n in expert]
+                for expert in top_tokens(count_SE)
             ],
         }
-        for layer, counts_SE in counts.items()
+        for layer, count_SE in counts.items()
     ]
-    return {"step": step, "n_tokens": n_text, "seen_at_least": least, "layers": layers}
+    return {"step": step, "n_tokens": n_tokens, "seen_at_least": min_count, "layers": layers}
 
 
 def count_routed(
-    model: GPT, tokens_BT: np.ndarray, text_BT: np.ndarray, ids_S: np.ndarray, end_of_text: int, micro_batch: int
+    model: GPT, samples: Samples, indices: np.ndarray, ids_S: np.ndarray, micro_batch: int
 ) -> dict[int, np.ndarray]:
-    """int32 (S, E) for some MoE layers by their index: how often each token id was sent to each expert."""
+    """Return, by MoE layer, int32 (S, E): how often each token id was sent to each expert."""
     counts = {layer: np.zeros((len(ids_S) + 1, n), np.int32) for layer, n in sampled_layers(model.config).items()}
-    slot_BT = np.searchsorted(ids_S, tokens_BT)
-    slot_BT[~np.isin(tokens_BT, ids_S)] = len(ids_S)
     device = model.wte.weight.device
-    for first in range(0, len(tokens_BT), micro_batch):
-        rows = slice(first, first + micro_batch)
-        tokens, apart = torch.from_numpy(tokens_BT[rows]), None
-        if model.config.isolate_documents:
-            apart = find_documents(tokens, end_of_text).to(device)
-        routes = model.routed_experts(tokens.to(device), apart)
-        slot_N1 = slot_BT[rows][text_BT[rows]][:, None]
-        for layer, counts_SE in counts.items():
-            topk_ids_NK = routes[layer].cpu().numpy()[text_BT[rows]]
-            place_NK = slot_N1 * counts_SE.shape[1] + topk_ids_NK
-            counts_SE += np.bincount(place_NK.ravel(), minlength=counts_SE.size).reshape(counts_SE.shape)
+    for first in range(0, len(indices), micro_batch):
+        batch = samples.batch(indices[first : first + micro_batch])
+        tokens_BT, is_text_BT = batch.tokens_BT.numpy(), batch.targets_BT.numpy() >= 0
+        slot_BT = np.where(np.isin(tokens_BT, ids_S), np.searchsorted(ids_S, tokens_BT), len(ids_S))
+        on_device = batch.to(device)
+        routes = model.routed_experts(on_device.tokens_BT, on_device.documents)
+        slot_N1 = slot_BT[is_text_BT][:, None]
+        for layer, count_SE in counts.items():
+            expert_NK = routes[layer].cpu().numpy()[is_text_BT]
+            cell_NK = slot_N1 * count_SE.shape[1] + expert_NK
+            count_SE += np.bincount(cell_NK.ravel(), minlength=count_SE.size).reshape(count_SE.shape)
     return counts
 
 
 def sampled_layers(config: ModelConfig) -> dict[int, int]:
-    """Index and number of experts of up to MOST_LAYERS of the MoE layers."""
-    all_ = [(i, block.ffn.n_experts) for i, block in enumerate(config.layers()) if block.ffn.type == "moe"]
-    n = min(len(all_), MOST_LAYERS)
-    return dict(all_[round(i * (len(all_) - 1) / max(n - 1, 1))] for i in range(n))
+    """Return the number of experts of up to MAX_LAYERS MoE layers, by layer."""
+    layers = [(i, block.ffn.n_experts) for i, block in enumerate(config.layers()) if block.ffn.type == "moe"]
+    n = min(len(layers), MAX_LAYERS)
+    return dict(layers[round(i * (len(layers) - 1) / max(n - 1, 1))] for i in range(n))
 
 
-def top_tokens(counts_SE: np.ndarray) -> list[list[tuple[int, float, int]]]:
-    """For each expert (slot, lift, times sent there) of the tokens that it is sent most for its size, most first.
+def top_tokens(count_SE: np.ndarray) -> list[list[tuple[int, float, int]]]:
+    """Return for each expert up to MAX_TOP_TOKENS of (slot, lift, count), largest lift first.
 
-    A lift is the share of the token's journeys that end at the expert over that of all tokens': 1 is no liking.
+    The lift is the expert's share of the token's assignments over its share of all assignments; above 1 only.
     """
-    share_E = counts_SE.sum(axis=0) / counts_SE.sum()
-    here_SE = counts_SE[:-1]
-    share_SE = here_SE / here_SE.sum(axis=1, keepdims=True)
+    share_E = count_SE.sum(axis=0) / count_SE.sum()
+    counted_SE = count_SE[:-1]
+    share_SE = counted_SE / counted_SE.sum(axis=1, keepdims=True)
     lift_SE = np.divide(share_SE, share_E, out=np.zeros_like(share_SE), where=share_E > 0)
-    found = []
-    for here_S, lift_S in zip(here_SE.T[:MOST_EXPERTS], lift_SE.T, strict=False):
-        order = np.lexsort((-here_S, -lift_S))[:MOST_LIKED]
-        found.append([(int(i), float(lift_S[i]), int(here_S[i])) for i in order if lift_S[i] > 1])
-    return found
+    experts = []
+    for count_S, lift_S in zip(counted_SE.T[:MAX_EXPERTS], lift_SE.T, strict=False):
+        order = np.lexsort((-count_S, -lift_S))[:MAX_TOP_TOKENS]
+        experts.append([(int(i), float(lift_S[i]), int(count_S[i])) for i in order if lift_S[i] > 1])
+    return experts
 
 
 def token_texts(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
-    """What each token spells; where that is a part of a character, its bytes as \\xe2."""
+    """Return the text of each token; bytes that are part of a character as \\xe2."""
     added, byte_of = tokenizer.inner.get_added_tokens_decoder(), unicode_to_bytes()
     return [
         added[id_].content

@@ -1,4 +1,4 @@
-"""Steps that are not taken: one whose loss or gradient is not finite teaches nothing, and a spike does harm."""
+"""Decide which updates to skip: those from a NaN or infinite loss or gradient and, on request, spikes."""
 
 from __future__ import annotations
 
@@ -6,65 +6,71 @@ import math
 import statistics
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
-MOST = 10  # skipped in a row
-WINDOW, FEWEST = 128, 32  # steps that a spike is measured against
+MAX_CONSECUTIVE = 10  # skipped updates in a row, before a run stops or a spike counts as the new level
+WINDOW = 128  # updates that a spike is measured against
+MIN_WINDOW = 32  # fewer than this say too little about the spread
 
 
 @dataclass
-class Skips:
-    """Which steps are taken; a part of the run's state. All ranks have the same figures, and so the same answer."""
+class StepGuard:
+    """The count of skipped updates and the recent losses and gradient norms. Equal on all ranks, as its inputs are."""
 
-    limit: float | None = None  # standard deviations above the mean that make a spike; None: nothing is one
-    total: int = 0
-    in_a_row: int = 0  # that were not finite
-    spikes: int = 0  # in a row
+    spike_limit: float | None = None  # standard deviations above the mean that count as a spike; None: never skip one
+    n_skipped: int = 0
+    consecutive: int = 0  # non-finite updates in a row
+    consecutive_spikes: int = 0
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     norms: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
-    def why(self, loss: float, norm: float) -> str | None:
-        """Why a step of this loss, in nats, and gradient norm is skipped; None: it is taken. To be asked once a step.
+    @property
+    def is_stuck(self) -> bool:
+        """True after MAX_CONSECUTIVE non-finite updates in a row."""
+        return self.consecutive >= MAX_CONSECUTIVE
 
-        After `MOST` spikes in a row the higher level is the new one.
-        """
-        found = _not_finite(loss, norm) or self._spike(loss, norm)
-        self.in_a_row = self.in_a_row + 1 if _not_finite(loss, norm) else 0
-        if found:
-            self.total += 1
+    def reason_to_skip(self, loss: float, grad_norm: float) -> str | None:
+        """Count one update and return why to skip it, or None to apply it. `loss` is in nats. Call once per step."""
+        non_finite = _non_finite(loss, grad_norm)
+        reason = non_finite or self._spike(loss, grad_norm)
+        self.consecutive = self.consecutive + 1 if non_finite else 0
+        if reason:
+            self.n_skipped += 1
         else:
             self.losses.append(loss)
-            self.norms.append(norm)
-        return found
+            self.norms.append(grad_norm)
+        return reason
 
-    def state_dict(self) -> dict:
-        """For JSON."""
-        window = {"losses": list(self.losses), "norms": list(self.norms)} if self.limit is not None else {}
-        return {"total": self.total, "in_a_row": self.in_a_row, "spikes": self.spikes} | window
+    def to_json(self) -> dict[str, Any]:
+        """Return the guard's state as plain data, without the limit, which is an option."""
+        window = {"losses": list(self.losses), "norms": list(self.norms)} if self.spike_limit is not None else {}
+        return {"total": self.n_skipped, "in_a_row": self.consecutive, "spikes": self.consecutive_spikes} | window
 
-    def load_state_dict(self, state: dict) -> None:
-        """The inverse."""
-        self.total, self.in_a_row, self.spikes = (state[name] for name in ("total", "in_a_row", "spikes"))
-        self.losses.extend(state.get("losses", ()))
-        self.norms.extend(state.get("norms", ()))
+    def load_json(self, values: dict[str, Any]) -> None:
+        """Restore what `to_json` returned. Raises KeyError or TypeError for anything else."""
+        self.n_skipped, self.consecutive = values["total"], values["in_a_row"]
+        self.consecutive_spikes = values["spikes"]
+        self.losses.extend(values.get("losses", ()))
+        self.norms.extend(values.get("norms", ()))
 
-    def _spike(self, loss: float, norm: float) -> str | None:
-        if self.limit is None or len(self.losses) < FEWEST:
+    def _spike(self, loss: float, grad_norm: float) -> str | None:
+        if self.spike_limit is None or len(self.losses) < MIN_WINDOW:
             return None
-        for what, value, before in (("loss", loss, self.losses), ("grad_norm", norm, self.norms)):
-            mean, deviation = statistics.fmean(before), statistics.pstdev(before)
-            if value > mean + self.limit * max(deviation, 1e-12):
-                self.spikes += 1
-                if self.spikes > MOST:
+        for name, value, window in (("loss", loss, self.losses), ("grad_norm", grad_norm, self.norms)):
+            mean, deviation = statistics.fmean(window), statistics.pstdev(window)
+            if value > mean + self.spike_limit * max(deviation, 1e-12):
+                self.consecutive_spikes += 1
+                if self.consecutive_spikes > MAX_CONSECUTIVE:  # no spike any more: the run is at a new level
                     self.losses.clear()
                     self.norms.clear()
                     break
-                return f"{what} is {value:.4g}, and was {mean:.4g} +- {deviation:.2g}"
-        self.spikes = 0
+                return f"{name} is {value:.4g}, after a mean of {mean:.4g} +- {deviation:.2g}"
+        self.consecutive_spikes = 0
         return None
 
 
-def _not_finite(loss: float, norm: float) -> str | None:
-    for what, value in (("loss", loss), ("grad_norm", norm)):
+def _non_finite(loss: float, grad_norm: float) -> str | None:
+    for name, value in (("loss", loss), ("grad_norm", grad_norm)):
         if not math.isfinite(value):
-            return f"{what} is {value}"
+            return f"{name} is {value}"
     return None

@@ -1,4 +1,4 @@
-"""A model read back from the folder of a run, finished or not."""
+"""Load a trained model from the folder of a run, finished or not, for evaluation, generation and export."""
 
 from __future__ import annotations
 
@@ -19,69 +19,75 @@ from training.errors import UserError
 from training.kernels.choose import choose_kernels
 from training.model import GPT, kernel_requirements
 
+ATTEMPTS = 3  # at reading a checkpoint: a run that trains meanwhile may remove it
 
-class Stored(NamedTuple):
+
+class LoadedRun(NamedTuple):
     """A checkpoint's weights and what belongs to them."""
 
     config: Config
     weights: dict[str, Tensor]  # float32
     tokenizer: Tokenizer
     step: int
-    data: str  # the fingerprint of what it was trained on
+    data: str  # fingerprint of the text it was trained on
 
 
-def read(run: str) -> Stored:
-    """The newest whole checkpoint of the run in folder `run`, or the checkpoint that `run` is.
+def load_run(run: str) -> LoadedRun:
+    """Read the latest intact checkpoint of the run in folder `run`, or the checkpoint at `run` itself.
 
-    Raises UserError where there is none.
+    Raises UserError if there is none, or if its weights are not those of its configuration.
     """
-    path, found = _newest(Path(run).resolve())
-    if found is None:
-        raise UserError(f"--run {run}: no run with a checkpoint; a run is a folder such as runs/quickstart")
+    path, loaded = _latest(Path(run).resolve())
+    if loaded is None:
+        raise UserError(f"--run {run}: no run with a checkpoint; name a run's folder such as runs/quickstart")
     try:
-        config, step, data = (found.state[name] for name in ("config", "step", "data"))
+        config, step, data = (loaded.state[name] for name in ("config", "step", "data"))
         config = Config.model_validate(config)
     except ValidationError as error:
-        raise UserError(f"{path}: its configuration is not one of this version: {error.errors()[0]['msg']}") from error
+        message = error.errors()[0]["msg"]
+        raise UserError(f"{path}: its configuration is not one of this version: {message}") from error
     except (KeyError, TypeError):
         raise UserError(f"{path / 'state.json'}: not the state of a run") from None
-    if not _fits(config.model, found.model):
-        raise UserError(f"{path}: its weights are not those of the model that its configuration describes")
-    return Stored(config, found.model, Tokenizer.load(path.parent.parent / "tokenizer"), step, data)
+    if not _has_weights_of(config.model, loaded.model):
+        raise UserError(f"{path}: its weights are not those of the model in its configuration")
+    return LoadedRun(config, loaded.model, Tokenizer.load(path.parent.parent / "tokenizer"), step, data)
 
 
-def _fits(model: ModelConfig, weights: dict[str, Tensor]) -> bool:
-    """Whether the weights are the model's, seen before it takes memory."""
-    if model.vocab_size is None or model.n_layer > len(weights):
+def load_model(run: str, device_name: str = "auto") -> tuple[GPT, LoadedRun]:
+    """Return the model of `load_run` on its device, ready for inference, and the rest of the run."""
+    loaded = load_run(run)
+    config, device, dtype = (
+        loaded.config.model,
+        devices.select_device(device_name),
+        devices.DTYPES[loaded.config.precision],
+    )
+    choice = choose_kernels(ParallelConfig(), kernel_requirements(config), device=device, dtype=dtype)
+    model = GPT(config, choice.kernels, dtype)
+    model.load_state_dict(loaded.weights)
+    return model.to(device).cast_for_inference(), loaded
+
+
+def _has_weights_of(config: ModelConfig, weights: dict[str, Tensor]) -> bool:
+    """Return True if names and shapes are the model's; checked on the meta device, before anything takes memory."""
+    if config.vocab_size is None or config.n_layer > len(weights):
         return False
     try:
         with torch.device("meta"):
-            shapes = {name: tensor.shape for name, tensor in GPT(model).state_dict().items()}
-    except RuntimeError:  # sizes beyond all addresses
+            shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    except RuntimeError:  # sizes beyond the address space
         return False
     return shapes == {name: tensor.shape for name, tensor in weights.items()}
 
 
-def load(run: str, asked_device: str = "auto") -> tuple[GPT, Stored]:
-    """The model of `read`, ready to compute, and what belongs to it."""
-    stored = read(run)
-    model_config, device = stored.config.model, devices.select_device(asked_device)
-    dtype = devices.DTYPES[stored.config.precision]
-    kernels, _ = choose_kernels(ParallelConfig(), kernel_requirements(model_config), device=device, dtype=dtype)
-    model = GPT(model_config, kernels, dtype)
-    model.load_state_dict(stored.weights)
-    return model.to(device).cast_for_inference(), stored
-
-
-def _newest(folder: Path) -> tuple[Path, Checkpoint | None]:
-    """The checkpoint that `folder` is, or the newest whole one of the run there; (folder, None) where there is none."""
+def _latest(folder: Path) -> tuple[Path, Checkpoint | None]:
+    """Return (path, checkpoint): the one at `folder`, or the latest intact one of the run there, or None."""
     if (folder / checkpoint.MANIFEST).is_file():
         return folder, checkpoint.load(folder)
-    for last_try in (False, False, True):
+    for attempt in range(1, ATTEMPTS + 1):
         try:
             path = checkpoint.latest(folder / "checkpoints", warn=lambda line: print(line, file=sys.stderr))
             return (folder, None) if path is None else (path, checkpoint.load(path, verify=False))
-        except (OSError, UserError):  # the run goes on meanwhile, and removed what was being read
-            if last_try:
+        except (OSError, UserError):
+            if attempt == ATTEMPTS:
                 raise
     raise AssertionError

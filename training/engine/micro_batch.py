@@ -1,6 +1,6 @@
-"""How many samples fit into memory at a time, tried; and what to do when they no longer do.
+"""Find the largest micro-batch that fits in memory by trying, and shrink it after an out-of-memory error.
 
-Nothing of this changes what is computed, beyond the order of sums. All ranks have the same answer.
+Nothing here changes what is computed beyond the order of sums. All ranks hold the same values.
 """
 
 from __future__ import annotations
@@ -10,191 +10,215 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
-import numpy as np
 import torch
 
 from training import device as devices
+from training.batch import Batch
+from training.config import Config
+from training.data import Tokenizer
+from training.distributed.sharded_model import ShardedModel
+from training.engine.gradients import forward_backward
+from training.engine.state import TrainState
 from training.errors import RestartNeeded, UserError
 from training.files import write_atomically
+from training.model.moe import MoE
+from training.optim.optimizer import Optimizer
 from training.planning.batch_split import HEADROOM, equal_parts, max_samples_per_rank
 
-if TYPE_CHECKING:
-    from training.engine.build import Run
-
-KEPT = "micro_batch.json"  # in the run's folder
+FILE = "micro_batch.json"  # in the run's folder, for the start after an out-of-memory error
 
 
-def place(run: Run) -> str:
-    """The devices and options that a micro-batch was found for, as it is remembered. Collective."""
-    grid, config = run.layout.mesh, run.config
-    names = {name.decode() for name in run.world.gather_bytes(devices.device_name(run.world.device).encode())}
-    ranks = f"{grid.replicate} x {grid.shard} x {grid.expert}"
-    asked = f"micro_batch {config.micro_batch}, recompute {config.parallel.recompute}"
-    return f"{' and '.join(sorted(names))}, {ranks}, {asked}"
+class MicroBatch:
+    """The number of samples in one forward and backward, and how to lower it.
 
-
-def choose(run: Run, remembered: dict[str, dict]) -> None:
-    """Set the run's micro-batch: the one asked for, that remembered for this place, or what fits. Collective.
-
-    What was remembered is also whether blocks are computed again. Raises UserError where not one sample fits.
+    `known` maps a hardware key (devices, mesh, options) to what fits there: {"micro_batch", "recompute"}. It is part of
+    the run's state, so that a restart does not search again.
     """
-    most = max_samples_per_rank(run.config, run.world.size)
-    run.place = place(run)
-    run.fits = run.world.broadcast(run.world.is_main and remembered | _kept(run))
-    if known := run.fits.get(run.place):
-        run.micro_batch = known["micro_batch"]
-        if known["recompute"] != run.layout.activation_checkpointing:
-            run.layout.set_activation_checkpointing(known["recompute"])
-    elif run.config.micro_batch == "auto":
-        run.micro_batch = _fitting(run, most)
-        _remember(run)
-    else:
-        run.micro_batch = min(run.config.micro_batch, most)
-    devices.reset_peak_memory(run.world.device)  # that of the trials is not the run's
+
+    def __init__(self, config: Config, model: ShardedModel, state: TrainState, tokenizer: Tokenizer):
+        self.config, self.model, self.state, self.tokenizer = config, model, state, tokenizer
+        self.is_auto = config.micro_batch == "auto"
+        self.max_size = max_samples_per_rank(config, model.world.size)
+        self.size = 1 if self.is_auto else min(config.micro_batch, self.max_size)
+        self.n_out_of_memory = 0  # since the start
+        self.key = _hardware_key(config, model)
+        self.known = state.micro_batches
+
+    def choose(self, optimizer: Optimizer) -> None:
+        """Set the size: what is known for this hardware, else the configured one, else the largest that fits.
+
+        Raises UserError if not even one sample fits. Collective.
+        """
+        world = self.model.world
+        self.known |= world.broadcast(self._read_file() if world.is_main else None)
+        if (known := self.known.get(self.key)) is not None:
+            self.size = known["micro_batch"]
+            if known["recompute"] != self.model.activation_checkpointing:
+                self.model.set_activation_checkpointing(known["recompute"])
+        elif self.is_auto:
+            self.size = self._largest_that_fits(optimizer)
+            self._remember()
+        devices.reset_peak_memory(world.device)  # the trials' peak is not the run's
+
+    def slices(self, n_samples: int) -> list[slice]:
+        """Return the micro-batches of this rank's samples.
+
+        With FSDP or split experts every rank needs equally many forwards, so the last slice may be empty.
+        """
+        n_covered = self.max_size if self.model.mesh.has_collectives else n_samples
+        starts = range(0, n_covered, self.size)
+        return [slice(min(start, n_samples), min(start + self.size, n_samples)) for start in starts]
+
+    def shrink(self) -> None:
+        """Use less memory from here on: half the samples, then activation checkpointing.
+
+        Raises UserError if both were tried.
+        """
+        self._free_memory()
+        devices.release_freed_memory(self.model.world.device)
+        self.n_out_of_memory += 1
+        change = self._shrink()
+        if self.model.world.is_main:
+            print(f"step {self.state.step + 1}: out of memory; repeating the batch {change}", file=sys.stderr)
+
+    def shrink_and_restart(self) -> NoReturn:
+        """Store a smaller micro-batch for the next start and raise RestartNeeded.
+
+        For an out-of-memory error while other ranks may be inside a collective. Raises UserError if nothing is left to
+        shrink.
+        """
+        change = self._shrink()
+        known = self._read_file() | {self.key: self.known[self.key]}
+        write_atomically(self.config.run_dir / FILE, json.dumps(known) + "\n")
+        raise RestartNeeded(
+            f"step {self.state.step + 1}: out of memory; the same command resumes from the latest checkpoint {change}"
+        )
+
+    @contextmanager
+    def restart_on_out_of_memory(self) -> Iterator[None]:
+        """Turn an out-of-memory error that cannot be retried into `shrink_and_restart`."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            self.shrink_and_restart()
+
+    def _remember(self) -> None:
+        self.known[self.key] = {"micro_batch": self.size, "recompute": self.model.activation_checkpointing}
+
+    def _read_file(self) -> dict[str, dict]:
+        """Return what an earlier process stored before it stopped; {} if nothing readable is there."""
+        try:
+            stored = json.loads((self.config.run_dir / FILE).read_bytes())
+            return {key: {name: known[name] for name in ("micro_batch", "recompute")} for key, known in stored.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+
+    def _shrink(self) -> str:
+        """Lower the memory use by one step and return the change as text. Raises UserError if none is left."""
+        if self.size > 1:
+            self.size = -(-self.size // 2)
+            change = f"with micro_batch {self.size}"
+        elif self.model.activation_checkpointing != "full":
+            self.model.set_activation_checkpointing("full")
+            change = "with parallel.recompute: full"
+        else:
+            raise UserError(f"step {self.state.step + 1}: {self._nothing_fits(None)}")
+        self._remember()
+        return change
+
+    def _largest_that_fits(self, optimizer: Optimizer) -> int:
+        """Return the micro-batch that splits a rank's samples into the fewest equal parts that fit."""
+        world, max_size, device_type = self.model.world, self.max_size, self.model.world.device.type
+        limit = -world.max_int(-int(HEADROOM * devices.available_memory_bytes(world.device)))[0]
+        fits = max_size
+        with self._worst_case(optimizer):
+            one, growth = self._peak(1)
+            if one > limit:
+                raise UserError(self._nothing_fits(one))
+            if max_size > 1 and self.model.mesh.has_collectives and one + growth > limit:
+                return 1  # a second sample takes at most as much as the first; trying it could end the run
+            if max_size > 1 and (slope := self._peak(2)[0] - one) > 0:
+                fits = min(max_size, 1 + (limit - one) // slope)
+        fits = equal_parts(max_size, fits, self.config, device_type)
+        while fits > 2 and device_type != "cpu":  # verify the linear extrapolation by running it
+            with self._worst_case(optimizer):
+                if self._peak(fits)[0] <= limit:
+                    break
+            fits //= 2
+        return fits
+
+    @contextmanager
+    def _worst_case(self, optimizer: Optimizer) -> Iterator[None]:
+        """Route all tokens to the same experts and hold memory for the optimizer state."""
+        biases = [module.selection_bias for module in self.model.model.modules() if isinstance(module, MoE)]
+        saved = [bias.clone() for bias in biases]
+        for bias in biases:
+            bias.copy_(torch.arange(len(bias), 0, -1) * 1e6)
+        reserved = optimizer.allocate_missing_state()
+        try:
+            yield
+        finally:
+            del reserved
+            for bias, value in zip(biases, saved, strict=True):
+                bias.copy_(value)
+
+    def _peak(self, n_samples: int) -> tuple[int, int]:
+        """Return (peak bytes, bytes above the start) of one forward and backward: the maximum over ranks.
+
+        sys.maxsize stands for out of memory. Collective.
+        """
+        world = self.model.world
+        self._free_memory()
+        batch = self._random_batch(n_samples)
+        devices.reset_peak_memory(world.device)
+        before = devices.peak_memory_bytes(world.device)
+        try:
+            forward_backward(self.model, batch, loss_scale=1.0)
+        except RuntimeError as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            if self.model.mesh.has_collectives:
+                self.size = n_samples
+                self.shrink_and_restart()
+            peak = sys.maxsize
+        else:
+            peak = devices.peak_memory_bytes(world.device)
+        self._free_memory()
+        return tuple(world.max_int(peak, peak - before))
+
+    def _random_batch(self, n_samples: int) -> Batch:
+        """Return random tokens, the same on every rank and in every trial."""
+        generator, shape = torch.Generator().manual_seed(0), (n_samples, self.config.model.n_positions)
+        tokens_BT, targets_BT = (torch.randint(self.tokenizer.vocab_size, shape, generator=generator) for _ in range(2))
+        end_of_text = self.tokenizer.end_of_text if self.config.model.isolate_documents else None
+        return Batch(tokens_BT, targets_BT, torch.arange(n_samples), targets_BT.numel(), end_of_text)
+
+    def _free_memory(self) -> None:
+        """Free what a step leaves behind."""
+        self.model.zero_grad()
+        gc.collect()
+        if self.model.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _nothing_fits(self, needed: int | None) -> str:
+        gib = devices.available_memory_bytes(self.model.world.device) / 2**30
+        needs = "" if needed in (None, sys.maxsize) else f", needs {needed / 2**30:.1f} GiB"
+        recompute = "parallel.recompute: full, " if self.model.activation_checkpointing != "full" else ""
+        return (
+            f"not one sample of {self.config.model.n_positions} tokens fits into {gib:.1f} GiB{needs}; use {recompute}"
+            "a smaller model.n_positions, parallel.mesh.shard over more processes, or a smaller model"
+        )
 
 
-def _remember(run: Run) -> None:
-    run.fits[run.place] = {"micro_batch": run.micro_batch, "recompute": run.layout.activation_checkpointing}
-
-
-def _kept(run: Run) -> dict[str, dict]:
-    """What was remembered by a rank that ended."""
-    try:
-        kept = json.loads((run.folder / KEPT).read_bytes())
-        return {place: {name: known[name] for name in ("micro_batch", "recompute")} for place, known in kept.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or torn: found anew
-        return {}
-
-
-def _fitting(run: Run, most: int) -> int:
-    """The largest number of samples that fits, in as many equal parts of the largest share as that takes."""
-    limit = -run.world.max_int(-int(HEADROOM * devices.available_memory_bytes(run.world.device)))[0]
-    fits = most
-    with _worst(run):
-        one, grown = _peak(run, 1)
-        if one > limit:
-            raise UserError(_nothing_fits(run, one))
-        if most > 1 and run.layout.mesh.has_collectives and one + grown > limit:
-            return 1  # a second sample takes no more than the first; but where it fails, the run ends
-        if most > 1 and (more := _peak(run, 2)[0] - one) > 0:
-            fits = min(most, 1 + (limit - one) // more)
-    fits = equal_parts(most, fits, run.config, run.world.device.type)
-    while fits > 2 and run.world.device.type != "cpu":  # what was foretold is seen
-        with _worst(run):
-            if _peak(run, fits)[0] <= limit:
-                break
-        fits //= 2
-    return fits
-
-
-@contextmanager
-def _worst(run: Run) -> Iterator[None]:
-    """The worst that a step can ask for: all tokens go to the same experts, and the optimizer has its state."""
-    biases = [buffer for name, buffer in run.model.named_buffers() if name.endswith("selection_bias")]
-    before = [bias.clone() for bias in biases]
-    for bias in biases:
-        bias.copy_(torch.arange(len(bias), 0, -1) * 1e6)
-    reserved = run.optimizer.allocate_missing_state()
-    try:
-        yield
-    finally:
-        del reserved
-        for bias, old in zip(biases, before, strict=True):
-            bias.copy_(old)
-
-
-def _peak(run: Run, n_samples: int) -> tuple[int, int]:
-    """Bytes at the peak of a forward and backward of so many samples, and how many of them that took; the most that a
-    rank has. More than there is where they do not fit. Collective."""
-    from training.engine.step import Sums, forward_backward
-
-    _forget(run)
-
-    rng = np.random.default_rng(0)
-    shape = (n_samples, run.config.model.n_positions)
-    tokens, targets = (rng.integers(run.dataset.tokenizer.vocab_size, size=shape) for _ in range(2))
-    devices.reset_peak_memory(run.world.device)
-    before = devices.peak_memory_bytes(run.world.device)
-    try:
-        forward_backward(run, tokens, targets, np.arange(n_samples), targets.size, Sums())
-    except RuntimeError as error:
-        if not devices.is_out_of_memory(error):
-            raise
-        if run.layout.mesh.has_collectives:
-            run.micro_batch = n_samples
-            end(run)
-        peak = sys.maxsize
-    else:
-        peak = devices.peak_memory_bytes(run.world.device)
-    _forget(run)
-    return tuple(run.world.max_int(peak, peak - before))
-
-
-def back_off(run: Run) -> None:
-    """Memory is out, on this rank or another: half as many samples at a time, then blocks computed again.
-
-    Raises UserError where both have been tried.
-    """
-    _forget(run)
-    devices.release_freed_memory(run.world.device)
-    run.back_offs += 1
-    now = _lower(run)
-    if run.world.is_main:
-        print(f"step {run.step + 1}: out of memory; the same batch again, {now} from here", file=sys.stderr)
-
-
-def end(run: Run) -> NoReturn:
-    """Memory is out on this rank, and others may be in the middle of what needs it. Raises RestartNeeded.
-
-    The next start knows: what it is to do is kept beside the checkpoints. Raises UserError where there is nothing.
-    """
-    now = _lower(run)
-    write_atomically(run.folder / KEPT, json.dumps(_kept(run) | {run.place: run.fits[run.place]}) + "\n")
-    raise RestartNeeded(
-        f"step {run.step + 1}: out of memory; the same command goes on from the newest checkpoint, {now}"
-    )
-
-
-@contextmanager
-def told_in_a_line(run: Run) -> Iterator[None]:
-    """Where memory is out in something that cannot be begun again, `end` the run."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not devices.is_out_of_memory(error):
-            raise
-        end(run)
-
-
-def _lower(run: Run) -> str:
-    """Take less memory from here on; in words, how. Raises UserError where there is no way left."""
-    if run.micro_batch > 1:
-        run.micro_batch = -(-run.micro_batch // 2)
-        now = f"{run.micro_batch} sample{'s' * (run.micro_batch > 1)} at a time"
-    elif run.layout.activation_checkpointing != "full":
-        run.layout.set_activation_checkpointing("full")
-        now = "with parallel.recompute: full"
-    else:
-        raise UserError(f"step {run.step + 1}: {_nothing_fits(run, None)}")
-    _remember(run)
-    return now
-
-
-def _forget(run: Run) -> None:
-    """Free what a step left behind."""
-    run.layout.zero_grad()
-    gc.collect()
-    if run.world.device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _nothing_fits(run: Run, needed: int | None) -> str:
-    gib = devices.available_memory_bytes(run.world.device) / 2**30
-    needs = "" if needed in (None, sys.maxsize) else f", needs {needed / 2**30:.1f} GiB"
-    others = "parallel.recompute: full, " if run.layout.activation_checkpointing != "full" else ""
+def _hardware_key(config: Config, model: ShardedModel) -> str:
+    """Return the devices, mesh and options that a micro-batch was found for. Collective."""
+    world, mesh = model.world, model.mesh
+    names = {name.decode() for name in world.gather_bytes(devices.device_name(world.device).encode())}
     return (
-        f"not one sample of {run.config.model.n_positions} tokens fits into {gib:.1f} GiB{needs}; use {others}"
-        "a smaller model.n_positions, parallel.mesh.shard over more processes, or a smaller model"
+        f"{' and '.join(sorted(names))}, {mesh.replicate} x {mesh.shard} x {mesh.expert}, "
+        f"micro_batch {config.micro_batch}, recompute {config.parallel.recompute}"
     )

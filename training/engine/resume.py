@@ -1,142 +1,137 @@
-"""A run's folder, and whether what is in it may go on.
+"""Decide where a run starts: from scratch, or from a checkpoint of its own or of another run.
 
-A restart may change how a run is carried out, never what it computes: `config.CHANGEABLE_ON_RESUME` says which
-options are which.
+A restart may change how a run is carried out, never what it computes: `config.CHANGEABLE_ON_RESUME` lists the options
+that may differ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from signal import Signals
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
 
 from training import checkpoint
 from training.config import CHANGEABLE_ON_RESUME, Config
 from training.distributed.world import World
+from training.engine.state import TrainState
 from training.errors import UserError
 from training.files import fsync_path, write_errors_as_user_errors
 from training.options import cli
 from training.options.schema import flatten_options
 
-if TYPE_CHECKING:
-    from training.engine.build import Run
 
-
-# What is in a checkpoint's state.json, and what not every version's has.
-STATE = {
-    "step": int, "time_s": int | float, "best": dict | None, "last_row": dict, "loss_scale": dict | None, "skips": dict,
-    "data": str, "config": dict,
-}  # fmt: skip
-MAY_HAVE = {"ledger": dict, "kernels": dict, "micro_batch": dict}
-
-
-class Found(NamedTuple):
-    """What a run goes on from."""
+class ResumePoint(NamedTuple):
+    """The checkpoint that a run starts from."""
 
     path: Path
-    own: bool  # whether it is the run's own checkpoint
-    state: dict
+    is_own: bool  # the run's own checkpoint, not another run's
+    state: TrainState
 
 
-def agreed(config: Config, resume: str, world: World) -> Found | None:
-    """What all ranks go on from: the main one looks, so that one reads and checks the files. Collective.
+def find_on_all_ranks(config: Config, resume: str, world: World) -> ResumePoint | None:
+    """Return the checkpoint to start from, found and verified by the main rank; None to start from scratch.
 
-    Nothing is changed by it. Raises UserError, on the main rank alone, as `find`.
+    Changes no file. Raises UserError as `find_resume_point`, on the main rank alone. Collective.
     """
-    answer = find(config, resume) if world.is_main and resume != "never" else None
-    if (told := world.broadcast(answer and [str(answer[0]), answer[1]])) is None:
+    location = find_resume_point(config, resume) if world.is_main and resume != "never" else None
+    location = world.broadcast(location and [str(location[0]), location[1]])
+    if location is None:
         return None
-    path, own = Path(told[0]), told[1]
-    state = checkpoint.read_state(path)
-    kinds = [(state[name], kind) for name, kind in (STATE | MAY_HAVE).items() if name in state]
-    if STATE.keys() - state.keys() or not all(isinstance(value, kind) for value, kind in kinds):
-        raise UserError(f"{path / 'state.json'}: not the state of a run; start over with --resume never")
-    return Found(path, own, state)
+    path, is_own = Path(location[0]), location[1]
+    state = TrainState.from_json(checkpoint.read_state(path), path / "state.json", config.skip_spikes)
+    return ResumePoint(path, is_own, state)
 
 
-def find(config: Config, resume: str) -> tuple[Path, bool] | None:
-    """(the checkpoint that the run goes on from, whether it is the run's own); None: it begins.
+def find_resume_point(config: Config, resume: str) -> tuple[Path, bool] | None:
+    """Return (checkpoint, is it the run's own), or None if there is none to start from.
 
-    `resume` is auto, or the path of a checkpoint or a run. A checkpoint of this run is gone back to; another run's
-    begins this one, unless it has a checkpoint of its own already. Raises UserError where no checkpoint is whole.
+    `resume` is "auto" or the path of a checkpoint or run. A path to a checkpoint of this run goes back to it. A path to
+    another run's only matters for the first start: later the run's own checkpoints win. Raises UserError if no
+    checkpoint is intact.
     """
     folder = config.run_dir / "checkpoints"
-    asked = None if resume == "auto" else _checkpoint_at(Path(resume), print)
-    if asked is not None and (problem := checkpoint.corruption(asked)):
+    requested = None if resume == "auto" else _checkpoint_at(Path(resume), print)
+    if requested is not None and (problem := checkpoint.corruption(requested)):
         raise UserError(problem)
-    if asked is not None and asked.parent.resolve() == folder.resolve():
-        return asked, True
+    if requested is not None and requested.parent.resolve() == folder.resolve():
+        return requested, True
     try:
         own = checkpoint.latest(folder, print)
     except UserError as error:
         raise UserError(f"{error}; start over with --resume never") from error
     if own is not None:
-        if asked is not None:
-            print(f"{config.run_dir}: goes on from its own {own.name}; --resume {resume} was for its beginning")
+        if requested is not None:
+            print(f"{config.run_dir}: resuming from its own {own.name}; --resume {resume} only mattered at its start")
         return own, True
-    if asked is None:
+    if requested is None:
         return None
-    step = checkpoint.read_state(asked)["step"]
+    step = checkpoint.read_state(requested)["step"]
     if step >= config.steps:
-        raise UserError(f"--resume {resume}: it is at step {step}, and steps is {config.steps}")
-    return asked, False
+        raise UserError(f"--resume {resume}: it is at step {step}, and steps is {config.steps}; raise steps")
+    return requested, False
 
 
-def make_way(config: Config, resume: str, found: Found | None) -> None:
-    """What changes the folder, once nothing refuses the run any more: where it starts over, an old one is moved aside;
-    checkpoints past the one that it goes on from, which are damaged or undone, no longer count.
+def prepare_run_dir(config: Config, resume: str, point: ResumePoint | None) -> None:
+    """Make room in the run's folder, once nothing can refuse the run any more.
+
+    `never` moves an old run aside; on a resume, checkpoints past the resume point are set aside as damaged or undone.
     """
-    folder = config.run_dir
-    with write_errors_as_user_errors(folder):
+    with write_errors_as_user_errors(config.run_dir):
         if resume == "never":
-            move_aside(folder)
-        elif found is not None and found.own:
-            checkpoint.remove_leftovers(folder / "checkpoints")
-            checkpoint.quarantine(found.path.parent, found.state["step"], "damaged" if resume == "auto" else "undone")
+            _move_aside(config.run_dir)
+        elif point is not None and point.is_own:
+            checkpoint.remove_leftovers(config.run_dir / "checkpoints")
+            label = "damaged" if resume == "auto" else "undone"
+            checkpoint.quarantine(point.path.parent, point.state.step, label)
 
 
-def refuse_another(config: Config, fingerprint: str) -> None:
-    """Raise UserError where the folder holds another run's rows, though no checkpoint yet."""
-    folder = config.run_dir
-    rows, kept = folder / "metrics.jsonl", folder / "config.yaml"
-    if rows.exists() and rows.stat().st_size and kept.exists():
-        refuse_changes(
-            config, fingerprint, {"config": cli.load_config(kept).model_dump(mode="json"), "data": fingerprint}
-        )
+def check_unchanged(config: Config, fingerprint: str, old: dict[str, Any], old_fingerprint: str) -> None:
+    """Raise UserError, with a list, if options or data changed that a restart may not change.
 
-
-def stopped(run: Run, number: int, resume: str) -> None:
-    """Say that a signal ended the run, and how it goes on."""
-    if run.world.is_main:
-        command = "the same command" if resume == "auto" else "the same command without --resume"
-        print(f"stopped by {Signals(number).name}, saved after step {run.step}; {command} goes on", flush=True)
-
-
-def refuse_changes(config: Config, fingerprint: str, state: dict) -> None:
-    """Raise UserError, listing them, where options or data that a restart may not change have changed."""
-    was, now = dict(flatten_options(state["config"])), dict(flatten_options(config.model_dump(mode="json")))
-    changed = [
-        f"{key}: {was.get(key, 'unset')} -> {now.get(key, 'unset')}"
-        for key in sorted(was.keys() | now.keys())
-        if was.get(key) != now.get(key) and not _may_change(key)
+    `config` is resolved, `old` the options of the run in the folder as plain data.
+    """
+    before, now = (
+        dict(flatten_options(_explicit(old))),
+        dict(flatten_options(_explicit(config.model_dump(mode="json")))),
+    )
+    changes = [
+        f"{key}: {before.get(key, 'unset')} -> {now.get(key, 'unset')}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not _is_changeable(key)
     ]
-    if not changed and state["data"] != fingerprint:
-        changed = ["data: the text or the tokenizer is not what it was"]
-    if changed:
+    if not changes and old_fingerprint != fingerprint:
+        changes = ["data: the text or the tokenizer has changed"]
+    if changes:
         raise UserError(
-            f"{config.run_dir} holds a run with other options: {'; '.join(changed)}; "
-            "choose another --name (with --resume to begin with this one's checkpoint), or --resume never to start over"
+            f"{config.run_dir} holds a run with other options: {'; '.join(changes)}; choose another --name (with "
+            "--resume to start from this one's checkpoint), or --resume never to start over"
         )
 
 
-def _may_change(key: str) -> bool:
+def check_folder_is_free(config: Config, fingerprint: str) -> None:
+    """Raise UserError if the folder holds another run's rows, though no checkpoint yet."""
+    rows, stored = config.run_dir / "metrics.jsonl", config.run_dir / "config.yaml"
+    if rows.exists() and rows.stat().st_size and stored.exists():
+        check_unchanged(config, fingerprint, cli.load_config(stored).model_dump(mode="json"), fingerprint)
+
+
+def _explicit(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with the model's sizes written out, as older versions left null in them."""
+    try:
+        return Config.model_validate(options).with_explicit_sizes().model_dump(mode="json")
+    except ValidationError:  # of another version: compare what is there
+        return options
+
+
+def _is_changeable(key: str) -> bool:
     parts = key.split(".")
     return any(".".join(parts[:n]) in CHANGEABLE_ON_RESUME for n in range(1, len(parts) + 1))
 
 
-def move_aside(folder: Path) -> None:
-    """Give a used folder another name, so that nothing is lost."""
+def _move_aside(folder: Path) -> None:
+    """Rename a used folder to NAME.old-N."""
     if not folder.exists():
         return
     n = 1
@@ -144,13 +139,13 @@ def move_aside(folder: Path) -> None:
         n += 1
     folder.rename(aside)
     fsync_path(folder.parent)
-    print(f"{folder}: the run that was here is now {aside}")
+    print(f"{folder}: moved the earlier run to {aside}")
 
 
 def _checkpoint_at(path: Path, warn: Callable[[str], None]) -> Path:
-    """The checkpoint that a path means: itself, or the newest of the run it is the folder of."""
+    """Return the checkpoint that a path names: itself, or the latest of the run at that path."""
     if (path / "checkpoints").is_dir():
         path = checkpoint.latest(path / "checkpoints", warn) or path
     if not (path / checkpoint.MANIFEST).is_file():
-        raise UserError(f"--resume {path}: neither auto, never, a checkpoint nor a run with one")
+        raise UserError(f"--resume {path}: not auto, never, a checkpoint, or a run with a checkpoint")
     return path

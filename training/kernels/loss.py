@@ -1,8 +1,12 @@
-"""Cross-entropy of the output projection, in functions of one signature.
+"""Cross-entropy of the output projection.
 
-Shapes: N tokens, C channels, V vocabulary. Each takes x_NC, w_VC (cast to the type of x_NC) and targets_N (int64; -1
-is not counted), optionally a soft-cap of the logits (softcap x tanh(logit / softcap), arXiv:2408.00118), and
-returns the sum of the tokens' losses in nats, a float32 scalar.
+Shapes: N tokens, C channels, V vocabulary. A kernel takes x_NC, w_VC (which it casts to the dtype of x_NC), targets_N
+(int64; -1 is not counted) and optionally a soft-cap of the logits (softcap x tanh(logit / softcap), arXiv:2408.00118),
+and returns the sum of the tokens' losses in nats, a float32 scalar.
+
+>>> x_NC, w_VC, targets_N = torch.zeros(3, 8), torch.randn(100, 8), torch.tensor([7, -1, 42])
+>>> TORCH_LOSS["chunked"](x_NC, w_VC, targets_N, softcap=30.0)  # two counted tokens, each log(100) nats
+tensor(9.2103)
 """
 
 from __future__ import annotations
@@ -13,36 +17,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Logits that exist at a time. On a CPU so many tokens that products are fast and the weights' gradient is seldom read
-# and written, 2048 of 16 bits or 1024 of 32, but not more than 256 MiB. Elsewhere by their number, 1 GiB of bfloat16.
-CHUNK_BYTES = {"cpu": (2**12, 2**28)}  # by type of device: most bytes of one word's logits, and of all
-CHUNK_ELSEWHERE = 2**29
-BLOCK_ELEMENTS = 2**19  # numbers that are worked on at a time where there are CHUNK_BYTES: caches hold them
+# Size of a chunk of tokens whose logits exist at the same time. On a CPU as many as make products fast and updates of
+# the weights' gradient rare, 2048 (16-bit) or 1024 (32-bit), but at most 256 MiB. Elsewhere 1 GiB of bfloat16.
+CHUNK_BYTES = {"cpu": (2**12, 2**28)}  # by device type: most bytes of one vocabulary entry's logits, and of all logits
+CHUNK_ELEMENTS = 2**29  # on other devices: most logits
+BLOCK_ELEMENTS = 2**19  # on devices in CHUNK_BYTES, process this many logits at a time: they fit into caches
 
-# Takes logits_NV, targets_N, softcap and whether the gradient is wanted. Returns the tokens' losses, float32 (N,), 0
-# where a target is not counted; the logits then are the losses' gradients, but for rows that are not counted.
+# (logits_NV, targets_N, softcap, *, gradient: bool) -> each token's loss, float32 (N,), 0 if not counted. With
+# `gradient`, overwrites logits_NV with d loss / d logits; rows of tokens that are not counted are undefined.
 LogitsBackward = Callable[..., Tensor]
 
 
 def apply_softcap(logits: Tensor, softcap: float | None) -> Tensor:
-    """The logits, bounded smoothly if asked for."""
+    """Bound the logits smoothly to (-softcap, softcap); None: no bound."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def reference_loss(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None = None) -> Tensor:
-    """All logits at once, in float32."""
+    """Compute all logits at once, in float32."""
     logits_NV = apply_softcap(F.linear(x_NC, w_VC.to(x_NC.dtype)).float(), softcap)
     return F.cross_entropy(logits_NV, targets_N, ignore_index=-1, reduction="sum")
 
 
 class TorchLogitsBackward:
-    """`LogitsBackward` of PyTorch's operations: logits become probabilities, and these the gradient.
-
-    On a CPU it is done for so few tokens at a time that its caches hold them.
-    """
+    """`LogitsBackward` in PyTorch's operations, on a CPU in blocks that fit into caches."""
 
     def __init__(self):
-        self.work_nV: Tensor | None = None  # for logits that are not float32: theirs in float32, used again
+        self.work_nV: Tensor | None = None  # float32 copy of a block of 16-bit logits; its memory is reused
 
     def __call__(self, logits_NV: Tensor, targets_N: Tensor, softcap: float | None, *, gradient: bool) -> Tensor:
         size = max(1, BLOCK_ELEMENTS // logits_NV.shape[1]) if logits_NV.device.type in CHUNK_BYTES else len(logits_NV)
@@ -75,80 +76,80 @@ class TorchLogitsBackward:
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Loss and both gradients in one pass over chunks of tokens, so that all logits never exist at once.
 
-    The loss is a sum, so its gradients are known up to the scalar that arrives in backward. A token that is not
-    counted is so in the small matrices: its row of x_NC's gradient is zeroed, and its x adds zero to w_VC's.
+    The loss is a sum, so its gradients are known up to the scalar that backward receives. Tokens that are not counted
+    are removed in the small matrices: their rows of x_NC's gradient are zeroed, and their x adds zero to w_VC's.
     """
 
     @staticmethod
     def forward(
-        ctx, rows: LogitsBackward, x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None
+        ctx, logits_backward: LogitsBackward, x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None
     ) -> Tensor:
         _, needs_x, needs_w, *_ = ctx.needs_input_grad
         total = torch.zeros((), dtype=torch.float32, device=x_NC.device)
         grad_x_NC = torch.empty_like(x_NC) if needs_x else None
         grad_w_VC = torch.empty_like(w_VC, dtype=torch.float32) if needs_w else None
         w_VC = w_VC.to(x_NC.dtype)
-        size = _chunk(x_NC, len(w_VC))
+        size = _chunk_tokens(x_NC, len(w_VC))
         logits_nV = x_NC.new_empty(size, len(w_VC))
         for start in range(0, len(x_NC), size):
-            part = slice(start, start + size)
-            x_nC, targets_n = x_NC[part], targets_N[part]
+            chunk = slice(start, start + size)
+            x_nC, targets_n = x_NC[chunk], targets_N[chunk]
             logits_nV = logits_nV[: len(x_nC)]
             torch.mm(x_nC, w_VC.t(), out=logits_nV)
-            total += rows(logits_nV, targets_n, softcap, gradient=needs_x or needs_w).sum()
-            counted_n1 = targets_n[:, None] >= 0
+            total += logits_backward(logits_nV, targets_n, softcap, gradient=needs_x or needs_w).sum()
+            is_counted_n1 = targets_n[:, None] >= 0
             if needs_x:
-                torch.mm(logits_nV, w_VC, out=grad_x_NC[part])
-                grad_x_NC[part] *= counted_n1
+                torch.mm(logits_nV, w_VC, out=grad_x_NC[chunk])
+                grad_x_NC[chunk] *= is_counted_n1
             if needs_w:
-                _add_product(grad_w_VC, logits_nV.t(), x_nC * counted_n1, first=start == 0)
+                _add_product(grad_w_VC, logits_nV.t(), x_nC * is_counted_n1, first=start == 0)
         ctx.grads = grad_x_NC, grad_w_VC
         return total
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None, None, None]:
-        (grad_x_NC, grad_w_VC), ctx.grads = ctx.grads, None  # scaled where they are, and so once
-        for scaled in (grad_x_NC, grad_w_VC):
-            if scaled is not None:
-                scaled *= grad
+        (grad_x_NC, grad_w_VC), ctx.grads = ctx.grads, None  # scaled in place, so this runs only once
+        for unscaled in (grad_x_NC, grad_w_VC):
+            if unscaled is not None:
+                unscaled *= grad
         return None, grad_x_NC, grad_w_VC, None, None
 
 
-def _chunk(x_NC: Tensor, n_vocab: int) -> int:
-    """Tokens whose logits exist at a time: as many each time."""
-    most = CHUNK_ELSEWHERE // n_vocab
+def _chunk_tokens(x_NC: Tensor, n_vocab: int) -> int:
+    """Return the number of tokens in a chunk: within the limits, and nearly the same in every chunk."""
+    limit = CHUNK_ELEMENTS // n_vocab
     if x_NC.device.type in CHUNK_BYTES:
-        of_a_word, of_all = CHUNK_BYTES[x_NC.device.type]
-        most = min(of_a_word, of_all // n_vocab) // x_NC.element_size()
-    n_chunks = max(1, -(-len(x_NC) // max(1, most)))
+        entry_bytes, total_bytes = CHUNK_BYTES[x_NC.device.type]
+        limit = min(entry_bytes, total_bytes // n_vocab) // x_NC.element_size()
+    n_chunks = max(1, -(-len(x_NC) // max(1, limit)))
     return max(1, -(-len(x_NC) // n_chunks))
 
 
 def _add_product(sum_IO: Tensor, x_IN: Tensor, y_NO: Tensor, *, first: bool) -> None:
-    """Add x y to a float32 sum; the first is written over what is there."""
+    """Add x y to a float32 sum, or overwrite the sum if it is the first product."""
     if x_IN.dtype == torch.float32:
         sum_IO.addmm_(x_IN, y_NO, beta=0 if first else 1)
     elif first:
         sum_IO.copy_(x_IN @ y_NO)
     elif sum_IO.device.type not in CHUNK_BYTES:
         sum_IO += x_IN @ y_NO
-    else:  # where a sum of two types is slow
+    else:  # CPUs are slow at sums of two dtypes: convert a block first
         size = max(1, BLOCK_ELEMENTS // sum_IO.shape[1])
         for sum_iO, product_iO in zip(sum_IO.split(size), (x_IN @ y_NO).split(size), strict=True):
             sum_iO += product_iO.float()
 
 
 def chunked_cross_entropy(
-    rows: LogitsBackward, x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None
+    logits_backward: LogitsBackward, x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None
 ) -> Tensor:
-    """The loss, its rows computed by `rows`."""
-    if not torch.is_grad_enabled():  # which a Function cannot see: it would compute gradients nobody asked for
+    """Compute the loss in chunks of tokens, and its gradients along the way."""
+    if not torch.is_grad_enabled():  # which a Function cannot see: it would compute gradients that nobody needs
         x_NC, w_VC = x_NC.detach(), w_VC.detach()
-    return _ChunkedCrossEntropy.apply(rows, x_NC, w_VC, targets_N, softcap)
+    return _ChunkedCrossEntropy.apply(logits_backward, x_NC, w_VC, targets_N, softcap)
 
 
 def chunked_loss(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None = None) -> Tensor:
-    """The logits of a few tokens at a time, in float32; gradients are computed on the way."""
+    """Compute a chunk of tokens' logits at a time, in PyTorch's operations."""
     return chunked_cross_entropy(TorchLogitsBackward(), x_NC, w_VC, targets_N, softcap)
 
 

@@ -1,9 +1,10 @@
-"""Cross-entropy of logits and its gradient in Triton: the logits are read twice and written once, in their own type.
+"""Cross-entropy of logits and its gradient in Triton: logits are read twice and written once, in their own dtype.
 
-Shapes are those of `loss.py`. A program takes a token: it goes through its logits for their maximum and sum, and again
-to turn them into the gradient where they are. No atomics, and so the same bits every time. Sums are float32.
+Shapes are those of `loss.py`. A program takes a token: it reads the token's logits for their maximum and the sum of
+their exponentials, and again to overwrite them with the gradient. There are no atomic additions, so the bits repeat.
+Sums are float32.
 
-Triton is not everywhere: this file is imported where its function is called, by `kernels/__init__.py`.
+`table.py` imports this file at the first call, because Triton is not installed everywhere.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 8192, 16  # logits that a program has at a time; the fastest of eight pairs on an H100
+BLOCK, WARPS = 8192, 16  # logits per step of a program; the fastest of eight pairs on an H100
 
 
 @triton.jit
-def _capped(x, softcap):
-    """softcap x tanh(x / softcap); without one, x."""
+def _soft_cap(x, softcap):
+    """Return softcap x tanh(x / softcap); x if softcap is None."""
     return x if softcap is None else softcap * (2 * tl.sigmoid(2 * x / softcap) - 1)
 
 
@@ -27,32 +28,32 @@ def _loss_kernel(logits_NV, target_N, loss_N, n_vocab, softcap, GRADIENT: tl.con
     row = tl.program_id(0).to(tl.int64)
     logits_V, v = logits_NV + row * n_vocab, tl.arange(0, BLOCK)
     target = tl.load(target_N + row)
-    most_B, sum_B = tl.full((BLOCK,), -1e38, tl.float32), tl.zeros((BLOCK,), tl.float32)
+    max_B, sum_B = tl.full((BLOCK,), -1e38, tl.float32), tl.zeros((BLOCK,), tl.float32)
     for first in range(0, n_vocab, BLOCK):
-        real_B = first + v < n_vocab
-        x_B = _capped(tl.load(logits_V + first + v, mask=real_B, other=0.0).to(tl.float32), softcap)
-        higher_B = tl.where(real_B, tl.maximum(most_B, x_B), most_B)
-        sum_B = sum_B * tl.exp(most_B - higher_B) + tl.where(real_B, tl.exp(tl.minimum(x_B - higher_B, 0.0)), 0.0)
-        most_B = higher_B
-    most = tl.max(most_B, 0)
-    log_sum = tl.log(tl.sum(sum_B * tl.exp(most_B - most), 0))
-    counted = target >= 0
-    at_target = _capped(tl.load(logits_V + tl.maximum(target, 0)).to(tl.float32), softcap)
-    tl.store(loss_N + row, tl.where(counted, log_sum + (most - at_target), 0.0))
+        is_logit_B = first + v < n_vocab
+        x_B = _soft_cap(tl.load(logits_V + first + v, mask=is_logit_B, other=0.0).to(tl.float32), softcap)
+        higher_B = tl.where(is_logit_B, tl.maximum(max_B, x_B), max_B)
+        sum_B = sum_B * tl.exp(max_B - higher_B) + tl.where(is_logit_B, tl.exp(tl.minimum(x_B - higher_B, 0.0)), 0.0)
+        max_B = higher_B
+    maximum = tl.max(max_B, 0)
+    log_sum = tl.log(tl.sum(sum_B * tl.exp(max_B - maximum), 0))
+    is_counted = target >= 0
+    at_target = _soft_cap(tl.load(logits_V + tl.maximum(target, 0)).to(tl.float32), softcap)
+    tl.store(loss_N + row, tl.where(is_counted, log_sum + (maximum - at_target), 0.0))
     if GRADIENT:
-        tl.debug_barrier()  # the target's logit is read before it is written over
+        tl.debug_barrier()  # the target's logit has to be read before it is overwritten
         for first in range(0, n_vocab, BLOCK):
-            real_B = first + v < n_vocab
-            x_B = _capped(tl.load(logits_V + first + v, mask=real_B, other=0.0).to(tl.float32), softcap)
-            grad_B = tl.exp((x_B - most) - log_sum) - tl.where(first + v == target, 1.0, 0.0)
+            is_logit_B = first + v < n_vocab
+            x_B = _soft_cap(tl.load(logits_V + first + v, mask=is_logit_B, other=0.0).to(tl.float32), softcap)
+            grad_B = tl.exp((x_B - maximum) - log_sum) - tl.where(first + v == target, 1.0, 0.0)
             if softcap is not None:
                 grad_B *= 1 - (x_B / softcap) * (x_B / softcap)
-            grad_B = tl.where(counted, grad_B, 0.0)
-            tl.store(logits_V + first + v, grad_B.to(logits_NV.dtype.element_ty), mask=real_B)
+            grad_B = tl.where(is_counted, grad_B, 0.0)
+            tl.store(logits_V + first + v, grad_B.to(logits_NV.dtype.element_ty), mask=is_logit_B)
 
 
 def triton_logits_backward(logits_NV: Tensor, targets_N: Tensor, softcap: float | None, *, gradient: bool) -> Tensor:
-    """As `loss.TorchLogitsBackward`."""
+    """Compute `loss.LogitsBackward`."""
     loss_N = torch.empty(len(logits_NV), dtype=torch.float32, device=logits_NV.device)
     block = min(BLOCK, triton.next_power_of_2(logits_NV.shape[1]))
     grid = (len(logits_NV),)

@@ -155,7 +155,7 @@ def learning(facts: Facts) -> Iterator[str]:
     if facts.n_skipped:
         yield (
             f"{facts.n_skipped} step{'s were' if facts.n_skipped > 1 else ' was'} skipped because the loss or gradient "
-            "was NaN/Inf or spiked; lower optim.learning_rate, or check the text there"
+            "was not finite or spiked; lower optim.learning_rate, or check the text there"
         )
     if facts.dead_experts:
         yield (

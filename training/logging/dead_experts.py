@@ -33,7 +33,7 @@ class LayerWatch:
         self.quiet = 0  # steps until another line may come
 
     def update(self, load_E: list[float]) -> str | None:
-        from training.model.moe import dead_expert_threshold  # imports torch
+        from training.model.metrics import dead_expert_threshold  # imports torch
 
         threshold, n_experts = dead_expert_threshold(len(load_E)), len(load_E)
         before_E = self.dead_steps_E or [0] * n_experts

@@ -15,7 +15,7 @@ from training.config import Config
 from training.distributed.world import World
 from training.logging.phase_timer import PhaseTimer
 from training.logging.sinks import Sink
-from training.optim.optimizer import lr_factor
+from training.optim.schedule import lr_factor
 
 
 @dataclass
@@ -24,7 +24,7 @@ class RunLog:
 
     config: Config
     world: World
-    step_metrics: Callable[[dict[str, Sequence[float]], int], dict[str, Any]]  # GPT.step_metrics
+    step_metrics: Callable[[dict[str, Sequence[float]], int], dict[str, Any]]  # model.metrics.step_metrics
     flops_per_token: float  # of the whole model, forward and backward
     timer: PhaseTimer
     sinks: list[Sink] = field(default_factory=list)
@@ -40,6 +40,7 @@ class RunLog:
 
     def add(self, step: int, metrics: dict[str, Tensor], n_targets: int, n_skipped: int) -> None:
         """Keep the summed metrics of an update on the device, "grad_norm" among them; `step` counts from 1."""
+        self.timer.finish_startup()
         self._pending.append((step, metrics, n_targets, n_skipped))
 
     def fetch(self) -> list[dict]:

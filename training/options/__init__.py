@@ -1,1 +1,1 @@
-"""How options are declared, read, checked and shown. Nothing here imports torch."""
+"""Reading, checking and showing options. Nothing here imports torch."""

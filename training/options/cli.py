@@ -1,22 +1,22 @@
-"""A run's config from a YAML file and the command line: merged as trees, validated once, every error on a line.
+"""A run's config from a YAML file and the command line, merged as trees and validated once.
 
     python -m training.options.cli schema > configs/schema.json
 
-writes the JSON schema that editors complete from. Nothing here imports torch.
+writes the JSON schema for editors. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
-import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ruamel.yaml import YAML
 from ruamel.yaml.nodes import ScalarNode
@@ -24,23 +24,30 @@ from ruamel.yaml.representer import SafeRepresenter
 
 from training.config import Config, Section
 from training.errors import UserError, exit_unless_first_local_rank
-from training.options.schema import closest, find_option, help_text, is_list, json_schema, sections_at, unknown
+from training.options.schema import (
+    closest,
+    explain_unknown,
+    find_option,
+    help_text,
+    is_list,
+    json_schema,
+    sections_at,
+)
 from training.options.validate import validate
 from training.options.yaml import (
     ConfigErrors,
-    ConfigTree,
+    Node,
     OptionPath,
     Problem,
-    SourceLocation,
-    dotted,
-    printable,
     read_file,
     read_flag_value,
+    to_dotted,
+    to_printable,
 )
 
 
 class Parser(argparse.ArgumentParser):
-    """For the commands whose flags are few: wrong arguments are a UserError, and so one line."""
+    """A parser for commands with few flags. Wrong arguments raise a UserError."""
 
     def __init__(self, prog: str, description: str | None):
         formatter = argparse.RawDescriptionHelpFormatter
@@ -51,23 +58,28 @@ class Parser(argparse.ArgumentParser):
 
 
 def load_config(path: str | Path | None, overrides: Mapping[str, str] | None = None) -> Config:
-    """The config of a YAML file (None: of nothing), with `overrides` such as `{"optim.learning_rate": "3e-4"}`.
+    """Load a YAML file (None: nothing), with overrides such as `{"optim.learning_rate": "3e-4"}`.
 
-    The values are YAML. A mapping is merged into what is there unless it names its `type`; all else replaces it.
-    Raises ConfigErrors with a line for everything that is wrong.
+    Overrides are YAML. A mapping is merged into the existing one unless it names its `type`; anything else replaces.
+    Raises ConfigErrors with one line for each error.
     """
-    document = read_file(path) if path is not None else ConfigTree({}, {(): SourceLocation("no file")}, [])
-    for name in sorted(overrides or {}, key=lambda name: name.count(".")):  # a whole before its parts
-        _override(document, name, overrides[name])
-    config = validate(document)
-    if document.problems:
-        problems = sorted(document.problems, key=lambda problem: problem.given.line or sys.maxsize)
-        raise ConfigErrors(list(dict.fromkeys(map(str, problems))))
+    root, problems = (Node({}, "no file"), []) if path is None else read_file(path)
+    for name in sorted(overrides or {}, key=lambda name: name.count(".")):  # sections before the options in them
+        option = tuple(name.split("."))
+        if message := _explain_unknown(option) or _override(
+            root, option, read_flag_value(overrides[name], f"--{name}")
+        ):
+            problems.append(Problem(f"--{name}", None, option, message))
+    config, more = validate(root)
+    if problems or more:
+        known = {problem.path for problem in problems}
+        problems += [problem for problem in more if problem.path not in known]
+        raise ConfigErrors(sorted(problems, key=lambda problem: problem.line or sys.maxsize))
     return config
 
 
 def dump_config(config: Config) -> str:
-    """The config as YAML that loads back to an equal one, every option written out."""
+    """Return the config as YAML that loads back to an equal one, with every option."""
     yaml = YAML(typ="safe", pure=True)
     yaml.Representer = _Representer
     yaml.default_flow_style, yaml.width = False, sys.maxsize
@@ -78,7 +90,7 @@ def dump_config(config: Config) -> str:
 
 
 class _Representer(SafeRepresenter):
-    """Text with line breaks and the like goes in double quotes, where every character can be escaped."""
+    """Writes unprintable text, such as line breaks, in double quotes, where every character can be escaped."""
 
     def represent_str(self, data: str) -> ScalarNode:
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
@@ -87,22 +99,74 @@ class _Representer(SafeRepresenter):
 _Representer.add_representer(str, _Representer.represent_str)
 
 
+# --- overrides -------------------------------------------------------------------------------------
+
+
+def _explain_unknown(option: OptionPath) -> str | None:
+    for n in range(1, len(option) + 1):
+        if not find_option(option[:n]):
+            return explain_unknown(option[:n], sections_at(option[: n - 1]), option[n:])
+    return None
+
+
+def _override(root: Node, option: OptionPath, value: Node) -> str | None:
+    """Put a flag's value into the tree. Returns the problem if a list has no such entry."""
+    node = root
+    for depth, key in enumerate(option, start=1):
+        child = node.child(key)
+        if isinstance(node.value, list):
+            if child is None:
+                n, name = len(node.value), to_dotted(option[: depth - 1])
+                return f"{name} has {n} of them, counted from 0, and none is '{to_printable(key)}'"
+            key = int(key)
+        elif not isinstance(node.value, dict):
+            return None  # the file has something else in place of a section: validation says so
+        if depth == len(option):
+            node.value[key] = _merged(child, value)
+        elif isinstance(node.value, dict) and (child is None or child.value is None):
+            node.value[key] = _default(option[:depth], value.origin)
+        node = node.value[key]
+    return None
+
+
+def _merged(old: Node | None, new: Node) -> Node:
+    """Return the flag's value, merged into an existing mapping unless the flag names a `type`."""
+    if old is None or not isinstance(old.value, dict) or not isinstance(new.value, dict) or "type" in new.value:
+        return new
+    for key, node in new.value.items():
+        old.value[key] = _merged(old.value.get(key), node)
+    return old
+
+
+def _default(option: OptionPath, flag: str) -> Node:
+    """Return the default of a section or list in which a flag is the first to set something."""
+    field = find_option(option)
+    if not is_list(field.annotation):
+        return Node({}, flag)
+    entries = () if field.is_required() else field.default
+    plain = [entry.model_dump(exclude_defaults=True) if isinstance(entry, Section) else entry for entry in entries]
+    return read_flag_value(json.dumps(plain), flag)  # JSON is YAML
+
+
+# --- the command line ------------------------------------------------------------------------------
+
+
 def parse_command_line(
     argv: list[str], *, prog: str, doc: str, flags: dict[str, str]
 ) -> tuple[Config, dict[str, str | None]]:
-    """The config that a command line asks for, and the values of the command's own `flags` ({flag: doc}).
+    """Return the config of a command line, and the values of the command's own `flags` ({flag: help text}).
 
-    Prints the help or the resolved config and exits with status 0; prints every error and exits with status 2.
+    Prints the help or the resolved config and exits with status 0, or prints every error and exits with status 2.
     """
     own = {"--config": "the run, a YAML file (required)", **flags}
     if "--help" in argv or "-h" in argv:
-        _answer(_help(prog, doc, own) + "\n")
+        _print_and_exit(_help(prog, doc, own) + "\n")
     values, lines = _split(argv, own)
-    given = {flag: values.pop(flag, None) for flag in own}
+    own_values = {flag: values.pop(flag, None) for flag in own}
     print_config = values.pop("--print-config", None) is not None
-    if given["--config"] is not None:
+    if own_values["--config"] is not None:
         try:
-            config = load_config(given.pop("--config"), {flag[2:]: value for flag, value in values.items()})
+            config = load_config(own_values.pop("--config"), {flag[2:]: value for flag, value in values.items()})
         except ConfigErrors as error:
             lines += error.lines
     elif not any(line.startswith("--config:") for line in lines):
@@ -112,27 +176,26 @@ def parse_command_line(
         print(*(f"error: {line}" for line in lines), sep="\n", file=sys.stderr)
         raise SystemExit(2)
     if print_config:
-        _answer(dump_config(config))
-    return config, given
+        _print_and_exit(dump_config(config))
+    return config, own_values
 
 
-def _answer(text: str) -> NoReturn:
-    """Print what was asked for, and exit with status 0."""
+def _print_and_exit(text: str) -> NoReturn:
     try:
         print(text, end="", flush=True)
-    except BrokenPipeError:  # a pager was left; without this, Python complains once more as it exits
+    except BrokenPipeError:  # a pager was closed; without this, Python complains again at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(0)
 
 
 def _split(argv: list[str], own: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-    """({flag: value}, error lines) of `--flag value` and `--flag=value`."""
+    """Split `--flag value` and `--flag=value` into ({flag: value}, error lines)."""
     values: dict[str, str] = {}
-    lines, twice = [], set()
+    lines, repeated = [], set()
     words = argv[::-1]
     while words:
         flag, equals, value = words.pop().partition("=")
-        name = printable(flag)
+        name = to_printable(flag)
         if not flag.startswith("--"):
             lines.append(f"{name}: not a flag; options are written --section.option VALUE")
             continue
@@ -146,12 +209,12 @@ def _split(argv: list[str], own: dict[str, str]) -> tuple[dict[str, str], list[s
         meant = closest(flag, [*own, "--help", "--print-config"])
         if flag in values:
             lines.append(f"{name}: given twice")
-            twice.add(flag)
+            repeated.add(flag)
         elif meant and meant != flag and not find_option((flag[2:],)):
             lines.append(f"{name}: unknown option; did you mean '{meant}'?")
         else:
             values[flag] = value
-    return {flag: value for flag, value in values.items() if flag not in twice}, lines
+    return {flag: value for flag, value in values.items() if flag not in repeated}, lines
 
 
 def _help(prog: str, doc: str, own: dict[str, str]) -> str:
@@ -163,77 +226,12 @@ def _help(prog: str, doc: str, own: dict[str, str]) -> str:
         for line in textwrap.wrap(text, width, initial_indent=f"    {flag:16}", subsequent_indent=" " * 20)
     ]
     about = (
-        "Every option, as a flag; in a file, sections are indented. Values are YAML: 3e-4, null, true, [a, b], "
-        "{type: moe, n_experts: 4}. N is the place in a list, from 0; `type` picks a variant. A mapping is merged into "
-        "the file's unless it names its type; all else replaces it."
+        "All options, as flags; in a file, sections are indented. Values are YAML: 3e-4, null, true, [a, b], "
+        "{type: moe, n_experts: 4}. N is the index in a list, from 0; `type` selects a variant. A mapping is merged "
+        "into the file's unless it names its type; anything else replaces the file's value."
     )
     usage = f"usage: {prog} --config PATH [--section.option VALUE ...]"
     return "\n".join([usage, "", doc.strip(), "", *table, "", *textwrap.wrap(about, width), help_text(width)])
-
-
-# --- merging ---------------------------------------------------------------------------------------
-
-
-def _override(document: ConfigTree, name: str, text: str) -> None:
-    """Put a flag's value into the tree, or note why there is no place for it."""
-    flag, keys = SourceLocation(f"--{name}"), tuple(name.split("."))
-    if problem := _unknown(keys) or _insert(document, flag, keys, text):
-        document.problems.append(Problem(flag, keys, problem))
-
-
-def _insert(document: ConfigTree, flag: SourceLocation, keys: OptionPath, text: str) -> str | None:
-    """Put a flag's value into the tree; what to say where a list has no such entry."""
-    at, node = (), document.tree
-    for key in keys:
-        if isinstance(node, list):
-            if not re.fullmatch("[0-9]{1,6}", key) or int(key) >= len(node):
-                return f"{dotted(at)} has {len(node)} of them, counted from 0, and none is '{printable(key)}'"
-            key = int(key)
-        elif not isinstance(node, dict):
-            break  # the file has something else where a section belongs, which is an error of its own
-        at = (*at, key)
-        if len(at) == len(keys):
-            _merge(document, node, at, read_flag_value(text, flag.origin))
-            break
-        if isinstance(node, dict) and node.get(key) is None:
-            node[key] = _default(at)
-            document.given[at] = flag
-        node = node[key]
-    return None
-
-
-def _unknown(keys: OptionPath) -> str | None:
-    """What to say of an option that there is not."""
-    for n in range(1, len(keys) + 1):
-        if not find_option(keys[:n]):
-            return unknown(keys[:n], sections_at(keys[: n - 1]), keys[n:])[0]
-    return None
-
-
-def _default(at: OptionPath) -> Any:
-    """What a section or a list begins with when a flag is the first to set something in it."""
-    field = find_option(at)
-    if not is_list(field.annotation):
-        return {}
-    entries = () if field.is_required() else field.default
-    return [entry.model_dump(exclude_defaults=True) if isinstance(entry, Section) else entry for entry in entries]
-
-
-def _merge(document: ConfigTree, node: Any, at: OptionPath, value: ConfigTree, below: OptionPath = ()) -> None:
-    """Set `node[at[-1]]` to a flag's value; into a mapping there, one that does not name its `type` is merged."""
-    old = node[at[-1]] if isinstance(node, list) else node.get(at[-1])
-    new = value.tree
-    for key in below:
-        new = new[key]
-    if isinstance(old, dict) and isinstance(new, dict) and "type" not in new:
-        for key in new:
-            _merge(document, old, (*at, key), value, (*below, key))
-        return
-    node[at[-1]] = new
-    for stale in [path for path in document.given if path[: len(at)] == at]:
-        del document.given[stale]
-    given = value.given.items()
-    document.given.update({(*at, *path[len(below) :]): one for path, one in given if path[: len(below)] == below})
 
 
 if __name__ == "__main__":

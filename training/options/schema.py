@@ -1,4 +1,4 @@
-"""What `config.py` declares, read back from its models: where an option is, what it wants, the help and the schema."""
+"""The models of `config.py`, read back: where an option is, which values it takes, the help and the JSON schema."""
 
 from __future__ import annotations
 
@@ -12,17 +12,24 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from pydantic.fields import FieldInfo
 
 from training.config import Config, Section
-from training.options.yaml import OptionPath, dotted
+from training.options.yaml import OptionPath, to_dotted
 
 NOUNS = {bool: "true or false", int: "an integer", float: "a number", str: "text", NoneType: "null"}
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 def sections(annotation: Any) -> tuple[type[Section], ...]:
-    """The sections that an annotation allows: none for a plain value, several for a union."""
+    """Return the sections that an annotation allows: none for a plain value, several for a union."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return (annotation,)
     return tuple(section for part in get_args(annotation) for section in sections(part))
+
+
+def literals(annotation: Any) -> list[str]:
+    """Return the words that an annotation allows."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [word for part in get_args(annotation) for word in literals(part)]
 
 
 def is_list(annotation: Any) -> bool:
@@ -30,144 +37,126 @@ def is_list(annotation: Any) -> bool:
 
 
 def type_name(section: type[Section]) -> str | None:
-    """What picks this section in its union, as in `type: moe`."""
+    """Return the `type:` that selects a section in its union."""
     return section.model_fields["type"].default if "type" in section.model_fields else None
 
 
-def find_option(at: OptionPath) -> FieldInfo | None:
-    """The option at a path, in whichever variant of a union has it; an entry of a list is the list's."""
-    inside, field, listed = (Config,), None, False
-    for key in at:
-        if listed and str(key).isdecimal():
-            listed = False
+def find_option(path: OptionPath) -> FieldInfo | None:
+    """Return the option at a path, in any variant of a union; an entry of a list has the list's."""
+    inside, field, in_list = (Config,), None, False
+    for key in path:
+        if in_list and str(key).isdecimal():
+            in_list = False
             continue
         field = next((section.model_fields[key] for section in inside if key in section.model_fields), None)
         if field is None:
             return None
-        inside, listed = sections(field.annotation), is_list(field.annotation)
+        inside, in_list = sections(field.annotation), is_list(field.annotation)
     return field
 
 
-def sections_at(at: OptionPath) -> tuple[type[Section], ...]:
-    """The sections that can be at a path."""
-    field = find_option(at)
+def sections_at(path: OptionPath) -> tuple[type[Section], ...]:
+    """Return the sections that can be at a path."""
+    field = find_option(path)
     return sections(field.annotation) if field else (Config,)
 
 
 class ErrorLocation(NamedTuple):
-    """Where an error of pydantic's is: the path, the section of the option there, and what belongs there."""
+    """The place of a pydantic error: the option, the section that it is in, and the values that it takes."""
 
-    at: OptionPath
+    path: OptionPath
     section: type[Section]
     annotation: Any
     field: FieldInfo | None  # None for an entry of a list
 
 
 def locate(loc: OptionPath) -> ErrorLocation:
-    """The place of a pydantic location, which names the variants of unions on its way."""
-    place = ErrorLocation((), Config, Config, None)
+    """Convert a pydantic location, which includes the variants of unions."""
+    here = ErrorLocation((), Config, Config, None)
     for key in loc:
-        inside = sections(place.annotation)
+        inside = sections(here.annotation)
         if isinstance(key, int):
-            place = ErrorLocation((*place.at, key), place.section, get_args(place.annotation)[0], None)
+            here = ErrorLocation((*here.path, key), here.section, get_args(here.annotation)[0], None)
         elif len(inside) > 1:
-            place = place._replace(annotation=next(section for section in inside if type_name(section) == key))
+            here = here._replace(annotation=next(section for section in inside if type_name(section) == key))
         elif inside:
             field = inside[0].model_fields.get(key)
-            place = ErrorLocation((*place.at, key), inside[0], field and field.annotation, field)
-        # Else it is a branch of a union of plain values, all of which are wrong.
-    return place
+            here = ErrorLocation((*here.path, key), inside[0], field and field.annotation, field)
+        # Else the key is a branch of a union of plain values.
+    return here
 
 
-def describe_expected(annotation: Any, limits: list[Any] | tuple[()] = ()) -> str:
-    """What a value has to be, such as `an integer >= 1 or null`."""
+def describe_expected(annotation: Any, limits: Iterable[Any] = ()) -> str:
+    """Describe the values of an option, such as `an integer >= 1 or null`."""
     if get_origin(annotation) in (Union, UnionType) and not sections(annotation):
-        return " or ".join(
-            describe_expected(part, limits if part is not NoneType else ()) for part in get_args(annotation)
-        )
+        parts = get_args(annotation)
+        return " or ".join(describe_expected(part, () if part is NoneType else limits) for part in parts)
     if get_origin(annotation) is Annotated:
         annotation, *limits = get_args(annotation)
+    not_empty = any(hasattr(limit, "min_length") for limit in limits)
     if is_list(annotation):
         entries = "{...}, {...}" if sections(annotation) else "first, second"
-        return f"a list{' with an entry' if any(hasattr(limit, 'min_length') for limit in limits) else ''}: [{entries}]"
+        return f"a list{' with an entry' * not_empty}: [{entries}]"
     if sections(annotation):
-        return "a section: write its options indented below it" + (
-            ", or null" if NoneType in get_args(annotation) else ""
-        )
-    if get_origin(annotation) is Literal:
-        return "one of " * (len(get_args(annotation)) > 1) + ", ".join(get_args(annotation))
-    bounds = [
-        f"{sign} {getattr(limit, name)}" for limit in limits for name, sign in SIGNS.items() if hasattr(limit, name)
-    ]
+        return "a section: write its options indented below it" + ", or null" * (NoneType in get_args(annotation))
+    if words := literals(annotation):
+        return "one of " * (len(words) > 1) + ", ".join(words)
+    bounds = [f"{sign} {getattr(limit, at)}" for limit in limits for at, sign in SIGNS.items() if hasattr(limit, at)]
     bounds += [f"matching {limit.pattern}" for limit in limits if getattr(limit, "pattern", None)]
-    bounds += ["that is not empty" for limit in limits if hasattr(limit, "min_length")]
-    return f"{NOUNS[annotation]} {' and '.join(bounds)}".strip()
-
-
-def minimal_value(annotation: Any) -> Any:
-    """Some right value, to look past a wrong one at what else is wrong."""
-    if is_list(annotation):
-        return [minimal_value(get_args(annotation)[0])]
-    if inside := sections(annotation):
-        fields = inside[0].model_fields.items()
-        return {name: minimal_value(field.annotation) for name, field in fields if field.is_required()}
-    return "x" if annotation is str else 1
+    return f"{NOUNS[annotation]} {' and '.join(bounds + ['that is not empty'] * not_empty)}".strip()
 
 
 def closest(word: str, words: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(word, list(words), n=1)), None)
 
 
-def unknown(at: OptionPath, inside: tuple[type[Section], ...], rest: OptionPath = ()) -> tuple[str, OptionPath]:
-    """(what to say of `at`, which these sections lack, the option that was meant); `rest` was asked for below it."""
-    *parent, key = at
+def explain_unknown(path: OptionPath, inside: tuple[type[Section], ...], rest: OptionPath = ()) -> str:
+    """Explain that these sections have no option `path`; `rest` is the remainder of a flag's path."""
+    *parent, key = path
     if "." in str(key) and find_option(nested := (*parent, *str(key).split("."))):
-        return f"unknown option; nest it: `{nested[-1]}:` indented below `{dotted(nested[:-1])}:`", nested
+        return f"unknown option; nest it: `{nested[-1]}:` indented below `{to_dotted(nested[:-1])}:`"
+    siblings = [type_name(one) for one in sections_at(tuple(parent)) if key in one.model_fields and one not in inside]
+    if siblings:
+        return f"unknown option of type {type_name(inside[0])}; type {' and '.join(siblings)} has it"
     names = list(dict.fromkeys(name for section in inside for name in section.model_fields))
-    elsewhere = ((*group.at, name) for group in all_groups() for name in group.section.model_fields)
     if match := closest(str(key), names):
         meant = (*parent, match, *rest) if find_option((*parent, match, *rest)) else (*parent, match)
     else:
-        meant = next((other for other in elsewhere if other[-1] == (*at, *rest)[-1]), None)
-    siblings = [type_name(one) for one in sections_at(tuple(parent)) if key in one.model_fields and one not in inside]
-    if siblings:
-        return f"unknown option of type {type_name(inside[0])}; type {' and '.join(siblings)} has it", at
+        everywhere = ((*group.path, name) for group in all_groups() for name in group.section.model_fields)
+        meant = next((other for other in everywhere if other[-1] == (*path, *rest)[-1]), None)
     if meant:
-        return f"unknown option; did you mean '{dotted(meant)}'?", meant
-    return f"unknown option; {dotted(parent) or 'a run'} has {', '.join(names) or 'none below it'}", at
+        return f"unknown option; did you mean '{to_dotted(meant)}'?"
+    return f"unknown option; {to_dotted(parent) or 'a run'} has {', '.join(names) or 'none below it'}"
 
 
 class Group(NamedTuple):
-    """The options of one section, for the help."""
+    """The options of one section."""
 
-    at: OptionPath
+    path: OptionPath
     doc: str
     section: type[Section]
 
 
-def all_groups(section: type[Section] = Config, at: OptionPath = (), doc: str = "the run") -> Iterator[Group]:
-    """Every section, and every variant of every union, from the top; the entries of a list are at `N`."""
-    yield Group(at, doc, section)
+def all_groups(section: type[Section] = Config, path: OptionPath = (), doc: str = "the run") -> Iterator[Group]:
+    """Yield every section and every variant of every union, from the root; entries of lists are at `N`."""
+    yield Group(path, doc, section)
     for name, field in section.model_fields.items():
-        below = (*at, name, "N") if is_list(field.annotation) else (*at, name)
+        below = (*path, name, "N") if is_list(field.annotation) else (*path, name)
         for variant in sections(field.annotation):
             yield from all_groups(variant, below, field.description or "")
 
 
 def flatten_options(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Each value of nested dicts and lists, with its path: `model.blocks.0.repeat`."""
-    if isinstance(tree, dict) and tree:
-        for key, value in tree.items():
-            yield from flatten_options(value, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(tree, list | tuple) and tree:
-        for i, value in enumerate(tree):
-            yield from flatten_options(value, f"{prefix}.{i}")
+    """Yield (path, value) of each value in nested dicts and lists: `model.blocks.0.repeat`. Empty ones give None."""
+    if isinstance(tree, dict | list | tuple) and tree:
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from flatten_options(value, f"{prefix}.{key}".removeprefix("."))
     else:
         yield prefix, None if tree in ((), [], {}) else tree
 
 
 def default_text(value: Any) -> str:
-    """A default, as the help shows it."""
+    """Return a default for the help."""
     if isinstance(value, Section):
         return type_name(type(value)) or "{}"
     if isinstance(value, tuple):
@@ -176,13 +165,13 @@ def default_text(value: Any) -> str:
 
 
 def help_text(width: int) -> str:
-    """Every option, grouped by section, with its default, unit and line."""
+    """Return the help: every option by section, with its default, unit and description."""
     lines: list[str] = []
-    first_at: dict[type[Section], str] = {}
+    first_path: dict[type[Section], str] = {}
     heading = None
     for group in all_groups():
-        name = dotted(group.at)
-        original = first_at.setdefault(group.section, name)
+        name = to_dotted(group.path)
+        original = first_path.setdefault(group.section, name)
         default = ""
         if name != heading:
             heading, default = name, " (default)"
@@ -198,26 +187,25 @@ def help_text(width: int) -> str:
 
 
 def _rows(group: Group, width: int) -> Iterator[str]:
-    """An option each: flag, default, what it does [unit, or the values there are]."""
+    """Yield the lines of a section's options: flag, default, description [unit, or allowed words]."""
     table = []
     for name, field in group.section.model_fields.items():
         if name != "type" and (not sections(field.annotation) or is_list(field.annotation)):
             default = "required" if field.is_required() else default_text(field.default)
             choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
             note = " | ".join(choices) or (field.json_schema_extra or {}).get("unit")
-            table.append(
-                (f"--{dotted((*group.at, name))}", default, f"{field.description} [{note}]".removesuffix(" [None]"))
-            )
+            about = f"{field.description} [{note}]".removesuffix(" [None]")
+            table.append((f"--{to_dotted((*group.path, name))}", default, about))
     flags, defaults = (max((len(row[n]) for row in table), default=0) for n in (0, 1))
-    for flag, default, doc in table:
+    for flag, default, about in table:
         start = f"    {flag:{flags}}  {default:{defaults}}  "
-        yield from textwrap.wrap(doc, width, initial_indent=start, subsequent_indent=" " * len(start))
+        yield from textwrap.wrap(about, width, initial_indent=start, subsequent_indent=" " * len(start))
 
 
 def json_schema() -> str:
-    """JSON schema of a config, for editors: pydantic's, with the unit in the description.
+    """Return the JSON schema of a config, for editors: pydantic's, with the unit in the description.
 
-    A variant other than a union's first has to name its `type`, so that exactly one variant fits.
+    Every variant of a union but the first requires its `type`, so that exactly one variant fits.
     """
     tree = Config.model_json_schema()
     for section in (tree, *tree["$defs"].values()):

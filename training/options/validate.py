@@ -1,107 +1,99 @@
-"""A merged tree as a Config, or everything that is wrong with it.
+"""Turn a tree of nodes into a Config, or into one problem for each wrong option.
 
-Pydantic stops at a wrong option before it looks at the rules between options, and an unknown `type` hides what is below
-it. So what is wrong is noted, something right put in its place, and the tree validated again, until nothing is wrong.
+Pydantic lists the errors of all fields at once. The rules between a section's options run once its fields are right, so
+what they say rests on values that the user gave.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
-from training.config import Config, Section
+from training.config import Config
 from training.options.schema import (
-    ErrorLocation,
     closest,
     describe_expected,
+    explain_unknown,
     is_list,
+    literals,
     locate,
-    minimal_value,
     sections,
     type_name,
-    unknown,
 )
-from training.options.yaml import MAX_PROBLEMS, ConfigTree, OptionPath, Problem, SourceLocation, printable
+from training.options.yaml import MAX_PROBLEMS, Node, OptionPath, Problem, to_printable
 
 
-def validate(document: ConfigTree) -> Config:
-    """The config; it counts only where `document.problems` is empty afterwards. The tree is mended in place."""
-    wrong = [problem.at for problem in document.problems]
-    config = _mended(document, wrong)
-    if len(document.problems) >= MAX_PROBLEMS:
-        document.problems.append(Problem(document.given[()], (), "and so on"))
-    for section, below, message in _broken_rules(config, ()):
-        at = (*section, *below.split("."))
-        if not any(_rests_on(bad, section, at, message) for bad in wrong):
-            document.problems.append(Problem(_given(document, at), at, message))
-    return config
+def validate(root: Node) -> tuple[Config | None, list[Problem]]:
+    """Return the config, or None and the problems, the first MAX_PROBLEMS of them."""
+    try:
+        return Config.model_validate(root.plain()), []
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+    if _take_flags_as_text(root, details):
+        return validate(root)
+    problems: dict[OptionPath, Problem] = {}
+    for path, message in (explained for detail in details for explained in _explain(root, detail)):
+        node = root.innermost(path)
+        problems.setdefault(path, Problem(node.origin, node.line, path, node.syntax_error or message))
+        if len(problems) == MAX_PROBLEMS:
+            return None, [*problems.values(), Problem(root.origin, None, (), "and so on")]
+    return None, list(problems.values())
 
 
-def _mended(document: ConfigTree, wrong: list[OptionPath]) -> Config:
-    """The config with something right in the place of whatever is wrong, which is noted and added to `wrong`."""
-    for _ in range(100):  # one pass shows what is wrong at one level, and the next what that hid: three are common
-        try:
-            return Config.model_validate(document.tree, context="rules are run afterwards")
-        except ValidationError as error:
-            for detail in error.errors(include_url=False):
-                wrong += _mend(document, detail)
-    raise AssertionError(f"cannot be mended: {document.tree}")
+def _take_flags_as_text(root: Node, details: list[Any]) -> bool:
+    """Take a flag's value as text if the option is text: a flag has no quotes to say so. Return True if any was."""
+    nodes = [root.innermost(locate(detail["loc"]).path) for detail in details if detail["type"] == "string_type"]
+    nodes = [node for node in nodes if node.text is not None and node.line is None]
+    for node in nodes:
+        node.value = node.text
+    return bool(nodes)
 
 
-def _mend(document: ConfigTree, detail: Any) -> list[OptionPath]:
-    """Note what a pydantic error is about and put a right value there; the options that are in doubt from now on."""
-    place, kind, value = locate(detail["loc"]), detail["type"], detail["input"]
-    given = _given(document, place.at)
-    if kind == "too_short" and len(value) >= detail["ctx"]["min_length"]:
-        return []  # enough entries are there, but some of them are wrong, and are noted as such
-    if kind == "missing" and sections(place.annotation) and not is_list(place.annotation):
-        _put(document.tree, place.at, {})  # so that the options missing in it are named
-        return []
-    if kind == "string_type" and given.text is not None and given.line is None:
-        _put(
-            document.tree, place.at, given.text
-        )  # a flag's value has no quotes to say that it is text: the type says it
-        return []
-    doubted = []
-    if len(document.problems) < MAX_PROBLEMS:
-        at, message, doubted = _explain(place, kind, value, given)
-        if not any(problem.at == at for problem in document.problems):
-            document.problems.append(Problem(_given(document, at), at, given.flaw or message))
-    if kind == "extra_forbidden" or (place.field and not place.field.is_required()):
-        _put(document.tree, place.at)
-    else:
-        _put(document.tree, place.at, minimal_value(place.annotation))
-    return [place.at, *doubted]
+def _explain(root: Node, detail: Any) -> Iterator[tuple[OptionPath, str]]:
+    """Yield (option, message) of one of pydantic's errors."""
+    option, kind, value = locate(detail["loc"]), detail["type"], detail["input"]
+    if kind == "rules":
+        for below, message in detail["ctx"]["problems"]:
+            yield (*option.path, *below.split(".")), message
+    elif kind == "extra_forbidden":
+        yield option.path, explain_unknown(option.path, (option.section,))
+    elif kind == "missing":
+        yield from _missing(option.path, option.field)
+    elif kind.startswith("union_tag") and isinstance(value, dict):
+        types = [type_name(section) for section in sections(option.annotation)]
+        hint = _did_you_mean(value["type"], types)
+        yield (*option.path, "type"), f"{_shown(value['type'], None)} is not one of {', '.join(types)}{hint}"
+    elif kind != "too_short" or len(value) < detail["ctx"]["min_length"]:  # else each wrong entry has its own error
+        text = root.innermost(option.path).text
+        yield option.path, f"{_shown(value, text)} is not {_expected(option, kind, value, text)}"
 
 
-def _explain(
-    place: ErrorLocation, kind: str, value: Any, given: SourceLocation
-) -> tuple[OptionPath, str, list[OptionPath]]:
-    """(the option to name, what is wrong with it, the options that were meant instead)."""
-    if kind == "extra_forbidden":
-        message, meant = unknown(place.at, (place.section,))
-        return place.at, message, [meant]
-    if kind == "missing":
-        return place.at, f"missing, and it has no default: {place.field.description}", []
-    if kind.startswith("union_tag") and isinstance(value, dict):
-        types = [type_name(section) for section in sections(place.annotation)]
-        shown, hint = _shown(value["type"], None), _did_you_mean(value["type"], types)
-        return (*place.at, "type"), f"{shown} is not one of {', '.join(types)}{hint}", []
-    wanted = describe_expected(place.annotation, place.field.metadata if place.field else ())
-    hint = ""
+def _missing(path: OptionPath, field: FieldInfo) -> Iterator[tuple[OptionPath, str]]:
+    """Yield the missing option, or the required options of a missing section."""
+    if is_list(field.annotation) or not (inside := sections(field.annotation)):
+        yield path, f"missing, and it has no default: {field.description}"
+        return
+    for name, below in inside[0].model_fields.items():
+        if below.is_required():
+            yield from _missing((*path, name), below)
+
+
+def _expected(option: Any, kind: str, value: Any, text: str | None) -> str:
+    """Say which values an option takes, with a hint."""
+    expected = describe_expected(option.annotation, option.field.metadata if option.field else ())
     if kind == "literal_error":
-        hint = _did_you_mean(value, wanted.removeprefix("one of ").split(", "))
-    elif kind == "finite_number":
-        wanted = f"finite: {wanted}"
-    elif kind == "string_type" and isinstance(value, int | float):
-        hint = f"; quote it: '{given.text}'"
-    elif kind == "int_type" and isinstance(value, float) and value.is_integer():
-        hint = f"; write {int(value):.15g}" if abs(value) < 1e15 else ""
-    return place.at, f"{_shown(value, given.text)} is not {wanted}{hint}", []
+        return expected + _did_you_mean(value, literals(option.annotation))
+    if kind == "finite_number":
+        return f"finite: {expected}"
+    if kind == "string_type" and isinstance(value, int | float):
+        return f"{expected}; quote it: '{text}'"
+    if kind == "int_type" and isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return f"{expected}; write {int(value):.15g}"
+    return expected
 
 
 def _did_you_mean(value: Any, words: list[str]) -> str:
@@ -110,44 +102,9 @@ def _did_you_mean(value: Any, words: list[str]) -> str:
 
 
 def _shown(value: Any, text: str | None) -> str:
-    """A value in an error line, short, and as it was written where that is known."""
+    """Return a value for an error line: short, and as written if that is known."""
     if isinstance(value, str):
-        return f"'{printable(value, 60)}'"
+        return f"'{to_printable(value, 60)}'"
     if isinstance(value, dict | list):
         return ("a section" if isinstance(value, dict) else "a list") if value else str(value)
-    return "null" if value is None else printable(text or json.dumps(value), 60)
-
-
-def _given(document: ConfigTree, at: OptionPath) -> SourceLocation:
-    """Where the value at a path was given, or the innermost section around it that was."""
-    return next(document.given[at[:n]] for n in range(len(at), -1, -1) if at[:n] in document.given)
-
-
-def _put(tree: Any, at: OptionPath, *value: Any) -> None:
-    """Set the value at a path, or with none, remove what is there."""
-    for key in at[:-1]:
-        tree = tree[key]
-    if value:
-        tree[at[-1]] = value[0]
-    else:
-        tree.pop(at[-1], None)
-
-
-def _broken_rules(section: Section, at: OptionPath) -> Iterator[tuple[OptionPath, str, str]]:
-    """(a section, an option below it, what is wrong with that) of every section's rules."""
-    for below, message in section.rules():
-        yield at, below, message
-    for name, value in section:
-        if isinstance(value, Section):
-            yield from _broken_rules(value, (*at, name))
-        for n, entry in enumerate(value if isinstance(value, tuple) else ()):
-            if isinstance(entry, Section):
-                yield from _broken_rules(entry, (*at, name, n))
-
-
-def _rests_on(bad: OptionPath, section: OptionPath, at: OptionPath, message: str) -> bool:
-    """Whether a section's verdict on `at` rests on an option that was wrong, and replaced for the time being."""
-    if not bad or bad[: len(section)] != section:
-        return False
-    name = next(key for key in reversed(bad) if isinstance(key, str))
-    return at[: len(bad)] == bad or bad[: len(at)] == at or re.search(rf"\b{re.escape(name)}\b", message) is not None
+    return "null" if value is None else to_printable(text or json.dumps(value), 60)

@@ -1,205 +1,204 @@
-"""YAML as a plain tree that remembers where, and in which words, every value was given.
+"""YAML as a tree of nodes that know the file and line, or the flag, that they come from.
 
-ruamel.yaml parses YAML 1.2: `3e-4` is a number, `010` is ten, `no` and `12:30:45` are text. A config is a page of
-mappings, lists and scalars: tags, anchors, aliases, repeated keys and deep nesting are refused as they are met, before
-anything is built from them.
+Built from ruamel.yaml's events and not by its loaders: those read the whole document before it can be checked, and do
+not say which option repeats a key or has an anchor. Here tags, anchors, aliases, repeated keys and deep nesting are
+rejected as they are met. In YAML 1.2 `3e-4` is a number, `010` is ten, and `no` and `12:30:45` are text.
 """
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-from ruamel.yaml import YAML
+from ruamel.yaml import YAML, events
 from ruamel.yaml.error import MarkedYAMLError
-from ruamel.yaml.events import (
-    AliasEvent,
-    DocumentEndEvent,
-    MappingEndEvent,
-    MappingStartEvent,
-    ScalarEvent,
-    SequenceEndEvent,
-    SequenceStartEvent,
-    StreamEndEvent,
-)
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.reader import ReaderError
 
 from training.errors import UserError
 
-MAX_BYTES = 32_768  # parsed in about half a second; a config is a page, about 2,000 bytes
+MAX_BYTES = 32_768  # parsed in about half a second; a config has about 2,000 bytes
 MAX_DEPTH = 12  # the deepest option, model.blocks.0.ffn.n_experts, is at 5
-MAX_PROBLEMS = 50  # more are no help to anybody
+MAX_PROBLEMS = 50
 
-OptionPath = tuple[str | int, ...]  # the way from the root of a tree to a value
+OptionPath = tuple[str | int, ...]  # keys and list indices from the root to a value
 
 
-class SourceLocation(NamedTuple):
-    """Where a value was given, and how."""
+@dataclass
+class Node:
+    """A value and where it comes from."""
 
+    value: Any  # a dict of nodes, a list of nodes, or a scalar
     origin: str  # `my.yaml`, or the flag `--optim.learning_rate`
-    line: int | None = None  # of a file, from 1
-    text: str | None = None  # an unquoted scalar, as written
-    flaw: str | None = None  # why a flag's value is no YAML, so that it can only be text
+    line: int | None = None  # in a file, from 1
+    text: str | None = None  # an unquoted scalar or a flag's value, as written
+    syntax_error: str | None = None  # of a flag's value that is not YAML and so can only be text
+
+    def plain(self) -> Any:
+        """Return the tree as dicts, lists and scalars."""
+        if isinstance(self.value, dict):
+            return {key: node.plain() for key, node in self.value.items()}
+        return [node.plain() for node in self.value] if isinstance(self.value, list) else self.value
+
+    def child(self, key: str | int) -> Node | None:
+        """Return the entry of a mapping or a list, if there is one."""
+        if isinstance(self.value, list) and re.fullmatch("[0-9]{1,6}", str(key)) and int(key) < len(self.value):
+            return self.value[int(key)]
+        return self.value.get(key) if isinstance(self.value, dict) else None
+
+    def innermost(self, path: OptionPath) -> Node:
+        """Return the node at a path, or the innermost section around it that exists."""
+        node = self
+        for key in path:
+            if (child := node.child(key)) is None:
+                break
+            node = child
+        return node
 
 
 class Problem(NamedTuple):
-    """What is wrong with the value at `at`."""
+    """One error: the option, and where its value comes from."""
 
-    given: SourceLocation
-    at: OptionPath
+    origin: str
+    line: int | None
+    path: OptionPath
     message: str
 
     def __str__(self) -> str:
-        origin = printable(self.given.origin) + (f":{self.given.line}" if self.given.line else "")
-        name = printable(dotted(self.at))
-        place = origin if not name or origin == f"--{name}" else f"{origin}: {name}"
-        return f"{place}: {printable(self.message, 500)}"
+        origin = to_printable(self.origin) + (f":{self.line}" if self.line else "")
+        name = to_printable(to_dotted(self.path))
+        start = origin if not name or origin == f"--{name}" else f"{origin}: {name}"
+        return f"{start}: {to_printable(self.message, 500)}"
 
 
 class ConfigErrors(UserError):
-    """Everything that is wrong with a config, one line each in `lines`."""
+    """All errors of a config, one line each in `lines`."""
 
-    def __init__(self, lines: list[str]) -> None:
-        super().__init__("\nerror: ".join(lines))  # commands print `error: <text>`
-        self.lines = lines
-
-
-class ConfigTree(NamedTuple):
-    """A tree of dicts, lists and scalars, where each part of it was given, and what was refused in it."""
-
-    tree: Any
-    given: dict[OptionPath, SourceLocation]
-    problems: list[Problem]
+    def __init__(self, problems: list[Problem]) -> None:
+        self.lines = list(dict.fromkeys(map(str, problems)))
+        super().__init__("\nerror: ".join(self.lines))  # commands print `error: <text>`
 
 
-def dotted(at: OptionPath) -> str:
-    """A path as it is written: `model.blocks.0.ffn`."""
-    return ".".join(map(str, at))
+def to_dotted(path: OptionPath) -> str:
+    """Return a path as users write it: `model.blocks.0.ffn`."""
+    return ".".join(map(str, path))
 
 
-def printable(text: str, limit: int = 100) -> str:
-    """`text` on one line: what cannot be printed is escaped, and what is too long is cut."""
+def to_printable(text: str, limit: int = 100) -> str:
+    """Return `text` on one line: truncated, with unprintable characters escaped."""
     text = text if len(text) <= limit else text[: limit - 3] + "..."
     return text if text.isprintable() else repr(text)[1:-1]
 
 
-def read_file(path: str | Path) -> ConfigTree:
-    """The file at `path`. Raises ConfigErrors where it cannot be read, or not as a mapping."""
-    given = SourceLocation(str(path))
+def read_file(path: str | Path) -> tuple[Node, list[Problem]]:
+    """Parse a file. Raises ConfigErrors if it cannot be read, or is not a mapping."""
+    root, problems = _Parser(_read_text(path), str(path), has_lines=True).parse()
+    if root is None:
+        raise ConfigErrors(problems)
+    if not isinstance(root.value, dict | None):
+        message = "not a mapping of options; write `option: value`, one a line"
+        raise ConfigErrors([Problem(str(path), 1, (), message)])
+    return Node(root.value or {}, str(path)), problems
+
+
+def _read_text(path: str | Path) -> str:
     try:
         with Path(path).open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
+        if len(raw) <= MAX_BYTES:
+            return raw.decode()
+        message = f"longer than {MAX_BYTES} bytes, which no config is"
     except FileNotFoundError:
-        raise _refusal(given, "no such file") from None
+        message = "no such file"
     except IsADirectoryError:
-        raise _refusal(given, "a folder; give the YAML file") from None
-    except (OSError, ValueError) as error:
-        raise _refusal(given, f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if len(raw) > MAX_BYTES:
-        raise _refusal(given, f"longer than {MAX_BYTES} bytes, which no config is")
-    try:
-        text = raw.decode()
+        message = "a folder; give the YAML file"
     except UnicodeDecodeError as error:
-        raise _refusal(given, f"not UTF-8 text (byte {error.start})") from None
-    document = _Reader(text, given._replace(line=1)).document()
-    document.given[()] = given
-    if not isinstance(document.tree, dict | None):
-        raise _refusal(given._replace(line=1), "not a mapping of options; write `option: value`, one a line")
-    return document._replace(tree=document.tree or {})
+        message = f"not UTF-8 text (byte {error.start})"
+    except (OSError, ValueError) as error:
+        message = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    raise ConfigErrors([Problem(str(path), None, (), message)])
 
 
-def read_flag_value(text: str, flag: str) -> ConfigTree:
-    """The value of a flag: YAML, or what can only be text and says in its `flaw` why."""
-    given = SourceLocation(flag, text=text)
-    try:
-        document = _Reader(text, given).document()
-    except ConfigErrors as error:
-        return ConfigTree(text, {(): given._replace(flaw=error.lines[0].removeprefix(f"{flag}: "))}, [])
-    if document.problems:
-        return ConfigTree(text, {(): given._replace(flaw=document.problems[0].message)}, [])
-    # Unquoted text stands as it is: YAML would end it at ` #` and join its lines.
-    as_it_stands = isinstance(document.tree, str) and document.given[()].text is not None
-    document.given[()] = given
-    return document._replace(tree=text) if as_it_stands else document
+def read_flag_value(text: str, flag: str) -> Node:
+    """Parse the value of a flag. Its text is kept: a text option takes it as it is, even if it is not YAML."""
+    root, problems = _Parser(text, flag, has_lines=False).parse()
+    if problems:
+        return Node(text, flag, text=text, syntax_error=problems[0].message)
+    # Unquoted text is taken as it is: YAML would end it at ` #` and join its lines.
+    is_unquoted = isinstance(root.value, str) and root.text is not None
+    return Node(text if is_unquoted else root.value, flag, text=text)
 
 
-def _refusal(given: SourceLocation, message: str) -> ConfigErrors:
-    return ConfigErrors([str(Problem(given, (), message))])
+class _Stop(Exception):
+    """The rest of the document is not worth parsing."""
 
 
-class _Refused(Exception):
-    """(event, message): a document that cannot be read on from here."""
+class _Parser:
+    """Builds the nodes of one document, and collects what is not allowed in it."""
 
-
-class _Reader:
-    """Builds one document from parser events."""
-
-    def __init__(self, text: str, source: SourceLocation) -> None:
-        self.text, self.source = text, source
+    def __init__(self, text: str, origin: str, *, has_lines: bool) -> None:
+        self.text, self.origin, self.has_lines = text, origin, has_lines
         self.yaml = YAML(typ="safe", pure=True)
-        self.given: dict[OptionPath, SourceLocation] = {}
+        skipped = (events.StreamStartEvent, events.DocumentEndEvent)
+        self.events = (event for event in self.yaml.parse(text) if not isinstance(event, skipped))
         self.problems: list[Problem] = []
 
-    def document(self) -> ConfigTree:
-        """Raises ConfigErrors where the text is no YAML, or no config whatever its options are."""
+    def parse(self) -> tuple[Node | None, list[Problem]]:
+        """Return the root, with the value None if there is none, and the problems; no root if parsing had to stop."""
         try:
-            return ConfigTree(self.root(), self.given, self.problems)
-        except _Refused as error:
-            self.refuse((), *error.args)
+            start = next(self.events)
+            if isinstance(start, events.StreamEndEvent):
+                return Node(None, self.origin), []
+            if start.version or start.tags:
+                self.stop(start, "no % directives here: a config is YAML 1.2")
+            root = self.node(next(self.events), ())
+            if not isinstance(end := next(self.events), events.StreamEndEvent):
+                self.stop(end, "a second document; a config is one")
+            return root, self.problems
+        except _Stop:
+            pass
         except ReaderError as error:
             line = self.text.count("\n", 0, error.position) + 1
-            self.refuse((), line, f"character {error.character:#04x} is not allowed in YAML")
+            self.reject((), line, f"character {error.character:#04x} is not allowed in YAML")
         except MarkedYAMLError as error:
-            self.refuse((), (error.problem_mark or error.context_mark).line + 1, _in_words(error))
-        raise ConfigErrors([str(problem) for problem in self.problems])
+            problem = to_printable(error.problem or "unreadable")
+            context = f" ({error.context})" if error.context else ""
+            message = "a tab; indent with spaces" if "\\t" in problem else f"{problem}{context}"
+            self.reject((), (error.problem_mark or error.context_mark).line + 1, f"not YAML: {message}")
+        return None, self.problems
 
-    def root(self) -> Any:
-        """The one document's value; None where there is none."""
-        self.events = (event for event in self.yaml.parse(self.text) if not isinstance(event, DocumentEndEvent))
-        next(self.events)
-        start = next(self.events)
-        if isinstance(start, StreamEndEvent):
-            return None
-        if start.version or start.tags:
-            raise _Refused(start, "no % directives here: a config is YAML 1.2")
-        tree = self.node(next(self.events), ())
-        if not isinstance(end := next(self.events), StreamEndEvent):
-            raise _Refused(end, "a second document; a config is one")
-        return tree
+    def node(self, event: Any, path: OptionPath, line: int | None = None) -> Node:
+        """Build the node that starts with `event`. An entry of a mapping has the line of its key."""
+        if len(path) > MAX_DEPTH:
+            self.stop(event, f"nested more than {MAX_DEPTH} deep")
+        self.check(event, path)
+        text = event.value if isinstance(event, events.ScalarEvent) and event.implicit[0] else None
+        if isinstance(event, events.MappingStartEvent):
+            value = self.mapping(path)
+        elif isinstance(event, events.SequenceStartEvent):
+            value = []
+            while not isinstance(item := next(self.events), events.SequenceEndEvent):
+                value.append(self.node(item, (*path, len(value))))
+        else:
+            value = self.scalar(text) if text is not None else getattr(event, "value", None)
+        return Node(value, self.origin, self.line_of(line or event), text)
 
-    def node(self, event: Any, at: OptionPath, line: int | None = None) -> Any:
-        """The value that begins with `event`; an entry's line is that of its key."""
-        if len(at) > MAX_DEPTH:
-            raise _Refused(event, f"nested more than {MAX_DEPTH} deep")
-        plain = event.value if isinstance(event, ScalarEvent) and event.implicit[0] else None
-        self.given[at] = self.at_line(line or event)._replace(text=plain)
-        self.check(event, at)
-        if isinstance(event, MappingStartEvent):
-            return self.mapping(at)
-        if isinstance(event, SequenceStartEvent):
-            items: list[Any] = []
-            while not isinstance(item := next(self.events), SequenceEndEvent):
-                items.append(self.node(item, (*at, len(items))))
-            return items
-        return self.scalar(plain) if plain is not None else getattr(event, "value", None)
-
-    def mapping(self, at: OptionPath) -> dict[str, Any]:
-        """A mapping's entries, the keys as written."""
-        entries: dict[str, Any] = {}
-        while not isinstance(event := next(self.events), MappingEndEvent):
-            if not isinstance(event, ScalarEvent):
-                raise _Refused(event, "a key has to be a word")
-            self.check(event, at)
-            key = event.value
-            if key in entries:
-                first = self.given[*at, key].line
-                self.refuse((*at, key), event, f"given twice, first on line {first}" if first else "given twice")
-            entries[key] = self.node(next(self.events), (*at, key), event.start_mark.line + 1)
+    def mapping(self, path: OptionPath) -> dict[str, Node]:
+        entries: dict[str, Node] = {}
+        while not isinstance(event := next(self.events), events.MappingEndEvent):
+            if not isinstance(event, events.ScalarEvent):
+                self.stop(event, "a key has to be a word")
+            self.check(event, path)
+            key, line = event.value, event.start_mark.line + 1
+            if first := entries.get(key):
+                self.reject((*path, key), event, "given twice" + (f", first on line {first.line}" * bool(first.line)))
+            entries[key] = self.node(next(self.events), (*path, key), line)
         return entries
 
     def scalar(self, text: str) -> Any:
-        """An unquoted scalar as YAML 1.2 reads it: null, a truth value or a number; everything else is text."""
+        """Return an unquoted scalar as YAML 1.2 reads it: null, true or false, a number, or else text."""
         tag = str(self.yaml.resolver.resolve(ScalarNode, text, (True, False)))
         if tag.rpartition(":")[2] not in ("null", "bool", "int", "float") or len(text) > 100:
             return text
@@ -208,29 +207,26 @@ class _Reader:
         except ValueError:  # `-_`
             return text
 
-    def check(self, event: Any, at: OptionPath) -> None:
-        """Refuse what options have no use for, and what can be made to run code or to explode."""
-        if isinstance(event, AliasEvent):
-            self.refuse(at, event, f"no aliases here (*{printable(event.anchor)}): write the value out, or quote it")
-        elif event.anchor:
-            self.refuse(at, event, f"no anchors here (&{printable(event.anchor)}): remove it, or quote the value")
-        elif event.tag:
-            self.refuse(at, event, f"no tags here ({printable(str(event.tag))}): remove it, or quote the value")
+    def check(self, event: Any, path: OptionPath) -> None:
+        """Reject what options do not need and attacks use: to run code, or to grow without bounds."""
+        if isinstance(event, events.AliasEvent):
+            name = to_printable(event.anchor)
+            self.reject(path, event, f"no aliases here (*{name}): write the value out, or quote it")
+        elif event.anchor or event.tag:
+            kind, name = ("anchors", f"&{event.anchor}") if event.anchor else ("tags", str(event.tag))
+            self.reject(path, event, f"no {kind} here ({to_printable(name)}): remove it, or quote the value")
 
-    def refuse(self, at: OptionPath, where: Any, message: str) -> None:
-        self.problems.append(Problem(self.at_line(where), at, message))
+    def reject(self, path: OptionPath, where: Any, message: str) -> None:
+        """Add a problem at a line, or at an event."""
+        self.problems.append(Problem(self.origin, self.line_of(where), path, message))
         if len(self.problems) == MAX_PROBLEMS:
-            raise _Refused(where, "and so on; this is no config")
+            self.stop(where, "and so on; this is no config")
 
-    def at_line(self, where: Any) -> SourceLocation:
-        """The source at a line, or at an event's; a flag has no lines."""
+    def stop(self, where: Any, message: str) -> NoReturn:
+        """Add a last problem and stop parsing."""
+        self.problems.append(Problem(self.origin, self.line_of(where), (), message))
+        raise _Stop
+
+    def line_of(self, where: Any) -> int | None:
         line = where if isinstance(where, int) else where.start_mark.line + 1
-        return self.source._replace(text=None, line=self.source.line and line)
-
-
-def _in_words(error: MarkedYAMLError) -> str:
-    """A syntax error on one line."""
-    problem = printable(error.problem or "unreadable")
-    if "\\t" in problem:
-        return "not YAML: a tab; indent with spaces"
-    return f"not YAML: {problem}" + (f" ({error.context})" if error.context else "")
+        return line if self.has_lines else None

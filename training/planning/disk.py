@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 from training.config import Config
 from training.errors import UserError
-from training.model import GPT
+from training.model.stats import ModelStats
+from training.optim.optimizer import state_bytes
 
 
-def checkpoint_bytes(model: GPT, config: Config) -> int:
-    """Return the size of a checkpoint: float32 weights, and two optimizer tensors each; one for Muon's matrices."""
-    is_muon, kinds = config.optim.type == "muon", model.parameter_kinds()
-    n_tensors = {name: 2 if is_muon and kind == "matrix" else 3 for name, kind in kinds.items()}
-    return 4 * sum(p.numel() * n_tensors[name] for name, p in model.named_parameters())
+def checkpoint_bytes(stats: ModelStats, config: Config) -> int:
+    """Return the size of a checkpoint: float32 weights and optimizer state."""
+    return 4 * stats.n_parameters + state_bytes(config.optim, stats.shapes, stats.kinds)
 
 
 def n_checkpoints(config: Config) -> int:
@@ -22,15 +20,14 @@ def n_checkpoints(config: Config) -> int:
     return config.checkpoint.keep + config.checkpoint.keep_best + 1
 
 
-def disk_shortage(model: GPT, config: Config, *, fresh: bool = False) -> str | None:
+def disk_shortage(stats: ModelStats, config: Config, *, fresh: bool = False) -> str | None:
     """Return an error line if checkpoints and the final model do not fit on the disk, else None.
 
     The run will replace existing checkpoints, unless it is `fresh`: then the old run is moved aside and keeps them.
     """
-    folder = Path(config.run_dir, "checkpoints").absolute()
+    folder = (config.run_dir / "checkpoints").absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
-    weights = 4 * sum(p.numel() for p in model.parameters())
-    needed = n_checkpoints(config) * checkpoint_bytes(model, config) + weights
+    needed = n_checkpoints(config) * checkpoint_bytes(stats, config) + 4 * stats.n_parameters
     needed -= 0 if fresh else sum(path.stat().st_size for path in folder.glob("step-*/*"))
     if (free := shutil.disk_usage(existing).free) >= needed:
         return None
@@ -44,7 +41,7 @@ def _size_text(n_bytes: int) -> str:
     return f"{n_bytes / 2**30:,.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.2f} MiB"
 
 
-def check_disk_space(model: GPT, config: Config, *, fresh: bool) -> None:
+def check_disk_space(stats: ModelStats, config: Config, *, fresh: bool) -> None:
     """Raise UserError if the disk has too little space for the whole run."""
-    if problem := disk_shortage(model, config, fresh=fresh):
+    if problem := disk_shortage(stats, config, fresh=fresh):
         raise UserError(problem)

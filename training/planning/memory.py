@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from training.batch import Batch
 from training.config import Config, MeshConfig
 from training.device import DTYPES
 from training.distributed.mesh import MeshShape, mesh_shape
@@ -34,11 +35,12 @@ from training.distributed.parallelize import ShardedModel, parallelize
 from training.distributed.world import BUCKET, World
 from training.kernels import loss
 from training.kernels.attention import sdpa
-from training.kernels.attention.table import Documents
+from training.kernels.attention.masks import Documents
 from training.kernels.choose import ATTENTION_BACKENDS, EXPERT_KERNELS, TORCH_LOSS, AttentionBackend, Kernels
 from training.kernels.experts import Dispatch, permute, sort_by_expert, unpermute
 from training.model import GPT, layers
 from training.model.moe import Experts
+from training.model.stats import parameter_kinds
 from training.optim.optimizer import Optimizer
 from training.planning.batch_split import max_samples_per_rank
 
@@ -191,7 +193,7 @@ def _peak(
             tracker.count(tensor, "weights", shares.get(tensor, 1.0))
         gathered = torch.empty(_gathered_bytes(model, mesh, dtype), dtype=torch.int8)
         tracker.count(gathered, "casts")
-        optimizer = Optimizer(config.optim, sharded.local_parameters(), model.parameter_kinds(), dtype)
+        optimizer = Optimizer(config.optim, sharded.local_parameters(), parameter_kinds(model), dtype)
         _add_hooks(model, shares, tracker)
         _create_gradients(shares, tracker)
         _optimizer_step(sharded, optimizer, shares, tracker, is_replicated)  # creates the optimizer state
@@ -293,7 +295,7 @@ def _forward_backward(model: GPT, micro_batch: int) -> None:
     tokens_BT = torch.zeros(micro_batch, model.config.n_positions, dtype=torch.int64)
     documents = Documents(tokens_BT, tokens_BT) if model.config.isolate_documents else None
     key_B = torch.zeros(micro_batch, dtype=torch.int64)
-    model(tokens_BT, tokens_BT, tokens_BT.numel(), documents, key_B)[0].backward()
+    model(Batch(tokens_BT, tokens_BT, key_B, tokens_BT.numel(), documents=documents))[0].backward()
 
 
 @torch.no_grad()

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from training import device as devices
 from training.config import Config
 from training.data import tokenizer_choice
@@ -16,7 +14,7 @@ from training.data.corpus import Corpus
 from training.data.file_hashes import FileHashes
 from training.data.shards import Manifest, read_manifest
 from training.errors import UserError
-from training.model import GPT
+from training.model.stats import ModelStats, model_stats
 from training.planning.batch_split import HEADROOM, equal_parts, max_samples_per_rank
 from training.planning.disk import checkpoint_bytes, disk_shortage, n_checkpoints
 from training.planning.memory import MemoryEstimate, estimate, largest_micro_batch
@@ -53,7 +51,7 @@ class RunPlan(NamedTuple):
     device: TargetDevice
     world_size: int
     manifest: Manifest | None  # of the prepared data
-    model: GPT  # on the meta device
+    stats: ModelStats
     micro_batch: int
     largest_micro_batch: int  # that fits; 0: not one sample does
     memory: MemoryEstimate
@@ -92,7 +90,7 @@ def build_plan(config: Config, device: TargetDevice, world_size: int) -> RunPlan
     manifest = find_prepared_data(config)
     precision = config.precision if config.precision != "auto" else "bf16" if device.has_bf16 else "fp32"
     model = config.model.model_copy(update={"vocab_size": config.model.vocab_size or _vocab_size(config, manifest)})
-    config = config.model_copy(update={"precision": precision, "model": model})
+    config = config.model_copy(update={"precision": precision, "model": model}).with_explicit_sizes()
     n_samples = config.batch_tokens // model.n_positions
     if n_samples < world_size:
         raise UserError(
@@ -105,10 +103,8 @@ def build_plan(config: Config, device: TargetDevice, world_size: int) -> RunPlan
     if micro_batch == "auto":
         micro_batch = equal_parts(per_rank, max(1, largest), config, device.type)
     micro_batch = min(micro_batch, per_rank)
-    with torch.device("meta"):
-        network = GPT(model)
     memory = estimate(config, micro_batch, world_size, device.type)
-    return RunPlan(config, device, world_size, manifest, network, micro_batch, largest, memory)
+    return RunPlan(config, device, world_size, manifest, model_stats(model), micro_batch, largest, memory)
 
 
 def find_prepared_data(config: Config) -> Manifest | None:
@@ -135,9 +131,9 @@ def _vocab_size(config: Config, manifest: Manifest | None) -> int:
     return -(-size // 64) * 64
 
 
-def describe_model(config: Config, n_total: int, n_active: int) -> dict[str, str]:
+def describe_model(config: Config, stats: ModelStats) -> dict[str, str]:
     """Return the lines "model" and "parameters" of a plan and of a run's header."""
-    model = config.model
+    model, total, active = config.model, stats.n_parameters, stats.n_active_parameters
     moe = [block.ffn for block in model.layers() if block.ffn.type == "moe"]
     kinds = dict.fromkeys(
         f"top {ffn.top_k} of {ffn.n_experts}" + (f" and {ffn.n_shared} shared" if ffn.n_shared else "") for ffn in moe
@@ -146,7 +142,7 @@ def describe_model(config: Config, n_total: int, n_active: int) -> dict[str, str
     return {
         "model": f"{model.n_layer} layers, {experts}{model.n_head} heads, width {model.n_embd}, "
         f"context {model.n_positions}, vocabulary {model.vocab_size:,}",
-        "parameters": f"{n_total:,}" + (f", {n_active:,} active per token" if n_active < n_total else ""),
+        "parameters": f"{total:,}" + (f", {active:,} active per token" if active < total else ""),
     }
 
 
@@ -164,17 +160,16 @@ def report_lines(plan: RunPlan, mfu: float | None, measured: float | None) -> li
     """Return the report. `mfu`: FLOPs utilization, None: unknown; `measured`: tokens/s of this run on this machine."""
     config, device = plan.config, plan.device
     ranks = f"{plan.world_size} x {device.name}" if plan.world_size > 1 else device.name
-    total, active = plan.model.n_parameters()
-    flops = plan.model.flops_per_token()
-    gib = checkpoint_bytes(plan.model, config) / 2**30
+    flops, active = plan.stats.flops_per_token, plan.stats.n_active_parameters
+    gib = checkpoint_bytes(plan.stats, config) / 2**30
     figures = {
         "plan": f"{config.name} on {ranks}, {config.precision}",
-        **describe_model(config, total, active),
+        **describe_model(config, plan.stats),
         "FLOPs": f"{flops / 1e9:,.3g} G per token, forward and backward; {flops * plan.n_tokens:.3g} in all",
         "batch": describe_batch(config, plan.micro_batch, plan.world_size)
         + (" (chosen)" if config.micro_batch == "auto" else ""),
         "steps": f"{config.steps:,} = {plan.n_tokens:,} tokens, {_rounded(plan.n_tokens / active)} per "
-        + ("active parameter" if active < total else "parameter"),
+        + ("active parameter" if active < plan.stats.n_parameters else "parameter"),
         "data": _data(plan),
         "checkpoints": f"{gib:,.2f} GiB each, at most {n_checkpoints(config)} on disk at a time",
         "time": _time(plan, mfu, measured),
@@ -216,7 +211,7 @@ def _time(plan: RunPlan, mfu: float | None, measured: float | None) -> str:
         if mfu is not None:
             raise UserError(f"--mfu: no peak is known of {plan.device.name} in {plan.config.precision}; leave it out")
         return "unknown: no peak is known of this device; train some steps here, then plan again"
-    speed = (mfu or DEFAULT_MFU) * peak * plan.world_size / plan.model.flops_per_token()
+    speed = (mfu or DEFAULT_MFU) * peak * plan.world_size / plan.stats.flops_per_token
     how = f"{mfu or DEFAULT_MFU:.0%} of {peak / 1e12:,.0f} TFLOP/s" + ("" if mfu else ", assumed; set it with --mfu")
     how += "; communication is not counted" if plan.world_size > 1 else ""
     return f"{duration_text(plan.n_tokens / speed)}, at {speed:,.0f} tokens/s = {how}"
@@ -266,10 +261,10 @@ def warnings(plan: RunPlan) -> Iterator[str]:
         yield f"{device.name} has no matrix units for bf16: use precision {other}"
     if plan.manifest is not None and (n_epochs := epochs(plan)) > MAX_EPOCHS:
         yield f"{n_epochs:.3g} epochs: beyond {MAX_EPOCHS} the model learns little; use more text or fewer steps"
-    ratio = plan.n_tokens / plan.model.n_parameters()[1]
+    ratio = plan.n_tokens / plan.stats.n_active_parameters
     low, high = TOKENS_PER_PARAMETER
     if not low <= ratio <= high:
         change = "a smaller model, or more steps," if ratio < low else "a larger model"
         yield f"{_rounded(ratio)} tokens per parameter; about 20 are best: {change} learns more in that time"
-    if problem := disk_shortage(plan.model, config):
+    if problem := disk_shortage(plan.stats, config):
         yield problem

@@ -1,1 +1,1 @@
-"""Attention back-ends, their masks and their limits."""
+"""Attention back-ends (a file for each library), their masks, and `table.py`, which lists them."""

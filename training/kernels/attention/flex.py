@@ -1,23 +1,32 @@
-"""PyTorch's FlexAttention (arXiv:2412.05496): blocks of scores that nobody sees are skipped, the rest may be capped."""
+"""PyTorch's FlexAttention (arXiv:2412.05496): skips blocks of scores that no query sees, and supports a soft-cap.
+
+PyTorch's compiler comes with it, so it is imported at the first call.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.attention import flex_attention as flex
 
 from training.kernels.attention.masks import Visibility
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
-def flex_mask(visibility: Visibility) -> flex.BlockMask:
-    """Which blocks of 128 x 128 scores somebody sees. Found from the mask written out, once for all layers."""
+
+def flex_mask(visibility: Visibility) -> BlockMask:
+    """Return which blocks of 128 x 128 scores have a visible one. The whole mask is evaluated to find them."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
     assert visibility.n_queries == visibility.n_keys
-    window, index_BS = visibility.window, None if visibility.documents is None else visibility.documents.index_BS
+    window, documents = visibility.window, visibility.documents
+    index_BS = None if documents is None else documents.index_BS
 
-    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001 (one signature)
+    def is_visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001 (one signature)
         visible = key <= query
         if window is not None:
             visible = visible & (key > query - window)
@@ -26,23 +35,15 @@ def flex_mask(visibility: Visibility) -> flex.BlockMask:
         return visible
 
     n_samples = None if index_BS is None else len(index_BS)
-    return flex.create_block_mask(
-        sees, n_samples, None, visibility.n_queries, visibility.n_keys, device=visibility.device
-    )
+    n_tokens = visibility.n_queries
+    return create_block_mask(is_visible, n_samples, None, n_tokens, n_tokens, device=visibility.device)
 
 
-def flex_attention(
-    q_BHTD: Tensor,
-    k_BGSD: Tensor,
-    v_BGSE: Tensor,
-    mask: flex.BlockMask,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """FlexAttention, compiled at its first call. On a CPU it has no backward."""
+def flex_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) -> Tensor:
+    """Use FlexAttention, compiled at its first call. It has no backward on a CPU."""
+    from torch.nn.attention import flex_attention as flex
 
-    def capped(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001
+    def soft_cap(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001
         return softcap * torch.tanh(score / softcap)
 
     attend = flex.flex_attention if torch.compiler.is_compiling() else _compiled()
@@ -50,7 +51,7 @@ def flex_attention(
         q_BHTD,
         k_BGSD,
         v_BGSE,
-        score_mod=None if softcap is None else capped,
+        score_mod=None if softcap is None else soft_cap,
         block_mask=mask,
         scale=scale,
         enable_gqa=q_BHTD.shape[1] != k_BGSD.shape[1],
@@ -59,4 +60,6 @@ def flex_attention(
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(flex.flex_attention)  # as it is, it writes out all scores
+    from torch.nn.attention.flex_attention import flex_attention as uncompiled  # which writes all scores to memory
+
+    return torch.compile(uncompiled)

@@ -1,32 +1,22 @@
-"""Attention as it is written down."""
+"""Attention as the formula is written. The signature is `interface.Attend`."""
 
 from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 
-def reference_attention(
-    q_BHTD: Tensor,
-    k_BGSD: Tensor,
-    v_BGSE: Tensor,
-    mask: Tensor,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """softmax(q k / sqrt(D)) v (arXiv:1706.03762 eq. 1), with scores in float32; `mask` is `masks.boolean_mask`'s.
+def reference_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) -> Tensor:
+    """Compute softmax(q k / sqrt(D)) v (arXiv:1706.03762 eq. 1), with scores in float32.
 
-    Scores are multiplied by `scale` (null: 1/sqrt(D)), and bounded by softcap x tanh(score / softcap)
-    (arXiv:2408.00118) before they are masked. Query head h has the keys of head h // (H / G).
+    `mask` is `masks.boolean_mask`'s. Scores are scaled and soft-capped before they are masked.
     """
     n_shared = q_BHTD.shape[1] // k_BGSD.shape[1]
     k_BHSD, v_BHSE = k_BGSD.repeat_interleave(n_shared, 1), v_BGSE.repeat_interleave(n_shared, 1)
     scale = 1 / math.sqrt(q_BHTD.shape[-1]) if scale is None else scale
     scores_BHTS = (q_BHTD @ k_BHSD.transpose(-2, -1)).float() * scale
     if softcap is not None:
-        scores_BHTS = softcap * torch.tanh(scores_BHTS / softcap)
+        scores_BHTS = softcap * (scores_BHTS / softcap).tanh()
     weights_BHTS = scores_BHTS.masked_fill(~mask, float("-inf")).softmax(dim=-1)
     return weights_BHTS.to(v_BHSE.dtype) @ v_BHSE

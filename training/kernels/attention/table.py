@@ -1,23 +1,40 @@
-"""Causal attention: back-ends of one signature, and what each cannot do.
+"""The table of attention back-ends: how `parallel.attention` names them, in the order in which `auto` tries them.
 
-Shapes: B batch, H query heads, G heads of keys and values, T queries, S keys (the queries are the last T
-of them), D width of queries and keys, E width of values. A back-end first makes a mask, once for all layers
-that see the same, then `attend(q_BHTD, k_BGSD, v_BGSE, mask, scale=, softcap=)` returns y_BHTE.
+A back-end builds a mask, once per forward for all layers that share it, and then attends:
+
+>>> import torch
+>>> from training.kernels.attention.masks import Visibility, find_documents
+>>> tokens_BT = torch.tensor([[5, 6, 0, 7]])  # token 0 starts a document
+>>> visibility = Visibility(n_queries=4, n_keys=4, device=tokens_BT.device, documents=find_documents(tokens_BT, 0))
+>>> backend = ATTENTION_BACKENDS["flash"]
+>>> q_BHTD, k_BGSD, v_BGSE = torch.randn(1, 4, 4, 8), torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8)
+>>> backend.attend(q_BHTD, k_BGSD, v_BGSE, backend.build_mask(visibility), scale=0.3).shape
+torch.Size([1, 4, 4, 8])
+
+`Limits` state what a back-end is known not to support, so that it is rejected with a reason and without being run:
+
+>>> reason_unsupported("flash", AttentionSpec(4, 2, 8, 8, softcap=15.0), False, DeviceInfo("cpu"), torch.float32)
+'does not support a soft-cap'
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from training.kernels.attention.deterministic import with_deterministic_backward
 from training.kernels.attention.flash_attn import flash2_attention, flash3_attention, flash4_attention, varlen_mask
 from training.kernels.attention.flex import flex_attention, flex_mask
-from training.kernels.attention.limits import HALF_DTYPES, Limits, reason_missing
-from training.kernels.attention.masks import Documents, Visibility, boolean_mask, find_documents, left_padded
+from training.kernels.attention.masks import (  # noqa: F401
+    Documents,
+    Visibility,
+    boolean_mask,
+    find_documents,
+    left_padded,
+)
 from training.kernels.attention.reference import reference_attention
 from training.kernels.attention.sdpa import (
     cudnn_attention,
@@ -28,129 +45,118 @@ from training.kernels.attention.sdpa import (
     sdpa_mask,
 )
 from training.kernels.attention.varlen import varlen_attention
+from training.kernels.interface import HALF_DTYPES, AttentionBackend, AttentionSpec, Limits
 
-__all__ = [
-    "ATTENTION_BACKENDS",
-    "AttentionBackend",
-    "AttentionSpec",
-    "DeviceInfo",
-    "Documents",
-    "Limits",
-    "Visibility",
-    "auto_candidates",
-    "device_info",
-    "find_documents",
-    "left_padded",
-    "limits_on",
-    "reason_unsupported",
-]
-
-
-class AttentionBackend(NamedTuple):
-    """One way to compute attention, and what it cannot do."""
-
-    build_mask: Callable[[Visibility], Any]
-    attend: Callable[..., Tensor]
-    limits: dict[str, Any] | None = None  # Limits by type of device; None: everything, on all of them
-
-
-class AttentionSpec(NamedTuple):
-    """What a layer asks of a back-end."""
-
-    n_head: int
-    n_kv_head: int
-    head_dim: int
-    value_dim: int
-    window: int | None = None
-    softcap: float | None = None
-    scale: float | None = None
-
-
-class DeviceInfo(NamedTuple):
-    """A type of device, and what it is known by."""
-
-    type: str  # cuda, cpu, mps
-    capability: int | None = None  # major number of CUDA's compute capability
-
-
-AMPERE = range(8, 20)  # and later
-SOFTLESS = Limits(softcap=False)
-PLAIN = Limits(HALF_DTYPES, head_dim=256, window=False, softcap=False, documents=False, capability=AMPERE)
-CUDNN = PLAIN._replace(head_dim_multiple=8, deterministic=False)  # PyTorch has no switch for it
-VARLEN = Limits(HALF_DTYPES, head_dim=256, softcap=False, capability=AMPERE, package=("torch", "2.11"))
-FLEX = Limits(HALF_DTYPES, capability=AMPERE, package=("torch", "2.7"))
-FLASH2 = Limits(HALF_DTYPES, head_dim=256, capability=AMPERE, package=("flash-attn", "2.7.4"))
-# Its deterministic backward was none before 3.0.0 (flash-attention #1596), and is none for heads over 192 wide.
-FLASH3 = Limits(
-    HALF_DTYPES, head_dim=192, head_dim_multiple=8, capability=range(9, 10), package=("flash-attn-3", "3.0.0")
+AMPERE_OR_LATER = range(8, 20)
+NO_SOFTCAP = Limits(softcap=False)
+CAUSAL_ONLY = Limits(
+    HALF_DTYPES, max_head_dim=256, window=False, softcap=False, documents=False, capability=AMPERE_OR_LATER
 )
-# A backward that hangs cannot be found out by trying: soft-capped it was seen to on Blackwell (#2466), and any
-# with the libraries that earlier versions ask for (#2797).
+CUDNN = CAUSAL_ONLY._replace(head_dim_multiple=8, deterministic=False)  # PyTorch has no switch for it
+VARLEN = Limits(HALF_DTYPES, max_head_dim=256, softcap=False, capability=AMPERE_OR_LATER, package=("torch", "2.11"))
+FLEX = Limits(HALF_DTYPES, capability=AMPERE_OR_LATER, package=("torch", "2.7"))
+FLASH2 = Limits(HALF_DTYPES, max_head_dim=256, capability=AMPERE_OR_LATER, package=("flash-attn", "2.7.4"))
+# The deterministic backward gave different bits before 3.0.0 (flash-attention #1596), and does for heads over 192 wide.
+FLASH3 = Limits(
+    HALF_DTYPES,
+    max_head_dim=192,
+    head_dim_multiple=8,
+    capability=range(9, 10),
+    package=("flash-attn-3", "3.0.0"),
+)
+# Trying a kernel cannot detect that its backward hangs. It hung with a soft-cap on Blackwell (#2466), and in general
+# with the libraries that earlier versions require (#2797).
 FLASH4 = FLASH3._replace(softcap=False, capability=range(9, 12), package=("flash-attn-4", "4.0.0b27"))
 
-# In the order in which `auto` tries them, the fastest first as published: flash3 on Hopper (arXiv:2407.08608), flash4
-# on Blackwell (arXiv:2603.05451), flash2 on the others; then what PyTorch brings: its copy of flash2, the same for
-# documents and windows, a kernel that it writes for what is asked, and those that read a mask.
+# Fastest first, as published: flash3 on Hopper (arXiv:2407.08608), flash4 on Blackwell (arXiv:2603.05451), flash2
+# elsewhere; then PyTorch's own: its copy of flash2, the same for documents and windows, a kernel generated for the
+# mask, and those that read a mask.
 ATTENTION_BACKENDS = {
-    "flash3": AttentionBackend(varlen_mask, flash3_attention, {"cuda": FLASH3}),
+    "flash3": AttentionBackend(varlen_mask, flash3_attention, {"cuda": FLASH3}, ("flash_attn_3::fwd",)),
     "flash4": AttentionBackend(varlen_mask, flash4_attention, {"cuda": FLASH4}),
-    "flash2": AttentionBackend(varlen_mask, flash2_attention, {"cuda": FLASH2}),
-    "cudnn": AttentionBackend(sdpa_mask, cudnn_attention, {"cuda": CUDNN}),
-    "flash": AttentionBackend(flash_mask, flash_attention, {"cuda": PLAIN, "cpu": SOFTLESS}),
+    "flash2": AttentionBackend(varlen_mask, flash2_attention, {"cuda": FLASH2}, ("flash_attn::_flash_attn_forward",)),
+    "cudnn": AttentionBackend(
+        sdpa_mask, cudnn_attention, {"cuda": CUDNN}, ("aten::_scaled_dot_product_cudnn_attention",)
+    ),
+    "flash": AttentionBackend(
+        flash_mask,
+        flash_attention,
+        {"cuda": CAUSAL_ONLY, "cpu": NO_SOFTCAP},
+        ("training_kernels_attention_deterministic::flash", "aten::_scaled_dot_product_flash_attention_for_cpu"),
+    ),
     "varlen": AttentionBackend(varlen_mask, with_deterministic_backward(varlen_attention), {"cuda": VARLEN}),
     "flex": AttentionBackend(flex_mask, flex_attention, {"cuda": FLEX}),
     "efficient": AttentionBackend(
-        sdpa_mask, with_deterministic_backward(efficient_attention), {"cuda": SOFTLESS._replace(head_dim_multiple=8)}
+        sdpa_mask,
+        with_deterministic_backward(efficient_attention),
+        {"cuda": NO_SOFTCAP._replace(head_dim_multiple=8)},
+        ("aten::_scaled_dot_product_efficient_attention",),
     ),
     "sdpa": AttentionBackend(
         sdpa_mask,
         sdpa_attention,
-        {"cuda": SOFTLESS._replace(deterministic=False), "cpu": SOFTLESS, "mps": SOFTLESS},
+        {"cuda": NO_SOFTCAP._replace(deterministic=False), "cpu": NO_SOFTCAP, "mps": NO_SOFTCAP},
+        ("aten::_scaled_dot_product_flash_attention",),
     ),
     "reference": AttentionBackend(boolean_mask, reference_attention),
 }
 
 
+class DeviceInfo(NamedTuple):
+    """What limits depend on."""
+
+    type: str  # cuda, cpu, mps
+    capability: int | None = None  # major version of the CUDA compute capability
+
+
 def device_info(device: torch.device) -> DeviceInfo:
-    """What the device is, as far as back-ends care."""
+    """Return what limits depend on for a device of this machine."""
     capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
     return DeviceInfo(device.type, capability)
 
 
-def limits_on(name: str, machine: DeviceInfo) -> Limits | None:
-    """What the back-end can do on such a machine; None where it cannot be on it."""
-    on = ATTENTION_BACKENDS[name].limits
-    found = Limits() if on is None else on.get(machine.type)
-    return found if found is None or found.capability is None or machine.capability in found.capability else None
+def limits_on(name: str, device: DeviceInfo) -> Limits | None:
+    """Return the limits of a back-end on such a device; None if it does not run there."""
+    by_type = ATTENTION_BACKENDS[name].limits
+    limits = Limits() if by_type is None else by_type.get(device.type)
+    if limits is None or limits.capability is None or device.capability in limits.capability:
+        return limits
+    return None
 
 
-def auto_candidates(machine: DeviceInfo) -> list[str]:
-    """What `auto` tries on such a machine, in order: a restart has to go on in the same bits."""
-    return [
-        name for name in ATTENTION_BACKENDS if (found := limits_on(name, machine)) is not None and found.deterministic
-    ]
+def auto_candidates(device: DeviceInfo) -> list[str]:
+    """Return what `auto` tries on such a device, in order: only deterministic ones, so that a resume repeats bits."""
+    return [name for name in ATTENTION_BACKENDS if (limits := limits_on(name, device)) and limits.deterministic]
 
 
 def reason_unsupported(
-    name: str, spec: AttentionSpec, documents: bool, machine: DeviceInfo, dtype: torch.dtype
+    name: str, spec: AttentionSpec, documents: bool, device: DeviceInfo, dtype: torch.dtype
 ) -> str | None:
-    """What the back-end is known to be unable to do of this; None where nothing is known."""
-    found = limits_on(name, machine)
-    if found is None:
-        where = (
-            machine.type if machine.capability is None else f"CUDA devices of compute capability {machine.capability}"
-        )
-        return f"it does not run on {where}"
+    """Return why the back-end is known not to support this; None if running it has to tell."""
+    limits = limits_on(name, device)
+    if limits is None:
+        capability = f" of compute capability {device.capability}" if device.capability is not None else ""
+        return f"does not run on {device.type}{capability}"
     widths = {spec.head_dim, spec.value_dim}
-    cannot = {
-        f"do {str(dtype).removeprefix('torch.')}": dtype not in found.dtypes,
-        f"do heads {max(widths)} wide": found.head_dim is not None and max(widths) > found.head_dim,
-        f"do heads whose width is no multiple of {found.head_dim_multiple}": any(
-            width % found.head_dim_multiple for width in widths
+    unsupported = {
+        f"{str(dtype).removeprefix('torch.')}": dtype not in limits.dtypes,
+        f"heads {max(widths)} wide": limits.max_head_dim is not None and max(widths) > limits.max_head_dim,
+        f"head widths that are no multiple of {limits.head_dim_multiple}": any(
+            width % limits.head_dim_multiple for width in widths
         ),
-        "do a window": spec.window is not None and not found.window,
-        "do a soft-cap": spec.softcap is not None and not found.softcap,
-        "keep documents apart": documents and not found.documents,
+        "a window": spec.window is not None and not limits.window,
+        "a soft-cap": spec.softcap is not None and not limits.softcap,
+        "isolated documents": documents and not limits.documents,
     }
-    refused = next((f"it does not {what}" for what, lacking in cannot.items() if lacking), None)
-    return refused or (reason_missing(*found.package) if found.package is not None else None)
+    if feature := next((feature for feature, is_unsupported in unsupported.items() if is_unsupported), None):
+        return f"does not support {feature}"
+    return None if limits.package is None else reason_missing(*limits.package)
+
+
+def reason_missing(package: str, oldest: str) -> str | None:
+    """Return why an installed package does not do; None if it is there and recent enough."""
+    try:
+        installed = TorchVersion(version(package))
+    except PackageNotFoundError:
+        return f"{package} is not installed"
+    return None if installed >= oldest else f"{package} {installed} is too old: {oldest} or later is needed"

@@ -1,4 +1,4 @@
-"""PyTorch's flash kernel for documents packed one behind the other, and for windows."""
+"""PyTorch's flash kernel for packed documents and for windows. The signature is `interface.Attend`."""
 
 from __future__ import annotations
 
@@ -8,20 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from training.kernels.attention.flash_attn import VarlenMask
 from training.kernels.attention.sdpa import pad_to_one_width
 
 
-def varlen_attention(
-    q_BHTD: Tensor,
-    k_BGSD: Tensor,
-    v_BGSE: Tensor,
-    mask: VarlenMask,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """`varlen_attn` of torch 2.11 and later. It knows one width only, and no soft-cap."""
+def varlen_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) -> Tensor:
+    """Use `varlen_attn` of torch 2.11 and later. It needs D = E, and supports no soft-cap."""
     from torch.nn.attention.varlen import varlen_attn
 
     assert softcap is None
@@ -33,8 +24,8 @@ def varlen_attention(
     if cu_seqlens_D is None:
         cu_seqlens_D = torch.arange(0, (n_samples + 1) * n_tokens, n_tokens, dtype=torch.int32, device=q.device)
     options = {"scale": scale, "window_size": (-1 if mask.window is None else mask.window - 1, 0)}
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # before it was one, heads could share keys as well
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # versions without it let heads share keys as well
         options["enable_gqa"] = q.shape[1] != k.shape[1]
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # later versions would rather take cuDNN's, which is not repeatable
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # later versions prefer cuDNN's, whose gradients are not repeatable
         y = varlen_attn(q, k, v, cu_seqlens_D, cu_seqlens_D, n_tokens, n_tokens, **options)
     return y.view(n_samples, n_tokens, *y.shape[-2:]).transpose(1, 2)[..., :width]

@@ -1,153 +1,200 @@
-"""The modeling file of an export: this package's own source of the network, in one file without this package.
+"""The Python files of an export: this package's own source of the network, without this package.
 
-An export so computes what was trained, and a mechanism that is added to the network is exported without a line
-more. Of `config.py`, which needs pydantic, the sections become dataclasses.
+An export so computes what was trained, and a mechanism that is added to the network is exported without a line more.
+The files hold the definitions that `modeling.py` needs, directly or through others. `from training.x.y import` becomes
+`from .x_y import`: Transformers copies a folder's files with relative imports into one package.
 """
 
 from __future__ import annotations
 
 import ast
-import inspect
-import json
-import textwrap
-from collections.abc import Iterable, Iterator
+import re
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from pprint import pformat
 
-import training
-from training.config import BlockConfig, ModelConfig
-from training.model.gpt import FEED_FORWARDS, MIXERS
-from training.section import Section
-from training.weights.hf.options import OPTIONS
+from training.config import ModelConfig
+from training.weights.hf.custom import MODELING
 
-ROOT = Path(training.__file__).parent
-CONFIG, BACKENDS = "config", "back-ends"  # parts that are written below
-
-HEADER = '''"""A GPT-2, dense or Mixture-of-Experts, for Transformers 4.57 and later.
-
-Open the folder that this file is in with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
-It is the source that trained the model, gathered into one file; it needs torch and transformers only.
-"""
-'''
+ENTRY = "training.weights.hf.modeling"
 
 FUTURE = "from __future__ import annotations"
+HEADER = f'''"""A GPT-2, dense or Mixture-of-Experts, for Transformers 4.57 and later.
 
-MODEL_CONFIG = '''
-def model_config(options: dict) -> ModelConfig:
-    """The sections of a config.json's options."""
-
-    def section(found: dict):
-        return next(kind for kind in (KINDS) if kind.type == found["type"])(**found)
-
-    def block(found: dict) -> BlockConfig:
-        return BlockConfig(**(found | {name: section(found[name]) for name in ("mixer", "ffn")}))
-
-    return ModelConfig(**(options | {"blocks": tuple(block(found) for found in options["blocks"])}))
-'''
-
-ANY_BACKEND = """
-ATTENTION_BACKENDS = {
-    "sdpa": AttentionBackend(sdpa_mask, sdpa_attention),
-    "reference": AttentionBackend(boolean_mask, reference_attention),
-}
+Open the folder that this file is in with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
+The Python files here are the source that trained the model; they need torch and transformers only.
 """
 
+{FUTURE}
 
-def parts() -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Files below the package and what is taken of them (nothing named: all), in order of use."""
-    yield "config.py", ("Activation",)
-    yield CONFIG, ()
-    yield "kernels/attention/masks.py", ()
-    yield "kernels/attention/reference.py", ()
-    yield "kernels/attention/sdpa.py", ("sdpa_mask", "sdpa_attention")
-    yield "kernels/attention/table.py", ("AttentionBackend", "AttentionSpec")
-    yield BACKENDS, ()
-    yield "kernels/experts.py", ()
-    yield "kernels/loss.py", ()
-    yield "kernels/choose.py", ("Kernels", "ExpertsSpec", "LossSpec", "KernelRequirements")
-    yield "model/cache.py", ()
-    yield "model/layers.py", ()
-    mechanisms = [*MIXERS.values(), *FEED_FORWARDS.values()]
-    for module in dict.fromkeys(mechanism.__module__ for mechanism in mechanisms):
-        yield module.removeprefix("training.").replace(".", "/") + ".py", ()
-    yield "model/gpt.py", ()
-    yield "weights/hf/modeling.py", ()
+import sys
+
+# Transformers 4.57 would use these files of a folder with the same name that was opened before. And it copies only the
+# files that this one imports.
+for _name in (FILES):
+    sys.modules.pop(f"{{__package__}}.{{_name}}", None)
+
+'''
+
+# `option`, `Section` and `one_of` without pydantic: config.py's classes become dataclasses.
+SECTION = '''"""Options as frozen dataclasses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Union
 
 
-def source() -> str:
-    """The modeling file. An assertion fails where two parts use a name, or one a name that no part defines."""
-    imports: dict[str, set[str]] = {}  # names by module; none for the module itself
-    wanted: set[str] = set()
-    defined: list[str] = []
-    texts = []
-    for name, taken in parts():
-        text = {CONFIG: _sections, BACKENDS: lambda: ANY_BACKEND}.get(name, (ROOT / name).read_text)()
-        tree = ast.parse(text)
-        for node in tree.body:
-            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "training":
-                wanted |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and not taken:
-                imports.setdefault(node.module, set()).update(alias.name for alias in node.names)
-            elif isinstance(node, ast.Import) and not taken:
-                imports.setdefault(ast.unparse(node), set())
-        kept = [node for node in tree.body if _is_code(node) and (not taken or set(_names(node)) & set(taken))]
-        defined += [found for node in kept for found in _names(node)]
-        title = "# " + f" {name} ".center(98, "-")
-        texts.append("\n\n\n".join([title, *(_with_comments(text, node) for node in kept)]))
-    twice = {name for name in defined if defined.count(name) > 1}
-    assert not twice, f"two parts of the modeling file define {twice}"
-    missing = {name for name in wanted - set(defined) if any(name in text for text in texts)}
-    del imports["__future__"]
-    lines = [
-        f"from {module} import {', '.join(sorted(names))}" if names else module for module, names in imports.items()
-    ]
-    bundled = "\n\n\n".join([HEADER + "\n".join(["", FUTURE, "", *sorted(lines)]), *texts]) + "\n"
-    missing &= {node.id for node in ast.walk(ast.parse(bundled)) if isinstance(node, ast.Name)}
-    assert not missing, f"no part of the modeling file defines {missing}"
-    return bundled
+def option(default: Any, doc: str, **limits: Any) -> Any:  # noqa: ARG001
+    """Return the default of an option."""
+    return default
 
 
-def _is_code(node: ast.stmt) -> bool:
-    """Neither an import nor a docstring."""
-    return not isinstance(node, ast.Import | ast.ImportFrom | ast.Expr)
+class Section:
+    """Options of one component."""
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True)(cls)
 
 
-def _names(node: ast.stmt) -> Iterable[str]:
-    """What a statement of a module defines."""
+def one_of(*variants: type) -> Any:
+    """Return the type of an option that is one of these."""
+    return Union[variants]
+'''
+
+OPTIONS = '''"""A network's options from the dictionary of a config.json."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from training.config import BlockConfig, ModelConfig
+from training.model.gpt import FEED_FORWARDS, MIXERS
+
+# Every option of the network and its default.
+OPTIONS = asdict(ModelConfig())
+KINDS = {kind.type: kind for kind in (*MIXERS, *FEED_FORWARDS)}
+
+
+def model_config(options: dict[str, Any]) -> ModelConfig:
+    """Return the configuration of the network."""
+
+    def block(values: dict[str, Any]) -> BlockConfig:
+        parts = {name: KINDS[values[name]["type"]](**values[name]) for name in ("mixer", "ffn")}
+        return BlockConfig(**(values | parts))
+
+    return ModelConfig(**(options | {"blocks": tuple(block(values) for values in options["blocks"])}))
+'''
+
+REPLACED = {ModelConfig.__base__.__module__: SECTION, "training.weights.hf.options": OPTIONS}
+ATTENTION = """ATTENTION_BACKENDS = {
+    "sdpa": AttentionBackend(sdpa_mask, sdpa_attention),
+    "reference": AttentionBackend(boolean_mask, reference_attention),
+}"""
+REWRITES = (
+    (r"Annotated\[(.+), Field\(.*?\)\]", r"\1"),  # pydantic's part of a type
+    # Only kernels that run on every machine: the others need packages or GPUs.
+    (r"(?ms)^ATTENTION_BACKENDS = \{.*?^\}", ATTENTION),
+    (r'(?m)^(EXPERT|LOSS)_KERNELS = \{"triton": .*\} \| ', r"\1_KERNELS = "),
+)
+
+
+def modeling_files() -> dict[str, str]:
+    """Return the text of each file by its name."""
+    needed: dict[str, set[str]] = {}  # names by module
+    queue = [(ENTRY, name) for name in _module(ENTRY).statements]
+    while queue:
+        module, name = queue.pop()
+        if name not in needed.setdefault(module, set()):
+            needed[module].add(name)
+            queue += _module(module).uses(name)
+    files = {f"{_file_name(module)}.py": _module(module).render(names) for module, names in needed.items()}
+    others = sorted(needed.keys() - {ENTRY})
+    header = HEADER.replace("FILES", "".join(f'\n    "{_file_name(module)}",' for module in others) + "\n")
+    for module in others:
+        name = min(needed[module] & _module(module).statements.keys() or needed[module])
+        header += f"from .{_file_name(module)} import {name} as _{_file_name(module)}\n"
+    return files | {f"{MODELING}.py": header + files[f"{MODELING}.py"].partition(FUTURE)[2]}
+
+
+def _file_name(module: str) -> str:
+    return MODELING if module == ENTRY else module.removeprefix("training.").replace(".", "_")
+
+
+class _Module:
+    """A source file: its imports and its statements, by the names that they define."""
+
+    def __init__(self, name: str):
+        self.name, self.text = name, REPLACED.get(name) or Path(find_spec(name).origin).read_text(encoding="utf-8")
+        for pattern, replacement in REWRITES:
+            self.text = re.sub(pattern, replacement, self.text)
+        self.docstring, *self.body = ast.parse(self.text).body
+        self.imports: dict[str, tuple[str, str]] = {}  # (module, name there); module "" for `import x`
+        self.statements: dict[str, ast.stmt] = {}
+        for node in self.body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                self.imports |= {_bound(alias): (getattr(node, "module", ""), alias.name) for alias in node.names}
+            else:  # a statement that defines nothing goes by its line
+                self.statements |= dict.fromkeys(_defined(node) or [f"~{node.lineno}"], node)
+
+    def uses(self, name: str) -> list[tuple[str, str]]:
+        """Return (module, name) of all that a name brings along."""
+        if name in self.imports:
+            return [self.imports[name]] if _is_ours(self.imports[name][0]) else []
+        node = self.statements[name]
+        used = [(self.name, other) for other in _names(node) if other in self.statements or other in self.imports]
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.ImportFrom) and _is_ours(inner.module):
+                used += [(inner.module, alias.name) for alias in inner.names]
+        for other, statement in self.statements.items():  # such as `@name.register_fake`, or `name[...] = ...`
+            parts = getattr(statement, "decorator_list", [statement] if other.startswith("~") else [])
+            used += [(self.name, other)] * any(name in _names(part) for part in parts)
+        return used
+
+    def render(self, names: set[str]) -> str:
+        """Return the file with these names."""
+        lines = []
+        for node in self.body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                module, aliases = getattr(node, "module", ""), [alias for alias in node.names if _bound(alias) in names]
+                if _is_ours(module):
+                    node = ast.ImportFrom(_file_name(module), level=1)
+                node.names = aliases
+                lines += [ast.unparse(node)] * bool(aliases)
+        kept = dict.fromkeys(node for name, node in self.statements.items() if name in names)
+        imports = "\n".join([_text(self.text, self.docstring), "", FUTURE, "", *lines])
+        return "\n\n\n".join([imports, *(_text(self.text, node) for node in kept)]) + "\n"
+
+
+_module = cache(_Module)
+
+
+def _is_ours(module: str) -> bool:
+    return module.startswith("training.")
+
+
+def _bound(alias: ast.alias) -> str:
+    """Return the name that an import defines."""
+    return alias.asname or alias.name.split(".")[0]
+
+
+def _names(node: ast.AST) -> set[str]:
+    return {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
+
+
+def _defined(node: ast.stmt) -> list[str]:
+    """Return the names that a statement of a module defines."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return [node.name]
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-    return [target.id for target in targets]
+    return [inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store)]
 
 
-def _with_comments(text: str, node: ast.stmt) -> str:
-    """The statement as it is written, with its decorators and the comment above it."""
+def _text(text: str, node: ast.stmt) -> str:
+    """Return the statement as it is written, with its decorators and the comment above it."""
     lines = text.splitlines()
     first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))]) - 1
     while first and lines[first - 1].startswith("#"):
         first -= 1
-    return "\n".join(lines[first : node.end_lineno])
-
-
-def _sections() -> str:
-    """config.py's sections of the network as dataclasses, and the function that makes them of a dictionary."""
-    kinds = [*MIXERS, *FEED_FORWARDS]
-    classes = [_dataclass(kind) for kind in kinds] + [_dataclass(BlockConfig), _dataclass(ModelConfig)]
-    layers = textwrap.indent(textwrap.dedent(inspect.getsource(ModelConfig.layers)), "    ")
-    made = MODEL_CONFIG.replace("KINDS", ", ".join(kind.__name__ for kind in kinds))
-    options = (
-        f"# Every option of the network and its default.\nOPTIONS = {pformat(OPTIONS, sort_dicts=False, width=100)}"
-    )
-    return "\n\n".join(["from dataclasses import dataclass", *classes, layers, options, made])
-
-
-def _dataclass(section: type[Section]) -> str:
-    lines = ["@dataclass(frozen=True)", f"class {section.__name__}:", f'    """{section.__doc__}"""', ""]
-    for name, field in section.model_fields.items():
-        default = field.default if isinstance(field.default, str | int | float | bool | None) else None
-        if field.description:
-            lines.append(f"    # {field.description}")
-        kind = field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation)
-        kind = kind.replace("typing.", "") if "Section" not in kind and "config." not in kind else "object"
-        lines.append(f"    {name}: {kind} = {json.dumps(default) if isinstance(default, str) else default}")
-    return "\n".join(lines)
+    statement = "\n".join(lines[first : node.end_lineno])
+    return re.sub(r"from (training\.[\w.]+) import", lambda match: f"from .{_file_name(match[1])} import", statement)

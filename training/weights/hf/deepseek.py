@@ -107,35 +107,18 @@ _deepseek_like = partial(
 DOTS1 = _deepseek_like(
     class_name="Dots1ForCausalLM",
     defaults=llama.DEFAULTS
-    | {
-        "num_key_value_heads": 32,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 0,
-        "norm_topk_prob": False,
-        "routed_scaling_factor": 1.0,
-        "sliding_window": 4096,
-        "max_window_layers": 62,
-    },
+    | {"num_key_value_heads": 32, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
+    | {"first_k_dense_replace": 0, "norm_topk_prob": False, "sliding_window": 4096, "max_window_layers": 62},
     neutral=NEUTRAL,
     implied_attention=qwen3.QK_NORM,
-    windows=PerLayer(qwen3.write_windows, qwen3.read_windows),
+    windows=qwen3.SOME_WINDOWS,
     constants=_constants,
 )
 GLM4_MOE = _deepseek_like(
     class_name="Glm4MoeForCausalLM",
     defaults=llama.DEFAULTS
-    | {
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-5,
-        "n_shared_experts": 1,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 1.0,
-        "use_qk_norm": False,
-    },
+    | {"num_key_value_heads": 8, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "rms_norm_eps": 1e-5}
+    | {"first_k_dense_replace": 1, "norm_topk_prob": True, "n_shared_experts": 1, "use_qk_norm": False},
     neutral=NEUTRAL | llama.NO_WINDOW,
     check=_check_glm4,
     attention_fields=(*llama.ATTENTION, Field("use_qk_norm", "qk_norm", bool)),
@@ -145,17 +128,8 @@ DEEPSEEK_V3 = _deepseek_like(
     class_name="DeepseekV3ForCausalLM",
     mixer=LatentConfig,
     defaults=llama.DEFAULTS
-    | {
-        "num_key_value_heads": 128,
-        "n_shared_experts": 1,
-        "n_group": 8,
-        "topk_group": 4,
-        "first_k_dense_replace": 3,
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 2.5,
-        "q_lora_rank": 1536,
-        "rope_interleave": True,
-    },
+    | {"num_key_value_heads": 128, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "q_lora_rank": 1536}
+    | {"first_k_dense_replace": 3, "norm_topk_prob": True, "n_shared_experts": 1, "rope_interleave": True},
     neutral=NEUTRAL | llama.NO_WINDOW,
     check=_check_deepseek,
     attention_fields=LATENT,

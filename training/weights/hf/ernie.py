@@ -49,17 +49,9 @@ ERNIE4_5_MOE = LlamaLike(
     class_name="Ernie4_5_MoeForCausalLM",
     ffns=EXPERT_KINDS,
     defaults=llama.DEFAULTS
-    | {
-        "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True,
-        "use_bias": False,
-        "moe_num_shared_experts": 2,
-        "moe_layer_start_index": 1,
-        "moe_layer_end_index": -1,
-        "moe_layer_interval": 1,
-        "moe_norm_min": 1e-12,
-    },
+    | {"num_key_value_heads": 4, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "use_bias": False}
+    | {"moe_num_shared_experts": 2, "moe_norm_min": 1e-12}
+    | {"moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1},
     rope_theta=5e5,
     neutral=llama.NEUTRAL | llama.NO_WINDOW | {"use_bias": (None, False), "moe_layer_interval": (1,)},
     check=_check,

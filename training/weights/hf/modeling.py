@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from training.kernels.attention.table import Documents, left_padded
+from training.kernels.attention.masks import Documents, left_padded
 from training.kernels.choose import Kernels
 from training.kernels.experts import PORTABLE
 from training.model.cache import Cache

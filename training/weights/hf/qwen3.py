@@ -46,12 +46,26 @@ def read_windows(hf: dict[str, Any], n_layer: int) -> list[int | None]:
 
 def read_width(hf: dict[str, Any]) -> int | None:
     """Return the width of the sliding window; None if there is none."""
-    used = "use_sliding_window" not in hf or read(hf, "use_sliding_window", bool)
-    return read(hf, "sliding_window", int) if used and hf.get("sliding_window") is not None else None
+    return None if hf["sliding_window"] is None else read(hf, "sliding_window", int)
 
 
-def _write_used(windows: dict[str, Any]) -> dict[str, Any]:
-    return windows | {"use_sliding_window": windows["sliding_window"] is not None}
+SOME_WINDOWS = PerLayer(write_windows, read_windows)  # one window in some layers
+ONE_WINDOW = PerLayer(  # in all layers or in none
+    lambda layers: {"sliding_window": layers[0].mixer.window}, lambda hf, n_layer: [read_width(hf)] * n_layer
+)
+
+
+def _with_switch(windows: PerLayer) -> PerLayer:
+    """Return the fields with `use_sliding_window`, which switches the window off."""
+
+    def write(layers: list[BlockConfig]) -> dict[str, Any]:
+        fields = windows.write(layers)
+        return fields | {"use_sliding_window": fields["sliding_window"] is not None}
+
+    def read_if_used(hf: dict[str, Any], n_layer: int) -> list[int | None]:
+        return windows.read(hf if read(hf, "use_sliding_window", bool) else hf | {"sliding_window": None}, n_layer)
+
+    return PerLayer(write, read_if_used)
 
 
 def _write_experts(layers: list[BlockConfig]) -> dict[str, Any]:
@@ -64,51 +78,36 @@ def _read_experts(hf: dict[str, Any], n_layer: int) -> list[bool]:
     step, dense = read(hf, "decoder_sparse_step", int), read(hf, "mlp_only_layers", list)
     if step < 1:
         raise UserError(f"decoder_sparse_step: {step} is less than 1")
-    there = read(hf, "num_experts", int) if hf.get("num_experts") is not None else read(hf, "num_local_experts", int)
-    return [bool(there) and i not in dense and (i + 1) % step == 0 for i in range(n_layer)]
+    return [bool(N_EXPERTS.read(hf)) and i not in dense and (i + 1) % step == 0 for i in range(n_layer)]
 
 
-# One window in all layers, or none.
-ONE_WINDOW = PerLayer(
-    lambda layers: {"sliding_window": layers[0].mixer.window}, lambda hf, n_layer: [read_width(hf)] * n_layer
-)
+N_EXPERTS = Field("num_experts", "n_experts", int, alias="num_local_experts")
 
 QWEN3 = LlamaLike(
     class_name="Qwen3ForCausalLM",
     defaults=llama.DEFAULTS
-    | {
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "use_sliding_window": False,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-    },
+    | {"num_key_value_heads": 32, "head_dim": 128}
+    | {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28},
     implied_attention=QK_NORM,
-    windows=PerLayer(lambda layers: _write_used(write_windows(layers)), read_windows),
+    windows=_with_switch(SOME_WINDOWS),
 )
 QWEN3_MOE = LlamaLike(
     class_name="Qwen3MoeForCausalLM",
     ffns=EXPERT_KINDS,
     defaults=llama.DEFAULTS
-    | {
-        "num_key_value_heads": 4,
-        "use_sliding_window": False,
-        "sliding_window": 4096,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "norm_topk_prob": False,
-    },
+    | {"num_key_value_heads": 4, "use_sliding_window": False, "sliding_window": 4096}
+    | {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": False},
     neutral=llama.NEUTRAL | {"layer_types": (None,)},
     implied_attention=QK_NORM,
     expert_fields=(
-        Field("num_experts", "n_experts", int, alias="num_local_experts"),
+        N_EXPERTS,
         Field("num_experts_per_tok", "top_k", int),
         Field("moe_intermediate_size", "hidden", int),
         Field("norm_topk_prob", "renormalize", bool),
         llama.ACTIVATION,
     ),
     implied_experts={"balance": "switch"},  # as Qwen3 was trained; a selection bias would have no place in an export
-    windows=PerLayer(lambda layers: _write_used(ONE_WINDOW.write(layers)), ONE_WINDOW.read),
+    windows=_with_switch(ONE_WINDOW),
     experts=PerLayer(_write_experts, _read_experts),
     feed_forward=expert_tensors(),
 )

@@ -1,0 +1,76 @@
+"""Decide what follows a step: log, evaluate, save, stop. Signals and the clock come in here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import NamedTuple
+
+from training.config import Config
+from training.distributed.world import World
+from training.engine.state import Checkpoints, TrainState
+
+# Schedulers send SIGUSR1 before a job's time is over.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+SECOND_SIGNAL_S = 1.0  # a terminal and a launcher both forward one signal; a later one ends the process at once
+
+
+class Due(NamedTuple):
+    """The events after one step, equal on all ranks."""
+
+    log: bool
+    evaluate: bool
+    save: bool
+    signal: int  # the number of the signal that stops the run, or 0
+
+
+class Events:
+    """Catches stop signals and watches the clock while it is entered as a context."""
+
+    def __init__(self, config: Config, world: World, checkpoints: Checkpoints):
+        self.config, self.world, self.checkpoints = config, world, checkpoints
+        self.signal, self.received_at, self.saved_at = 0, 0.0, time.monotonic()
+        self._handlers: dict[int, object] = {}
+
+    def __enter__(self) -> Events:
+        # Python allows handlers in the main thread only; a launcher that trains in another (Ray) stops runs itself.
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if not self.signal:
+            self.signal, self.received_at = number, time.monotonic()
+        elif time.monotonic() - self.received_at > SECOND_SIGNAL_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def after(self, state: TrainState) -> Due:
+        """Return what is due after the step just done. Raises UserError if a save has failed. Collective."""
+        config, step = self.config, state.step
+        is_last, minutes = step == config.steps, config.checkpoint.every_minutes
+        is_late = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
+        received, is_late, failed = self.world.max_int(self.signal, is_late, self.checkpoints.has_failed)
+        if failed:
+            self.checkpoints.wait()  # raises the failure, on all ranks
+        # While updates are non-finite nothing is saved: the weights may be the cause, and would replace good ones.
+        is_healthy = state.guard.consecutive == 0
+        save = is_last or received > 0 or (is_healthy and (is_late > 0 or _is_multiple(step, config.checkpoint.every)))
+        if save:
+            self.saved_at = time.monotonic()
+        evaluate = is_last or _is_multiple(step, config.eval.every)
+        log = save or evaluate or state.guard.is_stuck or _is_multiple(step, config.logging.every)
+        return Due(log, evaluate, save, received)
+
+
+def _is_multiple(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0

@@ -1,0 +1,151 @@
+"""The state of a run: `TrainState` is all that state.json holds, `Checkpoints` saves it with the tensors."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from training import checkpoint
+from training.checkpoint import CheckpointWriter, TensorShard, WriterGroup
+from training.config import Config
+from training.distributed.sharded_model import ShardedModel
+from training.engine.guard import StepGuard
+from training.errors import UserError
+from training.logging.jsonl import nan_to_null
+from training.logging.rows import RunLog
+from training.optim.loss_scale import LossScale
+from training.optim.optimizer import Optimizer
+
+JSON_KEYS = {"phases": "ledger", "guard": "skips", "micro_batches": "micro_batch"}  # where they differ from the fields
+TYPES = {
+    "step": int, "time_s": int | float, "best": dict | None, "last_row": dict, "loss_scale": dict | None, "guard": dict,
+    "data": str, "config": dict, "phases": dict, "kernels": dict, "micro_batches": dict,
+}  # fmt: skip
+OPTIONAL = {"phases", "kernels", "micro_batches"}  # older versions did not write them
+
+
+@dataclass
+class TrainState:
+    """All of a run that is neither weights nor optimizer state."""
+
+    config: dict[str, Any]  # resolved options as plain data
+    data: str  # fingerprint of text and tokenizer
+    kernels: dict[str, str] = field(default_factory=dict)  # chosen kernel by option
+    step: int = 0  # updates done, skipped ones included
+    best: dict[str, float] | None = None  # {"step", "val_loss"} of the lowest validation loss
+    last_row: dict[str, Any] = field(default_factory=dict)  # the newest row of metrics
+    guard: StepGuard = field(default_factory=StepGuard)
+    loss_scale: LossScale | None = None  # fp16 only
+    micro_batches: dict[str, dict] = field(default_factory=dict)  # {"micro_batch", "recompute"} by hardware key
+    time_s: float = 0.0  # spent training, without evaluations and saves
+    phases: dict[str, dict[str, float]] = field(default_factory=dict)  # state of the phase timer
+
+    def update_best(self, val_loss: float, *, is_saved: bool) -> bool:
+        """Note the validation loss if it is the lowest so far and return whether it is.
+
+        After a skipped update nothing is saved unless `is_saved`, so the best stays what it was.
+        """
+        if self.best is not None and val_loss >= self.best["val_loss"]:
+            return False
+        if self.guard.consecutive and not is_saved:
+            return False
+        self.best = {"step": self.step, "val_loss": val_loss}
+        return True
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the contents of state.json."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values |= {"guard": self.guard.to_json(), "loss_scale": self.loss_scale and asdict(self.loss_scale)}
+        return {JSON_KEYS.get(name, name): value for name, value in values.items()}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any], path: Path, spike_limit: float | None) -> TrainState:
+        """Build the state from the contents of state.json at `path`; `spike_limit` is the guard's.
+
+        Raises UserError for a missing key or a value of another type.
+        """
+        values = {name: content[key] for name in TYPES if (key := JSON_KEYS.get(name, name)) in content}
+        is_complete = TYPES.keys() - OPTIONAL <= values.keys()
+        if not is_complete or not all(isinstance(value, TYPES[name]) for name, value in values.items()):
+            raise UserError(f"{path}: not the state of a run; start over with --resume never")
+        guard = StepGuard(spike_limit)
+        try:
+            guard.load_json(values["guard"])
+            loss_scale = values["loss_scale"] and LossScale(**values["loss_scale"])
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}: not the state of a run: {error}; start over with --resume never") from error
+        return cls(**values | {"guard": guard, "loss_scale": loss_scale})
+
+
+class Checkpoints:
+    """Saves a run's checkpoints, one at a time, in the background unless the configuration says otherwise."""
+
+    def __init__(self, config: Config, model: ShardedModel, optimizer: Optimizer, log: RunLog):
+        self.config, self.model, self.optimizer, self.log = config, model, optimizer, log
+        world = model.world
+        group = WriterGroup(world.rank, world.size, partial(world.gather_bytes, background=True))
+        self.writer = CheckpointWriter(config.run_dir / "checkpoints", group, config.checkpoint)
+
+    def preallocate(self) -> None:
+        """Allocate the buffers of a save in the background, once the first step has created the optimizer state."""
+        if not self.writer.is_preallocated:
+            self.writer.preallocate(self._tensors())
+
+    def save(self, state: TrainState) -> None:
+        """Start saving weights, optimizer and state; then remove checkpoints that are no longer kept. Collective."""
+        state.last_row = nan_to_null({key: value for key, value in self.log.last_row.items() if key != "samples"})
+        state.time_s, state.phases = self.log.time_s, self.log.timer.state_dict()
+        best = state.best["step"] if state.best and self.config.checkpoint.keep_best else None
+        self.writer.save(self._tensors(), state.to_json(), best)
+
+    @property
+    def has_failed(self) -> bool:
+        """True after a save that failed on some rank."""
+        return self.writer.failure is not None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait for the save in progress, whether it fails or not."""
+        self.writer.close()
+
+    def wait(self) -> None:
+        """Wait for the save in progress. Raises UserError if it failed."""
+        self.writer.wait()
+
+    def _tensors(self) -> dict[str, dict[str, TensorShard]]:
+        """Return this rank's part of every saved tensor, by kind and name."""
+        shards = self.model.tensors
+        model = {
+            name: TensorShard(shard.local_rows(), shard.rows.start, shard.shape, shard.is_owner)
+            for name, shard in shards.items()
+        }
+        optimizer, is_main = {}, self.model.world.is_main
+        for key, tensor in self.optimizer.state_dict().items():
+            shard = shards[key.rpartition("/")[0]]
+            place = (shard.rows.start, shard.shape, shard.is_owner) if tensor.ndim else (0, tensor.shape, is_main)
+            optimizer[key] = TensorShard(tensor, *place)
+        return {"model": model, "optimizer": optimizer}
+
+
+def load_tensors(path: Path, model: ShardedModel, optimizer: Optimizer) -> None:
+    """Load weights and optimizer state from the checkpoint at `path`; each rank reads only its rows.
+
+    Raises UserError if the checkpoint holds another model or optimizer.
+    """
+    shards = model.tensors
+    try:
+        shapes = {(name, shard.shape) for name, shard in shards.items()}
+        if differing := sorted(checkpoint.tensor_shapes(path, "model").items() ^ shapes):
+            raise KeyError(f"{differing[0][0]} {tuple(differing[0][1])}")
+        rows = {name: (shard.rows.start, shard.rows.stop) for name, shard in shards.items()}
+        for name, tensor in checkpoint.read_tensors(path, "model", rows).items():
+            shards[name].local_rows().copy_(tensor)
+        shapes = checkpoint.tensor_shapes(path, "optimizer")
+        rows = {key: rows[key.rpartition("/")[0]] if shape else None for key, shape in shapes.items()}
+        optimizer.load_state_dict(checkpoint.read_tensors(path, "optimizer", rows))
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"the checkpoint does not fit this model: {' '.join(str(error).split())}") from error

@@ -1,0 +1,68 @@
+"""The tables of all kernels, by their name in `parallel.attention`, `parallel.experts` and `parallel.loss`.
+
+Each table is in the order in which `auto` tries its kernels, and has a "reference", which is slow and easy to read.
+The Triton kernels are imported at their first call, because Triton is not installed everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.kernels.attention.table import ATTENTION_BACKENDS, auto_candidates, device_info
+from training.kernels.experts import TORCH_EXPERTS, Dispatch, ExpertKernel
+from training.kernels.loss import TORCH_LOSS, chunked_cross_entropy
+
+
+def _triton_up(x_NC: Tensor, w_EFC: tuple[Tensor, ...], dispatch: Dispatch) -> tuple[Tensor, ...]:
+    from training.kernels.triton_experts import up
+
+    return up(x_NC, w_EFC, dispatch)
+
+
+def _triton_down(h_RF: Tensor, w_ECF: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:
+    from training.kernels.triton_experts import down
+
+    return down(h_RF, w_ECF, weight_NK, dispatch)
+
+
+def _triton_loss(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None = None) -> Tensor:
+    from training.kernels.triton_loss import triton_logits_backward
+
+    return chunked_cross_entropy(triton_logits_backward, x_NC, w_VC, targets_N, softcap)
+
+
+EXPERT_KERNELS = {
+    "triton": ExpertKernel(_triton_up, _triton_down, ("training_kernels_triton_experts::matmul",))
+} | TORCH_EXPERTS
+LOSS_KERNELS: dict[str, Callable[..., Tensor]] = {"triton": _triton_loss} | TORCH_LOSS
+TABLES: Mapping[str, Mapping[str, Any]] = {
+    "attention": ATTENTION_BACKENDS,
+    "experts": EXPERT_KERNELS,
+    "loss": LOSS_KERNELS,
+}
+CUDA_ONLY = {"experts": ("triton",), "loss": ("triton",)}  # an attention back-end has `Limits` instead
+
+
+def saved_operators() -> set[str]:
+    """Return the kernels' operators whose results selective activation checkpointing keeps."""
+    kernels = (*ATTENTION_BACKENDS.values(), *EXPERT_KERNELS.values())
+    return {operator for kernel in kernels for operator in kernel.saved_operators}
+
+
+def runs_on(option: str, name: str, device: torch.device) -> bool:
+    """Return False for a kernel of experts or of the loss that needs CUDA, on another device."""
+    return device.type == "cuda" or name not in CUDA_ONLY[option]
+
+
+def candidates(option: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Return the kernels that `auto` tries on this device, in order."""
+    if option == "attention":
+        return auto_candidates(device_info(device))
+    names = [name for name in TABLES[option] if runs_on(option, name, device)]
+    # On a CPU the loop alone rounds up the row counts of 16-bit products, which makes experts twice as fast.
+    loop_first = option == "experts" and device.type == "cpu" and dtype.itemsize == 2
+    return sorted(names, key=lambda name: loop_first and name != "loop")

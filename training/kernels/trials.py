@@ -1,0 +1,171 @@
+"""Trials: small problems on which a kernel is run beside its reference, and larger ones on which it is timed."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from training.kernels.attention.masks import Visibility, find_documents
+from training.kernels.attention.table import device_info, reason_unsupported
+from training.kernels.experts import ExpertKernel, sort_by_expert
+from training.kernels.interface import AttentionBackend, AttentionSpec, ExpertsSpec, KernelRequirements, LossSpec
+from training.kernels.table import runs_on
+
+# Largest relative error, in the Euclidean norm, that rounding explains.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+# With fewer keys the gradients of the scores are mostly rounding error. On a CPU, above 192 keys a different code path
+# runs: try both.
+TRIAL_TOKENS = {"cpu": (128, 256)}
+TRIAL_TOKENS_ELSEWHERE = (128,)
+TIMED_TOKENS = 4096
+NEEDS_CUDA = "needs a CUDA device"
+
+
+class Trial(NamedTuple):
+    """A problem that a kernel has to solve."""
+
+    run: Callable[..., Tensor]  # takes the kernel and the inputs, returns the result
+    inputs: list[Tensor]  # float32; gradients of all of them are compared
+    unsupported: Callable[[str], str | None] = lambda _: None  # name -> why the kernel need not be run, or None
+
+    def failure(self, name: str, kernel: Any, reference: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Run the kernel, and the reference in float32. Returns why the kernel fails; None if it does not."""
+        if reason := self.unsupported(name):
+            return reason
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PyTorch explains at length which of its kernels it rejects
+                results = self.outcome(kernel, device, dtype)
+            rounded = self._replace(inputs=[x.to(dtype).float() for x in self.inputs])
+            expected = rounded.outcome(reference, device, torch.float32)
+        except Exception as error:  # third-party kernels may fail in any way on hardware we have not tested
+            lines = str(error).splitlines() or [type(error).__name__]
+            return f"fails here: {lines[0].rstrip('.')}"
+        errors = [(x - y).norm() / (y.norm() + 1e-6) for x, y in zip(results, expected, strict=True)]
+        worst = float(torch.stack(errors).max())  # NaN if any error is
+        return None if worst <= TOLERANCE[dtype] else f"differs from the reference by {worst:.0e}"
+
+    def outcome(self, kernel: Any, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        """Return the result and the gradients of all inputs, in float32."""
+        return [x.detach().float() for x in self._forward_backward(kernel, self._leaves(device, dtype))]
+
+    def seconds(self, kernel: Any, device: torch.device, dtype: torch.dtype) -> float:
+        """Return the time of a forward and backward, in the best of 5 rounds of 5, including waits for the device."""
+        leaves = self._leaves(device, dtype)
+        synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+        def round_of(n: int) -> float:
+            synchronize()
+            start = time.perf_counter()
+            for _ in range(n):
+                self._forward_backward(kernel, leaves)
+            synchronize()
+            return (time.perf_counter() - start) / n
+
+        round_of(1)  # compiles
+        return min(round_of(5) for _ in range(5))
+
+    def _leaves(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        return [x.to(device, dtype).requires_grad_() for x in self.inputs]
+
+    def _forward_backward(self, kernel: Any, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+        y = self.run(kernel, *leaves)
+        # computed in float32: fp16 cannot represent the numbers that linspace counts up to
+        direction = torch.linspace(-1, 1, y.numel(), device=y.device).to(y.dtype).view_as(y)
+        return y, *torch.autograd.grad(y, leaves, direction)
+
+
+def build_trials(
+    option: str, requirements: KernelRequirements, device: torch.device, dtype: torch.dtype, compiled: bool
+) -> list[Trial]:
+    """Return the trials of `parallel.<option>`: one for everything that the model requires."""
+    if option == "loss":
+        return [_loss_trial(spec, device) for spec in requirements.loss]
+    if option == "experts":
+        return [_small_experts_trial(spec, device, dtype, compiled) for spec in sorted(requirements.experts)]
+    return [
+        _attention_trial(spec, n_tokens, requirements.isolate_documents, device, dtype, compiled)
+        for spec in sorted(requirements.attention, key=str)
+        for n_tokens in TRIAL_TOKENS.get(device.type, TRIAL_TOKENS_ELSEWHERE)
+    ]
+
+
+def timing_trials(requirements: KernelRequirements, device: torch.device, dtype: torch.dtype) -> list[Trial]:
+    """Return layers of experts with enough tokens to measure speed, routed evenly at random to the layer's experts."""
+    return [_large_experts_trial(spec, device, dtype) for spec in sorted(requirements.experts)]
+
+
+def _attention_trial(
+    spec: AttentionSpec, n_tokens: int, documents: bool, device: torch.device, dtype: torch.dtype, compiled: bool
+) -> Trial:
+    """Two samples of two documents each, with a window shorter than the sample."""
+    tokens_BT = torch.ones(2, n_tokens, dtype=torch.int64, device=device)
+    tokens_BT[0, n_tokens // 3] = tokens_BT[1, n_tokens // 2] = 0
+    window = None if spec.window is None else max(2, min(spec.window, n_tokens // 2))
+    visibility = Visibility(n_tokens, n_tokens, device, window, find_documents(tokens_BT, 0) if documents else None)
+
+    def run(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # tracing alone shows whether the kernel compiles, and is quick
+        attend = torch.compile(backend.attend, backend="aot_eager") if compiled else backend.attend
+        mask = backend.build_mask(visibility._replace(dtype=q.dtype))
+        return attend(q, k, v, mask, scale=spec.scale, softcap=spec.softcap)
+
+    heads = [(spec.n_head, spec.head_dim), (spec.n_kv_head, spec.head_dim), (spec.n_kv_head, spec.value_dim)]
+    inputs = [_random(2, n, n_tokens, width, seed=seed) for seed, (n, width) in enumerate(heads)]
+    return Trial(run, inputs, lambda name: reason_unsupported(name, spec, documents, device_info(device), dtype))
+
+
+def _experts_trial(spec: ExpertsSpec, topk_ids_NK: Tensor, dtype: torch.dtype, compiled: bool) -> Trial:
+    """A layer of experts at the spec's widths."""
+    dispatch, device = sort_by_expert(topk_ids_NK, spec.n_experts), topk_ids_NK.device
+
+    def layer(kernel: ExpertKernel, x_NC: Tensor, weight_NK: Tensor, down: Tensor, *ups: Tensor) -> Tensor:
+        up_RF, *gate_RF = kernel.up(x_NC, ups, dispatch)
+        return kernel.down(up_RF * gate_RF[0].tanh() if gate_RF else up_RF, down, weight_NK.float(), dispatch)
+
+    def run(kernel: ExpertKernel, *inputs: Tensor) -> Tensor:
+        return (torch.compile(layer, backend="aot_eager") if compiled else layer)(kernel, *inputs)
+
+    def unsupported(name: str) -> str | None:
+        if not runs_on("experts", name, device):
+            return NEEDS_CUDA
+        return "supports bf16 only if compiled" if name == "grouped" and compiled and dtype != torch.bfloat16 else None
+
+    n_experts, width, hidden = spec.n_experts, spec.width, spec.hidden
+    shapes = [(len(topk_ids_NK), width), topk_ids_NK.shape, (n_experts, width, hidden)]
+    shapes += [(n_experts, hidden, width)] * (1 + spec.gated)
+    return Trial(run, [_random(*shape, seed=seed, device=device) for seed, shape in enumerate(shapes)], unsupported)
+
+
+def _small_experts_trial(spec: ExpertsSpec, device: torch.device, dtype: torch.dtype, compiled: bool) -> Trial:
+    """64 tokens with two of four experts each; one expert has no tokens."""
+    topk_ids_NK = torch.tensor([[0, 3], [3, 1], [0, 1], [1, 0]], device=device).repeat(16, 1)
+    return _experts_trial(spec._replace(n_experts=4, top_k=2, gated=True), topk_ids_NK, dtype, compiled)
+
+
+def _large_experts_trial(spec: ExpertsSpec, device: torch.device, dtype: torch.dtype) -> Trial:
+    score_NE = _random(TIMED_TOKENS, spec.n_experts, seed=0, device=device)
+    return _experts_trial(spec, score_NE.topk(spec.top_k).indices, dtype, compiled=False)
+
+
+def _loss_trial(spec: LossSpec, device: torch.device) -> Trial:
+    """24 tokens, some of them not counted, and a vocabulary of more than one block of the Triton kernel."""
+    n_tokens, n_vocab = 24, min(spec.n_vocab, 9000)
+    targets_N = torch.arange(n_tokens, device=device) * (n_vocab // n_tokens)
+    targets_N[::5] = -1
+
+    def run(kernel: Callable[..., Tensor], x_NC: Tensor, w_VC: Tensor) -> Tensor:
+        return kernel(x_NC, w_VC, targets_N, spec.softcap)
+
+    inputs = [_random(n, spec.width, seed=seed, device=device) for seed, n in enumerate((n_tokens, n_vocab))]
+    inputs[1] *= spec.width**-0.5
+    return Trial(run, inputs, lambda name: None if runs_on("loss", name, device) else NEEDS_CUDA)
+
+
+def _random(*shape: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator(device).manual_seed(seed), device=device)

@@ -1,0 +1,57 @@
+"""The frame around a run: its folder's lock, its ranks, and options that are the same on all of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+from training.config import Config
+from training.files import RunLock, run_lock
+
+if TYPE_CHECKING:
+    from training.distributed.world import World
+
+
+class Session(NamedTuple):
+    """What `session` yields."""
+
+    config: Config  # with the model section of `init_from`
+    world: World
+    lock: RunLock | None  # on the main rank
+
+    def check_lock(self) -> None:
+        """Raise UserError if the lock's file was removed: another process may train this run now."""
+        if self.lock is not None:
+            self.lock.check()
+
+
+@contextmanager
+def session(config: Config, resume: str) -> Iterator[Session]:
+    """Lock the run's folder, join the ranks and check that they agree; leave and unlock at the end.
+
+    Raises UserError if another process trains this run, a rank does not come, or ranks were given unlike options.
+    """
+    with ExitStack() as stack:
+        lock = None
+        if os.environ.get("WORLD_SIZE", "1") == "1":  # before the imports below: a second starter fails at once
+            lock = stack.enter_context(run_lock(config.run_dir))
+
+        from training.device import resolve_precision, select_device
+        from training.distributed.consistency import check_same_options
+        from training.distributed.mesh import check_mesh
+        from training.distributed.rendezvous import report_once_per_host
+        from training.distributed.world import join_world
+        from training.weights.init_from import resolve_init_from
+
+        with report_once_per_host():
+            world = join_world(select_device(config.parallel.device), config.parallel)
+        stack.push(world.close)
+        if world.is_main and world.size > 1:
+            lock = stack.enter_context(run_lock(config.run_dir))
+        check_same_options(world, config, resume, resolve_precision(config.precision, world.device))
+        world.set_activity("the preparation of data", "untimed")
+        config = resolve_init_from(config, fresh=resume == "never")
+        check_mesh(config, world.size)
+        yield Session(config, world, lock)
