@@ -79,20 +79,17 @@ def config(options):
 
 
 @pytest.fixture
-def begun(config):
-    """Small runs that have begun, or go on, in this process; closed at the end of the test."""
-    from training.data import prepare
-    from training.distributed.world import World
-    from training.engine.build import begin
+def live(config):
+    """Small runs in this process, new or resumed, trained step by step; closed at the end of the test."""
+    from live import LiveRun
 
     runs = []
 
-    def make(**changes):
-        made = config(**changes)
-        runs.append(begin(made, prepare(made.data, quiet=True), World(0, 1, torch.device("cpu")), "auto"))
+    def start(**changes) -> LiveRun:
+        runs.append(LiveRun(config(**changes)))
         return runs[-1]
 
-    yield make
+    yield start
     for run in runs:
         run.close()
 
@@ -136,19 +133,20 @@ class AtStep:
     """Actions in the loop of `train`, each with the model as its argument. Steps count from 1."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        from training.engine import step as engine
+        from training import engine
 
         self.before: list[tuple[int, Callable]] = []
         self.after: list[tuple[int, Callable]] = []
         original = engine.train_step
 
-        def train_step(run):
-            step, model = run.step + 1, run.model
+        def train_step(config, model, optimizer, loader, micro_batch, state, phase):
+            step = state.step + 1
             for action in [action for n, action in self.before if n == step]:
-                action(model)
-            original(run)
+                action(model.model)
+            metrics = original(config, model, optimizer, loader, micro_batch, state, phase)
             for action in [action for n, action in self.after if n == step]:
-                action(model)
+                action(model.model)
+            return metrics
 
         monkeypatch.setattr(engine, "train_step", train_step)
 
