@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -26,6 +27,9 @@ from training.logging.phases import PHASES
 from training.options import cli
 from training.options.schema import is_list, sections
 from training.train import train
+
+if TYPE_CHECKING:
+    from training.distributed.world import World
 
 ROOT = Path(__file__).parent.parent
 MOE = {"type": "moe", "n_experts": 4, "hidden": 32}
@@ -78,18 +82,75 @@ def config(options):
     return lambda **changes: Config.model_validate(options(**changes))
 
 
-@pytest.fixture
-def live(config):
-    """Small runs in this process, new or resumed, trained step by step; closed at the end of the test."""
-    from live import LiveRun
+class BuiltRun:
+    """A run in this process, trained step by step. With `AtStep` it is the tests' only way into the engine.
 
+    `model` is the GPT, `sharded` the model as the engine knows it.
+    """
+
+    def __init__(self, config: Config, world: World | None = None, resume: str = "auto"):
+        from training import engine
+        from training.data import prepare
+        from training.distributed.world import World
+
+        self.dataset = prepare(config.data, quiet=True)
+        self.world = world or World(0, 1, torch.device("cpu"))
+        self.setup = engine.build(config, self.dataset, self.world, resume)
+        self.config, self.state, self.optimizer = self.setup.config, self.setup.state, self.setup.optimizer
+        self.micro_batch = self.setup.micro_batch
+        self.sharded, self.model = self.setup.model, self.setup.model.model
+        self.log = engine.open_log(self.setup, self.dataset, time.perf_counter())
+        self.checkpoints = engine.Checkpoints(self.config, self.sharded, self.optimizer, self.log)
+        self.phase = engine.Phases(self.log.timer, self.world)
+
+    def train_step(self) -> None:
+        """Train one step and keep its metrics."""
+        from training import engine
+
+        parts = (self.config, self.sharded, self.optimizer, self.setup.loader, self.setup.micro_batch, self.state)
+        metrics = engine.train_step(*parts, self.phase)
+        self.log.add(self.state.step, *metrics, self.state.guard.n_skipped)
+
+    def rows(self) -> list[dict]:
+        """Return the rows of the steps since the last call."""
+        self.log.fetch()
+        rows, self.log.rows = self.log.rows, []
+        return rows
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the validation figures."""
+        from training import engine
+
+        return engine.evaluate(self.setup, self.dataset.tokenizer)
+
+    def sample(self) -> dict:
+        """Return the continuations of the prompts."""
+        from training import engine
+
+        return engine.sample_texts(self.setup, self.dataset.tokenizer)
+
+    def save(self) -> None:
+        """Save a checkpoint and wait for it."""
+        self.log.fetch()
+        self.checkpoints.save(self.state)
+        self.checkpoints.wait()
+
+    def close(self) -> None:
+        """Close the log, once nothing is being saved."""
+        self.checkpoints.writer.close()
+        self.log.close()
+
+
+@pytest.fixture
+def build_run(config):
+    """Build small runs, new or resumed, in this process; they are closed at the end of the test."""
     runs = []
 
-    def start(**changes) -> LiveRun:
-        runs.append(LiveRun(config(**changes)))
+    def build(**changes) -> BuiltRun:
+        runs.append(BuiltRun(config(**changes)))
         return runs[-1]
 
-    yield start
+    yield build
     for run in runs:
         run.close()
 

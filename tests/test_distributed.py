@@ -223,13 +223,13 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_selective_recomputation_does_not_repeat_products_and_attention(live):
+def test_selective_recomputation_does_not_repeat_products_and_attention(build_run):
     """The operators of a forward and backward are counted as they run."""
     counts = {}
     for recompute in ("none", "selective", "full"):
-        run = live(**changed("moe", recompute, 4, {}, parallel={"recompute": recompute}))
+        run = build_run(**changed("moe", recompute, 4, {}, parallel={"recompute": recompute}))
         with Counted() as counts[recompute]:
-            run.step()
+            run.train_step()
     none, selective, full = (counted.counts for counted in counts.values())
     assert selective == none
     for name in ("aten::addmm", "aten::_grouped_mm", "aten::_scaled_dot_product_flash_attention_for_cpu"):

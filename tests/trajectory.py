@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from live import LiveRun
+from conftest import BuiltRun
 from safetensors.torch import save_file
 from torch.utils.hooks import RemovableHandle
 
@@ -32,7 +32,7 @@ from training.options import cli
 
 def train(config: Config, world: World, stop_at: int | None = None) -> tuple[dict, dict[str, torch.Tensor]]:
     """Train, save a checkpoint, evaluate; returns the figures of every step, and the weights (on the main rank)."""
-    run = LiveRun(config, world)
+    run = BuiltRun(config, world)
     seen: list[tuple[bytes, bytes]] = []
 
     def see(_model: object, inputs: tuple) -> None:
@@ -43,23 +43,23 @@ def train(config: Config, world: World, stop_at: int | None = None) -> tuple[dic
             seen.extend((key.tobytes(), row.tobytes()) for key, row in zip(keys, tokens, strict=True) if key)
 
     favorites = [int(expert) for expert in os.environ.get("ALL_TO", "").split(",") if expert]
-    for name, bias in run.network.named_buffers():
+    for name, bias in run.model.named_buffers():
         if favorites and name.endswith("selection_bias"):
             bias[favorites] = 1e6
-    hooks, tokens_of_step = [run.network.register_forward_pre_hook(see)], []
+    hooks, tokens_of_step = [run.model.register_forward_pre_hook(see)], []
     if failing := os.environ.get("OUT_OF_MEMORY"):
         rank, call = map(int, failing.split(":"))
         if rank == world.rank:
-            hooks.append(out_of_memory_at(run.network, call))
+            hooks.append(out_of_memory_at(run.model, call))
     if poisoned := os.environ.get("POISON"):
         rank, call = map(int, poisoned.split(":"))
         if rank == world.rank:
-            hooks.append(not_finite_at(run.network, call))
+            hooks.append(not_finite_at(run.model, call))
     rows = []
     with run.micro_batch.restart_on_out_of_memory():
         while run.state.step < (stop_at or config.steps):
             seen.clear()
-            run.step()
+            run.train_step()
             rows += run.rows()
             once = dict(seen)  # a batch that was tried again counts once
             of_ranks = world.gather_bytes(b"".join(once.values()))
@@ -68,7 +68,7 @@ def train(config: Config, world: World, stop_at: int | None = None) -> tuple[dic
         hook.remove()
     run.save()
     val_loss = run.evaluate()["val_loss"]
-    weights = run.model.full_state_dict()
+    weights = run.sharded.full_state_dict()
     run.close()
     names = ("loss", "grad_norm", "expert_load")
     steps = [{name: row[name] for name in names if name in row} for row in rows]
