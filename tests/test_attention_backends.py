@@ -35,7 +35,7 @@ from training.kernels.attention.table import (
 )
 from training.kernels.choose import choose_kernels
 from training.kernels.interface import AttentionBackend, AttentionSpec, ExpertsSpec, KernelRequirements, Kernels, Limits
-from training.model import GPT
+from training.model import GPT, init_weights
 
 CPU = torch.device("cpu")
 HOPPER = DeviceInfo("cuda", 9)
@@ -462,7 +462,7 @@ def small_model(backend, mixers):
     blocks = tuple(BlockConfig.model_validate({"mixer": mixer}) for mixer in mixers)
     sizes = {"n_layer": len(mixers), "n_head": 4, "n_embd": 32, "n_positions": 16, "vocab_size": 64}
     config = ModelConfig(**sizes, position="rope", isolate_documents=True, blocks=blocks)
-    return GPT(config, Kernels(attention=backend)).init_weights(0)
+    return init_weights(GPT(config, Kernels(attention=backend)), 0)
 
 
 def batch(n_documents, n_samples=3):

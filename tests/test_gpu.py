@@ -18,7 +18,7 @@ from training.kernels.choose import choose_kernels
 from training.kernels.experts import sort_by_expert
 from training.kernels.interface import AttentionSpec, ExpertsSpec, KernelRequirements, Kernels
 from training.kernels.table import EXPERT_KERNELS, LOSS_KERNELS
-from training.model import GPT, kernel_requirements
+from training.model import GPT, init_weights, kernel_requirements
 from training.model.layers import Batch
 from training.model.moe import MoE
 
@@ -118,7 +118,7 @@ def test_a_model_computes_the_same_and_is_compiled_once(name, packed, compiled):
     parallel = ParallelConfig(attention=name, compile=compiled)
     kernels = choose_kernels(parallel, requirements, device=CUDA, dtype=torch.bfloat16).kernels
     both = (kernels, kernels._replace(attention=ATTENTION_BACKENDS["reference"]))
-    model, plain = (GPT(config, each, torch.bfloat16).init_weights(0).to(CUDA) for each in both)
+    model, plain = (init_weights(GPT(config, each, torch.bfloat16), 0).to(CUDA) for each in both)
     torch._dynamo.reset()
     counters.clear()
     for block in model.blocks if compiled else ():
