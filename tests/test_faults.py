@@ -23,28 +23,28 @@ from training.distributed.world import join_world
 from training.errors import UserError
 
 LIMIT = 6.0  # parallel.timeout_s; long enough for four processes to start on two busy cores
-EXITS = 3.0  # seconds in which all ranks end, after the limit or a death
-SLOW = 0.5  # seconds until a test sees that
-AGAIN = "run the same command again to resume from the latest checkpoint"
+EXIT_S = 3.0  # seconds in which all ranks end, after the limit or a death
+POLL_S = 0.5  # seconds until a test notices
+RESTART_HINT = "run the same command again to resume from the latest checkpoint"
 
 
 @pytest.fixture
 def small(options, tmp_path):
-    """A run's YAML file and its folder."""
+    """Return a function that writes the config of a small run and returns (its path, the run's folder)."""
 
     def make(**changes) -> tuple[Path, Path]:
-        made = options(
+        values = options(
             eval={"every": None, "tokens": 64}, checkpoint={"every": 10}, logging={"every": 1, "tensorboard": False},
             parallel={"timeout_s": LIMIT},
         )  # fmt: skip
-        return write_config(tmp_path / "small.yaml", made | changes), tmp_path / "runs/small"
+        return write_config(tmp_path / "small.yaml", values | changes), tmp_path / "runs/small"
 
     return make
 
 
 @pytest.fixture
 def fork(processes):
-    """Start the command, or another target, on ranks that are forks; they are killed at the end of the test."""
+    """Return a function that starts a target on forked ranks; the end of the test kills them."""
     started = []
 
     def start(*arguments: str, n_ranks: int = 2, target: str = "training.train:main", **variables: str) -> Forked:
@@ -59,13 +59,13 @@ def fork(processes):
 FAULTS = [
     ("torchrun", 2, 1, signal.SIGKILL, "died"),
     ("forks", 2, 0, signal.SIGKILL, "died"),
-    ("forks", 2, 1, signal.SIGSTOP, "has not been"),
-    pytest.param("torchrun", 4, 2, signal.SIGSTOP, "has not been", marks=pytest.mark.soak),
+    ("forks", 2, 1, signal.SIGSTOP, "has sent no heartbeat"),
+    pytest.param("torchrun", 4, 2, signal.SIGSTOP, "has sent no heartbeat", marks=pytest.mark.soak),
 ]
 
 
 @pytest.mark.parametrize(("launcher", "size", "rank", "number", "event"), FAULTS)
-def test_a_rank_that_is_killed_or_stopped_ends_all_with_one_line(
+def test_all_ranks_end_with_one_line_when_one_is_killed_or_stopped(
     small, fork, tmp_path, launcher, size, rank, number, event
 ):
     path, folder = small(steps=100_000)
@@ -77,7 +77,7 @@ def test_a_rank_that_is_killed_or_stopped_ends_all_with_one_line(
         wait_for_rows(folder, 15, ranks)
         pid = ranks.pids()[rank]
         ranks.signal(rank, number)
-        within = EXITS + LIMIT * (number == signal.SIGSTOP) + SLOW
+        within = EXIT_S + LIMIT * (number == signal.SIGSTOP) + POLL_S
         if (launcher, number) == ("forks", signal.SIGSTOP):  # without a launcher nobody kills the stopped rank
             ranks.others_end(rank, within)
         else:
@@ -87,18 +87,18 @@ def test_a_rank_that_is_killed_or_stopped_ends_all_with_one_line(
     assert launcher == "forks" or ranks.process.returncode == 1
     assert re.fullmatch(
         rf"error: rank {rank} \(host \S+, pid {pid}\) {event}.* while rank \d \(host \S+, pid \d+\) "
-        rf"(waited for it|was) in .*(step|record of step) \d+; {AGAIN}",
+        rf"(waited for it|was) in .*(step|record of step) \d+; {RESTART_HINT}",
         ranks.line(),
     ), ranks.line()
 
 
-def test_a_run_whose_ranks_died_resumes_in_a_borrowed_process_group(small, fork):
-    """The second start is like Ray Train's: the process group is there, and `train` is not in the main thread."""
+def test_a_run_whose_rank_died_resumes_in_an_existing_process_group(small, fork):
+    """The second start is as in Ray Train: the process group exists, and `train` is not in the main thread."""
     path, folder = small(steps=60)
     ranks = fork("--config", str(path))
     wait_for_rows(folder, 15, ranks)
     ranks.signal(1, signal.SIGKILL)
-    ranks.ends(EXITS + SLOW)
+    ranks.ends(EXIT_S + POLL_S)
     ranks = fork(str(path), target="trajectory:main_in_a_borrowed_group")
     assert ranks.launch.wait(60).returncode == 0, ranks.errors()
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -118,21 +118,21 @@ def test_ranks_stopped_together_continue_together_and_end_without_their_launcher
         wait_for_rows(folder, rows_in(folder) + 5, ranks)
         assert ranks.pids() == pids
         ranks.process.kill()
-        ranks.ends(within=EXITS + SLOW)
+        ranks.ends(within=EXIT_S + POLL_S)
     finally:
         ranks.kill()
-    assert "torchrun, which keeps the ranks' store at " in ranks.line() and "has ended" in ranks.line()
+    assert "torchrun, which holds the ranks' store at " in ranks.line() and "has ended" in ranks.line()
 
 
-def test_slow_work_of_the_main_rank_is_waited_for_and_an_endless_loop_is_not(small, fork):
+def test_untimed_work_may_exceed_the_limit_and_an_endless_loop_may_not(small, fork):
     """The record of step 3 takes longer than the limit; step 5 never ends on rank 1."""
     path, folder = small(steps=100_000)
     ranks = fork("--config", str(path), target="trajectory:main_that_hangs", SLOW_RECORD=f"3:{LIMIT + 2}", HANG="1:5")
     wait_for_rows(folder, 4, ranks)
-    ranks.ends(within=LIMIT + EXITS + SLOW)
+    ranks.ends(within=LIMIT + EXIT_S + POLL_S)
     assert rows_in(folder) == 4
     assert re.search(
-        r"rank 1 \(host \S+, pid \d+\) does not come out of .* while rank 0 .* waited \d+ s for it in .* of step 5;",
+        r"rank 1 \(host \S+, pid \d+\) is stuck in .* while rank 0 .* waited \d+ s for it in .* of step 5;",
         ranks.line(),
     )
 
@@ -140,12 +140,12 @@ def test_slow_work_of_the_main_rank_is_waited_for_and_an_endless_loop_is_not(sma
 @pytest.mark.parametrize(
     ("difference", "message"),
     [
-        ("options", r"the ranks were not given the same: steps: 8 on rank 0, 9 on rank 1; start all of them alike"),
-        ("data", r'the ranks were not given the same: data: "\w+" on rank 0, "\w+" on rank 1; start all of them alike'),
-        ("nothing", r"rank 1 \(host \S+, pid \d+\): texts: no such file or folder"),
+        ("options", r"the ranks differ: steps: 8 on rank 0, 9 on rank 1; start all of them with the same inputs"),
+        ("data", r'the ranks differ: data: "\w+" on rank 0, "\w+" on rank 1; start all of them with the same inputs'),
+        ("missing data", r"rank 1 \(host \S+, pid \d+\): texts: no such file or folder"),
     ],
 )
-def test_ranks_with_different_options_or_data_end_before_the_run_begins(options, fork, tmp_path, difference, message):
+def test_ranks_with_different_options_or_data_end_before_the_run_starts(options, fork, tmp_path, difference, message):
     data = {"sources": [{"paths": ["texts"]}], "tokenizer": {"type": "byte"}, "val_fraction": 0.3, "cache_dir": "cache"}
     for rank in (0, 1):
         home = tmp_path / str(rank)
@@ -153,7 +153,7 @@ def test_ranks_with_different_options_or_data_end_before_the_run_begins(options,
         other = rank == 1 and difference
         changes = options(data=data, parallel={"timeout_s": LIMIT}, steps=9 if other == "options" else 8)
         write_config(home / "run.yaml", changes)
-        if other != "nothing":
+        if other != "missing data":
             (home / "texts").mkdir()
             for i in range(30):
                 (home / "texts" / f"{i}.txt").write_text(f"document {i} " * (41 if other == "data" else 40))
@@ -163,21 +163,21 @@ def test_ranks_with_different_options_or_data_end_before_the_run_begins(options,
     assert not (tmp_path / "runs/small").exists()
 
 
-@pytest.mark.parametrize("wrong", ["--parallel.device mps", pytest.param("--steps none", marks=pytest.mark.soak)])
-def test_an_error_of_all_ranks_of_a_host_is_printed_once(small, tmp_path, wrong):
-    """The first rank prints it, though it is the last to find the error, and the launcher ends it no sooner."""
+@pytest.mark.parametrize("arguments", ["--parallel.device mps", pytest.param("--steps none", marks=pytest.mark.soak)])
+def test_an_error_of_all_ranks_of_a_host_is_printed_once(small, tmp_path, arguments):
+    """Local rank 0 prints it, though it finds the error last here, and the launcher does not end it before."""
     path, _ = small()
     (tmp_path / "late.py").write_text(
         "import os, sys, time\nfrom training.train import main\n"
         "if os.environ['LOCAL_RANK'] == '0':\n    time.sleep(2)\nsys.exit(main())\n"
     )
     where = ["--standalone", "--nproc-per-node", "2", str(tmp_path / "late.py")]
-    ranks = Launched(tmp_path / "logs", *where, "--config", str(path), *wrong.split())
+    ranks = Launched(tmp_path / "logs", *where, "--config", str(path), *arguments.split())
     try:
         ranks.process.wait(40)
     finally:
         ranks.kill()
-    assert wrong.split()[0][2:] in ranks.line()
+    assert arguments.split()[0][2:] in ranks.line()
     assert set(re.findall(r"exitcode +: (-?\d+)", (ranks.logs / "launcher").read_text())) <= {"2", "-15"}
 
 
@@ -191,11 +191,11 @@ def test_an_error_of_all_ranks_of_a_host_is_printed_once(small, tmp_path, wrong)
         ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "1"}, "MASTER_ADDR is not set"),
         (
             {"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "1", "MASTER_ADDR": "127.0.0.1"},
-            r"rank 1 found nobody at 127.0.0.1:1 \(MASTER_ADDR, MASTER_PORT\) in 0.5 s: ",
+            r"rank 1 could not connect to 127.0.0.1:1 \(MASTER_ADDR, MASTER_PORT\) within 0.5 s: ",
         ),
     ],
 )
-def test_a_variable_that_the_launcher_did_not_set_is_named(monkeypatch, variables, message):
+def test_missing_launcher_variables_are_named(monkeypatch, variables, message):
     for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -205,24 +205,24 @@ def test_a_variable_that_the_launcher_did_not_set_is_named(monkeypatch, variable
     assert "\n" not in str(error.value)
 
 
-def test_a_start_in_a_store_that_an_earlier_one_has_used_has_a_name_of_its_own():
+def test_each_start_in_one_store_has_its_own_id():
     store = dist.HashStore()
-    names = []
-    for size in (3, 3, 2):  # each start ends before a number of the one before is overwritten, in one order or another
-        order = list(range(size)) if len(names) % 2 else list(reversed(range(size)))
+    ids = []
+    for size in (3, 3, 2):  # the ranks arrive in both orders
+        order = list(range(size)) if len(ids) % 2 else list(reversed(range(size)))
         with ThreadPoolExecutor(size) as ranks:
-            found = []
+            futures = []
             for rank in order:
-                found.append(ranks.submit(agree_on_start_id, store, rank, size, 5.0))
+                futures.append(ranks.submit(agree_on_start_id, store, rank, size, 5.0))
                 time.sleep(0.1)
-            (name,) = {each.result() for each in found}
-        names.append(name)
-    assert len(set(names)) == 3
-    with pytest.raises(UserError, match=r"rank 1 has not come in 0\.2 s"):
+            (start_id,) = {future.result() for future in futures}
+        ids.append(start_id)
+    assert len(set(ids)) == 3
+    with pytest.raises(UserError, match=r"rank 1 did not join within 0\.2 s"):
         agree_on_start_id(dist.HashStore(), 0, 2, 0.2)
 
 
-def test_more_processes_than_gpus_are_refused(monkeypatch):
+def test_more_processes_than_gpus_raise_an_error(monkeypatch):
     for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "3"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -230,46 +230,49 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         join_world(torch.device("cuda"), ParallelConfig())
 
 
-def rank(number: int, **lane) -> Rank:
-    return Rank(number, ProcessId("a", "", 100 + number, ""), {LOOP: Activity(**lane)}, heard=8.5)
+def rank(number: int, **activity) -> Rank:
+    process = ProcessId("a", "", 100 + number, "")
+    return Rank(number, process, {LOOP: Activity(**activity)}, last_heartbeat=8.5)
 
 
-BEHIND, ALONE = {"doing": "step 5", "count": 6}, {"doing": "the end", "count": 6, "kind": "untimed"}
+BEHIND = {"name": "step 5", "n_collectives": 6}
+UNTIMED = {"name": "the end", "n_collectives": 6, "kind": "untimed"}
 
 
 @pytest.mark.parametrize(
-    ("other", "change", "said"),
+    ("activity", "change", "message"),
     [
-        (BEHIND, {}, "rank 1 .* does not come out of step 5, while rank 0 .* waited 10 s"),
-        (BEHIND, {"ended": True}, "rank 1 .* has ended, while rank 0"),
-        (BEHIND | {"waits": "a sum", "count": 7}, {}, "no rank has gone on for 10 s: rank 0 is in a sum of step 5"),
-        (BEHIND | {"since": 8.0}, {}, None),
-        (ALONE, {}, None),
-        (ALONE, {"ended": True}, "rank 1 .* has ended"),
-        (ALONE, {"gone": 8.0}, "rank 1 .* died while rank 0 .* waited for it"),
-        (ALONE, {"gone": 9.5}, None),
-        (ALONE, {"gone": 8.0, "ended": True}, "rank 1 .* has ended"),
-        (ALONE, {"heard": 3.0}, "rank 1 .* has not been heard of for 6 s"),
-        (BEHIND, {"heard": 6.0}, None),
-        (ALONE, {"heard": 4.5}, None),
+        (BEHIND, {}, "rank 1 .* is stuck in step 5, while rank 0 .* waited 10 s"),
+        (BEHIND, {"has_ended": True}, "rank 1 .* has ended, while rank 0"),
+        (
+            BEHIND | {"collective": "a sum", "n_collectives": 7}, {},
+            "no rank has made progress for 10 s: rank 0 is in a sum of step 5",
+        ),
+        (BEHIND | {"changed_at": 8.0}, {}, None),
+        (UNTIMED, {}, None),
+        (UNTIMED, {"has_ended": True}, "rank 1 .* has ended"),
+        (UNTIMED, {"missing_since": 8.0}, "rank 1 .* died while rank 0 .* waited for it"),
+        (UNTIMED, {"missing_since": 9.5}, None),
+        (UNTIMED, {"missing_since": 8.0, "has_ended": True}, "rank 1 .* has ended"),
+        (UNTIMED, {"last_heartbeat": 3.0}, "rank 1 .* has sent no heartbeat for 6 s"),
+        (BEHIND, {"last_heartbeat": 6.0}, None),
+        (UNTIMED, {"last_heartbeat": 4.5}, None),
     ],
-)
-def test_who_is_lost(other, change, said):
-    me, peer = rank(0, doing="step 5", count=7, waits="a sum"), rank(1, **other)
+)  # fmt: skip
+def test_diagnosis_from_heartbeats(activity, change, message):
+    me, peer = rank(0, name="step 5", n_collectives=7, collective="a sum"), rank(1, **activity)
     for name, value in change.items():
         setattr(peer, name, value)
-    found = diagnose(me, [peer], now=10.0, limit=5.0, silence=5.0, read=9.0)
-    assert (found is None) if said is None else re.search(said, found.line)
+    verdict = diagnose(me, [peer], now=10.0, limit=5.0, silence=5.0, read_at=9.0)
+    assert (verdict is None) if message is None else re.search(message, verdict.message)
 
 
-def test_a_process_of_another_host_or_space_is_never_taken_for_dead():
-    assert not current_process().dead() and current_process().able()
-    gone = ProcessId(current_process().host, current_process().kernel, 2**22 + 1, "")
-    assert gone.dead() and not gone.able()
-    for other in (
-        ProcessId("elsewhere", current_process().kernel, gone.pid, ""),
-        ProcessId(current_process().host, "another", gone.pid, ""),
-    ):
-        assert not other.dead() and not other.able()
-    again = ProcessId(current_process().host, current_process().kernel, current_process().pid, "long ago")
-    assert again.dead()
+def test_a_process_of_another_host_or_pid_namespace_never_counts_as_dead():
+    me = current_process()
+    assert not me.is_dead() and me.is_running()
+    gone = ProcessId(me.host, me.kernel, 2**22 + 1, "")
+    assert gone.is_dead() and not gone.is_running()
+    for other in (ProcessId("elsewhere", me.kernel, gone.pid, ""), ProcessId(me.host, "another", gone.pid, "")):
+        assert not other.is_dead() and not other.is_running()
+    same_pid = ProcessId(me.host, me.kernel, me.pid, "long ago")
+    assert same_pid.is_dead()

@@ -1,4 +1,4 @@
-"""A run that begins with a model from elsewhere: its sizes, its weights, and every way in which that goes wrong."""
+"""A run that starts from a model (`init_from`): its sizes, its weights, and every folder that cannot be used."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ MODELS = {
     "deepseek_v3": ROTARY | {"norm_eps": 1e-6, "blocks": [{"mixer": LATENT, "ffn": SIGMOID}]},
     "training_gpt": SMALL | {"blocks": [{"ffn": {"type": "moe", "n_experts": 4, "hidden": 24}}]},
 }
-STILL = {"type": "adamw", "learning_rate": 1e-30}  # nothing that float32 has a place for
+STILL = {"type": "adamw", "learning_rate": 1e-30}  # changes no float32 weight
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Write a model to a folder; returns it, and the folder."""
+    """Write a model to a folder; return both."""
 
     def make(model_type: str = "gpt2", **changes) -> tuple[GPT, Path]:
         config = ModelConfig.model_validate(MODELS[model_type] | changes)
@@ -54,8 +54,8 @@ def folder(tmp_path):
     return make
 
 
-def begun(config) -> GPT:
-    """The model that a run with these options begins with."""
+def loaded(config) -> GPT:
+    """Return the model that a run with these options starts from."""
     config = init_from.resolve_init_from(config)
     model = GPT(config.model)
     model.load_state_dict(model.state_dict() | init_from.load_pretrained(config)[1])
@@ -67,19 +67,19 @@ def tokens() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("model_type", MODELS)
-def test_a_run_begins_with_the_weights_of_a_folder(run, folder, model_type):
+def test_a_run_starts_from_the_weights_of_a_folder(run, folder, model_type):
     _, path = folder(model_type)
     left = run(model={}, init_from=str(path), optim=STILL, steps=3)
-    found, known = (hf.read_config(one, hf.READABLE)[1] for one in (left / "model", path))
-    assert found == known.model_copy(update={"vocab_size": 257})
+    written, read = (hf.read_config(one)[1] for one in (left / "model", path))
+    assert written == read.model_copy(update={"vocab_size": 257})
     ours, theirs = load_file(left / "model/model.safetensors"), load_file(path / "model.safetensors")
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
-        if not name.endswith(("selection_bias", "correction_bias", "load")):  # balancing goes on
+        if not name.endswith(("selection_bias", "correction_bias", "load")):  # balancing continues
             assert torch.equal(ours[name], tensor[:257] if len(tensor) == 259 else tensor), name
 
 
-def test_a_run_goes_on_from_what_another_left(run):
+def test_a_run_starts_where_another_ended(run):
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": 257}
     first = run(name="first", model=sizes)
     then = run(name="then", model={}, init_from=str(first / "model"), optim=STILL)
@@ -87,23 +87,23 @@ def test_a_run_goes_on_from_what_another_left(run):
     assert losses[0] == losses[1]
 
 
-def test_a_restart_needs_the_folder_no_more_and_changes_no_bit(run, folder):
+def test_resuming_does_not_need_the_folder_and_changes_no_bit(run, folder):
     _, path = folder()
-    asked = {"model": {"n_positions": 16}, "init_from": str(path)}
-    left = run(**asked)
+    options = {"model": {"n_positions": 16}, "init_from": str(path)}
+    left = run(**options)
     before = tensors(left, 8), rows(left)
     flip_a_bit(left / "checkpoints/step-00000008/model.safetensors")
     shutil.rmtree(path)
-    run(**asked)
+    run(**options)
     assert (tensors(left, 8), rows(left)) == before
     with pytest.raises(UserError, match=f"init_from {path}: no such folder"):
-        run(**asked, resume="never")
+        run(**options, resume="never")
 
 
-def test_a_restart_with_other_options_is_refused(run, config, folder):
+def test_resuming_with_other_options_is_an_error(run, config, folder):
     _, path = folder()
     left = run(model={}, init_from=str(path))
-    with pytest.raises(UserError, match=f"model.n_embd: 48 is given, and {left} has 16; leave it out"):
+    with pytest.raises(UserError, match=f"model.n_embd: 48 is given, but {left} has 16; leave it out"):
         train.train(config(model={"n_embd": 48}, init_from=str(path)))
     with pytest.raises(UserError, match=r"holds a run with other options: .*init_from: .* -> None"):
         train.train(config(model=SMALL))
@@ -114,42 +114,42 @@ def test_a_restart_with_other_options_is_refused(run, config, folder):
         train.train(config(model={}, init_from=str(other)))
 
 
-def test_starting_over_asks_the_folder_again(run, folder):
+def test_starting_over_reads_the_folder_again(run, folder):
     _, path = folder()
     run(model={"n_positions": 16}, init_from=str(path), steps=3)
     left = run(model={}, init_from=str(path), steps=3, resume="never")
-    assert hf.read_config(left / "model", hf.READABLE)[1].n_positions == 32
+    assert hf.read_config(left / "model")[1].n_positions == 32
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"n_embd": 48}, "model.n_embd: 48 is given, and PATH has 16; leave it out"),
-        ({"n_layer": 12}, "model.n_layer: 12 is given, and PATH has 2; leave it out"),
-        ({"position": "rope"}, "model.position: rope is given, and PATH has learned"),
-        ({"tie_head": False}, "model.tie_head: False is given, and PATH has True"),
-        ({"norm_eps": 1e-6}, "model.norm_eps: 1e-06 is given, and PATH has 1e-05"),
-        ({"n_positions": 64}, "model.n_positions: 64 is given, and PATH has 32"),
-        ({"vocab_size": 258}, "model.vocab_size: 258 is given, and PATH has 259"),
-        ({"blocks": [{"mixer": {"n_kv_head": 1}}]}, "mixer.n_kv_head of layer 0 is 1, and PATH has 2"),
-        ({"blocks": [{}, {"mixer": {"window": 8}}]}, "mixer.window of layer 1 is 8, and PATH has None"),
-        ({"blocks": [{"mixer": {"type": "latent"}}]}, "mixer.type of layer 0 is latent, and PATH has attention"),
-        ({"blocks": [{"mixer": {"window": 8}, "ffn": {"type": "moe"}}]}, "mixer.window of layer 0 is 8, and PATH has"),
+        ({"n_embd": 48}, "model.n_embd: 48 is given, but PATH has 16; leave it out"),
+        ({"n_layer": 12}, "model.n_layer: 12 is given, but PATH has 2; leave it out"),
+        ({"position": "rope"}, "model.position: rope is given, but PATH has learned"),
+        ({"tie_head": False}, "model.tie_head: False is given, but PATH has True"),
+        ({"norm_eps": 1e-6}, "model.norm_eps: 1e-06 is given, but PATH has 1e-05"),
+        ({"n_positions": 64}, "model.n_positions: 64 is given, but PATH has 32"),
+        ({"vocab_size": 258}, "model.vocab_size: 258 is given, but PATH has 259"),
+        ({"blocks": [{"mixer": {"n_kv_head": 1}}]}, "mixer.n_kv_head of layer 0 is 1, but PATH has 2"),
+        ({"blocks": [{}, {"mixer": {"window": 8}}]}, "mixer.window of layer 1 is 8, but PATH has None"),
+        ({"blocks": [{"mixer": {"type": "latent"}}]}, "mixer.type of layer 0 is latent, but PATH has attention"),
+        ({"blocks": [{"mixer": {"window": 8}, "ffn": {"type": "moe"}}]}, "mixer.window of layer 0 is 8, but PATH has"),
         ({"blocks": [{"ffn": {"type": "moe", "hidden": 24}}]}, "ffn.hidden of layer 0 is 24, which does not divide"),
-        ({"blocks": [{"ffn": {"hidden": 48}}]}, "ffn.hidden of layer 0 is 48, and PATH has 64"),
+        ({"blocks": [{"ffn": {"hidden": 48}}]}, "ffn.hidden of layer 0 is 48, but PATH has 64"),
     ],
     ids=str,
 )
-def test_options_that_say_something_else_are_refused(config, folder, given, words):
+def test_options_that_contradict_the_folder_are_an_error(config, folder, given, words):
     _, path = folder()
     with pytest.raises(UserError) as raised:
         init_from.resolve_init_from(config(model=given, init_from=str(path)))
     assert words.replace("PATH", str(path)) in str(raised.value)
 
 
-def test_a_type_that_is_left_out_is_given_too(config, folder):
+def test_a_type_that_is_left_out_is_the_default_one(config, folder):
     _, path = folder("qwen3_moe")
-    with pytest.raises(UserError, match=f"ffn.type of layer 0 is mlp, and {path} has moe"):
+    with pytest.raises(UserError, match=f"ffn.type of layer 0 is mlp, but {path} has moe"):
         init_from.resolve_init_from(config(model={"blocks": [{"ffn": {"activation": "silu"}}]}, init_from=str(path)))
 
 
@@ -157,41 +157,41 @@ def test_options_may_repeat_what_the_folder_has(config, folder):
     _, path = folder()
     blocks = [{"mixer": {"head_dim": 8, "n_kv_head": 2, "window": None}, "ffn": {"hidden": 64}}, {}]
     alone = init_from.resolve_init_from(config(model={}, init_from=str(path)))
-    assert alone.model.vocab_size == 259  # null is the folder's own number here, not the tokenizer's
+    assert alone.model.vocab_size == 259  # null: the folder's number, not the tokenizer's
     for given in (SMALL, {"blocks": blocks}, {"vocab_size": None}, alone.model.model_dump()):
         assert init_from.resolve_init_from(config(model=given, init_from=str(path))).model == alone.model
 
 
-def test_a_shorter_context_crops_the_table_of_positions(config, folder):
+def test_a_shorter_context_crops_the_position_embedding(config, folder):
     model, path = folder()
-    short = begun(config(model={"n_positions": 16}, init_from=str(path)))
+    short = loaded(config(model={"n_positions": 16}, init_from=str(path)))
     assert short.wpe.weight.shape == (16, 16)
     assert torch.equal(short.logits(tokens()), model.logits(tokens()))
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
-def test_more_rows_are_tokens_like_any(config, folder, model_type):
+def test_new_rows_of_the_vocabulary_are_the_mean_of_the_others(config, folder, model_type):
     model, path = folder(model_type)
-    asked = config(model={"vocab_size": 300}, init_from=str(path))
-    wide = begun(asked)
+    options = config(model={"vocab_size": 300}, init_from=str(path))
+    wide = loaded(options)
     torch.testing.assert_close(wide.logits(tokens())[..., :259], model.logits(tokens()), rtol=0, atol=1e-6)
     for table in filter(None, (wide.wte, wide.head)):
         torch.testing.assert_close(table.weight[259:], table.weight[:259].mean(0).expand(41, -1))
-    again = begun(asked)
+    again = loaded(options)
     assert all(torch.equal(one, other) for one, other in zip(wide.parameters(), again.parameters(), strict=True))
 
 
-def test_documents_and_balance_are_the_users_own(config, folder):
+def test_document_isolation_and_balance_are_the_users_choice(config, folder):
     model, path = folder("qwen3_moe")
     balancing = {"type": "moe", "balance": "both", "bias_rate": 0.5}
     given = {"isolate_documents": True, "blocks": [{"ffn": balancing}, {}]}
-    found = init_from.resolve_init_from(config(model=given, init_from=str(path))).model
-    assert found.isolate_documents
-    assert (found.layers()[0].ffn.balance, found.layers()[0].ffn.bias_rate) == ("both", 0.5)
-    assert found.layers()[0].ffn.n_experts == MOE["n_experts"] and found.layers()[1].ffn.type == "mlp"
+    resolved = init_from.resolve_init_from(config(model=given, init_from=str(path))).model
+    moe, mlp = (block.ffn for block in resolved.layers())
+    assert resolved.isolate_documents and mlp.type == "mlp"
+    assert (moe.balance, moe.bias_rate, moe.n_experts) == ("both", 0.5, MOE["n_experts"])
     with torch.no_grad():
         torch.testing.assert_close(
-            begun(config(model=given, init_from=str(path))).logits(tokens()), model.logits(tokens())
+            loaded(config(model=given, init_from=str(path))).logits(tokens()), model.logits(tokens())
         )
 
 
@@ -201,20 +201,20 @@ def test_rules_between_options_hold_for_the_folders_sizes(config, folder):
         init_from.resolve_init_from(config(model={}, init_from=str(path)))
 
 
-def test_a_tokenizer_with_more_tokens_than_rows_is_refused(config, folder):
+def test_a_tokenizer_with_more_tokens_than_rows_is_an_error(config, folder):
     _, path = folder(vocab_size=250)
     with pytest.raises(UserError, match=r"model.vocab_size: 250 is less than the tokenizer's 257; use 257"):
         train.train(config(model={}, init_from=str(path)))
     assert train.train(config(model={"vocab_size": 257}, init_from=str(path), steps=3)) == 0
 
 
-def test_every_file_that_init_from_needs_is_there_in_the_repository(config, folder):
+def test_the_options_need_config_json_only(config, folder):
     _, path = folder()
-    asked = config(model={}, init_from=str(path))
+    options = config(model={}, init_from=str(path))
     (path / "model.safetensors").rename(path / "elsewhere")
-    assert init_from.resolve_init_from(asked).model.n_embd == 16  # config.json is all that it reads
+    assert init_from.resolve_init_from(options).model.n_embd == 16
     with pytest.raises(UserError, match=r"no model.safetensors"):
-        init_from.load_pretrained(init_from.resolve_init_from(asked))
+        init_from.load_pretrained(init_from.resolve_init_from(options))
 
 
 # --- folders that cannot be used -------------------------------------------------------------------
@@ -226,9 +226,9 @@ def change(path: Path, **changes) -> None:
 
 
 def tensor(path: Path, name: str, value: torch.Tensor | None) -> None:
-    found = load_file(path / "model.safetensors")
-    found.pop(name, None)
-    save_file(found | ({} if value is None else {name: value}), path / "model.safetensors")
+    tensors = load_file(path / "model.safetensors")
+    tensors.pop(name, None)
+    save_file(tensors | ({} if value is None else {name: value}), path / "model.safetensors")
 
 
 def pickled(path: Path) -> None:
@@ -257,12 +257,12 @@ FLAWS = {
     "not text": (lambda p: (p / "config.json").write_bytes(b"\xff\xfe\x00"), "PATH/config.json: not JSON: "),
     "deep JSON": (lambda p: (p / "config.json").write_text("[" * 10**6), "PATH/config.json: not JSON: "),
     "a list": (lambda p: (p / "config.json").write_text("[]"), "PATH/config.json: not a JSON object"),
-    "no type": (lambda p: change(p, model_type=None), "PATH/config.json: no model_type; what can be read: gpt2, llama"),
-    "unknown type": (lambda p: change(p, model_type="mamba"), "model_type 'mamba' cannot be read; what can be read: "),
-    "odd type": (lambda p: change(p, model_type=["gpt2"]), "model_type ['gpt2'] cannot be read; what can be read: "),
+    "no type": (lambda p: change(p, model_type=None), "PATH/config.json: no model_type; supported: gpt2, llama"),
+    "unknown type": (lambda p: change(p, model_type="mamba"), "model_type 'mamba' is not supported; supported: "),
+    "odd type": (lambda p: change(p, model_type=["gpt2"]), "model_type ['gpt2'] is not supported; supported: "),
     "pickled": (
         pickled,
-        "PATH: no model.safetensors and no model.safetensors.index.json here; pickled weights are",
+        "PATH: no model.safetensors and no model.safetensors.index.json; pickled weights are",
     ),
     "no index": (lambda p: sharded(p), "PATH/model.safetensors.index.json: no weight_map from tensors to files"),
     "missing shard": (
@@ -277,27 +277,27 @@ FLAWS = {
     "empty": (lambda p: (p / "model.safetensors").write_bytes(b""), "PATH/model.safetensors: damaged, or not safe"),
     "missing tensor": (
         lambda p: tensor(p, "transformer.h.1.ln_1.bias", None),
-        "PATH: tensors that are missing: transformer.h.1.ln_1.bias; is config.json that of these weights?",
+        "PATH: missing tensors: transformer.h.1.ln_1.bias; does config.json belong to these weights?",
     ),
     "missing tensors": (
         lambda p: change(p, n_layer=3),
-        "PATH: tensors that are missing: transformer.h.2.attn.c_attn.bias and 11 more; is config.json",
+        "PATH: missing tensors: transformer.h.2.attn.c_attn.bias and 11 more; does config.json",
     ),
     "unknown tensors": (
         lambda p: change(p, n_layer=1),
-        "PATH: tensors that are not known: transformer.h.1.attn.c_attn.bias and 11 more; is config.json",
+        "PATH: unknown tensors: transformer.h.1.attn.c_attn.bias and 11 more; does config.json",
     ),
     "another's tensor": (
         lambda p: tensor(p, "score.weight", torch.ones(2)),
-        "tensors that are not known: score.weight",
+        "unknown tensors: score.weight",
     ),
     "shape": (
         lambda p: change(p, n_inner=48),
-        "PATH: transformer.h.0.mlp.c_fc.weight is (16, 64) there, and (16, 48) by config.json",
+        "PATH: transformer.h.0.mlp.c_fc.weight has shape (16, 64); config.json needs (16, 48)",
     ),
     "transposed": (
         lambda p: tensor(p, "transformer.h.0.attn.c_attn.weight", torch.ones(48, 16)),
-        "PATH: transformer.h.0.attn.c_attn.weight is (48, 16) there, and (16, 48) by config.json",
+        "PATH: transformer.h.0.attn.c_attn.weight has shape (48, 16); config.json needs (16, 48)",
     ),
     "not finite": (
         lambda p: tensor(p, "transformer.ln_f.bias", torch.full((16,), float("nan"))),
@@ -305,7 +305,7 @@ FLAWS = {
     ),
     "whole numbers": (
         lambda p: tensor(p, "transformer.ln_f.bias", torch.ones(16, dtype=torch.int8)),
-        "PATH: transformer.ln_f.bias is torch.int8; quantized weights are not read",
+        "PATH: transformer.ln_f.bias is torch.int8; quantized weights are not supported",
     ),
     "head that is not tied": (
         lambda p: tensor(p, "lm_head.weight", torch.ones(259, 16)),
@@ -320,7 +320,7 @@ def test_a_folder_that_cannot_be_used_is_one_line_and_status_2(options, folder, 
     flaw, words = FLAWS[name]
     _, path = folder()
     file = write_config(tmp_path / "one.yaml", options(init_from=str(path)))
-    text = file.read_text()  # the model's section written out would be a second opinion on its sizes
+    text = file.read_text()  # without the model section, which would contradict some of the flaws
     start = text.index("\nmodel:")
     file.write_text(text[:start] + text[text.index("\ndata:", start) :])
     flaw(path)
@@ -331,8 +331,8 @@ def test_a_folder_that_cannot_be_used_is_one_line_and_status_2(options, folder, 
     assert not (tmp_path / "runs/small/checkpoints").exists()
 
 
-def test_a_name_on_the_hub_is_downloaded_once_and_one_line_where_it_cannot_be(tmp_path, folder, options):
-    """As the hub's client keeps what it has downloaded; there is no network in a test."""
+def test_a_name_on_the_hub_is_read_from_its_cache_and_an_error_if_it_is_not_there(tmp_path, folder, options):
+    """The test has no network: it writes what the hub's client would have downloaded."""
     _, path = folder()
     kept = tmp_path / "hub/models--someone--tiny"
     (kept / "refs").mkdir(parents=True)
@@ -356,14 +356,14 @@ for name in ("someone/else", "some/where/else", "./tiny", "tiny"):
         env=environment() | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found, unknown, *elsewhere, bare = done.stdout.splitlines()
-    assert found == "16 36"
+    sizes, unknown, *elsewhere, bare = done.stdout.splitlines()
+    assert sizes == "16 36"
     assert unknown.startswith("init_from someone/else: no such folder, and not loaded from the Hugging Face hub: ")
     assert elsewhere == ["init_from some/where/else: no such folder", "init_from ./tiny: no such folder"]
     assert bare.startswith("init_from tiny: no such folder, and not loaded from the Hugging Face hub: ")
 
 
-def test_prepare_says_what_is_wrong_before_it_tokenizes(options, tmp_path, capsys):
+def test_prepare_checks_init_from_before_it_tokenizes(options, tmp_path, capsys):
     from training import prepare
 
     path = write_config(tmp_path / "one.yaml", options(init_from=str(tmp_path / "nowhere")))
@@ -371,5 +371,5 @@ def test_prepare_says_what_is_wrong_before_it_tokenizes(options, tmp_path, capsy
     assert capsys.readouterr().err == f"error: init_from {tmp_path / 'nowhere'}: no such folder\n"
 
 
-def test_every_architecture_is_begun_with():
+def test_every_architecture_is_tested():
     assert MODELS.keys() == hf.READABLE.keys()

@@ -1,4 +1,4 @@
-"""The dense twin of a Mixture of Experts costs a token the same FLOPs, and is the same run in all else."""
+"""The dense twin of a Mixture of Experts costs a token the same FLOPs, and is otherwise the same run."""
 
 from __future__ import annotations
 
@@ -37,29 +37,29 @@ def test_the_twin_costs_a_token_the_same_flops(ffn):
     assert ours - routers == theirs
 
 
-def test_the_twin_is_the_same_run_in_all_else():
+def test_the_twin_is_otherwise_the_same_run():
     config = config_of(MOE, {"type": "mlp", "hidden": 40}, seed=3, name="mine")
-    found = twin(config)
-    assert found.name == "mine-dense"
-    assert found.model.blocks[0] == BlockConfig(ffn=MLPConfig(hidden=96, activation="silu", gated=True))
-    assert found.model.blocks[1] == config.model.blocks[1]
+    dense = twin(config)
+    assert dense.name == "mine-dense"
+    assert dense.model.blocks[0] == BlockConfig(ffn=MLPConfig(hidden=96, activation="silu", gated=True))
+    assert dense.model.blocks[1] == config.model.blocks[1]
     same = {"name": "mine", "model": config.model}
-    assert found.model_copy(update=same) == config
-    assert found.model.model_copy(update={"blocks": config.model.blocks}) == config.model
+    assert dense.model_copy(update=same) == config
+    assert dense.model.model_copy(update={"blocks": config.model.blocks}) == config.model
 
 
-def test_what_is_written_trains_and_says_what_it_is(tmp_path, capsys, monkeypatch):
+def test_the_written_file_is_the_twin_with_a_summary(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "moe.yaml").write_text(cli.dump_config(config_of(MOE)))
     assert main(["--config", "moe.yaml", "--out", "twin.yaml", "--seed", "5"]) == 0
-    assert capsys.readouterr().out.startswith("twin.yaml: the dense twin of gpt2: 4 layers of experts, 2 of 8 for a ")
+    assert capsys.readouterr().out.startswith("twin.yaml: dense twin of gpt2: 4 layers of experts, 2 of 8 per token, ")
     written = cli.load_config(tmp_path / "twin.yaml")
     assert written == twin(config_of(MOE, seed=5))
     assert main(["--config", "moe.yaml", "--seed", "5"]) == 0
     assert capsys.readouterr().out == (tmp_path / "twin.yaml").read_text()
 
 
-def test_where_there_is_nothing_to_make_dense_it_is_one_line(tmp_path, capsys):
+def test_a_run_without_a_twin_is_an_error(tmp_path, capsys):
     (tmp_path / "dense.yaml").write_text(cli.dump_config(config_of({"type": "mlp"})))
     assert main(["--config", str(tmp_path / "dense.yaml")]) == 2
     assert capsys.readouterr().err.startswith("error: model.blocks: no layer has experts")

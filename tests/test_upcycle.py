@@ -1,4 +1,4 @@
-"""A dense model begun as a Mixture of Experts: the same function, however it is cut, and a run from there on."""
+"""Upcycling: a dense model as a Mixture of Experts computes the same, however it is split, and trains from there."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from test_init_from import SMALL, STILL
 from test_restart import flip_a_bit
 
 from training import train
+from training.batch import Batch
 from training.config import ModelConfig
 from training.errors import UserError
 from training.model import GPT, init_weights
@@ -27,7 +28,7 @@ SWIGLU = {"type": "mlp", "hidden": 48, "activation": "silu", "gated": True}
 RELU2 = {"type": "mlp", "hidden": 48, "activation": "relu2"}
 LINE = re.compile(
     r"upcycled (\S+): (.*); loss (\d+\.\d{4}) before, (\d+\.\d{4}) after, "
-    r"largest difference of a logit (\d\.\de[-+]\d\d)\n"
+    r"largest change of a logit (\d\.\de[-+]\d\d)\n"
 )
 
 # name: (options of the model, the dense layer, the experts, G)
@@ -50,14 +51,14 @@ CASES = {
 
 
 def upcycled(model: dict, mlp: dict, moe: dict, every: int = 1) -> tuple[GPT, GPT]:
-    """A dense model with random weights, no bias zero, and what it becomes; float64."""
+    """Return a dense float64 model with random weights and biases, and its upcycled model."""
     moe = moe | {name: mlp[name] for name in ("activation", "gated") if name in mlp}
     theirs = ModelConfig.model_validate(SIZES | model | {"blocks": [{"ffn": mlp}]})
     ours = ModelConfig.model_validate(SIZES | model | {"blocks": [{"ffn": mlp}] * (every - 1) + [{"ffn": moe}]})
     dense = perturbed(init_weights(GPT(theirs, dtype=torch.float64), 0))
     experts = init_weights(GPT(ours, dtype=torch.float64), 1)
-    made = upcycle.upcycle_weights(dense.state_dict(), theirs, ours, experts.state_dict())
-    experts.load_state_dict(experts.state_dict() | made)
+    weights = upcycle.upcycle_weights(dense.state_dict(), theirs, ours, experts.state_dict())
+    experts.load_state_dict(experts.state_dict() | weights)
     return dense, experts
 
 
@@ -66,7 +67,7 @@ def tokens(rows: int = 2) -> torch.Tensor:
 
 
 def backward(model: GPT) -> torch.Tensor:
-    """The logits, with the gradients of a loss in `grad`."""
+    """Return the logits; compute the gradients of a loss."""
     logits_BTV = model.logits(tokens())
     torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), tokens().roll(-1, 1).flatten()).backward()
     return logits_BTV.detach()
@@ -80,7 +81,9 @@ def test_the_function_and_its_gradients_are_the_dense_models(name):
     torch.testing.assert_close(backward(experts), logits, rtol=0, atol=1e-6)
     for one, other in ((dense.wte, experts.wte), (dense.blocks[0].mixer.out, experts.blocks[0].mixer.out)):
         torch.testing.assert_close(other.weight.grad, one.weight.grad, rtol=1e-4, atol=1e-8)
-    for block, known in zip(experts.blocks, dense.blocks, strict=True):  # what copies get is what the one got
+    for block, known in zip(
+        experts.blocks, dense.blocks, strict=True
+    ):  # copies together get the gradient of the dense layer
         n_shared = moe.get("n_shared", 0)
         first = n_shared * moe["hidden"]
         up = block.ffn.experts.up.grad.unflatten(0, (-1, n_routed)).sum(0).flatten(0, 1)
@@ -89,13 +92,13 @@ def test_the_function_and_its_gradients_are_the_dense_models(name):
             torch.testing.assert_close(block.ffn.shared.up.weight.grad, known.ffn.up.weight.grad[:first])
 
 
-def test_experts_may_stand_in_every_second_layer():
+def test_experts_may_be_in_every_second_layer():
     dense, experts = upcycled({}, {}, FINE, every=2)
     assert [block.ffn.type for block in experts.config.layers()] == ["mlp", "moe"]
     torch.testing.assert_close(experts.logits(tokens()), dense.logits(tokens()), rtol=0, atol=1e-6)
 
 
-def test_every_group_holds_every_shard_and_has_a_row_of_its_own():
+def test_every_group_holds_every_shard_and_has_its_own_router_row():
     dense, experts = upcycled({}, {}, FINE)
     ffn = experts.blocks[0].ffn
     for group in (0, 2):
@@ -109,12 +112,12 @@ def test_tokens_that_get_parts_of_groups_are_counted_and_not_compared():
     row_C = torch.randn(16, generator=torch.Generator().manual_seed(0))
     row_C *= 8 / row_C.norm()  # so large that some sigmoids are 1 to the last bit
     experts.blocks[1].ffn.router.weight.data = torch.stack([n * row_C for n in (1, 1, 2, 2, 3, 3)])
-    samples = [(row[None], row[None], None) for row in tokens(4)]
+    samples = [Batch(row[None], row[None]) for row in tokens(4)]
     change = upcycle.compare(dense, experts, samples)
     assert 0 < change.n_tied < change.n_tokens == 128
-    assert change.difference < 1e-6
+    assert change.max_logit_change < 1e-6
     assert (dense.logits(tokens(4)) - experts.logits(tokens(4))).abs().max() > 0.1
-    assert not change.is_exact  # that many are no chance
+    assert not change.is_exact  # too many for chance
     assert change._replace(n_tied=1, n_tokens=4096).is_exact
 
 
@@ -123,15 +126,15 @@ def test_tokens_that_get_parts_of_groups_are_counted_and_not_compared():
 
 @pytest.fixture
 def dense(run):
-    """The folder of a finished dense run."""
+    """Return the folder of a finished dense run."""
     return run(name="dense", model=SIZES, steps=4)
 
 
-def asked(folder, ffn=FINE, **changes) -> dict:
+def from_folder(folder, ffn=FINE, **changes) -> dict:
     return {"model": {"blocks": [{"ffn": ffn}]}, "init_from": str(folder)} | changes
 
 
-def figures(folder) -> dict:
+def summary(folder) -> dict:
     return json.loads((folder / "summary.json").read_text())
 
 
@@ -144,25 +147,25 @@ def figures(folder) -> dict:
     ],
     ids=str,
 )
-def test_a_run_begins_with_another_as_experts(run, dense, capsys, ffn, words):
+def test_a_run_starts_from_a_dense_run_with_experts(run, dense, capsys, ffn, words):
     capsys.readouterr()
-    left = run(**asked(dense, ffn, optim=STILL))
-    folder, cut, before, after, difference = LINE.fullmatch(capsys.readouterr().err).groups()
-    assert (folder, cut, before) == (str(dense), words, after)
-    assert float(difference) < 1e-5
-    assert figures(left)["val_loss"] == pytest.approx(figures(dense)["val_loss"], abs=1e-5)
-    assert figures(left)["parameters"] > figures(dense)["parameters"]
+    left = run(**from_folder(dense, ffn, optim=STILL))
+    folder, split, before, after, change = LINE.fullmatch(capsys.readouterr().err).groups()
+    assert (folder, split, before) == (str(dense), words, after)
+    assert float(change) < 1e-5
+    assert summary(left)["val_loss"] == pytest.approx(summary(dense)["val_loss"], abs=1e-5)
+    assert summary(left)["parameters"] > summary(dense)["parameters"]
 
 
-def test_only_layers_that_are_dense_there_become_experts(run, dense, capsys):
+def test_only_dense_layers_of_the_folder_become_experts(run, dense, capsys):
     still = {"init_from": str(dense), "optim": STILL}
     first = run(name="first", model={"blocks": [{"ffn": COPIES}, {}]}, **still)
     capsys.readouterr()
     left = run(name="then", model={"blocks": [{}, {"ffn": FINE}]}, init_from=str(first), optim=STILL)
     assert "1 layer of 4 experts, groups of 2;" in capsys.readouterr().err
-    found = hf.read_config(left / "model", hf.READABLE)[1]
-    assert [block.ffn.hidden for block in found.layers()] == [64, 32]
-    assert figures(left)["val_loss"] == pytest.approx(figures(first)["val_loss"], abs=1e-5)
+    config = hf.read_config(left / "model")[1]
+    assert [block.ffn.hidden for block in config.layers()] == [64, 32]
+    assert summary(left)["val_loss"] == pytest.approx(summary(first)["val_loss"], abs=1e-5)
 
 
 def test_a_gpt2_of_transformers_becomes_experts(run, tmp_path):
@@ -172,47 +175,47 @@ def test_a_gpt2_of_transformers_becomes_experts(run, tmp_path):
     torch.manual_seed(0)
     theirs = GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.2)).eval()
     theirs.save_pretrained(tmp_path / "gpt2")
-    left = run(**asked(tmp_path / "gpt2", optim=STILL, steps=3))
-    architecture, config = hf.read_config(left / "model", hf.READABLE)
+    left = run(**from_folder(tmp_path / "gpt2", optim=STILL, steps=3))
+    architecture, config = hf.read_config(left / "model")
     ours = GPT(config)
     ours.load_state_dict(hf.read_weights(left / "model", architecture, config))
     with torch.no_grad():
         torch.testing.assert_close(ours.logits(tokens()), theirs(tokens()).logits, rtol=0, atol=1e-4)
 
 
-def test_large_activations_are_no_reason_to_refuse(run, tmp_path, capsys):
-    """As GPT-2 has them: a channel of thousands beside others of one; in float32 logits then differ by 5e-4."""
+def test_large_activations_are_no_error(run, tmp_path, capsys):
+    """GPT-2 has a channel of thousands beside others of 1; float32 logits would differ by 5e-4."""
     config = ModelConfig.model_validate(SIZES)
     model = perturbed(init_weights(GPT(config), 0))
     model.blocks[0].ffn.down.weight.data[3] *= 1e3
     model.norm_f.weight.data *= 50
     hf.write_model(tmp_path / "large", model.state_dict(), config, end_of_text=256)
-    run(**asked(tmp_path / "large", steps=3))
+    run(**from_folder(tmp_path / "large", steps=3))
     assert float(LINE.search(capsys.readouterr().err)[5]) < 1e-5
 
 
-def test_the_loss_that_is_printed_is_the_one_of_an_evaluation(run, options, dense, tmp_path, capsys):
+def test_the_printed_loss_is_that_of_an_evaluation(run, options, dense, tmp_path, capsys):
     lines = [json.dumps({"text": f"Line {i} of many, {'no ' * (i % 5)}more."}) for i in range(400)]
     (tmp_path / "short.jsonl").write_text("\n".join(lines))
     data = options()["data"] | {"sources": [{"type": "files", "paths": [str(tmp_path / "short.jsonl")]}]}
-    for apart in (False, True):
-        model = {"isolate_documents": apart, "blocks": [{"ffn": FINE}]}
-        left = run(name=f"apart-{apart}", model=model, init_from=str(dense), optim=STILL, steps=3, data=data)
+    for isolated in (False, True):
+        model = {"isolate_documents": isolated, "blocks": [{"ffn": FINE}]}
+        left = run(name=f"isolated-{isolated}", model=model, init_from=str(dense), optim=STILL, steps=3, data=data)
         before = float(LINE.search(capsys.readouterr().err)[3])
-        assert before == pytest.approx(figures(left)["val_loss"], abs=1e-4)  # of the same 16 samples
+        assert before == pytest.approx(summary(left)["val_loss"], abs=1e-4)  # the same 16 samples
 
 
-def test_of_a_long_context_the_beginning_is_compared(run, dense, monkeypatch):
-    monkeypatch.setattr(init_from, "LONGEST", 16)
-    monkeypatch.setattr(init_from, "TOKENS", 64)
-    samples, compared = upcycle.compare, []
-    monkeypatch.setattr(upcycle, "compare", lambda *given: compared.append(samples(*given)) or compared[0])
-    run(**asked(dense, steps=3))
-    assert compared[0].n_tokens == 64 and compared[0].difference < 1e-5
+def test_long_samples_are_cut_for_the_comparison(run, dense, monkeypatch):
+    monkeypatch.setattr(init_from, "MAX_LENGTH", 16)
+    monkeypatch.setattr(init_from, "MAX_TOKENS", 64)
+    compare, changes = upcycle.compare, []
+    monkeypatch.setattr(upcycle, "compare", lambda *args: changes.append(compare(*args)) or changes[0])
+    run(**from_folder(dense, steps=3))
+    assert changes[0].n_tokens == 64 and changes[0].max_logit_change < 1e-5
 
 
-def test_two_starts_are_the_same_and_a_restart_needs_no_folder(run, dense, capsys):
-    options = asked(dense, upcycle_noise=0.1)
+def test_two_starts_are_bit_identical_and_resuming_needs_no_folder(run, dense, capsys):
+    options = from_folder(dense, upcycle_noise=0.1)
     one, other = run(name="one", **options), run(name="other", **options)
     assert tensors(one, 8) == tensors(other, 8) and rows(one) == rows(other)
     capsys.readouterr()
@@ -226,17 +229,17 @@ def test_two_starts_are_the_same_and_a_restart_needs_no_folder(run, dense, capsy
         run(name="one", **options, resume="never")
 
 
-def test_copies_part_as_training_goes_on(run, dense):
-    left = run(**asked(dense, COPIES))
+def test_copies_diverge_in_training(run, dense):
+    left = run(**from_folder(dense, COPIES))
     weights = load_file(left / "checkpoints/step-00000008/model.safetensors")
     for layer in (0, 1):
         first, *others = weights[f"blocks.{layer}.ffn.experts.up"]
         assert all((other - first).norm() > 1e-3 * first.norm() for other in others)
 
 
-def test_noise_tells_copies_apart_after_the_check(run, dense, capsys):
+def test_noise_distinguishes_copies_after_the_check(run, dense, capsys):
     capsys.readouterr()
-    options = asked(dense, COPIES, optim=STILL, steps=3)
+    options = from_folder(dense, COPIES, optim=STILL, steps=3)
     still, noisy, other = (
         load_file(run(name=name, **options, **more) / "checkpoints/step-00000003/model.safetensors")
         for name, more in (
@@ -260,7 +263,7 @@ def test_noise_tells_copies_apart_after_the_check(run, dense, capsys):
         assert not torch.equal(noisy[name], other[name])
 
 
-# --- what is refused -------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -273,7 +276,7 @@ def test_noise_tells_copies_apart_after_the_check(run, dense, capsys):
         ({"hidden": 128}, "ffn.hidden of layer 0 is 128, which does not divide the dense layer's 64"),
         (
             {"hidden": 16},
-            "ffn.hidden of layer 0 is 16, which makes 4 of the dense layer's 64 in PATH, 0 for shared experts; "
+            "ffn.hidden of layer 0 is 16, which splits the dense layer's 64 in PATH into 4, 0 for shared experts; "
             "the other 4 must divide top_k 2 and n_experts 4: use 64 or 32",
         ),
         (
@@ -282,9 +285,9 @@ def test_noise_tells_copies_apart_after_the_check(run, dense, capsys):
         ),
         ({"n_shared": 1}, "which leaves nothing of the dense layer's 64 in PATH beside 1 for shared experts: use 32"),
         ({"n_shared": 6, "hidden": 8, "top_k": 1}, "the other 2 must divide top_k 1 and n_experts 4: no width fits"),
-        ({"renormalize": False}, "ffn.renormalize of layer 0 is false: upcycling PATH needs true"),
-        ({"activation": "silu"}, "ffn.activation of layer 0 is silu, and PATH has gelu_tanh; leave it out"),
-        ({"gated": True}, "ffn.gated of layer 0 is True, and PATH has False; leave it out"),
+        ({"renormalize": False}, "ffn.renormalize of layer 0 is false; upcycling PATH needs true"),
+        ({"activation": "silu"}, "ffn.activation of layer 0 is silu, but PATH has gelu_tanh; leave it out"),
+        ({"gated": True}, "ffn.gated of layer 0 is True, but PATH has False; leave it out"),
     ],
     ids=str,
 )
@@ -292,9 +295,9 @@ def test_experts_that_cannot_compute_the_same_are_one_line_and_status_2(
     options, tmp_path, capsys, config, pretrained, ffn, words
 ):
     with pytest.raises(UserError) as raised:
-        init_from.resolve_init_from(config(**asked(pretrained, COPIES | ffn)))
+        init_from.resolve_init_from(config(**from_folder(pretrained, COPIES | ffn)))
     assert words.replace("PATH", str(pretrained)) in str(raised.value)
-    text = json.dumps(options(**asked(pretrained, COPIES | ffn)))
+    text = json.dumps(options(**from_folder(pretrained, COPIES | ffn)))
     (tmp_path / "one.yaml").write_text(text)
     assert train.main(["--config", str(tmp_path / "one.yaml")]) == 2
     assert capsys.readouterr().err == f"error: {raised.value}\n"
@@ -303,54 +306,53 @@ def test_experts_that_cannot_compute_the_same_are_one_line_and_status_2(
 
 @pytest.fixture
 def pretrained(tmp_path):
-    """A folder with a dense model."""
+    """Return a folder with a dense model."""
     config = ModelConfig.model_validate(SIZES)
     hf.write_model(tmp_path / "pretrained", init_weights(GPT(config), 0).state_dict(), config, end_of_text=256)
     return tmp_path / "pretrained"
 
 
 def test_a_hidden_width_of_null_is_four_times_the_models(config, pretrained):
-    ffn = {"type": "moe", "n_experts": 4}
-    model = init_from.resolve_init_from(config(**asked(pretrained, ffn))).model
-    assert upcycle.upcycled_layers(ModelConfig.model_validate(SIZES), model)[1][1] == 1
-    made = init_from.resolve_init_from(config(**asked(pretrained, ffn | {"hidden": 32}))).model
-    assert upcycle.upcycled_layers(ModelConfig.model_validate(SIZES), made)[1][1] == 2
+    for ffn, n_routed in (({}, 1), ({"hidden": 32}, 2)):
+        options = from_folder(pretrained, {"type": "moe", "n_experts": 4} | ffn)
+        model = init_from.resolve_init_from(config(**options)).model
+        assert upcycle.upcycled_layers(ModelConfig.model_validate(SIZES), model)[1][1] == n_routed
 
 
-def by(change: float):
-    def planted(found: dict) -> None:
-        found["blocks.1.ffn.experts.down_bias"][:, 0] += change
+def add(change: float):
+    """Return a defect: a change of some weights."""
+
+    def planted(weights: dict) -> None:
+        weights["blocks.1.ffn.experts.down_bias"][:, 0] += change
 
     return planted
 
 
-def ungrouped(found: dict) -> None:
-    rows_EC = found["blocks.1.ffn.router.weight"]
+def ungroup(weights: dict) -> None:
+    rows_EC = weights["blocks.1.ffn.router.weight"]
     rows_EC[1] = -rows_EC[0]
 
 
 @pytest.mark.parametrize(
     ("planted", "words"),
     [
-        (by(1e-3), r"largest difference of a logit \d\.\de-0[34]: more than rounding explains \(0.0001\)"),
-        (by(float("nan")), "largest difference of a logit nan: more than"),
-        (ungrouped, r"\d+ of 512 tokens torn between equal scores: more than"),
+        (add(1e-3), r"largest change of a logit \d\.\de-0[34]: more than rounding explains \(0.0001\)"),
+        (add(float("nan")), "largest change of a logit nan: more than"),
+        (ungroup, r"\d+ of 512 tokens tied between equal scores: more than"),
     ],
     ids=["1e-3", "nan", "ungrouped"],
 )
-def test_a_function_that_changed_is_refused_by_the_check(
-    options, pretrained, tmp_path, capsys, monkeypatch, planted, words
-):
+def test_a_function_that_changed_is_an_error(options, pretrained, tmp_path, capsys, monkeypatch, planted, words):
     correct = upcycle.upcycle_weights
 
-    def wrong(*given) -> dict:
-        found = correct(*given)
-        planted(found)
-        return found
+    def wrong(*args) -> dict:
+        weights = correct(*args)
+        planted(weights)
+        return weights
 
     monkeypatch.setattr(upcycle, "upcycle_weights", wrong)
     file = tmp_path / "one.yaml"
-    file.write_text(json.dumps(options(**asked(pretrained))))
+    file.write_text(json.dumps(options(**from_folder(pretrained))))
     assert train.main(["--config", str(file)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: upcycled {pretrained}: ") and error.count("\n") == 1
@@ -358,21 +360,21 @@ def test_a_function_that_changed_is_refused_by_the_check(
     assert not (tmp_path / "runs/small").exists()
 
 
-def test_a_run_that_is_not_finished_is_not_begun_with(config, dense):
+def test_an_unfinished_run_is_an_error(config, dense):
     shutil.rmtree(dense / "model")
     with pytest.raises(UserError, match=f"init_from {dense}: this run is not finished and has no model; let it finish"):
-        init_from.resolve_init_from(config(**asked(dense)))
+        init_from.resolve_init_from(config(**from_folder(dense)))
 
 
-def test_a_run_does_not_begin_with_itself(config, dense):
+def test_a_run_cannot_start_from_itself(config, dense):
     for folder in (dense, dense / "model"):
-        with pytest.raises(UserError, match="this run cannot begin with itself; choose another --name"):
-            init_from.resolve_init_from(config(**asked(folder, name="dense")), fresh=True)
+        with pytest.raises(UserError, match="a run cannot start from itself; choose another --name"):
+            init_from.resolve_init_from(config(**from_folder(folder, name="dense")), fresh=True)
     assert dense.exists()
 
 
-def test_noise_without_a_layer_to_put_it_on_is_refused(config, options, tmp_path, capsys, pretrained):
-    with pytest.raises(UserError, match=f"upcycle_noise: no layer that is dense in {pretrained} is to become experts"):
+def test_noise_without_an_upcycled_layer_is_an_error(config, options, tmp_path, capsys, pretrained):
+    with pytest.raises(UserError, match=f"upcycle_noise: no layer that is dense in {pretrained} becomes experts"):
         init_from.resolve_init_from(config(model={}, init_from=str(pretrained), upcycle_noise=0.1))
     file = tmp_path / "one.yaml"
     file.write_text(json.dumps(options(upcycle_noise=0.1)))
@@ -386,5 +388,5 @@ def test_an_export_of_experts_made_of_swiglu_opens_as_what_transformers_has(run)
     sizes = SIZES | {"position": "rope", "norm": "rmsnorm", "bias": False, "blocks": [{"mixer": mixer, "ffn": SWIGLU}]}
     first = run(name="first", model=sizes, steps=3)
     ffn = FINE | {"hidden": 24, "balance": "switch"}
-    left = run(name="then", **asked(first, ffn), steps=3)
+    left = run(name="then", **from_folder(first, ffn), steps=3)
     assert json.loads((left / "model/config.json").read_text())["model_type"] == "qwen3_moe"

@@ -40,7 +40,8 @@ def find_on_all_ranks(config: Config, resume: str, world: World) -> ResumePoint 
     if location is None:
         return None
     path, is_own = Path(location[0]), location[1]
-    return ResumePoint(path, is_own, TrainState.from_json(checkpoint.read_state(path), path / "state.json", config))
+    state = TrainState.from_json(checkpoint.read_state(path), path / "state.json", config.skip_spikes)
+    return ResumePoint(path, is_own, state)
 
 
 def find_resume_point(config: Config, resume: str) -> tuple[Path, bool] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ from training.logging.rows import RunLog
 from training.optim.loss_scale import LossScale
 from training.optim.optimizer import Optimizer
 
-# state.json's keys and their types. A checkpoint of an older version may lack the optional ones.
-REQUIRED = {
-    "step": int, "time_s": int | float, "best": dict | None, "last_row": dict, "loss_scale": dict | None,
-    "skips": dict, "data": str, "config": dict,
+JSON_KEYS = {"phases": "ledger", "guard": "skips", "micro_batches": "micro_batch"}  # where they differ from the fields
+TYPES = {
+    "step": int, "time_s": int | float, "best": dict | None, "last_row": dict, "loss_scale": dict | None, "guard": dict,
+    "data": str, "config": dict, "phases": dict, "kernels": dict, "micro_batches": dict,
 }  # fmt: skip
-OPTIONAL = {"ledger": dict, "kernels": dict, "micro_batch": dict}
+OPTIONAL = {"phases", "kernels", "micro_batches"}  # older versions did not write them
 
 
 @dataclass
@@ -56,47 +56,27 @@ class TrainState:
 
     def to_json(self) -> dict[str, Any]:
         """Return the contents of state.json."""
-        return {
-            "step": self.step,
-            "time_s": self.time_s,
-            "ledger": self.phases,
-            "best": self.best,
-            "last_row": self.last_row,
-            "loss_scale": self.loss_scale and asdict(self.loss_scale),
-            "skips": self.guard.to_json(),
-            "data": self.data,
-            "kernels": self.kernels,
-            "micro_batch": self.micro_batches,
-            "config": self.config,
-        }
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values |= {"guard": self.guard.to_json(), "loss_scale": self.loss_scale and asdict(self.loss_scale)}
+        return {JSON_KEYS.get(name, name): value for name, value in values.items()}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any], path: Path, config: Config | None = None) -> TrainState:
-        """Build the state from state.json at `path`; `config` gives the guard its limit.
+    def from_json(cls, content: dict[str, Any], path: Path, spike_limit: float | None) -> TrainState:
+        """Build the state from the contents of state.json at `path`; `spike_limit` is the guard's.
 
         Raises UserError for a missing key or a value of another type.
         """
-        present = [(values[name], kind) for name, kind in (REQUIRED | OPTIONAL).items() if name in values]
-        if REQUIRED.keys() - values.keys() or not all(isinstance(value, kind) for value, kind in present):
+        values = {name: content[key] for name in TYPES if (key := JSON_KEYS.get(name, name)) in content}
+        is_complete = TYPES.keys() - OPTIONAL <= values.keys()
+        if not is_complete or not all(isinstance(value, TYPES[name]) for name, value in values.items()):
             raise UserError(f"{path}: not the state of a run; start over with --resume never")
-        guard = StepGuard(config.skip_spikes if config is not None else None)
+        guard = StepGuard(spike_limit)
         try:
-            guard.load_json(values["skips"])
-            return cls(
-                config=values["config"],
-                data=values["data"],
-                kernels=values.get("kernels", {}),
-                step=values["step"],
-                best=values["best"],
-                last_row=values["last_row"],
-                guard=guard,
-                loss_scale=values["loss_scale"] and LossScale(**values["loss_scale"]),
-                micro_batches=values.get("micro_batch", {}),
-                time_s=values["time_s"],
-                phases=values.get("ledger", {}),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}: not the state of a run: {error}") from error
+            guard.load_json(values["guard"])
+            loss_scale = values["loss_scale"] and LossScale(**values["loss_scale"])
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}: not the state of a run: {error}; start over with --resume never") from error
+        return cls(**values | {"guard": guard, "loss_scale": loss_scale})
 
 
 class Checkpoints:

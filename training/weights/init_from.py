@@ -21,11 +21,10 @@ from training.batch import Batch
 from training.config import Config, ModelConfig
 from training.data.loader import Samples
 from training.errors import UserError, library_error
-from training.model import GPT
-from training.model.stats import initial_value, model_stats
+from training.model import GPT, initial_value, model_stats
 from training.options import cli
 from training.weights import hf, upcycle
-from training.weights.hf.layers import BALANCING, pattern, with_explicit_sizes
+from training.weights.hf.layers import BALANCING, pattern
 
 if TYPE_CHECKING:
     from training.data import Dataset
@@ -192,11 +191,13 @@ def _merge(ours: ModelConfig, theirs: ModelConfig, where: str) -> ModelConfig:
 def _merge_blocks(ours: ModelConfig, theirs: ModelConfig, where: str) -> Iterator[dict]:
     """Yield each of their layers as options, with our balancing and our experts in place of dense layers."""
     ours = ours.model_copy(update={name: getattr(theirs, name) for name in ("n_layer", "n_head", "n_embd", "position")})
-    layers = zip(ours.layers(), with_explicit_sizes(ours), theirs.layers(), with_explicit_sizes(theirs), strict=True)
+    configs = (ours, ours.with_explicit_sizes(), theirs, theirs.with_explicit_sizes())
+    layers = zip(*(config.layers() for config in configs), strict=True)
+    free = BALANCING | (set() if theirs.position == "rope" else {"rope"})
     for i, (given, explicit, block, known) in enumerate(layers):
         is_upcycled = (explicit.ffn.type, known.ffn.type) == ("moe", "mlp")
         for part in sorted(given.model_fields_set & ({"mixer"} if is_upcycled else {"mixer", "ffn"})):
-            for name in ("type", *sorted(getattr(given, part).model_fields_set - BALANCING)):
+            for name in ("type", *sorted(getattr(given, part).model_fields_set - free)):
                 value, other = (getattr(getattr(layer, part), name) for layer in (explicit, known))
                 if value != other:
                     raise UserError(

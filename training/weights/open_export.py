@@ -1,9 +1,9 @@
-"""Open an exported folder as a stranger would, with Transformers and without this package, and say what it computes.
+"""Open an export as any user of Transformers would, without this package, and write down what it computes.
 
     python -P training/weights/open_export.py FOLDER PROBE
 
-PROBE is a safetensors file with "tokens" (B, T), "prompt" (1, P) and "n_new". The answer is another, PROBE.answer,
-with "logits" (B, T, V) and "continuation" (n_new,), and as its metadata what opened the folder.
+PROBE is a safetensors file with "tokens" (B, T), "prompt" (1, P) and "n_new". The answer, PROBE.answer, is another,
+with "logits" (B, T, V) and "continuation" (n_new,); its metadata name the class that opened the folder.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 
 
 def main(folder: str, probe: str) -> None:
-    """The command."""
+    """Run the command."""
     import torch
     import transformers
     from safetensors.torch import load_file, save_file
@@ -22,16 +22,16 @@ def main(folder: str, probe: str) -> None:
         own_code = "auto_map" in json.load(file)  # the file that the export has just written
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=own_code)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=own_code)
-    asked = load_file(probe)
-    n_new = int(asked["n_new"])
+    inputs = load_file(probe)
+    n_new = int(inputs["n_new"])
     with torch.inference_mode():
-        logits = model(asked["tokens"]).logits
+        logits = model(inputs["tokens"]).logits
         options = {"max_new_tokens": n_new, "min_new_tokens": n_new, "do_sample": False, "pad_token_id": 0}
-        continued = model.generate(asked["prompt"], attention_mask=torch.ones_like(asked["prompt"]), **options)
+        continued = model.generate(inputs["prompt"], attention_mask=torch.ones_like(inputs["prompt"]), **options)
         model.generate(**tokenizer("a", return_tensors="pt"), max_new_tokens=1, pad_token_id=0)  # as a user would
     assert "training" not in sys.modules, "the export needs this package"
     opened = {"model": type(model).__name__, "version": transformers.__version__, "n_vocab": str(len(tokenizer))}
-    answer = {"logits": logits.contiguous(), "continuation": continued[0, asked["prompt"].shape[1] :].clone()}
+    answer = {"logits": logits.contiguous(), "continuation": continued[0, inputs["prompt"].shape[1] :].clone()}
     save_file(answer, f"{probe}.answer", metadata=opened)
 
 

@@ -27,7 +27,6 @@ from training.config import MLPConfig, ModelConfig, MoEConfig
 from training.errors import UserError
 from training.model import GPT
 from training.model.layers import normal_from_key
-from training.weights.hf.layers import with_explicit_sizes
 
 MAX_LOGIT_CHANGE = 1e-4  # rounding changes a logit by less
 MAX_TIED_SHARE = 1e-3  # of the tokens; chance ties thousands of times fewer
@@ -90,7 +89,8 @@ def resolve_experts(moe: MoEConfig, dense: MLPConfig, n_embd: int, layer: int, w
 def upcycled_layers(theirs: ModelConfig, ours: ModelConfig) -> dict[int, tuple[MoEConfig, int]]:
     """Return (config with explicit sizes, G) of each layer that is dense in theirs and has experts in ours."""
     layers = {}
-    for i, (dense, moe) in enumerate(zip(with_explicit_sizes(theirs), with_explicit_sizes(ours), strict=True)):
+    explicit = (config.with_explicit_sizes().layers() for config in (theirs, ours))
+    for i, (dense, moe) in enumerate(zip(*explicit, strict=True)):
         if dense.ffn.type == "mlp" and moe.ffn.type == "moe":
             layers[i] = moe.ffn, dense.ffn.hidden // moe.ffn.hidden - moe.ffn.n_shared
     return layers

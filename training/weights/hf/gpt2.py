@@ -9,7 +9,6 @@ from typing import Any
 from training.config import Activation, ModelConfig
 from training.weights.hf.architecture import Architecture
 from training.weights.hf.fields import Field, check_neutral, read_fields, write_fields
-from training.weights.hf.layers import with_explicit_sizes
 from training.weights.hf.names import Name
 
 MODEL = (
@@ -39,7 +38,7 @@ class GPT2Architecture(Architecture):
         return {
             "architectures": ["GPT2LMHeadModel"],
             **write_fields(config, MODEL),
-            **write_fields(with_explicit_sizes(config)[0].ffn, MLP),
+            **write_fields(config.with_explicit_sizes().layers()[0].ffn, MLP),
             "attn_pdrop": 0.0,
             "embd_pdrop": 0.0,
             "resid_pdrop": 0.0,

@@ -1,46 +1,23 @@
-"""A model's layers with explicit sizes: compared with another's, and as the shortest pattern of blocks."""
+"""A model's layers: compared with another's, and as the shortest pattern of blocks."""
 
 from __future__ import annotations
 
 from itertools import groupby
 from typing import Any
 
-from training.config import AttentionConfig, BlockConfig, LatentConfig, ModelConfig
+from training.config import ModelConfig
 
 # Options of training, which no config.json has.
 BALANCING = {"balance", "bias_rate", "switch_weight", "z_loss_weight", "jitter", "capacity_factor"}
 
 
-def with_explicit_sizes(config: ModelConfig) -> list[BlockConfig]:
-    """Return every layer's block with a number for each size that null stands for, so that equal layers are equal.
-
-    `rope` becomes False in a model without rotary positions.
-    """
-
-    def explicit(block: BlockConfig) -> BlockConfig:
-        mixer = block.mixer
-        head_dim = mixer.head_dim or config.n_embd // config.n_head
-        sizes = {"head_dim": head_dim}
-        if isinstance(mixer, AttentionConfig):
-            sizes |= {
-                "n_kv_head": mixer.n_kv_head or config.n_head,
-                "rope": mixer.rope and config.position == "rope",
-            }
-        elif isinstance(mixer, LatentConfig):
-            sizes |= {"value_dim": mixer.value_dim or head_dim}
-        ffn = block.ffn.model_copy(update={"hidden": block.ffn.hidden or 4 * config.n_embd})
-        return BlockConfig(mixer=mixer.model_copy(update=sizes), ffn=ffn)
-
-    return [explicit(block) for block in config.layers()]
-
-
 def computed_options(config: ModelConfig) -> dict[str, Any]:
     """Return every option that changes a logit, by its name, with explicit sizes."""
-    unused = {"blocks", "isolate_documents"} | (set() if config.position == "rope" else {"rope_theta"})
-    options = config.model_dump(exclude=unused)
-    for i, block in enumerate(with_explicit_sizes(config)):
+    has_rope = config.position == "rope"
+    options = config.model_dump(exclude={"blocks", "isolate_documents"} | (set() if has_rope else {"rope_theta"}))
+    for i, block in enumerate(config.with_explicit_sizes().layers()):
         for part in ("mixer", "ffn"):
-            values = getattr(block, part).model_dump(exclude=BALANCING)
+            values = getattr(block, part).model_dump(exclude=BALANCING | (set() if has_rope else {"rope"}))
             options |= {f"{part}.{name} of layer {i}": value for name, value in ({"type": ""} | values).items()}
     return options
 

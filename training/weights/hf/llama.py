@@ -15,7 +15,7 @@ from training.config import Activation, AttentionConfig, BlockConfig, MLPConfig,
 from training.errors import UserError
 from training.weights.hf.architecture import Architecture
 from training.weights.hf.fields import Field, check_neutral, read, read_fields, write_fields
-from training.weights.hf.layers import pattern, with_explicit_sizes
+from training.weights.hf.layers import pattern
 from training.weights.hf.names import Name
 
 MODEL = (
@@ -91,7 +91,7 @@ class LlamaLike(Architecture):
     harmless: re.Pattern[str] = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
     def to_hf(self, config: ModelConfig) -> dict[str, Any]:
-        layers = with_explicit_sizes(config)
+        layers = config.with_explicit_sizes().layers()
         experts = [block.ffn for block in layers if isinstance(block.ffn, MoEConfig)]
         dense = [block.ffn for block in layers if isinstance(block.ffn, MLPConfig)]
         return {
@@ -135,7 +135,7 @@ class LlamaLike(Architecture):
         table = [Name("model.embed_tokens.weight", ("wte.weight",)), Name("model.norm.weight", ("norm_f.weight",))]
         if not config.tie_head:
             table.append(Name("lm_head.weight", ("head.weight",)))
-        for i, block in enumerate(with_explicit_sizes(config)):
+        for i, block in enumerate(config.with_explicit_sizes().layers()):
             theirs, ours = f"model.layers.{i}", f"blocks.{i}"
             table += weights(theirs, ours, {"input_layernorm": "norm_1", "post_attention_layernorm": "norm_2"})
             table += self.attention(block.mixer, theirs, ours)

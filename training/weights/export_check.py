@@ -1,0 +1,107 @@
+"""Write an export, and compare what Transformers computes from it with the trained model."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from training.config import ModelConfig
+from training.data import Tokenizer
+from training.errors import UserError
+from training.files import atomic_folder
+from training.model import GPT
+from training.weights import hf
+
+MAX_TOKENS = 2048  # compared, if a window is wider
+TOLERANCE = 1e-4  # of logits, relative to the largest one if that is above 1
+
+
+class OpenedExport(NamedTuple):
+    """An export, as a new process computed it."""
+
+    class_name: str  # in Transformers
+    version: str  # of Transformers
+    max_difference: float  # between logits
+    n_tokens: int  # of the greedy continuation
+
+
+def write_checked(
+    target: Path, weights: dict[str, Tensor], config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype
+) -> tuple[str, OpenedExport]:
+    """Write and check an export; return its `model_type` and how it opened.
+
+    Raises UserError, and leaves no folder, if it cannot be written or computes something else.
+    """
+    rounded = GPT(config)
+    rounded.load_state_dict(hf.to_saved_dtype(weights, dtype))
+    n_vocab = tokenizer.vocab_size
+    try:
+        with atomic_folder(target) as partial:
+            model_type = hf.write_model(partial, weights, config, tokenizer.end_of_text, n_vocab=n_vocab, dtype=dtype)
+            tokenizer.save(partial)
+            return model_type, check_export(partial, rounded, n_vocab)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{target}: the model could not be written: {error}") from error
+
+
+def check_export(folder: Path, model: GPT, n_vocab: int) -> OpenedExport:
+    """Open the folder in a new process and compare it with `model`, in float32. Raises UserError if they differ."""
+    widest = max(block.mixer.window or 0 for block in model.config.blocks)
+    n_tokens = min(model.config.n_positions, max(128, min(widest + 16, MAX_TOKENS)))
+    tokens_BT = torch.randint(n_vocab, (1, n_tokens), generator=torch.Generator().manual_seed(0))
+    prompt_1T = tokens_BT[:1, : max(1, min(n_tokens // 4, 64))]
+    n_new = min(16, model.config.n_positions - prompt_1T.shape[1])
+    with torch.inference_mode():
+        logits_BTV = model.logits(tokens_BT)[..., :n_vocab]
+        continuation = greedy(model, prompt_1T, n_new, n_vocab)
+    with tempfile.TemporaryDirectory() as scratch:
+        probe = Path(scratch, "probe")
+        save_file({"tokens": tokens_BT, "prompt": prompt_1T.clone(), "n_new": torch.tensor(n_new)}, probe)
+        _open(folder, probe, Path(scratch, "modules"))
+        answer = load_file(f"{probe}.answer")
+        with safe_open(f"{probe}.answer", framework="pt") as file:
+            opened = file.metadata()
+    if answer["logits"].shape != logits_BTV.shape:
+        raise UserError(f"the export gives logits {tuple(answer['logits'].shape)}, not {tuple(logits_BTV.shape)}")
+    difference = float((answer["logits"] - logits_BTV).abs().max())
+    differs = "the export is not the trained model: {}; nothing was written"
+    if not difference <= TOLERANCE * max(1.0, float(logits_BTV.abs().max())):
+        raise UserError(differs.format(f"logits differ by {difference:.1e}"))
+    if answer["continuation"].tolist() != continuation:
+        raise UserError(differs.format("its greedy continuation differs"))
+    if int(opened["n_vocab"]) != n_vocab:
+        raise UserError(differs.format(f"its tokenizer has {opened['n_vocab']} tokens, not {n_vocab}"))
+    return OpenedExport(opened["model"], opened["version"], difference, n_new)
+
+
+def greedy(model: GPT, prompt_1T: Tensor, n_new: int, n_vocab: int) -> list[int]:
+    """Return the likeliest continuation, computed without a cache."""
+    tokens_1T = prompt_1T
+    for _ in range(n_new):
+        likeliest_11 = model.logits(tokens_1T)[:, -1:, :n_vocab].argmax(-1)
+        tokens_1T = torch.cat([tokens_1T, likeliest_11], dim=1)
+    return tokens_1T[0, prompt_1T.shape[1] :].tolist()
+
+
+def _open(folder: Path, probe: Path, modules: Path) -> None:
+    """Run open_export.py, offline. Raises UserError with its last line if it fails."""
+    offline = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(modules), "TRANSFORMERS_VERBOSITY": "error"}
+    result = subprocess.run(
+        [sys.executable, "-P", str(Path(__file__).with_name("open_export.py")), str(folder), str(probe)],
+        env=os.environ | offline,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(f"Transformers does not open the export: {reason}; nothing was written")
