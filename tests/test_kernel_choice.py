@@ -117,7 +117,7 @@ def test_a_resumed_run_keeps_its_kernel(run, monkeypatch, capsys):
     assert "attention   sdpa (matches the reference)" in capsys.readouterr().out
     monkeypatch.setitem(ATTENTION_BACKENDS, "flash", flash)  # as if a package had been installed in the meantime
     assert choice(AttentionSpec(2, 2, 8, 8)).startswith("flash ")
-    goes_on_with("attention   sdpa", run, folder, capsys)
+    goes_on_with("attention sdpa", run, folder, capsys)
 
 
 def test_the_reason_names_the_previous_kernel_if_it_no_longer_runs():
