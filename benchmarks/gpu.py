@@ -25,9 +25,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from training import device as devices
 from training.errors import UserError
-from training.kernels.attention.table import auto_candidates, device_info, limits_on
-from training.kernels.table import ATTENTION_BACKENDS, LOSS_KERNELS
-from training.model import GPT
+from training.kernels.attention.table import ATTENTION_BACKENDS, auto_candidates, device_info, limits_on
+from training.kernels.table import LOSS_KERNELS
+from training.model import model_stats
 from training.twin import twin
 
 LARGE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "samples": 256, "vocab_size": 50304}
@@ -56,8 +56,7 @@ def ceilings(device: torch.device, dtype: torch.dtype, n: int) -> float:
 
 def flops_of(config) -> float:
     """Of a token, forward and backward."""
-    with torch.device("meta"):
-        return GPT(config.model).flops_per_token()
+    return model_stats(config.model).flops_per_token
 
 
 def forget(device: torch.device) -> None:

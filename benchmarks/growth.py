@@ -67,7 +67,7 @@ def seconds(configs: Iterable[Config], n_steps: int) -> list[tuple[float, ...]]:
 
 def phases_of(one_step: step.Step) -> tuple[float, ...]:
     """Run a step; return the seconds of (forward and backward, optimizer)."""
-    timer = one_step.run.timer
+    timer = one_step.run.log.timer
     timer.flush()
     before = dict(timer.seconds)
     one_step()

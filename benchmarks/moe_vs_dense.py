@@ -13,20 +13,15 @@ import argparse
 import dataclasses
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import torch
-from common import header
+from common import header, seconds_of
+from training_run import TrainingRun
 
 from training import device as devices
 from training.config import Config
-from training.data import prepare
-from training.distributed.world import World
-from training.engine.build import Run, begin
-from training.engine.step import evaluate, train_step
 from training.errors import UserError
-from training.model import model_stats
 from training.options import cli
 from training.twin import describe_twin, twin
 
@@ -38,24 +33,18 @@ class Side:
     """A run, its clock and its curve."""
 
     name: str
-    run: Run
+    run: TrainingRun
     step_s: list[float] = dataclasses.field(default_factory=list)
     curve: list[tuple[int, float, float]] = dataclasses.field(default_factory=list)  # step, seconds, validation loss
 
     def step(self) -> None:
         """Train a step, and evaluate if it is due."""
         run, config = self.run, self.run.config
-        synchronize = torch.cuda.synchronize if run.world.device.type == "cuda" else lambda: None
-        start = time.perf_counter()
-        train_step(run)
-        synchronize()
-        self.step_s.append(time.perf_counter() - start)
-        if run.step % config.eval.every == 0 or run.step == config.steps:
-            run.metrics.fetch()  # drops the metrics: this benchmark logs nothing
-            end = run.dataset.tokenizer
-            metrics = evaluate(run.model, run.val_batches, end, config.eval.tokens, run.micro_batch, run.world)
-            self.curve.append((run.step, sum(self.step_s), metrics["val_loss"]))
-            print(f"  {self.name:10} step {run.step:5}/{config.steps}  loss {metrics['val_loss']:.4f}", flush=True)
+        self.step_s.append(seconds_of(run.step, run.setup.model.world.device))
+        if run.n_steps % config.eval.every == 0 or run.n_steps == config.steps:
+            loss = run.validation_loss()
+            self.curve.append((run.n_steps, sum(self.step_s), loss))
+            print(f"  {self.name:10} step {run.n_steps:5}/{config.steps}  loss {loss:.4f}", flush=True)
 
     @property
     def loss(self) -> float:
@@ -69,15 +58,13 @@ def shortened(config: Config, factor: float) -> Config:
     return config.model_copy(update=changes | {"schedule": config.schedule.model_copy(update=counts)})
 
 
-def sides(config: Config, folder: str, world: World) -> list[Side]:
+def sides(config: Config, folder: str, device: torch.device) -> list[Side]:
     """Return the three runs before their first step."""
     configs = {"dense": twin(config), "moe": config, "moe, short": shortened(config, FEWER_TOKENS)}
     runs = []
     for name, one in configs.items():
         quiet = one.logging.model_copy(update={"tensorboard": False})
-        run = begin(one.model_copy(update={"out_dir": folder, "logging": quiet}), prepare(one.data), world, "never")
-        run.close()
-        runs.append(Side(name, run))
+        runs.append(Side(name, TrainingRun(one.model_copy(update={"out_dir": folder, "logging": quiet}), device)))
     return runs
 
 
@@ -86,12 +73,11 @@ def report(dense: Side, moe: Side, short: Side) -> None:
     for side in (dense, moe, short):
         config, seconds = side.run.config, sum(side.step_s)
         n_tokens = config.steps * config.batch_tokens
-        stats = model_stats(config.model)
-        total, active = stats.n_parameters, stats.n_active_parameters
+        stats = side.run.stats
         flops = n_tokens * stats.flops_per_token
         print(
             f"{side.name:10} loss {side.loss:.4f} after {n_tokens / 1e6:.1f}M tokens, {flops / 1e12:.1f} TFLOP, "
-            f"{seconds:.0f} s; {total:,} parameters, {active:,} active"
+            f"{seconds:.0f} s; {stats.n_parameters:,} parameters, {stats.n_active_parameters:,} active"
         )
     met = {True: "met", False: "MISSED"}
     print(
@@ -114,7 +100,7 @@ def draw(path: Path, runs: list[Side]) -> None:
 
     figure, panels = pyplot.subplots(1, 3, figsize=(14, 4.5), layout="constrained", sharey=True)
     for side, color in zip(runs, ("#666666", "#1f66b0", "#d9822b"), strict=True):
-        config, flops = side.run.config, model_stats(side.run.config.model).flops_per_token
+        config, flops = side.run.config, side.run.stats.flops_per_token
         losses = [loss for _, _, loss in side.curve]
         tokens = [step * config.batch_tokens for step, _, _ in side.curve]
         label = f"{side.name}: {losses[-1]:.3f}"
@@ -148,10 +134,10 @@ def main() -> None:
     device = devices.select_device(config.parallel.device)
     print(f"{header(device)}\n{describe_twin(config)}")
     with tempfile.TemporaryDirectory() as folder:
-        runs = sides(config, folder, World(0, 1, device))
-        while any(side.run.step < side.run.config.steps for side in runs):
+        runs = sides(config, folder, device)
+        while any(side.run.n_steps < side.run.config.steps for side in runs):
             for side in runs:
-                if side.run.step < side.run.config.steps:
+                if side.run.n_steps < side.run.config.steps:
                     side.step()
     report(*runs)
     if args.plot:

@@ -10,18 +10,14 @@ evaluation that is no worse than plain's final loss.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
 from common import against, header
 from moe_vs_dense import Side
+from training_run import TrainingRun
 
-from training.data import prepare
-from training.distributed.world import World
-from training.engine.build import begin
 from training.options import cli
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -33,10 +29,7 @@ def side_of(recipe: Path, folder: str) -> Side:
     config = cli.load_config(
         recipe, {"out_dir": folder, "data.cache_dir": f"{folder}/cache", "logging.tensorboard": "false"}
     )
-    with redirect_stdout(sys.stderr):
-        run = begin(config, prepare(config.data, quiet=True), World(0, 1, torch.device("cpu")), "never")
-        run.close()
-    return Side(config.name, run)
+    return Side(config.name, TrainingRun(config, torch.device("cpu")))
 
 
 def draw(sides: list[Side], path: Path) -> None:
@@ -71,10 +64,10 @@ def main() -> None:
     print(header(torch.device("cpu")), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         sides = [side_of(args.recipes / f"{name}.yaml", folder) for name in ("plain", "speedrun")]
-        while any(side.run.step < side.run.config.steps for side in sides):
-            min(sides, key=lambda side: side.run.step / side.run.config.steps).step()
+        while any(side.run.n_steps < side.run.config.steps for side in sides):
+            min(sides, key=lambda side: side.run.n_steps / side.run.config.steps).step()
     for side in sides:
-        print(f"{side.name:9} {side.run.step:5} steps, {sum(side.step_s):6.1f} s, validation loss {side.loss:.4f}")
+        print(f"{side.name:9} {side.run.n_steps:5} steps, {sum(side.step_s):6.1f} s, validation loss {side.loss:.4f}")
     plain, speedrun = sides
     reached = next(((step, seconds) for step, seconds, loss in speedrun.curve if loss <= plain.loss), None)
     if reached is None:

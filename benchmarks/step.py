@@ -26,13 +26,10 @@ from pathlib import Path
 import torch
 from common import Times, Worker, against, header, in_a_process, line, peak_gib, ratio, seconds_of, used_gib
 from torch import Tensor, nn
+from training_run import TrainingRun
 
 from training import device as devices
 from training.config import Config
-from training.data import prepare
-from training.distributed.world import World
-from training.engine.build import begin
-from training.engine.step import train_step
 from training.model import GPT, init_weights
 from training.twin import twin
 from training.weights import hf
@@ -89,15 +86,11 @@ def options(model: dict, args: argparse.Namespace, folder: Path, optim: str = "a
 
 
 def ours(config: Config, device: torch.device) -> Step:
-    """Return the training loop's own step."""
-    with redirect_stdout(sys.stderr):
-        run = begin(config, prepare(config.data), World(0, 1, device), "never")
-    run.close()
+    """Return the training loop's own step; the run is its attribute `run`."""
+    run = TrainingRun(config, device)
 
     def step() -> None:
-        train_step(run)
-        if run.step % config.logging.every == 0:
-            run.metrics.fetch()
+        run.step()
 
     step.run = run
     return step

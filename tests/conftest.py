@@ -11,9 +11,10 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import pytest
 import torch
@@ -26,6 +27,9 @@ from training.logging.phases import PHASES
 from training.options import cli
 from training.options.schema import is_list, sections
 from training.train import train
+
+if TYPE_CHECKING:
+    from training.distributed.world import World
 
 ROOT = Path(__file__).parent.parent
 MOE = {"type": "moe", "n_experts": 4, "hidden": 32}
@@ -78,21 +82,75 @@ def config(options):
     return lambda **changes: Config.model_validate(options(**changes))
 
 
-@pytest.fixture
-def begun(config):
-    """Small runs that have begun, or go on, in this process; closed at the end of the test."""
-    from training.data import prepare
-    from training.distributed.world import World
-    from training.engine.build import begin
+class BuiltRun:
+    """A run in this process, trained step by step. With `AtStep` it is the tests' only way into the engine.
 
+    `model` is the GPT, `sharded` the model as the engine knows it.
+    """
+
+    def __init__(self, config: Config, world: World | None = None, resume: str = "auto"):
+        from training import engine
+        from training.data import prepare
+        from training.distributed.world import World
+
+        self.dataset = prepare(config.data, quiet=True)
+        self.world = world or World(0, 1, torch.device("cpu"))
+        self.setup = engine.build(config, self.dataset, self.world, resume)
+        self.config, self.state, self.optimizer = self.setup.config, self.setup.state, self.setup.optimizer
+        self.micro_batch = self.setup.micro_batch
+        self.sharded, self.model = self.setup.model, self.setup.model.model
+        self.log = engine.open_log(self.setup, self.dataset, time.perf_counter())
+        self.checkpoints = engine.Checkpoints(self.config, self.sharded, self.optimizer, self.log)
+        self.phase = engine.Phases(self.log.timer, self.world)
+
+    def train_step(self) -> None:
+        """Train one step and keep its metrics."""
+        from training import engine
+
+        parts = (self.config, self.sharded, self.optimizer, self.setup.loader, self.setup.micro_batch, self.state)
+        metrics = engine.train_step(*parts, self.phase)
+        self.log.add(self.state.step, *metrics, self.state.guard.n_skipped)
+
+    def rows(self) -> list[dict]:
+        """Return the rows of the steps since the last call."""
+        self.log.fetch()
+        rows, self.log.rows = self.log.rows, []
+        return rows
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the validation figures."""
+        from training import engine
+
+        return engine.evaluate(self.setup, self.dataset.tokenizer)
+
+    def sample(self) -> dict:
+        """Return the continuations of the prompts."""
+        from training import engine
+
+        return engine.sample_texts(self.setup, self.dataset.tokenizer)
+
+    def save(self) -> None:
+        """Save a checkpoint and wait for it."""
+        self.log.fetch()
+        self.checkpoints.save(self.state)
+        self.checkpoints.wait()
+
+    def close(self) -> None:
+        """Close the log, once nothing is being saved."""
+        self.checkpoints.writer.close()
+        self.log.close()
+
+
+@pytest.fixture
+def build_run(config):
+    """Build small runs, new or resumed, in this process; they are closed at the end of the test."""
     runs = []
 
-    def make(**changes):
-        made = config(**changes)
-        runs.append(begin(made, prepare(made.data, quiet=True), World(0, 1, torch.device("cpu")), "auto"))
+    def build(**changes) -> BuiltRun:
+        runs.append(BuiltRun(config(**changes)))
         return runs[-1]
 
-    yield make
+    yield build
     for run in runs:
         run.close()
 
@@ -136,19 +194,20 @@ class AtStep:
     """Actions in the loop of `train`, each with the model as its argument. Steps count from 1."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        from training.engine import step as engine
+        from training import engine
 
         self.before: list[tuple[int, Callable]] = []
         self.after: list[tuple[int, Callable]] = []
         original = engine.train_step
 
-        def train_step(run):
-            step, model = run.step + 1, run.model
+        def train_step(config, model, optimizer, loader, micro_batch, state, phase):
+            step = state.step + 1
             for action in [action for n, action in self.before if n == step]:
-                action(model)
-            original(run)
+                action(model.model)
+            metrics = original(config, model, optimizer, loader, micro_batch, state, phase)
             for action in [action for n, action in self.after if n == step]:
-                action(model)
+                action(model.model)
+            return metrics
 
         monkeypatch.setattr(engine, "train_step", train_step)
 
@@ -284,7 +343,7 @@ def goes_on_with(kernel: str, run, folder: Path, capsys) -> None:
     shutil.rmtree(folder / "checkpoints" / "step-00000008")
     run()
     output = capsys.readouterr().out
-    assert "goes on     after step 6" in output and f"{kernel} (ran, and equals the reference)" in output
+    assert "goes on     after step 6" in output and f"{kernel} (matches the reference)" in output
     assert tensors(folder, 8) == before
 
 

@@ -1,4 +1,4 @@
-"""Wrong configs, each mistake known: a line for each with its place, its value and the reason, and nothing is begun."""
+"""Configs with planted mistakes: one line for each, with its place, value and reason, and no run is started."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from training.options.schema import all_groups, is_list, sections, type_name
 from training.options.yaml import OptionPath
 from training.train import FLAGS, train
 
-# --- mistakes that are known -----------------------------------------------------------------------
+# --- planted mistakes ------------------------------------------------------------------------------
 
-# As written, and what YAML 1.2 reads it as.
+# As written, and as YAML 1.2 reads it.
 VALUES = [
     ("x y", "x y"), ("3", 3), ("-7", -7), ("0", 0), ("2.5", 2.5), ("1e-4", 1e-4), ("010", 10), ("no", "no"),
     ("12:30:45", "12:30:45"), ("true", True), ("null", None), ("[]", []), ("[1, 2]", [1, 2]), ("{a: 1}", {"a": 1}),
@@ -45,29 +45,29 @@ BOUNDS = {
 }  # fmt: skip
 
 
-def right(annotation: Any, limits: list, value: Any) -> bool:
-    """Whether an option may have a value, told slowly and without pydantic."""
+def is_valid(annotation: Any, limits: list, value: Any) -> bool:
+    """Return True if an option may have a value; slow, and without pydantic."""
     if get_origin(annotation) is Annotated and not sections(annotation):
         annotation, *more = get_args(annotation)
         limits = [*limits, *(part for one in more for part in getattr(one, "metadata", [one]))]
     if sections(annotation):
         if is_list(annotation):
-            return type(value) is list and within(limits, value)
+            return type(value) is list and is_within(limits, value)
         return isinstance(value, dict) or (value is None and NoneType in get_args(annotation))
     if is_list(annotation):
-        return type(value) is list and within(limits, value)
+        return type(value) is list and is_within(limits, value)
     if get_origin(annotation) is Literal:
         return type(value) is str and value in get_args(annotation)
     if parts := get_args(annotation):
-        return any(right(part, limits, value) for part in parts)
+        return any(is_valid(part, limits, value) for part in parts)
     if annotation is NoneType:
         return value is None
     if annotation is float:
-        return type(value) in (int, float) and math.isfinite(value) and within(limits, value)
-    return type(value) is annotation and within(limits, value)
+        return type(value) in (int, float) and math.isfinite(value) and is_within(limits, value)
+    return type(value) is annotation and is_within(limits, value)
 
 
-def within(limits: list, value: Any) -> bool:
+def is_within(limits: list, value: Any) -> bool:
     return all(
         test(value, getattr(limit, name)) for limit in limits for name, test in BOUNDS.items()
         if getattr(limit, name, None) is not None
@@ -75,7 +75,7 @@ def within(limits: list, value: Any) -> bool:
 
 
 class Mistake(NamedTuple):
-    """What is written at a path, and how the line that tells of it goes on."""
+    """The text at a path, and the start of the reason in its error line."""
 
     section: type[Section]
     at: OptionPath
@@ -85,7 +85,7 @@ class Mistake(NamedTuple):
 
 
 def shown(text: str, value: Any) -> str:
-    """A value as an error has it."""
+    """Return a value as errors show it."""
     if isinstance(value, list | dict):
         return ("a section" if isinstance(value, dict) else "a list") if value else text
     return f"'{value}'" if isinstance(value, str) else text
@@ -97,7 +97,7 @@ NAMES = sorted({name for _, section in GROUPS for name in section.model_fields} 
 
 @st.composite
 def mistakes(draw: st.DrawFn) -> Mistake:
-    """An option that is misspelt or belongs elsewhere, a value that cannot be, or a type that there is not."""
+    """Draw a misspelt or misplaced option, an invalid value or an unknown type."""
     at, section = draw(st.sampled_from(GROUPS))
     name = draw(st.sampled_from(sorted(section.model_fields)))
     kind = draw(st.sampled_from(["value", "value", "value", "misspelt", "elsewhere"]))
@@ -108,7 +108,7 @@ def mistakes(draw: st.DrawFn) -> Mistake:
     field = section.model_fields[name]
     if kind == "value":
         text, value = draw(st.sampled_from(VALUES))
-        assume(not right(field.annotation, field.metadata, value))
+        assume(not is_valid(field.annotation, field.metadata, value))
         assume(not (is_list(field.annotation) and value == [1, 2]))  # its entries are wrong, a line each
         assume(not (sections(field.annotation) and isinstance(value, dict)))
         by_flag = by_flag and "str" not in repr(field.annotation) and not sections(field.annotation)
@@ -124,8 +124,8 @@ def mistakes(draw: st.DrawFn) -> Mistake:
     return Mistake(section, (*at, name), "1", "unknown option", by_flag)
 
 
-def fit(chosen: list[Mistake]) -> bool:
-    """Whether each can be seen beside the others."""
+def are_independent(chosen: list[Mistake]) -> bool:
+    """Return True if no mistake hides another."""
     for one, other in combinations(chosen, 2):
         short, long = sorted((one.at, other.at), key=len)
         same_place = one.at[:-1] == other.at[:-1]
@@ -135,8 +135,8 @@ def fit(chosen: list[Mistake]) -> bool:
     return True
 
 
-def planted(chosen: list[Mistake]) -> dict:
-    """The least tree that has the mistakes, the sections that they are in complete."""
+def config_with(chosen: list[Mistake]) -> dict:
+    """Return the smallest config with the mistakes, whose sections are otherwise complete."""
     tree: dict = {"data": {"sources": [{"type": "stdlib"}]}}
     for mistake in chosen:
         *parents, name = mistake.at
@@ -156,14 +156,14 @@ def planted(chosen: list[Mistake]) -> dict:
     return tree
 
 
-def written(tree: Any, indent: int = 0, at: OptionPath = ()) -> Iterator[tuple[OptionPath, str]]:
-    """A tree as lines of YAML, each with the path that begins on it."""
+def to_yaml(tree: Any, indent: int = 0, at: OptionPath = ()) -> Iterator[tuple[OptionPath, str]]:
+    """Yield (path, line of YAML) of a tree."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree)
     for key, value in items:
         start = " " * indent + (f"{key}:" if isinstance(tree, dict) else "-")
         if isinstance(value, dict | list) and value:
             yield (*at, key), start
-            yield from written(value, indent + 2, (*at, key))
+            yield from to_yaml(value, indent + 2, (*at, key))
         else:
             yield (*at, key), f"{start} {value}"
 
@@ -172,14 +172,14 @@ def dotted(at: OptionPath) -> str:
     return ".".join(map(str, at))
 
 
-def answer(*argv: str) -> list[str]:
-    """The error lines of the train command, which ends with status 2 in time, and makes and prints nothing."""
+def errors_of(*argv: str) -> list[str]:
+    """Run the train command, which must exit with status 2 in time and create nothing. Returns its error lines."""
     before, took = set(Path().iterdir()), math.inf
-    for _ in range(3):  # once, but where the collection of this process's garbage came between
+    for _ in range(3):  # again if this process's garbage collection came between
         start, out, err = time.process_time(), io.StringIO(), io.StringIO()
         with pytest.raises(SystemExit) as stop, redirect_stdout(out), redirect_stderr(err):
             cli.parse_command_line(list(argv), prog="train", doc="Train.", flags=FLAGS)
-        if (took := time.process_time() - start) < 1:  # of this process: others may be busy
+        if (took := time.process_time() - start) < 1:  # CPU time, because other processes may be busy
             break
     lines = err.getvalue().splitlines()
     assert (stop.value.code, out.getvalue()) == (2, "")
@@ -190,8 +190,8 @@ def answer(*argv: str) -> list[str]:
     return [line.removeprefix("error: ") for line in lines]
 
 
-def each_mistake_has_its_line(chosen: list[Mistake]) -> None:
-    lines = list(written(planted(chosen)))
+def check_each_mistake_has_its_line(chosen: list[Mistake]) -> None:
+    lines = list(to_yaml(config_with(chosen)))
     Path("my.yaml").write_text("\n".join(text for _, text in lines) + "\n")
     numbers = {at: number for number, (at, _) in enumerate(lines, 1)}
     flags = [f"--{dotted(mistake.at)}={mistake.text}" for mistake in chosen if mistake.by_flag]
@@ -201,42 +201,42 @@ def each_mistake_has_its_line(chosen: list[Mistake]) -> None:
         else f"my.yaml:{numbers[mistake.at]}: {dotted(mistake.at)}: {mistake.reason}"
         for mistake in chosen
     ]
-    found = answer("--config", "my.yaml", *flags)
-    told = [next((one for one in expected if line.startswith(one)), line) for line in found]
-    assert sorted(told) == sorted(expected), (found, Path("my.yaml").read_text())
+    lines = errors_of("--config", "my.yaml", *flags)
+    reported = [next((start for start in expected if line.startswith(start)), line) for line in lines]
+    assert sorted(reported) == sorted(expected), (lines, Path("my.yaml").read_text())
 
 
 FUZZ = settings(
     derandomize=True, database=None, deadline=None, phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much, HealthCheck.too_slow],
 )  # fmt: skip
-SOME = st.lists(mistakes(), min_size=1, max_size=3).filter(fit)
+MISTAKES = st.lists(mistakes(), min_size=1, max_size=3).filter(are_independent)
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
+def work_in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
 @settings(FUZZ, max_examples=1000)
-@given(chosen=SOME)
+@given(chosen=MISTAKES)
 def test_every_mistake_has_one_line_with_its_place_value_and_reason(chosen):
-    each_mistake_has_its_line(chosen)
+    check_each_mistake_has_its_line(chosen)
 
 
 @pytest.mark.soak
 @settings(FUZZ, max_examples=100_000)
-@given(chosen=SOME)
-def test_each_of_100_000_configs_has_its_lines(chosen):
-    each_mistake_has_its_line(chosen)
+@given(chosen=MISTAKES)
+def test_100_000_configs_with_mistakes(chosen):
+    check_each_mistake_has_its_line(chosen)
 
 
-def test_sections_in_each_others_places_are_told_option_by_option():
+def test_swapped_sections_are_reported_option_by_option():
     below = [(at[0], section) for at, section in GROUPS if len(at) == 1 and at != ("data",)]
     for (one, section), (other, another) in combinations(below, 2):
         if one != other:
             swapped = [(one, section, another), (other, another, section)]
-            each_mistake_has_its_line([
+            check_each_mistake_has_its_line([
                 Mistake(into, (at, name), "1", "unknown option", by_flag=False)
                 for at, into, source in swapped
                 for name in source.model_fields
@@ -244,7 +244,7 @@ def test_sections_in_each_others_places_are_told_option_by_option():
             ])  # fmt: skip
 
 
-# --- YAML that is an attack ------------------------------------------------------------------------
+# --- attacks with YAML -----------------------------------------------------------------------------
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join(['*' + before] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
@@ -272,15 +272,15 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("kind", ATTACKS)
-def test_an_attack_is_answered_in_lines(kind):
+def test_an_attack_is_reported_in_lines(kind):
     raw, start = ATTACKS[kind]
     Path("my.yaml").write_bytes(raw)
-    found = answer("--config", "my.yaml")
-    assert any(line.startswith(start) for line in found), found
+    lines = errors_of("--config", "my.yaml")
+    assert any(line.startswith(start) for line in lines), lines
     assert not Path("made").exists()
 
 
-def test_a_byte_order_mark_and_yaml_1_2_numbers_are_no_attack():
+def test_a_byte_order_mark_and_yaml_1_2_numbers_are_accepted():
     Path("my.yaml").write_bytes(b"\xef\xbb\xbfsteps: 0200\r\noptim: {learning_rate: 1e-4}\n" + DATA.encode())
     config = cli.load_config("my.yaml")
     assert (config.steps, config.optim.learning_rate) == (200, 1e-4)
@@ -298,19 +298,19 @@ COMMANDS = [
     ("train OK steps=3", "steps: not a flag"),
     ("train OK --resume", "--resume: a value is missing"),
     ("prepare OK --data.tokenizer '{type: &a byte}'", "--data.tokenizer: no anchors here (&a)"),
-    ("plan OK --world 0", "--world: '0' is not a number of processes"),
+    ("plan OK --world 0", "--world: '0' is not a number of ranks, 1 or more"),
     ("plan OK --mfu 1e9", "--mfu: '1e9' is not above 0"),
     ("twin --config wrong.yaml --out made.yaml", "wrong.yaml:1: steps: "),
     ("generate --run x --prompt a --temperature nan", "--temperature: nan is not a number"),
     ("evaluate --run x --nope 3", "unrecognized arguments: --nope"),
     ("export --run x --dtype int8", "--dtype: invalid choice: 'int8'"),
-    ("checkpoints remove x", "what: invalid choice: 'remove'"),
+    ("checkpoints remove x", "action: invalid choice: 'remove'"),
     ("checkpoints prune x --keep many", "--keep: invalid int value: 'many'"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("line", "start"), COMMANDS)
-def test_a_wrong_command_line_is_a_line_before_torch_is_imported(tmp_path, line, start):
+def test_a_wrong_command_line_is_one_line_before_torch_is_imported(tmp_path, line, start):
     Path("wrong.yaml").write_text("steps: x\n" + DATA)
     trap = tmp_path / "trap"
     trap.mkdir()
@@ -329,9 +329,9 @@ def test_a_wrong_command_line_is_a_line_before_torch_is_imported(tmp_path, line,
     assert set(tmp_path.rglob("*")) == before
 
 
-# --- what is accepted runs -------------------------------------------------------------------------
+# --- accepted configs run --------------------------------------------------------------------------
 
-# Sizes stay small, and what lies outside this machine is not asked for.
+# Options that stay as they are: sizes stay small, and nothing outside this machine is used.
 LEFT = {
     "n_layer",
     "n_head",
@@ -356,7 +356,7 @@ CHANGED = [
 
 @st.composite
 def accepted(draw: st.DrawFn, options: dict) -> Config:
-    """The small run with up to eight other options set to what they may have, mechanisms among them."""
+    """Draw a small run with up to eight other options set to valid values."""
     tree = options | {"steps": 1, "schedule": {"type": "constant", "warmup_steps": 0}, "precision": "fp32"}
     model = tree["model"] = options["model"] | {"blocks": [{"mixer": {}, "ffn": {}}]}
     block = model["blocks"][0]
@@ -368,7 +368,7 @@ def accepted(draw: st.DrawFn, options: dict) -> Config:
         for key in at:
             node = node[key] if isinstance(node, list) else node.setdefault(key, {})
         given = [*VALUES, *((word, word) for word in get_args(field.annotation) if isinstance(word, str))]
-        values = [value for _, value in given if right(field.annotation, field.metadata, value)]
+        values = [value for _, value in given if is_valid(field.annotation, field.metadata, value)]
         values = [value for value in values if not isinstance(value, int) or value < 10**9]
         if node.get("type") == type_name(section) and values:
             node[name] = draw(st.sampled_from(values))
@@ -379,7 +379,7 @@ def accepted(draw: st.DrawFn, options: dict) -> Config:
 
 
 @pytest.mark.parametrize("n", [5, pytest.param(25, marks=pytest.mark.soak)])
-def test_what_is_accepted_runs_a_finite_step(options, tmp_path, n):
+def test_an_accepted_config_trains_a_finite_step(options, tmp_path, n):
     @settings(FUZZ, max_examples=n)
     @given(data=st.data())
     def runs(data: st.DataObject) -> None:

@@ -1,6 +1,6 @@
-"""Text and shards that are not what they should be: one line that names the file and the record, and status 2.
+"""Bad text and damaged shards: the commands print one line with the file and the record, and exit with status 2.
 
-Every case is seen through the command, with the cache that it leaves: nothing that counts.
+No dataset and no run folder is left behind.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def data_of(folder: Path, *names: str) -> dict:
     return {"sources": [{"paths": paths}], "tokenizer": {"type": "byte"}, "cache_dir": cache, "workers": 1}
 
 
-def said_by(main: Callable, path: Path, capsys) -> str:
-    """The command's one error line; its status is 2, and it says nothing else that is an error."""
+def error_of(main: Callable, path: Path, capsys) -> str:
+    """Run a command that exits with status 2. Returns its only error line."""
     assert main(["--config", str(path)]) == 2
     error = capsys.readouterr().err
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
@@ -76,12 +76,12 @@ TEXT = {
 
 
 @pytest.mark.parametrize("case", TEXT)
-def test_text_that_cannot_be_read_is_a_line_that_names_it(options, tmp_path, capsys, case):
+def test_unreadable_text_is_one_line_that_names_it(options, tmp_path, capsys, case):
     name, content, message = TEXT[case]
     (tmp_path / name).write_bytes(content)
     path = write_config(tmp_path / "run.yaml", options(data=data_of(tmp_path, name)))
     for main in (prepare_command.main, train_command):
-        line = said_by(main, path, capsys)
+        line = error_of(main, path, capsys)
         assert message in line and (str(tmp_path / name) in line or "data.val_fraction" in line), line
         assert len(line) < 400
     assert [each for each in (tmp_path / "cache").iterdir() if each.is_dir()] == []
@@ -99,19 +99,19 @@ def test_text_that_cannot_be_read_is_a_line_that_names_it(options, tmp_path, cap
     ],
     ids=["a folder", "a folder of folders", "a pipe", "a link to nothing", "nothing"],
 )
-def test_what_is_no_file_is_a_line(options, tmp_path, capsys, make, message):
+def test_a_path_that_is_not_a_file_is_one_line(options, tmp_path, capsys, make, message):
     make(tmp_path / "a.txt")
     path = write_config(tmp_path / "run.yaml", options(data=data_of(tmp_path, "a.txt")))
-    line = said_by(prepare_command.main, path, capsys)
+    line = error_of(prepare_command.main, path, capsys)
     assert line.startswith(f"error: {tmp_path}/a.txt") and message in line
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="everything is readable to root")
-def test_a_file_that_may_not_be_read_is_a_line(options, tmp_path, capsys):
+def test_a_file_without_read_permission_is_one_line(options, tmp_path, capsys):
     (tmp_path / "a.txt").write_text(WORDS)
     (tmp_path / "a.txt").chmod(0)
     path = write_config(tmp_path / "run.yaml", options(data=data_of(tmp_path, "a.txt")))
-    assert "a.txt: cannot be read: Permission denied" in said_by(prepare_command.main, path, capsys)
+    assert "a.txt: cannot be read: Permission denied" in error_of(prepare_command.main, path, capsys)
 
 
 def tokens_of(folder: Path, name: str, content: bytes) -> np.ndarray:
@@ -121,8 +121,8 @@ def tokens_of(folder: Path, name: str, content: bytes) -> np.ndarray:
     return np.concatenate([split.streams[0].tokens for split in (dataset.train, dataset.val)])
 
 
-def test_what_is_read_all_the_same_is_read_as_it_is(tmp_path):
-    """A byte order mark is none of the text; line ends are, and so is a line of any length."""
+def test_unusual_but_valid_text_is_read_unchanged(tmp_path):
+    """A byte order mark is dropped; line ends and lines of any length are kept."""
     plain = tokens_of(tmp_path / "plain", "a.txt", WORDS.encode())
     assert tokens_of(tmp_path / "mark", "a.txt", b"\xef\xbb\xbf" + WORDS.encode()).tolist() == plain.tolist()
     windows = tokens_of(tmp_path / "windows", "a.txt", WORDS.replace("\n", "\r\n").encode())
@@ -141,13 +141,13 @@ def test_a_row_of_50_mb_is_read(tmp_path):
 # --- shards ----------------------------------------------------------------------------------------
 
 
-def resealed(place: Path, name: str, data: bytes) -> None:
-    """Put other tokens in a shard's place, and make the manifest fit them."""
-    manifest = json.loads((place / "manifest.json").read_text())
-    record = next(each for each in manifest["streams"] if name.startswith(each["split"]))
-    record |= {"sha256": hashlib.sha256(data).hexdigest(), "n_tokens": len(data) // 2}
-    (place / name).write_bytes(data)
-    (place / "manifest.json").write_text(json.dumps(manifest))
+def replace_tokens(folder: Path, tokens: np.ndarray) -> None:
+    """Replace the training tokens and adapt the manifest."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    record = next(each for each in manifest["streams"] if each["split"] == "train")
+    record |= {"sha256": hashlib.sha256(tokens.tobytes()).hexdigest(), "n_tokens": len(tokens)}
+    (folder / TRAIN).write_bytes(tokens.tobytes())
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def flip_a_bit(path: Path) -> None:
@@ -156,9 +156,9 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
-def in_its_place(path: Path, made: Callable[[Path], object]) -> None:
+def replace_file(path: Path, create: Callable[[Path], object]) -> None:
     path.unlink()
-    made(path)
+    create(path)
 
 
 def same_size(path: Path) -> bytes:
@@ -174,40 +174,40 @@ SHARDS = {
     "text of the same size": (TRAIN, lambda place: (place / TRAIN).write_bytes(same_size(place / TRAIN))),
     "a flipped bit": (TRAIN, lambda place: flip_a_bit(place / TRAIN)),
     "the other split's": (TRAIN, lambda place: shutil.copy(place / "val-0.tokens", place / TRAIN)),
-    "another type": (TRAIN, lambda place: shape(place, "<u2", "<u4")),
-    "no type": ("manifest.json", lambda place: shape(place, "<u2", "<i2")),
-    "a token beyond the vocabulary": (TRAIN, lambda place: resealed(place, TRAIN, np.full(900, 257, "<u2").tobytes())),
-    "a negative token": (TRAIN, lambda place: resealed(place, TRAIN, np.full(900, -1, "<i2").tobytes())),
-    "a folder": (TRAIN, lambda place: in_its_place(place / TRAIN, Path.mkdir)),
+    "another type": (TRAIN, lambda place: edit_manifest(place, "<u2", "<u4")),
+    "no type": ("manifest.json", lambda place: edit_manifest(place, "<u2", "<i2")),
+    "a token beyond the vocabulary": (TRAIN, lambda place: replace_tokens(place, np.full(900, 257, "<u2"))),
+    "a negative token": (TRAIN, lambda place: replace_tokens(place, np.full(900, -1, "<i2"))),
+    "a folder": (TRAIN, lambda place: replace_file(place / TRAIN, Path.mkdir)),
     "gone": (TRAIN, lambda place: (place / TRAIN).unlink()),
-    "a manifest that is a folder": ("manifest.json", lambda p: in_its_place(p / "manifest.json", Path.mkdir)),
+    "a manifest that is a folder": ("manifest.json", lambda p: replace_file(p / "manifest.json", Path.mkdir)),
     "a manifest that is torn": ("manifest.json", lambda place: os.truncate(place / "manifest.json", 100)),
     "a tokenizer that is a folder": (
-        "tokenizer/tokenizer.json", lambda p: in_its_place(p / "tokenizer/tokenizer.json", Path.mkdir)
+        "tokenizer/tokenizer.json", lambda p: replace_file(p / "tokenizer/tokenizer.json", Path.mkdir)
     ),
 }  # fmt: skip
 
 
-def shape(place: Path, was: str, now: str) -> None:
-    text = (place / "manifest.json").read_text()
-    assert was in text
-    (place / "manifest.json").write_text(text.replace(was, now))
+def edit_manifest(folder: Path, old: str, new: str) -> None:
+    text = (folder / "manifest.json").read_text()
+    assert old in text
+    (folder / "manifest.json").write_text(text.replace(old, new))
 
 
 @pytest.mark.parametrize("case", SHARDS)
-@pytest.mark.parametrize("read", [2**28, 0], ids=["read", "too long to read each time"])
-def test_shards_that_are_not_those_that_were_written_are_a_line(options, tmp_path, capsys, monkeypatch, case, read):
-    name, spoil = SHARDS[case]
-    if read == 0 and case in ("a token beyond the vocabulary", "a negative token"):
-        pytest.skip("with a manifest that fits, that is seen when it is read")
-    monkeypatch.setattr(shards, "HASH_AT_START_BYTES", read)
+@pytest.mark.parametrize("limit", [2**28, 0], ids=["hashed at start", "too long to hash at start"])
+def test_damaged_shards_are_one_line(options, tmp_path, capsys, monkeypatch, case, limit):
+    name, damage = SHARDS[case]
+    if limit == 0 and case in ("a token beyond the vocabulary", "a negative token"):
+        pytest.skip("the manifest matches, so only reading the tokens shows it")
+    monkeypatch.setattr(shards, "HASH_AT_START_BYTES", limit)
     (tmp_path / "a.txt").write_text(WORDS)
     data = data_of(tmp_path, "a.txt")
     place = Path(prepare(DataConfig.model_validate(data), quiet=True).report["folder"])
-    spoil(place)
+    damage(place)
     path = write_config(tmp_path / "run.yaml", options(data=data))
     for main in (prepare_command.main, train_command):
-        line = said_by(main, path, capsys)
+        line = error_of(main, path, capsys)
         assert line.startswith(f"error: {place / name}: damaged (")
         assert line.endswith(f"; delete {place} and start again to prepare the data anew")
     assert not (tmp_path / "runs/small").exists()
@@ -215,30 +215,30 @@ def test_shards_that_are_not_those_that_were_written_are_a_line(options, tmp_pat
     assert prepare_command.main(["--config", str(path)]) == 0
 
 
-def test_text_shorter_than_a_window_is_a_line_with_the_numbers(options, tmp_path, capsys):
+def test_text_shorter_than_a_window_is_one_line_with_the_numbers(options, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("a word\n" * 5)
     data = data_of(tmp_path, "a.txt") | {"val_fraction": 0.3}
-    line = said_by(train_command, write_config(tmp_path / "run.yaml", options(data=data)), capsys)
+    line = error_of(train_command, write_config(tmp_path / "run.yaml", options(data=data)), capsys)
     assert "tokens, fewer than one window of 33: give more text or a smaller model.n_positions" in line
 
 
-# --- meanwhile -------------------------------------------------------------------------------------
+# --- changes ---------------------------------------------------------------------------------------
 
 
-def test_text_that_changed_between_a_save_and_the_next_start_is_refused(options, tmp_path, capsys):
+def test_a_run_does_not_resume_on_changed_text(options, tmp_path, capsys):
     (tmp_path / "a.txt").write_text(WORDS)
     path = write_config(tmp_path / "run.yaml", options(steps=3, data=data_of(tmp_path, "a.txt")))
     assert train_command(["--config", str(path)]) == 0
     before = tensors(tmp_path / "runs/small", 3)
     (tmp_path / "a.txt").write_text(WORDS.replace("line 7 ", "line 8 "))
-    line = said_by(train_command, path, capsys)
-    assert "data: the text or the tokenizer is not what it was; choose another --name" in line
+    line = error_of(train_command, path, capsys)
+    assert "data: the text or the tokenizer has changed; choose another --name" in line
     (tmp_path / "a.txt").write_text(WORDS)
     assert train_command(["--config", str(path)]) == 0
     assert tensors(tmp_path / "runs/small", 3) == before
 
 
-def test_shards_that_are_cut_under_a_run_end_it_in_a_line_and_it_goes_on_exactly(options, tmp_path):
+def test_shards_truncated_during_a_run_end_it_in_one_line_and_it_resumes_exactly(options, tmp_path):
     (tmp_path / "a.txt").write_text(WORDS * 20)
     long = {"steps": 150, "data": data_of(tmp_path, "a.txt"), "checkpoint": {"every": 10}, "eval": {"every": 150}}
     through, cut = (write_config(tmp_path / f"{name}.yaml", options(name=name, **long)) for name in ("through", "cut"))
@@ -269,4 +269,4 @@ def until(there: Callable[[], object], process: subprocess.Popen) -> None:
             return
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    raise AssertionError("it never came")
+    raise AssertionError("timed out")

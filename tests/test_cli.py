@@ -1,4 +1,4 @@
-"""The front door: what is read from YAML and the command line, and what is said of everything else."""
+"""Configs from YAML and the command line, and one error line for each wrong option."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COMMAND = (
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Writes my.yaml, which holds the text and a source of data, into the working directory."""
+    """Return a function that writes my.yaml, with the text and a data source, into the working directory."""
     monkeypatch.chdir(tmp_path)
 
     def write(text: str | bytes, data: str = DATA) -> str:
@@ -59,12 +59,12 @@ def test_numbers_are_those_of_yaml_1_2(write, text, value):
 
 
 @pytest.mark.parametrize("text", ["no", "on", "12:30:45", "2001-01-01", "<<", "=", "1e-x", "-_", "a b"])
-def test_what_only_older_yaml_converts_is_text(write, text):
+def test_values_that_only_older_yaml_converts_are_text(write, text):
     assert load_config(write(f"eval: {{prompts: [{text}]}}\n")).eval.prompts == (text,)
 
 
 @pytest.mark.parametrize("text", [".inf", "-.inf", ".nan", "1e400", "true", "'1'", "null", "[1]", "x", "9" * 5000])
-def test_what_is_no_finite_number_is_refused(write, text):
+def test_only_finite_numbers_are_numbers(write, text):
     (line,) = errors(write(f"optim:\n  learning_rate: {text}\n"))
     assert re.fullmatch(r"my.yaml:2: optim.learning_rate: .+ is not (finite: )?a number > 0", line)
 
@@ -72,14 +72,14 @@ def test_what_is_no_finite_number_is_refused(write, text):
 @pytest.mark.parametrize(
     "text", ["010", "123", "1e-4", "true", ".inf", "12:30:45", "null", "a #b", "a: b", "*x", "[a", "%"]
 )
-def test_a_text_option_takes_its_flag_as_it_stands(write, text):
+def test_a_text_option_takes_its_flag_literally(write, text):
     config = load_config(
         write("data: {sources: [{type: stdlib}], tokenizer: {type: file}}\n", ""), {"data.tokenizer.path": text}
     )
     assert config.data.tokenizer == FileTokenizer(path=text)
 
 
-def test_a_flag_may_quote_and_nest_its_text(write):
+def test_text_in_a_flag_may_be_quoted_and_nested(write):
     overrides = {"name": "'123'", "eval.prompts": "[010, 'a', \"def \"]", "logging.wandb.entity": "null"}
     config = load_config(write(""), overrides)
     assert (config.name, config.eval.prompts, config.logging.wandb.entity) == ("123", ("010", "a", "def "), None)
@@ -105,12 +105,12 @@ def test_flags_are_merged_into_the_file(write):
     assert (config.steps, config.model.n_layer, config.model.n_embd) == (500, 4, 96)
 
 
-def test_a_whole_is_set_before_its_parts_whatever_the_order(write):
+def test_a_section_is_set_before_its_options_in_any_order_of_flags(write):
     overrides = {"model.blocks.0.ffn.n_experts": "16", "model.blocks": "[{ffn: {type: moe, n_experts: 4}}]"}
     assert load_config(write(""), overrides).model.blocks[0].ffn.n_experts == 16
 
 
-def test_a_mapping_with_its_type_replaces_what_the_file_has(write):
+def test_a_mapping_with_a_type_replaces_the_files_section(write):
     path = write("data: {sources: [{type: stdlib}], tokenizer: {path: x, type: file}}\n", "")
     assert load_config(path, {"data.tokenizer": "{type: byte}"}).data.tokenizer.type == "byte"
     (line,) = errors(path, data__tokenizer="{type: file}")
@@ -123,7 +123,7 @@ def test_flags_reach_into_defaults(write):
     assert (config.model.blocks[0].ffn.type, config.logging.wandb.project) == ("moe", "x")
 
 
-# --- every error on a line -------------------------------------------------------------------------
+# --- one line for each error -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -185,8 +185,8 @@ def test_flags_reach_into_defaults(write):
     ],
 )
 def test_one_wrong_option_is_one_line(write, text, line):
-    (found,) = errors(write(text + "\n"))
-    assert found.startswith(f"my.yaml:{line}")
+    (error,) = errors(write(text + "\n"))
+    assert error.startswith(f"my.yaml:{line}")
 
 
 @pytest.mark.parametrize(
@@ -211,21 +211,21 @@ def test_one_wrong_option_is_one_line(write, text, line):
         (b"x" * 10_000_000, f": longer than {MAX_BYTES} bytes, which no config is"),
     ],
 )
-def test_a_file_that_is_no_config_is_one_line_within_a_second(write, text, line):
+def test_a_file_that_is_not_a_config_is_one_line_within_a_second(write, text, line):
     path, start = write(text), time.perf_counter()
-    (found,) = errors(path)
-    assert found.startswith(f"my.yaml{line}")
+    (error,) = errors(path)
+    assert error.startswith(f"my.yaml{line}")
     assert time.perf_counter() - start < 1
 
 
-def test_thousands_of_errors_are_cut_short(write):
+def test_thousands_of_errors_are_truncated(write):
     start = time.perf_counter()
     assert len(errors(write("".join(f"k{n}:\n" for n in range(4000))))) == 51
     assert len(errors(write("a: 1\n" * 5000))) == 51
     assert time.perf_counter() - start < 2
 
 
-def test_a_path_that_cannot_be_read_is_one_line(tmp_path):
+def test_an_unreadable_path_is_one_line(tmp_path):
     assert errors("nope.yaml") == ["nope.yaml: no such file"]
     assert errors(tmp_path) == [f"{tmp_path}: a folder; give the YAML file"]
     assert errors("a\0b") == [r"a\x00b: cannot be read: embedded null byte"]
@@ -336,14 +336,14 @@ def test_a_wrong_command_line_is_one_line_and_status_2(write, capsys, argv, line
     assert output.err.count("\n") == 1
 
 
-def test_errors_of_the_command_line_and_of_the_file_are_told_together(write, capsys):
+def test_errors_of_the_command_line_and_of_the_file_are_printed_together(write, capsys):
     with pytest.raises(SystemExit):
         run("x", "--config", write("stps: 3\n"), "--seed=x")
     assert [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()] == ["x", "my.yaml:1", "--seed"]
 
 
 @pytest.mark.parametrize("columns", ["40", "80", "120", "300"])
-def test_help_lists_every_option_with_default_unit_and_line(columns, capsys, monkeypatch):
+def test_help_lists_every_option_with_default_unit_and_description(columns, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", columns)
     with pytest.raises(SystemExit) as stop:
         run("--steps", "--help")
@@ -361,7 +361,7 @@ def test_help_lists_every_option_with_default_unit_and_line(columns, capsys, mon
     assert "--resume auto | never | PATH" in words
 
 
-def test_print_config_prints_what_loads_back(write, capsys, tmp_path):
+def test_print_config_prints_yaml_that_loads_back(write, capsys, tmp_path):
     path = write("model: {blocks: [{ffn: {type: moe}}]}\n")
     argv = ["--config", path, "--optim.learning_rate", "3e-4", "--eval.prompts", '["def ", "010", "no"]']
     with pytest.raises(SystemExit) as stop:
@@ -373,7 +373,7 @@ def test_print_config_prints_what_loads_back(write, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--config", "my.yaml"], ["--config", "wrong.yaml", "--steps", "x"]])
-def test_the_process_answers_at_once_without_torch_and_leaves_nothing(write, tmp_path, argv):
+def test_the_process_answers_at_once_without_torch_and_files(write, tmp_path, argv):
     write("")
     Path("wrong.yaml").write_text("a: 1\nb: 2\n")
     before, start = set(tmp_path.rglob("*")), time.perf_counter()
@@ -387,7 +387,7 @@ def test_the_process_answers_at_once_without_torch_and_leaves_nothing(write, tmp
     assert argv[0] != "--config" or "x" in argv or done.stdout == "False\n"
 
 
-def test_help_may_be_cut_off_by_a_pager():
+def test_help_survives_a_closed_pager():
     process = subprocess.Popen(
         [sys.executable, "-c", COMMAND, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -397,13 +397,13 @@ def test_help_may_be_cut_off_by_a_pager():
     assert process.wait(20) == 0
 
 
-def test_wrong_input_is_answered_before_torch_is_imported(write):
+def test_wrong_input_is_reported_before_torch_is_imported(write):
     code = "import sys\ntry:\n exec(sys.argv.pop(1))\nexcept SystemExit:\n print('torch' in sys.modules)"
     argv = [sys.executable, "-c", code, COMMAND, "--config", write("a: 1\n")]
     assert subprocess.run(argv, capture_output=True, text=True, timeout=20, check=True).stdout == "False\n"
 
 
-# --- whatever is thrown at it ----------------------------------------------------------------------
+# --- random input ---------------------------------------------------------------------------------
 
 NAMES = sorted(
     {key for group in all_groups() for key in (*group.path, *group.section.model_fields)} | {"0", "1", "moo", "é\n"}
@@ -432,7 +432,7 @@ PLAIN = {
 
 
 def likely(annotation: object) -> st.SearchStrategy:
-    """Values for an annotation: mostly right ones."""
+    """Return mostly valid values for an annotation."""
     if is_list(annotation):
         return st.lists(likely(get_args(annotation)[0]), min_size=1, max_size=2)
     if variants := sections(annotation):
@@ -453,7 +453,7 @@ def likely_section(section: type) -> st.SearchStrategy:
 
 @st.composite
 def configs(draw: st.DrawFn) -> dict:
-    """A tree that is nearly a config: up to three places of it are overwritten with anything."""
+    """Draw a config in which up to three options are overwritten with anything."""
     tree = draw(likely_section(Config)) | {"steps": 1000, "batch_tokens": 2520 * 1024}
     for _ in range(draw(st.integers(0, 3))):
         node, key = tree, draw(st.sampled_from([*tree, "moo"]))
@@ -469,8 +469,8 @@ FUZZ = settings(
 )
 
 
-def answers_in_lines(path: Path, overrides: dict[str, str] | None = None) -> Config | None:
-    """Load it: a config, or lines that each name their origin, and no other exception."""
+def load_or_check_lines(path: Path, overrides: dict[str, str] | None = None) -> Config | None:
+    """Load a config. Returns it, or None if there are error lines that each name their origin."""
     try:
         return load_config(path, overrides)
     except ConfigErrors as error:
@@ -489,7 +489,7 @@ def answers_in_lines(path: Path, overrides: dict[str, str] | None = None) -> Con
 def test_any_tree_is_a_config_or_lines(tmp_path, tree):
     path = tmp_path / "fuzz.yaml"
     path.write_bytes(json.dumps(tree).encode())
-    config = answers_in_lines(path)
+    config = load_or_check_lines(path)
     if config is not None:
         path.write_text(dump_config(config))
         assert load_config(path) == config
@@ -500,7 +500,7 @@ def test_any_tree_is_a_config_or_lines(tmp_path, tree):
 def test_any_bytes_are_a_config_or_lines(tmp_path, raw):
     path = tmp_path / "fuzz.yaml"
     path.write_bytes(raw)
-    answers_in_lines(path, {"data.sources": "[{type: stdlib}]"})
+    load_or_check_lines(path, {"data.sources": "[{type: stdlib}]"})
 
 
 @FUZZ
@@ -519,7 +519,7 @@ def test_any_bytes_are_a_config_or_lines(tmp_path, raw):
 def test_any_flags_are_a_config_or_lines(tmp_path, overrides):
     path = tmp_path / "my.yaml"
     path.write_text(DATA)
-    answers_in_lines(path, overrides)
+    load_or_check_lines(path, overrides)
 
 
 @FUZZ

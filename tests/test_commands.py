@@ -9,7 +9,7 @@ import pytest
 from training.errors import RestartNeeded, UserError
 from training.options import cli
 
-COMMANDS = ["prepare", "export", "plan", "twin", "checkpoints"]
+COMMANDS = ["train", "prepare", "evaluate", "generate", "export", "plan", "twin", "checkpoints"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -21,10 +21,10 @@ def test_compiled_blocks_compute_the_same(run):
 
 
 @pytest.mark.parametrize("ffn", FFN)
-def test_equal_blocks_are_compiled_once_and_whole_and_never_anew(ffn, begun):
+def test_equal_blocks_are_compiled_once_and_whole_and_never_anew(ffn, build_run):
     """Training is a program, and so is evaluation, and that of its last windows, which are fewer; Python does none."""
     sizes = {"n_layer": 12, "n_head": 2, "n_embd": 16, "n_positions": 32, "blocks": [{"ffn": FFN[ffn]}]}
-    run = begun(model=sizes, parallel={"compile": True}, eval={"tokens": 32 * 7, "prompts": ["def "]})
+    run = build_run(model=sizes, parallel={"compile": True}, eval={"tokens": 32 * 7, "prompts": ["def "]})
     torch._dynamo.reset()
     counters.clear()
     programs = []

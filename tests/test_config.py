@@ -1,4 +1,4 @@
-"""The options themselves: each is explained, each default is right, the rules between them hold."""
+"""Every option has a help text and a valid default, and the rules between options hold."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("field", OPTIONS)
-def test_every_option_says_what_it_does_in_a_line_and_what_it_wants(field):
+def test_every_option_has_a_help_text_and_a_description_of_its_values(field):
     assert field.description
-    assert len(field.description) <= 100
+    assert len(field.description) <= 160
     assert field.description.isascii()
     assert describe_expected(field.annotation, field.metadata)
 
@@ -58,7 +58,7 @@ def test_every_count_has_a_unit(field):
 
 
 @pytest.mark.parametrize("section", dict.fromkeys(group.section for group in all_groups()))
-def test_every_default_is_a_value_that_may_be_given(section):
+def test_every_default_is_valid(section):
     given = {name: field.default for name, field in section.model_fields.items() if not field.is_required()}
     least = minimal_value(section) | {
         name: minimal_value(f.annotation) for name, f in section.model_fields.items() if f.is_required()
@@ -85,18 +85,18 @@ def test_sections_are_frozen():
         ({"schedule": {"type": "wsd", "decay_steps": 950}}, "longer than steps 1000"),
     ],
 )
-def test_rules_between_options_hold_without_a_file_too(tree, problem):
+def test_rules_between_options_hold_without_a_file(tree, problem):
     with pytest.raises(ValidationError, match=problem):
         Config.model_validate({"data": DATA} | tree)
 
 
-def test_the_pattern_of_blocks_is_repeated_to_the_depth_of_the_model():
+def test_the_pattern_of_blocks_is_repeated_to_n_layer():
     moe = BlockConfig(ffn=MoEConfig())
     model = ModelConfig(n_layer=5, blocks=(BlockConfig(repeat=2), moe))
     assert [type(block.ffn) for block in model.layers()] == [MLPConfig, MLPConfig, MoEConfig, MLPConfig, MLPConfig]
 
 
-def test_a_variant_is_picked_by_its_type_and_the_first_is_meant_without():
+def test_a_variant_is_selected_by_its_type_and_the_first_is_the_default():
     config = Config.model_validate(
         {"data": DATA, "model": {"blocks": [{"ffn": {"type": "moe"}}, {"ffn": {"gated": True}}]}}
     )
@@ -105,11 +105,11 @@ def test_a_variant_is_picked_by_its_type_and_the_first_is_meant_without():
     assert type(config.data.sources[0]) is StdlibSource
 
 
-def test_what_a_restart_may_change_are_options():
+def test_options_changeable_on_resume_exist():
     assert all(find_option(tuple(name.split("."))) for name in CHANGEABLE_ON_RESUME)
 
 
-def test_variants_of_a_union_have_types_of_their_own():
+def test_variants_of_a_union_have_different_types():
     for group in all_groups():
         for field in group.section.model_fields.values():
             types = [type_name(section) for section in sections(field.annotation)]
@@ -121,7 +121,7 @@ def test_the_schema_for_editors_is_current():
     assert current == json.loads(json_schema()), "run: python -m training.options.cli schema > configs/schema.json"
 
 
-def test_the_schema_explains_every_option_and_lets_one_variant_fit():
+def test_the_schema_describes_every_option_and_matches_one_variant():
     tree = json.loads(json_schema())
     for section in (tree, *tree["$defs"].values()):
         for name, option in section["properties"].items():
@@ -134,7 +134,7 @@ def test_the_schema_explains_every_option_and_lets_one_variant_fit():
             assert all(other["required"].count("type") == 1 for other in others)
 
 
-def test_every_shipped_config_loads_and_comes_back_from_its_dump(tmp_path):
+def test_every_shipped_config_survives_a_round_trip(tmp_path):
     for path in CONFIGS.glob("*.yaml"):
         config = load_config(path)
         (tmp_path / path.name).write_text(dump_config(config))

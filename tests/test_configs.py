@@ -1,4 +1,4 @@
-"""Every configuration that is shipped loads, survives a round trip, and builds its model."""
+"""Every shipped config loads, survives a round trip, and builds its model."""
 
 from __future__ import annotations
 
@@ -32,13 +32,12 @@ def test_its_model_can_be_built(path):
     tokenizer = config.data.tokenizer
     size = config.model.vocab_size or TOKENS[tokenizer.type](tokenizer)
     stats = model_stats(config.model.model_copy(update={"vocab_size": size}))
-    total, active = stats.n_parameters, stats.n_active_parameters
-    moe = any(block.ffn.type == "moe" for block in config.model.blocks)
-    assert (active < total) == moe
+    has_experts = any(block.ffn.type == "moe" for block in config.model.blocks)
+    assert (stats.n_active_parameters < stats.n_parameters) == has_experts
     assert config.batch_tokens % config.model.n_positions == 0
 
 
-def test_it_opens_with_its_command_and_what_it_came_to(path):
+def test_its_header_has_the_command_and_the_result(path):
     first, *header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     schema = "schema.json" if path.parent.name == "configs" else "../configs/schema.json"
     assert first == f"# yaml-language-server: $schema={schema}"
@@ -47,7 +46,7 @@ def test_it_opens_with_its_command_and_what_it_came_to(path):
     assert "Not run" in text or "bits/byte" in text
 
 
-def test_the_counts_in_the_large_headers_are_true():
+def test_the_parameter_counts_in_headers_are_true():
     for name, counts in (("gpt2_moe_8x124m", ("323M", "153M")), ("gpt2_124m", ("124M", "124M"))):
         config = cli.load_config(CONFIGS[0].with_name(f"{name}.yaml"))
         stats = model_stats(config.model)

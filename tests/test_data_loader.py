@@ -1,4 +1,4 @@
-"""Samples: a pure function of (seed, epoch, sample index)."""
+"""Samples are a pure function of (seed, epoch, sample index), samples of (seed, step)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from training.errors import UserError
 
 
 def split_of(*lengths: int, weights: tuple[float, ...] | None = None) -> Split:
-    """Streams whose token at place p of stream s is 1000 s + p, so that a sample says where it is from."""
+    """Return streams whose token at position p of stream s is 1000 s + p, so that tokens show their position."""
     streams = tuple(
         Stream(Path(f"data/train-{s}.tokens"), np.arange(n, dtype="<u2") + 1000 * s, np.zeros(1, "<u8"))
         for s, n in enumerate(lengths)
@@ -35,8 +35,8 @@ def test_an_epoch_holds_every_window_once(n, seed, epoch):
 
 @given(value=st.integers(0, 2**62 - 1), half=st.integers(4, 31), seed=st.integers(0, 2**32 - 1))
 @settings(deadline=None)
-def test_the_network_can_be_undone(value, half, seed):
-    """The inverse, written with Python's own integers, gives the number back: so it is a bijection at any size."""
+def test_the_feistel_network_is_invertible(value, half, seed):
+    """The inverse, written with Python's own integers, returns the number: a bijection at any size."""
     value %= 4**half
 
     def mix(z):
@@ -52,8 +52,8 @@ def test_the_network_can_be_undone(value, half, seed):
     assert (left << half) + right == value
 
 
-def test_the_permutation_is_the_same_on_every_machine_and_for_ever():
-    """A change here changes what every run reads after a restart."""
+def test_the_permutation_never_changes():
+    """A change here changes the data of every resumed run."""
     assert permutation(10, seed=1, epoch=2).tolist() == [9, 3, 2, 4, 5, 0, 6, 7, 8, 1]
     assert permutation(10**6, seed=3)[:4].tolist() == [734092, 759820, 855731, 233843]
 
@@ -65,8 +65,8 @@ def test_epochs_and_seeds_differ():
 
 
 @pytest.mark.parametrize("n", [2, 3, 7, 100])
-def test_every_window_is_as_likely_at_every_place(n):
-    """Chi-squared over 4000 epochs, and for all orders of 3: five standard deviations at most."""
+def test_every_window_is_equally_likely_at_every_position(n):
+    """Chi-squared over 4000 epochs, and over all orders of 3 windows: at most five standard deviations."""
     epochs = 4000
     index = np.tile(np.arange(n), epochs)
     orders = permute_index(
@@ -81,7 +81,7 @@ def test_every_window_is_as_likely_at_every_place(n):
         assert ((counts - epochs / 6) ** 2 / (epochs / 6)).sum() < 5 + 5 * np.sqrt(10)
 
 
-def test_neighbours_are_not_kept_together():
+def test_neighbors_are_not_kept_together():
     steps = np.diff(permutation(10_000))
     assert abs(np.corrcoef(permutation(10_000)[:-1], permutation(10_000)[1:])[0, 1]) < 0.05
     assert (np.abs(steps) == 1).sum() < 20
@@ -97,39 +97,39 @@ def test_a_sample_is_consecutive_tokens_and_the_target_is_the_next():
 
 @given(data=st.data())
 @settings(max_examples=30, deadline=None)
-def test_whoever_asks_gets_the_same(data):
-    """Any division of the samples among ranks, micro-batches and restarts gives the same rows."""
+def test_samples_do_not_depend_on_how_they_are_divided(data):
+    """Any division of the samples among ranks, micro-samples and restarts gives the same rows."""
     weights = data.draw(st.sampled_from([None, (0.7, 0.3)]))
     split = split_of(330, 550, weights=weights) if weights else split_of(330)
-    batches = Samples(split, n_positions=8, seed=data.draw(st.integers(0, 99)))
+    samples = Samples(split, n_positions=8, seed=data.draw(st.integers(0, 99)))
     begin = data.draw(st.integers(0, 5000))
-    whole = batches.at(range(begin, begin + 64))[0]
+    whole = samples.at(range(begin, begin + 64))[0]
     cuts = sorted(data.draw(st.lists(st.integers(0, 64), max_size=4)))
-    again = Samples(split, n_positions=8, seed=batches.seed)
+    again = Samples(split, n_positions=8, seed=samples.seed)
     parts = [again.at(range(begin + a, begin + b))[0] for a, b in zip([0, *cuts], [*cuts, 64], strict=True)]
     assert (np.concatenate(parts) == whole).all()
 
 
 def test_every_epoch_is_complete_and_in_another_order():
-    batches = Samples(split_of(331), n_positions=8, seed=5)
-    n = batches.n_samples
+    samples = Samples(split_of(331), n_positions=8, seed=5)
+    n = samples.n_samples
     assert n == 41
-    epochs = batches.at(range(3 * n))[0][:, 0].reshape(3, n)
+    epochs = samples.at(range(3 * n))[0][:, 0].reshape(3, n)
     assert (np.sort(epochs) == np.arange(0, 8 * n, 8)).all()
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
 def test_evaluation_reads_every_token_once_and_in_order():
-    batches = Samples(split_of(24), n_positions=10, seed=None)
-    tokens, targets = batches.at(range(batches.n_samples))
+    samples = Samples(split_of(24), n_positions=10, seed=None)
+    tokens, targets = samples.at(range(samples.n_samples))
     assert targets[targets >= 0].tolist() == list(range(1, 24))
     assert targets[2].tolist() == [21, 22, 23] + [-1] * 7
     assert tokens[2].tolist() == [20, 21, 22, 23] + [0] * 6
     with pytest.raises(IndexError):
-        batches.at([3])
+        samples.at([3])
 
 
-def test_a_last_window_that_is_whole_is_not_followed_by_an_empty_one():
+def test_a_complete_last_window_is_not_followed_by_an_empty_one():
     assert Samples(split_of(21), n_positions=10, seed=None).n_samples == 2
 
 
@@ -159,8 +159,8 @@ def test_a_mixture_gives_each_source_its_own_samples_in_turn():
 
 
 def test_each_source_of_a_mixture_has_its_own_epochs():
-    batches = Samples(split_of(81, 801, weights=(1.0, 1.0)), n_positions=8, seed=0)
-    stream, window = batches.locate(np.arange(MIXTURE_BLOCK))
+    samples = Samples(split_of(81, 801, weights=(1.0, 1.0)), n_positions=8, seed=0)
+    stream, window = samples.locate(np.arange(MIXTURE_BLOCK))
     assert np.ptp(np.bincount(window[stream == 0], minlength=10)) <= 1
     assert np.ptp(np.bincount(window[stream == 1], minlength=100)) <= 1
 
@@ -176,9 +176,9 @@ def test_text_shorter_than_a_window_is_an_error_with_the_numbers():
 
 def test_a_token_beyond_the_vocabulary_is_an_error_and_not_a_crash_on_the_device():
     split = split_of(100)
-    batches = Samples(Split("train", split.streams, None, 99, 1, 100, 100), n_positions=99, seed=0)
+    samples = Samples(Split("train", split.streams, None, 99, 1, 100, 100), n_positions=99, seed=0)
     with pytest.raises(UserError, match=r"^data: token 99 is not below the vocabulary's 99"):
-        batches.at([0])
+        samples.at([0])
 
 
 # --- a step's batch ----------------------------------------------------------------------------------

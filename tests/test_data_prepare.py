@@ -1,4 +1,4 @@
-"""Preparing data: once, whole or not at all, noticed when it changes, and the command."""
+"""Prepared data: built once and atomically, rebuilt after changes; and the command."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """200 rows of text in one file, and an empty cache beside them."""
+    """A folder with 200 rows of text in one file."""
     write_rows(tmp_path / "text" / "rows.jsonl", 200)
     return tmp_path
 
@@ -55,7 +55,7 @@ def datasets_in(cache: Path) -> list[str]:
 
 
 def texts(dataset, split: str) -> list[str]:
-    """The documents, read back from the disk by their boundaries."""
+    """Return the documents, read back from disk by their boundaries."""
     (stream,) = getattr(dataset, split).streams
     assert (stream.tokens[stream.documents] == dataset.tokenizer.end_of_text).all()
     return [dataset.tokenizer.decode(ids[1:]) for ids in np.split(stream.tokens, stream.documents[1:].astype(int))]
@@ -65,7 +65,7 @@ def texts(dataset, split: str) -> list[str]:
 
 
 @pytest.mark.parametrize("n_workers", [1, 2])
-def test_every_document_is_in_one_split_as_it_was(folder, n_workers, monkeypatch):
+def test_every_document_is_in_one_split_unchanged(folder, n_workers, monkeypatch):
     monkeypatch.setattr(workers, "REQUEST_CHARS", 1000)
     dataset = prepare(config_of(folder, workers=n_workers), quiet=True)
     train, val = texts(dataset, "train"), texts(dataset, "val")
@@ -143,10 +143,10 @@ def test_blank_documents_are_left_out_and_counted(folder):
     assert report["train"]["documents"] + report["val"]["documents"] == 201
 
 
-# --- found again -----------------------------------------------------------------------------------
+# --- the cache -------------------------------------------------------------------------------------
 
 
-def test_a_second_start_finds_it(folder):
+def test_a_second_start_uses_the_cache(folder):
     first = prepare(config_of(folder), quiet=True)
     second = prepare(config_of(folder, workers=2), quiet=True)
     assert [first.report["is_cached"], second.report["is_cached"]] == [False, True]
@@ -155,7 +155,7 @@ def test_a_second_start_finds_it(folder):
     assert second.tokenizer.encode("row number").tolist() == first.tokenizer.encode("row number").tolist()
 
 
-def test_a_touched_file_that_holds_the_same_is_found(folder):
+def test_a_touched_or_renamed_file_does_not_rebuild_the_cache(folder):
     prepare(config_of(folder), quiet=True)
     path = folder / "text" / "rows.jsonl"
     content = path.read_bytes()
@@ -168,7 +168,7 @@ def test_a_touched_file_that_holds_the_same_is_found(folder):
 
 
 @pytest.mark.parametrize("change", ["text", "added", "tokenizer", "split"])
-def test_whatever_changes_the_tokens_is_noticed(folder, change):
+def test_changes_of_text_tokenizer_and_split_rebuild_the_cache(folder, change):
     first = prepare(config_of(folder), quiet=True)
     options = {}
     path = folder / "text" / "rows.jsonl"
@@ -183,7 +183,7 @@ def test_whatever_changes_the_tokens_is_noticed(folder, change):
     assert second.fingerprint != first.fingerprint
 
 
-def test_text_that_changes_while_it_is_read_is_refused(folder, monkeypatch):
+def test_text_that_changes_while_it_is_read_is_an_error(folder, monkeypatch):
     path = folder / "text" / "rows.jsonl"
     write = dataset_module.write_dataset
 
@@ -231,7 +231,7 @@ RUNNER = """
 
 
 def run(folder: Path, program: str, **options: object) -> list[str]:
-    """Run a program after RUNNER; the lines that it and its children print."""
+    """Run a program after RUNNER. Returns the lines that it and its children print."""
     source = textwrap.dedent(RUNNER) + textwrap.dedent(program)
     argument = config_of(folder, **options).model_dump_json()
     result = subprocess.run(
@@ -260,7 +260,7 @@ def test_a_kill_at_any_operation_leaves_nothing_that_counts(folder):
     assert set(fingerprints) == {prepare(config_of(folder), quiet=True).fingerprint}
 
 
-def test_processes_that_prepare_at_once_find_one_dataset(folder):
+def test_processes_that_prepare_at_once_build_one_dataset(folder):
     program = """
         children = [child() for _ in range(8)]
         assert all(os.waitpid(pid, 0)[1] == 0 for pid in children)
@@ -271,7 +271,7 @@ def test_processes_that_prepare_at_once_find_one_dataset(folder):
     assert len(datasets_in(folder / "cache")) == 1
 
 
-def test_what_another_killed_build_left_is_removed(folder):
+def test_files_of_another_killed_build_are_removed(folder):
     left = folder / "cache" / "0123456789abcdef.partial"
     left.mkdir(parents=True)
     (left / "train-0.tokens").write_text("half")
@@ -280,7 +280,7 @@ def test_what_another_killed_build_left_is_removed(folder):
     assert not left.exists()
 
 
-def test_what_an_earlier_try_at_the_same_data_left_is_not_in_it(folder):
+def test_files_of_an_earlier_killed_build_of_the_same_data_are_removed(folder):
     place = Path(prepare(config_of(folder), quiet=True).report["folder"])
     place.rename(place.with_suffix(".partial"))
     (place.with_suffix(".partial") / "stale").touch()
@@ -288,7 +288,7 @@ def test_what_an_earlier_try_at_the_same_data_left_is_not_in_it(folder):
     assert not (place / "stale").exists()
 
 
-def test_what_another_process_is_building_is_left_alone(folder):
+def test_a_dataset_that_another_process_is_building_is_left_alone(folder):
     being_built = folder / "cache" / "0123456789abcdef.partial"
     being_built.mkdir(parents=True)
     with FileLock(being_built.with_suffix(".lock")):
@@ -296,7 +296,7 @@ def test_what_another_process_is_building_is_left_alone(folder):
     assert being_built.exists()
 
 
-def test_everything_is_on_the_disk_before_it_gets_its_name(folder, monkeypatch):
+def test_a_dataset_is_flushed_to_disk_before_it_is_renamed(folder, monkeypatch):
     events = []
     sync, rename = dataset_module.fsync_path, Path.rename
     monkeypatch.setattr(dataset_module, "fsync_path", lambda path: (events.append(path.name), sync(path)))
@@ -307,7 +307,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(folder, monkeypatch):
     assert after == ["cache"]
 
 
-def test_a_worker_that_dies_is_one_line(folder, monkeypatch):
+def test_a_killed_worker_is_reported_in_one_line(folder, monkeypatch):
     monkeypatch.setattr(workers, "REQUEST_CHARS", 500)
     monkeypatch.setattr(workers.Worker, "receive", killed_before(workers.Worker.receive))
     with pytest.raises(UserError, match=r"^a tokenizing process ended with status -9 .*lower data.workers$"):
@@ -325,7 +325,7 @@ def killed_before(method):
     return receive
 
 
-# --- refused ---------------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def killed_before(method):
         ({"val_sources": [{"type": "stdlib", "weight": 1}]}, r"^data.val_sources: .*leave weight out$"),
     ],
 )
-def test_a_split_without_documents_says_what_to_do(folder, options, message):
+def test_a_split_without_documents_is_an_error_that_says_what_to_do(folder, options, message):
     with pytest.raises(UserError, match=message):
         prepare(config_of(folder, **options), quiet=True)
 
@@ -368,7 +368,7 @@ def test_sources_without_text_are_named(folder):
         ("tokenizer/tokenizer.json", Path.unlink, "No such file"),
     ],
 )
-def test_a_damaged_cache_is_named_and_what_to_delete(folder, name, damage, message):
+def test_a_damaged_cache_is_an_error_that_says_what_to_delete(folder, name, damage, message):
     place = Path(prepare(config_of(folder), quiet=True).report["folder"])
     damage(place / name)
     with pytest.raises(UserError, match=message) as error:
@@ -385,7 +385,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_a_token_beyond_the_vocabulary_in_a_file_too_long_to_read_is_named(folder, monkeypatch):
+def test_a_token_beyond_the_vocabulary_in_a_file_too_long_to_hash_is_an_error(folder, monkeypatch):
     monkeypatch.setattr(shards, "HASH_AT_START_BYTES", 0)
     place = Path(prepare(config_of(folder), quiet=True).report["folder"])
     path = place / "val-0.tokens"
@@ -396,7 +396,7 @@ def test_a_token_beyond_the_vocabulary_in_a_file_too_long_to_read_is_named(folde
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
-def test_a_disk_that_is_full_is_one_line(folder, monkeypatch):
+def test_a_full_disk_is_reported_in_one_line(folder, monkeypatch):
     place = folder / "cache"
     monkeypatch.setattr(dataset_module, "StreamWriter", FullDisk)
     with pytest.raises(UserError, match=rf"^{place}: cannot be written: No space left on device$"):
@@ -405,14 +405,14 @@ def test_a_disk_that_is_full_is_one_line(folder, monkeypatch):
 
 
 class FullDisk(dataset_module.StreamWriter):
-    """Writes its tokens to a device that takes none."""
+    """A writer whose tokens go to a device that is always full."""
 
     def __init__(self, folder: Path, split: str, index: int, tokenizer: object):
         (folder / f"{split}-{index}.tokens").symlink_to("/dev/full")
         super().__init__(folder, split, index, tokenizer)
 
 
-def test_a_cache_that_cannot_be_made_is_one_line(folder):
+def test_a_cache_that_cannot_be_created_is_reported_in_one_line(folder):
     with pytest.raises(UserError, match=r"rows.jsonl.*: cannot be written: "):
         prepare(config_of(folder, cache_dir=str(folder / "text" / "rows.jsonl" / "cache")), quiet=True)
 
@@ -429,15 +429,15 @@ def write_config(folder: Path, source: str) -> str:
     return str(path)
 
 
-def test_the_command_says_what_there_is(folder, capsys):
-    for found in (False, True):
+def test_the_command_prints_counts_and_whether_the_cache_was_used(folder, capsys):
+    for is_cached in (False, True):
         assert command.main(["--config", write_config(folder, str(folder / "text"))]) == 0
         out = capsys.readouterr().out
         assert "train " in out
         assert "documents" in out
         assert "bytes/token" in out
-        assert ("found in the cache" in out) == found
-        assert ("MB/s" in out) != found
+        assert ("found in the cache" in out) == is_cached
+        assert ("MB/s" in out) != is_cached
 
 
 def test_the_command_ends_with_status_2_for_bad_text(folder, capsys):
@@ -462,11 +462,11 @@ def test_preparing_imports_no_torch(folder):
     assert lines[-1].startswith("tokenizing: 0.0 MB in ")
 
 
-# --- a lone text, and files without a cache ----------------------------------------------------------
+# --- a single text, and files without a cache --------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 97], ids=["one chunk", "many chunks"])
-def test_of_a_lone_text_file_the_end_is_held_out_from_a_line_on(tmp_path, monkeypatch, chunk):
+def test_the_end_of_a_single_text_file_is_held_out_from_a_line_start(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr("training.data.chunks.CHUNK_CHARS", chunk)
     monkeypatch.setattr("training.data.chunks.MAX_SEARCH_CHARS", 20)
     lines = [f"line {i} of a text\n" for i in range(1000)]
@@ -477,7 +477,7 @@ def test_of_a_lone_text_file_the_end_is_held_out_from_a_line_on(tmp_path, monkey
     assert val.startswith("line 9") and val.count("\n") == pytest.approx(100, abs=2)
 
 
-def test_a_lone_text_without_lines_is_cut_all_the_same(tmp_path):
+def test_a_single_text_without_lines_is_split_anyway(tmp_path):
     (tmp_path / "text.txt").write_text("word " * 1000)
     dataset = prepare(config_of(tmp_path, sources=[{"paths": [str(tmp_path / "text.txt")]}]))
     assert (len(texts(dataset, "train")[0]), len(texts(dataset, "val")[0])) == (4500, 500)
@@ -490,7 +490,7 @@ def test_two_text_files_are_two_documents(tmp_path):
         prepare(config_of(tmp_path, sources=[{"paths": [str(tmp_path / "*.txt")]}], val_fraction=1e-9))
 
 
-def test_files_read_into_memory_are_the_split_that_preparing_them_gives(folder):
+def test_files_read_into_memory_equal_their_prepared_split(folder):
     sources = [{"paths": [str(folder / "text")]}]
     dataset = prepare(config_of(folder, val_sources=sources))
     split = memory.read_split([str(folder / "text")], "text", dataset.tokenizer)

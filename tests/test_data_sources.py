@@ -1,4 +1,4 @@
-"""Text from files, folders, the standard library and `datasets`; and one line for whatever is wrong with it."""
+"""Text from files, folders, the standard library and `datasets`; errors name the file and the record."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import bz2
 import gzip
 import json
 import lzma
+import mailbox
 import os
+import re
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import get_args
 
@@ -19,10 +22,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from training import config
 from training.config import FilesSource, HuggingFaceSource, SourceConfig, StdlibSource
 from training.data import chunks as text
+from training.data import sources
 from training.data.chunks import WORD_START, split_into_chunks, to_document
 from training.data.corpus import is_held_out
+from training.data.file_hashes import FileHashes
 from training.data.sources import READERS, build_reader
 from training.data.text_files import open_decompressed
 from training.errors import UserError
@@ -42,7 +48,7 @@ def jsonl(texts: list, column: str = "text") -> bytes:
     return b"".join(json.dumps({"id": 1, column: each}).encode() + b"\n" for each in texts)
 
 
-def test_every_kind_of_source_has_a_reader():
+def test_every_source_has_a_reader():
     variants = {get_args(tagged)[0] for tagged in get_args(get_args(SourceConfig)[0])}
     assert variants == set(READERS)
 
@@ -73,13 +79,13 @@ def test_a_byte_order_mark_is_dropped(tmp_path):
         (".GZ", gzip.compress),
     ],
 )
-def test_rows_of_jsonl_are_documents_whatever_the_compression(tmp_path, suffix, compress: Callable[[bytes], bytes]):
+def test_rows_of_jsonl_are_documents_with_every_compression(tmp_path, suffix, compress: Callable[[bytes], bytes]):
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(compress(jsonl(TEXTS) + b"\n"))
     assert read(path) == TEXTS
 
 
-def test_compressed_parts_one_after_the_other_are_one_file(tmp_path):
+def test_concatenated_compressed_files_are_one_file(tmp_path):
     for suffix, compress in ((".gz", gzip.compress), (".zst", zstandard.compress), (".xz", lzma.compress)):
         path = tmp_path / f"a.txt{suffix}"
         path.write_bytes(compress(b"first ") + compress(b"second"))
@@ -105,7 +111,7 @@ def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path):
     assert read(tmp_path / "a[1].txt") == ["odd name"]
 
 
-def test_the_standard_library_is_its_modules_without_tests():
+def test_the_standard_library_is_read_without_its_tests():
     source = build_reader(StdlibSource())
     names = [each.key for each in source.documents()]
     assert names == sorted(set(names), key=names.index)
@@ -119,8 +125,8 @@ def test_data_sets_are_read_from_folders_of_files(tmp_path, streaming, monkeypat
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_bytes(jsonl(TEXTS, "body"))
-    asked = {"name": str(tmp_path / "set"), "text_column": "body", "streaming": streaming}
-    assert documents(HuggingFaceSource(**asked)) == TEXTS
+    options = {"name": str(tmp_path / "set"), "text_column": "body", "streaming": streaming}
+    assert documents(HuggingFaceSource(**options)) == TEXTS
 
 
 def test_data_sets_are_read_from_folders_that_datasets_saved(tmp_path):
@@ -135,13 +141,13 @@ def test_data_sets_are_read_from_folders_that_datasets_saved(tmp_path):
         documents(HuggingFaceSource(name=str(tmp_path / "one"), text_column="body"))
 
 
-def test_a_data_set_that_cannot_be_loaded_is_named(monkeypatch):
+def test_a_data_set_that_cannot_be_loaded_is_an_error_that_names_it(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"^nobody/nothing: cannot be read: [^\n]+$"):
         documents(HuggingFaceSource(name="nobody/nothing"))
 
 
-# --- what is refused -------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------
 
 BAD = {
     "empty.txt": (b"", "no text in this file: it is empty, or all white space"),
@@ -173,7 +179,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_file_is_one_line_that_names_file_and_record(tmp_path, name):
+def test_an_error_names_the_file_and_the_record_in_one_line(tmp_path, name):
     content, message = BAD[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as error:
@@ -184,7 +190,7 @@ def test_a_bad_file_is_one_line_that_names_file_and_record(tmp_path, name):
     assert "\n" not in line
 
 
-def test_damage_within_a_parquet_file_is_one_line(tmp_path):
+def test_damage_within_a_parquet_file_is_reported_in_one_line(tmp_path):
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"text": [f"text {i}" for i in range(9999)]}), path, compression="zstd")
     damaged = bytearray(path.read_bytes())
@@ -202,14 +208,14 @@ def test_columns_of_parquet_are_listed_and_must_hold_text(tmp_path):
         read(tmp_path, text_column="id")
 
 
-def test_the_row_of_a_parquet_file_that_is_wrong_is_named(tmp_path):
+def test_an_error_names_the_row_of_a_parquet_file(tmp_path):
     rows = pyarrow.array([b"text"] * 300 + [b"\xff"]).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a.parquet: row 300: cannot be read: 'utf-8' codec can't decode"):
         read(tmp_path)
 
 
-def test_paths_that_give_nothing_say_why(tmp_path):
+def test_an_error_says_why_a_path_has_no_files(tmp_path):
     (tmp_path / "a.bin").write_text("text")
     extensions = r"\.txt, \.md, \.py, \.jsonl, \.parquet"
     for path, why in {
@@ -223,14 +229,14 @@ def test_paths_that_give_nothing_say_why(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="everything is readable to root")
-def test_a_file_that_may_not_be_read_is_named(tmp_path):
+def test_an_unreadable_file_is_an_error_that_names_it(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "a.txt").chmod(0)
     with pytest.raises(UserError, match=r"a.txt: cannot be read: Permission denied"):
         read(tmp_path)
 
 
-def test_an_empty_file_that_was_searched_for_is_an_empty_document(tmp_path):
+def test_an_empty_file_in_a_folder_is_an_empty_document(tmp_path):
     (tmp_path / "__init__.py").touch()
     (tmp_path / "a.py").write_text("pass")
     assert read(tmp_path) == ["", "pass"]
@@ -244,7 +250,7 @@ def test_an_empty_file_that_was_searched_for_is_an_empty_document(tmp_path):
     size=st.integers(1, 40),
 )
 @settings(max_examples=60, deadline=None)
-def test_pieces_are_the_document_however_it_arrives(words, size):
+def test_chunks_do_not_depend_on_the_blocks_that_text_arrives_in(words, size):
     whole = "".join(words)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "CHUNK_CHARS", 40)
@@ -259,7 +265,7 @@ def test_a_document_is_cut_before_a_word():
     assert [match.start() for match in WORD_START.finditer("a b\nc \nd  e\n\nf")] == [1, 4]
 
 
-def test_text_that_a_block_ends_within_is_decoded_whole(tmp_path, monkeypatch):
+def test_characters_across_blocks_are_decoded(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_bytes("日本🙂".encode() * 10)
     for size in range(1, 9):
         monkeypatch.setattr(text, "CHUNK_CHARS", size)
@@ -278,7 +284,7 @@ def test_text_that_a_block_ends_within_is_decoded_whole(tmp_path, monkeypatch):
 # --- held out --------------------------------------------------------------------------------------
 
 
-def test_a_larger_share_keeps_what_a_smaller_one_held_out():
+def test_a_larger_fraction_keeps_all_that_a_smaller_one_held_out():
     keys = [str(i) for i in range(5000)]
     smaller = {key for key in keys if is_held_out(key, 0.02)}
     larger = {key for key in keys if is_held_out(key, 0.1)}
@@ -287,3 +293,22 @@ def test_a_larger_share_keeps_what_a_smaller_one_held_out():
     assert 420 < len(larger) < 580
     assert not any(is_held_out(key, 0.0) for key in keys)
     assert all(is_held_out(key, 1.0) for key in keys)
+
+
+# --- docs/playbooks/add_a_data_source.md -------------------------------------------------------------
+
+
+def test_the_example_of_the_playbook_reads_a_mailbox(tmp_path):
+    page = (Path(__file__).parents[1] / "docs/playbooks/add_a_data_source.md").read_text()
+    options, reader = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = vars(config) | vars(sources) | {"mailbox": mailbox, "closing": closing, "__name__": "mbox"}
+    for code in (options, reader):
+        exec(compile(code, "the playbook", "exec", dont_inherit=True), names)
+    (tmp_path / "a.mbox").write_text(
+        "From a Mon Jan  1 00:00:00 2024\n\nfirst\n\nFrom b Mon Jan  1 00:00:00 2024\n\nsecond\n"
+    )
+    source = names["MboxReader"](names["MboxSource"](path=str(tmp_path / "a.mbox")))
+    assert ["".join(document.chunks).strip() for document in source.documents()] == ["first", "second"]
+    assert source.identity(FileHashes(tmp_path / "memo.json")) == FileHashes(tmp_path / "memo.json").sha256(source.path)
+    with pytest.raises(UserError, match=r"none\.mbox: no such file"):
+        names["MboxReader"](names["MboxSource"](path=str(tmp_path / "none.mbox")))

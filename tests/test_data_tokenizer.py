@@ -1,4 +1,4 @@
-"""Text to tokens and back, whichever tokenizer is asked for."""
+"""Text to tokens and back, with every kind of tokenizer."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ CL100K = (
 )
 
 
-def test_every_kind_of_tokenizer_is_answered_for():
+def test_every_tokenizer_config_has_a_builder():
     assert {get_args(tagged)[0] for tagged in get_args(get_args(config.TokenizerConfig)[0])} == set(TOKENIZERS)
 
 
 @pytest.mark.parametrize("tokenizer", [build_byte_tokenizer(), BPE], ids=["byte", "bpe"])
 @given(text=st.text())
 @settings(max_examples=50, deadline=None)
-def test_text_comes_back_and_its_bytes_add_up(tokenizer, text):
+def test_text_survives_a_round_trip_and_its_bytes_add_up(tokenizer, text):
     ids = tokenizer.encode(text)
     assert ids.dtype == np.int64
     assert tokenizer.decode(ids) == text
@@ -61,27 +61,24 @@ def test_text_comes_back_and_its_bytes_add_up(tokenizer, text):
 
 
 def check_same_tokens(tokenizer: Tokenizer, text: str) -> None:
-    found, expected = (
-        build_fast_encoder(tokenizer.inner)(text),
-        tokenizer.inner.encode(text, add_special_tokens=False).ids,
-    )
-    assert found.tolist() == expected
+    expected = tokenizer.inner.encode(text, add_special_tokens=False).ids
+    assert build_fast_encoder(tokenizer.inner)(text).tolist() == expected
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\n\r\t  'sStTlL0123ééß日本🙂")))
 @settings(max_examples=300, deadline=None)
-def test_the_fast_engine_gives_the_same_tokens(text):
+def test_the_fast_encoder_gives_the_same_tokens(text):
     for tokenizer in (BPE, build_byte_tokenizer()):
         check_same_tokens(tokenizer, text)
 
 
-def test_the_fast_engine_tells_letters_digits_and_spaces_apart_as_the_other():
+def test_the_fast_encoder_classifies_all_characters_alike():
     points = [chr(point) for point in [*range(0xD800), *range(0xE000, 0x18000), *range(0x1D000, 0x20000)]]
     check_same_tokens(BPE, "".join(f"a{c}{c}1 {c} \n" for c in points))
 
 
 @needs_gpt2
-def test_the_fast_engine_gives_gpt2s_tokens():
+def test_the_fast_encoder_gives_gpt2s_tokens():
     tokenizer = from_vocab_and_merges(GPT2 / "vocab.json", GPT2 / "merges.txt")
     words = ["naïve", "日本語", "🙂🙂", "1234567", "don't", "I'LL", "_x__", "...,", "\t\n\n", "", "\r\n", END_OF_TEXT]
     check_same_tokens(tokenizer, Path(subprocess.__file__).read_text() + " ".join(words) + "aaaa" * 5000 + " " * 5000)
@@ -119,7 +116,7 @@ PAIRS = [("b", "c"), ("a", "b"), ("ab", "c")]  # of "abc" the first joins b and 
         ({"added_tokens": [{"special": False}]}, "whole words"),
     ],
 )
-def test_what_the_fast_engine_would_do_otherwise_is_left_to_the_other(change, why):
+def test_there_is_no_fast_encoder_for_tokenizers_that_it_would_change(change, why):
     described = json.loads(BPE.inner.to_str())
     for name, value in change.items():
         if name == "added_tokens":
@@ -139,7 +136,7 @@ def test_token_i_of_the_byte_tokenizer_is_byte_i():
     assert build_byte_tokenizer().token_bytes.tolist() == [1] * 256 + [0]
 
 
-def test_the_end_of_text_token_is_the_last_and_no_text_gives_it():
+def test_the_end_of_text_token_is_the_last_and_never_encoded_from_text():
     assert (BPE.end_of_text, BPE.vocab_size) == (399, 400)
     assert BPE.token_bytes.dtype == np.int32
     assert BPE.token_bytes[399] == 0
@@ -150,7 +147,7 @@ def test_the_end_of_text_token_is_the_last_and_no_text_gives_it():
 
 
 def test_training_learns_the_same_in_another_process():
-    """No order of hashing, no number of threads and no seed of the process gets in."""
+    """Hash order, threads and seeds of the process have no influence."""
     program = (
         "import sys, hashlib; from training.data.tokenizer import train_bpe;"
         "print(hashlib.sha256(train_bpe([sys.stdin.read()] * 3, 400).inner.to_str().encode()).hexdigest())"
@@ -163,20 +160,20 @@ def test_training_learns_the_same_in_another_process():
         assert result.stdout.strip() == hashlib.sha256(BPE.inner.to_str().encode()).hexdigest()
 
 
-def test_training_stops_at_the_bytes_it_was_given():
+def test_training_stops_at_max_bytes():
     learned = build_tokenizer(config.BPETokenizer(vocab_size=400, max_bytes=len(TEXT)), iter([TEXT, "zyzzyva " * 999]))
     assert learned.inner.to_str() == train_bpe([TEXT], 400).inner.to_str()
 
 
-def test_what_is_saved_is_what_is_loaded(tmp_path):
+def test_a_saved_tokenizer_loads_unchanged(tmp_path):
     BPE.save(tmp_path)
     again = Tokenizer.load(tmp_path)
     assert again.encode(TEXT + PROBE).tolist() == BPE.encode(TEXT + PROBE).tolist()
     assert (again.end_of_text, again.vocab_size) == (BPE.end_of_text, BPE.vocab_size)
 
 
-def test_transformers_opens_what_is_saved(tmp_path):
-    """In a process of its own: Transformers takes seconds to import, and sets warnings off."""
+def test_transformers_opens_a_saved_tokenizer(tmp_path):
+    """In a separate process, because importing Transformers takes seconds and triggers warnings."""
     BPE.save(tmp_path)
     program = (
         "import sys, json; from transformers import AutoTokenizer; t = AutoTokenizer.from_pretrained(sys.argv[1]);"
@@ -202,7 +199,7 @@ def test_gpt2_from_its_two_files_gives_gpt2s_tokens(tmp_path):
 
 @needs_gpt2
 def test_tiktokens_gpt2_is_gpt2(tmp_path, monkeypatch):
-    """tiktoken reads its two files from its cache, where a download would have left them."""
+    """tiktoken reads its two files from its download cache."""
     blobs = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
     for theirs, ours in (("vocab.bpe", "merges.txt"), ("encoder.json", "vocab.json")):
         (tmp_path / hashlib.sha1((blobs + theirs).encode()).hexdigest()).write_bytes((GPT2 / ours).read_bytes())
@@ -214,7 +211,7 @@ def test_tiktokens_gpt2_is_gpt2(tmp_path, monkeypatch):
 
 
 def tiktoken_encoding(pattern: str) -> tiktoken.Encoding:
-    """An encoding with merges of letters and of digits, a word that no merges lead to, and a gap in its ids."""
+    """Build an encoding with merges of letters and digits, a token that no merges produce, and a gap in its ids."""
     learned = train_bpe([TEXT, "1234 1234. " * 99], 400)
     letters = unicode_to_bytes()
     ranks = {bytes(letters[c] for c in token): i for token, i in learned.inner.get_vocab(False).items() if i < 399}
@@ -233,11 +230,11 @@ ENCODING = tiktoken_encoding(CL100K)
 CONVERTED = from_tiktoken(ENCODING)
 
 
-def test_a_word_that_is_a_token_is_that_token_though_no_merges_lead_to_it():
+def test_a_word_that_is_a_token_stays_one_without_merges():
     assert CONVERTED.encode("bsbs").tolist() == ENCODING.encode_ordinary("bsbs") == [402]
 
 
-def test_a_converted_encoding_keeps_the_end_of_text_where_it_is():
+def test_a_converted_encoding_keeps_its_end_of_text_id():
     assert (CONVERTED.end_of_text, CONVERTED.vocab_size) == (405, 406)
     for text in (TEXT, "1234 1234.1234", "end  \n \n", "end \n\n  "):
         assert CONVERTED.encode(text).tolist() == ENCODING.encode_ordinary(text)
@@ -249,7 +246,7 @@ def test_a_tokenizer_without_an_end_of_text_gets_one():
     assert (tokenizer.end_of_text, tokenizer.vocab_size) == (300, 301)
 
 
-def test_a_large_vocabulary_takes_four_bytes_a_token():
+def test_a_large_vocabulary_uses_four_bytes_per_token():
     vocab = {**unicode_to_bytes(), **{f"a{i}": i for i in range(256, 2**16)}}
     inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     inner.pre_tokenizer, inner.decoder = (
@@ -271,7 +268,7 @@ def test_truncation_and_padding_of_a_tokenizer_are_switched_off(tmp_path):
     assert [len(ids) for ids in again.encode_batch([PROBE, "a"])] == [len(BPE.encode(PROBE)), 1]
 
 
-def test_a_tokenizer_that_loses_text_is_refused(tmp_path):
+def test_a_lossy_tokenizer_is_an_error(tmp_path):
     lower = tokenizers.Tokenizer.from_str(BPE.inner.to_str())
     lower.normalizer = normalizers.Lowercase()
     lower.save(str(tmp_path / "lower.json"))
@@ -294,7 +291,7 @@ def test_a_tokenizer_that_loses_text_is_refused(tmp_path):
         ({"vocab.json": "[", "merges.txt": ""}, "vocab.json, merges.txt: not a BPE's vocabulary and merges"),
     ],
 )
-def test_a_tokenizer_that_cannot_be_read_is_one_line(tmp_path, files, message):
+def test_an_unreadable_tokenizer_is_reported_in_one_line(tmp_path, files, message):
     for name, content in files.items():
         (tmp_path / name).write_text(content, errors="surrogateescape")
     with pytest.raises(UserError, match=message) as error:
@@ -302,7 +299,7 @@ def test_a_tokenizer_that_cannot_be_read_is_one_line(tmp_path, files, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_tokenizer_that_cannot_be_fetched_is_named(monkeypatch, tmp_path):
+def test_a_tokenizer_that_cannot_be_downloaded_is_an_error_that_names_it(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
@@ -313,9 +310,9 @@ def test_a_tokenizer_that_cannot_be_fetched_is_named(monkeypatch, tmp_path):
         build_tokenizer(config.TiktokenTokenizer(name="nothing"), iter([]))
 
 
-def test_a_tokenizer_file_is_known_by_its_content(tmp_path):
+def test_the_identity_of_a_tokenizer_file_is_its_content(tmp_path):
     BPE.save(tmp_path)
-    asked = config.FileTokenizer(path=str(tmp_path))
-    before = tokenizer_identity(asked, FileHashes(tmp_path / "digests.json"))
+    file = config.FileTokenizer(path=str(tmp_path))
+    before = tokenizer_identity(file, FileHashes(tmp_path / "digests.json"))
     build_byte_tokenizer().save(tmp_path)
-    assert tokenizer_identity(asked, FileHashes(tmp_path / "digests.json")) != before
+    assert tokenizer_identity(file, FileHashes(tmp_path / "digests.json")) != before

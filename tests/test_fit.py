@@ -31,9 +31,9 @@ def equal(one: dict, other: dict) -> bool:
 
 
 @pytest.fixture
-def halved(begun):
+def halved(build_run):
     """Weights after four steps, of which the last two were made with half the micro-batch."""
-    run = begun(name="halved")
+    run = build_run(name="halved")
     for step in range(4):
         run.micro_batch = 4 if step < 2 else 2
         train_step(run)
@@ -42,8 +42,8 @@ def halved(begun):
 
 @pytest.mark.parametrize("micro_batch", [0, 1])
 @pytest.mark.parametrize("where", ["model", "second block", "backward"])
-def test_a_batch_whose_memory_ran_out_is_begun_again_in_halves(begun, halved, capsys, micro_batch, where):
-    run = begun(name="failing")
+def test_a_batch_whose_memory_ran_out_is_begun_again_in_halves(build_run, halved, capsys, micro_batch, where):
+    run = build_run(name="failing")
     for step in range(4):
         if step == 2 and where == "backward":
             run.model.blocks[0].register_full_backward_pre_hook(raise_at(micro_batch))
@@ -66,8 +66,8 @@ def raise_at(call: int):
     return fail
 
 
-def test_metrics_of_a_batch_begun_again_count_once(begun):
-    whole, failing = begun(name="whole"), begun(name="failing")
+def test_metrics_of_a_batch_begun_again_count_once(build_run):
+    whole, failing = build_run(name="whole"), build_run(name="failing")
     out_of_memory_at(failing.model.blocks[1], 1)
     for run in (whole, failing):
         train_step(run)
@@ -76,14 +76,14 @@ def test_metrics_of_a_batch_begun_again_count_once(begun):
     assert ours["expert_load"] == theirs["expert_load"]
 
 
-def test_after_one_sample_at_a_time_blocks_are_computed_again_and_then_it_ends_in_a_line(begun, capsys):
-    run = begun(micro_batch=1)
+def test_after_one_sample_at_a_time_blocks_are_computed_again_and_then_it_ends_in_a_line(build_run, capsys):
+    run = build_run(micro_batch=1)
     out_of_memory_at(run.model, 0)
     train_step(run)
     assert run.layout.activation_checkpointing == "full"
     said = "step 1: out of memory; the same batch again, with parallel.recompute: full from here"
     assert said in capsys.readouterr().err
-    whole = begun(name="whole", micro_batch=1)
+    whole = build_run(name="whole", micro_batch=1)
     train_step(whole)
     assert equal(weights(run), weights(whole))
     out_of_memory_at(run.model, 0)
@@ -91,8 +91,8 @@ def test_after_one_sample_at_a_time_blocks_are_computed_again_and_then_it_ends_i
         train_step(run)
 
 
-def test_another_error_is_no_lack_of_memory(begun):
-    run = begun()
+def test_another_error_is_no_lack_of_memory(build_run):
+    run = build_run()
     run.model.register_forward_pre_hook(lambda *_: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
         train_step(run)
@@ -105,14 +105,14 @@ def test_a_tensor_beyond_all_memory_is_known_as_that():
     assert not devices.is_out_of_memory(RuntimeError("expected a float"))
 
 
-def test_auto_takes_the_whole_share_where_that_fits(begun):
-    run = begun(micro_batch="auto")
+def test_auto_takes_the_whole_share_where_that_fits(build_run):
+    run = build_run(micro_batch="auto")
     assert run.micro_batch == 8
     assert run.fits == {fit.place(run): {"micro_batch": 8, "recompute": "none"}}
 
 
-def test_auto_tries_the_worst_routing_and_leaves_the_model_as_it_was(begun):
-    asked, found = begun(name="asked", micro_batch=8), begun(name="found", micro_batch="auto")
+def test_auto_tries_the_worst_routing_and_leaves_the_model_as_it_was(build_run):
+    asked, found = build_run(name="asked", micro_batch=8), build_run(name="found", micro_batch="auto")
     assert equal(weights(asked), weights(found))
     for run in (asked, found):
         train_step(run)
@@ -126,27 +126,27 @@ def test_auto_tries_the_worst_routing_and_leaves_the_model_as_it_was(begun):
 
 
 @pytest.mark.parametrize(("gib", "fits"), [(1.9, 8), (1.3, 4), (1.05, 4), (0.95, 3), (0.85, 2), (0.7, 1)])
-def test_auto_is_what_the_memory_holds(begun, monkeypatch, gib, fits):
+def test_auto_is_what_the_memory_holds(build_run, monkeypatch, gib, fits):
     """Of peaks of 0.6, 0.7, 0.8 GiB, nine tenths of the memory are used, in equal parts of the 8 samples."""
-    run = begun()
+    run = build_run()
     monkeypatch.setattr(fit, "_peak", lambda _run, n: (round((0.5 + 0.1 * n) * 2**30), 0))
     monkeypatch.setattr(devices, "available_memory_bytes", lambda _device: gib * 2**30)
     assert fit._fitting(run, 8) == fits
 
 
-def test_a_memory_too_small_for_one_sample_is_a_line(begun, monkeypatch):
+def test_a_memory_too_small_for_one_sample_is_a_line(build_run, monkeypatch):
     monkeypatch.setattr(devices, "available_memory_bytes", lambda _device: 2**24)
     with pytest.raises(UserError, match=r"not one sample of 32 tokens fits into 0\.0 GiB, needs"):
-        begun(micro_batch="auto")
+        build_run(micro_batch="auto")
 
 
-def test_what_was_found_is_remembered_for_its_place(run, begun, monkeypatch):
+def test_what_was_found_is_remembered_for_its_place(run, build_run, monkeypatch):
     folder = run(name="small", micro_batch="auto", steps=8)
     state = json.loads((folder / "checkpoints/step-00000008/state.json").read_text())
     assert [known["micro_batch"] for known in state["micro_batch"].values()] == [8]
     monkeypatch.setattr(fit, "_fitting", lambda *_: 2)
-    assert begun(micro_batch="auto").micro_batch == 8
-    assert begun(micro_batch="auto", parallel={"device": "cpu", "recompute": "full"}).micro_batch == 2
+    assert build_run(micro_batch="auto").micro_batch == 8
+    assert build_run(micro_batch="auto", parallel={"device": "cpu", "recompute": "full"}).micro_batch == 2
 
 
 def test_one_rank_without_memory_halves_on_all(options, tmp_path):

@@ -13,11 +13,8 @@ import torch
 from conftest import poison_loss, rows, tensors, write_config
 from safetensors.torch import load_file
 
-from training import checkpoint
-from training.engine import step as loop
-from training.engine.build import save
-from training.engine.guard import FEWEST, MOST, WINDOW, Skips
-from training.engine.step import train_step
+from training import checkpoint, engine
+from training.engine.guard import MAX_CONSECUTIVE, MIN_WINDOW, WINDOW, StepGuard
 from training.errors import UserError
 from training.logging.report import write_report
 from training.train import train
@@ -46,44 +43,46 @@ def everything(run) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(begun, spoil, optimizer, capsys):
-    run = begun(optim={"type": optimizer})
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(build_run, spoil, optimizer, capsys):
+    run = build_run(optim={"type": optimizer})
     for _ in range(2):
-        train_step(run)
+        run.train_step()
     before = {name: tensor.clone() for name, tensor in everything(run).items()}
     hook = spoil(run, math.nan)
-    train_step(run)
+    run.train_step()
     hook.remove()
     after = everything(run)
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert all(p.grad is None for p in run.model.parameters())
-    train_step(run)
+    run.train_step()
     assert not torch.equal(before["wte.weight"], run.model.wte.weight)
-    assert (run.step, run.skips.total, run.skips.in_a_row) == (4, 1, 0)
-    assert [row["skipped_steps"] for row in run.metrics.fetch()] == [0, 0, 1, 1]
+    assert (run.state.step, run.state.guard.n_skipped, run.state.guard.consecutive) == (4, 1, 0)
+    assert [row["skipped_steps"] for row in run.rows()] == [0, 0, 1, 1]
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
-    assert line.startswith("step 3: ") and line.endswith("; skipped, nothing is learned from it")
+    assert line.startswith("step 3: ") and line.endswith("; update skipped")
 
 
-def test_the_steps_around_one_that_is_skipped_are_those_that_never_saw_it(begun):
+def test_the_steps_around_one_that_is_skipped_are_those_that_never_saw_it(build_run):
     """The third batch teaches nothing: the run is that of the others, at their own rates."""
-    run, other = begun(name="run"), begun(name="other")
+    run, other = build_run(name="run"), build_run(name="other")
     for step in range(4):
         hook = poison_loss(run.model, math.nan) if step == 2 else None
-        train_step(run)
+        run.train_step()
         if hook is not None:
             hook.remove()
-            other.step += 1
+            other.state.step += 1
         else:
-            train_step(other)
+            other.train_step()
     ours, theirs = everything(run), everything(other)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def test_ten_skipped_steps_in_a_row_end_the_run_with_their_rows_and_no_checkpoint(config, tmp_path, at_step):
     at_step.poison(range(6, 41))
-    with pytest.raises(UserError, match=rf"step 15: the last {MOST} steps' losses or gradients were not finite"):
+    with pytest.raises(
+        UserError, match=rf"step 15: the last {MAX_CONSECUTIVE} losses or gradients were NaN or infinite"
+    ):
         train(config(steps=40, checkpoint={"every": 3}, eval={"every": None, "tokens": 64}))
     folder = tmp_path / "runs/small"
     assert [step for step, _ in checkpoint.list_checkpoints(folder / "checkpoints")] == [3], (
@@ -108,34 +107,32 @@ def test_a_run_whose_last_step_was_skipped_ends_well(config, tmp_path, at_step, 
     assert json.loads((folder / "checkpoints/step-00000008/state.json").read_text(), parse_constant=pytest.fail)
     assert json.loads((folder / "summary.json").read_text())["skipped_steps"] == 1
     said = capsys.readouterr().out
-    assert "step 8/8  loss nan" in said and "1 step was skipped, of a loss or gradient" in said
+    assert "step 8/8  loss nan" in said and "1 step was skipped" in said
 
 
-def test_a_run_goes_on_counting(begun):
-    run = begun()
+def test_a_run_goes_on_counting(build_run):
+    run = build_run()
     hook = poison_loss(run.model, math.nan)
     for _ in range(3):
-        train_step(run)
+        run.train_step()
     hook.remove()
-    run.last_row = run.metrics.fetch()[-1]
-    save(run)
+    run.save()
     run.close()
-    again = begun()
-    assert (again.step, again.skips.total, again.skips.in_a_row) == (3, 3, 3)
+    again = build_run()
+    assert (again.state.step, again.state.guard.n_skipped, again.state.guard.consecutive) == (3, 3, 3)
 
 
-def test_every_count_and_both_windows_go_on_with_the_run(begun):
-    run = begun(skip_spikes=3.0, precision="fp16")
-    run.skips.total, run.skips.in_a_row, run.skips.spikes = 7, 4, 3
-    run.skips.losses.extend(range(100, 140))
-    run.skips.norms.extend(range(200, 240))
-    run.loss_scale.scale, run.loss_scale.good_steps = 2.0**7, 11
-    run.last_row = {"step": 0}
-    before = deepcopy((run.skips, run.loss_scale))
-    save(run)
+def test_every_count_and_both_windows_go_on_with_the_run(build_run):
+    run = build_run(skip_spikes=3.0, precision="fp16")
+    run.state.guard.n_skipped, run.state.guard.consecutive, run.state.guard.consecutive_spikes = 7, 4, 3
+    run.state.guard.losses.extend(range(100, 140))
+    run.state.guard.norms.extend(range(200, 240))
+    run.state.loss_scale.scale, run.state.loss_scale.good_steps = 2.0**7, 11
+    before = deepcopy((run.state.guard, run.state.loss_scale))
+    run.save()
     run.close()
-    again = begun(skip_spikes=3.0, precision="fp16")
-    for ours, theirs in zip((again.skips, again.loss_scale), before, strict=True):
+    again = build_run(skip_spikes=3.0, precision="fp16")
+    for ours, theirs in zip((again.state.guard, again.state.loss_scale), before, strict=True):
         for name, value in vars(theirs).items():
             assert getattr(ours, name) == value, name
 
@@ -143,15 +140,15 @@ def test_every_count_and_both_windows_go_on_with_the_run(begun):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_an_evaluation_that_alone_is_not_finite_ends_the_run_and_is_not_saved(config, tmp_path, monkeypatch, value):
     """Every step's loss is a number; the validation's is none."""
-    before = loop.evaluate
+    evaluate = engine.evaluate
 
-    def spoiled(model, *arguments):
-        hook = poison_loss(model, value)
-        found = before(model, *arguments)
+    def spoiled(setup, tokenizer):
+        hook = poison_loss(setup.model.model, value)
+        figures = evaluate(setup, tokenizer)
         hook.remove()
-        return found
+        return figures
 
-    monkeypatch.setattr(loop, "evaluate", spoiled)
+    monkeypatch.setattr(engine, "evaluate", spoiled)
     with pytest.raises(UserError, match=rf"^step 4: val_loss is {value}, and nothing more is saved; lower"):
         train(config())
     folder = tmp_path / "runs/small"
@@ -161,42 +158,42 @@ def test_an_evaluation_that_alone_is_not_finite_ends_the_run_and_is_not_saved(co
     assert found[-1]["val_loss"] is None and found[-1]["skipped_steps"] == 0
 
 
-def test_a_step_that_is_nan_on_one_rank_is_skipped_by_all(processes, options, begun, tmp_path):
+def test_a_step_that_is_nan_on_one_rank_is_skipped_by_all(processes, options, build_run, tmp_path):
     alike = {"micro_batch": 2, "parallel": {"device": "cpu"}}
     path = write_config(tmp_path / "poisoned.yaml", options(name="poisoned", **alike))
     ranks = {"POISON": "1:3", "STOP_AT": "2"}
     done = processes.run("trajectory:main", str(tmp_path), str(path), n_ranks=2, env=ranks)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("step 2: loss is nan; skipped") == 1
-    poisoned, run = load_file(tmp_path / "poisoned.safetensors"), begun(name="one", **alike)
-    train_step(run)
+    assert done.stderr.count("step 2: loss is nan; update skipped") == 1
+    poisoned, run = load_file(tmp_path / "poisoned.safetensors"), build_run(name="one", **alike)
+    run.train_step()
     assert all((tensor - run.model.state_dict()[name]).abs().max() < 1e-6 for name, tensor in poisoned.items())
-    train_step(run)
-    assert run.skips.total == 0
+    run.train_step()
+    assert run.state.guard.n_skipped == 0
     assert any((tensor - run.model.state_dict()[name]).abs().max() > 1e-6 for name, tensor in poisoned.items())
 
 
 def test_a_spike_is_skipped_and_a_new_level_is_not_for_long():
-    skips, noise = Skips(6.0), random.Random(0)
+    guard, noise = StepGuard(6.0), random.Random(0)
     level = 3.0
-    for _ in range(FEWEST):
-        assert skips.why(level + noise.gauss(0, 0.1), 1 + noise.gauss(0, 0.1)) is None
-    assert skips.why(level + 0.3, 1.2) is None
-    assert skips.why(level + 3, 1.0).startswith("loss is 6, and was")
-    assert skips.why(level, 5.0).startswith("grad_norm is 5, and was")
-    assert skips.why(level - 3, 0.1) is None, "better is no spike"
-    assert skips.total == 2
-    answers = [skips.why(level + 50, 1.0) for _ in range(MOST + 1)]
-    assert all(answers[:MOST]) and answers[MOST] is None
-    assert skips.why(level + 50, 1.0) is None, "that is the level now"
+    for _ in range(MIN_WINDOW):
+        assert guard.reason_to_skip(level + noise.gauss(0, 0.1), 1 + noise.gauss(0, 0.1)) is None
+    assert guard.reason_to_skip(level + 0.3, 1.2) is None
+    assert guard.reason_to_skip(level + 3, 1.0).startswith("loss is 6, after a mean of")
+    assert guard.reason_to_skip(level, 5.0).startswith("grad_norm is 5, after a mean of")
+    assert guard.reason_to_skip(level - 3, 0.1) is None, "better is no spike"
+    assert guard.n_skipped == 2
+    answers = [guard.reason_to_skip(level + 50, 1.0) for _ in range(MAX_CONSECUTIVE + 1)]
+    assert all(answers[:MAX_CONSECUTIVE]) and answers[MAX_CONSECUTIVE] is None
+    assert guard.reason_to_skip(level + 50, 1.0) is None, "that is the level now"
 
 
 def test_the_window_of_spikes_is_part_of_the_state():
-    skips, again = Skips(3.0), Skips(3.0)
+    guard, again = StepGuard(3.0), StepGuard(3.0)
     for step in range(2 * WINDOW):
-        skips.why(3 + math.sin(step), 1.0)
-    again.load_state_dict(json.loads(json.dumps(skips.state_dict())))
-    assert again == skips
+        guard.reason_to_skip(3 + math.sin(step), 1.0)
+    again.load_json(json.loads(json.dumps(guard.to_json())))
+    assert again == guard
     assert len(again.losses) == WINDOW
 
 

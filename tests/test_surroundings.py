@@ -1,4 +1,4 @@
-"""What surrounds a run changes no bit of it: where it is started, the environment, the order of files, its logs."""
+"""A run's bits do not depend on its working directory, environment, file order or logging."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 import pytest
 from conftest import ROOT, environment, rows, tensors, write_config
 
-from training.engine import step as loop
 from training.train import train
 
 SURROUNDINGS = {
@@ -19,15 +18,15 @@ SURROUNDINGS = {
 }
 
 
-def test_three_fresh_processes_in_other_surroundings_end_in_the_same_bits(options, tmp_path):
-    made = {}
+def test_three_processes_in_different_surroundings_end_in_the_same_bits(options, tmp_path):
+    results = {}
     for i, (name, variables) in enumerate(SURROUNDINGS.items()):
         texts = tmp_path / f"texts-{i}"
         texts.mkdir()
         order = sorted(
             (ROOT / "training/data").glob("*.py"), key=lambda path, i=i: hash((path.name, i)) if i else path.name
         )
-        for path in order:  # a folder lists its files as they came
+        for path in order:  # the order in which the folder lists its files
             shutil.copy(path, texts)
         changes = options(name=name)
         changes["data"] |= {
@@ -45,27 +44,18 @@ def test_three_fresh_processes_in_other_surroundings_end_in_the_same_bits(option
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         folder = tmp_path / "runs" / name
-        made[name] = (tensors(folder, 8), rows(folder), (folder / "model/model.safetensors").read_bytes())
-    assert made["plain"] == made["elsewhere"] == made["again"]
+        results[name] = (tensors(folder, 8), rows(folder), (folder / "model/model.safetensors").read_bytes())
+    assert results["plain"] == results["elsewhere"] == results["again"]
 
 
 @pytest.mark.parametrize("deleted", ["cache", "sources"])
-def test_data_that_are_deleted_while_a_run_reads_them_are_still_there_for_it(
-    run, config, monkeypatch, tmp_path, deleted
-):
-    """A mapped file stays until it is let go; what is gone is missed at the next start, or made anew."""
+def test_a_run_survives_the_deletion_of_its_data(run, config, at_step, tmp_path, deleted):
+    """A mapped file stays readable. The next start misses the sources, or rebuilds the cache."""
     texts, cache = tmp_path / "texts", tmp_path / "own-cache"
     shutil.copytree(ROOT / "training/data", texts, ignore=shutil.ignore_patterns("__pycache__"))
     data = config().data.model_dump() | {"sources": [{"type": "files", "paths": [str(texts)]}], "cache_dir": str(cache)}
     through = run(name="through", data=data)
-    step = loop.train_step
-
-    def deleting(run):
-        step(run)
-        if run.step == 3:
-            shutil.rmtree(cache if deleted == "cache" else texts)
-
-    monkeypatch.setattr(loop, "train_step", deleting)
+    at_step(3, lambda _: shutil.rmtree(cache if deleted == "cache" else texts))
     assert train(config(name="robbed", data=data)) == 0
     robbed = through.with_name("robbed")
     assert rows(robbed) == rows(through)

@@ -29,6 +29,8 @@ PRELOAD = [
     "trajectory",
     "crashes",
     "training.train",
+    "training.engine",
+    "training.session",
     "training.evaluate",
     "training.generate",
     "training.export",

@@ -90,7 +90,7 @@ def build_plan(config: Config, device: TargetDevice, world_size: int) -> RunPlan
     manifest = find_prepared_data(config)
     precision = config.precision if config.precision != "auto" else "bf16" if device.has_bf16 else "fp32"
     model = config.model.model_copy(update={"vocab_size": config.model.vocab_size or _vocab_size(config, manifest)})
-    config = config.model_copy(update={"precision": precision, "model": model})
+    config = config.model_copy(update={"precision": precision, "model": model}).with_explicit_sizes()
     n_samples = config.batch_tokens // model.n_positions
     if n_samples < world_size:
         raise UserError(
