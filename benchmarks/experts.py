@@ -38,11 +38,12 @@ def layers(width: int, device: torch.device, dtype: torch.dtype, only: str | Non
     """The layers that are compared, by name, or one of them; "auto" is what a run would use."""
     model = ModelConfig(n_embd=width, n_head=1, bias=False)
     section = MoEConfig(hidden=2 * width, activation="silu", gated=True)
-    needs = KernelRequirements(
+    requirements = KernelRequirements(
         frozenset(), frozenset({ExpertsSpec(width, 2 * width, section.n_experts, section.top_k)}), False
     )
-    kernels, why = choose_kernels(ParallelConfig(), needs, device=device, dtype=dtype)
-    print(f"  auto: {why['experts']}")
+    choice = choose_kernels(ParallelConfig(), requirements, device=device, dtype=dtype)
+    kernels = choice.kernels
+    print(f"  auto: {choice.as_text()['experts']}")
     makers: dict[str, Callable[[], nn.Module]] = {
         "dense": lambda: MLP(MLPConfig(hidden=4 * width, activation="silu", gated=True), model, kernels),
         "auto": lambda: MoE(section, model, kernels),

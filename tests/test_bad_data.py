@@ -232,7 +232,7 @@ def test_a_run_does_not_resume_on_changed_text(options, tmp_path, capsys):
     before = tensors(tmp_path / "runs/small", 3)
     (tmp_path / "a.txt").write_text(WORDS.replace("line 7 ", "line 8 "))
     line = error_of(train_command, path, capsys)
-    assert "data: the text or the tokenizer is not what it was; choose another --name" in line
+    assert "data: the text or the tokenizer has changed; choose another --name" in line
     (tmp_path / "a.txt").write_text(WORDS)
     assert train_command(["--config", str(path)]) == 0
     assert tensors(tmp_path / "runs/small", 3) == before

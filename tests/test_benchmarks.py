@@ -22,7 +22,7 @@ def output_of(name, *arguments) -> str:
 
 def test_experts_compares_with_the_dense_layer_and_transformers():
     output = output_of("experts.py", "--width", 64, "--tokens", 256, "--rounds", 1, "--threads", 1, "--dtype", "fp32")
-    assert "auto: grouped (ran, and equals the reference)" in output
+    assert "auto: grouped (matches the reference)" in output
     for name in ("dense", "auto", "loop", "transformers, eager", "transformers, grouped"):
         assert f"    {name} " in output
     assert "of our time in Transformers' eager experts: " in output and "(bar: at least 1.4, " in output

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 
 import pytest
 from conftest import rows, tensors
 
 from training import checkpoint
-from training.config import Config
-from training.engine import step as loop
 from training.errors import UserError
+from training.model import GPT
 from training.model.stats import model_stats
 from training.planning.disk import checkpoint_bytes, disk_shortage, n_checkpoints
 from training.train import train
@@ -90,39 +90,34 @@ def test_without_keep_best_the_best_checkpoint_is_neither_saved_nor_kept(run):
 
 @pytest.mark.parametrize("background", [True, False])
 @pytest.mark.parametrize("percent", [0, 10, 50, 90, 99])
-def test_a_full_disk_during_a_save_loses_nothing(config, run, small_disk, monkeypatch, percent, background):
+def test_a_full_disk_during_a_save_loses_nothing(config, run, small_disk, at_step, percent, background):
+    """After step 5 the disk has room for `percent` of the save of step 6."""
     disk = small_disk(4096)
-    often = {"every": 3, "background": background}
-    logs = {"every": 50, "tensorboard": False}
-    quiet = {"every": None, "tokens": 64}
-    changes = {"checkpoint": often, "eval": quiet, "logging": logs, "steps": 12}
+    changes = {
+        "checkpoint": {"every": 3, "background": background},
+        "eval": {"every": None, "tokens": 64},
+        "logging": {"every": 50, "tensorboard": False},
+        "steps": 12,
+    }
     through = run(name="through", **changes)
-    made = config(out_dir=str(disk / "runs"), **changes)
-    step = loop.train_step
+    small = config(out_dir=str(disk / "runs"), **changes)
+    saved = disk / "runs/small/checkpoints/step-00000003"
 
-    def filled(run):
-        step(run)
-        if run.step == 5:
-            run.saver.wait()
-            room = 16 * 1024 + percent * save_bytes(made, run.dataset.tokenizer.vocab_size) // 100
-            fill(disk, room)
+    def fill_disk(model: GPT) -> None:
+        while not saved.exists():
+            time.sleep(0.01)
+        fill(disk, 16 * 1024 + percent * checkpoint_bytes(model_stats(model.config), small) // 100)
 
-    monkeypatch.setattr(loop, "train_step", filled)
+    at_step(5, fill_disk)
     with pytest.raises(UserError, match=r"step-0000000\d: the checkpoint could not be saved: No space left on device"):
-        train(made)
-    folder = disk / "runs/small"
-    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-00000003"]
-    assert checkpoint.corruption(folder / "checkpoints/step-00000003") is None
+        train(small)
+    assert list(saved.parent.iterdir()) == [saved]
+    assert checkpoint.corruption(saved) is None
     (disk / "filler").unlink()
-    monkeypatch.setattr(loop, "train_step", step)
-    assert train(made) == 0
-    assert rows(folder) == rows(through)
-    assert tensors(folder, 12) == tensors(through, 12)
-
-
-def save_bytes(config: Config, n_vocab: int) -> int:
-    sized = config.model.model_copy(update={"vocab_size": -(-n_vocab // 64) * 64})
-    return checkpoint_bytes(model_stats(sized), config)
+    at_step.clear()
+    assert train(small) == 0
+    assert rows(disk / "runs/small") == rows(through)
+    assert tensors(disk / "runs/small", 12) == tensors(through, 12)
 
 
 def fill(disk, room: int) -> None:

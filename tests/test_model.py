@@ -12,8 +12,8 @@ import torch
 
 from training.batch import Batch
 from training.config import FeedForward, Mixer, ModelConfig
-from training.kernels.attention.table import DeviceInfo, Visibility, auto_candidates, find_documents, reason_unsupported
-from training.kernels.choose import ATTENTION_BACKENDS
+from training.kernels.attention.masks import Visibility, find_documents
+from training.kernels.attention.table import ATTENTION_BACKENDS, DeviceInfo, auto_candidates, reason_unsupported
 from training.model import FEED_FORWARDS, GPT, MIXERS, init_weights, model_stats
 from training.model.attention import AttentionContext
 from training.model.layers import RMSNorm, rotary_table, rotate

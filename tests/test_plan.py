@@ -17,7 +17,9 @@ from training.data import prepare
 from training.distributed.mesh import MeshShape
 from training.distributed.parallelize import parallelize
 from training.distributed.world import World
-from training.kernels.choose import ATTENTION_BACKENDS, EXPERT_KERNELS, Kernels
+from training.kernels.attention.table import ATTENTION_BACKENDS
+from training.kernels.interface import Kernels
+from training.kernels.table import EXPERT_KERNELS
 from training.model import GPT
 from training.model.stats import model_stats, parameter_kinds
 from training.optim.optimizer import Optimizer

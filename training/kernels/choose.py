@@ -20,16 +20,8 @@ import torch
 from training.config import ParallelConfig
 from training.errors import UserError
 from training.kernels.attention.table import device_info, limits_on
-from training.kernels.interface import (  # noqa: F401
-    AttentionBackend,
-    AttentionSpec,
-    ExpertsSpec,
-    KernelRequirements,
-    Kernels,
-    LossSpec,
-)
-from training.kernels.loss import TORCH_LOSS  # noqa: F401
-from training.kernels.table import ATTENTION_BACKENDS, EXPERT_KERNELS, LOSS_KERNELS, TABLES, candidates  # noqa: F401
+from training.kernels.interface import KernelRequirements, Kernels
+from training.kernels.table import TABLES, candidates
 from training.kernels.trials import Trial, build_trials, timing_trials
 
 TIMED_DEVICE_TYPES = ("cuda",)  # where experts' kernels are chosen by time; elsewhere by the order of the table

@@ -22,15 +22,9 @@ from training.config import (
     ModelConfig,
     MoEConfig,
 )
-from training.kernels.attention.table import Documents, Visibility, left_padded
-from training.kernels.choose import (
-    ATTENTION_BACKENDS,
-    AttentionBackend,
-    ExpertsSpec,
-    KernelRequirements,
-    Kernels,
-    LossSpec,
-)
+from training.kernels.attention.masks import Documents, Visibility, left_padded
+from training.kernels.attention.table import ATTENTION_BACKENDS
+from training.kernels.interface import AttentionBackend, ExpertsSpec, KernelRequirements, Kernels, LossSpec
 from training.kernels.loss import apply_softcap
 from training.model.attention import Attention, AttentionContext, AttentionContexts
 from training.model.cache import Cache, LayerCache

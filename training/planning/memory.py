@@ -36,8 +36,11 @@ from training.distributed.world import BUCKET, World
 from training.kernels import loss
 from training.kernels.attention import sdpa
 from training.kernels.attention.masks import Documents
-from training.kernels.choose import ATTENTION_BACKENDS, EXPERT_KERNELS, TORCH_LOSS, AttentionBackend, Kernels
+from training.kernels.attention.table import ATTENTION_BACKENDS
 from training.kernels.experts import Dispatch, permute, sort_by_expert, unpermute
+from training.kernels.interface import AttentionBackend, Kernels
+from training.kernels.loss import TORCH_LOSS
+from training.kernels.table import EXPERT_KERNELS
 from training.model import GPT, layers
 from training.model.moe import Experts
 from training.model.stats import parameter_kinds

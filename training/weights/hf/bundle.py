@@ -96,7 +96,6 @@ REWRITES = (
     (r"Annotated\[(.+), Field\(.*?\)\]", r"\1"),  # pydantic's part of a type
     # Only kernels that run on every machine: the others need packages or GPUs.
     (r"(?ms)^ATTENTION_BACKENDS = \{.*?^\}", ATTENTION),
-    (r'(?m)^(EXPERT|LOSS)_KERNELS = \{"triton": .*\} \| ', r"\1_KERNELS = "),
 )
 
 

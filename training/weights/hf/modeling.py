@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, Pret
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from training.kernels.attention.masks import Documents, left_padded
-from training.kernels.choose import Kernels
 from training.kernels.experts import PORTABLE
+from training.kernels.interface import Kernels
 from training.model.cache import Cache
 from training.model.gpt import GPT
 from training.weights.hf.options import OPTIONS, model_config
