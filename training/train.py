@@ -61,7 +61,7 @@ def train(config: Config, *, resume: str = "auto") -> int:
         config, model, optimizer, state = setup.config, setup.model, setup.optimizer, setup.state
         log = stack.enter_context(closing(engine.open_log(setup, dataset, started)))
         if config.parallel.compile:
-            model.compile()  # after the log has traced the model's graph
+            model.compile()  # the log has drawn the graph of the plain model
         checkpoints = stack.enter_context(engine.Checkpoints(config, model, optimizer, log))
         events = stack.enter_context(engine.Events(config, run.world, checkpoints))
         stack.enter_context(setup.micro_batch.restart_on_out_of_memory())
