@@ -100,6 +100,8 @@ class BuiltRun:
         self.micro_batch = self.setup.micro_batch
         self.sharded, self.model = self.setup.model, self.setup.model.model
         self.log = engine.open_log(self.setup, self.dataset, time.perf_counter())
+        if self.config.parallel.compile:
+            self.sharded.compile()
         self.checkpoints = engine.Checkpoints(self.config, self.sharded, self.optimizer, self.log)
         self.phase = engine.Phases(self.log.timer, self.world)
 
