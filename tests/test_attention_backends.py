@@ -16,6 +16,7 @@ import torch
 from stand_ins import mode
 from torch._dynamo.utils import counters
 
+from training.batch import Batch
 from training.config import BlockConfig, ModelConfig, ParallelConfig
 from training.errors import UserError
 from training.kernels.attention.deterministic import (
@@ -472,7 +473,7 @@ def batch(n_documents, n_samples=3):
 
 
 def step(model, tokens, packed):
-    loss, _ = model(tokens, tokens, tokens.numel(), documents=packed)
+    loss, _ = model(Batch(tokens, tokens, n_targets=tokens.numel(), documents=packed))
     return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
 
 
