@@ -74,7 +74,7 @@ class RunLog:
 
     def _row(self, step: int, values: dict[str, list[float]], n_targets: int, n_skipped: int, step_s: float) -> dict:
         config = self.config
-        (grad_norm,) = values.pop("grad_norm")
+        scalars = {name: values.pop(name)[0] for name in list(values) if "." not in name and name != "loss_sum"}
         tokens_per_s = config.batch_tokens / step_s
         peak = devices.peak_flops(self.world.device, config.precision)
         self.time_s += step_s
@@ -82,7 +82,7 @@ class RunLog:
             "step": step,
             **self.step_metrics(values, n_targets),
             "learning_rate": config.optim.learning_rate * lr_factor(config.schedule, step - 1, config.steps),
-            "grad_norm": grad_norm,
+            **scalars,
             "skipped_steps": n_skipped,
             "tokens": step * config.batch_tokens,
             "tokens_per_s": tokens_per_s,
