@@ -125,7 +125,8 @@ def test_a_step_that_is_forgotten_is_noticed(page, block, tmp_path):
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     contracts = [
         "tests/test_optim.py", "tests/test_model.py::test_the_registries_cover_the_configuration",
-        "tests/test_data_sources.py", "tests/test_config.py", "tests/test_configs.py", "tests/test_kernels.py", "tests/test_logging.py",
+        "tests/test_data_sources.py", "tests/test_config.py", "tests/test_configs.py", "tests/test_kernels.py",
+        "tests/test_logging.py",
     ]  # fmt: skip
     variables = environment() | {"PYTHONPATH": str(copy)}
     done = subprocess.run(
