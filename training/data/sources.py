@@ -15,6 +15,7 @@ from training.data.text_files import (
     SKIPPED_FOLDERS,
     find_files,
     format_of,
+    is_plain_text,
     read_documents,
     to_text,
     walk,
