@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import os
+import resource
 import sys
 import time
 from contextlib import ExitStack
@@ -195,4 +196,33 @@ def main_with_a_signal(arguments: list[str]) -> int:
         return original(*arguments, **named)
 
     setattr(owner, name, sending)
+    return train_command(arguments)
+
+
+def main_with_limited_memory(arguments: list[str]) -> int:
+    """Train like the command, but limit the memory to what is in use, at LIMIT_AT: "load" or "step 3"."""
+    from training import engine
+    from training.engine import build
+    from training.train import main as train_command
+
+    load_tensors, train_step = build.load_tensors, engine.train_step
+
+    def limit() -> None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
+
+    def load(*arguments: Any) -> None:
+        load_tensors(*arguments)
+        limit()
+
+    def step(config: Config, model: Any, optimizer: Any, loader: Any, micro_batch: Any, state: Any, phase: Any) -> Any:
+        if state.step == 2:
+            limit()
+            micro_batch.size = 128  # needs more than was used so far, which stays the process's own
+        return train_step(config, model, optimizer, loader, micro_batch, state, phase)
+
+    if os.environ["LIMIT_AT"] == "load":
+        build.load_tensors = load
+    else:
+        engine.train_step = step
     return train_command(arguments)
