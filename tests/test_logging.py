@@ -737,19 +737,19 @@ def test_a_metric_is_shown_everywhere_by_its_entry_alone(tmp_path, capsys, reque
     pages = ("add_a_metric.md", "add_a_validation_figure.md")
     blocks = [block for page in pages for block in code_of(page, "Metric(")]
     metrics = [eval(block, vars(metrics_module).copy()) for block in blocks]
-    assert [metric.key for metric in metrics] == ["weight_norm", "val_accuracy"]
+    assert [metric.key for metric in metrics] == ["weight_norm", "val_bits_per_token"]
     request.addfinalizer(lambda: METRICS.__delitem__(slice(-len(metrics), None)))
     METRICS.extend(metrics)
-    rows = [row(1, weight_norm=12.34), row(2, weight_norm=12.5, val_accuracy=0.25)]
+    rows = [row(1, weight_norm=12.34), row(2, weight_norm=12.5, val_bits_per_token=0.25)]
     sinks = open_sinks(LoggingConfig(every=1), run_in(tmp_path, steps=2))
     for sink in sinks:
         sink.write(rows)
         sink.close(None)
     output, found = capsys.readouterr().out, events(tmp_path)
-    assert "norm 12.3" in output and "accuracy 0.250" in output
-    assert [len(found.Scalars(tag)) for tag in ("train/weight_norm", "val/accuracy")] == [2, 1]
+    assert "norm 12.3" in output and "bits/token 0.250" in output
+    assert [len(found.Scalars(tag)) for tag in ("train/weight_norm", "val/bits_per_token")] == [2, 1]
     page = report.write_report(tmp_path).read_text()
-    assert all(f"<b>{text}</b>" in page for text in ("12.5", "0.250", "Weight norm", "Accuracy"))
+    assert all(f"<b>{text}</b>" in page for text in ("12.5", "0.250", "Weight norm", "Bits per token"))
 
 
 def test_logging_imports_torch_and_wandb_only_for_a_sink_that_needs_them():
