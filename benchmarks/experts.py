@@ -24,7 +24,7 @@ from training.config import MLPConfig, ModelConfig, MoEConfig, ParallelConfig
 from training.kernels.choose import choose_kernels
 from training.kernels.interface import ExpertsSpec, KernelRequirements
 from training.kernels.table import EXPERT_KERNELS
-from training.model.layers import Batch
+from training.model.layers import FeedForwardContext
 from training.model.mlp import MLP
 from training.model.moe import MoE
 
@@ -38,11 +38,12 @@ def layers(width: int, device: torch.device, dtype: torch.dtype, only: str | Non
     """The layers that are compared, by name, or one of them; "auto" is what a run would use."""
     model = ModelConfig(n_embd=width, n_head=1, bias=False)
     section = MoEConfig(hidden=2 * width, activation="silu", gated=True)
-    needs = KernelRequirements(
+    requirements = KernelRequirements(
         frozenset(), frozenset({ExpertsSpec(width, 2 * width, section.n_experts, section.top_k)}), False
     )
-    kernels, why = choose_kernels(ParallelConfig(), needs, device=device, dtype=dtype)
-    print(f"  auto: {why['experts']}")
+    choice = choose_kernels(ParallelConfig(), requirements, device=device, dtype=dtype)
+    kernels = choice.kernels
+    print(f"  auto: {choice.as_text()['experts']}")
     makers: dict[str, Callable[[], nn.Module]] = {
         "dense": lambda: MLP(MLPConfig(hidden=4 * width, activation="silu", gated=True), model, kernels),
         "auto": lambda: MoE(section, model, kernels),
@@ -83,7 +84,7 @@ def called(layer: nn.Module, x_BTC: Tensor) -> Tensor:
     if not isinstance(layer, MLP | MoE):
         y = layer(x_BTC)
         return y[0] if isinstance(y, tuple) else y
-    y_BTC, routing = layer(x_BTC, Batch(x_BTC[..., 0].numel()))
+    y_BTC, routing = layer(x_BTC, FeedForwardContext(x_BTC[..., 0].numel()))
     return y_BTC if routing is None else y_BTC + routing.aux_loss.to(y_BTC.dtype)
 
 

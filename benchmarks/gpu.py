@@ -25,8 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from training import device as devices
 from training.errors import UserError
-from training.kernels.attention.table import auto_candidates, device_info, limits_on
-from training.kernels.table import ATTENTION_BACKENDS, LOSS_KERNELS
+from training.kernels.attention.table import ATTENTION_BACKENDS, auto_candidates, device_info, limits_on
+from training.kernels.table import LOSS_KERNELS
 from training.model import model_stats
 from training.twin import twin
 

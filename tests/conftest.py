@@ -14,7 +14,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import pytest
 import torch
@@ -27,6 +27,9 @@ from training.logging.phases import PHASES
 from training.options import cli
 from training.options.schema import is_list, sections
 from training.train import train
+
+if TYPE_CHECKING:
+    from training.distributed.world import World
 
 ROOT = Path(__file__).parent.parent
 MOE = {"type": "moe", "n_experts": 4, "hidden": 32}
@@ -80,19 +83,25 @@ def config(options):
 
 
 class BuiltRun:
-    """A run that is built but not trained: the tests' only way into the engine."""
+    """A run in this process, trained step by step. With `AtStep` it is the tests' only way into the engine.
 
-    def __init__(self, config: Config, resume: str = "auto"):
+    `model` is the GPT, `sharded` the model as the engine knows it.
+    """
+
+    def __init__(self, config: Config, world: World | None = None, resume: str = "auto"):
         from training import engine
         from training.data import prepare
         from training.distributed.world import World
 
         self.dataset = prepare(config.data, quiet=True)
-        self.world = World(0, 1, torch.device("cpu"))
+        self.world = world or World(0, 1, torch.device("cpu"))
         self.setup = engine.build(config, self.dataset, self.world, resume)
         self.config, self.state, self.optimizer = self.setup.config, self.setup.state, self.setup.optimizer
+        self.micro_batch = self.setup.micro_batch
         self.sharded, self.model = self.setup.model, self.setup.model.model
         self.log = engine.open_log(self.setup, self.dataset, time.perf_counter())
+        if self.config.parallel.compile:
+            self.sharded.compile()
         self.checkpoints = engine.Checkpoints(self.config, self.sharded, self.optimizer, self.log)
         self.phase = engine.Phases(self.log.timer, self.world)
 
@@ -105,16 +114,22 @@ class BuiltRun:
         self.log.add(self.state.step, *metrics, self.state.guard.n_skipped)
 
     def rows(self) -> list[dict]:
-        """The rows of the steps since the last call."""
+        """Return the rows of the steps since the last call."""
         self.log.fetch()
         rows, self.log.rows = self.log.rows, []
         return rows
 
     def evaluate(self) -> dict[str, float]:
-        """The validation figures."""
+        """Return the validation figures."""
         from training import engine
 
         return engine.evaluate(self.setup, self.dataset.tokenizer)
+
+    def sample(self) -> dict:
+        """Return the continuations of the prompts."""
+        from training import engine
+
+        return engine.sample_texts(self.setup, self.dataset.tokenizer)
 
     def save(self) -> None:
         """Save a checkpoint and wait for it."""
@@ -129,15 +144,15 @@ class BuiltRun:
 
 
 @pytest.fixture
-def begun(config):
+def build_run(config):
     """Build small runs, new or resumed, in this process; they are closed at the end of the test."""
     runs = []
 
-    def make(**changes) -> BuiltRun:
+    def build(**changes) -> BuiltRun:
         runs.append(BuiltRun(config(**changes)))
         return runs[-1]
 
-    yield make
+    yield build
     for run in runs:
         run.close()
 
@@ -329,8 +344,8 @@ def goes_on_with(kernel: str, run, folder: Path, capsys) -> None:
     before = tensors(folder, 8)
     shutil.rmtree(folder / "checkpoints" / "step-00000008")
     run()
-    output = capsys.readouterr().out
-    assert "goes on     after step 6" in output and f"{kernel} (ran, and equals the reference)" in output
+    output = " ".join(capsys.readouterr().out.split())
+    assert "resuming from step 6" in output and f"{kernel} (matches the reference)" in output
     assert tensors(folder, 8) == before
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from training.config import ModelConfig
-from training.kernels.attention.table import Visibility, device_info, reason_unsupported
-from training.kernels.choose import ATTENTION_BACKENDS
+from training.kernels.attention.masks import Visibility
+from training.kernels.attention.table import ATTENTION_BACKENDS, device_info, reason_unsupported
 from training.model import model_stats
 from training.model.attention import AttentionContext
 from training.model.differential import DifferentialAttention

@@ -16,12 +16,9 @@ from trajectory import train
 
 from training.checkpoint import corruption
 from training.config import Config, MeshConfig, ModelConfig
-from training.data import prepare
 from training.distributed.mesh import MeshShape, mesh_shape
 from training.distributed.recompute import SAVED_OPERATORS
 from training.distributed.world import World
-from training.engine.build import begin
-from training.engine.step import train_step
 from training.errors import UserError
 
 STEPS, MANY = 10, 30  # of `make test`; of the soak
@@ -195,7 +192,7 @@ def test_a_rank_out_of_memory_inside_a_collective_ends_the_run_which_resumes_wit
     (line,) = [line for line in output.splitlines() if "out of memory" in line]
     assert re.fullmatch(
         r"error: rank 1 \(host \S+, pid \d+\): step 3: out of memory; "
-        "the same command goes on from the newest checkpoint, 2 samples at a time",
+        "the same command resumes from the latest checkpoint with micro_batch 2",
         line,
     )
     [(outcome, weights)], _ = train_on_ranks(2, [changes])
@@ -226,15 +223,13 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_selective_recomputation_does_not_repeat_products_and_attention(config):
+def test_selective_recomputation_does_not_repeat_products_and_attention(build_run):
     """The operators of a forward and backward are counted as they run."""
     counts = {}
     for recompute in ("none", "selective", "full"):
-        made = config(**changed("moe", recompute, 4, {}, parallel={"recompute": recompute}))
-        run = begin(made, prepare(made.data, quiet=True), World(0, 1, torch.device("cpu")), "auto")
+        run = build_run(**changed("moe", recompute, 4, {}, parallel={"recompute": recompute}))
         with Counted() as counts[recompute]:
-            train_step(run)
-        run.close()
+            run.train_step()
     none, selective, full = (counted.counts for counted in counts.values())
     assert selective == none
     for name in ("aten::addmm", "aten::_grouped_mm", "aten::_scaled_dot_product_flash_attention_for_cpu"):

@@ -22,7 +22,6 @@ from training.data.in_memory import read_split
 from training.data.loader import Samples
 from training.engine import expert_tokens
 from training.engine.expert_tokens import sampled_layers, token_texts, top_tokens
-from training.engine.step import model_inputs
 from training.logging.console import open_sink
 from training.logging.dead_experts import PATIENCE, DeadExpertWatch
 from training.model import GPT, init_weights
@@ -120,15 +119,13 @@ def test_the_live_console_reports_dead_experts_once_above_the_bar(tmp_path):
 # --- tokens that each expert prefers ----------------------------------------------------------------
 
 
-def validation(folder: Path, n_positions: int) -> Samples:
+def validation(folder: Path, isolate_documents: bool = False) -> Samples:
     """Return samples of documents shorter and longer than a window; the last window is partly empty."""
     for i in range(40):
         (folder / f"{i}.txt").write_text("the cat and the dog; naïve 日本\n\tthe end\n"[i % 7 : 19 + i])
-    return Samples(
-        read_split([str(folder / "*.txt")], "text", tokenizers.build_byte_tokenizer()),
-        n_positions=n_positions,
-        seed=None,
-    )
+    tokenizer = tokenizers.build_byte_tokenizer()
+    split = read_split([str(folder / "*.txt")], "text", tokenizer)
+    return Samples(split, n_positions=32, seed=None, end_of_text=tokenizer.end_of_text if isolate_documents else None)
 
 
 def router_model(isolate_documents: bool = False) -> GPT:
@@ -147,25 +144,25 @@ def router_model(isolate_documents: bool = False) -> GPT:
     return model
 
 
-def count_assignments(model: GPT, batches: Samples, end_of_text: int) -> dict[int, Counter]:
+def count_assignments(model: GPT, samples: Samples) -> dict[int, Counter]:
     """Return how often each (token, expert) occurs by layer, counted with hooks, a window at a time."""
-    seen: dict[int, Counter] = {}
+    counts: dict[int, Counter] = {}
 
     def hook(layer: int):
-        def see(_module, _inputs, output):
-            for token, target, experts in zip(tokens[0], targets[0], output[1].topk_ids_NK.tolist(), strict=True):
+        def count(_module, _inputs, output):
+            for token, target, experts in zip(*(x_BT[0] for x_BT in batch[:2]), output[1].topk_ids_NK, strict=True):
                 if target >= 0:
-                    seen.setdefault(layer, Counter()).update((int(token), expert) for expert in experts)
+                    counts.setdefault(layer, Counter()).update((int(token), int(expert)) for expert in experts)
 
-        return see
+        return count
 
     for layer, block in enumerate(model.blocks):
         if isinstance(block.ffn, MoE):
             block.ffn.register_forward_hook(hook(layer))
-    for window in range(batches.n_samples):
-        tokens, targets = batches.at([window])
-        model(model_inputs(model, tokens, targets, end_of_text))
-    return seen
+    for window in range(samples.n_samples):
+        batch = samples.batch([window])._replace(n_targets=1).to(torch.device("cpu"))
+        model(batch)
+    return counts
 
 
 def preferred_by(expert: int, counts: Counter, top_k: int, n_ids: int) -> list[tuple[int, float, int]]:
@@ -176,31 +173,30 @@ def preferred_by(expert: int, counts: Counter, top_k: int, n_ids: int) -> list[t
         of_expert[to] += n
     total = sum(of_token.values())
     frequent = sorted(of_token, key=lambda token: (-of_token[token], token))[:n_ids]
-    found = [
+    lifts = [
         (token, counts[token, expert] / of_token[token] / (of_expert[expert] / total), counts[token, expert])
         for token in frequent
         if of_token[token] >= 5 * top_k and of_expert[expert]
     ]
-    return sorted((one for one in found if one[1] > 1), key=lambda one: (-one[1], -one[2], one[0]))[:8]
+    return sorted((entry for entry in lifts if entry[1] > 1), key=lambda entry: (-entry[1], -entry[2], entry[0]))[:8]
 
 
 @pytest.mark.parametrize(("isolate", "n_ids"), [(False, 4096), (False, 9), (True, 4096)])
 def test_the_preferred_tokens_are_those_of_a_plain_loop_over_the_text(tmp_path, monkeypatch, isolate, n_ids):
-    monkeypatch.setattr(expert_tokens, "MOST_IDS", n_ids)
-    model, batches, tokenizer = router_model(isolate), validation(tmp_path, 32), tokenizers.build_byte_tokenizer()
-    found = expert_tokens.measure_expert_tokens(
-        model, batches, tokenizer, EvalConfig(tokens=None), micro_batch=3, step=7
-    )
-    assert (found["step"], found["n_tokens"], found["seen_at_least"]) == (7, batches.split.n_tokens - 1, 5)
-    assert [(layer["layer"], layer["n_experts"]) for layer in found["layers"]] == [(1, 4), (2, 6)]
-    seen = count_assignments(model, batches, tokenizer.end_of_text)
-    for layer in found["layers"]:
+    monkeypatch.setattr(expert_tokens, "MAX_IDS", n_ids)
+    model, samples, tokenizer = router_model(isolate), validation(tmp_path, isolate), tokenizers.build_byte_tokenizer()
+    options = {"micro_batch": 3, "step": 7}
+    content = expert_tokens.measure_expert_tokens(model, samples, tokenizer, EvalConfig(tokens=None), **options)
+    assert (content["step"], content["n_tokens"], content["seen_at_least"]) == (7, samples.split.n_tokens - 1, 5)
+    assert [(layer["layer"], layer["n_experts"]) for layer in content["layers"]] == [(1, 4), (2, 6)]
+    counts = count_assignments(model, samples)
+    for layer in content["layers"]:
         for expert, ours in enumerate(layer["liked"]):
-            theirs = preferred_by(expert, seen[layer["layer"]], {1: 2, 2: 1}[layer["layer"]], n_ids)
+            theirs = preferred_by(expert, counts[layer["layer"]], {1: 2, 2: 1}[layer["layer"]], n_ids)
             assert [token["sent"] for token in ours] == [sent for _, _, sent in theirs]
             assert [token["lift"] for token in ours] == pytest.approx([lift for _, lift, _ in theirs], abs=1e-3)
             assert [token["text"] for token in ours] == token_texts(tokenizer, np.array([t for t, _, _ in theirs], int))
-    assert sum(bool(tokens) for layer in found["layers"] for tokens in layer["liked"]) >= 6
+    assert sum(bool(tokens) for layer in content["layers"] for tokens in layer["liked"]) >= 6
 
 
 def test_preferred_tokens_are_not_just_frequent_ones():
@@ -235,7 +231,7 @@ def test_measuring_changes_neither_the_model_nor_the_random_state(tmp_path):
     model = router_model()
     state, weights = torch.get_rng_state(), {name: value.clone() for name, value in model.state_dict().items()}
     expert_tokens.measure_expert_tokens(
-        model, validation(tmp_path, 32), tokenizers.build_byte_tokenizer(), EvalConfig(), micro_batch=4, step=1
+        model, validation(tmp_path), tokenizers.build_byte_tokenizer(), EvalConfig(), micro_batch=4, step=1
     )
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
@@ -262,7 +258,7 @@ def test_the_report_and_the_summary_of_a_run_have_its_experts(run, capsys):
     assert any("after step 8 over 512 tokens" in text for text in page.of("p"))
     assert page.of("code")
     assert "Dropped" in page.of("b")
-    promise = "0.5: drops tokens, so micro-batch and ranks change what is computed"
+    promise = "0.5: drops tokens, so the result depends on micro-batch and ranks"
     assert promise in page.of("dd")
     assert re.search(rf"^capacity +{promise}$", capsys.readouterr().out, re.MULTILINE)
 

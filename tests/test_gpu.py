@@ -1,25 +1,23 @@
-"""What only a GPU can tell: `make test-gpu`. Kernels at real widths, what waits, and runs that repeat to the bit."""
+"""Tests that need a GPU (`make test-gpu`): kernels at real widths, waits for the device, runs that repeat."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tensors
+from conftest import BuiltRun, tensors
 from torch._dynamo.utils import counters
 
+from training.batch import Batch
 from training.config import BlockConfig, ModelConfig, MoEConfig, ParallelConfig
-from training.data import prepare
 from training.distributed.world import World
-from training.engine.build import begin
-from training.engine.step import train_step
 from training.kernels.attention.masks import Visibility, find_documents
-from training.kernels.attention.table import device_info, limits_on, reason_unsupported
+from training.kernels.attention.table import ATTENTION_BACKENDS, device_info, limits_on, reason_unsupported
 from training.kernels.choose import choose_kernels
 from training.kernels.experts import sort_by_expert
 from training.kernels.interface import AttentionSpec, ExpertsSpec, KernelRequirements, Kernels
-from training.kernels.table import ATTENTION_BACKENDS, EXPERT_KERNELS, LOSS_KERNELS
-from training.model import GPT, kernel_requirements
-from training.model.layers import Batch
+from training.kernels.table import EXPERT_KERNELS, LOSS_KERNELS
+from training.model import GPT, init_weights, kernel_requirements
+from training.model.layers import FeedForwardContext
 from training.model.moe import MoE
 
 if not torch.cuda.is_available():
@@ -31,7 +29,7 @@ pytestmark = [
 ]
 CUDA = torch.device("cuda")
 NAMES = [name for name in ATTENTION_BACKENDS if "cuda" in (ATTENTION_BACKENDS[name].limits or {})]
-CALLS = {
+SPECS = {
     "GPT-2": AttentionSpec(12, 12, 64, 64),
     "grouped-query": AttentionSpec(8, 2, 128, 128),
     "multi-query": AttentionSpec(4, 1, 96, 96),
@@ -44,82 +42,81 @@ CALLS = {
 }
 ROUNDING = {torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
-over_calls = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+over_specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 over_packing = pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
-OF_COMPILERS = {"flex": pytest.mark.filterwarnings("ignore")}  # what they warn of
-over_names = pytest.mark.parametrize("name", [pytest.param(n, marks=OF_COMPILERS.get(n, ())) for n in NAMES])
+COMPILER_WARNINGS = {"flex": pytest.mark.filterwarnings("ignore")}
+over_names = pytest.mark.parametrize("name", [pytest.param(n, marks=COMPILER_WARNINGS.get(n, ())) for n in NAMES])
 
 
-def skip_what_it_cannot(name, call, packed, dtype):
-    if (problem := reason_unsupported(name, call, packed, device_info(CUDA), dtype)) is not None:
-        pytest.skip(f"{name}: {problem}")
+def skip_if_unsupported(name, spec, packed, dtype):
+    if (reason := reason_unsupported(name, spec, packed, device_info(CUDA), dtype)) is not None:
+        pytest.skip(f"{name}: {reason}")
 
 
-def inputs_of(call, packed, dtype, n_samples, n_tokens):
-    """(queries, keys, values and gradient of the result as projections have them (B, T, H, D), who sees whom)."""
+def inputs_of(spec, packed, dtype, n_samples, n_tokens):
+    """Return queries, keys, values and the gradient of the result, (B, T, H, D) as projections are, and Visibility."""
     generator = torch.Generator().manual_seed(n_tokens)
     tokens = torch.randint(0, 40, (n_samples, n_tokens), generator=generator).to(CUDA)
     heads = [
-        (call.n_head, call.head_dim),
-        (call.n_kv_head, call.head_dim),
-        (call.n_kv_head, call.value_dim),
-        (call.n_head, call.value_dim),
+        (spec.n_head, spec.head_dim),
+        (spec.n_kv_head, spec.head_dim),
+        (spec.n_kv_head, spec.value_dim),
+        (spec.n_head, spec.value_dim),
     ]
-    made = [torch.randn(n_samples, n_tokens, *head, generator=generator).to(CUDA, dtype) for head in heads]
-    return made, Visibility(n_tokens, n_tokens, CUDA, call.window, find_documents(tokens, 0) if packed else None)
+    inputs = [torch.randn(n_samples, n_tokens, *head, generator=generator).to(CUDA, dtype) for head in heads]
+    return inputs, Visibility(n_tokens, n_tokens, CUDA, spec.window, find_documents(tokens, 0) if packed else None)
 
 
-def outcome(name, call, made, seen, dtype):
-    """The result and the gradients of queries, keys and values."""
-    backend, leaves = ATTENTION_BACKENDS[name], [x.detach().to(dtype).requires_grad_() for x in made[:3]]
+def outcome(name, spec, inputs, visibility, dtype):
+    """Return the result and the gradients of queries, keys and values."""
+    backend, leaves = ATTENTION_BACKENDS[name], [x.detach().to(dtype).requires_grad_() for x in inputs[:3]]
     q, k, v = (x.transpose(1, 2) for x in leaves)
-    y = backend.attend(q, k, v, backend.build_mask(seen), scale=call.scale, softcap=call.softcap)
-    return [y, *torch.autograd.grad(y, leaves, made[3].to(dtype).transpose(1, 2))]
+    y = backend.attend(q, k, v, backend.build_mask(visibility), scale=spec.scale, softcap=spec.softcap)
+    return [y, *torch.autograd.grad(y, leaves, inputs[3].to(dtype).transpose(1, 2))]
 
 
 @over_packing
-@over_calls
+@over_specs
 @over_names
 @pytest.mark.parametrize("dtype", ROUNDING, ids=["fp16", "bf16"])
-def test_a_backend_equals_the_reference_in_float32_forward_and_backward(name, dtype, call, packed):
-    skip_what_it_cannot(name, call, packed, dtype)
-    made, seen = inputs_of(call, packed, dtype, n_samples=3, n_tokens=331)
-    expected = outcome("reference", call, made, seen, torch.float32)
-    for ours, theirs in zip(outcome(name, call, made, seen, dtype), expected, strict=True):
+def test_a_backend_equals_the_reference_in_float32_forward_and_backward(name, dtype, spec, packed):
+    skip_if_unsupported(name, spec, packed, dtype)
+    inputs, visibility = inputs_of(spec, packed, dtype, n_samples=3, n_tokens=331)
+    expected = outcome("reference", spec, inputs, visibility, torch.float32)
+    for ours, theirs in zip(outcome(name, spec, inputs, visibility, dtype), expected, strict=True):
         assert (ours.float() - theirs).norm() < ROUNDING[dtype] * theirs.norm()
 
 
 @over_packing
-@over_calls
+@over_specs
 @over_names
-def test_gradients_are_the_same_bits_every_time_where_the_table_says_so(name, call, packed):
-    skip_what_it_cannot(name, call, packed, torch.bfloat16)
+def test_gradients_repeat_their_bits_if_the_table_says_so(name, spec, packed):
+    skip_if_unsupported(name, spec, packed, torch.bfloat16)
     if not limits_on(name, device_info(CUDA)).deterministic:
         pytest.skip(f"{name}: its backward is not deterministic")
-    made, seen = inputs_of(call, packed, torch.bfloat16, n_samples=4, n_tokens=2048)
-    first = outcome(name, call, made, seen, torch.bfloat16)
+    inputs, visibility = inputs_of(spec, packed, torch.bfloat16, n_samples=4, n_tokens=2048)
+    first = outcome(name, spec, inputs, visibility, torch.bfloat16)
     for _ in range(20):
-        again = outcome(name, call, made, seen, torch.bfloat16)
+        again = outcome(name, spec, inputs, visibility, torch.bfloat16)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, again, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore")  # of compilers
+@pytest.mark.filterwarnings("ignore")  # compilers warn
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
 @over_names
-def test_a_model_computes_the_same_with_it_and_no_step_compiles_anew(name, packed, compiled):
+def test_a_model_computes_the_same_and_is_compiled_once(name, packed, compiled):
     mixers = [{"n_kv_head": 2}, {"n_kv_head": 2, "window": 64}] if packed else [{}]
     blocks = tuple(BlockConfig.model_validate({"mixer": mixer}) for mixer in mixers)
     sizes = {"n_layer": 4, "n_head": 4, "n_embd": 256, "n_positions": 256, "vocab_size": 512}
     config = ModelConfig(**sizes, isolate_documents=packed, blocks=blocks)
-    asked = kernel_requirements(config)
-    for call in asked.attention:
-        skip_what_it_cannot(name, call, packed, torch.bfloat16)
-    kernels, _ = choose_kernels(
-        ParallelConfig(attention=name, compile=compiled), asked, device=CUDA, dtype=torch.bfloat16
-    )
+    requirements = kernel_requirements(config)
+    for spec in requirements.attention:
+        skip_if_unsupported(name, spec, packed, torch.bfloat16)
+    parallel = ParallelConfig(attention=name, compile=compiled)
+    kernels = choose_kernels(parallel, requirements, device=CUDA, dtype=torch.bfloat16).kernels
     both = (kernels, kernels._replace(attention=ATTENTION_BACKENDS["reference"]))
-    model, plain = (GPT(config, each, torch.bfloat16).init_weights(0).to(CUDA) for each in both)
+    model, plain = (init_weights(GPT(config, each, torch.bfloat16), 0).to(CUDA) for each in both)
     torch._dynamo.reset()
     counters.clear()
     for block in model.blocks if compiled else ():
@@ -128,11 +125,12 @@ def test_a_model_computes_the_same_with_it_and_no_step_compiles_anew(name, packe
     for n_documents in (1, 5, 2, 17, 9):
         tokens = torch.randint(1, 512, (4, 256), device=CUDA)
         tokens.view(-1)[3 : 3 + 5 * n_documents : 5] = 0
-        found = []
+        grads = []
         for each in (model, plain):
-            loss, _ = each(tokens, tokens, tokens.numel(), documents=find_documents(tokens, 0) if packed else None)
-            found.append(torch.cat([x.flatten() for x in torch.autograd.grad(loss, list(each.parameters()))]))
-        assert (found[0] - found[1]).norm() < 0.05 * found[1].norm()
+            documents = find_documents(tokens, 0) if packed else None
+            loss, _ = each(Batch(tokens, tokens, n_targets=tokens.numel(), documents=documents))
+            grads.append(torch.cat([x.flatten() for x in torch.autograd.grad(loss, list(each.parameters()))]))
+        assert (grads[0] - grads[1]).norm() < 0.05 * grads[1].norm()
         n_graphs.append(counters["stats"]["unique_graphs"])
     assert n_graphs[1:] == [n_graphs[1]] * 4
 
@@ -149,30 +147,30 @@ def skip_without(name, dtype):
     if name == "triton":
         pytest.importorskip("triton")
     elif name == "grouped" and dtype != torch.bfloat16:
-        pytest.skip("grouped: PyTorch has it for bf16")
+        pytest.skip("grouped: PyTorch supports bf16")
 
 
-def routed(n_tokens, n_experts, dtype, width=768, hidden=3072):
-    """(the inputs of a layer of experts, where tokens go: a third of the experts gets most of them, one nothing)."""
+def routed_inputs(n_tokens, n_experts, dtype, width=768, hidden=3072):
+    """Return inputs of a layer of experts and top-k ids: a third of the experts get most tokens, one gets none."""
     generator = torch.Generator(CUDA).manual_seed(n_tokens)
-    like = torch.rand(n_tokens, n_experts, device=CUDA, generator=generator)
-    like[:, : n_experts // 3] += 0.5
-    like[:, -1] = -1
+    scores = torch.rand(n_tokens, n_experts, device=CUDA, generator=generator)
+    scores[:, : n_experts // 3] += 0.5
+    scores[:, -1] = -1
     matrices = [(n_experts, hidden, width), (n_experts, hidden, width), (n_experts, width, hidden)]
-    made = [torch.randn(shape, device=CUDA, generator=generator) / shape[-1] ** 0.5 for shape in matrices]
+    weights = [torch.randn(shape, device=CUDA, generator=generator) / shape[-1] ** 0.5 for shape in matrices]
     x, weight = (torch.randn(n_tokens, n, device=CUDA, generator=generator) for n in (width, 2))
-    return [*(each.to(dtype) for each in (x, *made)), weight], like.topk(2).indices
+    return [*(each.to(dtype) for each in (x, *weights)), weight], scores.topk(2).indices
 
 
 def experts_layer(name, topk_ids_NK, x, up, gate, down, weight):
-    rows = sort_by_expert(topk_ids_NK, len(up))
-    up_RF, gate_RF = EXPERT_KERNELS[name].up(x, (up, gate), rows)
-    return EXPERT_KERNELS[name].down(up_RF * gate_RF.tanh(), down, weight, rows)
+    dispatch = sort_by_expert(topk_ids_NK, len(up))
+    up_RF, gate_RF = EXPERT_KERNELS[name].up(x, (up, gate), dispatch)
+    return EXPERT_KERNELS[name].down(up_RF * gate_RF.tanh(), down, weight, dispatch)
 
 
-def experts_outcome(name, made, topk_ids_NK, layer=experts_layer):
-    """The result and the gradients of tokens, matrices and weights."""
-    leaves = [each.detach().requires_grad_() for each in made]
+def experts_outcome(name, inputs, topk_ids_NK, layer=experts_layer):
+    """Return the result and the gradients of tokens, matrices and weights."""
+    leaves = [each.detach().requires_grad_() for each in inputs]
     y = layer(name, topk_ids_NK, *leaves)
     direction = torch.randn(y.shape, device=CUDA, generator=torch.Generator(CUDA).manual_seed(0))
     return [y, *torch.autograd.grad(y, leaves, direction.to(y.dtype))]
@@ -186,21 +184,21 @@ def experts_outcome(name, made, topk_ids_NK, layer=experts_layer):
 )
 def test_a_kernel_of_experts_equals(name, dtype, n_experts, n_tokens, than):
     skip_without(name, dtype)
-    made, topk_ids_NK = routed(n_tokens, n_experts, dtype)
-    expected = experts_outcome(than, [each.float() for each in made], topk_ids_NK)
-    for ours, theirs in zip(experts_outcome(name, made, topk_ids_NK), expected, strict=True):
+    inputs, topk_ids_NK = routed_inputs(n_tokens, n_experts, dtype)
+    expected = experts_outcome(than, [each.float() for each in inputs], topk_ids_NK)
+    for ours, theirs in zip(experts_outcome(name, inputs, topk_ids_NK), expected, strict=True):
         assert (ours.float() - theirs).norm() <= TYPES[dtype] * theirs.norm()
 
 
 @over_counts
 @over_types
 @over_experts
-def test_gradients_of_experts_are_the_same_bits_every_time(name, dtype, n_experts):
+def test_gradients_of_experts_repeat_their_bits(name, dtype, n_experts):
     skip_without(name, dtype)
-    made, topk_ids_NK = routed(4099, n_experts, dtype)
-    first = experts_outcome(name, made, topk_ids_NK)
+    inputs, topk_ids_NK = routed_inputs(4099, n_experts, dtype)
+    first = experts_outcome(name, inputs, topk_ids_NK)
     for _ in range(10):
-        again = experts_outcome(name, made, topk_ids_NK)
+        again = experts_outcome(name, inputs, topk_ids_NK)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, again, strict=True))
 
 
@@ -215,19 +213,19 @@ def test_nothing_in_a_layer_of_experts_waits_for_the_device(name, top_k):
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     x = torch.randn(2, 1024, 768, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
-    batch = Batch(x[..., 0].numel(), torch.arange(2, device=CUDA))
-    for mode in ("default", "error"):  # the first time, kernels are compiled and loaded
+    context = FeedForwardContext(x[..., 0].numel(), torch.arange(2, device=CUDA), True)
+    for mode in ("default", "error"):  # the first pass compiles and loads kernels
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            y, routing = layer(x, batch)
+            y, routing = layer(x, context)
             (y.float().square().sum() + routing.aux_loss).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
 
 
-def test_rows_beyond_two_billion_numbers_are_found():
-    """The tokens, the places and their gradients are each more than 32 bits can count."""
+def test_offsets_beyond_32_bits_are_right():
+    """The tokens, the rows and their gradients each have more than 2**31 elements."""
     pytest.importorskip("triton")
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GiB of free memory")
@@ -237,9 +235,9 @@ def test_rows_beyond_two_billion_numbers_are_found():
     shapes = [(2, hidden, width), (2, width, hidden)]
     up, down = (torch.randn(s, device=CUDA, dtype=torch.bfloat16, generator=generator) / s[2] ** 0.5 for s in shapes)
     topk_ids_NK = torch.arange(n_tokens, device=CUDA)[:, None] % 2
-    rows, weight = sort_by_expert(topk_ids_NK, 2), torch.ones(n_tokens, 1, device=CUDA)
-    (h,) = EXPERT_KERNELS["triton"].up(x, (up,), rows)
-    y = EXPERT_KERNELS["triton"].down(h, down, weight, rows)
+    dispatch, weight = sort_by_expert(topk_ids_NK, 2), torch.ones(n_tokens, 1, device=CUDA)
+    (h,) = EXPERT_KERNELS["triton"].up(x, (up,), dispatch)
+    y = EXPERT_KERNELS["triton"].down(h, down, weight, dispatch)
     (grad,) = torch.autograd.grad(y, x, x.detach())
     for ours, one, other in ((y, up, down), (grad, down.mT, up.mT)):
         for token in (0, 1, n_tokens // 2, n_tokens - 2, n_tokens - 1):
@@ -249,27 +247,27 @@ def test_rows_beyond_two_billion_numbers_are_found():
 
 
 @over_types
-def test_the_fastest_kernel_of_experts_is_taken_and_kept(dtype):
-    asked = KernelRequirements(frozenset(), frozenset({ExpertsSpec(768, 3072, 8)}), False)
-    _, why = choose_kernels(ParallelConfig(), asked, device=CUDA, dtype=dtype)
-    name, reason = why["experts"].split(maxsplit=1)
-    assert name != "reference" and ("the fastest: " in reason) == (reason.count(" ms") > 1)
-    for before in ("grouped", "loop") if dtype == torch.bfloat16 else ("loop",):
-        _, why = choose_kernels(ParallelConfig(), asked, device=CUDA, dtype=dtype, previous={"experts": before})
-        assert why["experts"] == f"{before} (ran, and equals the reference)"
+def test_the_fastest_kernel_of_experts_is_chosen_and_kept(dtype):
+    requirements = KernelRequirements(frozenset(), frozenset({ExpertsSpec(768, 3072, 8)}), False)
+    choice = choose_kernels(ParallelConfig(), requirements, device=CUDA, dtype=dtype)
+    reason = choice.reasons["experts"]
+    assert choice.names["experts"] != "reference" and ("fastest: " in reason) == (reason.count(" ms") > 1)
+    for name in ("grouped", "loop") if dtype == torch.bfloat16 else ("loop",):
+        choice = choose_kernels(ParallelConfig(), requirements, device=CUDA, dtype=dtype, previous={"experts": name})
+        assert choice.as_text()["experts"] == f"{name} (matches the reference)"
 
 
-@pytest.mark.filterwarnings("ignore")  # of compilers
+@pytest.mark.filterwarnings("ignore")  # compilers warn
 @pytest.mark.parametrize("name", ["triton", "grouped"])
 def test_a_compiled_layer_of_experts_is_one_graph_and_computes_the_same(name):
     skip_without(name, torch.bfloat16)
-    made, topk_ids_NK = routed(1024, 8, torch.bfloat16)
+    inputs, topk_ids_NK = routed_inputs(1024, 8, torch.bfloat16)
     torch._dynamo.reset()
     compiled = torch.compile(experts_layer, fullgraph=True)
     for turn in range(3):  # other counts of rows
-        sent_NK = torch.where(topk_ids_NK < 2 * turn, 7 - topk_ids_NK, topk_ids_NK)
-        expected = experts_outcome(name, made, sent_NK)
-        for ours, theirs in zip(experts_outcome(name, made, sent_NK, compiled), expected, strict=True):
+        shifted_NK = torch.where(topk_ids_NK < 2 * turn, 7 - topk_ids_NK, topk_ids_NK)
+        expected = experts_outcome(name, inputs, shifted_NK)
+        for ours, theirs in zip(experts_outcome(name, inputs, shifted_NK, compiled), expected, strict=True):
             assert (ours.float() - theirs.float()).norm() < 2e-2 * theirs.float().norm()
 
 
@@ -277,7 +275,7 @@ def test_a_compiled_layer_of_experts_is_one_graph_and_computes_the_same(name):
 
 
 def loss_outcome(name, softcap, dtype):
-    """The loss of 2050 tokens, a third of which is not counted, over GPT-2's vocabulary; and its gradients."""
+    """Return the loss of 2050 tokens, a third of them not counted, over GPT-2's vocabulary, and its gradients."""
     generator = torch.Generator(CUDA).manual_seed(0)
     x, w = (torch.randn(n, 256, device=CUDA, generator=generator) for n in (2050, 50257))
     targets = torch.randint(0, 50257, (2050,), device=CUDA, generator=generator)
@@ -290,7 +288,7 @@ def loss_outcome(name, softcap, dtype):
 @over_types
 @pytest.mark.parametrize("softcap", [None, 15.0])
 @pytest.mark.parametrize("name", ["triton", "chunked"])
-def test_a_loss_equals_the_reference_with_the_same_bits_every_time(name, softcap, dtype):
+def test_a_loss_equals_the_reference_and_repeats_its_bits(name, softcap, dtype):
     if name == "triton":
         pytest.importorskip("triton")
     ours = loss_outcome(name, softcap, dtype)
@@ -305,7 +303,7 @@ def test_a_loss_equals_the_reference_with_the_same_bits_every_time(name, softcap
 
 @pytest.mark.parametrize("experts", ["triton", "grouped"])
 @pytest.mark.parametrize("isolate", [False, True], ids=["one document", "documents"])
-def test_two_runs_are_the_same_to_the_bit(run, options, isolate, experts):
+def test_two_runs_are_bit_identical(run, options, isolate, experts):
     skip_without(experts, torch.bfloat16)
     model = options()["model"] | {"n_embd": 256, "n_head": 4, "n_positions": 128, "isolate_documents": isolate}
     changes = {"model": model, "batch_tokens": 2048, "precision": "bf16", "parallel": {"experts": experts}}
@@ -315,7 +313,7 @@ def test_two_runs_are_the_same_to_the_bit(run, options, isolate, experts):
 
 @pytest.fixture
 def limited():
-    """Lets a test take so many more bytes than it has, by PyTorch's allocator; lifted at its end."""
+    """Return a function that limits PyTorch's allocator to some more bytes, until the end of the test."""
     total = torch.cuda.get_device_properties(CUDA).total_memory
 
     def limit(more: int) -> None:
@@ -333,28 +331,31 @@ WIDE = {
 }
 
 
-def begun_on_cuda(config, **changes):
-    made = config(precision="fp32", parallel={"device": "cuda", "loss": "reference"}, **WIDE, **changes)
-    return begin(made, prepare(made.data, quiet=True), World(0, 1, CUDA), "auto")
+def build_on_cuda(config, **changes):
+    on_cuda = config(precision="fp32", parallel={"device": "cuda", "loss": "reference"}, **WIDE, **changes)
+    return BuiltRun(on_cuda, World(0, 1, CUDA))
 
 
-def test_a_step_that_the_allocator_refuses_is_made_in_halves(config, limited):
-    """Logits of 64 samples are 3.3 GB, of 16 a quarter, and there are as many log-probabilities, and gradients."""
-    whole, cut = begun_on_cuda(config, name="whole", micro_batch=16), begun_on_cuda(config, name="cut", micro_batch=64)
-    train_step(whole)
+def test_a_step_that_runs_out_of_memory_is_repeated_in_halves(config, limited):
+    """Logits, log-probabilities and gradients of 64 samples take 3.3 GB each."""
+    small, large = (
+        build_on_cuda(config, name="small", micro_batch=16),
+        build_on_cuda(config, name="large", micro_batch=64),
+    )
+    small.train_step()
     limited(2 * 2**30)
-    train_step(cut)
-    assert cut.back_offs > 0 and cut.micro_batch < 64
-    for (name, ours), theirs in zip(cut.model.named_parameters(), whole.model.parameters(), strict=True):
+    large.train_step()
+    assert large.setup.micro_batch.n_out_of_memory > 0 and large.setup.micro_batch.size < 64
+    for (name, ours), theirs in zip(large.model.named_parameters(), small.model.parameters(), strict=True):
         assert (ours - theirs).abs().max() < 1e-5, name
-    for run in (whole, cut):
+    for run in (small, large):
         run.close()
 
 
-def test_auto_finds_what_the_allocator_allows(config, limited):
+def test_auto_finds_a_micro_batch_that_fits(config, limited):
     limited(2 * 2**30)
-    run = begun_on_cuda(config, name="auto", micro_batch="auto")
-    assert 1 < run.micro_batch < 64
-    train_step(run)
-    assert run.back_offs == 0
+    run = build_on_cuda(config, name="auto", micro_batch="auto")
+    assert 1 < run.setup.micro_batch.size < 64
+    run.train_step()
+    assert run.setup.micro_batch.n_out_of_memory == 0
     run.close()

@@ -736,7 +736,7 @@ def test_a_metric_is_shown_everywhere_by_its_entry_alone(tmp_path, capsys, reque
     """The entries in the playbooks reach the console, TensorBoard and the report."""
     pages = ("add_a_metric.md", "add_a_validation_figure.md")
     blocks = [block for page in pages for block in code_of(page, "Metric(")]
-    metrics = [metric for block in blocks for metric in eval(block, vars(metrics_module).copy())]
+    metrics = [eval(block, vars(metrics_module).copy()) for block in blocks]
     assert [metric.key for metric in metrics] == ["weight_norm", "val_accuracy"]
     request.addfinalizer(lambda: METRICS.__delitem__(slice(-len(metrics), None)))
     METRICS.extend(metrics)

@@ -27,9 +27,9 @@ MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "blocks": [
 
 
 @pytest.fixture
-def begun(begun):
+def build_run(build_run):
     """Build the small run with strong auxiliary losses."""
-    return lambda **changes: begun(**{"model": MODEL} | changes)
+    return lambda **changes: build_run(**{"model": MODEL} | changes)
 
 
 def perturb(model) -> None:
@@ -45,9 +45,9 @@ def cross_entropy(model, tokens, targets) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(targets).flatten(), ignore_index=-1, reduction="sum")
 
 
-def test_the_norm_of_a_large_gradient_is_exact(begun):
+def test_the_norm_of_a_large_gradient_is_exact(build_run):
     """One sum of all squares in float32 is off by a thousandth, on a CPU."""
-    run = begun(model=MODEL | {"vocab_size": 65536, "n_embd": 128})
+    run = build_run(model=MODEL | {"vocab_size": 65536, "n_embd": 128})
     for _, parameter in run.sharded.local_parameters():
         parameter.grad = 1e-3 * torch.randn_like(parameter)
     exact = math.sqrt(
@@ -57,8 +57,8 @@ def test_the_norm_of_a_large_gradient_is_exact(begun):
 
 
 @pytest.mark.parametrize("n_windows", [7, None], ids=["some windows", "all windows"])
-def test_an_evaluation_is_the_cross_entropy_of_windows_spread_evenly(begun, n_windows):
-    run = begun()
+def test_an_evaluation_is_the_cross_entropy_of_windows_spread_evenly(build_run, n_windows):
+    run = build_run()
     perturb(run.model)
     there = run.setup.val_samples.n_samples
     windows = range(there) if n_windows is None else [there * i // n_windows for i in range(n_windows)]
@@ -79,8 +79,8 @@ def test_an_evaluation_is_the_cross_entropy_of_windows_spread_evenly(begun, n_wi
     assert found["val_bits_per_byte"] == pytest.approx(nats / n_bytes / math.log(2), rel=1e-5)
 
 
-def test_a_step_follows_the_gradient_of_the_written_down_loss_on_its_own_batch(begun, monkeypatch):
-    run = begun(micro_batch=3)
+def test_a_step_follows_the_gradient_of_the_written_down_loss_on_its_own_batch(build_run, monkeypatch):
+    run = build_run(micro_batch=3)
     perturb(run.model)
     taken = []
 
@@ -115,9 +115,9 @@ def written_down(model, tokens, targets) -> tuple[torch.Tensor, torch.Tensor]:
     return nats, 1.0 * z_loss + 2.0 * switch
 
 
-def test_a_step_is_done_though_the_next_ones_batch_cannot_be_read(begun, monkeypatch):
+def test_a_step_is_done_though_the_next_ones_batch_cannot_be_read(build_run, monkeypatch):
     """It is read ahead, and the step that needs it reads it again, to tell."""
-    run, at = begun(), Samples.at
+    run, at = build_run(), Samples.at
 
     def damaged(self, indices):
         if 8 in indices:  # the second step's first
@@ -131,8 +131,8 @@ def test_a_step_is_done_though_the_next_ones_batch_cannot_be_read(begun, monkeyp
         run.train_step()
 
 
-def test_a_step_balances_the_experts(begun):
-    run = begun()
+def test_a_step_balances_the_experts(build_run):
+    run = build_run()
     perturb(run.model)
     moe = run.model.blocks[0].ffn
     expected = torch.zeros(4)
@@ -147,8 +147,8 @@ def test_a_step_balances_the_experts(begun):
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize(("norm", "clipped"), [(0.25, 0.25), (40.0, 0.5)])
-def test_an_update_clips_a_large_gradient_and_leaves_a_small_one(begun, monkeypatch, precision, norm, clipped):
-    run = begun(precision=precision, optim={"grad_clip": 0.5})
+def test_an_update_clips_a_large_gradient_and_leaves_a_small_one(build_run, monkeypatch, precision, norm, clipped):
+    run = build_run(precision=precision, optim={"grad_clip": 0.5})
     parameters = list(run.model.parameters())
     gradients = [torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) for i, p in enumerate(parameters)]
     length = torch.cat([g.flatten() for g in gradients]).norm()
@@ -163,8 +163,8 @@ def test_an_update_clips_a_large_gradient_and_leaves_a_small_one(begun, monkeypa
         torch.testing.assert_close(ours, g * (clipped / length), rtol=1e-4, atol=0)
 
 
-def test_the_learning_rate_in_the_log_is_the_one_of_the_step(begun):
-    run = begun(steps=5)
+def test_the_learning_rate_in_the_log_is_the_one_of_the_step(build_run):
+    run = build_run(steps=5)
     used = []
     for _ in range(5):
         run.train_step()
@@ -188,8 +188,8 @@ def test_the_loss_scale_doubles_after_2000_good_steps_and_halves_after_a_bad_one
     assert scale.scale == 16
 
 
-def test_a_run_is_saved_after_so_many_minutes(begun):
-    run = begun(checkpoint={"every": None, "every_minutes": 5})
+def test_a_run_is_saved_after_so_many_minutes(build_run):
+    run = build_run(checkpoint={"every": None, "every_minutes": 5})
     run.state.step = 1
     with Events(run.config, run.world, run.checkpoints) as events:
         assert not events.after(run.state).save
@@ -222,21 +222,21 @@ def test_the_best_evaluation_is_saved_when_it_comes_and_kept(config, tmp_path):
     assert kept == {f"step-{best:08d}", "step-00000040"}
 
 
-def test_the_loss_scale_goes_on_where_it_was(begun):
-    run = begun(precision="fp16")
+def test_the_loss_scale_goes_on_where_it_was(build_run):
+    run = build_run(precision="fp16")
     run.state.loss_scale = LossScale(2.0**10, good_steps=7)
     run.train_step()
     run.save()
     run.close()
-    assert begun(precision="fp16").state.loss_scale == LossScale(2.0**10, good_steps=8)
+    assert build_run(precision="fp16").state.loss_scale == LossScale(2.0**10, good_steps=8)
 
 
-def test_a_run_keeps_the_precision_it_began_with(begun):
+def test_a_run_keeps_the_precision_it_began_with(build_run):
     another = "fp32" if devices.resolve_precision("auto", CPU) == "bf16" else "bf16"
-    run = begun(precision=another)
+    run = build_run(precision=another)
     run.train_step()
     run.save()
     run.close()
-    again = begun(precision="auto")
+    again = build_run(precision="auto")
     assert again.state.step == 1
     assert again.config.precision == another and again.model.dtype == devices.DTYPES[another]

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from training.batch import Batch
 from training.config import BlockConfig, MLPConfig, ModelConfig, MoEConfig
-from training.kernels.choose import Kernels
 from training.kernels.experts import TORCH_EXPERTS
+from training.kernels.interface import Kernels
 from training.model import GPT, init_weights, model_stats
 from training.model.layers import ACTIVATIONS, uniform_from_keys
 from training.model.layers import FeedForwardContext as Context

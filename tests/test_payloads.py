@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, write_config
+from conftest import ROOT, write_config
 
 from training import device as devices
 from training.checkpoint import corruption
@@ -187,13 +187,13 @@ def test_a_models_own_code_is_never_run(config, evil_model, payload, model_type)
     refused(lambda: train(config(init_from=str(evil_model), model={})), str(evil_model))
 
 
-def test_a_data_sets_own_code_is_never_run(options, tmp_path):
+def test_a_data_sets_own_code_is_never_run(processes, options, tmp_path):
     folder = tmp_path / "evil"
     folder.mkdir()
     (folder / "evil.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'canary')!r}).touch()\n")
     made = options()
     made["data"] = made["data"] | {"sources": [{"type": "huggingface", "name": str(folder)}]}
-    done = command("-m", "training.train", "--config", str(write_config(tmp_path / "a.yaml", made)))
+    done = processes.run("training.train:main", "--config", str(write_config(tmp_path / "a.yaml", made)))
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"error: {folder}: cannot be read: ")
     assert not (tmp_path / "canary").exists()

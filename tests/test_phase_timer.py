@@ -5,60 +5,73 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from conftest import ROOT, environment, write_config
+from conftest import write_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from training import engine
 from training.config import Config
-from training.data import prepare
 from training.data.loader import Samples
 from training.distributed.world import World
-from training.engine.build import begin, facts_of_run
-from training.engine.step import Watch, record, train_step
-from training.logging.advice import advice
 from training.logging.jsonl import read_rows
 from training.logging.phase_timer import PhaseTimer
 from training.logging.phases import PHASES, PRODUCTIVE, as_text, phase_seconds
+from training.logging.rows import RunLog
 from training.train import train
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")]
+SLOW_S = 0.05
 
 
-class SlowDisk(Samples):
-    """Samples that take 50 ms to read; `durations` has the real durations, longer on a busy machine."""
+@pytest.fixture
+def timed(config, monkeypatch):
+    """Train and return the log, after a check that the phases up to the last step add up to the wall clock."""
 
-    SECONDS = 0.05
+    def go(device=DEVICE, **changes) -> RunLog:
+        logs, clock = [], []
+        open_log, finish = engine.open_log, engine.finish
 
-    def at(self, indices):
-        began = time.perf_counter()
-        time.sleep(self.SECONDS)
-        found = super().at(indices)
-        self.durations = [*getattr(self, "durations", []), time.perf_counter() - began]
-        return found
+        def opened(*arguments):
+            logs.append(open_log(*arguments))
+            clock.append(time.perf_counter() - total(logs[0].timer))
+            return logs[0]
+
+        def finished(*arguments):
+            clock.append(total(logs[0].timer))
+            clock.append(time.perf_counter())
+            finish(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "open_log", opened)
+            patch.setattr(engine, "finish", finished)
+            options = {"logging": {"every": 3, "tensorboard": False}, "parallel": {"device": device.type}}
+            assert train(config(**options | changes)) == 0
+        start, end_total, end = clock
+        assert end_total == pytest.approx(end - start, rel=0.02)
+        return logs[0]
+
+    return go
 
 
-def start(config, device=DEVICE, slow=False, **changes):
-    made = config(**{"logging": {"every": 3, "tensorboard": False}} | changes)
-    run = begin(made, prepare(made.data, quiet=True), World(0, 1, device), "auto")
-    if slow:
-        run.batches = SlowDisk(run.dataset.train, n_positions=32, seed=0)
-    return run
+def total(timer: PhaseTimer) -> float:
+    timer.flush()
+    return sum(timer.seconds.values())
 
 
-def go(run, steps: int) -> None:
-    """Train for some steps as `train` does."""
-    watch = Watch(run)
-    for _ in range(steps):
-        train_step(run)
-        if (due := watch.due()).log:
-            record(run, due)
-    watch.close()
+def around_steps(monkeypatch, around) -> None:
+    """Run each step of `train` inside the context `around(state)`."""
+    original = engine.train_step
+
+    def train_step(config, model, optimizer, loader, micro_batch, state, phase):
+        with around(state):
+            return original(config, model, optimizer, loader, micro_batch, state, phase)
+
+    monkeypatch.setattr(engine, "train_step", train_step)
 
 
 def test_each_phase_has_its_duration():
@@ -94,59 +107,52 @@ def test_startup_is_one_phase_until_finish_startup():
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
-def test_the_phases_add_up_to_the_wall_clock_and_a_slow_disk_is_data(config, device):
-    run, began = start(config, torch.device(device), slow=True), time.perf_counter()
-    run.timer.flush()
-    before = sum(run.timer.seconds.values())
-    go(run, steps=8)  # with evaluations after 4 and 8, saves after 3, 6 and 8
-    run.timer.flush()
-    wall, seconds = time.perf_counter() - began, run.timer.seconds
-    assert sum(seconds.values()) - before == pytest.approx(wall, rel=0.02)
-    waited = sum(run.batches.durations[2:])  # the first two are start-up: each step reads the next one's as well
+def test_the_phases_add_up_to_the_wall_clock_and_a_slow_disk_is_data(timed, monkeypatch, device):
+    """`timed` compares the sum with the wall clock."""
+    at, durations = Samples.at, []
+
+    def slow(samples, indices):
+        begin = time.perf_counter()
+        if not samples.is_sequential:  # training data
+            time.sleep(SLOW_S)
+        tokens_and_targets = at(samples, indices)
+        if not samples.is_sequential:
+            durations.append(time.perf_counter() - begin)
+        return tokens_and_targets
+
+    monkeypatch.setattr(Samples, "at", slow)
+    log = timed(torch.device(device))  # evaluations after 4 and 8, saves after 3, 6 and 8
+    seconds, waited = log.timer.seconds, sum(durations[3:])  # start-up reads for the graph and the first two steps
     beside = ("compute",) if device == "cuda" else ()  # a GPU computes meanwhile
-    assert 6 * SlowDisk.SECONDS <= waited <= sum(seconds[phase] for phase in ("data", *beside))
+    assert 6 * SLOW_S <= waited <= sum(seconds[phase] for phase in ("data", *beside))
     assert seconds["data"] < waited + seconds["compute"]
     assert all(seconds[phase] > 0 for phase in PHASES if phase != "redone")
-    rows = read_rows(run.folder / "metrics.jsonl")
+    rows = read_rows(log.config.run_dir / "metrics.jsonl")
     reads = [sum(row[f"time_{phase}"] for phase in ("data", *beside)) for row in rows[3:6]]  # the last step reads none
-    assert all(seconds >= SlowDisk.SECONDS for seconds in reads)
+    assert all(seconds >= SLOW_S for seconds in reads)
     assert all(row["time_evaluation"] == 0 for row in rows[:4]) and rows[4]["time_evaluation"] > 0
     assert all(row["time_checkpoint"] == 0 for row in rows[:3]) and rows[3]["time_checkpoint"] > 0
     assert ["time_start" in row for row in rows] == [True] * 3 + [False] * 5
-    run.close()
-    assert any("of the time was spent waiting for data" in line for line in advice(facts_of_run(run)))
+    assert any("of the time was spent waiting for data" in line for line in summary(log.config.run_dir)["advice"])
 
 
-def test_a_fast_disk_costs_no_data_time(config):
-    run = start(config)
-    go(run, steps=8)
-    run.timer.flush()
-    assert run.timer.seconds["data"] < 0.3 * run.timer.seconds["compute"]
-    run.close()
+def test_a_fast_disk_costs_no_data_time(timed):
+    seconds = timed().timer.seconds
+    assert seconds["data"] < 0.3 * seconds["compute"]
 
 
-class Straggling(World):
-    """Ranks with a straggler: every agreement takes 30 ms."""
+def test_waiting_for_another_rank_is_communication(timed, monkeypatch):
+    for name in ("sum_int", "max_int"):
+        agree = getattr(World, name)
 
-    SECONDS = 0.03
+        def straggle(world, *values, agree=agree):
+            time.sleep(0.03)
+            return agree(world, *values)
 
-    def sum_int(self, value):
-        time.sleep(self.SECONDS)
-        return super().sum_int(value)
-
-    def max_int(self, *values):
-        time.sleep(self.SECONDS)
-        return super().max_int(*values)
-
-
-def test_waiting_for_another_rank_is_communication(config):
-    run = start(config, torch.device("cpu"), eval={"every": None, "tokens": 64})
-    run.world = Straggling(0, 1, torch.device("cpu"))
-    go(run, steps=5)
-    run.timer.flush()
-    assert run.timer.seconds["communication"] > 4 * 3 * Straggling.SECONDS  # targets, memory and events
-    assert run.timer.seconds["data"] < Straggling.SECONDS
-    run.close()
+        monkeypatch.setattr(World, name, straggle)
+    seconds = timed(torch.device("cpu"), eval={"every": None, "tokens": 64}, steps=5).timer.seconds
+    assert seconds["communication"] > 4 * 3 * 0.03  # targets, memory and events of each step
+    assert seconds["data"] < 0.03
 
 
 class NothingFetched(TorchDispatchMode):
@@ -157,38 +163,34 @@ class NothingFetched(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def test_a_step_reads_no_computed_number(config):
-    run = start(config, torch.device("cpu"))
-    train_step(run)
-    with NothingFetched():
-        train_step(run)
+def test_a_step_reads_no_computed_number(config, monkeypatch):
+    around_steps(monkeypatch, lambda state: NothingFetched() if state.step else nullcontext())
+    assert train(config(steps=3)) == 0
     with pytest.raises(AssertionError), NothingFetched():
-        run.model.wte.weight.sum().item()
-    run.close()
+        torch.ones(()).item()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_step_synchronizes_with_the_gpu_only_to_decide_on_the_update(config, monkeypatch):
-    from training.engine import step as loop
+    from training.engine import step
 
-    def waits(*arguments, takes=loop.takes):
-        torch.cuda.set_sync_debug_mode("default")
-        try:
-            return takes(*arguments)
-        finally:
-            torch.cuda.set_sync_debug_mode("error")
+    @contextmanager
+    def debug_mode(mode):
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode(mode)
+        yield
+        torch.cuda.set_sync_debug_mode(before)
 
-    run = start(config)
-    train_step(run)  # the first time, kernels are compiled and loaded
-    monkeypatch.setattr(loop, "takes", waits)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        train_step(run)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    run.close()
+    def decide(*arguments, should_update=step.should_update):
+        with debug_mode("default"):
+            return should_update(*arguments)
+
+    monkeypatch.setattr(step, "should_update", decide)
+    # The first step compiles and loads kernels.
+    around_steps(monkeypatch, lambda state: debug_mode("error") if state.step else nullcontext())
+    assert train(config(steps=3)) == 0
 
 
 @pytest.mark.gpu
@@ -212,16 +214,15 @@ def summary(folder) -> dict:
 
 
 def test_the_times_of_a_stopped_and_resumed_run_add_up(config, monkeypatch):
-    from training.engine import step as loop
+    made = config()
 
-    original, made = loop.train_step, config()
-
-    def then_stop(run):
-        original(run)
-        if run.step == 5:
+    @contextmanager
+    def stop_after_5(state):
+        yield
+        if state.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(loop, "train_step", then_stop)
+    around_steps(monkeypatch, stop_after_5)
     begin = time.time()
     assert train(made) == 128 + signal.SIGTERM
     first = time.time() - begin
@@ -266,19 +267,15 @@ def test_the_time_lost_to_several_kills_is_counted_once_each():
     assert third.seconds["redone"] == 13
 
 
-def test_steps_after_kill_9_are_counted_as_redone(options, tmp_path, capsys):
+def test_steps_after_kill_9_are_counted_as_redone(processes, options, tmp_path, capsys):
     made = options(name="killed", steps=90, eval={"every": None, "tokens": 64}, checkpoint={"every": 40})
     path, folder = write_config(tmp_path / "killed.yaml", made), tmp_path / "runs" / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "training.train", "--config", str(path)], cwd=ROOT, env=environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    process = processes.start("training.train:main", "--config", str(path))
     deadline = time.monotonic() + 60
     while len(read_rows(folder / "metrics.jsonl")) < 60:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        assert process.poll() is None and time.monotonic() < deadline, process.output("err")
         time.sleep(0.005)
     process.kill()
-    process.communicate()
     rows = read_rows(folder / "metrics.jsonl")
     newest = max((folder / "checkpoints").glob("step-*"))
     from_step, kept = int(newest.name[5:]), json.loads((newest / "state.json").read_text())["ledger"]

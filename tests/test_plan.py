@@ -16,8 +16,9 @@ from training.config import Config
 from training.data import prepare
 from training.distributed.parallelize import parallelize
 from training.distributed.world import World
+from training.kernels.attention.table import ATTENTION_BACKENDS
 from training.kernels.interface import Kernels
-from training.kernels.table import ATTENTION_BACKENDS, EXPERT_KERNELS
+from training.kernels.table import EXPERT_KERNELS
 from training.model import GPT
 from training.model.stats import model_stats, parameter_kinds
 from training.optim.optimizer import Optimizer

@@ -127,7 +127,7 @@ def test_an_out_dir_that_is_a_file_is_an_error_of_one_line(config, tmp_path):
 def test_a_chosen_kernel_runs_at_the_models_own_widths(run, capsys):
     model = {"n_layer": 1, "n_head": 1, "n_embd": 18, "n_positions": 32}
     run(model=model | {"blocks": [{"ffn": {"type": "moe", "hidden": 30, "n_experts": 4}}]}, steps=3)
-    assert "experts     loop (grouped: it does not run here:" in capsys.readouterr().out
+    assert "experts     loop (grouped: fails here:" in capsys.readouterr().out
 
 
 def test_fewer_samples_than_processes_are_an_error(config):

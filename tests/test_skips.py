@@ -43,8 +43,8 @@ def everything(run) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(begun, spoil, optimizer, capsys):
-    run = begun(optim={"type": optimizer})
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(build_run, spoil, optimizer, capsys):
+    run = build_run(optim={"type": optimizer})
     for _ in range(2):
         run.train_step()
     before = {name: tensor.clone() for name, tensor in everything(run).items()}
@@ -63,9 +63,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(begun, spoil, 
     assert line.startswith("step 3: ") and line.endswith("; update skipped")
 
 
-def test_the_steps_around_one_that_is_skipped_are_those_that_never_saw_it(begun):
+def test_the_steps_around_one_that_is_skipped_are_those_that_never_saw_it(build_run):
     """The third batch teaches nothing: the run is that of the others, at their own rates."""
-    run, other = begun(name="run"), begun(name="other")
+    run, other = build_run(name="run"), build_run(name="other")
     for step in range(4):
         hook = poison_loss(run.model, math.nan) if step == 2 else None
         run.train_step()
@@ -110,20 +110,20 @@ def test_a_run_whose_last_step_was_skipped_ends_well(config, tmp_path, at_step, 
     assert "step 8/8  loss nan" in said and "1 step was skipped" in said
 
 
-def test_a_run_goes_on_counting(begun):
-    run = begun()
+def test_a_run_goes_on_counting(build_run):
+    run = build_run()
     hook = poison_loss(run.model, math.nan)
     for _ in range(3):
         run.train_step()
     hook.remove()
     run.save()
     run.close()
-    again = begun()
+    again = build_run()
     assert (again.state.step, again.state.guard.n_skipped, again.state.guard.consecutive) == (3, 3, 3)
 
 
-def test_every_count_and_both_windows_go_on_with_the_run(begun):
-    run = begun(skip_spikes=3.0, precision="fp16")
+def test_every_count_and_both_windows_go_on_with_the_run(build_run):
+    run = build_run(skip_spikes=3.0, precision="fp16")
     run.state.guard.n_skipped, run.state.guard.consecutive, run.state.guard.consecutive_spikes = 7, 4, 3
     run.state.guard.losses.extend(range(100, 140))
     run.state.guard.norms.extend(range(200, 240))
@@ -131,7 +131,7 @@ def test_every_count_and_both_windows_go_on_with_the_run(begun):
     before = deepcopy((run.state.guard, run.state.loss_scale))
     run.save()
     run.close()
-    again = begun(skip_spikes=3.0, precision="fp16")
+    again = build_run(skip_spikes=3.0, precision="fp16")
     for ours, theirs in zip((again.state.guard, again.state.loss_scale), before, strict=True):
         for name, value in vars(theirs).items():
             assert getattr(ours, name) == value, name
@@ -158,14 +158,14 @@ def test_an_evaluation_that_alone_is_not_finite_ends_the_run_and_is_not_saved(co
     assert found[-1]["val_loss"] is None and found[-1]["skipped_steps"] == 0
 
 
-def test_a_step_that_is_nan_on_one_rank_is_skipped_by_all(processes, options, begun, tmp_path):
+def test_a_step_that_is_nan_on_one_rank_is_skipped_by_all(processes, options, build_run, tmp_path):
     alike = {"micro_batch": 2, "parallel": {"device": "cpu"}}
     path = write_config(tmp_path / "poisoned.yaml", options(name="poisoned", **alike))
     ranks = {"POISON": "1:3", "STOP_AT": "2"}
     done = processes.run("trajectory:main", str(tmp_path), str(path), n_ranks=2, env=ranks)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("step 2: loss is nan; update skipped") == 1
-    poisoned, run = load_file(tmp_path / "poisoned.safetensors"), begun(name="one", **alike)
+    poisoned, run = load_file(tmp_path / "poisoned.safetensors"), build_run(name="one", **alike)
     run.train_step()
     assert all((tensor - run.model.state_dict()[name]).abs().max() < 1e-6 for name, tensor in poisoned.items())
     run.train_step()

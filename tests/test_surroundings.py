@@ -9,7 +9,6 @@ import sys
 import pytest
 from conftest import ROOT, environment, rows, tensors, write_config
 
-from training.engine import step as loop
 from training.train import train
 
 SURROUNDINGS = {
@@ -19,9 +18,13 @@ SURROUNDINGS = {
 }
 
 
-def test_three_processes_in_different_surroundings_end_in_the_same_bits(options, tmp_path):
+@pytest.mark.parametrize(
+    "names", [["plain", "elsewhere"], pytest.param(list(SURROUNDINGS), marks=pytest.mark.soak)], ids=["2", "3"]
+)
+def test_processes_in_different_surroundings_end_in_the_same_bits(options, tmp_path, names):
     results = {}
-    for i, (name, variables) in enumerate(SURROUNDINGS.items()):
+    for i, name in enumerate(names):
+        variables = SURROUNDINGS[name]
         texts = tmp_path / f"texts-{i}"
         texts.mkdir()
         order = sorted(
@@ -46,24 +49,17 @@ def test_three_processes_in_different_surroundings_end_in_the_same_bits(options,
         assert done.returncode == 0, done.stderr
         folder = tmp_path / "runs" / name
         results[name] = (tensors(folder, 8), rows(folder), (folder / "model/model.safetensors").read_bytes())
-    assert results["plain"] == results["elsewhere"] == results["again"]
+    assert all(result == results["plain"] for result in results.values())
 
 
 @pytest.mark.parametrize("deleted", ["cache", "sources"])
-def test_a_run_survives_the_deletion_of_its_data(run, config, monkeypatch, tmp_path, deleted):
+def test_a_run_survives_the_deletion_of_its_data(run, config, at_step, tmp_path, deleted):
     """A mapped file stays readable. The next start misses the sources, or rebuilds the cache."""
     texts, cache = tmp_path / "texts", tmp_path / "own-cache"
     shutil.copytree(ROOT / "training/data", texts, ignore=shutil.ignore_patterns("__pycache__"))
     data = config().data.model_dump() | {"sources": [{"type": "files", "paths": [str(texts)]}], "cache_dir": str(cache)}
     through = run(name="through", data=data)
-    step = loop.train_step
-
-    def deleting(run):
-        step(run)
-        if run.step == 3:
-            shutil.rmtree(cache if deleted == "cache" else texts)
-
-    monkeypatch.setattr(loop, "train_step", deleting)
+    at_step(3, lambda _: shutil.rmtree(cache if deleted == "cache" else texts))
     assert train(config(name="robbed", data=data)) == 0
     robbed = through.with_name("robbed")
     assert rows(robbed) == rows(through)

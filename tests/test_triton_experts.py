@@ -1,6 +1,6 @@
-"""The experts' Triton kernels: as the interpreter runs them on a CPU, as they compile for GPUs, when they are taken.
+"""The experts' Triton kernels: run by the interpreter on a CPU, compiled for GPUs, chosen by time.
 
-Run as a program, this file is the other process of its tests: `interpret` or `compile`, and a file for what is found.
+Run as a program, this file is a process of its tests: `interpret` or `compile`, and the file for the results.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from training.config import ParallelConfig
 from training.errors import UserError
 from training.kernels.choose import choose_kernels
-from training.kernels.experts import REFERENCE, sort_by_expert
+from training.kernels.experts import TORCH_EXPERTS, sort_by_expert
 from training.kernels.interface import AttentionSpec, ExpertsSpec, KernelRequirements
 from training.kernels.table import EXPERT_KERNELS
 
@@ -32,7 +32,7 @@ INPUTS = ("x", "up", "gate", "down", "weight")
 
 
 class Case(NamedTuple):
-    """Tokens and their experts."""
+    """A layer of experts and its tokens."""
 
     n_tokens: int
     top_k: int
@@ -40,29 +40,29 @@ class Case(NamedTuple):
     width: int
     hidden: int
     gated: bool = True
-    favourites: tuple[int, ...] | None = None  # the others get nothing
+    chosen: tuple[int, ...] | None = None  # the only experts that get tokens; None: all
 
     def topk_ids_NK(self) -> torch.Tensor:
-        like = torch.rand(self.n_tokens, self.n_experts, generator=torch.Generator().manual_seed(0))
-        if self.favourites is not None:
-            like[:, self.favourites] += 1
-        return like.topk(self.top_k).indices
+        scores = torch.rand(self.n_tokens, self.n_experts, generator=torch.Generator().manual_seed(0))
+        if self.chosen is not None:
+            scores[:, self.chosen] += 1
+        return scores.topk(self.top_k).indices
 
     def inputs(self, dtype: torch.dtype) -> list[torch.Tensor]:
         n, width, hidden, generator = self.n_experts, self.width, self.hidden, torch.Generator().manual_seed(1)
         shapes = [(self.n_tokens, width), (n, hidden, width), (n, hidden, width), (n, width, hidden)]
-        made = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-        return [*made, torch.rand(self.n_tokens, self.top_k, generator=generator)]
+        tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+        return [*tensors, torch.rand(self.n_tokens, self.top_k, generator=generator)]
 
 
-# A block is up to 64 wide in fp32 and 128 in 16 bits, and a tile has 16 rows where experts get so few. Of more than 8
-# tiles (there are 9) and more than one block there is an order: the last case.
+# A block is up to 64 wide in fp32 and 128 in 16 bits, and a tile has 16 rows if experts get few tokens. Programs are
+# reordered if there are more than 8 tiles and more than one block: the last case has 9 tiles.
 CASES = {
     "of no multiples": Case(37, 2, 4, 40, 72),
     "one token": Case(1, 1, 3, 16, 24),
     "top 4, not gated": Case(11, 4, 5, 33, 17, gated=False),
-    "all to one of many": Case(70, 1, 9, 16, 16, gated=False, favourites=(7,)),
-    "empty experts": Case(20, 2, 6, 64, 32, favourites=(1, 4)),
+    "all to one of many": Case(70, 1, 9, 16, 16, gated=False, chosen=(7,)),
+    "empty experts": Case(20, 2, 6, 64, 32, chosen=(1, 4)),
     "one expert": Case(5, 1, 1, 32, 64),
     "wider than a block": Case(48, 2, 6, 136, 130, gated=False),
 }
@@ -72,7 +72,7 @@ AGAIN = ("empty experts", "fp32")
 
 
 def outcome(kernel, case: Case, inputs: list[torch.Tensor], layer=None) -> dict[str, torch.Tensor]:
-    """The result of a layer of experts and its gradient by each input."""
+    """Return the result of a layer of experts and its gradients by name."""
     leaves = [x.clone().requires_grad_() for x in inputs]
     y = (layer or experts_layer)(kernel, case.topk_ids_NK(), case.gated, *leaves)
     direction = torch.linspace(-1, 1, y.numel()).to(y.dtype).view_as(y)
@@ -81,45 +81,46 @@ def outcome(kernel, case: Case, inputs: list[torch.Tensor], layer=None) -> dict[
 
 
 def experts_layer(kernel, topk_ids_NK, gated, x_NC, up, gate, down, weight_NK):
-    rows = sort_by_expert(topk_ids_NK, len(up))
-    h_RF, *gate_RF = kernel.up(x_NC, (up, gate) if gated else (up,), rows)
-    return kernel.down(h_RF * gate_RF[0].tanh() if gated else h_RF.tanh(), down, weight_NK, rows)
+    dispatch = sort_by_expert(topk_ids_NK, len(up))
+    h_RF, *gate_RF = kernel.up(x_NC, (up, gate) if gated else (up,), dispatch)
+    return kernel.down(h_RF * gate_RF[0].tanh() if gated else h_RF.tanh(), down, weight_NK, dispatch)
 
 
 # --- the other process -----------------------------------------------------------------------------
 
 
 def interpret(path: str) -> None:
-    """Outcomes of all cases, one of them twice, and once more compiled."""
+    """Save the outcomes of all cases, of one of them twice, and once more compiled."""
     from triton import language as tl
     from triton.runtime.interpreter import InterpreterBuilder
-
-    from training.kernels.triton_experts import TRITON
 
     multiply = InterpreterBuilder.create_dot
 
     def multiply_numbers(self, a, b, *rest):
-        """The interpreter keeps bf16 as the integers of its bits, and would multiply those."""
+        """Convert bf16 first: the interpreter stores its bits as integers, and would multiply those."""
         a, b = (self.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
         return multiply(self, a, b, *rest)
 
     InterpreterBuilder.create_dot = multiply_numbers
-    torch.use_deterministic_algorithms(True)  # what is not written is NaN
-    found = {(*run, "once"): outcome(TRITON, CASES[run[0]], CASES[run[0]].inputs(DTYPES[run[1]])) for run in RUN}
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    triton_kernel = EXPERT_KERNELS["triton"]
+    outcomes = {
+        (*run, "once"): outcome(triton_kernel, CASES[run[0]], CASES[run[0]].inputs(DTYPES[run[1]])) for run in RUN
+    }
     case, inputs = CASES[AGAIN[0]], CASES[AGAIN[0]].inputs(DTYPES[AGAIN[1]])
     compiled = torch.compile(experts_layer, backend="aot_eager", fullgraph=True)
-    found[*AGAIN, "again"] = outcome(TRITON, case, inputs)
-    found[*AGAIN, "compiled"] = outcome(TRITON, case, inputs, compiled)
-    flat = {"/".join((*key, name)): x.contiguous() for key, values in found.items() for name, x in values.items()}
+    outcomes[*AGAIN, "again"] = outcome(triton_kernel, case, inputs)
+    outcomes[*AGAIN, "compiled"] = outcome(triton_kernel, case, inputs, compiled)
+    flat = {"/".join((*key, name)): x.contiguous() for key, values in outcomes.items() for name, x in values.items()}
     save_file(flat, path)
 
 
 class Launch(NamedTuple):
-    """In place of a kernel: a launch compiles what it would launch, and changes nothing."""
+    """A stand-in for a kernel whose launch only compiles it."""
 
     kernel: object
     capability: int
-    found: list[dict]
+    launches: list[dict]
 
     def __getitem__(self, grid):
         return self
@@ -141,20 +142,22 @@ class Launch(NamedTuple):
                     hints[i,] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constexprs, hints)
         options = {"num_warps": num_warps, "num_stages": num_stages}
-        made = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
-        ptx = made.asm["ptx"]
-        self.found.append({"shared": made.metadata.shared} | {word: word in ptx for word in ("wgmma", "tf32", "atom")})
+        compiled = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
+        ptx = compiled.asm["ptx"]
+        self.launches.append(
+            {"shared": compiled.metadata.shared} | {word: word in ptx for word in ("wgmma", "tf32", "atom")}
+        )
 
 
 def compile_for_gpus(path: str) -> None:
-    """What the kernels of a forward and a backward become on GPUs of two kinds."""
+    """Save facts about the kernels of a forward and a backward, compiled for two kinds of GPU."""
     from training.kernels import triton_experts
 
-    kernels, found = (triton_experts._rows_kernel, triton_experts._outer_kernel), {}
+    kernels, found = (triton_experts._matmul_kernel, triton_experts._outer_kernel), {}
     for kind, capability in (("bf16", 90), ("fp32", 80)):
         case, launches = Case(256, 2, 4, 64, 128, gated=kind == "bf16"), found.setdefault(kind, [])
-        triton_experts._rows_kernel, triton_experts._outer_kernel = (Launch(k, capability, launches) for k in kernels)
-        outcome(triton_experts.TRITON, case, case.inputs(DTYPES[kind]))
+        triton_experts._matmul_kernel, triton_experts._outer_kernel = (Launch(k, capability, launches) for k in kernels)
+        outcome(EXPERT_KERNELS["triton"], case, case.inputs(DTYPES[kind]))
     Path(path).write_text(json.dumps(found))
 
 
@@ -170,6 +173,7 @@ def other_process(part: str, path, file: str = __file__, **variables: str) -> su
 
 
 def file_of(process: subprocess.Popen) -> str:
+    """Wait for a process and return the path of its results."""
     errors = process.communicate(timeout=240)[1]
     assert process.returncode == 0, errors
     return process.args[-1]
@@ -177,7 +181,7 @@ def file_of(process: subprocess.Popen) -> str:
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """Both at a time."""
+    """Both processes, which run at the same time."""
     folder = tmp_path_factory.mktemp("triton")
     return {
         "interpret": other_process("interpret", folder / "found.safetensors", TRITON_INTERPRET="1"),
@@ -187,7 +191,7 @@ def processes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def interpreted(processes):
-    """Tensors by (case, type, which run) and name."""
+    """Tensors by (case, dtype, which run) and name."""
     found = {}
     for key, value in load_file(file_of(processes["interpret"])).items():
         *key, name = key.split("/")
@@ -201,7 +205,7 @@ def interpreted(processes):
 @pytest.mark.parametrize(("name", "kind"), RUN)
 def test_results_and_all_gradients_equal_the_reference(interpreted, name, kind):
     case, dtype = CASES[name], DTYPES[kind]
-    expected = outcome(REFERENCE, case, [x.float() for x in case.inputs(dtype)])
+    expected = outcome(TORCH_EXPERTS["reference"], case, [x.float() for x in case.inputs(dtype)])
     found = interpreted[name, kind, "once"]
     assert found.keys() == expected.keys()
     for key, theirs in expected.items():
@@ -221,32 +225,33 @@ def test_an_expert_without_tokens_has_a_zero_gradient(interpreted):
 
 
 @pytest.mark.parametrize("which", ["again", "compiled"])
-def test_the_same_bits_every_time(interpreted, which):
+def test_the_bits_repeat(interpreted, which):
     for key, value in interpreted[*AGAIN, "once"].items():
         assert torch.equal(value, interpreted[*AGAIN, which][key]), key
 
 
-def test_kernels_compile_for_gpus_that_are_not_here(processes):
+def test_kernels_compile_for_gpus(processes):
     found = json.loads(Path(file_of(processes["compile"])).read_text())
     assert {kind: len(launches) for kind, launches in found.items()} == {"bf16": 9, "fp32": 6}
     for launch in (*found["bf16"], *found["fp32"]):
-        assert launch["shared"] <= 99 * 1024  # the least that a device of capability 8 or more has
+        assert launch["shared"] <= 99 * 1024  # the minimum of devices of capability 8 or more
         assert not launch["atom"]
     assert all(launch["wgmma"] for launch in found["bf16"])
-    assert not any(launch["tf32"] for launch in found["fp32"])  # whose products have 10 bits
+    assert not any(launch["tf32"] for launch in found["fp32"])  # TF32 has 10 bits of mantissa
 
 
-# --- when it is taken ------------------------------------------------------------------------------
+# --- the choice ------------------------------------------------------------------------------------
 
-NEEDS = KernelRequirements(frozenset({AttentionSpec(2, 2, 8, 8)}), frozenset({ExpertsSpec(32, 64)}), False)
+REQUIREMENTS = KernelRequirements(frozenset({AttentionSpec(2, 2, 8, 8)}), frozenset({ExpertsSpec(32, 64)}), False)
 
 
-def choice(before=None, **options) -> str:
-    kernels, why = choose_kernels(
-        ParallelConfig(**options), NEEDS, device=CPU, dtype=torch.float32, previous=before or {}
+def choice(previous=None, **options) -> str:
+    """Return the choice of experts as text."""
+    chosen = choose_kernels(
+        ParallelConfig(**options), REQUIREMENTS, device=CPU, dtype=torch.float32, previous=previous or {}
     )
-    assert kernels.experts is EXPERT_KERNELS[why["experts"].split()[0]]
-    return why["experts"]
+    assert chosen.kernels.experts is EXPERT_KERNELS[chosen.names["experts"]]
+    return chosen.as_text()["experts"]
 
 
 def slowed(kernel):
@@ -259,12 +264,12 @@ def slowed(kernel):
 
 @pytest.fixture
 def timed(monkeypatch):
-    """A CPU is treated as a GPU is."""
-    monkeypatch.setattr("training.kernels.choose.TIMED_ON", ("cpu",))
-    monkeypatch.setattr("training.kernels.choose.TIMED_TOKENS", 64)
+    """Treat the CPU as if kernels were timed on it."""
+    monkeypatch.setattr("training.kernels.choose.TIMED_DEVICE_TYPES", ("cpu",))
+    monkeypatch.setattr("training.kernels.trials.TIMED_TOKENS", 64)
 
 
-def test_without_triton_the_package_imports_and_a_cpu_passes_it_over():
+def test_without_triton_the_package_imports_and_a_cpu_skips_it():
     program = """if True:
         import sys
         sys.modules["triton"] = None
@@ -276,54 +281,56 @@ def test_without_triton_the_package_imports_and_a_cpu_passes_it_over():
     """
     done = command("-c", program)
     assert done.stdout.splitlines() == [
-        "grouped (ran, and equals the reference)",
-        "grouped (ran, and equals the reference; it was triton before)",
+        "grouped (matches the reference)",
+        "grouped (matches the reference; previously triton)",
     ], done.stderr
 
 
-def test_asking_for_it_on_a_cpu_is_one_line():
-    with pytest.raises(UserError, match=r"^parallel.experts: triton: it runs on CUDA devices; use auto$"):
+def test_naming_it_on_a_cpu_is_one_line():
+    with pytest.raises(UserError, match=r"^parallel.experts: triton: needs a CUDA device; use auto$"):
         choice(experts="triton")
 
 
 @pytest.mark.usefixtures("timed")
-def test_of_kernels_that_agree_the_fastest_is_taken(monkeypatch):
+def test_the_fastest_of_the_matching_kernels_is_chosen(monkeypatch):
     monkeypatch.setitem(EXPERT_KERNELS, "grouped", slowed(EXPERT_KERNELS["grouped"]))
-    assert choice().startswith("loop (the fastest: loop ")
+    assert choice().startswith("loop (fastest: loop ")
     monkeypatch.setitem(EXPERT_KERNELS, "loop", slowed(slowed(EXPERT_KERNELS["loop"])))
-    assert choice().startswith("grouped (the fastest: grouped ")
+    assert choice().startswith("grouped (fastest: grouped ")
 
 
 @pytest.mark.usefixtures("timed")
-def test_a_run_goes_on_with_the_slower_one(monkeypatch):
+def test_a_resumed_run_keeps_the_slower_kernel(monkeypatch):
     monkeypatch.setitem(EXPERT_KERNELS, "grouped", slowed(EXPERT_KERNELS["grouped"]))
-    assert choice({"experts": "grouped"}) == "grouped (ran, and equals the reference)"
-    assert choice({"experts": "triton"}).startswith("loop (the fastest: ")
+    assert choice({"experts": "grouped"}) == "grouped (matches the reference)"
+    assert choice({"experts": "triton"}).startswith("loop (fastest: ")
 
 
 @pytest.mark.usefixtures("timed")
-def test_what_was_asked_for_and_what_is_wrong_is_not_timed(monkeypatch):
+def test_kernels_that_are_named_or_wrong_are_not_timed(monkeypatch):
     right = EXPERT_KERNELS["loop"]
     monkeypatch.setitem(EXPERT_KERNELS, "loop", slowed(right))
-    assert choice(experts="loop") == "loop (asked for)"
-    monkeypatch.setitem(EXPERT_KERNELS, "grouped", right._replace(up=lambda x, w, rows: right.up(x, w[::-1], rows)))
-    assert choice().startswith("loop (grouped: it differs from the reference by ")
+    assert choice(experts="loop") == "loop (requested)"
+    monkeypatch.setitem(
+        EXPERT_KERNELS, "grouped", right._replace(up=lambda x, w, dispatch: right.up(x, w[::-1], dispatch))
+    )
+    assert choice().startswith("loop (grouped: differs from the reference by ")
 
 
-def test_on_a_cpu_the_order_decides(monkeypatch):
+def test_on_a_cpu_the_order_of_the_table_decides(monkeypatch):
     monkeypatch.setitem(EXPERT_KERNELS, "grouped", slowed(EXPERT_KERNELS["grouped"]))
-    assert choice() == "grouped (ran, and equals the reference)"
+    assert choice() == "grouped (matches the reference)"
 
 
 @pytest.mark.usefixtures("timed")
-def test_a_restart_repeats_the_bits_whatever_is_faster_then(run, monkeypatch, capsys):
+def test_a_resumed_run_keeps_its_kernel_even_if_another_is_faster_now(run, monkeypatch, capsys):
     plain = EXPERT_KERNELS["grouped"]
     monkeypatch.setitem(EXPERT_KERNELS, "grouped", slowed(plain))
     folder = run()
-    assert "experts     loop (the fastest: loop " in capsys.readouterr().out
+    assert "experts     loop (fastest: loop " in capsys.readouterr().out
     monkeypatch.setitem(EXPERT_KERNELS, "grouped", plain)
     monkeypatch.setitem(EXPERT_KERNELS, "loop", slowed(EXPERT_KERNELS["loop"]))
-    goes_on_with("experts     loop", run, folder, capsys)
+    goes_on_with("experts loop", run, folder, capsys)
 
 
 if __name__ == "__main__":

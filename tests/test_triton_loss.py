@@ -1,6 +1,6 @@
-"""The loss in Triton: as the interpreter runs it on a CPU, as it compiles for GPUs, when it is taken.
+"""The loss in Triton: run by the interpreter on a CPU, compiled for GPUs, chosen.
 
-Run as a program, this file is the other process of its tests: `interpret` or `compile`, and a file for what is found.
+Run as a program, this file is a process of its tests: `interpret` or `compile`, and the file for the results.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from training.kernels.loss import chunked_cross_entropy
 from training.kernels.table import LOSS_KERNELS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CHUNK_BYTES = (12, 2**28)  # logits of three tokens exist at a time
+CHUNK_BYTES = (12, 2**28)  # three tokens per chunk
 TOLERANCE = {"fp32": 1e-6, "bf16": 1e-2, "fp16": 2e-3}
 
 
@@ -35,7 +35,7 @@ class Case(NamedTuple):
     n_tokens: int
     n_vocab: int
     softcap: float | None = None
-    factor: float = 1.0  # of the logits
+    factor: float = 1.0  # that the logits are multiplied by
 
     def inputs(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -46,7 +46,7 @@ class Case(NamedTuple):
         return x * self.factor, w, targets
 
 
-# A program has 8192 logits at a time.
+# A program processes 8192 logits per step.
 CASES = {
     "less than a block": Case(5, 50),
     "one token": Case(1, 3),
@@ -60,15 +60,15 @@ RUN.append(("blocks and a part", "fp16"))
 
 
 def outcome(loss, case: Case, inputs, *, gradient: bool = True) -> dict[str, torch.Tensor]:
-    """The loss and its gradient by x and w."""
+    """Return the loss and its gradients by name."""
     x, w, targets = inputs
     if not gradient:
         with torch.no_grad():
             return {"loss": loss(x, w, targets, case.softcap)}
     leaves = [x.clone().requires_grad_(), w.clone().requires_grad_()]
-    found = loss(*leaves, targets, case.softcap)
-    grads = torch.autograd.grad(found, leaves)
-    return {"loss": found.detach(), "x": grads[0], "w": grads[1]}
+    total = loss(*leaves, targets, case.softcap)
+    grads = torch.autograd.grad(total, leaves)
+    return {"loss": total.detach(), "x": grads[0], "w": grads[1]}
 
 
 def in_float64(x, w, targets, softcap):
@@ -81,11 +81,11 @@ def in_float64(x, w, targets, softcap):
 
 
 def interpret(path: str) -> None:
-    """Outcomes of all cases, with logits that exist at a time for three tokens, and once without gradients."""
+    """Save the outcomes of all cases in chunks of three tokens, and of one without gradients."""
     from training.kernels import loss
     from training.kernels.triton_loss import triton_logits_backward
 
-    torch.use_deterministic_algorithms(True)  # what is not written is NaN
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     loss.CHUNK_BYTES, ours = {"cpu": CHUNK_BYTES}, partial(chunked_cross_entropy, triton_logits_backward)
     found = {run: outcome(ours, CASES[run[0]], CASES[run[0]].inputs(DTYPES[run[1]])) for run in RUN}
     name = "blocks and a part"
@@ -95,7 +95,7 @@ def interpret(path: str) -> None:
 
 
 def compile_for_gpus(path: str) -> None:
-    """What the kernel becomes on GPUs of two kinds, with and without a soft-cap and a gradient."""
+    """Save facts about the kernel, compiled for two kinds of GPU, with and without soft-cap and gradient."""
     from training.kernels import triton_loss
 
     kernel, found = triton_loss._loss_kernel, []
@@ -110,7 +110,7 @@ def compile_for_gpus(path: str) -> None:
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """Both at a time."""
+    """Both processes, which run at the same time."""
     folder = tmp_path_factory.mktemp("triton")
     return {
         "interpret": other_process("interpret", folder / "found.safetensors", __file__, TRITON_INTERPRET="1"),
@@ -120,7 +120,7 @@ def processes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def interpreted(processes):
-    """Tensors by (case, type or which run) and name."""
+    """Tensors by (case, dtype or which run) and name."""
     found = {}
     for key, value in load_file(file_of(processes["interpret"])).items():
         case, kind, name = key.split("/")
@@ -138,18 +138,18 @@ def test_the_loss_and_its_gradients_equal_the_reference(interpreted, name, kind,
     rounded = outcome(LOSS_KERNELS["chunked"], CASES[name], (x.float(), w.float(), targets))
     for key, exact in outcome(in_float64, CASES[name], (x.double(), w.double(), targets)).items():
         error = (interpreted[name, kind][key] - exact).norm()
-        of_float32 = (rounded[key] - exact).norm()  # some CPUs' products of three rows are ten times less exact
-        assert error <= TOLERANCE[kind] * exact.norm() + 2 * of_float32, key
+        float32_error = (rounded[key] - exact).norm()  # some CPUs' products of three rows are ten times less exact
+        assert error <= TOLERANCE[kind] * exact.norm() + 2 * float32_error, key
     assert not interpreted[name, kind]["x"][targets < 0].any()
 
 
-def test_the_same_bits_every_time_and_without_gradients(interpreted):
+def test_the_bits_repeat_with_and_without_gradients(interpreted):
     once = interpreted["blocks and a part", "fp32"]
     assert all(torch.equal(value, once[key]) for key, value in interpreted["blocks and a part", "again"].items())
     assert torch.equal(interpreted["blocks and a part", "alone"]["loss"], once["loss"])
 
 
-def test_the_kernel_compiles_for_gpus_that_are_not_here(processes):
+def test_the_kernel_compiles_for_gpus(processes):
     found = json.loads(Path(file_of(processes["compile"])).read_text())
     assert len(found) == 8
     for launch in found:
@@ -157,24 +157,29 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here(processes):
         assert not launch["atom"]
 
 
-def choice(before: str | None = None, **options) -> str:
-    needs = KernelRequirements(frozenset(), frozenset(), False, frozenset({LossSpec(8, 300, 5.0)}))
-    started = {"device": torch.device("cpu"), "dtype": torch.float32, "previous": {"loss": before} if before else {}}
-    kernels, why = choose_kernels(ParallelConfig(**options), needs, **started)
-    assert kernels.loss is LOSS_KERNELS[why["loss"].split()[0]]
-    return why["loss"]
+def choice(previous: str | None = None, **options) -> str:
+    """Return the choice of the loss as text."""
+    chosen = choose_kernels(
+        ParallelConfig(**options),
+        KernelRequirements(frozenset(), frozenset(), False, frozenset({LossSpec(8, 300, 5.0)})),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        previous={"loss": previous} if previous else {},
+    )
+    assert chosen.kernels.loss is LOSS_KERNELS[chosen.names["loss"]]
+    return chosen.as_text()["loss"]
 
 
-def test_a_cpu_passes_it_over():
-    assert choice() == "chunked (ran, and equals the reference)"
-    assert choice("triton") == "chunked (ran, and equals the reference; it was triton before)"
-    assert choice(loss="reference") == "reference (asked for)"
-    with pytest.raises(UserError, match=r"^parallel.loss: triton: it runs on CUDA devices; use auto$"):
+def test_a_cpu_skips_it():
+    assert choice() == "chunked (matches the reference)"
+    assert choice("triton") == "chunked (matches the reference; previously triton)"
+    assert choice(loss="reference") == "reference (requested)"
+    with pytest.raises(UserError, match=r"^parallel.loss: triton: needs a CUDA device; use auto$"):
         choice(loss="triton")
 
 
 @pytest.mark.parametrize("wrong", ["loss", "x", "w", "softcap", "counted"])
-def test_a_loss_that_differs_is_passed_over(wrong, monkeypatch):
+def test_a_loss_that_differs_from_the_reference_is_not_chosen(wrong, monkeypatch):
     right = LOSS_KERNELS["chunked"]
 
     def differs(x, w, targets, softcap):
@@ -189,7 +194,7 @@ def test_a_loss_that_differs_is_passed_over(wrong, monkeypatch):
         )
 
     monkeypatch.setitem(LOSS_KERNELS, "chunked", differs)
-    assert choice().startswith("reference (chunked: it differs from the reference by ")
+    assert choice().startswith("reference (chunked: differs from the reference by ")
 
 
 if __name__ == "__main__":

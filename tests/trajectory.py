@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import os
+import resource
 import sys
 import time
 from contextlib import ExitStack
@@ -20,34 +21,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import BuiltRun
 from safetensors.torch import save_file
 from torch.utils.hooks import RemovableHandle
 
 from training.config import Config
-from training.data import prepare
 from training.distributed.world import World, join_world
-from training.engine.build import begin, save
-from training.engine.step import evaluate, train_step
 from training.errors import UserError
 from training.options import cli
 
 
 def train(config: Config, world: World, stop_at: int | None = None) -> tuple[dict, dict[str, torch.Tensor]]:
     """Train, save a checkpoint, evaluate; returns the figures of every step, and the weights (on the main rank)."""
-    run = begin(config, prepare(config.data, quiet=True), world, "auto")
+    run = BuiltRun(config, world)
     seen: list[tuple[bytes, bytes]] = []
 
-    def see(_model: object, _inputs: tuple, inputs: dict) -> None:
-        """Collect the tokens of a forward by the key of their sample; the dummy of a rank without samples has none."""
+    def see(_model: object, inputs: tuple) -> None:
+        """Collect the tokens of a forward by the key of their sample; the dummy of a rank without samples has key 0."""
+        (batch,) = inputs
         if torch.is_grad_enabled():
-            keys, tokens = inputs["key_B"].numpy(), inputs["tokens_BT"].numpy()
+            keys, tokens = batch.key_B.numpy(), batch.tokens_BT.numpy()
             seen.extend((key.tobytes(), row.tobytes()) for key, row in zip(keys, tokens, strict=True) if key)
 
-    favourites = [int(expert) for expert in os.environ.get("ALL_TO", "").split(",") if expert]
+    favorites = [int(expert) for expert in os.environ.get("ALL_TO", "").split(",") if expert]
     for name, bias in run.model.named_buffers():
-        if favourites and name.endswith("selection_bias"):
-            bias[favourites] = 1e6
-    hooks, tokens_of_step = [run.model.register_forward_pre_hook(see, with_kwargs=True)], []
+        if favorites and name.endswith("selection_bias"):
+            bias[favorites] = 1e6
+    hooks, tokens_of_step = [run.model.register_forward_pre_hook(see)], []
     if failing := os.environ.get("OUT_OF_MEMORY"):
         rank, call = map(int, failing.split(":"))
         if rank == world.rank:
@@ -56,26 +56,29 @@ def train(config: Config, world: World, stop_at: int | None = None) -> tuple[dic
         rank, call = map(int, poisoned.split(":"))
         if rank == world.rank:
             hooks.append(not_finite_at(run.model, call))
-    stop = stop_at or config.steps
-    while run.step < stop:
-        seen.clear()
-        train_step(run)
-        once = dict(seen)  # a batch that was tried again counts once
-        of_ranks = world.gather_bytes(b"".join(once.values()))
-        tokens_of_step.append(hashlib.sha256(b"".join(of_ranks)).hexdigest())
+    rows = []
+    with run.micro_batch.restart_on_out_of_memory():
+        while run.state.step < (stop_at or config.steps):
+            seen.clear()
+            run.train_step()
+            rows += run.rows()
+            once = dict(seen)  # a batch that was tried again counts once
+            of_ranks = world.gather_bytes(b"".join(once.values()))
+            tokens_of_step.append(hashlib.sha256(b"".join(of_ranks)).hexdigest())
     for hook in hooks:
         hook.remove()
-    rows = run.metrics.fetch()
-    run.last_row = rows[-1]
-    save(run)
-    found = evaluate(run.model, run.val_batches, run.dataset.tokenizer, config.eval.tokens, run.micro_batch, world)
-    run.layout.reshard()
-    weights = run.layout.full_state_dict()
+    run.save()
+    val_loss = run.evaluate()["val_loss"]
+    weights = run.sharded.full_state_dict()
     run.close()
     names = ("loss", "grad_norm", "expert_load")
     steps = [{name: row[name] for name in names if name in row} for row in rows]
-    facts = {"val_loss": found["val_loss"], "micro_batch": run.micro_batch}
-    return {"steps": steps, "tokens": tokens_of_step} | facts, weights
+    return {
+        "steps": steps,
+        "tokens": tokens_of_step,
+        "val_loss": val_loss,
+        "micro_batch": run.micro_batch.size,
+    }, weights
 
 
 def out_of_memory_at(module: torch.nn.Module, call: int) -> RemovableHandle:
@@ -151,19 +154,19 @@ def main_in_a_borrowed_group(arguments: list[str]) -> int:
 
 def main_that_hangs(arguments: list[str]) -> int:
     """Train like the command, but HANG="1:5" never ends step 5 on rank 1, SLOW_RECORD="3:8" writes row 3 in 8 s."""
-    from training.engine import step as engine
+    from training import engine
     from training.logging.jsonl import JSONLSink
     from training.train import main as train_command
 
-    hanging, slow = os.environ["HANG"].split(":"), os.environ["SLOW_RECORD"].split(":")
+    hanging, slow = os.environ["HANG"], os.environ["SLOW_RECORD"].split(":")
     train_step, write = engine.train_step, JSONLSink.write
 
-    def hang(run):
-        while [str(run.world.rank), str(run.step + 1)] == hanging:
+    def hang(config: Config, model: Any, optimizer: Any, loader: Any, micro_batch: Any, state: Any, phase: Any) -> Any:
+        while f"{model.world.rank}:{state.step + 1}" == hanging:
             pass
-        train_step(run)
+        return train_step(config, model, optimizer, loader, micro_batch, state, phase)
 
-    def write_slowly(self, rows):
+    def write_slowly(self: JSONLSink, rows: list[dict]) -> None:
         if str(rows[-1]["step"]) == slow[0]:
             time.sleep(float(slow[1]))
         write(self, rows)
@@ -174,16 +177,16 @@ def main_that_hangs(arguments: list[str]) -> int:
 
 def main_with_a_signal(arguments: list[str]) -> int:
     """Train like the command, but send SIGNAL to this process AT a place of its start."""
-    from training import checkpoint
-    from training.engine import resume, step
+    from training import checkpoint, engine
+    from training.engine import build
     from training.logging.jsonl import JSONLSink
     from training.train import main as train_command
 
     places = {
-        "read": (checkpoint, "read_parts"),
-        "prepare folder": (resume, "make_way"),
+        "read": (checkpoint, "read_tensors"),
+        "prepare folder": (build, "prepare_run_dir"),
         "open logs": (JSONLSink, "__init__"),
-        "watch signals": (step.Watch, "__init__"),
+        "watch signals": (engine.Events, "__enter__"),
     }
     owner, name = places[os.environ["AT"]]
     original = getattr(owner, name)
@@ -193,4 +196,33 @@ def main_with_a_signal(arguments: list[str]) -> int:
         return original(*arguments, **named)
 
     setattr(owner, name, sending)
+    return train_command(arguments)
+
+
+def main_with_limited_memory(arguments: list[str]) -> int:
+    """Train like the command, but limit the memory to what is in use, at LIMIT_AT: "load" or "step 3"."""
+    from training import engine
+    from training.engine import build
+    from training.train import main as train_command
+
+    load_tensors, train_step = build.load_tensors, engine.train_step
+
+    def limit() -> None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
+
+    def load(*arguments: Any) -> None:
+        load_tensors(*arguments)
+        limit()
+
+    def step(config: Config, model: Any, optimizer: Any, loader: Any, micro_batch: Any, state: Any, phase: Any) -> Any:
+        if state.step == 2:
+            limit()
+            micro_batch.size = 128  # needs more than was used so far, which stays the process's own
+        return train_step(config, model, optimizer, loader, micro_batch, state, phase)
+
+    if os.environ["LIMIT_AT"] == "load":
+        build.load_tensors = load
+    else:
+        engine.train_step = step
     return train_command(arguments)

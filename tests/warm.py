@@ -14,6 +14,7 @@ import atexit
 import importlib
 import json
 import os
+import runpy
 import select
 import signal
 import subprocess
@@ -29,6 +30,8 @@ PRELOAD = [
     "trajectory",
     "crashes",
     "training.train",
+    "training.engine",
+    "training.session",
     "training.evaluate",
     "training.generate",
     "training.export",
@@ -110,7 +113,10 @@ class Server:
         self.stores: list[object] = []
 
     def start(self, target: str, *arguments: str, n_ranks: int = 1, env: dict[str, str] | None = None) -> Launch:
-        """Call `target` ("module:function") with the list of arguments on every rank; its result is the exit status."""
+        """Call `target` on every rank: "module:function" with the list of arguments, or the path of a script.
+
+        The function's result is the exit status.
+        """
         if self.process is None:
             self.process = subprocess.Popen(
                 [sys.executable, __file__],
@@ -194,6 +200,10 @@ def work(request: dict, rank: int) -> int:
     module, _, function = request["target"].partition(":")
     sys.argv = [module, *request["arguments"]]
     try:
+        if module.endswith(".py"):
+            sys.path.insert(0, str(Path(module).parent))
+            runpy.run_path(module, run_name="__main__")
+            return 0
         return getattr(importlib.import_module(module), function)(request["arguments"])
     except SystemExit as error:
         return error.code or 0

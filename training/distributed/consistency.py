@@ -44,7 +44,7 @@ def _check_same(world: World, values: Mapping[str, Any]) -> None:
         for rank, values_there in enumerate(of_ranks):
             ranks_by_value.setdefault(json.dumps(values_there.get(name)), []).append(rank)
         if len(ranks_by_value) > 1:
-            listed = (f"{value} on {_ranks_text(ranks)}" for value, ranks in ranks_by_value.items())
+            listed = (f"{value} on {_ranks_text(*ranks)}" for value, ranks in ranks_by_value.items())
             differences.append(f"{name}: {', '.join(listed)}")
     more = f"; and {len(differences) - N_LISTED} more" if len(differences) > N_LISTED else ""
     raise UserError(
@@ -60,5 +60,5 @@ def _source_hash() -> str:
     return hashlib.sha256(text).hexdigest()[:12]
 
 
-def _ranks_text(ranks: list[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} ranks from {ranks[0]}"
+def _ranks_text(first: int, *others: int) -> str:
+    return f"{1 + len(others)} ranks from {first}" if others else f"rank {first}"

@@ -24,10 +24,8 @@ class MeshShape(NamedTuple):
     expert: int  # ranks that each layer's experts are split over
 
     def __str__(self) -> str:
-        split = f"weights split over {self.shard}" if self.shard > 1 else ""
-        copies = f"{self.replicate} copies" if self.replicate > 1 else ""
-        experts = f"experts split over {self.expert}" if self.expert > 1 else ""
-        return ", ".join(filter(None, (copies, split, experts)))
+        texts = (f"{self.replicate} copies", f"weights split over {self.shard}", f"experts split over {self.expert}")
+        return ", ".join(text for size, text in zip(self, texts, strict=True) if size > 1)
 
     @property
     def has_collectives(self) -> bool:
@@ -47,8 +45,7 @@ class MeshShape(NamedTuple):
 
 def check_mesh(config: Config, n_ranks: int) -> None:
     """Raise UserError if the options do not fit the number of ranks."""
-    n_samples = config.batch_tokens // config.model.n_positions
-    if n_samples < n_ranks:
+    if (n_samples := config.batch_tokens // config.model.n_positions) < n_ranks:
         few = f"{config.batch_tokens} are {n_samples} samples, fewer than {n_ranks} processes"
         raise UserError(f"batch_tokens: {few}; raise batch_tokens or start fewer processes")
     mesh_shape(config.parallel.mesh, n_ranks, config.model)

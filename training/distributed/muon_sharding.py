@@ -25,7 +25,7 @@ class RowBlock(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """What this rank sends, or receives, in one all-to-all."""
+    """The rows that this rank sends, or receives, in one all-to-all."""
 
     blocks: list[RowBlock]  # ordered by peer
     rows_P: list[int]  # number of rows for each peer
@@ -80,9 +80,8 @@ class MatrixGather:
         result_XMN = function(full_XMN)  # also where X is 0: it decides the dtype that all ranks exchange
         sent = [_slice(result_XMN[index[b.matrix]], b.rows.start, b) for b in schedule.send_back.blocks]
         results = [result_XMN.new_empty(rows.shape) for rows in flat]
-        for block, rows in _exchange(
-            sent, schedule.send_back, schedule.receive_back, result_XMN[:0].reshape(-1, width)
-        ):
+        like = result_XMN[:0].reshape(-1, width)
+        for block, rows in _exchange(sent, schedule.send_back, schedule.receive_back, like):
             _slice(results[block.parameter], block.offset, block).copy_(rows)
         return [result.view_as(tensor) for result, tensor in zip(results, tensors, strict=True)]
 
@@ -116,13 +115,13 @@ class MatrixGather:
         """Yield the blocks of all ranks, matrix by matrix. A parameter is a matrix (M, N) or a stack (E, M, N)."""
         matrix = 0
         for number, parameter in enumerate(parameters):
-            shape, held = self.shapes[parameter], self.rows_of_rank[parameter]
+            shape, held = self.shapes[parameter], list(enumerate(self.rows_of_rank[parameter]))
             if len(shape) == 2:
-                yield from (RowBlock(matrix, rank, rows, number, 0) for rank, rows in enumerate(held) if rows)
+                yield from (RowBlock(matrix, rank, rows, number, 0) for rank, rows in held if rows)
                 matrix += 1
                 continue
             for index in range(shape[0]):
-                for rank, stack in enumerate(held):
+                for rank, stack in held:
                     if index in stack:
                         yield RowBlock(matrix, rank, range(shape[1]), number, (index - stack.start) * shape[1])
                 matrix += 1
@@ -132,9 +131,7 @@ def _slice(tensor: Tensor, start: int, block: RowBlock) -> Tensor:
     return tensor[start : start + len(block.rows)]
 
 
-def _exchange(
-    tensors: list[Tensor], send: Transfer, receive: Transfer, like: Tensor
-) -> Iterator[tuple[RowBlock, Tensor]]:
+def _exchange(tensors: list[Tensor], send: Transfer, receive: Transfer, like: Tensor) -> Iterator[tuple]:
     """Send `tensors`, the rows of each block; return the received blocks and their rows, with the dtype of `like`."""
     received = all_to_all_rows(torch.cat([like[:0], *tensors]), send.rows_P, receive.rows_P)
     return zip(receive.blocks, received.split([len(block.rows) for block in receive.blocks]), strict=True)

@@ -49,9 +49,8 @@ def _fully_shard(model: nn.Module, groups: MeshGroups, dtype: torch.dtype) -> No
         from torch.distributed._composable.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
         if groups.shard.device_type == "cpu":
-            message = f"parallel.mesh.shard: PyTorch {torch.__version__} shards on CUDA only; use 2.6 or newer"
-            raise UserError(message) from None
-
+            wrong = f"PyTorch {torch.__version__} shards on CUDA only; use 2.6 or newer"
+            raise UserError(f"parallel.mesh.shard: {wrong}") from None
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
         reduce_dtype=torch.float32,

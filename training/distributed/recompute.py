@@ -8,16 +8,10 @@ from typing import Any
 
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-# Selective recomputation saves the results of these operators, matmuls and attention, because they take most of the
-# time. The custom operators of kernels/ are named after the module that defines them.
-SAVED_OPERATORS = {
-    *("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm"),
-    *("training_kernels_experts::loop_matmul", "training_kernels_triton_experts::gather_matmul"),
-    *("training_kernels_triton_experts::matmul_scatter", "training_kernels_attention_deterministic::flash"),
-    *("aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_efficient_attention"),
-    *("aten::_scaled_dot_product_cudnn_attention", "aten::_scaled_dot_product_flash_attention_for_cpu"),
-    *("flash_attn::_flash_attn_forward", "flash_attn_3::fwd"),
-}
+from training.kernels.table import saved_operators
+
+# Selective recomputation saves the results of matmuls and of the kernels' operators, which take most of the time.
+SAVED_OPERATORS = {"aten::mm", "aten::addmm", "aten::bmm"} | saved_operators()
 
 
 def with_recompute(forward: Callable, mode: str) -> Callable:

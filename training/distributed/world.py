@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -121,12 +120,7 @@ class World:
         """Return the main rank's JSON value on every rank. Collective."""
         return json.loads(self.gather_bytes(json.dumps(value if self.is_main else None).encode())[0])
 
-    def close(
-        self,
-        _type: type[BaseException] | None = None,
-        error: BaseException | None = None,
-        _traceback: TracebackType | None = None,
-    ) -> None:
+    def close(self, _type: Any = None, error: BaseException | None = None, _traceback: Any = None) -> None:
         """End this rank; to be pushed on an ExitStack.
 
         After an error, the other ranks end too. Raises the error, or a silent SystemExit if another rank reports one.

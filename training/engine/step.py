@@ -53,7 +53,10 @@ def train_step(
     while sums is None:
         with phase("compute"):
             sums = accumulate_gradients(model, batch, micro_batch, loss_scale, activity)
-        if sums is None:  # out of memory on some rank
+        with phase("communication"):
+            (out_of_memory,) = world.max_int(sums is None)
+        if out_of_memory:
+            sums = None
             micro_batch.shrink()
     if state.step + 1 < config.steps:
         with phase("data"):
@@ -78,11 +81,10 @@ def accumulate_gradients(
 ) -> Metrics | None:
     """Add this rank's part of the gradient to the model and return its summed metrics.
 
-    Returns None if a rank ran out of memory. `batch` is this rank's part of the global batch. Raises RestartNeeded on
-    out of memory if other ranks may be inside a collective. Collective.
+    Returns None if this rank ran out of memory. `batch` is this rank's part of the global batch. Raises RestartNeeded
+    on out of memory if other ranks may be inside a collective.
     """
     sums: Metrics = {}
-    out_of_memory = False
     try:
         slices = micro_batch.slices(len(batch.tokens_BT))
         for number, rows in enumerate(slices, start=1):
@@ -94,8 +96,8 @@ def accumulate_gradients(
             raise
         if model.mesh.has_collectives:
             micro_batch.shrink_and_restart()
-        out_of_memory = True
-    return None if any(model.world.max_int(out_of_memory)) else sums
+        return None
+    return sums
 
 
 def should_update(loss: Tensor, grad_norm: Tensor, state: TrainState, world: World) -> bool:

@@ -35,9 +35,9 @@ def _triton_loss(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float |
     return chunked_cross_entropy(triton_logits_backward, x_NC, w_VC, targets_N, softcap)
 
 
-EXPERT_KERNELS = {
-    "triton": ExpertKernel(_triton_up, _triton_down, ("training_kernels_triton_experts::matmul",))
-} | TORCH_EXPERTS
+_TRITON_EXPERTS = ExpertKernel(_triton_up, _triton_down, ("training_kernels_triton_experts::matmul",))
+
+EXPERT_KERNELS = {"triton": _TRITON_EXPERTS} | TORCH_EXPERTS
 LOSS_KERNELS: dict[str, Callable[..., Tensor]] = {"triton": _triton_loss} | TORCH_LOSS
 TABLES: Mapping[str, Mapping[str, Any]] = {
     "attention": ATTENTION_BACKENDS,

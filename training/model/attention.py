@@ -6,6 +6,7 @@ values, D head width, E width of a value.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.config import AttentionConfig, ModelConfig
-from training.kernels.attention.table import Visibility
-from training.kernels.choose import AttentionBackend, AttentionSpec
+from training.kernels.attention.masks import Visibility
+from training.kernels.interface import AttentionBackend, AttentionSpec
 from training.model.cache import LayerCache
 from training.model.layers import Linear, RMSNorm, rotary_table, rotate
 
@@ -35,23 +36,21 @@ class AttentionContexts:
     """Rotary tables and masks of one forward pass, each built once for all layers that need the same one."""
 
     def __init__(self, visibility: Visibility, backend: AttentionBackend, rope_theta: float):
-        self.visibility, self.backend, self.rope_theta = visibility, backend, rope_theta
-        if visibility.documents is not None:
-            self.position = visibility.documents.position_BT
-        else:
+        self.visibility, self.backend = visibility, backend
+        if visibility.documents is None:  # (T,)
             start = visibility.n_keys - visibility.n_queries
-            self.position = torch.arange(start, visibility.n_keys, device=visibility.device)  # (T,)
-        self.rotations: dict[int, Tensor | None] = {0: None}  # by width
-        self.masks: dict[int | None, Any] = {}  # by window
+            position = torch.arange(start, visibility.n_keys, device=visibility.device)
+        else:  # (B, T)
+            position = visibility.documents.position_BT
+        self.position = position
+        # These close over no `self`: a reference cycle would keep masks alive after the forward pass.
+        self.rotation = functools.cache(lambda width: rotary_table(position, width, rope_theta) if width else None)
+        self.mask = functools.cache(lambda window: backend.build_mask(visibility._replace(window=window)))
 
     def for_mixer(self, mixer: nn.Module) -> AttentionContext:
         """Return the context of a layer, by its `rotary_dim` and its window."""
-        width, window = mixer.rotary_dim, self.visibility._replace(window=mixer.spec.window).effective_window
-        if width not in self.rotations:
-            self.rotations[width] = rotary_table(self.position, width, self.rope_theta)
-        if window not in self.masks:
-            self.masks[window] = self.backend.build_mask(self.visibility._replace(window=window))
-        return AttentionContext(self.rotations[width], self.masks[window], self.backend)
+        window = self.visibility._replace(window=mixer.spec.window).effective_window
+        return AttentionContext(self.rotation(mixer.rotary_dim), self.mask(window), self.backend)
 
 
 class Attention(nn.Module):

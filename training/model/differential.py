@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import DifferentialConfig, ModelConfig
-from training.kernels.choose import AttentionSpec
+from training.kernels.interface import AttentionSpec
 from training.model.attention import Attention, AttentionContext
 from training.model.layers import RMSNorm
 

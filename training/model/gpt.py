@@ -17,30 +17,31 @@ from training.config import (
     AttentionConfig,
     BlockConfig,
     DifferentialConfig,
+    GatedConfig,
     LatentConfig,
     MLPConfig,
     ModelConfig,
     MoEConfig,
 )
-from training.kernels.attention.table import Documents, Visibility, left_padded
-from training.kernels.choose import (
-    ATTENTION_BACKENDS,
-    AttentionBackend,
-    ExpertsSpec,
-    KernelRequirements,
-    Kernels,
-    LossSpec,
-)
+from training.kernels.attention.masks import Documents, Visibility, left_padded
+from training.kernels.attention.table import ATTENTION_BACKENDS
+from training.kernels.interface import AttentionBackend, ExpertsSpec, KernelRequirements, Kernels, LossSpec
 from training.kernels.loss import apply_softcap
 from training.model.attention import Attention, AttentionContext, AttentionContexts
 from training.model.cache import Cache, LayerCache
 from training.model.differential import DifferentialAttention
+from training.model.gated import GatedAttention
 from training.model.latent import LatentAttention
 from training.model.layers import FeedForwardContext, Linear, build_norm
 from training.model.mlp import MLP
 from training.model.moe import MoE, Routing, finish_step
 
-MIXERS = {AttentionConfig: Attention, LatentConfig: LatentAttention, DifferentialConfig: DifferentialAttention}
+MIXERS = {
+    AttentionConfig: Attention,
+    LatentConfig: LatentAttention,
+    DifferentialConfig: DifferentialAttention,
+    GatedConfig: GatedAttention,
+}
 FEED_FORWARDS = {MLPConfig: MLP, MoEConfig: MoE}
 
 

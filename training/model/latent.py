@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import LatentConfig, ModelConfig
-from training.kernels.choose import AttentionSpec
+from training.kernels.interface import AttentionSpec
 from training.model.attention import AttentionContext
 from training.model.cache import LayerCache
 from training.model.layers import Linear, RMSNorm, rotate

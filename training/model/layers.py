@@ -65,18 +65,12 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm (arXiv:1607.06450), with or without bias."""
-
-    def __init__(self, width: int, eps: float, bias: bool):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm (arXiv:1607.06450) that computes in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, self.eps)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
 
 
 RMSNORM_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that `_RMSNormOnCPU` handles
@@ -109,26 +103,21 @@ class _RMSNormOnCPU(torch.autograd.Function):
         return grad_x.add_(inverse_rms * mean[..., None]).to(dtype), grad_weight.to(dtype), None
 
 
-class RMSNorm(nn.Module):
-    """RMSNorm (arXiv:1910.07467)."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm (arXiv:1910.07467) that computes in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
         if x.device.type == "cpu" and x.dtype in RMSNORM_CPU_DTYPES and not torch.compiler.is_compiling():
             return _RMSNormOnCPU.apply(x, weight, self.eps)
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 def build_norm(config: ModelConfig) -> nn.Module:
     """Build the model's normalization over n_embd channels."""
     if config.norm == "rmsnorm":
         return RMSNorm(config.n_embd, config.norm_eps)
-    return LayerNorm(config.n_embd, config.norm_eps, config.bias)
+    return LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
 
 
 class _ReLU2(torch.autograd.Function):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from training.config import MLPConfig, ModelConfig
-from training.kernels.choose import Kernels
+from training.kernels.interface import Kernels
 from training.model.layers import ACTIVATIONS, FeedForwardContext, Linear
 
 

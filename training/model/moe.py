@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from training.config import MLPConfig, ModelConfig, MoEConfig
-from training.kernels.choose import Kernels
 from training.kernels.experts import Dispatch, sort_by_expert
+from training.kernels.interface import Kernels
 from training.model.layers import ACTIVATIONS, FeedForwardContext, Linear, uniform_from_keys
 from training.model.mlp import MLP
 

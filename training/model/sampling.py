@@ -1,6 +1,6 @@
-"""Tokens from a model: how one is drawn, and texts that are continued side by side.
+"""Tokens from a model: draw one, and continue several texts side by side.
 
-Shapes: B texts that go on, R some of them, T tokens, V vocabulary.
+Shapes: B texts that continue, R some of them, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,38 +17,37 @@ from training.model.gpt import GPT
 
 
 class SamplingParams(NamedTuple):
-    """How a token is drawn: the definitions of Transformers' logits processors, in the order of its `generate`."""
+    """Options for drawing tokens: Transformers' logits processors, in the order of its `generate`."""
 
-    temperature: float = 0.8  # 0: always the likeliest token
-    top_k: int | None = None  # only the so many likeliest, and those as likely as the last of them
-    top_p: float = 1.0  # only the fewest likeliest that together are this probable (arXiv:1904.09751)
-    min_p: float = 0.0  # only those this probable, relative to the likeliest (arXiv:2407.01082)
-    repetition_penalty: float = 1.0  # of every token of the text, prompt included (arXiv:1909.05858)
+    temperature: float = 0.8  # 0: always the most likely token
+    top_k: int | None = None  # only the k most likely, and those as likely as the last of them
+    top_p: float = 1.0  # only the fewest most likely with this total probability (arXiv:1904.09751)
+    min_p: float = 0.0  # only those with this probability relative to the most likely (arXiv:2407.01082)
+    repetition_penalty: float = 1.0  # for every token of the text, prompt included (arXiv:1909.05858)
 
 
 def sample_token(logits_BV: Tensor, seen_BV: Tensor | None, uniform_B1: Tensor, params: SamplingParams) -> Tensor:
-    """(B, 1): a token for each row. `seen_BV` (bool) is what is in its text; None where there is no penalty.
+    """Draw a token for each row, int64 (B, 1). `seen_BV` (bool) marks the tokens of its text; None: no penalty.
 
-    A number of `uniform_B1`, float64 in [0, 1), falls into one token's share of that interval; shares are
-    probabilities, in the order of token ids.
+    Probabilities divide [0, 1) in the order of token ids; `uniform_B1`, float64 in [0, 1), falls into one token's part.
     """
     scores_BV = logits_BV if seen_BV is None else penalize_repetition(logits_BV, seen_BV, params.repetition_penalty)
     if params.temperature == 0:
         return scores_BV.argmax(dim=-1, keepdim=True)
-    share_ends_BV = token_probabilities(scores_BV, params).to(uniform_B1.device).cumsum(dim=-1, dtype=torch.float64)
-    token_B1 = torch.searchsorted(share_ends_BV, uniform_B1 * share_ends_BV[:, -1:], right=True)
+    cumulative_BV = token_probabilities(scores_BV, params).to(uniform_B1.device).cumsum(dim=-1, dtype=torch.float64)
+    token_B1 = torch.searchsorted(cumulative_BV, uniform_B1 * cumulative_BV[:, -1:], right=True)
     return token_B1.to(logits_BV.device)
 
 
 def penalize_repetition(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
-    """Logits of what was seen divided by the penalty where positive, else multiplied (arXiv:1909.05858)."""
+    """Divide the logits of seen tokens by the penalty if positive, else multiply them (arXiv:1909.05858)."""
     lowered_BV = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
     return torch.where(seen_BV, lowered_BV, logits_BV)
 
 
 def token_probabilities(logits_BV: Tensor, params: SamplingParams) -> Tensor:
-    """Temperature, top-k, top-p and min-p, in this order; what one leaves out the next does not count."""
-    # The likeliest token's score is 0, and so stays finite however cold.
+    """Apply temperature, top-k, top-p and min-p, in this order; return probabilities (B, V)."""
+    # The score of the most likely token is 0, and so stays finite at any temperature.
     scores_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / params.temperature
     if params.top_k is not None and params.top_k < scores_BV.shape[-1]:
         least_B1 = scores_BV.topk(params.top_k, dim=-1).values[:, -1:]
@@ -79,24 +78,24 @@ def sample(
 ) -> None:
     """Continue the prompts (token ids, at least one each) side by side, by up to `n_tokens` tokens each.
 
-    `on_token(i, token)` gets the next token of prompt i and returns whether that text goes on. Only ids below `n_vocab`
-    are drawn: rows of the embedding past the tokenizer's size have no text. Where the context is full, the older
-    half is forgotten. A text is a function of its prompt and its seed (whole numbers), whatever is beside it.
-    Processes that hold a model together have to go on with the same tokens, (B, 1): `sync_tokens` makes them so.
+    `on_token(i, token)` receives the next token of prompt i and returns whether that text continues. Only ids below
+    `n_vocab` are drawn, because later rows of the embedding are padding. Once the context is full, its older half is
+    dropped. A text depends on its prompt and its seed only, not on the texts beside it. Ranks that share a sharded
+    model must continue with the same tokens: `sync_tokens` receives (B, 1) and returns those of one rank.
     """
-    batch = _Batch(model, prompts, n_vocab, seeds, params, sync_tokens)
+    batch = _TextBatch(model, prompts, n_vocab, seeds, params, sync_tokens)
     numbers = list(range(len(prompts)))
     for _ in range(n_tokens):
-        going_on = [row for row, token in enumerate(batch.next()) if on_token(numbers[row], token)]
-        if not going_on:
+        continuing = [row for row, token in enumerate(batch.next_tokens()) if on_token(numbers[row], token)]
+        if not continuing:
             return
-        if len(going_on) < len(numbers):
-            numbers = [numbers[row] for row in going_on]
-            batch.select(going_on)
+        if len(continuing) < len(numbers):
+            numbers = [numbers[row] for row in continuing]
+            batch.select(continuing)
 
 
-class _Batch:
-    """Texts that go on, left-padded to one length in one cache, which lacks the last token of each (fresh_B1)."""
+class _TextBatch:
+    """Texts left-padded to one length in one cache, which lacks the last token of each (last_B1)."""
 
     def __init__(
         self,
@@ -111,7 +110,7 @@ class _Batch:
         self.device, self.limit = model.wte.weight.device, model.config.n_positions
         self.contexts = [list(prompt)[-self.limit :] for prompt in prompts]
         self.cache = self._read(self.contexts)
-        self.fresh_B1 = torch.tensor([context[-1:] for context in self.contexts], device=self.device)
+        self.last_B1 = torch.tensor([context[-1:] for context in self.contexts], device=self.device)
         self.generators = [np.random.default_rng(seed) for seed in seeds]
         self.seen_BV = None
         if params.repetition_penalty != 1:
@@ -120,35 +119,35 @@ class _Batch:
                 seen_V[torch.tensor(prompt)] = True
             self.seen_BV = seen_BV.to(self.device)
 
-    def next(self) -> list[int]:
-        """The next token of each text."""
-        self._forget()
+    def next_tokens(self) -> list[int]:
+        """Draw and return the next token of each text."""
+        self._shorten_full_contexts()
         uniform_B1 = torch.tensor([[generator.random()] for generator in self.generators], dtype=torch.float64)
-        if self.device.type != "mps":  # which has no float64
+        if self.device.type != "mps":  # MPS has no float64
             uniform_B1 = uniform_B1.to(self.device)
-        logits_BV = self.model.logits(self.fresh_B1, self.cache, n_last=1)[:, -1, : self.n_vocab]
-        self.fresh_B1 = sample_token(logits_BV, self.seen_BV, uniform_B1, self.params)
+        logits_BV = self.model.logits(self.last_B1, self.cache, n_last=1)[:, -1, : self.n_vocab]
+        self.last_B1 = sample_token(logits_BV, self.seen_BV, uniform_B1, self.params)
         if self.sync_tokens is not None:
-            self.fresh_B1 = self.sync_tokens(self.fresh_B1)
+            self.last_B1 = self.sync_tokens(self.last_B1)
         if self.seen_BV is not None:
-            self.seen_BV.scatter_(1, self.fresh_B1, True)
-        tokens = self.fresh_B1.flatten().tolist()  # the only time in a step that the device is waited for
+            self.seen_BV.scatter_(1, self.last_B1, True)
+        tokens = self.last_B1.flatten().tolist()  # the only synchronization with the device per token
         for context, token in zip(self.contexts, tokens, strict=True):
             context.append(token)
         return tokens
 
     def select(self, rows: list[int]) -> None:
-        """Let only these texts go on."""
+        """Keep these texts only."""
         rows_B = torch.tensor(rows, device=self.device)
         self.contexts = [self.contexts[row] for row in rows]
         self.generators = [self.generators[row] for row in rows]
         self.cache.select(rows_B)
         self.cache.trim()
-        self.fresh_B1 = self.fresh_B1.index_select(0, rows_B)
+        self.last_B1 = self.last_B1.index_select(0, rows_B)
         self.seen_BV = None if self.seen_BV is None else self.seen_BV.index_select(0, rows_B)
 
     def _read(self, contexts: list[list[int]]) -> Cache:
-        """A cache that has read all but each context's last token; what is there several times, once."""
+        """Return a cache of all but each context's last token; equal contexts are computed once."""
         distinct = list(dict.fromkeys(map(tuple, contexts)))
         longest = max(map(len, distinct))
         padding = [longest - len(context) for context in distinct]
@@ -156,18 +155,17 @@ class _Batch:
         padded = [[0] * n + list(context[:-1]) for n, context in zip(padding, distinct, strict=True)]
         self.model.logits(torch.tensor(padded, dtype=torch.int64, device=self.device), cache, n_last=1)
         if len(distinct) < len(contexts):
-            places = {context: place for place, context in enumerate(distinct)}
-            cache.select(torch.tensor([places[tuple(context)] for context in contexts], device=self.device))
+            row_of = {context: row for row, context in enumerate(distinct)}
+            cache.select(torch.tensor([row_of[tuple(context)] for context in contexts], device=self.device))
         return cache
 
-    def _forget(self) -> None:
-        """Of texts that no longer fit the context, forget the older half and read the newer one anew."""
+    def _shorten_full_contexts(self) -> None:
+        """Drop the older half of texts that no longer fit the context, and compute the newer half again."""
         full = [row for row, context in enumerate(self.contexts) if len(context) > self.limit]
         if not full:
             return
         for row in full:
             self.contexts[row] = self.contexts[row][-max(1, self.limit // 2) :]
-        self.cache.replace_rows(
-            torch.tensor(full, device=self.device), self._read([self.contexts[row] for row in full])
-        )
+        read = self._read([self.contexts[row] for row in full])
+        self.cache.replace_rows(torch.tensor(full, device=self.device), read)
         self.cache.trim()

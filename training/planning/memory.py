@@ -33,9 +33,9 @@ from training.distributed.world import BUCKET, World
 from training.kernels import loss
 from training.kernels.attention import sdpa
 from training.kernels.attention.masks import Documents
-from training.kernels.experts import Dispatch, permute, sort_by_expert, unpermute
+from training.kernels.attention.table import ATTENTION_BACKENDS
+from training.kernels.experts import TORCH_EXPERTS, Dispatch, permute, sort_by_expert, unpermute
 from training.kernels.interface import AttentionBackend, Kernels
-from training.kernels.table import ATTENTION_BACKENDS, EXPERT_KERNELS
 from training.model import GPT, layers
 from training.model.moe import Experts
 from training.model.stats import parameter_kinds
@@ -217,12 +217,12 @@ def _kernels(config: Config, device_type: str) -> Kernels:
     """Return CPU kernels that keep as much memory for backward as those that the device will use."""
     name, on_cpu = config.parallel.attention, device_type == "cpu"
     attention = ATTENTION_BACKENDS[name if name == "reference" else "flash"]
-    if on_cpu and any(block.mixer.type != "latent" and block.mixer.softcap for block in config.model.blocks):
+    if on_cpu and any(getattr(block.mixer, "softcap", None) for block in config.model.blocks):
         attention = ATTENTION_BACKENDS["reference"]
     elif not on_cpu and name not in ("reference", "sdpa", "efficient"):  # no mask, and a soft-cap inside the kernel
         flash = ATTENTION_BACKENDS["flash"].attend
         attention = AttentionBackend(lambda _: None, lambda *qkv, scale, softcap: flash(*qkv, scale=scale))  # noqa: ARG005
-    experts = EXPERT_KERNELS["reference" if config.parallel.experts == "reference" else "loop"]
+    experts = TORCH_EXPERTS["reference" if config.parallel.experts == "reference" else "loop"]
     name = config.parallel.loss
     if name in loss.TORCH_LOSS or on_cpu:
         return Kernels(attention, experts, loss.TORCH_LOSS["chunked" if name in ("auto", "triton") else name])

@@ -28,13 +28,7 @@ from torch.torch_version import TorchVersion
 from training.kernels.attention.deterministic import with_deterministic_backward
 from training.kernels.attention.flash_attn import flash2_attention, flash3_attention, flash4_attention, varlen_mask
 from training.kernels.attention.flex import flex_attention, flex_mask
-from training.kernels.attention.masks import (  # noqa: F401
-    Documents,
-    Visibility,
-    boolean_mask,
-    find_documents,
-    left_padded,
-)
+from training.kernels.attention.masks import boolean_mask
 from training.kernels.attention.reference import reference_attention
 from training.kernels.attention.sdpa import (
     cudnn_attention,

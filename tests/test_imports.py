@@ -1,0 +1,34 @@
+"""Importing a part of the package does not load slow modules that it may never use: they cost over a second of CPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import command
+
+SLOW = ("torch._dynamo", "torch._inductor", "torch.nn.attention.flex_attention", "torch.distributed.fsdp", "triton")
+# Imported in this order by one process. A module that loads a slow one fails, and so does each module after it.
+MODULES = ("training.kernels.choose", "training.model", "training.batch")
+
+PROGRAM = f"""if True:
+    import importlib, json, sys
+    loaded = {{}}
+    for name in {MODULES}:
+        importlib.import_module(name)
+        loaded[name] = [slow for slow in {SLOW} if slow in sys.modules]
+    print(json.dumps(loaded))
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, list[str]]:
+    """The slow modules that are loaded after importing each module."""
+    done = command("-c", PROGRAM)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_importing_it_loads_no_slow_module(name, loaded):
+    assert loaded[name] == []
