@@ -24,7 +24,7 @@ from training.config import MLPConfig, ModelConfig, MoEConfig, ParallelConfig
 from training.kernels.choose import choose_kernels
 from training.kernels.interface import ExpertsSpec, KernelRequirements
 from training.kernels.table import EXPERT_KERNELS
-from training.model.layers import Batch
+from training.model.layers import FeedForwardContext
 from training.model.mlp import MLP
 from training.model.moe import MoE
 
@@ -84,7 +84,7 @@ def called(layer: nn.Module, x_BTC: Tensor) -> Tensor:
     if not isinstance(layer, MLP | MoE):
         y = layer(x_BTC)
         return y[0] if isinstance(y, tuple) else y
-    y_BTC, routing = layer(x_BTC, Batch(x_BTC[..., 0].numel()))
+    y_BTC, routing = layer(x_BTC, FeedForwardContext(x_BTC[..., 0].numel()))
     return y_BTC if routing is None else y_BTC + routing.aux_loss.to(y_BTC.dtype)
 
 

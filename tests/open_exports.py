@@ -30,9 +30,8 @@ def open_export(folder: Path) -> dict:
         "difference": difference.item(),
         "generated": new[0, 4:].tolist(),
         "defaults": (defaults := type(model.config)().to_dict()),
-        "fields": sorted(
-            defaults.keys() - transformers.PretrainedConfig().to_dict().keys()
-        ),  # beyond those of every configuration
+        # Beyond the fields of every configuration.
+        "fields": sorted(defaults.keys() - transformers.PretrainedConfig().to_dict().keys()),
     }
 
 

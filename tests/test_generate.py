@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from test_model import BLOCKS, STYLES, WINDOWS, build
 from training.batch import Batch
 from training.config import EvalConfig
 from training.data.tokenizer import build_byte_tokenizer, train_bpe
-from training.engine.step import samples
+from training.engine.evaluate import sample_texts
 from training.generate import main
 from training.model.continuation import Continuation, continue_texts, encode_prompt
 from training.model.sampling import SamplingParams, penalize_repetition, sample, sample_token, token_probabilities
@@ -321,8 +322,11 @@ def test_samples_of_an_evaluation_do_not_depend_on_the_other_prompts():
     model = lively("moe", vocab_size=257)
 
     def drawn(*prompts, seed=(0, 4)):
-        config = EvalConfig(prompts=prompts, sample_tokens=20, temperature=2.0, top_k=None)
-        return samples(model, BYTES, config, seed=seed)
+        evaluation = EvalConfig(prompts=prompts, sample_tokens=20, temperature=2.0, top_k=None)
+        one_rank = {"mesh": SimpleNamespace(has_collectives=False), "world": SimpleNamespace(is_main=True)}
+        sharded = SimpleNamespace(model=model, reshard=lambda: None, **one_rank)
+        config, state = SimpleNamespace(eval=evaluation, seed=seed[0]), SimpleNamespace(step=seed[1])
+        return sample_texts(SimpleNamespace(config=config, model=sharded, state=state), BYTES)["samples"]
 
     both = drawn("def ", "a")
     assert [sample["prompt"] for sample in both] == ["def ", "a"]

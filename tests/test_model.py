@@ -35,12 +35,14 @@ BLOCKS = {
     "latent": {"mixer": {"type": "latent", "kv_rank": 6, "rope_dim": 4}},
     "squeezed latent": {"mixer": {"type": "latent", "kv_rank": 6, "q_rank": 5, "rope_dim": 2, "value_dim": 7}},
     "differential": {"mixer": {"type": "differential"}},
+    "gated attention": {"mixer": {"type": "gated", "n_kv_head": 2}},
     "grouped differential": {"mixer": {"type": "differential", "n_kv_head": 2, "head_dim": 12, "qk_norm": True}},
 }
 WINDOWS = {
     "window": {"mixer": {"window": 5}},
     "latent window": {"mixer": {"type": "latent", "kv_rank": 6, "rope_dim": 4, "window": 5}},
     "differential window": {"mixer": {"type": "differential", "window": 5}},
+    "gated window": {"mixer": {"type": "gated", "window": 5}},
 }
 STYLES = {
     "gpt2": {},

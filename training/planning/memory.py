@@ -37,10 +37,8 @@ from training.kernels import loss
 from training.kernels.attention import sdpa
 from training.kernels.attention.masks import Documents
 from training.kernels.attention.table import ATTENTION_BACKENDS
-from training.kernels.experts import Dispatch, permute, sort_by_expert, unpermute
+from training.kernels.experts import TORCH_EXPERTS, Dispatch, permute, sort_by_expert, unpermute
 from training.kernels.interface import AttentionBackend, Kernels
-from training.kernels.loss import TORCH_LOSS
-from training.kernels.table import EXPERT_KERNELS
 from training.model import GPT, layers
 from training.model.moe import Experts
 from training.model.stats import parameter_kinds
@@ -236,25 +234,23 @@ def _build_model(
     """Build the model with this rank's experts and all other weights, which `_share` scales."""
     name = config.parallel.attention
     attention = ATTENTION_BACKENDS[name if name == "reference" else "flash"]
-    has_softcap = any(block.mixer.type != "latent" and block.mixer.softcap for block in config.model.blocks)
-    if device_type == "cpu" and has_softcap:
+    if device_type == "cpu" and any(getattr(block.mixer, "softcap", None) for block in config.model.blocks):
         attention = ATTENTION_BACKENDS["reference"]
     elif device_type != "cpu" and name not in ("reference", "sdpa", "efficient"):
         attention = AttentionBackend(lambda _: None, _flash_without_softcap)
-    experts = EXPERT_KERNELS["reference" if config.parallel.experts == "reference" else "loop"]
+    experts = TORCH_EXPERTS["reference" if config.parallel.experts == "reference" else "loop"]
     model = GPT(config.model, Kernels(attention, experts, _loss_kernel(config.parallel.loss, device_type)), dtype)
-    if mesh.expert > 1:
-        for module in model.modules():
-            if isinstance(module, Experts):
-                _split_experts(module, mesh.expert, mesh.expert if worst_routing else 1)
+    for module in model.modules():
+        if mesh.expert > 1 and isinstance(module, Experts):
+            _split_experts(module, mesh.expert, mesh.expert if worst_routing else 1)
     one_device = config.parallel.model_copy(update={"mesh": MeshConfig()})
     return model, parallelize(model, one_device, World(0, 1, torch.device("cpu")), dtype)
 
 
 def _loss_kernel(name: str, device_type: str) -> Callable[..., Tensor]:
     """Return the loss kernel; for a GPU by default one that needs no memory beside the logits, as Triton's does."""
-    if name in TORCH_LOSS or device_type == "cpu":
-        return TORCH_LOSS["chunked" if name in ("auto", "triton") else name]
+    if name in loss.TORCH_LOSS or device_type == "cpu":
+        return loss.TORCH_LOSS["chunked" if name in ("auto", "triton") else name]
     return partial(loss.chunked_cross_entropy, lambda _, targets_N, softcap, gradient: targets_N.float())  # noqa: ARG005
 
 
