@@ -117,7 +117,8 @@ class Server:
     ) -> Launch:
         """Call `target` on every rank: "module:function" with the list of arguments, or the path of a script.
 
-        The function's result is the exit status. A variable in `env` that is None is removed. `stdout` is a file or terminal to write to instead of `out-RANK`.
+        The function's result is the exit status. A variable in `env` that is None is removed. `stdout` is a file or
+        terminal to write to instead of `out-RANK`.
         """
         if self.process is None:
             self.process = subprocess.Popen(
