@@ -11,15 +11,7 @@ from typing import Any, Protocol
 from training.config import FilesSource, HuggingFaceSource, Section, StdlibSource
 from training.data.chunks import Document, to_document
 from training.data.file_hashes import FileHashes
-from training.data.text_files import (
-    SKIPPED_FOLDERS,
-    find_files,
-    format_of,
-    is_plain_text,
-    read_documents,
-    to_text,
-    walk,
-)
+from training.data.text_files import SKIPPED_FOLDERS, find_files, format_of, is_text_file, read_documents, to_text, walk
 from training.errors import UserError, library_error
 
 
@@ -79,7 +71,7 @@ class FilesReader:
     def single_text_file(self) -> Path | None:
         """The file, if this source is a single text file, and so a single document."""
         first = next(iter(self.paths))
-        return first if len(self.paths) == 1 and is_plain_text(first) else None
+        return first if len(self.paths) == 1 and is_text_file(first) else None
 
     def identity(self, hashes: FileHashes) -> Any:
         return [self.column, [(format_of(path), hashes.sha256(path)) for path in self.paths]]

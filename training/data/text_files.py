@@ -182,6 +182,6 @@ def read_documents(path: Path, column: str) -> Iterator[Document]:
     return FORMATS[format_of(path)](path, column)
 
 
-def is_plain_text(path: Path) -> bool:
+def is_text_file(path: Path) -> bool:
     """Return True if the file is one document, not rows of documents."""
     return FORMATS.get(format_of(path)) is read_text
