@@ -1,6 +1,6 @@
 """Muon on sharded or replicated parameters: each matrix is gathered on one rank, processed there once, and sent back.
 
-All rows of one call travel in one all-to-all to the owners of the matrices, and in one back. X matrices of M x N, R rows,
+All rows of one call travel in one all-to-all to the owners of the matrices and in one back. X matrices of M x N; R rows;
 P ranks.
 """
 
