@@ -118,7 +118,7 @@ class Server:
         """Call `target` on every rank: "module:function" with the list of arguments, or the path of a script.
 
         The function's result is the exit status. A variable in `env` that is None is removed. `stdout` is a file or
-        terminal to write to instead of `out-RANK`.
+        terminal to write to, instead of `out-RANK`.
         """
         if self.process is None:
             self.process = subprocess.Popen(
@@ -203,6 +203,8 @@ def work(request: dict, rank: int) -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for fd, path in ((1, request["stdout"] or f"out-{rank}"), (2, f"err-{rank}")):
         os.dup2(os.open(Path(request["folder"], path), flags), fd)
+    # Buffered as the new files and terminals are; line by line on a terminal.
+    sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering, closefd=False) for fd, buffering in ((1, -1), (2, 1)))
     module, _, function = request["target"].partition(":")
     sys.argv = [module, *request["arguments"]]
     try:
