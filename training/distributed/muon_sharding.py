@@ -1,7 +1,7 @@
 """Muon on sharded or replicated parameters: each matrix is gathered on one rank, processed there once, and sent back.
 
-All rows of one call travel in one all-to-all to the owners of the matrices and in one back.
-X matrices of M x N; R rows; P ranks.
+All rows of one call travel in one all-to-all to the owners of the matrices and in one back. X matrices of M x N;
+R rows; P ranks.
 """
 
 from __future__ import annotations
