@@ -12,7 +12,7 @@ train: .venv/installed
 	$(RUN) -m training.train --config configs/quickstart.yaml
 
 test: .venv/installed
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 test-gpu: .venv/installed
 	$(RUN) -m pytest -m gpu
@@ -26,7 +26,7 @@ mutants: .venv/installed
 check: .venv/installed
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 # Speed beside others', as ratios; about an hour, with nothing else running. NANOGPT, NANOMOE: folders with their
 # model.py; TOKENIZER: one with GPT-2's vocab.json and merges.txt. What is not given is left out.

@@ -16,6 +16,7 @@ import torch
 from stand_ins import mode
 from torch._dynamo.utils import counters
 
+from training.batch import Batch
 from training.config import BlockConfig, ModelConfig, ParallelConfig
 from training.errors import UserError
 from training.kernels.attention.deterministic import (
@@ -35,7 +36,7 @@ from training.kernels.attention.table import (
 )
 from training.kernels.choose import choose_kernels
 from training.kernels.interface import AttentionBackend, AttentionSpec, ExpertsSpec, KernelRequirements, Kernels, Limits
-from training.model import GPT
+from training.model import GPT, init_weights
 
 CPU = torch.device("cpu")
 HOPPER = DeviceInfo("cuda", 9)
@@ -462,7 +463,7 @@ def small_model(backend, mixers):
     blocks = tuple(BlockConfig.model_validate({"mixer": mixer}) for mixer in mixers)
     sizes = {"n_layer": len(mixers), "n_head": 4, "n_embd": 32, "n_positions": 16, "vocab_size": 64}
     config = ModelConfig(**sizes, position="rope", isolate_documents=True, blocks=blocks)
-    return GPT(config, Kernels(attention=backend)).init_weights(0)
+    return init_weights(GPT(config, Kernels(attention=backend)), 0)
 
 
 def batch(n_documents, n_samples=3):
@@ -472,7 +473,7 @@ def batch(n_documents, n_samples=3):
 
 
 def step(model, tokens, packed):
-    loss, _ = model(tokens, tokens, tokens.numel(), documents=packed)
+    loss, _ = model(Batch(tokens, tokens, n_targets=tokens.numel(), documents=packed))
     return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
 
 

@@ -25,6 +25,7 @@ from training.checkpoint import (
     load,
     read_tensors,
     tensor_shapes,
+    write,
 )
 from training.checkpoint.tensor_file import TensorPieces, write_tensors
 from training.config import CheckpointConfig
@@ -231,14 +232,13 @@ def test_any_number_of_ranks_reads_what_another_number_wrote(tmp_path, size, one
 
 def test_a_save_fails_on_all_ranks_if_one_cannot_write(tmp_path, monkeypatch):
     save_by(2, tmp_path, 0)
-    write = CheckpointWriter._write_own
 
-    def full(self, path, shards, one_file):
-        if self.group.rank == 1:
+    def full_on_rank_1(path, tensors):
+        if path.name.endswith("-00002-of-00002.safetensors"):
             raise OSError(28, "No space left on device")
-        return write(self, path, shards, one_file)
+        return write_tensors(path, tensors)
 
-    monkeypatch.setattr(CheckpointWriter, "_write_own", full)
+    monkeypatch.setattr(write, "write_tensors", full_on_rank_1)
     for writer in save_by(2, tmp_path, 0, step=2):
         assert str(writer.failure).endswith("could not be saved: No space left on device")
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]

@@ -298,13 +298,13 @@ COMMANDS = [
     ("train OK steps=3", "steps: not a flag"),
     ("train OK --resume", "--resume: a value is missing"),
     ("prepare OK --data.tokenizer '{type: &a byte}'", "--data.tokenizer: no anchors here (&a)"),
-    ("plan OK --world 0", "--world: '0' is not a number of processes"),
+    ("plan OK --world 0", "--world: '0' is not a number of ranks, 1 or more"),
     ("plan OK --mfu 1e9", "--mfu: '1e9' is not above 0"),
     ("twin --config wrong.yaml --out made.yaml", "wrong.yaml:1: steps: "),
     ("generate --run x --prompt a --temperature nan", "--temperature: nan is not a number"),
     ("evaluate --run x --nope 3", "unrecognized arguments: --nope"),
     ("export --run x --dtype int8", "--dtype: invalid choice: 'int8'"),
-    ("checkpoints remove x", "what: invalid choice: 'remove'"),
+    ("checkpoints remove x", "action: invalid choice: 'remove'"),
     ("checkpoints prune x --keep many", "--keep: invalid int value: 'many'"),
 ]  # fmt: skip
 

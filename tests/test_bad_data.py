@@ -10,15 +10,14 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, environment, rows, tensors, write_config
+from conftest import rows, tensors, write_config
+from warm import Launch
 
 from training import prepare as prepare_command
 from training.checkpoint import corruption
@@ -238,21 +237,19 @@ def test_a_run_does_not_resume_on_changed_text(options, tmp_path, capsys):
     assert tensors(tmp_path / "runs/small", 3) == before
 
 
-def test_shards_truncated_during_a_run_end_it_in_one_line_and_it_resumes_exactly(options, tmp_path):
+def test_shards_truncated_during_a_run_end_it_in_one_line_and_it_resumes_exactly(processes, options, tmp_path):
     (tmp_path / "a.txt").write_text(WORDS * 20)
     long = {"steps": 150, "data": data_of(tmp_path, "a.txt"), "checkpoint": {"every": 10}, "eval": {"every": 150}}
     through, cut = (write_config(tmp_path / f"{name}.yaml", options(name=name, **long)) for name in ("through", "cut"))
     assert train_command(["--config", str(through)]) == 0
     (place,) = {path.parent for path in (tmp_path / "cache").glob(f"*/{TRAIN}")}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "training.train", "--config", str(cut)], cwd=ROOT, env=environment(),
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = processes.start("training.train:main", "--config", str(cut))
     folder = tmp_path / "runs/cut"
     until(lambda: list(folder.glob("checkpoints/step-*")), process)
     os.truncate(place / TRAIN, 4096)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 2, (process.returncode, error)
+    done = process.wait(60)
+    error = done.stderr
+    assert done.returncode == 2, done
     assert error.splitlines()[-1].startswith(f"error: {place / TRAIN}: damaged (cut to 4096 bytes while it was read)")
     assert "Traceback" not in error
     saved = sorted((folder / "checkpoints").glob("step-*"))
@@ -263,10 +260,10 @@ def test_shards_truncated_during_a_run_end_it_in_one_line_and_it_resumes_exactly
     assert tensors(folder, 150) == tensors(tmp_path / "runs/through", 150)
 
 
-def until(there: Callable[[], object], process: subprocess.Popen) -> None:
+def until(there: Callable[[], object], process: Launch) -> None:
     for _ in range(6000):
         if there():
             return
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.output("err")
         time.sleep(0.01)
     raise AssertionError("timed out")

@@ -13,14 +13,19 @@ from ruamel.yaml import YAML
 HERE = Path(__file__).parent.parent / "benchmarks"
 
 
-def output_of(name, *arguments) -> str:
-    command = [sys.executable, str(HERE / name), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def output_of(processes):
+    """Run a benchmark, as a fork that spares the imports; returns its output."""
+
+    def run(name: str, *arguments: object) -> str:
+        done = processes.start(str(HERE / name), *map(str, arguments)).wait(timeout_s=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
-def test_experts_compares_with_the_dense_layer_and_transformers():
+def test_experts_compares_with_the_dense_layer_and_transformers(output_of):
     output = output_of("experts.py", "--width", 64, "--tokens", 256, "--rounds", 1, "--threads", 1, "--dtype", "fp32")
     assert "auto: grouped (matches the reference)" in output
     for name in ("dense", "auto", "loop", "transformers, eager", "transformers, grouped"):
@@ -28,7 +33,7 @@ def test_experts_compares_with_the_dense_layer_and_transformers():
     assert "of our time in Transformers' eager experts: " in output and "(bar: at least 1.4, " in output
 
 
-def test_moe_vs_dense_trains_a_moe_and_its_twin_in_turns(tmp_path):
+def test_moe_vs_dense_trains_a_moe_and_its_twin_in_turns(output_of, tmp_path):
     pytest.importorskip("matplotlib")
     yaml = YAML(typ="safe")
     config = yaml.load((HERE / "moe_vs_dense.yaml").read_text())
@@ -55,7 +60,7 @@ def test_moe_vs_dense_trains_a_moe_and_its_twin_in_turns(tmp_path):
 TINY = ("--n_layer", 2, "--n_embd", 32, "--n_head", 2, "--n_positions", 32, "--samples", 4, "--vocab_size", 512)
 
 
-def test_step_compares_with_transformers_and_a_moe_with_its_twin():
+def test_step_compares_with_transformers_and_a_moe_with_its_twin(output_of):
     arguments = (*TINY, "--precision", "fp32", "--rounds", 1, "--device", "cpu", "--uncompiled")
     output = output_of("step.py", *arguments, "--only", "moe", "--no_memory")
     for name in ("this", "transformers", "its dense twin"):
@@ -107,7 +112,7 @@ def small(recipe: Path, folder: Path, steps: int) -> Path:
 
 
 @pytest.mark.soak
-def test_around_prints_its_figures_beside_their_bars(tmp_path):
+def test_around_prints_its_figures_beside_their_bars(output_of, tmp_path):
     config = small(HERE.parent / "configs" / "quickstart.yaml", tmp_path, 8)
     output = output_of("around.py", "--config", config, "--steps", 12, "--every", 5, "--rounds", 1)
     first = ("first step of the cached quickstart", "12 equal blocks, compiled, first step", "again, from the cache")
@@ -117,7 +122,7 @@ def test_around_prints_its_figures_beside_their_bars(tmp_path):
 
 
 @pytest.mark.soak
-def test_scaling_compares_two_processes_with_one():
+def test_scaling_compares_two_processes_with_one(output_of):
     arguments = ("--only", "quickstart's sizes", "--kinds", "experts")
     output = output_of("scaling.py", "--rounds", 1, "--samples", 4, "--steps", 4, *arguments)
     assert output.count("one of two threads ") == output.count("two of one thread ") == 1
@@ -125,7 +130,7 @@ def test_scaling_compares_two_processes_with_one():
 
 
 @pytest.mark.soak
-def test_speedrun_compares_with_the_plain_recipe(tmp_path):
+def test_speedrun_compares_with_the_plain_recipe(output_of, tmp_path):
     pytest.importorskip("matplotlib")
     for name in ("plain", "speedrun"):
         small(HERE.parent / "recipes" / f"{name}.yaml", tmp_path, 12)
@@ -136,14 +141,14 @@ def test_speedrun_compares_with_the_plain_recipe(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_tokens_measures_speed_and_draws_memory(tmp_path):
+def test_tokens_measures_speed_and_draws_memory(output_of, tmp_path):
     pytest.importorskip("matplotlib")
     output = output_of("tokens.py", "--rounds", 1, "--timed", 0.5, "--megabytes", 1, 2, "--plot", tmp_path / "it.png")
     assert "tokenizers / this: " in output and "2 MB of text: " in output
     assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_growth_prints_measured_and_expected_figures(tmp_path):
+def test_growth_prints_measured_and_expected_figures(output_of, tmp_path):
     pytest.importorskip("matplotlib")
     sizes = ("--width", 32, "--tokens", 256, "--contexts", 64, 128, "--experts", 1, 4, "--at_a_time", 128)
     output = output_of("growth.py", "--steps", 1, *sizes, "--plot", tmp_path / "it.png")

@@ -1,8 +1,8 @@
-"""A trained model taken away: written, opened by a stranger, compared; the file that an own architecture carries."""
+"""Exports: written, opened by Transformers alone, compared; and the Python files of a custom architecture."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import re
 import shutil
@@ -15,18 +15,18 @@ import torch
 from conftest import command, environment
 from test_model import BLOCKS, WINDOWS, build
 
-from training import export as exporting
+from training import export
 from training.config import ModelConfig
 from training.errors import UserError
 from training.model import GPT, init_weights
-from training.weights import hf
+from training.weights import export_check, hf
 from training.weights.hf import bundle
 
 SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 48, "vocab_size": 320}
 MODERN = {"position": "rope", "norm": "rmsnorm", "bias": False, "tie_head": False}
 GATED_MOE = {"type": "moe", "n_experts": 4, "hidden": 32, "gated": True, "activation": "silu"}
 LATENT = {"type": "latent", "kv_rank": 16, "rope_dim": 8, "window": 9}
-OWN = {
+CUSTOM = {
     "gpt2-moe": {"blocks": [{"ffn": {"type": "moe", "n_experts": 4, "hidden": 32}}]},
     "hybrid": {
         **MODERN,
@@ -41,11 +41,11 @@ OWN = {
     },
 }
 TRANSFORMERS_4 = Path(sys.prefix, "transformers-4")
-OPEN = Path(__file__).with_name("open_own.py")
+OPEN = Path(__file__).with_name("open_custom.py")
 
 
 def perturbed(options) -> GPT:
-    """A model without a trivial tensor."""
+    """Return a model with noise in every tensor."""
     model = init_weights(GPT(ModelConfig.model_validate(SIZES | options)), 0)
     generator = torch.Generator().manual_seed(1)
     for tensor in [*model.parameters(), *(b for name, b in model.named_buffers() if "bias" in name)]:
@@ -55,10 +55,10 @@ def perturbed(options) -> GPT:
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory) -> Path:
-    """A folder of exports with a modeling file, each beside the logits that it should give."""
+    """Return a folder of exports with Python files, each beside a file of its expected logits."""
     place = tmp_path_factory.mktemp("exports")
     tokens = torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(2))
-    for name, options in OWN.items():
+    for name, options in CUSTOM.items():
         model = perturbed(options)
         assert hf.write_model(place / name, model.state_dict(), model.config, 5) == "training_gpt"
         with torch.no_grad():
@@ -67,12 +67,12 @@ def exports(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("major", [5, 4])
-def test_an_own_architecture_opens_generates_and_is_saved_again_without_this_package(exports, tmp_path, major):
+def test_a_custom_architecture_opens_generates_and_is_saved_again_without_this_package(exports, tmp_path, major):
     if major == 4 and not TRANSFORMERS_4.is_dir():
         pytest.skip(f"Transformers 4 is not in {TRANSFORMERS_4}: make .venv/installed")
     path = {"PYTHONPATH": str(TRANSFORMERS_4)} if major == 4 else {}
     done = subprocess.run(
-        [sys.executable, "-P", str(OPEN), *(str(exports / name) for name in OWN)],
+        [sys.executable, "-P", str(OPEN), *(str(exports / name) for name in CUSTOM)],
         env=environment() | {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"} | path,
         cwd=tmp_path,
         capture_output=True,
@@ -82,43 +82,70 @@ def test_an_own_architecture_opens_generates_and_is_saved_again_without_this_pac
     assert done.stdout.splitlines()[0].startswith(f"{major}.")
 
 
-def test_our_package_opens_its_models_by_registration_without_remote_code(exports):
+@pytest.mark.parametrize("major", [5, 4])
+def test_two_folders_of_one_name_are_opened_with_their_own_files(exports, tmp_path, major):
+    if major == 4 and not TRANSFORMERS_4.is_dir():
+        pytest.skip(f"Transformers 4 is not in {TRANSFORMERS_4}: make .venv/installed")
+    code = (
+        "import sys\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "for folder in sys.argv[1:]:\n"
+        "    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n"
+        "    package = type(model).__module__.rpartition('.')[0]\n"
+        "    print(sys.modules[f'{package}.model_gpt'].FOLDER)\n"
+    )
+    for name in ("one", "two"):
+        shutil.copytree(exports / "gpt2-moe", tmp_path / name / "model")
+        with (tmp_path / name / "model/model_gpt.py").open("a") as file:
+            file.write(f"\nFOLDER = {name!r}\n")
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, *(str(tmp_path / name / "model") for name in ("one", "two"))],
+        env=environment() | {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+        | ({"PYTHONPATH": str(TRANSFORMERS_4)} if major == 4 else {}),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["one", "two"], done.stderr[-3000:]
+
+
+def test_this_package_opens_its_models_by_registration_without_remote_code(exports):
     code = (
         "import sys, torch, training; training.register()\n"
         "from transformers import AutoModelForCausalLM\n"
         f"model = AutoModelForCausalLM.from_pretrained({str(exports / 'hybrid')!r})\n"
         "assert type(model).__module__ == 'training.weights.hf.modeling', type(model)\n"
-        f"found = torch.load({str(exports / 'hybrid.pt')!r})\n"
-        "assert (model(found['tokens']).logits - found['logits']).abs().max() < 1e-5\n"
+        f"expected = torch.load({str(exports / 'hybrid.pt')!r})\n"
+        "assert (model(expected['tokens']).logits - expected['logits']).abs().max() < 1e-5\n"
     )
     done = command("-c", code)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_modeling_file_stands_alone_and_is_sound(exports, tmp_path):
-    text = (exports / "gpt2-moe" / "modeling_training_gpt.py").read_text()
-    assert text == bundle.source()
-    imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE))
+def test_the_python_files_are_sound_and_need_torch_and_transformers_only(exports):
+    files = {path.name: path.read_text() for path in (exports / "gpt2-moe").glob("*.py")}
+    assert files == bundle.modeling_files()
+    imported = set(re.findall(r"^ *(?:from|import) (\w+)", "".join(files.values()), re.MULTILINE))
     assert imported - set(sys.stdlib_module_names) == {"torch", "transformers"}
-    (tmp_path / "modeling.py").write_text(text)
-    checked = command("-m", "ruff", "check", "--isolated", "--select", "F,E9", str(tmp_path / "modeling.py"))
+    checked = command(
+        "-m", "ruff", "check", "--isolated", "--select", "F,E9", "--ignore", "F401", str(exports / "gpt2-moe")
+    )
     assert checked.returncode == 0, checked.stdout
 
 
 @pytest.fixture(scope="module")
 def modeling(tmp_path_factory):
-    """The modeling file, imported."""
-    path = tmp_path_factory.mktemp("modeling") / "modeling_training_gpt.py"
-    path.write_text(bundle.source())
-    spec = importlib.util.spec_from_file_location("modeling_training_gpt", path)
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    """The modeling file of an export, imported."""
+    folder = tmp_path_factory.mktemp("modeling")
+    for name, text in bundle.modeling_files().items():
+        (folder / name).write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder.parent)
+        yield importlib.import_module(f"{folder.name}.modeling_training_gpt")
 
 
 @pytest.mark.parametrize("block", BLOCKS | WINDOWS)
-def test_the_modeling_file_computes_every_kind_of_block(modeling, block):
+def test_the_python_files_compute_every_kind_of_block(modeling, block):
     ours, x = build(block, "modern"), torch.arange(24).view(2, 12)
     for parameter in ours.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
@@ -144,7 +171,7 @@ def test_experts_of_an_export_run_grouped_and_fall_back_where_that_is_not_possib
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of four steps, exported by the command."""
+    """Return the folder of a run of four steps."""
     from training.config import Config
     from training.train import train
 
@@ -173,7 +200,7 @@ def trained(tmp_path_factory):
     return place / "small"
 
 
-def test_the_command_says_what_opened_and_refuses_to_write_over_it(trained):
+def test_the_command_reports_what_opened_and_does_not_overwrite_it(trained):
     done = command("-m", "training.export", "--run", str(trained), "--dtype", "bf16")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
@@ -188,7 +215,7 @@ def test_the_command_says_what_opened_and_refuses_to_write_over_it(trained):
     before = sorted(path.stat().st_mtime_ns for path in (trained / "export").iterdir())
     again = command("-m", "training.export", "--run", str(trained))
     assert again.returncode == 2
-    assert again.stderr == f"error: {trained}/export: is already there; choose another --out\n"
+    assert again.stderr == f"error: {trained}/export: already exists; choose another --out\n"
     assert before == sorted(path.stat().st_mtime_ns for path in (trained / "export").iterdir())
 
 
@@ -196,10 +223,10 @@ def test_the_command_says_what_opened_and_refuses_to_write_over_it(trained):
 def test_an_export_that_is_not_the_trained_model_is_an_error_and_leaves_nothing(trained, tmp_path, monkeypatch, harm):
     from safetensors.torch import load_file, save_file
 
-    write = hf.write_model
+    write_model = hf.write_model
 
     def harmed(folder, *args, **kwargs):
-        kind = write(folder, *args, **kwargs)
+        kind = write_model(folder, *args, **kwargs)
         file = folder / "model.safetensors"
         if harm == "the file":
             file.write_bytes(file.read_bytes()[:-1000])
@@ -210,37 +237,40 @@ def test_an_export_that_is_not_the_trained_model_is_an_error_and_leaves_nothing(
         return kind
 
     monkeypatch.setattr(hf, "write_model", harmed)
-    said = {"a weight": "the export is not the trained model: ", "the file": "Transformers does not open the export: "}
-    with pytest.raises(UserError, match=said[harm]):
-        exporting.export(str(trained), str(tmp_path / "out"), "fp32")
+    messages = {
+        "a weight": "the export is not the trained model: ",
+        "the file": "Transformers does not open the export: ",
+    }
+    with pytest.raises(UserError, match=messages[harm]):
+        export.export(str(trained), str(tmp_path / "out"), "fp32")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_greedy_continuation_that_differs_is_noticed(trained, tmp_path, monkeypatch):
     shutil.copytree(trained / "model", tmp_path / "model")
-    from training.engine import load_run as reading
+    from training.engine.load_run import load_model
 
-    model, found = reading.load(str(trained), "cpu")
-    monkeypatch.setattr(exporting, "greedy", lambda _model, _prompt, n_new, _n_vocab: [0] * n_new)
+    model, loaded = load_model(str(trained), "cpu")
+    monkeypatch.setattr(export_check, "greedy", lambda _model, _prompt, n_new, _n_vocab: [0] * n_new)
     with pytest.raises(UserError, match="its greedy continuation differs"):
-        exporting.verify(tmp_path / "model", model, found.tokenizer.vocab_size)
+        export_check.check_export(tmp_path / "model", model, loaded.tokenizer.vocab_size)
 
 
-def test_a_wide_window_is_looked_at_to_its_end(tmp_path, monkeypatch):
-    """The export of a window that is one token too wide differs only after as many tokens."""
+def test_a_wide_window_is_compared_to_its_end(tmp_path, monkeypatch):
+    """Logits of a window that is one token too wide differ only after its width."""
     mixer = {"qk_norm": True, "window": 150}
     blocks = [{"mixer": mixer, "ffn": {"gated": True, "activation": "silu"}}]
     model = perturbed({**MODERN, "n_positions": 200, "blocks": blocks})
     hf.write_model(tmp_path / "model", model.state_dict(), model.config, 5)
     path = tmp_path / "model" / "config.json"
     path.write_text(path.read_text().replace('"sliding_window": 150', '"sliding_window": 151'))
-    monkeypatch.setattr(exporting, "_reopen", reopen_in_process)
+    monkeypatch.setattr(export_check, "_open", open_in_process)
     with pytest.raises(UserError, match="logits differ by"):
-        exporting.verify(tmp_path / "model", model, 320)
+        export_check.check_export(tmp_path / "model", model, 320)
 
 
-def reopen_in_process(folder, probe, _modules):
-    """As open_export.py, which would want a tokenizer."""
+def open_in_process(folder, probe, _modules):
+    """Do what open_export.py does, without a tokenizer."""
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
@@ -260,9 +290,9 @@ def test_wrong_arguments_are_one_line(command_name, arguments, capsys):
     assert re.fullmatch(r"error: [^\n]+\n", capsys.readouterr().err)
 
 
-def test_an_export_whose_selection_bias_has_no_home_says_so():
+def test_a_selection_bias_without_a_place_is_the_reason():
     model = perturbed({**MODERN, "blocks": [{"mixer": {"qk_norm": True}, "ffn": GATED_MOE | {"balance": "none"}}]})
-    reason = hf.reason_unsupported(hf.ARCHITECTURES["qwen3_moe"], model.state_dict(), model.config)
+    reason = hf.ARCHITECTURES["qwen3_moe"].reason_unsupported(model.config, model.state_dict())
     assert reason == "values of blocks.0.ffn.selection_bias"
 
 

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tensors
+from conftest import BuiltRun, tensors
 from torch._dynamo.utils import counters
 
+from training.batch import Batch
 from training.config import BlockConfig, ModelConfig, MoEConfig, ParallelConfig
-from training.data import prepare
 from training.distributed.world import World
-from training.engine.build import begin
-from training.engine.step import train_step
 from training.kernels.attention.masks import Visibility, find_documents
 from training.kernels.attention.table import ATTENTION_BACKENDS, device_info, limits_on, reason_unsupported
 from training.kernels.choose import choose_kernels
 from training.kernels.experts import sort_by_expert
 from training.kernels.interface import AttentionSpec, ExpertsSpec, KernelRequirements, Kernels
 from training.kernels.table import EXPERT_KERNELS, LOSS_KERNELS
-from training.model import GPT, kernel_requirements
-from training.model.layers import Batch
+from training.model import GPT, init_weights, kernel_requirements
+from training.model.layers import FeedForwardContext
 from training.model.moe import MoE
 
 if not torch.cuda.is_available():
@@ -118,7 +116,7 @@ def test_a_model_computes_the_same_and_is_compiled_once(name, packed, compiled):
     parallel = ParallelConfig(attention=name, compile=compiled)
     kernels = choose_kernels(parallel, requirements, device=CUDA, dtype=torch.bfloat16).kernels
     both = (kernels, kernels._replace(attention=ATTENTION_BACKENDS["reference"]))
-    model, plain = (GPT(config, each, torch.bfloat16).init_weights(0).to(CUDA) for each in both)
+    model, plain = (init_weights(GPT(config, each, torch.bfloat16), 0).to(CUDA) for each in both)
     torch._dynamo.reset()
     counters.clear()
     for block in model.blocks if compiled else ():
@@ -129,7 +127,8 @@ def test_a_model_computes_the_same_and_is_compiled_once(name, packed, compiled):
         tokens.view(-1)[3 : 3 + 5 * n_documents : 5] = 0
         grads = []
         for each in (model, plain):
-            loss, _ = each(tokens, tokens, tokens.numel(), documents=find_documents(tokens, 0) if packed else None)
+            documents = find_documents(tokens, 0) if packed else None
+            loss, _ = each(Batch(tokens, tokens, n_targets=tokens.numel(), documents=documents))
             grads.append(torch.cat([x.flatten() for x in torch.autograd.grad(loss, list(each.parameters()))]))
         assert (grads[0] - grads[1]).norm() < 0.05 * grads[1].norm()
         n_graphs.append(counters["stats"]["unique_graphs"])
@@ -214,11 +213,11 @@ def test_nothing_in_a_layer_of_experts_waits_for_the_device(name, top_k):
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     x = torch.randn(2, 1024, 768, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
-    batch = Batch(x[..., 0].numel(), torch.arange(2, device=CUDA))
+    context = FeedForwardContext(x[..., 0].numel(), torch.arange(2, device=CUDA), True)
     for mode in ("default", "error"):  # the first pass compiles and loads kernels
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            y, routing = layer(x, batch)
+            y, routing = layer(x, context)
             (y.float().square().sum() + routing.aux_loss).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -314,7 +313,7 @@ def test_two_runs_are_bit_identical(run, options, isolate, experts):
 
 @pytest.fixture
 def limited():
-    """Lets a test take so many more bytes than it has, by PyTorch's allocator; lifted at its end."""
+    """Return a function that limits PyTorch's allocator to some more bytes, until the end of the test."""
     total = torch.cuda.get_device_properties(CUDA).total_memory
 
     def limit(more: int) -> None:
@@ -332,28 +331,31 @@ WIDE = {
 }
 
 
-def begun_on_cuda(config, **changes):
+def build_on_cuda(config, **changes):
     on_cuda = config(precision="fp32", parallel={"device": "cuda", "loss": "reference"}, **WIDE, **changes)
-    return begin(on_cuda, prepare(on_cuda.data, quiet=True), World(0, 1, CUDA), "auto")
+    return BuiltRun(on_cuda, World(0, 1, CUDA))
 
 
-def test_a_step_that_the_allocator_refuses_is_made_in_halves(config, limited):
-    """Logits of 64 samples are 3.3 GB, of 16 a quarter, and there are as many log-probabilities, and gradients."""
-    whole, cut = begun_on_cuda(config, name="whole", micro_batch=16), begun_on_cuda(config, name="cut", micro_batch=64)
-    train_step(whole)
+def test_a_step_that_runs_out_of_memory_is_repeated_in_halves(config, limited):
+    """Logits, log-probabilities and gradients of 64 samples take 3.3 GB each."""
+    small, large = (
+        build_on_cuda(config, name="small", micro_batch=16),
+        build_on_cuda(config, name="large", micro_batch=64),
+    )
+    small.train_step()
     limited(2 * 2**30)
-    train_step(cut)
-    assert cut.back_offs > 0 and cut.micro_batch < 64
-    for (name, ours), theirs in zip(cut.model.named_parameters(), whole.model.parameters(), strict=True):
+    large.train_step()
+    assert large.setup.micro_batch.n_out_of_memory > 0 and large.setup.micro_batch.size < 64
+    for (name, ours), theirs in zip(large.model.named_parameters(), small.model.parameters(), strict=True):
         assert (ours - theirs).abs().max() < 1e-5, name
-    for run in (whole, cut):
+    for run in (small, large):
         run.close()
 
 
-def test_auto_finds_what_the_allocator_allows(config, limited):
+def test_auto_finds_a_micro_batch_that_fits(config, limited):
     limited(2 * 2**30)
-    run = begun_on_cuda(config, name="auto", micro_batch="auto")
-    assert 1 < run.micro_batch < 64
-    train_step(run)
-    assert run.back_offs == 0
+    run = build_on_cuda(config, name="auto", micro_batch="auto")
+    assert 1 < run.setup.micro_batch.size < 64
+    run.train_step()
+    assert run.setup.micro_batch.n_out_of_memory == 0
     run.close()

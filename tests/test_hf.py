@@ -169,7 +169,7 @@ def opened_by_4(exports) -> dict[str, dict]:
     if not V4.is_dir():
         pytest.skip(f"no Transformers 4.57 in {V4}; the Makefile installs it")
     done = subprocess.run(
-        [sys.executable, "tests/opener.py", *map(str, exports.values())],
+        [sys.executable, "tests/open_exports.py", *map(str, exports.values())],
         cwd=ROOT, env=environment() | {"PYTHONPATH": str(V4)}, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -180,9 +180,9 @@ def opened_by_4(exports) -> dict[str, dict]:
 def opened_by_5(exports) -> dict[str, dict]:
     """Results of the installed Transformers."""
     pytest.importorskip("transformers")
-    from opener import opened
+    from open_exports import open_export
 
-    return {name: opened(folder) for name, folder in exports.items()}
+    return {name: open_export(folder) for name, folder in exports.items()}
 
 
 @pytest.mark.parametrize("version", [4, 5])
@@ -488,7 +488,7 @@ ROUTED = [  # architectures with experts; the first layer of experts is the one 
 ]
 DENSE_TOO = [
     ({"dense": {"ffn": {"hidden": 7}}}, "ffn.hidden: 40"),
-    ({"dense": {"ffn": {"activation": "gelu"}}}, "ffn.activation: silu"),
+    ({"dense": {"ffn": {"activation": "gelu"}}}, "ffn.activation: gelu"),
 ]
 NO_BIAS = [
     ({"ffn": {"balance": "bias"}}, "ffn.balance: bias (a selection bias)"),

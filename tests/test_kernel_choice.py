@@ -117,7 +117,7 @@ def test_a_resumed_run_keeps_its_kernel(run, monkeypatch, capsys):
     assert "attention   sdpa (matches the reference)" in capsys.readouterr().out
     monkeypatch.setitem(ATTENTION_BACKENDS, "flash", flash)  # as if a package had been installed in the meantime
     assert choice(AttentionSpec(2, 2, 8, 8)).startswith("flash ")
-    goes_on_with("attention   sdpa", run, folder, capsys)
+    goes_on_with("attention sdpa", run, folder, capsys)
 
 
 def test_the_reason_names_the_previous_kernel_if_it_no_longer_runs():
@@ -139,7 +139,7 @@ def test_layers_with_different_windows_have_different_masks():
     for windows in ([None, 3, 5], [3, None, 5], [5, 3, None], [12, 3, None]):
         blocks = [{"mixer": {"window": window}} for window in windows]
         sizes = {"n_layer": 3, "n_head": 2, "n_embd": 16, "n_positions": 12, "vocab_size": 64}
-        model = GPT(ModelConfig.model_validate(sizes | {"blocks": blocks})).init_weights(0)
+        model = GPT(ModelConfig.model_validate(sizes | {"blocks": blocks}))
         tokens = torch.randint(0, 9, (2, 12), generator=torch.Generator().manual_seed(0))
         for documents in (None, find_documents(tokens, 0)):
             contexts = AttentionContexts(Visibility(12, 12, CPU, documents=documents), REFERENCE, 10000.0)
@@ -151,7 +151,7 @@ def test_layers_with_different_windows_have_different_masks():
                 if documents is not None:
                     index = (tokens == 0).cumsum(1)
                     expected = expected & (index[:, None, :, None] == index[:, None, None, :])
-                assert torch.equal(contexts.of(block.mixer).mask.expand(2, 1, 12, 12), expected)
+                assert torch.equal(contexts.for_mixer(block.mixer).mask.expand(2, 1, 12, 12), expected)
 
 
 def test_sdpa_masks_have_the_dtype_of_the_queries():
@@ -164,7 +164,7 @@ def test_sdpa_masks_have_the_dtype_of_the_queries():
 
 
 def test_isolated_documents_and_a_cache_exclude_each_other():
-    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, n_positions=12, vocab_size=64)).init_weights(0)
+    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, n_positions=12, vocab_size=64))
     tokens = torch.ones(1, 4, dtype=torch.int64)
     with pytest.raises(ValueError, match="cache"):
         model.logits(tokens, model.new_cache(), find_documents(tokens, 0))

@@ -8,6 +8,7 @@ import math
 import os
 import pty
 import re
+import select
 import struct
 import subprocess
 import sys
@@ -262,7 +263,7 @@ def test_a_sample_that_standard_output_cannot_encode_does_not_stop_training():
 
 @pytest.mark.parametrize("columns", [60, 120])
 @pytest.mark.parametrize("color", [True, False])
-def test_a_terminal_shows_a_live_bar_that_fits_its_width(tmp_path, columns, color):
+def test_a_terminal_shows_a_live_bar_that_fits_its_width(processes, tmp_path, columns, color):
     script = f"""
         from test_logging import *
         sink = open_sink(run_in(Path({str(tmp_path)!r})), LoggingConfig(every=1))
@@ -270,7 +271,8 @@ def test_a_terminal_shows_a_live_bar_that_fits_its_width(tmp_path, columns, colo
         sink.write([row(3), evaluated(4)])
         sink.close(SUMMARY)
     """
-    shown = on_a_terminal(script, columns, color)
+    (tmp_path / "script.py").write_text(textwrap.dedent(script))
+    shown = on_a_terminal(processes, tmp_path / "script.py", columns, color)
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
     expected = ["step 2/4", "ETA 0:00:01", "━", "loss 3.6000", "9.80k tokens/s", "MFU unknown", "1.2 GiB"]
     expected += ["step 4  val loss 2.6000", "    def f(x):\n        return x", "done", "training.generate"]
@@ -281,29 +283,20 @@ def test_a_terminal_shows_a_live_bar_that_fits_its_width(tmp_path, columns, colo
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # the cursor is visible again
 
 
-def on_a_terminal(script: str, columns: int, color: bool) -> str:
+def on_a_terminal(processes, script: Path, columns: int, color: bool) -> str:
     """Return all that the script writes to a terminal of this width."""
     master, slave = pty.openpty()
-    environment = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")}
-    environment |= {"TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": "40"} | (
-        {} if color else {"NO_COLOR": "1"}
-    )
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    with subprocess.Popen(command, cwd=Path(__file__).parent, stdout=slave, env=environment) as process:
-        os.close(slave)
-        shown = b""
-        while chunk := _read(master):
-            shown += chunk
+    variables = {"TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": "40", "FORCE_COLOR": None}
+    variables["NO_COLOR"] = None if color else "1"
+    process = processes.start(str(script), env=variables, stdout=os.ttyname(slave))
+    shown = b""
+    while process.poll() is None or select.select([master], [], [], 0)[0]:
+        if select.select([master], [], [], 0.05)[0]:
+            shown += os.read(master, 65536)
+    os.close(slave)  # open until here, so that the terminal keeps what was written
     os.close(master)
-    assert process.returncode == 0
+    assert process.wait().returncode == 0, process.output("err")
     return re.sub(r" *\r\n", "\n", shown.decode())
-
-
-def _read(descriptor: int) -> bytes:
-    try:
-        return os.read(descriptor, 65536)
-    except OSError:  # Linux raises EIO once the other end is closed
-        return b""
 
 
 @pytest.mark.parametrize(
@@ -321,7 +314,7 @@ def test_numbers_are_short(text, expected):
 
 
 def events(folder: Path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_board import EventAccumulator
 
     return EventAccumulator(
         str(folder / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0, "histograms": 0, "images": 0}
@@ -339,17 +332,17 @@ def test_tensorboard_reads_back_every_number_text_image_and_histogram(tmp_path):
     sink.write([row(1), row(2), row(3, mfu=0.3), evaluated(4, "f(x):\n    x \ud800")])
     sink.write_graph(Toy(), torch.zeros(1, 4, dtype=torch.long))
     sink.close(SUMMARY)
-    accumulator = events(tmp_path)
-    tags = accumulator.Tags()
+    board = events(tmp_path)
+    tags = board.Tags()
     assert set(tags["scalars"]) == set(scalars(evaluated(4, "") | {"mfu": 0.3}, [1, 3]))
-    assert [(event.step, round(event.value, 4)) for event in accumulator.Scalars("train/loss")] == [
+    assert [(event.step, round(event.value, 4)) for event in board.Scalars("train/loss")] == [
         (1, 3.9), (2, 3.8), (3, 3.7), (4, 3.6)
     ]  # fmt: skip
-    assert [event.step for event in accumulator.Scalars("speed/mfu")] == [3]
-    assert {tag: round(accumulator.Scalars(tag)[0].value, 4) for tag in tags["scalars"] if tag.startswith("time")} == {
+    assert [event.step for event in board.Scalars("speed/mfu")] == [3]
+    assert {tag: round(board.Scalars(tag)[0].value, 4) for tag in tags["scalars"] if tag.startswith("time")} == {
         "time/compute": 0.4, "time/data": 0.1,
     }  # fmt: skip
-    assert {tag: accumulator.Scalars(tag)[0].value for tag in tags["scalars"] if tag.startswith("router")} == pytest.approx(
+    assert {tag: board.Scalars(tag)[0].value for tag in tags["scalars"] if tag.startswith("router")} == pytest.approx(
         {
             "router/expert_load_max": 1.5, "router/expert_entropy": 0.93, "router/dead_experts": 0,
             "router/confidence": 0.4, "router/z_loss": 0.7, "router/bias_range": 0.02, "router/dropped_share": 0.1,
@@ -361,13 +354,13 @@ def test_tensorboard_reads_back_every_number_text_image_and_histogram(tmp_path):
             "router_layers/dropped/layer_02": 0.0, "router_layers/dropped/layer_04": 0.2,
         }
     )  # fmt: skip
-    assert [event.step for event in accumulator.Histograms("router_layers/load/layer_04")] == [2, 4]
-    images = accumulator.Images("router/load_layers_x_experts")
+    assert [event.step for event in board.Histograms("router_layers/load/layer_04")] == [2, 4]
+    images = board.Images("router/load_layers_x_experts")
     assert [image.step for image in images] == [2, 4]
     assert_is_the_heat_map(io.BytesIO(images[0].encoded_image_string))
-    assert "n_layer: 2" in text_of(accumulator, "config")
-    assert "| device | cpu |" in text_of(accumulator, "run")
-    assert "    def f(x):" in text_of(accumulator, "samples")
+    assert "n_layer: 2" in text_of(board, "config")
+    assert "| device | cpu |" in text_of(board, "run")
+    assert "    def f(x):" in text_of(board, "samples")
     assert tags["graph"]
 
 
@@ -383,8 +376,8 @@ def assert_is_the_heat_map(png) -> None:
     assert redder[0][0] > redder[1][1] and redder[0][2] < redder[0][1]
 
 
-def text_of(accumulator, tag: str) -> str:
-    return accumulator.Tensors(f"{tag}/text_summary")[-1].tensor_proto.string_val[0].decode()
+def text_of(board, tag: str) -> str:
+    return board.Tensors(f"{tag}/text_summary")[-1].tensor_proto.string_val[0].decode()
 
 
 def test_a_resumed_run_shows_each_step_once_in_tensorboard(tmp_path):
@@ -403,14 +396,12 @@ def test_tensorboard_has_the_hyperparameters_of_a_run(tmp_path):
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     tensorboard(run_in(tmp_path)).close(SUMMARY)
-    accumulator = events(tmp_path)
-    start = HParamsPluginData.FromString(
-        accumulator.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    )
+    board = events(tmp_path)
+    start = HParamsPluginData.FromString(board.SummaryMetadata("_hparams_/session_start_info").plugin_data.content)
     values = start.session_start_info.hparams
     assert values["model.n_layer"].number_value == 2
     assert values["model.blocks"].string_value == '[{"repeat": 1}]'
-    assert accumulator.SummaryMetadata("_hparams_/session_end_info")
+    assert board.SummaryMetadata("_hparams_/session_end_info")
 
 
 def test_a_tensorboard_folder_that_cannot_be_created_is_a_user_error(tmp_path):
@@ -747,9 +738,9 @@ def test_a_metric_is_shown_everywhere_by_its_entry_alone(tmp_path, capsys, reque
     for sink in sinks:
         sink.write(rows)
         sink.close(None)
-    output, accumulator = capsys.readouterr().out, events(tmp_path)
+    output, board = capsys.readouterr().out, events(tmp_path)
     assert "norm 12.3" in output and "bits/token 0.250" in output
-    assert [len(accumulator.Scalars(tag)) for tag in ("train/weight_norm", "val/bits_per_token")] == [2, 1]
+    assert [len(board.Scalars(tag)) for tag in ("train/weight_norm", "val/bits_per_token")] == [2, 1]
     page = report.write_report(tmp_path).read_text()
     assert all(f"<b>{text}</b>" in page for text in ("12.5", "0.250", "Weight norm", "Bits per token"))
 

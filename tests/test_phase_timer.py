@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from conftest import ROOT, environment, write_config
+from conftest import write_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from training import engine
@@ -269,19 +267,15 @@ def test_the_time_lost_to_several_kills_is_counted_once_each():
     assert third.seconds["redone"] == 13
 
 
-def test_steps_after_kill_9_are_counted_as_redone(options, tmp_path, capsys):
+def test_steps_after_kill_9_are_counted_as_redone(processes, options, tmp_path, capsys):
     killed = options(name="killed", steps=90, eval={"every": None, "tokens": 64}, checkpoint={"every": 40})
     path, folder = write_config(tmp_path / "killed.yaml", killed), tmp_path / "runs" / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "training.train", "--config", str(path)], cwd=ROOT, env=environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    process = processes.start("training.train:main", "--config", str(path))
     deadline = time.monotonic() + 60
     while len(read_rows(folder / "metrics.jsonl")) < 60:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        assert process.poll() is None and time.monotonic() < deadline, process.output("err")
         time.sleep(0.005)
     process.kill()
-    process.communicate()
     rows = read_rows(folder / "metrics.jsonl")
     newest = max((folder / "checkpoints").glob("step-*"))
     from_step, kept = int(newest.name[5:]), json.loads((newest / "state.json").read_text())["ledger"]

@@ -14,7 +14,6 @@ import torch
 from training.batch import Batch
 from training.config import Config
 from training.data import prepare
-from training.distributed.mesh import MeshShape
 from training.distributed.parallelize import parallelize
 from training.distributed.world import World
 from training.kernels.attention.table import ATTENTION_BACKENDS
@@ -27,7 +26,8 @@ from training.options import cli
 from training.plan import main, measured_tokens_per_s
 from training.planning import report
 from training.planning.disk import checkpoint_bytes
-from training.planning.memory import StorageTracker, estimate, largest_micro_batch
+from training.planning.memory import estimate, largest_micro_batch
+from training.planning.storage_tracker import StorageTracker
 
 MOE = {"type": "moe", "n_experts": 4, "top_k": 2, "hidden": 64}
 SIZES = {"n_layer": 3, "n_head": 2, "n_embd": 32, "n_positions": 64, "vocab_size": 512}
@@ -40,7 +40,7 @@ def config_of(model=None, **changes) -> Config:
 
 def peak_of_real_tensors(config: Config, micro_batch: int) -> int:
     """Return the bytes at the peak of a second step with real tensors."""
-    tracker = StorageTracker(MeshShape(1, 1, 1))
+    tracker = StorageTracker()
     with tracker:
         model = GPT(config.model, Kernels(ATTENTION_BACKENDS["flash"], EXPERT_KERNELS["grouped"]))
         gc.collect()

@@ -9,12 +9,9 @@ import pytest
 import torch
 from conftest import command, rows, tensors, write_config
 from launched import Forked, wait_for_rows
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from training.config import Config
-from training.data import prepare
-from training.distributed.world import World
-from training.engine.build import begin, parts, preallocate_save_buffers, save
-from training.engine.step import train_step
 from training.errors import UserError
 from training.train import train
 
@@ -100,7 +97,7 @@ def test_a_finished_run_started_again_says_so_and_changes_nothing(run, finished,
     before, times = tensors(folder, 8), rows(folder)
     run()
     assert tensors(folder, 8) == before and rows(folder) == times
-    assert "after step 8" in capsys.readouterr().out
+    assert "resuming from step 8" in capsys.readouterr().out
 
 
 def test_other_options_in_a_used_folder_are_an_error_that_lists_them(finished, config):
@@ -144,7 +141,7 @@ def test_changed_data_is_an_error(options, tmp_path):
     config = Config.model_validate(options(data=data | {"val_fraction": 0.3}))
     train(config)
     (text / "0.txt").write_text("something else " * 40)
-    with pytest.raises(UserError, match="data: the text or the tokenizer is not what it was"):
+    with pytest.raises(UserError, match="data: the text or the tokenizer has changed"):
         train(config)
 
 
@@ -168,18 +165,27 @@ def test_a_save_that_failed_ends_the_run_before_the_next_one(config, tmp_path):
     assert 100 <= rows(tmp_path / "runs/small")[-1]["step"] < 200
 
 
-def test_memory_for_the_first_save_is_there_after_the_first_step(config):
-    made = config()
-    run = begin(made, prepare(made.data, quiet=True), World(0, 1, torch.device("cpu")), "auto")
-    train_step(run)
-    preallocate_save_buffers(run)
-    run.saver.wait()
-    taken = {key: copy.data_ptr() for key, copy in run.saver._copies.items()}
-    assert len(taken) == sum(len(some) for some in parts(run).values())
-    run.last_row = {}
-    save(run)
-    run.close()
-    assert {key: copy.data_ptr() for key, copy in run.saver._copies.items()} == taken
+class Allocations(TorchDispatchMode):
+    """Counts new tensors."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func.name().startswith("aten::empty")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("is_preallocated", [True, False])
+def test_the_first_save_finds_its_memory_allocated(build_run, is_preallocated):
+    run = build_run()
+    run.train_step()
+    run.log.fetch()
+    if is_preallocated:
+        run.checkpoints.preallocate()
+        run.checkpoints.wait()
+    with Allocations() as during_the_save:
+        run.checkpoints.save(run.state)
+    assert (during_the_save.n == 0) == is_preallocated
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -189,25 +195,17 @@ def test_lower_precisions_train(run, precision):
         assert ours == pytest.approx(theirs, rel=0.02)
 
 
-def test_fp16_skips_a_step_that_overflows_and_lowers_the_scale(config):
-    from training.data import prepare
-    from training.distributed.world import World
-    from training.engine.build import begin
-    from training.engine.step import train_step
-
-    made = config(precision="fp16")
-    world = World(0, 1, torch.device("cpu"))
-    run = begin(made, prepare(made.data), world, "auto")
-    run.loss_scale.scale = 2.0**40
+def test_fp16_skips_a_step_that_overflows_and_lowers_the_scale(build_run):
+    run = build_run(precision="fp16")
+    run.state.loss_scale.scale = 2.0**40
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-    train_step(run)
+    run.train_step()
     assert all(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
     assert not run.optimizer.state_dict()
-    assert run.loss_scale.scale == 2.0**39
-    run.loss_scale.scale = 2.0**10
-    train_step(run)
+    assert run.state.loss_scale.scale == 2.0**39
+    run.state.loss_scale.scale = 2.0**10
+    run.train_step()
     assert not torch.equal(run.model.wte.weight, before["wte.weight"])
-    run.close()
 
 
 def test_two_ranks_compute_the_same_as_one(processes, options, tmp_path, run):

@@ -330,7 +330,7 @@ def test_a_resumed_run_keeps_its_kernel_even_if_another_is_faster_now(run, monke
     assert "experts     loop (fastest: loop " in capsys.readouterr().out
     monkeypatch.setitem(EXPERT_KERNELS, "grouped", plain)
     monkeypatch.setitem(EXPERT_KERNELS, "loop", slowed(EXPERT_KERNELS["loop"]))
-    goes_on_with("experts     loop", run, folder, capsys)
+    goes_on_with("experts loop", run, folder, capsys)
 
 
 if __name__ == "__main__":

@@ -380,7 +380,7 @@ def test_noise_without_an_upcycled_layer_is_an_error(config, options, tmp_path, 
     file.write_text(json.dumps(options(upcycle_noise=0.1)))
     with pytest.raises(SystemExit):
         train.main(["--config", str(file)])
-    assert "upcycle_noise: there is no init_from" in capsys.readouterr().err
+    assert "upcycle_noise: needs init_from" in capsys.readouterr().err
 
 
 def test_an_export_of_experts_made_of_swiglu_opens_as_what_transformers_has(run):

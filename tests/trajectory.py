@@ -10,9 +10,11 @@ THREADS="1,2" sets the number of threads of each rank.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import itertools
 import json
 import os
+import resource
 import sys
 import time
 from contextlib import ExitStack
@@ -177,10 +179,10 @@ def main_that_hangs(arguments: list[str]) -> int:
 def main_with_a_signal(arguments: list[str]) -> int:
     """Train like the command, but send SIGNAL to this process AT a place of its start."""
     from training import checkpoint, engine
-    from training.engine import build
     from training.logging.jsonl import JSONLSink
     from training.train import main as train_command
 
+    build = importlib.import_module("training.engine.build")  # the package's `build` is the function
     places = {
         "read": (checkpoint, "read_tensors"),
         "prepare folder": (build, "prepare_run_dir"),
@@ -195,4 +197,33 @@ def main_with_a_signal(arguments: list[str]) -> int:
         return original(*arguments, **named)
 
     setattr(owner, name, sending)
+    return train_command(arguments)
+
+
+def main_with_limited_memory(arguments: list[str]) -> int:
+    """Train like the command, but limit the memory to what is in use, at LIMIT_AT: "load" or "step 3"."""
+    from training import engine
+    from training.train import main as train_command
+
+    build = importlib.import_module("training.engine.build")  # the package's `build` is the function
+    load_tensors, train_step = build.load_tensors, engine.train_step
+
+    def limit() -> None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
+
+    def load(*arguments: Any) -> None:
+        load_tensors(*arguments)
+        limit()
+
+    def step(config: Config, model: Any, optimizer: Any, loader: Any, micro_batch: Any, state: Any, phase: Any) -> Any:
+        if state.step == 2:
+            limit()
+            micro_batch.size = 128  # needs more than was used so far, which stays the process's own
+        return train_step(config, model, optimizer, loader, micro_batch, state, phase)
+
+    if os.environ["LIMIT_AT"] == "load":
+        build.load_tensors = load
+    else:
+        engine.train_step = step
     return train_command(arguments)

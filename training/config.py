@@ -86,6 +86,12 @@ class DifferentialConfig(AttentionConfig):
             yield from super().model_rules(model)
 
 
+class GatedConfig(AttentionConfig):
+    """Gated attention (arXiv:2505.06708): `attention` with a sigmoid gate on its output, computed from its input."""
+
+    type: Literal["gated"] = "gated"
+
+
 class LatentConfig(MixerConfig):
     """Multi-head latent attention (MLA, arXiv:2405.04434): keys and values are projections of one short vector."""
 
@@ -155,7 +161,7 @@ class MoEConfig(Section):
             yield "top_k", f"{self.top_k} is more than n_experts {self.n_experts}"
 
 
-Mixer = one_of(AttentionConfig, LatentConfig, DifferentialConfig)
+Mixer = one_of(AttentionConfig, LatentConfig, DifferentialConfig, GatedConfig)
 FeedForward = one_of(MLPConfig, MoEConfig)
 
 
@@ -358,7 +364,16 @@ class MuonConfig(AdamWConfig):
     ns_steps: int = option(5, "Newton-Schulz iterations", unit="iterations", ge=1)
 
 
-Optim = one_of(AdamWConfig, MuonConfig)
+class LionConfig(OptimConfig):
+    """Lion (arXiv:2302.06675): sign updates, half of AdamW's state; use 1/3 to 1/10 of AdamW's learning rate."""
+
+    type: Literal["lion"] = "lion"
+    beta1: float = option(0.9, "weight of the running mean in the update", ge=0, lt=1)
+    beta2: float = option(0.99, "decay of the gradient's running mean", ge=0, lt=1)
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices", ge=0)
+
+
+Optim = one_of(AdamWConfig, MuonConfig, LionConfig)
 
 
 class ScheduleConfig(Section):
@@ -407,7 +422,13 @@ class ConstantSchedule(ScheduleConfig):
     type: Literal["constant"] = "constant"
 
 
-Schedule = one_of(CosineSchedule, LinearSchedule, WSDSchedule, ConstantSchedule)
+class InverseSqrtSchedule(ScheduleConfig):
+    """Linear warm-up, then a decay with the square root of the step (arXiv:1706.03762), which needs no end."""
+
+    type: Literal["inverse_sqrt"] = "inverse_sqrt"
+
+
+Schedule = one_of(CosineSchedule, LinearSchedule, WSDSchedule, ConstantSchedule, InverseSqrtSchedule)
 
 
 # --- execution, checkpoints, evaluation, logging ------------------------------------------------------

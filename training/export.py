@@ -36,7 +36,7 @@ def export(run: str, out: str | None, dtype_name: str) -> list[str]:
     if target.exists():
         raise UserError(f"{target}: already exists; choose another --out")
     from training.device import DTYPES
-    from training.engine.load_run import read as load_run
+    from training.engine.load_run import load_run
     from training.weights import hf
     from training.weights.export_check import write_checked
 

@@ -1,8 +1,8 @@
-"""Tokenize what a run reads, ahead of it.
+"""Tokenize the text of a run ahead of time.
 
     python -m training.prepare --config configs/quickstart.yaml
 
-The run does the same at its start, and finds at once what is prepared already.
+A run does the same at its start, and uses prepared data at once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """The report in lines: counts by split, then time and place."""
+    """Format the report: the counts of each split, then time and folder."""
     lines = []
     for split in ("train", "val"):
         counts = report[split]

@@ -60,6 +60,8 @@ def train(config: Config, *, resume: str = "auto") -> int:
         setup = engine.build(run.config, dataset, run.world, resume)
         config, model, optimizer, state = setup.config, setup.model, setup.optimizer, setup.state
         log = stack.enter_context(closing(engine.open_log(setup, dataset, started)))
+        if config.parallel.compile:
+            model.compile()  # the log has drawn the graph of the plain model
         checkpoints = stack.enter_context(engine.Checkpoints(config, model, optimizer, log))
         events = stack.enter_context(engine.Events(config, run.world, checkpoints))
         stack.enter_context(setup.micro_batch.restart_on_out_of_memory())

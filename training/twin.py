@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status: 0 done, 2 wrong input."""
     args = sys.argv[1:] if argv is None else argv
     config, flags = cli.parse_command_line(args, prog="python -m training.twin", doc=__doc__, flags=FLAGS)
-    text, summary = cli.dump(twin(config)), describe_twin(config)
+    text, summary = cli.dump_config(twin(config)), describe_twin(config)
     if flags["--out"] is None:
         print(f"# {summary}", text, sep="\n", end="")
     else:

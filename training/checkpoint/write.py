@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,11 @@ class TensorShard(NamedTuple):
     def n_bytes(self) -> int:
         """Size of the full tensor."""
         return self.shape.numel() * self.tensor.element_size()
+
+    @property
+    def stop(self) -> int:
+        """Last row + 1."""
+        return self.start + (len(self.tensor) if self.shape else 1)
 
 
 class WriterGroup(NamedTuple):
@@ -149,16 +155,14 @@ class CheckpointWriter:
                 partial.mkdir()
             return {"exists": target.exists()}
 
-        def write_shards() -> dict:
-            suffix = f"{self.group.rank + 1:05d}-of-{self.group.size:05d}.safetensors"
-            return {kind: self._write_own(partial / f"{kind}-{suffix}", shards[kind], one_file) for kind in KINDS}
+        def write_own() -> dict:
+            return {kind: self._write_own(partial, kind, shards[kind], one_file) for kind in KINDS}
 
         def publish() -> dict:
             if is_main:
                 manifest = {}
                 for kind in KINDS:
-                    join = _join_files if one_file else _write_index
-                    manifest |= join(partial, kind, shards[kind], [answer[kind] for answer in written])
+                    manifest |= _collect(partial, kind, shards[kind], [answer[kind] for answer in written], one_file)
                 _publish(partial, target, manifest, state)
                 try:
                     prune(self.folder, self.config.keep, best_step)
@@ -169,21 +173,22 @@ class CheckpointWriter:
         created = self._on_all_ranks(create_folder, target)
         if created is None or created[0]["exists"]:
             return
-        written = self._on_all_ranks(write_shards, target)
+        written = self._on_all_ranks(write_own, target)
         if (written is None or self._on_all_ranks(publish, target) is None) and is_main:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _write_own(self, path: Path, shards: dict[str, TensorShard], one_file: bool) -> dict:
+    def _write_own(self, partial: Path, kind: str, shards: dict[str, TensorShard], one_file: bool) -> dict:
         """Write this rank's rows. If all ranks' rows go into one file, the main rank's stay in memory until then."""
         own = {name: s for name, s in shards.items() if s.is_owner and (s.tensor.numel() or not s.shape)}
         for name, shard in own.items():
             if not shard.tensor.isfinite().all():
                 raise UserError(f"{name} is not finite")
-        rows = {name: [s.start, s.start + (len(s.tensor) if s.shape else 1)] for name, s in own.items()}
-        if not own or (one_file and self.group.rank == 0):
-            return {"rows": rows, "file": None}
-        tensors = {name: TensorPieces(s.tensor.dtype, s.tensor.shape, [s.tensor]) for name, s in own.items()}
-        return {"rows": rows, "file": path.name, "entry": write_tensors(path, tensors)}
+        file, entries = None, {}
+        if own and not (one_file and self.group.rank == 0):
+            file = f"{kind}-{self.group.rank + 1:05d}-of-{self.group.size:05d}.safetensors"
+            tensors = {name: TensorPieces(s.tensor.dtype, s.tensor.shape, [s.tensor]) for name, s in own.items()}
+            entries[file] = write_tensors(partial / file, tensors)
+        return {"rows": {name: Location(file, s.start, s.stop) for name, s in own.items()}, "files": entries}
 
     def _on_all_ranks(self, work: Callable[[], dict], target: Path) -> list[dict] | None:
         """Run `work` on all ranks and return all results; if any rank fails, set `failure` and return None."""
@@ -209,45 +214,32 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".strip().partition("\n")[0]
 
 
-def _locations(answers: list[dict]) -> dict[str, list[Location]]:
-    """Return the locations of each tensor's rows, in order; file None: in the main rank's memory."""
-    locations: dict[str, list[Location]] = {}
-    for answer in answers:
-        for name, (start, stop) in answer["rows"].items():
-            locations.setdefault(name, []).append(Location(answer["file"], start, stop))
-    return {name: sorted(rows, key=lambda location: location[1:]) for name, rows in locations.items()}
-
-
-def _write_index(partial: Path, kind: str, shards: dict[str, TensorShard], answers: list[dict]) -> dict[str, dict]:
-    """Write the index of the ranks' files; return the manifest entries of index and files."""
-    locations = _locations(answers)
-    index = {name: {"shape": list(s.shape), "parts": locations.get(name, [])} for name, s in shards.items()}
-    name = f"{kind}.safetensors.index.json"
-    entries = {answer["file"]: answer["entry"] for answer in answers if answer["file"]}
-    return entries | {name: write_bytes(partial / name, [json.dumps(index).encode()])}
-
-
-def _join_files(partial: Path, kind: str, shards: dict[str, TensorShard], answers: list[dict]) -> dict[str, dict]:
-    """Join the ranks' rows in one file, a piece at a time, and remove the ranks' files; return its manifest entry."""
-    locations = _locations(answers)
-    name = f"{kind}.safetensors"
-    tensors = {
-        key: TensorPieces(s.tensor.dtype, s.shape, _pieces(partial, key, s, locations.get(key, [])))
-        for key, s in shards.items()
+def _collect(partial: Path, kind: str, shards: dict[str, TensorShard], answers: list[dict], one_file: bool) -> dict:
+    """Join all ranks' rows in one file, a piece at a time, or write their index; return the manifest's entries."""
+    rows = {
+        name: sorted((a["rows"][name] for a in answers if name in a["rows"]), key=itemgetter(1, 2)) for name in shards
     }
-    entries = {name: write_tensors(partial / name, tensors)}
-    for answer in answers:
-        if answer["file"]:
-            (partial / answer["file"]).unlink()
-    return entries
+    entries = {file: entry for answer in answers for file, entry in answer["files"].items()}
+    if not one_file:
+        index = {name: {"shape": list(shard.shape), "parts": rows[name]} for name, shard in shards.items()}
+        file = f"{kind}.safetensors.index.json"
+        return entries | {file: write_bytes(partial / file, [json.dumps(index).encode()])}
+    tensors = {
+        name: TensorPieces(shard.tensor.dtype, shard.shape, _pieces(partial, name, shard, rows[name]))
+        for name, shard in shards.items()
+    }
+    joined = {f"{kind}.safetensors": write_tensors(partial / f"{kind}.safetensors", tensors)}
+    for file in entries:
+        (partial / file).unlink()
+    return joined
 
 
-def _pieces(partial: Path, name: str, shard: TensorShard, locations: list[Location]) -> Iterator[Tensor]:
-    for location in locations:
-        if location.file is None:
+def _pieces(partial: Path, name: str, shard: TensorShard, rows: list[tuple[str | None, int, int]]) -> Iterator[Tensor]:
+    for file, _, _ in rows:
+        if file is None:  # in this rank's memory
             yield shard.tensor
         else:
-            with safe_open(partial / location.file, framework="pt") as opened:
+            with safe_open(partial / file, framework="pt") as opened:
                 yield opened.get_tensor(name)
 
 

@@ -12,6 +12,7 @@ of the table; on CUDA it takes the fastest of the experts' kernels.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -54,29 +55,24 @@ def choose_kernels(
     """
     names, reasons = {}, {}
     for option in TABLES:
-        search = _Search(option, requirements, device, dtype, config.compile, previous.get(option))
+        trials = build_trials(option, requirements, device, dtype, config.compile)
+        search = _Search(option, requirements, trials, device, dtype, previous.get(option))
         names[option], reasons[option] = search.choose(getattr(config, option))
     kernels = Kernels(**{option: TABLES[option][name] for option, name in names.items()})
     return KernelChoice(kernels, names, reasons)
 
 
+@dataclass
 class _Search:
     """The search for the kernel of one option."""
 
-    def __init__(
-        self,
-        option: str,
-        requirements: KernelRequirements,
-        device: torch.device,
-        dtype: torch.dtype,
-        compiled: bool,
-        previous: str | None,
-    ):
-        self.option, self.requirements, self.device, self.dtype = option, requirements, device, dtype
-        self.previous = previous
-        self.table = TABLES[option]
-        self.trials = build_trials(option, requirements, device, dtype, compiled)
-        self.failures: dict[str, list[str]] = {}  # names of the kernels that failed, by the reason
+    option: str
+    requirements: KernelRequirements
+    trials: list[Trial]
+    device: torch.device
+    dtype: torch.dtype
+    previous: str | None
+    failures: dict[str, list[str]] = field(default_factory=dict)  # names of the kernels that failed, by the reason
 
     def choose(self, wanted: str) -> tuple[str, str]:
         """Return the name of the kernel and the reason. `wanted` is a name or "auto". Raises UserError."""
@@ -108,7 +104,8 @@ class _Search:
                 yield name
 
     def _failure(self, trial: Trial, name: str) -> str | None:
-        return trial.failure(name, self.table[name], self.table["reference"], self.device, self.dtype)
+        table = TABLES[self.option]
+        return trial.failure(name, table[name], table["reference"], self.device, self.dtype)
 
     def _fastest(self, names: list[str]) -> tuple[str, str]:
         """Return the experts' kernel that takes the least time over all widths, and everyone's time."""
@@ -116,8 +113,10 @@ class _Search:
         if len(rivals) < 2:
             return names[0], ""
         trials = timing_trials(self.requirements, self.device, self.dtype)
+        kernels = {name: TABLES[self.option][name] for name in rivals}
         seconds = {
-            name: sum(trial.seconds(self.table[name], self.device, self.dtype) for trial in trials) for name in rivals
+            name: sum(trial.seconds(kernel, self.device, self.dtype) for trial in trials)
+            for name, kernel in kernels.items()
         }
         if self.device.type == "cuda":  # the run must not account for this memory
             torch.cuda.empty_cache()

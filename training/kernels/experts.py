@@ -224,14 +224,8 @@ def _loop_outer(y_RO: Tensor, x_RI: Tensor, offsets_E: Tensor) -> Tensor:
     return w_EOI
 
 
-@_loop_matmul.register_fake
-def _loop_matmul_shape(x_RI: Tensor, w_EIO: Tensor, offsets_E: Tensor) -> Tensor:  # noqa: ARG001 (one signature)
-    return x_RI.new_empty(len(x_RI), w_EIO.shape[2])
-
-
-@_loop_outer.register_fake
-def _loop_outer_shape(y_RO: Tensor, x_RI: Tensor, offsets_E: Tensor) -> Tensor:
-    return x_RI.new_empty(len(offsets_E), y_RO.shape[1], x_RI.shape[1])
+_loop_matmul.register_fake(lambda x, w_EIO, _: x.new_empty(len(x), w_EIO.shape[2]))
+_loop_outer.register_fake(lambda y, x, offsets_E: x.new_empty(len(offsets_E), y.shape[1], x.shape[1]))
 
 
 def _spans(x_RI: Tensor, offsets_E: Tensor) -> list[tuple[int, int, int]]:

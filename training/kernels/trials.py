@@ -86,8 +86,10 @@ def build_trials(
     """Return the trials of `parallel.<option>`: one for everything that the model requires."""
     if option == "loss":
         return [_loss_trial(spec, device) for spec in requirements.loss]
-    if option == "experts":
-        return [_small_experts_trial(spec, device, dtype, compiled) for spec in sorted(requirements.experts)]
+    if option == "experts":  # 64 tokens with two of four experts each; one expert has no tokens
+        topk_ids_NK = torch.tensor([[0, 3], [3, 1], [0, 1], [1, 0]], device=device).repeat(16, 1)
+        specs = [spec._replace(n_experts=4, top_k=2, gated=True) for spec in sorted(requirements.experts)]
+        return [_experts_trial(spec, topk_ids_NK, dtype, compiled) for spec in specs]
     return [
         _attention_trial(spec, n_tokens, requirements.isolate_documents, device, dtype, compiled)
         for spec in sorted(requirements.attention, key=str)
@@ -97,7 +99,11 @@ def build_trials(
 
 def timing_trials(requirements: KernelRequirements, device: torch.device, dtype: torch.dtype) -> list[Trial]:
     """Return layers of experts with enough tokens to measure speed, routed evenly at random to the layer's experts."""
-    return [_large_experts_trial(spec, device, dtype) for spec in sorted(requirements.experts)]
+    return [
+        _experts_trial(spec, score_NE.topk(spec.top_k).indices, dtype, compiled=False)
+        for spec in sorted(requirements.experts)
+        for score_NE in [_random(TIMED_TOKENS, spec.n_experts, seed=0, device=device)]
+    ]
 
 
 def _attention_trial(
@@ -140,17 +146,6 @@ def _experts_trial(spec: ExpertsSpec, topk_ids_NK: Tensor, dtype: torch.dtype, c
     shapes = [(len(topk_ids_NK), width), topk_ids_NK.shape, (n_experts, width, hidden)]
     shapes += [(n_experts, hidden, width)] * (1 + spec.gated)
     return Trial(run, [_random(*shape, seed=seed, device=device) for seed, shape in enumerate(shapes)], unsupported)
-
-
-def _small_experts_trial(spec: ExpertsSpec, device: torch.device, dtype: torch.dtype, compiled: bool) -> Trial:
-    """64 tokens with two of four experts each; one expert has no tokens."""
-    topk_ids_NK = torch.tensor([[0, 3], [3, 1], [0, 1], [1, 0]], device=device).repeat(16, 1)
-    return _experts_trial(spec._replace(n_experts=4, top_k=2, gated=True), topk_ids_NK, dtype, compiled)
-
-
-def _large_experts_trial(spec: ExpertsSpec, device: torch.device, dtype: torch.dtype) -> Trial:
-    score_NE = _random(TIMED_TOKENS, spec.n_experts, seed=0, device=device)
-    return _experts_trial(spec, score_NE.topk(spec.top_k).indices, dtype, compiled=False)
 
 
 def _loss_trial(spec: LossSpec, device: torch.device) -> Trial:

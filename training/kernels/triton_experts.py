@@ -202,7 +202,7 @@ def _grouped_outer(
     x_NI: Tensor, y_RO: Tensor, offsets_E: Tensor, token_R: Tensor, weight_R: Tensor | None, transposed: bool
 ) -> Tensor:
     """Sum token (outer) row over each expert's rows, by weight: w_EIO, or w_EOI if `transposed`."""
-    w_E__ = _grouped_outer_shape(x_NI, y_RO, offsets_E, token_R, weight_R, transposed)
+    w_E__ = _empty_w(x_NI, y_RO, offsets_E, token_R, weight_R, transposed)
     x_NI, y_RO, shape = x_NI.contiguous(), y_RO.contiguous(), TileShape.of(x_NI)
     n_in, n_out = x_NI.shape[1], y_RO.shape[1]
     _outer_kernel[(triton.cdiv(n_in, shape.side) * triton.cdiv(n_out, shape.side), len(offsets_E))](
@@ -218,7 +218,7 @@ def _grouped_outer(
 
 
 @_grouped_outer.register_fake
-def _grouped_outer_shape(x_NI, y_RO, offsets_E, token_R, weight_R, transposed):  # noqa: ARG001
+def _empty_w(x_NI, y_RO, offsets_E, token_R, weight_R, transposed):  # noqa: ARG001 (one signature)
     n_in, n_out = x_NI.shape[1], y_RO.shape[1]
     return x_NI.new_empty(len(offsets_E), *((n_out, n_in) if transposed else (n_in, n_out)))
 

@@ -17,6 +17,7 @@ from training.config import (
     AttentionConfig,
     BlockConfig,
     DifferentialConfig,
+    GatedConfig,
     LatentConfig,
     MLPConfig,
     ModelConfig,
@@ -29,12 +30,18 @@ from training.kernels.loss import apply_softcap
 from training.model.attention import Attention, AttentionContext, AttentionContexts
 from training.model.cache import Cache, LayerCache
 from training.model.differential import DifferentialAttention
+from training.model.gated import GatedAttention
 from training.model.latent import LatentAttention
 from training.model.layers import FeedForwardContext, Linear, build_norm
 from training.model.mlp import MLP
 from training.model.moe import MoE, Routing, finish_step
 
-MIXERS = {AttentionConfig: Attention, LatentConfig: LatentAttention, DifferentialConfig: DifferentialAttention}
+MIXERS = {
+    AttentionConfig: Attention,
+    LatentConfig: LatentAttention,
+    DifferentialConfig: DifferentialAttention,
+    GatedConfig: GatedAttention,
+}
 FEED_FORWARDS = {MLPConfig: MLP, MoEConfig: MoE}
 
 

@@ -11,14 +11,16 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from training.config import AdamWConfig, MuonConfig, OptimConfig
+from training.config import AdamWConfig, LionConfig, MuonConfig, OptimConfig
 from training.optim.adamw import AdamW
+from training.optim.lion import Lion
 from training.optim.muon import Muon
 from training.optim.parameters import PARAMETER_KINDS, FullShapes, NamedParameter, ParameterKind
 
 # For each optimizer's options: the class that updates each kind of parameter, in the order of their steps.
 OPTIMIZERS: dict[type[OptimConfig], dict[ParameterKind, type]] = {
     AdamWConfig: dict.fromkeys(PARAMETER_KINDS, AdamW),
+    LionConfig: dict.fromkeys(PARAMETER_KINDS, Lion),
     MuonConfig: {"matrix": Muon} | dict.fromkeys(("embedding", "router", "vector"), AdamW),
 }
 

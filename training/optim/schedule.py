@@ -7,7 +7,14 @@ from __future__ import annotations
 
 import math
 
-from training.config import ConstantSchedule, CosineSchedule, LinearSchedule, ScheduleConfig, WSDSchedule
+from training.config import (
+    ConstantSchedule,
+    CosineSchedule,
+    InverseSqrtSchedule,
+    LinearSchedule,
+    ScheduleConfig,
+    WSDSchedule,
+)
 
 
 def lr_factor(config: ScheduleConfig, step: int, steps: int) -> float:
@@ -43,4 +50,15 @@ def constant(config: ConstantSchedule, step: int, steps: int) -> float:  # noqa:
     return 1.0
 
 
-SCHEDULES = {CosineSchedule: cosine, LinearSchedule: linear, WSDSchedule: wsd, ConstantSchedule: constant}
+def inverse_sqrt(config: InverseSqrtSchedule, step: int, steps: int) -> float:  # noqa: ARG001 (one signature)
+    """Return sqrt((warmup_steps + 1) / (step + 1))."""
+    return math.sqrt((config.warmup_steps + 1) / (step + 1))
+
+
+SCHEDULES = {
+    CosineSchedule: cosine,
+    LinearSchedule: linear,
+    WSDSchedule: wsd,
+    ConstantSchedule: constant,
+    InverseSqrtSchedule: inverse_sqrt,
+}

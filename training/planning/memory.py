@@ -14,9 +14,8 @@ libraries are not counted.
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,28 +23,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from training.batch import Batch
 from training.config import Config, MeshConfig
 from training.device import DTYPES
 from training.distributed.mesh import MeshShape, mesh_shape
-from training.distributed.parallelize import ShardedModel, parallelize
+from training.distributed.parallelize import parallelize
 from training.distributed.world import BUCKET, World
 from training.kernels import loss
 from training.kernels.attention import sdpa
 from training.kernels.attention.masks import Documents
 from training.kernels.attention.table import ATTENTION_BACKENDS
-from training.kernels.experts import Dispatch, permute, sort_by_expert, unpermute
+from training.kernels.experts import TORCH_EXPERTS, Dispatch, permute, sort_by_expert, unpermute
 from training.kernels.interface import AttentionBackend, Kernels
-from training.kernels.loss import TORCH_LOSS
-from training.kernels.table import EXPERT_KERNELS
 from training.model import GPT, layers
 from training.model.moe import Experts
 from training.model.stats import parameter_kinds
 from training.optim.optimizer import Optimizer
 from training.planning.batch_split import max_samples_per_rank
+from training.planning.storage_tracker import StorageTracker
 
 PROCESS_BYTES = 430 * 2**20  # Python, torch and other libraries: resident size of a run with a tiny model on a CPU
 # glibc keeps freed memory (`device.keep_freed_memory`) in pieces that the next tensor may not fit. This share of
@@ -125,94 +121,22 @@ def largest_micro_batch(config: Config, limit: float, world_size: int = 1, devic
     return fits
 
 
-class LiveStorage(NamedTuple):
-    """A storage that is still referenced."""
-
-    reference: weakref.ref
-    kind: str
-    n_bytes: int  # on this rank
-
-
-class StorageTracker(TorchDispatchMode):
-    """Counts the bytes of all storages that operations create, by kind, until they are freed."""
-
-    def __init__(self, mesh: MeshShape):
-        super().__init__()
-        self.kind = "activations"  # of new storages
-        self.is_sharded = mesh.shard > 1
-        self.live: dict[int, LiveStorage] = {}
-        self.now: Counter[str] = Counter()
-        self.peak: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in self.live:
-                self.count(tensor, *self._kind_and_share(func, args))
-        return out
-
-    def count(self, tensor: Tensor, kind: str, share: float = 1.0) -> None:
-        """Count a tensor's storage, of which this rank has a share, as `kind` from now on."""
-        storage = tensor.untyped_storage()
-        key, n_bytes = id(storage), round(storage.nbytes() * share)
-        if key in self.live:
-            self._drop(key)
-        self.live[key] = LiveStorage(weakref.ref(storage, lambda _: self._drop(key)), kind, n_bytes)
-        self.now[kind] += n_bytes
-        if self.now.total() > self.peak.total():
-            self.peak = self.now.copy()
-
-    def _drop(self, key: int) -> None:
-        storage = self.live.pop(key)
-        self.now[storage.kind] -= storage.n_bytes
-
-    def _kind_and_share(self, func: Any, args: tuple) -> tuple[str, float]:
-        """Return kind and share of an operation's result. A result of weights alone is a cast of them.
-
-        FSDP2 gathers a block's weights in the compute dtype, so there the cast itself takes no memory.
-        """
-        if self.kind != "activations":
-            return self.kind, 1.0
-        inputs = [self.live.get(id(x.untyped_storage())) for x in tree_leaves(args) if isinstance(x, Tensor)]
-        kinds = {None if storage is None else storage.kind for storage in inputs}
-        if not kinds or not kinds <= {"weights", "casts"}:
-            return self.kind, 1.0
-        is_gathered = self.is_sharded and kinds == {"weights"} and func is torch.ops.aten._to_copy.default
-        return "casts", 0.0 if is_gathered else 1.0
-
-
 def _peak(
     config: Config, micro_batch: int, world_size: int, device_type: str, mesh: MeshShape, *, worst_routing: bool
 ) -> tuple[Counter[str], bool]:
     """Return bytes by kind at the peak of the second step, and whether the peak was in the optimizer step."""
     per_rank = max_samples_per_rank(config, world_size)
-    micro_batch, accumulates = min(micro_batch, per_rank), per_rank > micro_batch
-    is_replicated = world_size > 1 and mesh.shard == 1
-    dtype, tracker = DTYPES[config.precision], StorageTracker(mesh)
-    with FakeTensorMode(), _without_cpu_paths(device_type), tracker:
-        model, sharded = _build_model(config, mesh, dtype, device_type, worst_routing)
-        shares = {parameter: _share(name, mesh) for name, parameter in model.named_parameters()}
-        for tensor in [*model.parameters(), *model.buffers()]:
-            tracker.count(tensor, "weights", shares.get(tensor, 1.0))
-        gathered = torch.empty(_gathered_bytes(model, mesh, dtype), dtype=torch.int8)
-        tracker.count(gathered, "casts")
-        optimizer = Optimizer(config.optim, sharded.local_parameters(), parameter_kinds(model), dtype)
-        _add_hooks(model, shares, tracker)
-        _create_gradients(shares, tracker)
-        _optimizer_step(sharded, optimizer, shares, tracker, is_replicated)  # creates the optimizer state
+    with FakeTensorMode(), _without_cpu_paths(device_type), StorageTracker(mesh.shard > 1) as tracker:
+        step = _FakeStep(config, mesh, world_size > 1 and mesh.shard == 1, device_type, worst_routing, tracker)
+        step.create_gradients()
+        step.optimizer_step()  # creates the optimizer state
         tracker.peak.clear()
-        if accumulates:
-            _create_gradients(shares, tracker)
-        _forward_backward(model, micro_batch)
+        if per_rank > micro_batch:  # gradients of the micro-batches before
+            step.create_gradients()
+        step.forward_backward(min(micro_batch, per_rank))
         before = tracker.peak.copy()
-        _optimizer_step(sharded, optimizer, shares, tracker, is_replicated)
+        step.optimizer_step()
         return tracker.peak, tracker.peak != before
-
-
-def _create_gradients(shares: dict[nn.Parameter, float], tracker: StorageTracker) -> None:
-    for parameter, share in shares.items():
-        parameter.grad = torch.empty_like(parameter)
-        tracker.count(parameter.grad, "gradients", share)
 
 
 @contextmanager
@@ -230,36 +154,80 @@ def _without_cpu_paths(device_type: str) -> Iterator[None]:
         loss.CHUNK_BYTES, sdpa.FP32_MAX_KEYS, layers.RMSNORM_CPU_DTYPES = before
 
 
-def _build_model(
-    config: Config, mesh: MeshShape, dtype: torch.dtype, device_type: str, worst_routing: bool
-) -> tuple[GPT, ShardedModel]:
-    """Build the model with this rank's experts and all other weights, which `_share` scales."""
-    name = config.parallel.attention
+class _FakeStep:
+    """A training step of one rank on fake tensors, each of which is counted by its share on this rank."""
+
+    def __init__(
+        self, config: Config, mesh: MeshShape, is_replicated: bool, device_type: str, worst_routing: bool, tracker
+    ):
+        dtype = DTYPES[config.precision]
+        self.tracker, self.is_replicated = tracker, is_replicated
+        self.model = model = GPT(config.model, _kernels(config, device_type), dtype)
+        if mesh.expert > 1:
+            for experts in (module for module in model.modules() if isinstance(module, Experts)):
+                _split_experts(experts, mesh.expert, mesh.expert if worst_routing else 1)
+        one_device = config.parallel.model_copy(update={"mesh": MeshConfig()})
+        self.sharded = parallelize(model, one_device, World(0, 1, torch.device("cpu")), dtype)
+        self.shares = {parameter: _share(name, mesh) for name, parameter in model.named_parameters()}
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tracker.count(tensor, "weights", self.shares.get(tensor, 1.0))
+        self.gathered = torch.empty(_gathered_bytes(model, mesh, dtype), dtype=torch.int8)
+        tracker.count(self.gathered, "casts")
+        self.optimizer = Optimizer(config.optim, self.sharded.local_parameters(), parameter_kinds(model), dtype)
+        model.loss.register_forward_pre_hook(lambda *_: setattr(tracker, "kind", "logits"))
+        model.loss.register_forward_hook(lambda *_: setattr(tracker, "kind", "activations"))
+        for parameter in self.shares:
+            parameter.register_post_accumulate_grad_hook(self._count_gradient)
+
+    def _count_gradient(self, parameter: nn.Parameter) -> None:
+        self.tracker.count(parameter.grad, "gradients", self.shares[parameter])
+
+    def create_gradients(self) -> None:
+        """Create the gradients that a backward leaves."""
+        for parameter in self.shares:
+            parameter.grad = torch.empty_like(parameter)
+            self._count_gradient(parameter)
+
+    def forward_backward(self, micro_batch: int) -> None:
+        """Compute the gradients of a micro-batch."""
+        tokens_BT = torch.zeros(micro_batch, self.model.config.n_positions, dtype=torch.int64)
+        documents = Documents(tokens_BT, tokens_BT) if self.model.config.isolate_documents else None
+        key_B = torch.zeros(micro_batch, dtype=torch.int64)
+        self.model(Batch(tokens_BT, tokens_BT, key_B, tokens_BT.numel(), documents=documents))[0].backward()
+
+    @torch.no_grad()
+    def optimizer_step(self) -> None:
+        """Sum gradients over ranks, clip, update and free the gradients."""
+        gradients = [parameter.grad for parameter in self.shares if parameter.grad is not None]
+        self.tracker.kind = "optimizer"
+        if self.is_replicated:  # the buffer of the all-reduce
+            torch.empty(min(sum(gradient.nbytes for gradient in gradients), BUCKET), dtype=torch.int8)
+        self.sharded.grad_norm()
+        torch._foreach_mul_(gradients, torch.ones(()))
+        self.optimizer.step(1.0)
+        self.tracker.kind = "activations"
+        for part in self.optimizer.optimizers:
+            for parameter, state in part.state.items():
+                for tensor in state.values():
+                    self.tracker.count(tensor, "state", self.shares[parameter])
+        self.sharded.zero_grad()
+
+
+def _kernels(config: Config, device_type: str) -> Kernels:
+    """Return CPU kernels that keep as much memory for backward as those that the device will use."""
+    name, on_cpu = config.parallel.attention, device_type == "cpu"
     attention = ATTENTION_BACKENDS[name if name == "reference" else "flash"]
-    has_softcap = any(block.mixer.type != "latent" and block.mixer.softcap for block in config.model.blocks)
-    if device_type == "cpu" and has_softcap:
+    if on_cpu and any(getattr(block.mixer, "softcap", None) for block in config.model.blocks):
         attention = ATTENTION_BACKENDS["reference"]
-    elif device_type != "cpu" and name not in ("reference", "sdpa", "efficient"):
-        attention = AttentionBackend(lambda _: None, _flash_without_softcap)
-    experts = EXPERT_KERNELS["reference" if config.parallel.experts == "reference" else "loop"]
-    model = GPT(config.model, Kernels(attention, experts, _loss_kernel(config.parallel.loss, device_type)), dtype)
-    if mesh.expert > 1:
-        for module in model.modules():
-            if isinstance(module, Experts):
-                _split_experts(module, mesh.expert, mesh.expert if worst_routing else 1)
-    one_device = config.parallel.model_copy(update={"mesh": MeshConfig()})
-    return model, parallelize(model, one_device, World(0, 1, torch.device("cpu")), dtype)
-
-
-def _loss_kernel(name: str, device_type: str) -> Callable[..., Tensor]:
-    """Return the loss kernel; for a GPU by default one that needs no memory beside the logits, as Triton's does."""
-    if name in TORCH_LOSS or device_type == "cpu":
-        return TORCH_LOSS["chunked" if name in ("auto", "triton") else name]
-    return partial(loss.chunked_cross_entropy, lambda _, targets_N, softcap, gradient: targets_N.float())  # noqa: ARG005
-
-
-def _flash_without_softcap(*inputs: Any, scale: float | None, softcap: float | None) -> Tensor:  # noqa: ARG001 (GPU kernels apply it inside)
-    return ATTENTION_BACKENDS["flash"].attend(*inputs, scale=scale)
+    elif not on_cpu and name not in ("reference", "sdpa", "efficient"):  # no mask, and a soft-cap inside the kernel
+        flash = ATTENTION_BACKENDS["flash"].attend
+        attention = AttentionBackend(lambda _: None, lambda *qkv, scale, softcap: flash(*qkv, scale=scale))  # noqa: ARG005
+    experts = TORCH_EXPERTS["reference" if config.parallel.experts == "reference" else "loop"]
+    name = config.parallel.loss
+    if name in loss.TORCH_LOSS or on_cpu:
+        return Kernels(attention, experts, loss.TORCH_LOSS["chunked" if name in ("auto", "triton") else name])
+    in_place = partial(loss.chunked_cross_entropy, lambda _, targets_N, softcap, gradient: targets_N.float())  # noqa: ARG005
+    return Kernels(attention, experts, in_place)  # as Triton's, which needs no memory beside the logits
 
 
 def _share(name: str, mesh: MeshShape) -> float:
@@ -278,51 +246,6 @@ def _gathered_bytes(model: GPT, mesh: MeshShape, dtype: torch.dtype) -> int:
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
     rest = sum(p.numel() for p in model.parameters()) - sum(blocks)
     return 4 * rest + max(blocks) * (3 * dtype.itemsize + 2 * 4)
-
-
-def _add_hooks(model: GPT, shares: dict[nn.Parameter, float], tracker: StorageTracker) -> None:
-    """Count what the head creates as logits, and finished gradients as gradients."""
-
-    def set_kind(kind: str) -> Callable[..., None]:
-        return lambda *_: setattr(tracker, "kind", kind)
-
-    model.loss.register_forward_pre_hook(set_kind("logits"))
-    model.loss.register_forward_hook(set_kind("activations"))
-    for parameter, share in shares.items():
-        parameter.register_post_accumulate_grad_hook(
-            lambda parameter, share=share: tracker.count(parameter.grad, "gradients", share)
-        )
-
-
-def _forward_backward(model: GPT, micro_batch: int) -> None:
-    tokens_BT = torch.zeros(micro_batch, model.config.n_positions, dtype=torch.int64)
-    documents = Documents(tokens_BT, tokens_BT) if model.config.isolate_documents else None
-    key_B = torch.zeros(micro_batch, dtype=torch.int64)
-    model(Batch(tokens_BT, tokens_BT, key_B, tokens_BT.numel(), documents=documents))[0].backward()
-
-
-@torch.no_grad()
-def _optimizer_step(
-    sharded: ShardedModel,
-    optimizer: Optimizer,
-    shares: dict[nn.Parameter, float],
-    tracker: StorageTracker,
-    is_replicated: bool,
-) -> None:
-    """Sum gradients over ranks, clip, step, zero gradients."""
-    gradients = [parameter.grad for parameter in shares if parameter.grad is not None]
-    tracker.kind = "optimizer"
-    if is_replicated:  # the buffer of the all-reduce
-        torch.empty(min(sum(gradient.nbytes for gradient in gradients), BUCKET), dtype=torch.int8)
-    sharded.grad_norm()
-    torch._foreach_mul_(gradients, torch.ones(()))
-    optimizer.step(1.0)
-    tracker.kind = "activations"
-    for part in optimizer.optimizers:
-        for parameter, state in part.state.items():
-            for tensor in state.values():
-                tracker.count(tensor, "state", shares[parameter])
-    sharded.zero_grad()
 
 
 def _split_experts(experts: Experts, n_ranks: int, n_senders: int) -> None:

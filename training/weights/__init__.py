@@ -1,1 +1,1 @@
-"""Where weights come from and where they go: init_from, upcycling, and Hugging Face's formats."""
+"""Sources and targets of weights: `init_from`, upcycling, exports and Hugging Face's formats."""

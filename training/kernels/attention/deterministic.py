@@ -107,14 +107,8 @@ def _empty_like(x_BHTD: Tensor) -> Tensor:
     return x_BHTD.new_empty(n_samples, n_tokens, n_heads, width).transpose(1, 2)
 
 
-@_flash.register_fake
-def _flash_shapes(q, k, v, causal, scale):  # noqa: ARG001 (one signature)
-    return _empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@_flash_backward.register_fake
-def _flash_backward_shapes(grad, q, k, v, y, log_sum_BHT, causal, scale):  # noqa: ARG001
-    return _empty_like(q), _empty_like(k), _empty_like(v)
+_flash.register_fake(lambda q, *_: (_empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)))
+_flash_backward.register_fake(lambda _, q, k, v, *__: (_empty_like(q), _empty_like(k), _empty_like(v)))
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:

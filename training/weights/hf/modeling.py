@@ -1,7 +1,7 @@
-"""The model as Transformers knows models: `AutoModelForCausalLM` opens it, `generate` runs it with its cache.
+"""The network as a model of Transformers: `AutoModelForCausalLM` opens it, `generate` runs it with its cache.
 
-An export carries this file and all that it imports from this package as one file (`bundle.py`), so nothing here
-may need more than torch and transformers 4.57 or later.
+An export carries this file and all that it imports from this package (`bundle.py`). They may need nothing but torch,
+and transformers 4.57 or later.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from training.weights.hf.options import OPTIONS, model_config
 
 
 class TrainingGPTConfig(PretrainedConfig):
-    """The options of the network, under the names and with the values of the run's own configuration."""
+    """The options of the network, with the names and values of the run's `model` section."""
 
     model_type = "training_gpt"
     attribute_map = {  # noqa: RUF012 (the base class says so)
@@ -38,7 +38,7 @@ class TrainingGPTConfig(PretrainedConfig):
 
 
 class GenerationCache:
-    """Our cache under the names that `generate` calls it by."""
+    """Our cache, with the methods that `generate` calls."""
 
     is_compileable = False
 
@@ -58,7 +58,7 @@ class TrainingGPTForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = TrainingGPTConfig
     base_model_prefix = "gpt"
     main_input_name = "input_ids"
-    _is_stateful = True  # a cache of our own, which cannot go back
+    _is_stateful = True  # our own cache cannot drop tokens
 
     def __init__(self, config: TrainingGPTConfig):
         super().__init__(config)
@@ -73,7 +73,7 @@ class TrainingGPTForCausalLM(PreTrainedModel, GenerationMixin):
         return False
 
     def _init_weights(self, module: nn.Module) -> None:
-        """GPT-2's initial weights, for a model that is not loaded."""
+        """Set GPT-2's initial weights, for a model that is not loaded."""
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim > 1 and not name.endswith("bias"):
                 nn.init.normal_(parameter, std=0.02)
@@ -118,20 +118,20 @@ class TrainingGPTForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **loss_options: Any,
     ) -> CausalLMOutputWithPast | tuple:
-        """Logits (B, T, V), the last `logits_to_keep` of them; with `labels` the loss, as every model of Transformers.
+        """Return logits (B, T, V), or of the last `logits_to_keep` tokens, and the loss if there are `labels`.
 
-        Zeros at the beginning of `attention_mask` (B, S) are padding. Position_ids (B, T) that begin again at 0
-        separate packed documents.
+        Zeros at the start of `attention_mask` (B, S) are padding. `position_ids` (B, T) that restart at 0 separate
+        packed documents. Raises ValueError for outputs that are not supported.
         """
         for name in ("output_hidden_states", "output_attentions"):
             if loss_options.pop(name, None):
-                raise ValueError(f"{name} is not computed here")
+                raise ValueError(f"{name} is not supported")
         self.gpt.dtype = self.gpt.wte.weight.dtype
         n_padding_B = None if attention_mask is None else (attention_mask.cumsum(1) == 0).sum(1)
         documents = None
         if past_key_values is None and use_cache:
             if n_padding_B is None and position_ids is not None and bool((position_ids[:, 1:] == 0).any()):
-                raise ValueError("packed documents (position_ids that begin again) need use_cache=False")
+                raise ValueError("packed documents (position_ids that restart at 0) need use_cache=False")
             past_key_values = GenerationCache(self.gpt.new_cache(n_padding_B))
         elif past_key_values is None and position_ids is not None:
             position_BT = position_ids.expand_as(input_ids)
@@ -148,6 +148,6 @@ class TrainingGPTForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def register() -> None:
-    """Make Transformers' Auto classes open these models with this package's own code."""
+    """Let Transformers' Auto classes open these models with this package's own code."""
     AutoConfig.register(TrainingGPTConfig.model_type, TrainingGPTConfig, exist_ok=True)
     AutoModelForCausalLM.register(TrainingGPTConfig, TrainingGPTForCausalLM, exist_ok=True)

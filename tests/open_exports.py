@@ -1,6 +1,6 @@
-"""Opens exports with whichever Transformers is installed: the tests call it, and start it under another version.
+"""Open exports with the installed Transformers, without this package; the tests also start it under another version.
 
-python tests/opener.py FOLDER ... prints a line of JSON for each folder, and nothing of ours is imported.
+`python tests/open_exports.py FOLDER ...` prints one line of JSON per folder.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import transformers
 from safetensors.torch import load_file
 
 
-def opened(folder: Path) -> dict:
-    """How a model there computes what is in `expected.safetensors` beside the folder; saved again below `again`."""
+def open_export(folder: Path) -> dict:
+    """Compare the model with the logits in FOLDER.expected, and save it as FOLDER.again."""
     expected = load_file(folder.with_suffix(".expected"))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     x_BT = expected["x_BT"]
@@ -30,11 +30,12 @@ def opened(folder: Path) -> dict:
         "difference": difference.item(),
         "generated": new[0, 4:].tolist(),
         "defaults": (defaults := type(model.config)().to_dict()),
-        "fields": sorted(defaults.keys() - transformers.PretrainedConfig().to_dict().keys()),  # beyond what all have
+        # Beyond the fields of every configuration.
+        "fields": sorted(defaults.keys() - transformers.PretrainedConfig().to_dict().keys()),
     }
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for argument in sys.argv[1:]:
-        print(json.dumps(opened(Path(argument)), default=str))
+        print(json.dumps(open_export(Path(argument)), default=str))

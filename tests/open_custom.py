@@ -1,4 +1,4 @@
-"""What a stranger does with exports that carry a modeling file: `python -P open_own.py FOLDER ...`."""
+"""Use exports with their own Python files as any user of Transformers would: `python -P open_custom.py FOLDER ...`."""
 
 import sys
 import warnings
@@ -13,8 +13,8 @@ warnings.simplefilter("ignore")
 print(transformers.__version__)
 
 for folder in sys.argv[1:]:
-    found = torch.load(f"{folder}.pt")
-    x, expected = found["tokens"], found["logits"]
+    saved = torch.load(f"{folder}.pt")
+    x, expected = saved["tokens"], saved["logits"]
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     assert "training" not in sys.modules
 
@@ -23,11 +23,11 @@ for folder in sys.argv[1:]:
 
     with torch.no_grad():
         assert (model(x).logits - expected).abs().max() < 1e-5
-        # The loss is that of every causal model of Transformers: of the next token, and of all but the last.
+        # The loss is that of every causal model of Transformers: of the next token, for all tokens but the last.
         log_p = expected[:, :-1].log_softmax(-1)
         loss = -log_p.gather(2, x[:, 1:, None]).mean()
         assert (model(x, labels=x).loss - loss).abs() < 1e-5
-        # With and without a cache, greedy and by beams.
+        # Greedy and beam search, with and without a cache.
         greedy = new(x[:, :6])
         assert torch.equal(greedy, new(x[:, :6], use_cache=False))
         assert torch.equal(new(x[:, :6], num_beams=3), new(x[:, :6], num_beams=3, use_cache=False))
@@ -37,10 +37,10 @@ for folder in sys.argv[1:]:
         mask[0, :3] = 0
         assert torch.equal(new(padded, attention_mask=mask)[0, 9:], greedy[0, 6:])
         assert (model(padded, attention_mask=mask).logits[0, 3:] - expected[0, :6]).abs().max() < 1e-5
-        # Documents packed by positions that begin again.
+        # Packed documents, separated by positions that restart at 0.
         packed, positions = torch.cat([x[:1, :6], x[1:, :9]], dim=1), torch.tensor([[*range(6), *range(9)]])
-        apart = torch.cat([expected[:1, :6], expected[1:, :9]], dim=1)
-        assert (model(packed, position_ids=positions).logits - apart).abs().max() < 1e-5
+        isolated = torch.cat([expected[:1, :6], expected[1:, :9]], dim=1)
+        assert (model(packed, position_ids=positions).logits - isolated).abs().max() < 1e-5
         # In bf16, routers stay float32.
         half = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
         assert (half(x).logits - expected).abs().max() < 0.2
