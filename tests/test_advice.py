@@ -12,8 +12,8 @@ from training.logging.phases import PHASES
 
 
 def config(**changes) -> Config:
-    made = {"data": {"sources": [{"type": "stdlib"}]}, "schedule": {"warmup_steps": 10}}
-    return Config.model_validate(made | changes)
+    options = {"data": {"sources": [{"type": "stdlib"}]}, "schedule": {"warmup_steps": 10}}
+    return Config.model_validate(options | changes)
 
 
 def time(**shares: float) -> dict[str, float]:

@@ -314,7 +314,7 @@ def test_numbers_are_short(text, expected):
 
 
 def events(folder: Path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_board import EventAccumulator
 
     return EventAccumulator(
         str(folder / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0, "histograms": 0, "images": 0}
@@ -332,17 +332,17 @@ def test_tensorboard_reads_back_every_number_text_image_and_histogram(tmp_path):
     sink.write([row(1), row(2), row(3, mfu=0.3), evaluated(4, "f(x):\n    x \ud800")])
     sink.write_graph(Toy(), torch.zeros(1, 4, dtype=torch.long))
     sink.close(SUMMARY)
-    found = events(tmp_path)
-    tags = found.Tags()
+    board = events(tmp_path)
+    tags = board.Tags()
     assert set(tags["scalars"]) == set(scalars(evaluated(4, "") | {"mfu": 0.3}, [1, 3]))
-    assert [(event.step, round(event.value, 4)) for event in found.Scalars("train/loss")] == [
+    assert [(event.step, round(event.value, 4)) for event in board.Scalars("train/loss")] == [
         (1, 3.9), (2, 3.8), (3, 3.7), (4, 3.6)
     ]  # fmt: skip
-    assert [event.step for event in found.Scalars("speed/mfu")] == [3]
-    assert {tag: round(found.Scalars(tag)[0].value, 4) for tag in tags["scalars"] if tag.startswith("time")} == {
+    assert [event.step for event in board.Scalars("speed/mfu")] == [3]
+    assert {tag: round(board.Scalars(tag)[0].value, 4) for tag in tags["scalars"] if tag.startswith("time")} == {
         "time/compute": 0.4, "time/data": 0.1,
     }  # fmt: skip
-    assert {tag: found.Scalars(tag)[0].value for tag in tags["scalars"] if tag.startswith("router")} == pytest.approx(
+    assert {tag: board.Scalars(tag)[0].value for tag in tags["scalars"] if tag.startswith("router")} == pytest.approx(
         {
             "router/expert_load_max": 1.5, "router/expert_entropy": 0.93, "router/dead_experts": 0,
             "router/confidence": 0.4, "router/z_loss": 0.7, "router/bias_range": 0.02, "router/dropped_share": 0.1,
@@ -354,13 +354,13 @@ def test_tensorboard_reads_back_every_number_text_image_and_histogram(tmp_path):
             "router_layers/dropped/layer_02": 0.0, "router_layers/dropped/layer_04": 0.2,
         }
     )  # fmt: skip
-    assert [event.step for event in found.Histograms("router_layers/load/layer_04")] == [2, 4]
-    images = found.Images("router/load_layers_x_experts")
+    assert [event.step for event in board.Histograms("router_layers/load/layer_04")] == [2, 4]
+    images = board.Images("router/load_layers_x_experts")
     assert [image.step for image in images] == [2, 4]
     assert_is_the_heat_map(io.BytesIO(images[0].encoded_image_string))
-    assert "n_layer: 2" in text_of(found, "config")
-    assert "| device | cpu |" in text_of(found, "run")
-    assert "    def f(x):" in text_of(found, "samples")
+    assert "n_layer: 2" in text_of(board, "config")
+    assert "| device | cpu |" in text_of(board, "run")
+    assert "    def f(x):" in text_of(board, "samples")
     assert tags["graph"]
 
 
@@ -376,8 +376,8 @@ def assert_is_the_heat_map(png) -> None:
     assert redder[0][0] > redder[1][1] and redder[0][2] < redder[0][1]
 
 
-def text_of(found, tag: str) -> str:
-    return found.Tensors(f"{tag}/text_summary")[-1].tensor_proto.string_val[0].decode()
+def text_of(board, tag: str) -> str:
+    return board.Tensors(f"{tag}/text_summary")[-1].tensor_proto.string_val[0].decode()
 
 
 def test_a_resumed_run_shows_each_step_once_in_tensorboard(tmp_path):
@@ -396,12 +396,12 @@ def test_tensorboard_has_the_hyperparameters_of_a_run(tmp_path):
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     tensorboard(run_in(tmp_path)).close(SUMMARY)
-    found = events(tmp_path)
-    start = HParamsPluginData.FromString(found.SummaryMetadata("_hparams_/session_start_info").plugin_data.content)
+    board = events(tmp_path)
+    start = HParamsPluginData.FromString(board.SummaryMetadata("_hparams_/session_start_info").plugin_data.content)
     values = start.session_start_info.hparams
     assert values["model.n_layer"].number_value == 2
     assert values["model.blocks"].string_value == '[{"repeat": 1}]'
-    assert found.SummaryMetadata("_hparams_/session_end_info")
+    assert board.SummaryMetadata("_hparams_/session_end_info")
 
 
 def test_a_tensorboard_folder_that_cannot_be_created_is_a_user_error(tmp_path):
@@ -738,9 +738,9 @@ def test_a_metric_is_shown_everywhere_by_its_entry_alone(tmp_path, capsys, reque
     for sink in sinks:
         sink.write(rows)
         sink.close(None)
-    output, found = capsys.readouterr().out, events(tmp_path)
+    output, board = capsys.readouterr().out, events(tmp_path)
     assert "norm 12.3" in output and "bits/token 0.250" in output
-    assert [len(found.Scalars(tag)) for tag in ("train/weight_norm", "val/bits_per_token")] == [2, 1]
+    assert [len(board.Scalars(tag)) for tag in ("train/weight_norm", "val/bits_per_token")] == [2, 1]
     page = report.write_report(tmp_path).read_text()
     assert all(f"<b>{text}</b>" in page for text in ("12.5", "0.250", "Weight norm", "Bits per token"))
 

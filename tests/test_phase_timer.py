@@ -214,7 +214,7 @@ def summary(folder) -> dict:
 
 
 def test_the_times_of_a_stopped_and_resumed_run_add_up(config, monkeypatch):
-    made = config()
+    small = config()
 
     @contextmanager
     def stop_after_5(state):
@@ -224,25 +224,25 @@ def test_the_times_of_a_stopped_and_resumed_run_add_up(config, monkeypatch):
 
     around_steps(monkeypatch, stop_after_5)
     begin = time.time()
-    assert train(made) == 128 + signal.SIGTERM
+    assert train(small) == 128 + signal.SIGTERM
     first = time.time() - begin
     monkeypatch.undo()
-    (folder,) = (made.run_dir / "checkpoints").glob("step-00000005")
+    (folder,) = (small.run_dir / "checkpoints").glob("step-00000005")
     kept = json.loads((folder / "state.json").read_text())["ledger"]
     assert 0.5 * first < sum(kept["seconds"].values()) < first
     begin = time.time()
-    assert train(made) == 0
-    second = (made.run_dir / "summary.json").stat().st_mtime - begin
-    found = summary(made.run_dir)
-    assert 0.8 * second < sum(found["time"].values()) - sum(kept["seconds"].values()) < second
-    assert found["time"]["redone"] == 0 and found["time"]["start"] > kept["seconds"]["start"]
-    assert found["goodput"] == pytest.approx(
-        sum(found["time"][phase] for phase in PRODUCTIVE) / sum(found["time"].values()), abs=1e-3
+    assert train(small) == 0
+    second = (small.run_dir / "summary.json").stat().st_mtime - begin
+    content = summary(small.run_dir)
+    assert 0.8 * second < sum(content["time"].values()) - sum(kept["seconds"].values()) < second
+    assert content["time"]["redone"] == 0 and content["time"]["start"] > kept["seconds"]["start"]
+    assert content["goodput"] == pytest.approx(
+        sum(content["time"][phase] for phase in PRODUCTIVE) / sum(content["time"].values()), abs=1e-3
     )
-    assert len(found["advice"]) >= 3
-    told = phase_seconds(read_rows(made.run_dir / "metrics.jsonl"))  # all but what followed the last row
-    assert {phase: told[phase] for phase in (*PRODUCTIVE, "start")} == pytest.approx(
-        {phase: found["time"][phase] for phase in (*PRODUCTIVE, "start")}, rel=0.01, abs=1e-4
+    assert len(content["advice"]) >= 3
+    from_rows = phase_seconds(read_rows(small.run_dir / "metrics.jsonl"))  # without the time after the last row
+    assert {phase: from_rows[phase] for phase in (*PRODUCTIVE, "start")} == pytest.approx(
+        {phase: content["time"][phase] for phase in (*PRODUCTIVE, "start")}, rel=0.01, abs=1e-4
     )
     fresh = PhaseTimer(torch.device("cpu"))
     fresh.load_state_dict({})
@@ -259,17 +259,17 @@ def test_the_time_lost_to_several_kills_is_counted_once_each():
     second.load_state_dict(saved)
     second.add_lost_time(rows, step=20)
     assert second.seconds["redone"] == 8 and second.seconds["compute"] == 10 and second.seconds["evaluation"] == 2
-    told = second.row_times(1)
-    assert (told["time_redone"], told["time_evaluation"]) == (8, 2)
+    times = second.row_times(1)
+    assert (times["time_redone"], times["time_evaluation"]) == (8, 2)
     third = PhaseTimer(torch.device("cpu"))
     third.load_state_dict(saved)
-    third.add_lost_time([rows[0], {"step": 21, **told, "time_compute": 5.0, "time_start": 0.0}], step=20)
+    third.add_lost_time([rows[0], {"step": 21, **times, "time_compute": 5.0, "time_start": 0.0}], step=20)
     assert third.seconds["redone"] == 13
 
 
 def test_steps_after_kill_9_are_counted_as_redone(processes, options, tmp_path, capsys):
-    made = options(name="killed", steps=90, eval={"every": None, "tokens": 64}, checkpoint={"every": 40})
-    path, folder = write_config(tmp_path / "killed.yaml", made), tmp_path / "runs" / "killed"
+    killed = options(name="killed", steps=90, eval={"every": None, "tokens": 64}, checkpoint={"every": 40})
+    path, folder = write_config(tmp_path / "killed.yaml", killed), tmp_path / "runs" / "killed"
     process = processes.start("training.train:main", "--config", str(path))
     deadline = time.monotonic() + 60
     while len(read_rows(folder / "metrics.jsonl")) < 60:
@@ -281,12 +281,12 @@ def test_steps_after_kill_9_are_counted_as_redone(processes, options, tmp_path, 
     from_step, kept = int(newest.name[5:]), json.loads((newest / "state.json").read_text())["ledger"]
     lost = sum(phase_seconds(row for row in rows if row["step"] > from_step).values()) - sum(kept["since_row"].values())
     assert from_step < rows[-1]["step"] and lost > 0
-    assert train(Config.model_validate(made)) == 0
-    found = summary(folder)
-    assert found["time"]["redone"] == pytest.approx(lost, rel=0.01)
-    told = [row for row in read_rows(folder / "metrics.jsonl") if "time_redone" in row]
-    assert {row["step"] for row in told} <= {from_step + 1, from_step + 2} and told
-    assert f"; goodput {100 * found['goodput']:.0f} %" in capsys.readouterr().out
+    assert train(Config.model_validate(killed)) == 0
+    content = summary(folder)
+    assert content["time"]["redone"] == pytest.approx(lost, rel=0.01)
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "time_redone" in row]
+    assert {row["step"] for row in rows} <= {from_step + 1, from_step + 2} and rows
+    assert f"; goodput {100 * content['goodput']:.0f} %" in capsys.readouterr().out
 
 
 def test_the_text_has_the_largest_share_first_and_omits_shares_of_0_percent():

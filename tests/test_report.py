@@ -55,13 +55,13 @@ class Page(HTMLParser):
 
     def legends(self) -> list[list[str]]:
         """Return the labels of each chart that has more than one."""
-        found: list[list[str]] = []
+        labels: list[list[str]] = []
         for tag, text in self.texts:
             if tag == "b":
-                found.append([])
-            elif tag == "span" and found and not re.fullmatch(r"[-\d.ekM]+", text):
-                found[-1].append(text)
-        return [labels[1:] for labels in found if len(labels) > 2]
+                labels.append([])
+            elif tag == "span" and labels and not re.fullmatch(r"[-\d.ekM]+", text):
+                labels[-1].append(text)
+        return [of_chart[1:] for of_chart in labels if len(of_chart) > 2]
 
     def values(self, tag: str, name: str) -> list[str]:
         return [value for of, key, value in self.attributes if (of, key) == (tag, name)]
@@ -270,7 +270,7 @@ def test_a_long_run_is_still_a_small_page(tmp_path):
     assert (tmp_path / "report.html").stat().st_size < 400_000
     assert all(path.count("L") < 2 * COLUMNS for path in page.values("path", "d"))
     readings = [json.loads(text) for text in page.values("figure", "data-readings")]
-    assert all(len(curve["steps"]) <= 2 * READINGS for found in readings for curve in found["curves"])
+    assert all(len(curve["steps"]) <= 2 * READINGS for chart in readings for curve in chart["curves"])
     assert readings[0]["curves"][0]["steps"][-1] == 20_000
 
 
@@ -299,11 +299,11 @@ curves = st.lists(values, min_size=1, max_size=50).map(lambda ys: list(enumerate
 def test_every_chart_stays_in_its_frame(points, spikes, zero):
     if spikes or zero:  # used only for numbers that are never negative
         points = [(step, abs(y)) for step, y in points]
-    found = chart(Chart("t", "u", spikes=spikes, zero=zero), len(points), [Curve("c", "train", points)])
-    assert all(-1e-6 <= tick["at"] <= 100 + 1e-6 for tick in found["y_ticks"])
-    assert 1 <= len(found["y_ticks"]) <= 12
-    assert all(0 <= tick["at"] <= 100 for scale in found["scales"] for tick in scale["x_ticks"])
-    drawn = [float(y) for y in re.findall(r" (-?[\d.]+)", found["scales"][0]["paths"][0]["d"])]
+    data = chart(Chart("t", "u", spikes=spikes, zero=zero), len(points), [Curve("c", "train", points)])
+    assert all(-1e-6 <= tick["at"] <= 100 + 1e-6 for tick in data["y_ticks"])
+    assert 1 <= len(data["y_ticks"]) <= 12
+    assert all(0 <= tick["at"] <= 100 for scale in data["scales"] for tick in scale["x_ticks"])
+    drawn = [float(y) for y in re.findall(r" (-?[\d.]+)", data["scales"][0]["paths"][0]["d"])]
     assert all(y <= 300 for y in drawn)
     assert spikes or all(y >= 0 for y in drawn)
 

@@ -1,10 +1,8 @@
-"""The phases of a run's time, and their shares as text and as the report's bar."""
+"""The phases of a run's time, and their shares."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-
-from training.logging.format import duration_text
 
 PHASES = {  # measured by `PhaseTimer`: name and meaning
     "compute": "forward and backward",
@@ -47,20 +45,3 @@ def as_text(seconds: dict[str, float]) -> str:
     """Return the shares and goodput on a line: "92 % compute, 3 % optimizer, 5 % start; goodput 95 %"."""
     text = ", ".join(f"{100 * share:.0f} % {phase}" for phase, share in phase_shares(seconds).items())
     return f"{text}; goodput {100 * goodput(seconds):.0f} %" if text else ""
-
-
-def stacked_bar(seconds: dict[str, float]) -> dict | None:
-    """Return the report's bar: a part per phase, `shade` per cent between two colors; None if nothing was measured."""
-    shares, order = phase_shares(seconds), list(PHASES)
-    parts = [
-        {
-            "phase": phase,
-            "meaning": PHASES[phase],
-            "text": f"{100 * share:.0f} %",
-            "share": round(100 * share, 2),
-            "duration": duration_text(seconds[phase]),
-            "shade": 100 * order.index(phase) // (len(order) - 1),
-        }
-        for phase, share in shares.items()
-    ]
-    return {"goodput": f"{100 * goodput(seconds):.0f} %", "parts": parts} if parts else None

@@ -16,7 +16,7 @@ from training.logging.charts import metric_charts, points
 from training.logging.format import count, duration_text, layer_name, number, token_text, without_control_chars
 from training.logging.jsonl import read_rows, read_text
 from training.logging.metrics import METRICS
-from training.logging.phases import phase_seconds, stacked_bar
+from training.logging.phases import PHASES, goodput, phase_seconds, phase_shares
 
 RECENT_STEPS = 50  # averaged for the expert load at the end
 
@@ -48,6 +48,8 @@ def update_report(run_dir: Path) -> None:
 def _page(run_dir: Path) -> str:
     rows, summary = read_rows(run_dir / "metrics.jsonl"), _read_json(run_dir / "summary.json")
     run = _read_json(run_dir / "run.json")
+    seconds = summary.get("time") or phase_seconds(rows)
+    evaluations = [row for row in rows if row.get("samples")]
     return _template().render(
         name=run.get("name", run_dir.resolve().name),
         summary_sentence=summary_sentence(rows, summary, run.get("steps")),
@@ -55,9 +57,12 @@ def _page(run_dir: Path) -> str:
         key_figures=key_figures(rows, summary),
         charts=metric_charts(rows, ("step", "validation")),
         routing=routing(rows, run.get("moe_layers")),
-        top_tokens=top_tokens(_read_json(run_dir / "experts.json")),
-        samples=samples(rows),
-        time=stacked_bar(summary.get("time") or phase_seconds(rows)),
+        experts=_read_json(run_dir / "experts.json"),
+        evaluations=evaluations[:1] + evaluations[1:][-1:],
+        phases=PHASES,
+        seconds=seconds,
+        shares=phase_shares(seconds),
+        goodput=goodput(seconds),
         advice=[line.partition(": ") for line in summary.get("advice", ())],
         header=run.get("header", {}),
         next=summary.get("next", []),
@@ -141,46 +146,15 @@ def load_table(rows: list[dict]) -> list[list[dict]]:
     return table
 
 
-def top_tokens(experts: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the table of experts.json as the page shows it; None if there is no such file."""
-    if not experts:
-        return None
-    layers = []
-    for layer in experts["layers"]:
-        lists = [
-            [
-                {"text": token_text(token["text"]), "lift": f"{token['lift']:.1f}", "sent": f"{token['sent']:,}"}
-                for token in tokens
-            ]
-            for tokens in layer["liked"]
-        ]
-        layers.append(
-            {"name": layer_name(layer["layer"]), "experts": lists, "n_omitted": layer["n_experts"] - len(lists)}
-        )
-    return {key: f"{experts[key]:,}" for key in ("step", "n_tokens", "seen_at_least")} | {"layers": layers}
-
-
-def samples(rows: list[dict]) -> list[dict]:
-    """Return the texts of the first evaluation and of the last."""
-    evaluations = [row for row in rows if row.get("samples")]
-    chosen = evaluations[:1] + evaluations[1:][-1:]
-    return [
-        {
-            "title": f"{title}, step {row['step']:,}",
-            "texts": [
-                {key: without_control_chars(sample[key]) for key in ("prompt", "text")} for sample in row["samples"]
-            ],
-        }
-        for title, row in zip(("First words", "Last words"), chosen, strict=False)
-    ]
-
-
 @cache
 def _template() -> Any:
     folder = FileSystemLoader(Path(__file__).parent)
-    return Environment(
+    environment = Environment(
         loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).get_template("report.html.j2")
+    )
+    filters = (duration_text, layer_name, token_text, without_control_chars)
+    environment.filters |= {function.__name__: function for function in filters}
+    return environment.get_template("report.html.j2")
 
 
 def _read_json(path: Path) -> dict:
