@@ -1,10 +1,10 @@
-"""What an accelerator makes of us: its ceilings, GPT-2 124M, a MoE beside its twin, memory, and where a step goes.
+"""Benchmark an accelerator: its peak rates, GPT-2 124M, a MoE beside its dense twin, memory, and a profile of a step.
 
-    bash benchmarks/cuda.sh                        correctness first, then this
-    python benchmarks/gpu.py --toy --device cpu   at a size at which the figures say nothing
+    bash benchmarks/cuda.sh                        checks correctness first, then runs this
+    python benchmarks/gpu.py --toy --device cpu   tests this file: the figures of so small a model mean nothing
 
-Sides run one after the other, each with the memory to itself; a figure is the median over its rounds. MFU counts the
-FLOPs of active parameters against the 8192 x 8192 x 8192 product measured in the same run, not against a data sheet.
+Variants run one after the other, each alone in memory; a figure is the median over the rounds. MFU divides the FLOPs of
+the active parameters by the rate of an 8192 x 8192 x 8192 matmul measured in the same run, not by a data sheet's.
 """
 
 from __future__ import annotations
@@ -33,18 +33,19 @@ from training.twin import twin
 LARGE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "samples": 256, "vocab_size": 50304}
 TOY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "samples": 4, "vocab_size": 512}
 GOAL_MFU, GOAL_NANOGPT, BAR_TWIN = 0.6, 1.25, 1.25
-PRODUCTS = ("mm", "gemm", "nvjet", "cutlass", "xmma", "flash", "fmha", "attention")  # in the names of kernels
-FUSED = ("triton_poi", "triton_red", "triton_per")  # a compiler's, named after all that is in them
-WAITS = "DtoH"  # in the names of copies to the host, which waits for them
+# In the names of matmul and attention kernels.
+PRODUCTS = ("mm", "gemm", "nvjet", "cutlass", "xmma", "flash", "fmha", "attention")
+FUSED = ("triton_poi", "triton_red", "triton_per")  # in the names of kernels that the compiler fused
+WAITS = "DtoH"  # in the names of copies to the host, for which it waits
 
 
 def rate(work: Callable[[], object], amount: float, device: torch.device) -> float:
-    """So much a second, of the best of ten."""
+    """Return the amount per second, in the best of ten rounds."""
     return amount / min(turns({"it": work}, 10, device, warm=3)["it"])
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, n: int) -> float:
-    """Print what the device does at most; returns FLOP/s of a product."""
+    """Print the highest rates that the device reaches; return those of a matmul, in FLOP/s."""
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     flops = rate(lambda: a @ b, 2 * n**3, device)
     source = torch.empty(n * n * 4, device=device, dtype=torch.uint8)
@@ -55,21 +56,21 @@ def ceilings(device: torch.device, dtype: torch.dtype, n: int) -> float:
 
 
 def flops_of(config) -> float:
-    """Of a token, forward and backward."""
+    """Return the FLOPs of one token, forward and backward."""
     return model_stats(config.model).flops_per_token
 
 
-def forget(device: torch.device) -> None:
-    """Free what the side before has left."""
-    torch._dynamo.reset()  # else the programs of all sides count towards the limit of one function's
+def free_memory(device: torch.device) -> None:
+    """Free the memory of the variant before."""
+    torch._dynamo.reset()  # else all variants count towards the compiler's limit per function
     gc.collect()  # a compiled module is part of a cycle
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
-class Sides:
-    """What is compared, one at a time in memory; what cannot run here says why and is left out."""
+class Variants:
+    """Variants that are compared, one at a time in memory. One that cannot run here is printed with the reason."""
 
     def __init__(self, device: torch.device, rounds: int, n_tokens: int, ceiling: float):
         self.device, self.rounds, self.n_tokens, self.ceiling = device, rounds, n_tokens, ceiling
@@ -77,88 +78,89 @@ class Sides:
         self.flops: dict[str, float] = {}
         self.failed = False
 
-    def run(self, sides: dict[str, tuple[Callable[[], steps.Step], float]]) -> None:
-        """Time each, given how it is made and a token's FLOPs; print its line."""
-        for name, (make, flops) in sides.items():
+    def run(self, variants: dict[str, tuple[Callable[[], steps.Step], float]]) -> None:
+        """Time each variant, given a function that builds it and its FLOPs per token, and print its line."""
+        for name, (make, flops) in variants.items():
             self.flops[name] = flops
             try:
                 self.times |= turns({name: make()}, self.rounds, self.device, warm=2)
-                self.tell(name)
-            except UserError as error:  # a package, or a kernel, that is not here
+                self.print_line(name)
+            except UserError as error:  # a package or a kernel is missing
                 print(f"    {name:<34} not here: {' '.join(str(error).split())[:110]}", flush=True)
             except Exception as error:
                 print(f"    {name:<34} FAILED: {' '.join(str(error).split())[:110]}", flush=True)
                 traceback.print_exc()
                 self.failed = True
             finally:
-                forget(self.device)
+                free_memory(self.device)
 
-    def tell(self, name: str) -> None:
-        """A side's line: tokens/s, best and worst time, the share of the ceiling, and on CUDA its peak of memory."""
+    def print_line(self, name: str) -> None:
+        """Print tokens/s, best and worst time, MFU, and on CUDA the peak memory of a variant."""
         seconds = self.times[name]
         speed, spread = self.n_tokens / statistics.median(seconds), f"{min(seconds):.4f} to {max(seconds):.4f} s"
         gib = f"  {torch.cuda.max_memory_allocated() / 2**30:5.1f} GiB" if self.device.type == "cuda" else ""
         print(f"    {name:<34} {speed:10,.0f} tokens/s  ({spread})  MFU {self.mfu(name):6.1%}{gib}", flush=True)
 
     def mfu(self, name: str) -> float:
-        """A side's share of the ceiling."""
+        """Return the MFU of a variant."""
         return self.n_tokens * self.flops[name] / statistics.median(self.times[name]) / self.ceiling
 
     def judge(self, one: str, other: str, bar: float, *, least: bool) -> None:
-        """A ratio of two sides' times beside its bar."""
+        """Print the ratio of two variants' times beside its bar."""
         if one in self.times and other in self.times:
             print(f"    {one} / {other}: {against(ratio(self.times, one, other), bar, least=least)}", flush=True)
         else:
             print(f"    {one} / {other}: not judged, as one is not there", flush=True)
 
     def judge_mfu(self, name: str, goal: float) -> None:
-        """A side's share of the ceiling beside its goal."""
+        """Print the MFU of a variant beside its goal."""
         if name in self.times:
             print(f"    MFU of {name}: {against(self.mfu(name), goal, least=True)}", flush=True)
 
-    def fastest(self, of: str) -> str:
-        """The side with the shortest median, of those whose names begin so."""
-        medians = {name: statistics.median(found) for name, found in self.times.items() if name.startswith(of)}
-        return min(medians, key=medians.__getitem__, default=of)
+    def fastest(self, prefix: str) -> str:
+        """Return the variant with the shortest median time whose name starts with `prefix`."""
+        medians = {name: statistics.median(seconds) for name, seconds in self.times.items() if name.startswith(prefix)}
+        return min(medians, key=medians.__getitem__, default=prefix)
 
 
-def dense(asked: argparse.Namespace, folder: Path, device: torch.device) -> Iterator[tuple[str, tuple]]:
-    """GPT-2 as it is: plain, compiled, by attention back-end, by loss, with Muon; Transformers and nanoGPT compiled."""
-    plain = steps.options(steps.GPT2, asked, folder)
+def dense(args: argparse.Namespace, folder: Path, device: torch.device) -> Iterator[tuple[str, tuple]]:
+    """Yield GPT-2: plain; compiled with each attention back-end, each loss and Muon; Transformers' and nanoGPT's."""
+    plain = steps.options(steps.GPT2, args, folder)
     flops = flops_of(plain)
     yield "this", (lambda: steps.ours(plain, device), flops)
     here = [
         name for name in ATTENTION_BACKENDS if name != "reference" and limits_on(name, device_info(device)) is not None
     ]
-    for backend in here[: 1 if asked.toy else None]:
-        config = steps.options(steps.GPT2, asked, folder, compile=True, attention=backend)
+    for backend in here[: 1 if args.toy else None]:
+        config = steps.options(steps.GPT2, args, folder, compile=True, attention=backend)
         yield f"this, compiled, {backend}", (lambda config=config: steps.ours(config, device), flops)
     for loss in LOSS_KERNELS:
-        config = steps.options(steps.GPT2, asked, folder, compile=not asked.toy, loss=loss)
+        config = steps.options(steps.GPT2, args, folder, compile=not args.toy, loss=loss)
         yield f"this, compiled, loss {loss}", (lambda config=config: steps.ours(config, device), flops)
-    muon = steps.options(steps.GPT2, asked, folder, optim="muon", compile=not asked.toy)
+    muon = steps.options(steps.GPT2, args, folder, optim="muon", compile=not args.toy)
     yield "this, compiled, Muon", (lambda: steps.ours(muon, device), flops)
-    yield "transformers, compiled", (lambda: steps.transformers_side(plain, device, compiled=not asked.toy), flops)
-    if asked.nanogpt:
-        yield "nanogpt, compiled", (lambda: steps.from_folder(asked.nanogpt, plain, device, compiled=True), flops)
+    yield "transformers, compiled", (lambda: steps.transformers_side(plain, device, compiled=not args.toy), flops)
+    if args.nanogpt:
+        yield "nanogpt, compiled", (lambda: steps.from_folder(args.nanogpt, plain, device, compiled=True), flops)
 
 
-def experts(asked: argparse.Namespace, folder: Path, device: torch.device) -> Iterator[tuple[str, tuple]]:
-    """8 experts, 2 a token, in every layer, the twin, and Transformers, a quarter of the samples at a time."""
-    hidden = 2 * asked.n_embd
+def experts(args: argparse.Namespace, folder: Path, device: torch.device) -> Iterator[tuple[str, tuple]]:
+    """Yield 8 experts, top 2, in every layer, the dense twin, and Transformers with a quarter of the micro-batch."""
+    hidden = 2 * args.n_embd
     config = steps.options(
-        steps.LLAMA | {"blocks": [{"ffn": steps.SWIGLU | {"hidden": hidden}}]}, asked, folder, compile=not asked.toy
+        steps.LLAMA | {"blocks": [{"ffn": steps.SWIGLU | {"hidden": hidden}}]}, args, folder, compile=not args.toy
     )
     for name, one in (("MoE", config), ("twin", twin(config))):
         yield name, (lambda one=one: steps.ours(one, device), flops_of(one))
-    fewer = config.model_copy(update={"micro_batch": max(1, asked.micro_batch // 4)})  # of all logits it has several
+    # Transformers keeps several copies of all logits.
+    fewer = config.model_copy(update={"micro_batch": max(1, args.micro_batch // 4)})
     yield "transformers", (lambda: steps.transformers_side(fewer, device, compiled=False), flops_of(config))
 
 
-def memory(asked: argparse.Namespace, folder: Path, device: torch.device) -> None:
-    """Print the micro-batch that fits, and the peak of a step with it."""
+def memory(args: argparse.Namespace, folder: Path, device: torch.device) -> None:
+    """Print the micro-batch that fits, and the peak memory of a step with it."""
     before = used_gib(device)
-    larger = argparse.Namespace(**vars(asked) | {"micro_batch": "auto", "samples": 2 * asked.samples})
+    larger = argparse.Namespace(**vars(args) | {"micro_batch": "auto", "samples": 2 * args.samples})
     step = steps.ours(steps.options(steps.GPT2, larger, folder), device)
     step()
     fits = step.run.micro_batch
@@ -168,31 +170,31 @@ def memory(asked: argparse.Namespace, folder: Path, device: torch.device) -> Non
     )
 
 
-def kernels(asked: argparse.Namespace, folder: Path, device: torch.device) -> None:
-    """Print the kernels of a compiled step, the longest first, what the host waited for, and the three largest gaps."""
+def kernels(args: argparse.Namespace, folder: Path, device: torch.device) -> None:
+    """Print the kernels of a compiled step, the longest first, the host's waits, and the three largest gaps."""
     on_device = device.type == "cuda"
-    step = steps.ours(steps.options(steps.GPT2, asked, folder, compile=on_device), device)
+    step = steps.ours(steps.options(steps.GPT2, args, folder, compile=on_device), device)
     for _ in range(3):
         step()
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_device) as found:
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_device) as profiler:
         (wall,) = turns({"step": step}, 1, device, warm=0)["step"]
     # An operation of the host has the time of its kernels as well: these alone are counted.
     where, which = (DeviceType.CUDA, "self_device_time_total") if on_device else (DeviceType.CPU, "self_cpu_time_total")
-    averages = found.key_averages()
-    taken = {
+    averages = profiler.key_averages()
+    time_and_count = {
         event.key: (getattr(event, which) / 1e6, event.count)
         for event in sorted(averages, key=lambda event: -getattr(event, which))
         if event.device_type == where and not event.is_user_annotation
     }
-    busy = sum(seconds for seconds, _ in taken.values())
+    busy = sum(seconds for seconds, _ in time_and_count.values())
     print(f"a step: {wall:.4f} s, of which {busy:.4f} s in kernels")
-    for name, (seconds, count) in list(taken.items())[:20]:
+    for name, (seconds, count) in list(time_and_count.items())[:20]:
         print(f"    {seconds / wall:6.1%} {1e3 * seconds:9.3f} ms {count:5} x  {name[:80]}")
     waits = sum(event.count for event in averages if WAITS in event.key)
     print(f"    waits of the host: {waits} (one is whether the step is taken)")
     gaps = {
         name: seconds
-        for name, (seconds, _) in taken.items()
+        for name, (seconds, _) in time_and_count.items()
         if name.startswith(FUSED) or not any(x in name.lower() for x in PRODUCTS)
     }
     gaps["nothing runs"] = wall - busy
@@ -207,32 +209,32 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="default %(default)s")
     parser.add_argument("--micro_batch", type=int, default=64, help="default %(default)s")
     parser.add_argument("--nanogpt", type=Path, help="folder with nanoGPT's model.py")
-    given = parser.parse_args()
-    device = devices.select_device(given.device)
+    parsed = parser.parse_args()
+    device = devices.select_device(parsed.device)
     precision = devices.resolve_precision("auto", device)
-    sizes = TOY if given.toy else LARGE
-    asked = argparse.Namespace(**vars(given) | sizes | {"precision": precision})
+    sizes = TOY if parsed.toy else LARGE
+    args = argparse.Namespace(**vars(parsed) | sizes | {"precision": precision})
     print(header(device, "transformers"))
-    ceiling = ceilings(device, devices.DTYPES[precision], 256 if given.toy else 8192)
-    n_tokens = asked.samples * asked.n_positions
+    ceiling = ceilings(device, devices.DTYPES[precision], 256 if parsed.toy else 8192)
+    n_tokens = args.samples * args.n_positions
     with tempfile.TemporaryDirectory() as folder:
-        sides = Sides(device, given.rounds, n_tokens, ceiling)
-        for title, some in (("GPT-2 124M", dense), ("8 experts, 2 a token", experts)):
-            print(f"{title}, {precision}, {n_tokens:,} tokens a step, {asked.micro_batch} samples at a time")
-            sides.run(dict(some(asked, Path(folder), device)))
-        # `auto` takes a kernel whose gradients are the same bits every time; which may not be the fastest.
-        repeatable = (f"this, compiled, {backend}" for backend in auto_candidates(device_info(device)))
-        taken = next((name for name in repeatable if name in sides.times), "this, compiled")
-        for name in dict.fromkeys((sides.fastest("this, compiled"), taken)):
-            sides.judge_mfu(name, GOAL_MFU)
-            sides.judge("nanogpt, compiled", name, GOAL_NANOGPT, least=True)
-            sides.judge("transformers, compiled", name, 1.0, least=True)
-        sides.judge("MoE", "twin", BAR_TWIN, least=False)
+        variants = Variants(device, parsed.rounds, n_tokens, ceiling)
+        for title, build in (("GPT-2 124M", dense), ("8 experts, 2 a token", experts)):
+            print(f"{title}, {precision}, {n_tokens:,} tokens a step, {args.micro_batch} samples at a time")
+            variants.run(dict(build(args, Path(folder), device)))
+        # `auto` chooses a kernel whose gradients repeat their bits, which may not be the fastest one.
+        deterministic = (f"this, compiled, {backend}" for backend in auto_candidates(device_info(device)))
+        chosen = next((name for name in deterministic if name in variants.times), "this, compiled")
+        for name in dict.fromkeys((variants.fastest("this, compiled"), chosen)):
+            variants.judge_mfu(name, GOAL_MFU)
+            variants.judge("nanogpt, compiled", name, GOAL_NANOGPT, least=True)
+            variants.judge("transformers, compiled", name, 1.0, least=True)
+        variants.judge("MoE", "twin", BAR_TWIN, least=False)
         for work in (memory, kernels):
-            work(asked, Path(folder), device)
-            forget(device)
-    if sides.failed:
-        raise SystemExit("what is marked FAILED is a defect")
+            work(args, Path(folder), device)
+            free_memory(device)
+    if variants.failed:
+        raise SystemExit("a line marked FAILED is a defect")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Plant defects in a copy of the package, one at a time, and see that a test catches each.
+"""Plant defects in a copy of the package, one at a time, and check that a test catches each.
 
-    python tests/mutants.py [WORD...]      those whose name has one of the words; exit status 1 where one survives
+    python tests/mutants.py [WORD...]      the defects whose name contains a word; exit status 1 if one survives
+    python tests/mutants.py --check        only check that every text is in its file and every test exists
 
-A defect whose text is no longer in the file is told as well: it has to be planted anew.
+`tests/test_mutants.py` does the same check.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Defect(NamedTuple):
-    """Text of a file that is replaced, once, the tests that should mind, and what they say where that could be else."""
+    """Text of a file, its replacement, the tests that should fail, and, if they could fail otherwise, their message."""
 
     name: str
     file: str
@@ -36,19 +37,19 @@ MOVES = "tests/test_distributed.py -k move_between"
 SAVES = "tests/test_checkpoint.py tests/test_background_save.py"
 DEFECTS = [
     # what is computed
-    Defect("loss divided by the local count", "engine/step.py",
-           "n_targets = world.sum_int(int((targets_BT >= 0).sum()))",
-           "n_targets = int((targets_BT >= 0).sum()) * world.size", RANKS),
-    Defect("an empty micro-batch counts", "engine/step.py", "(0.0 if empty else scale)", "scale", RANKS),
-    Defect("its metrics count", "engine/step.py", "for name, value in metrics.items()} if empty else metrics",
+    Defect("loss divided by the local count", "engine/step.py", "n_targets=world.sum_int(batch.n_local_targets)",
+           "n_targets=batch.n_local_targets * world.size", RANKS),
+    Defect("an empty micro-batch counts", "engine/gradients.py", "(0.0 if is_empty else loss_scale)",
+           "loss_scale", RANKS),
+    Defect("its metrics count", "engine/gradients.py", "for name, value in metrics.items()} if is_empty else metrics",
            "for name, value in metrics.items()} if False else metrics", RANKS),
-    Defect("evaluation counts windows twice", "engine/step.py", "if len(windows_here) == 0:", "if False:", RANKS),
+    Defect("evaluation counts samples twice", "engine/evaluate.py", "if len(own) == 0:", "if False:", RANKS),
     Defect("bias updated by micro-batch", "model/moe.py", "(count_LE.mean(dim=1, keepdim=True) - count_LE).sign()",
            "(count_LE[:, :1] - count_LE).sign()", "tests/test_loop.py -k balances"),
     Defect("layers' counts change places", "model/gpt.py", 'for i in layers]\n', 'for i in layers[::-1]]\n',
            "tests/test_moe.py tests/test_model.py"),
-    Defect("a step's batch is the next one's as well", "engine/step.py", "batch(run, run.step + 1)  #",
-           "batch(run, run.step)  #", "tests/test_loop.py"),
+    Defect("a step's batch is read twice", "data/loader.py", "self._prefetched = step, self._read(step)",
+           "self._prefetched = step, self._read(step - 1)", "tests/test_loop.py"),
     Defect("flash on CUDA is not repeatable", "kernels/attention/deterministic.py",
            "    with deterministic_mode():\n        grads = aten", "    if True:\n        grads = aten",
            "tests/test_attention_backends.py -k operator"),
@@ -104,17 +105,18 @@ DEFECTS = [
            "if any([token.value for token in inner.model.tokenize(text)] != [text] for text in merged):", "if False:",
            "tests/test_data_tokenizer.py -k fast"),
     # memory
-    Defect("a gradient from before an error stays", "engine/micro_batch.py", "    _forget(run)\n    run.back_offs += 1",
-           "    run.back_offs += 1", "tests/test_micro_batch.py"),
-    Defect("lack of memory is not agreed", "engine/step.py", "any(run.world.max_int(out_of_memory))", "out_of_memory",
-           "tests/test_micro_batch.py -k one_rank"),
-    Defect("the trial moves the router", "engine/micro_batch.py", "            bias.copy_(old)", "            pass",
+    Defect("a gradient from before an error stays", "engine/micro_batch.py",
+           "        self._free_memory()\n        devices.release_freed_memory", "        devices.release_freed_memory",
            "tests/test_micro_batch.py"),
+    Defect("ranks do not agree on out of memory", "engine/step.py", "(out_of_memory,) = world.max_int(sums is None)",
+           "out_of_memory = sums is None", "tests/test_micro_batch.py -k one_rank"),
+    Defect("the trial moves the router", "engine/micro_batch.py", "                bias.copy_(value)",
+           "                pass", "tests/test_micro_batch.py"),
     # checkpoints
-    Defect("optimizer not restored", "engine/build.py",
-           'run.optimizer.load_state_dict(checkpoint.read_tensors(found.path, "optimizer", wanted))', "pass",
+    Defect("optimizer not restored", "engine/state.py",
+           'optimizer.load_state_dict(checkpoint.read_tensors(path, "optimizer", rows))', "pass",
            "tests/test_runs.py -k never_stopped"),
-    Defect("best so far not restored", "engine/build.py", 'state["best"] if found.own else None', "None",
+    Defect("best so far not restored", "engine/build.py", "state.best if point.is_own else None", "None",
            "tests/test_runs.py tests/test_restart.py tests/test_loop.py"),
     Defect("no hash is checked", "checkpoint/read.py", "if file_entry(path / name) != manifest[name]:",
            "if False:", SAVES),
@@ -128,17 +130,16 @@ DEFECTS = [
            "                prune(self.folder, self.config.keep, best_step)\n                try:\n"
            "                    _publish(partial, target, manifest, state)\n",
            "tests/test_crashes.py -k operations", "nothing is removed before the new checkpoint is durable"),
-    Defect("the best is not kept", "engine/build.py",
-           "if run.best and run.config.checkpoint.keep_best else", "if False else",
-           "tests/test_loop.py -k best_evaluation"),
-    Defect("the best is kept unasked", "engine/build.py", "if run.best and run.config.checkpoint.keep_best else",
-           "if run.best else", "tests/test_disk.py -k best"),
-    Defect("the best is saved unasked", "engine/step.py", "(improved and run.config.checkpoint.keep_best)", "improved",
+    Defect("the best is not kept", "engine/state.py", "if state.best and self.config.checkpoint.keep_best else",
+           "if False else", "tests/test_loop.py -k best_evaluation"),
+    Defect("the best is kept unasked", "engine/state.py", "if state.best and self.config.checkpoint.keep_best else",
+           "if state.best else", "tests/test_disk.py -k best"),
+    Defect("the best is saved unasked", "train.py", "(is_best and config.checkpoint.keep_best)", "is_best",
            "tests/test_disk.py -k best"),
-    Defect("the loss scale begins anew", "engine/build.py", 'run.loss_scale = LossScale(**state["loss_scale"])', "pass",
+    Defect("the loss scale starts over", "engine/build.py", "elif state.loss_scale is None:", "else:",
            "tests/test_skips.py -k every_count"),
-    Defect("the loss scale's count begins anew", "engine/build.py", 'LossScale(**state["loss_scale"])',
-           'LossScale(state["loss_scale"]["scale"])', "tests/test_skips.py -k every_count"),
+    Defect("the loss scale's count starts over", "engine/state.py", 'LossScale(**values["loss_scale"])',
+           'LossScale(values["loss_scale"]["scale"])', "tests/test_skips.py -k every_count"),
     Defect("the newest folder wins", "checkpoint/read.py", "        problem = corruption(path)\n",
            "        problem = None\n", "tests/test_checkpoint.py"),
     Defect("what is damaged counts when others go", "checkpoint/write.py", "if is_intact(path)]", "]",
@@ -150,7 +151,7 @@ DEFECTS = [
     Defect("no fsync of files", "checkpoint/tensor_file.py", "        os.fsync(file.fileno())\n", "", SAVES),
     Defect("no fsync of the folder", "files.py", "    source.rename(target)\n    fsync_path(target.parent)\n",
            "    source.rename(target)\n", SAVES),
-    Defect("a failure is not looked for", "engine/step.py", "self.run.saver.failure is not None)", "False)",
+    Defect("a failed save is not looked for", "engine/due.py", "self.checkpoints.has_failed)", "False)",
            "tests/test_runs.py -k save_that"),
     Defect("rows read past their part", "checkpoint/read.py", "min(last, stop)", "last", SAVES),
     Defect("rows are not dropped at a restart", "logging/jsonl.py", 'if row["step"] <= run.start_step', "if True",
@@ -158,49 +159,52 @@ DEFECTS = [
     Defect("TensorBoard shows steps twice", "logging/tensorboard.py", "purge_step = run.start_step",
            "purge_step = run.steps", "tests/test_logging.py"),
     # steps that are not taken
-    Defect("a skipped step moves the bias", "engine/step.py", "run.model.finish_step(totals, taken)",
-           "run.model.finish_step(totals)", "tests/test_skips.py"),
-    Defect("a skipped step is taken", "engine/step.py", "    if taken:\n        update", "    if True:\n        update",
+    Defect("a skipped step moves the bias", "engine/step.py", "finish_step(sums, updated)", "finish_step(sums)",
            "tests/test_skips.py"),
-    Defect("skips are not in the state", "engine/build.py", 'run.skips.load_state_dict(state["skips"])', "pass",
+    Defect("a skipped step is applied", "engine/step.py", "        if updated:\n            clip",
+           "        if True:\n            clip", "tests/test_skips.py"),
+    Defect("skips are not in the state", "engine/state.py", 'guard.load_json(values["guard"])', "pass",
            "tests/test_skips.py"),
-    Defect("the window of losses begins anew", "engine/guard.py", 'self.losses.extend(state.get("losses", ()))', "pass",
+    Defect("the window of losses starts over", "engine/guard.py", 'self.losses.extend(values.get("losses", ()))',
+           "pass", "tests/test_skips.py -k every_count"),
+    Defect("the window of norms starts over", "engine/guard.py", 'self.norms.extend(values.get("norms", ()))',
+           "pass", "tests/test_skips.py -k every_count"),
+    Defect("n_skipped starts over", "engine/guard.py", '"total": self.n_skipped', '"total": 0',
            "tests/test_skips.py -k every_count"),
-    Defect("the window of norms begins anew", "engine/guard.py", 'self.norms.extend(state.get("norms", ()))', "pass",
+    Defect("consecutive starts over", "engine/guard.py", '"in_a_row": self.consecutive', '"in_a_row": 0',
            "tests/test_skips.py -k every_count"),
-    Defect("total of skips begins anew", "engine/guard.py", '"total": self.total', '"total": 0',
+    Defect("consecutive_spikes starts over", "engine/guard.py", '"spikes": self.consecutive_spikes', '"spikes": 0',
            "tests/test_skips.py -k every_count"),
-    Defect("in_a_row of skips begins anew", "engine/guard.py", '"in_a_row": self.in_a_row', '"in_a_row": 0',
-           "tests/test_skips.py -k every_count"),
-    Defect("spikes of skips begins anew", "engine/guard.py", '"spikes": self.spikes', '"spikes": 0',
-           "tests/test_skips.py -k every_count"),
-    Defect("a validation loss that is no number counts", "engine/step.py", 'if not math.isfinite(found["val_loss"]):',
-           "if False:", "tests/test_skips.py -k evaluation"),
-    Defect("ten in a row go on", "engine/step.py", "    if run.skips.in_a_row >= MOST:\n        refuse",
-           "    if False:\n        refuse", "tests/test_skips.py"),
+    Defect("a NaN validation loss is accepted", "engine/summary.py", "elif not math.isfinite(val_loss):", "elif False:",
+           "tests/test_skips.py -k evaluation"),
+    Defect("ten skipped steps do not stop the run", "engine/summary.py", "    if state.guard.is_stuck:",
+           "    if False:", "tests/test_skips.py"),
     # signals, locks, disks
-    Defect("a signal is not agreed", "engine/step.py", "self.run.timer.enter(\"idle\")\n        if lost:",
-           "self.run.timer.enter(\"idle\")\n        received = self.signal\n        if lost:",
-           "tests/test_runs.py -k one_of_two"),
-    Defect("a signal's save is not waited for", "train.py", "                run.saver.wait()\n", "",
-           "tests/test_signals.py -k not_said"),
-    Defect("a second signal is not heard", "engine/step.py", "            os.kill(os.getpid(), number)\n",
+    Defect("ranks do not agree on a signal", "engine/due.py", "        if failed:",
+           "        received = self.signal\n        if failed:", "tests/test_runs.py -k one_of_two"),
+    Defect("a signal's save is not waited for", "train.py",
+           "                checkpoints.wait()\n                return", "                return",
+           "tests/test_signals.py -k not_announced"),
+    Defect("a second signal is ignored", "engine/due.py", "            os.kill(os.getpid(), number)\n",
            "            pass\n", "tests/test_signals.py -k second"),
     Defect("no lock", "files.py", "        lock.acquire(timeout=0)\n", "", "tests/test_restart.py -k twenty"),
     Defect("space is not asked for", "planning/disk.py", "if problem := disk_shortage(stats, config, fresh=fresh):",
            "if problem := None:", "tests/test_disk.py"),
     Defect("the model needs no space", "planning/disk.py", "checkpoint_bytes(stats, config) + 4 * stats.n_parameters",
-           "checkpoint_bytes(stats, config)", "tests/test_disk.py -k space"),
+           "checkpoint_bytes(stats, config)", "tests/test_disk.py -k room"),
     Defect("checkpoints that are there do not count", "planning/disk.py",
            "needed -= 0 if fresh else", "needed -= 0 and",
-           "tests/test_disk.py -k space"),
+           "tests/test_disk.py -k room"),
     Defect("those of a run that is moved aside count", "planning/disk.py", "needed -= 0 if fresh else", "needed -=",
-           "tests/test_disk.py -k space"),
+           "tests/test_disk.py -k room"),
 ]  # fmt: skip
 
 
 def main(words: list[str]) -> int:
-    """Plant, test, tell."""
+    """Plant, test, report."""
+    if words == ["--check"]:
+        print(*misplaced(), sep="\n")
+        return bool(misplaced())
     chosen = [defect for defect in DEFECTS if not words or any(word in defect.name for word in words)]
     survivors = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -208,15 +212,28 @@ def main(words: list[str]) -> int:
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "data_cache", "__pycache__"))
         for defect in chosen:
             began = time.perf_counter()
-            said = planted(copy, defect)
-            survivors += said != "caught"
-            print(f"{said:<9} {time.perf_counter() - began:5.0f} s  {defect.name}", flush=True)
+            result = plant(copy, defect)
+            survivors += result != "caught"
+            print(f"{result:<9} {time.perf_counter() - began:5.0f} s  {defect.name}", flush=True)
     print(f"{len(chosen) - survivors} of {len(chosen)} caught")
     return survivors > 0
 
 
-def planted(copy: Path, defect: Defect) -> str:
-    """What became of it: caught, survived, its text is not there, or something else was caught."""
+def misplaced() -> list[str]:
+    """The defects whose text is not in their file, or whose tests have no such name."""
+    wrong = []
+    for defect in DEFECTS:
+        if defect.text not in (ROOT / "training" / defect.file).read_text():
+            wrong.append(f"{defect.name}: its text is not in {defect.file}")
+        files, _, word = defect.tests.partition(" -k ")
+        names = [name for file in files.split() for name in re.findall(r"def (test_\w+)", (ROOT / file).read_text())]
+        if not any(word in name for name in names):
+            wrong.append(f"{defect.name}: no test {defect.tests}")
+    return wrong
+
+
+def plant(copy: Path, defect: Defect) -> str:
+    """Return "caught", "survived", "not there" (the text), or "else" (the tests failed with another message)."""
     path = copy / "training" / defect.file
     text = path.read_text()
     if defect.text not in text:

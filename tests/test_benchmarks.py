@@ -70,7 +70,7 @@ def test_step_compares_with_transformers_and_a_moe_with_its_twin(output_of):
 
 
 def test_cuda_sh_runs_on_a_cpu_at_toy_size(tmp_path):
-    variables = {"TOY": "1", "OUT": str(tmp_path), "PYTEST_ADDOPTS": "tests/test_gpu.py"}
+    variables = {"TOY": "1", "OUT": str(tmp_path), "PYTEST_ADDOPTS": "tests/test_gpu.py tests/test_phase_timer.py"}
     command = ["bash", str(HERE / "cuda.sh"), sys.executable]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | variables)
     assert done.returncode == 0, done.stdout

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import rows
@@ -13,11 +11,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ign
 FFN = {"dense": {}, "experts": {"type": "moe", "n_experts": 4, "hidden": 24}}
 
 
-@pytest.fixture(autouse=True)
-def fresh_counters():
-    """Count the programs of this test alone."""
-    torch._dynamo.reset()
-    counters.clear()
+def n_programs() -> int:
+    """Return the number of programs that were compiled so far; the trials of kernels are among them."""
+    return counters["stats"]["unique_graphs"]
 
 
 @pytest.fixture
@@ -27,26 +23,27 @@ def by_aot_eager(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compile_module(block, backend="aot_eager"))
 
 
-def assert_same_losses(compiled: Path, plain: Path) -> None:
+def check_same_losses(run, **options) -> None:
+    """Train plainly and compiled, and compare."""
+    torch._dynamo.reset()
+    plain, before = run(name="plain", **options), n_programs()
+    compiled = run(name="compiled", **options, parallel={"compile": True})
+    assert n_programs() > before
     for ours, theirs in zip(rows(compiled), rows(plain), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-    assert counters["stats"]["unique_graphs"] > 0
 
 
 @pytest.mark.usefixtures("by_aot_eager")
 def test_compiled_blocks_compute_the_same(run):
-    plain, compiled = run(name="plain", steps=3), run(name="compiled", steps=3, parallel={"compile": True})
-    assert_same_losses(compiled, plain)
+    check_same_losses(run, steps=3)
 
 
-@pytest.mark.parametrize("ffn", ["experts", pytest.param("dense", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("ffn", ["dense", pytest.param("experts", marks=pytest.mark.soak)])
 def test_blocks_compiled_by_inductor_compute_the_same(run, ffn):
     """One kind of block, and no evaluation before the end: Inductor's kernels take 10 s each on a CPU."""
     model = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32, "blocks": [{"ffn": FFN[ffn]}]}
-    small = {"model": model, "steps": 3, "eval": {"every": None, "tokens": 64, "prompts": []}}
-    plain, compiled = run(name="plain", **small), run(name="compiled", **small, parallel={"compile": True})
-    assert_same_losses(compiled, plain)
+    check_same_losses(run, model=model, steps=3, eval={"every": None, "tokens": 64, "prompts": []})
 
 
 @pytest.mark.usefixtures("by_aot_eager")
@@ -55,12 +52,14 @@ def test_equal_blocks_are_compiled_once_and_whole(ffn, build_run):
     """Training is a program, and so is evaluation, and that of its last samples, which are fewer; Python does none."""
     sizes = {"n_layer": 12, "n_head": 2, "n_embd": 16, "n_positions": 32, "blocks": [{"ffn": FFN[ffn]}]}
     run = build_run(model=sizes, parallel={"compile": True}, eval={"tokens": 32 * 7, "prompts": ["def "]})
+    torch._dynamo.reset()
+    counters.clear()
     programs = []
     for _ in range(4):
         run.train_step()
         run.evaluate()
         run.sample()
-        programs.append(counters["stats"]["unique_graphs"])
+        programs.append(n_programs())
     assert programs == [programs[0]] * 4 and 2 <= programs[0] <= 3
     # A finalizer of an earlier test may be a frame without a program, so frames are compared with one another.
     assert counters["frames"]["ok"] == counters["frames"]["total"]

@@ -23,12 +23,12 @@ from training.config import (
 from training.options.cli import dump_config, load_config
 from training.options.schema import (
     all_groups,
-    describe_expected,
     find_option,
     json_schema,
     sections,
     type_name,
 )
+from training.options.validate import describe_expected
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DATA = {"sources": [{"type": "stdlib"}]}

@@ -16,7 +16,6 @@ from training import prepare as command
 from training.config import DataConfig
 from training.data import Samples, prepare, shards, workers
 from training.data import dataset as dataset_module
-from training.data import in_memory as memory
 from training.data.shards import open_split, read_manifest
 from training.errors import UserError
 
@@ -493,10 +492,10 @@ def test_two_text_files_are_two_documents(tmp_path):
 def test_files_read_into_memory_equal_their_prepared_split(folder):
     sources = [{"paths": [str(folder / "text")]}]
     dataset = prepare(config_of(folder, val_sources=sources))
-    split = memory.read_split([str(folder / "text")], "text", dataset.tokenizer)
+    split = dataset_module.read_split([str(folder / "text")], "text", dataset.tokenizer)
     (ours,), (theirs,) = split.streams, dataset.val.streams
     assert np.array_equal(ours.tokens, theirs.tokens) and np.array_equal(ours.documents, theirs.documents)
     counts = ("n_documents", "n_tokens", "n_bytes", "vocab_size")
     assert all(getattr(split, name) == getattr(dataset.val, name) for name in counts)
     with pytest.raises(UserError, match=r"no\.jsonl"):
-        memory.read_split([str(folder / "no.jsonl")], "text", dataset.tokenizer)
+        dataset_module.read_split([str(folder / "no.jsonl")], "text", dataset.tokenizer)

@@ -6,11 +6,8 @@ import bz2
 import gzip
 import json
 import lzma
-import mailbox
 import os
-import re
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import get_args
 
@@ -22,13 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from training import config
 from training.config import FilesSource, HuggingFaceSource, SourceConfig, StdlibSource
 from training.data import chunks as text
-from training.data import sources
 from training.data.chunks import WORD_START, split_into_chunks, to_document
 from training.data.corpus import is_held_out
-from training.data.file_hashes import FileHashes
 from training.data.sources import READERS, build_reader
 from training.data.text_files import open_decompressed
 from training.errors import UserError
@@ -296,19 +290,3 @@ def test_a_larger_fraction_keeps_all_that_a_smaller_one_held_out():
 
 
 # --- docs/playbooks/add_a_data_source.md -------------------------------------------------------------
-
-
-def test_the_example_of_the_playbook_reads_a_mailbox(tmp_path):
-    page = (Path(__file__).parents[1] / "docs/playbooks/add_a_data_source.md").read_text()
-    options, reader = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    names = vars(config) | vars(sources) | {"mailbox": mailbox, "closing": closing, "__name__": "mbox"}
-    for code in (options, reader):
-        exec(compile(code, "the playbook", "exec", dont_inherit=True), names)
-    (tmp_path / "a.mbox").write_text(
-        "From a Mon Jan  1 00:00:00 2024\n\nfirst\n\nFrom b Mon Jan  1 00:00:00 2024\n\nsecond\n"
-    )
-    source = names["MboxReader"](names["MboxSource"](path=str(tmp_path / "a.mbox")))
-    assert ["".join(document.chunks).strip() for document in source.documents()] == ["first", "second"]
-    assert source.identity(FileHashes(tmp_path / "memo.json")) == FileHashes(tmp_path / "memo.json").sha256(source.path)
-    with pytest.raises(UserError, match=r"none\.mbox: no such file"):
-        names["MboxReader"](names["MboxSource"](path=str(tmp_path / "none.mbox")))

@@ -25,12 +25,15 @@ from training.data.tiktoken_encode import build_fast_encoder
 from training.data.tokenizer import (
     END_OF_TEXT,
     PROBE,
+    TOKENIZERS,
     Tokenizer,
     build_byte_tokenizer,
+    build_tokenizer,
+    from_tiktoken,
     from_vocab_and_merges,
+    tokenizer_identity,
     train_bpe,
 )
-from training.data.tokenizer_choice import TOKENIZERS, build_tokenizer, from_tiktoken, tokenizer_identity
 from training.errors import UserError
 
 GPT2 = Path(__file__).parents[2] / "shared" / "tokenizers" / "gpt2"

@@ -1,4 +1,4 @@
-"""Differential attention equals the layer as it is written down, one query of one head at a time."""
+"""Differential attention equals its definition in the paper, computed one query of one head at a time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OPTIONS = [
 
 
 def layer(options) -> tuple[DifferentialAttention, ModelConfig]:
-    """The layer, of which nothing is zero or one any more, and the model that it is of."""
+    """Return the layer, with random parameters everywhere, and its model's config."""
     blocks = [{"mixer": {"type": "differential"} | options}]
     model = ModelConfig.model_validate({"n_embd": 32, "n_head": 4, "position": "rope", "blocks": blocks})
     mixer = DifferentialAttention(model.blocks[0].mixer, model)
@@ -39,8 +39,8 @@ def layer(options) -> tuple[DifferentialAttention, ModelConfig]:
     return mixer, model
 
 
-def turned(x_D: Tensor, position: int) -> Tensor:
-    """Each pair (i, i + D/2) as a complex number, turned by position x 10000^(-2i/D)."""
+def rotated(x_D: Tensor, position: int) -> Tensor:
+    """Rotate each pair (i, i + D/2), as a complex number, by position x 10000^(-2i/D)."""
     half = len(x_D) // 2
     pairs = torch.complex(x_D[:half], x_D[half:])
     angle = position * 10000.0 ** (-torch.arange(half) / half)
@@ -48,41 +48,41 @@ def turned(x_D: Tensor, position: int) -> Tensor:
     return torch.cat([pairs.real, pairs.imag])
 
 
-def normalised(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def normalized(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / (x.square().mean() + eps).sqrt() * weight
 
 
 def by_query(mixer: DifferentialAttention, model: ModelConfig, x_BTC: Tensor) -> Tensor:
-    """The layer as the paper has it (arXiv:2410.05258 eq. 1, 3): query by query, key by key."""
-    section, n_head = model.blocks[0].mixer, model.n_head
-    n_kv_head, width = section.n_kv_head or n_head, section.head_dim or model.n_embd // n_head
+    """Compute the layer by the paper's definition (arXiv:2410.05258 eq. 1, 3), query by query, key by key."""
+    config, n_head = model.blocks[0].mixer, model.n_head
+    n_kv_head, width = config.n_kv_head or n_head, config.head_dim or model.n_embd // n_head
     half = width // 2
     a, b = mixer.exponents
-    lambda_ = a.exp() - b.exp() + section.lambda_init
+    lambda_ = a.exp() - b.exp() + config.lambda_init
 
-    def vector(projection, normalise, token: Tensor, place: int, softmax: int, head: int, n: int) -> Tensor:
-        """The query or key of one head of n, of the first (0) or second (1) softmax."""
+    def vector(projection, norm, token: Tensor, position: int, softmax: int, head: int, n: int) -> Tensor:
+        """Return the query or key of one head of n, of the first (0) or second (1) softmax."""
         start = (softmax * n + head) * half
         z = projection.weight[start : start + half] @ token + projection.bias[start : start + half]
-        z = normalised(z, normalise.weight, model.norm_eps) if section.qk_norm else z
-        return turned(z, place) if section.rope else z
+        z = normalized(z, norm.weight, model.norm_eps) if config.qk_norm else z
+        return rotated(z, position) if config.rope else z
 
     def result(sample: Tensor, t: int, h: int) -> Tensor:
-        """What head h makes of query t."""
+        """Return the result of head h for query t."""
         g = h * n_kv_head // n_head
-        places = range(max(0, t - (section.window or t + 1) + 1), t + 1)
+        visible = range(max(0, t - (config.window or t + 1) + 1), t + 1)
         rows = slice(g * width, (g + 1) * width)
-        values = [mixer.value.weight[rows] @ sample[s] + mixer.value.bias[rows] for s in places]
+        values = [mixer.value.weight[rows] @ sample[s] + mixer.value.bias[rows] for s in visible]
         y = torch.zeros(width)
         for softmax, sign in ((0, 1.0), (1, -lambda_)):
             q = vector(mixer.query, mixer.query_norm, sample[t], t, softmax, h, n_head)
-            keys = [vector(mixer.key, mixer.key_norm, sample[s], s, softmax, g, n_kv_head) for s in places]
+            keys = [vector(mixer.key, mixer.key_norm, sample[s], s, softmax, g, n_kv_head) for s in visible]
             scores = [(q * k).sum() / math.sqrt(half) for k in keys]
-            if section.softcap:
-                scores = [section.softcap * (score / section.softcap).tanh() for score in scores]
+            if config.softcap:
+                scores = [config.softcap * (score / config.softcap).tanh() for score in scores]
             total = sum(score.exp() for score in scores)
             y = y + sign * sum(score.exp() / total * v for score, v in zip(scores, values, strict=True))
-        return normalised(y, mixer.head_norm.weight, model.norm_eps) * (1 - section.lambda_init)
+        return normalized(y, mixer.head_norm.weight, model.norm_eps) * (1 - config.lambda_init)
 
     rows = [
         mixer.out.weight @ torch.cat([result(sample, t, h) for h in range(n_head)]) + mixer.out.bias
@@ -93,7 +93,7 @@ def by_query(mixer: DifferentialAttention, model: ModelConfig, x_BTC: Tensor) ->
 
 
 def outputs(function, mixer, x_BTC: Tensor) -> dict[str, Tensor]:
-    """The result, and the gradients of the input and of every parameter."""
+    """Return the result, and the gradients of the input and of every parameter."""
     x, direction = x_BTC.clone().requires_grad_(), torch.randn(x_BTC.shape, generator=torch.Generator().manual_seed(5))
     y = function(x)
     names = [name for name, _ in mixer.named_parameters()]
@@ -115,10 +115,10 @@ def test_the_layer_and_every_gradient_equal_those_of_the_paper_on_every_back_end
     ]
     assert "reference" in able
     for name in able:
-        backend, section = ATTENTION_BACKENDS[name], model.blocks[0].mixer
-        rotation = rotary_table(torch.arange(6), mixer.rotary_dim, 10000.0) if section.rope else None
-        place = AttentionContext(rotation, backend.build_mask(Visibility(6, 6, CPU, section.window)), backend)
-        ours = outputs(lambda x, place=place: mixer(x, place, None), mixer, x)
+        backend, config = ATTENTION_BACKENDS[name], model.blocks[0].mixer
+        rotation = rotary_table(torch.arange(6), mixer.rotary_dim, 10000.0) if config.rope else None
+        context = AttentionContext(rotation, backend.build_mask(Visibility(6, 6, CPU, config.window)), backend)
+        ours = outputs(lambda x, context=context: mixer(x, context, None), mixer, x)
         for what, expected in theirs.items():
             rounding = 1e-5 * (1 + expected.norm().item())
             torch.testing.assert_close(
@@ -126,7 +126,7 @@ def test_the_layer_and_every_gradient_equal_those_of_the_paper_on_every_back_end
             )
 
 
-def test_it_has_the_parameters_of_attention_of_the_same_width_and_a_few():
+def test_it_has_the_parameters_of_plain_attention_and_ten_more():
     sizes = {"n_layer": 1, "n_head": 4, "n_embd": 32, "n_positions": 8, "vocab_size": 64}
     plain, ours = (
         model_stats(ModelConfig.model_validate(sizes | {"blocks": [{"mixer": {"type": kind, "n_kv_head": 2}}]}))
@@ -134,15 +134,15 @@ def test_it_has_the_parameters_of_attention_of_the_same_width_and_a_few():
     )
     extra = 2 + 8  # the exponents and the norm of a head
     assert ours.n_parameters == plain.n_parameters + extra
-    # A token seen costs two scores half as wide, and two results: 1.5 of plain attention's.
+    # A visible token costs two scores of half the width and two results: 1.5 times plain attention.
     per_token = 6 * 8 * 32
     assert plain.flops_per_token + per_token == ours.flops_per_token
 
 
-def test_what_both_softmaxes_agree_on_is_taken_away():
+def test_equal_softmaxes_cancel():
     mixer, _ = layer({"rope": False, "lambda_init": 0.5})
     mixer.exponents.data = torch.tensor([0.5, 0.0]).add(1).log()  # lambda: 1.5 - 1 + 0.5
-    for projection in (mixer.query, mixer.key):  # the second softmax as the first
+    for projection in (mixer.query, mixer.key):  # make the second softmax equal to the first
         projection.weight.data[16:], projection.bias.data[16:] = projection.weight.data[:16], projection.bias.data[:16]
     backend = ATTENTION_BACKENDS["reference"]
     x = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(1))
@@ -158,7 +158,7 @@ def test_what_both_softmaxes_agree_on_is_taken_away():
         ({"head_dim": 8, "n_kv_head": 3}, "rope", "3 does not divide n_head 4"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused_with_the_number(options, position, message):
+def test_sizes_that_do_not_fit_raise_an_error_with_the_number(options, position, message):
     blocks = [{"mixer": {"type": "differential"} | options}]
     with pytest.raises(ValueError, match=message):
         ModelConfig.model_validate({"n_head": 4, "n_embd": 32, "position": position, "blocks": blocks})

@@ -1,4 +1,4 @@
-"""What the documents point to is there."""
+"""Links, files and lengths in the documents are right."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("training/*.md")])
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/playbooks/*.md"), *ROOT.glob("training/*.md")]
+)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -29,3 +31,15 @@ def test_files_that_are_named_are_there(page):
     named = re.findall(r"`((?:benchmarks|configs|docs|tests|training)/[\w./]+\.\w+)`", page.read_text())
     missing = [name for name in named if not (ROOT / name).exists() and not (ROOT / "training" / name).exists()]
     assert not missing
+
+
+def test_the_reading_path_is_an_afternoon():
+    """The lengths in architecture.md are those of the files, within a tenth, and stay under 2,000 lines together."""
+    rows = re.findall(
+        r"^\| \d+ \| \[(training/[^]]+)\].*?\| (\d+) \|", (ROOT / "docs/architecture.md").read_text(), re.M
+    )
+    assert 8 <= len(rows) <= 12
+    lengths = {name: (ROOT / name).read_text().count("\n") for name, _ in rows}
+    assert sum(lengths.values()) < 2000
+    for name, listed in rows:
+        assert int(listed) == pytest.approx(lengths[name], rel=0.1), name

@@ -18,7 +18,7 @@ from test_report import Page
 
 from training.config import EvalConfig, LoggingConfig, ModelConfig
 from training.data import tokenizer as tokenizers
-from training.data.in_memory import read_split
+from training.data.dataset import read_split
 from training.data.loader import Samples
 from training.engine import expert_tokens
 from training.engine.expert_tokens import sampled_layers, token_texts, top_tokens

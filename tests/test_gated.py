@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from training.config import ModelConfig
 from training.kernels.attention.masks import Visibility
-from training.kernels.table import ATTENTION_BACKENDS
+from training.kernels.attention.table import ATTENTION_BACKENDS
 from training.model.attention import AttentionContexts
 from training.model.gated import GatedAttention
 

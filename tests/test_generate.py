@@ -1,4 +1,4 @@
-"""Generation: every rule of drawing is Transformers', a batch is its texts alone, and what is shown stays true."""
+"""Generation: sampling matches Transformers, batched texts equal single ones, shown text never changes."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from training.model.sampling import SamplingParams, penalize_repetition, sample,
 
 KINDS = BLOCKS | WINDOWS
 PROMPTS = [[7, 3, 9, 1, 22, 40, 8], [5], [11, 2, 60], [4, 4, 4, 31, 17, 6, 2, 50, 9, 33, 1, 12]]
-GREEDY = SamplingParams(temperature=0, repetition_penalty=1.5)  # without the penalty it soon goes in circles
+GREEDY = SamplingParams(temperature=0, repetition_penalty=1.5)  # without the penalty it soon repeats itself
 EVERYTHING = SamplingParams(temperature=1.3, top_k=40, top_p=0.97, min_p=0.01, repetition_penalty=1.2)
 
 
 def lively(block="mlp", style="gpt2", **changes):
-    """A model that does not just repeat its last token: what is initialised trivially hides mistakes."""
+    """Return a model with random weights everywhere: one that repeats its last token would hide mistakes."""
     model = build(block, style, **changes)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
@@ -39,21 +39,21 @@ def lively(block="mlp", style="gpt2", **changes):
 
 
 def slow(model, prompt, n_tokens, *, n_vocab, seed, params):
-    """One text alone, without a cache."""
+    """Continue one text alone, without a cache."""
     numbers, limit = np.random.default_rng(seed), model.config.n_positions
     text, context = list(prompt), list(prompt)[-model.config.n_positions :]
     for _ in range(n_tokens):
         if len(context) > limit:
             context = context[-max(1, limit // 2) :]
         logits = model.logits(torch.tensor([context]))[0, -1, :n_vocab].tolist()
-        token = slow_draw(logits, text, numbers.random(), params)
+        token = slow_sample_token(logits, text, numbers.random(), params)
         text.append(token)
         context.append(token)
     return text[len(prompt) :]
 
 
-def slow_draw(logits, text, uniform, params):
-    """One token, by the definitions in words: a dict of what may be drawn, made smaller."""
+def slow_sample_token(logits, text, uniform, params):
+    """Draw one token by the definitions: a dict of allowed tokens that shrinks."""
     for token in set(text):
         logits[token] *= params.repetition_penalty if logits[token] < 0 else 1 / params.repetition_penalty
     if params.temperature == 0:
@@ -83,14 +83,14 @@ def slow_draw(logits, text, uniform, params):
 
 
 def together(model, prompts, lengths, *, n_vocab, seeds, params):
-    """Every prompt's new tokens, from one batch; each text ends at its own length."""
+    """Return every prompt's new tokens from one batch; each text ends at its own length."""
     new = [[] for _ in prompts]
 
-    def take(i, token):
+    def on_token(i, token):
         new[i].append(token)
         return len(new[i]) < lengths[i]
 
-    sample(model, prompts, max(lengths), take, n_vocab=n_vocab, seeds=seeds, params=params)
+    sample(model, prompts, max(lengths), on_token, n_vocab=n_vocab, seeds=seeds, params=params)
     return new
 
 
@@ -99,8 +99,8 @@ def together(model, prompts, lengths, *, n_vocab, seeds, params):
 
 @pytest.mark.parametrize("params", [GREEDY, EVERYTHING], ids=["greedy", "drawn"])
 @pytest.mark.parametrize(("block", "style"), list(product(KINDS, STYLES)))
-def test_texts_side_by_side_with_a_cache_are_each_alone_without(block, style, params):
-    """Prompts of unequal lengths that end at unequal times, past the context and over."""
+def test_texts_in_a_batch_with_a_cache_equal_single_texts_without(block, style, params):
+    """Prompts have different lengths and end at different times, some beyond the context."""
     model, lengths, seeds = lively(block, style), [15, 4, 17, 9], [3, (0, 1), 3, 5]
     found = together(model, PROMPTS, lengths, n_vocab=61, seeds=seeds, params=params)
     for new, prompt, length, seed in zip(found, PROMPTS, lengths, seeds, strict=True):
@@ -109,14 +109,14 @@ def test_texts_side_by_side_with_a_cache_are_each_alone_without(block, style, pa
 
 
 @pytest.mark.parametrize("n_positions", [1, 2, 3, 5])
-def test_the_smallest_contexts_forget_as_well(n_positions):
+def test_the_smallest_contexts_drop_their_older_half(n_positions):
     model = lively("grouped-query", "modern", n_positions=n_positions)
     found = together(model, PROMPTS, [9] * 4, n_vocab=64, seeds=range(4), params=SamplingParams())
     for seed, (new, prompt) in enumerate(zip(found, PROMPTS, strict=True)):
         assert new == slow(model, prompt, 9, n_vocab=64, seed=seed, params=SamplingParams())
 
 
-def test_texts_of_one_prompt_differ_by_their_seeds_alone():
+def test_texts_of_one_prompt_differ_only_by_their_seeds():
     model, prompt = lively("moe"), PROMPTS[0]
     new = together(
         model, [prompt] * 3, [30] * 3, n_vocab=50, seeds=[(0, 0), (0, 1), (0, 0)], params=SamplingParams(1.5)
@@ -127,7 +127,7 @@ def test_texts_of_one_prompt_differ_by_their_seeds_alone():
 
 
 @pytest.mark.parametrize("block", ["mlp", "latent", "window"])
-def test_a_sample_that_starts_over_is_as_if_it_were_new(block):
+def test_a_replaced_row_of_the_cache_equals_a_new_sample(block):
     model = lively(block, "modern")
     x = torch.randint(0, 64, (3, 14), generator=torch.Generator().manual_seed(0))
     cache, read = model.new_cache(torch.tensor([2, 4, 0])), model.new_cache()
@@ -142,11 +142,11 @@ def test_a_sample_that_starts_over_is_as_if_it_were_new(block):
         torch.testing.assert_close(found[row], alone, rtol=1e-4, atol=1e-5)
 
 
-# --- how a token is drawn --------------------------------------------------------------------------
+# --- sampling one token -----------------------------------------------------------------------------
 
 
 def logits_and_texts(n_rows=6, n_vocab=300, seed=0):
-    """Logits with equal ones among them, as bf16 makes them, and the tokens of a text for each row."""
+    """Return logits with ties, as in bf16, and the tokens of a text for each row."""
     generator = torch.Generator().manual_seed(seed)
     logits = 4 * torch.randn(n_rows, n_vocab, generator=generator)
     logits[::2] = logits[::2].bfloat16().float()
@@ -154,7 +154,7 @@ def logits_and_texts(n_rows=6, n_vocab=300, seed=0):
 
 
 def processors(params):
-    """Transformers' own, as its `generate` puts them together from these settings."""
+    """Return Transformers' logits processors, as its `generate` builds them from these settings."""
     transformers = pytest.importorskip("transformers")
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=1, n_embd=2, vocab_size=4))
     settings = params._asdict() | {"top_k": params.top_k or 0, "do_sample": True}
@@ -181,7 +181,7 @@ def processors(params):
     ids=str,
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_probabilities_are_those_of_transformers_processors(params, seed):
+def test_probabilities_match_transformers_processors(params, seed):
     logits, texts = logits_and_texts(seed=seed)
     theirs = processors(params)(texts, logits.clone()).softmax(-1)
     seen = torch.zeros(logits.shape, dtype=torch.bool).scatter(1, texts, True)
@@ -191,7 +191,7 @@ def test_probabilities_are_those_of_transformers_processors(params, seed):
 
 
 @pytest.mark.parametrize("params", [SamplingParams(1.0), EVERYTHING._replace(repetition_penalty=1.0)], ids=str)
-def test_tokens_are_drawn_as_often_as_they_are_probable(params):
+def test_tokens_are_drawn_with_their_probabilities(params):
     logits, _ = logits_and_texts(n_rows=1, n_vocab=50)
     n = 20_000
     even = (torch.arange(n, dtype=torch.float64) + 0.5)[:, None] / n
@@ -200,7 +200,7 @@ def test_tokens_are_drawn_as_often_as_they_are_probable(params):
     torch.testing.assert_close(frequency, token_probabilities(logits, params)[0], rtol=0, atol=2 / n)
 
 
-def test_the_first_and_the_last_number_draw_a_token_that_may_be_drawn():
+def test_the_first_and_the_last_random_number_draw_an_allowed_token():
     logits, _ = logits_and_texts(n_vocab=50)
     for uniform in (0.0, 1 - 2**-53):
         drawn = sample_token(
@@ -210,7 +210,7 @@ def test_the_first_and_the_last_number_draw_a_token_that_may_be_drawn():
 
 
 @pytest.mark.parametrize("temperature", [0, 1e-40])
-def test_the_coldest_draws_are_the_likeliest_token(temperature):
+def test_the_lowest_temperatures_draw_the_most_likely_token(temperature):
     logits, _ = logits_and_texts()
     logits[:, 123] = 30
     for uniform in (0.0, 0.999):
@@ -221,7 +221,7 @@ def test_the_coldest_draws_are_the_likeliest_token(temperature):
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.2])
-def test_greedy_texts_are_those_of_transformers_generate(tmp_path, penalty):
+def test_greedy_texts_match_transformers_generate(tmp_path, penalty):
     transformers = pytest.importorskip("transformers")
     from training.weights import hf
 
@@ -245,7 +245,7 @@ BPE = train_bpe(["the then a naïve naïve café 日本語 日本 🙂🙂 \n\n"
 
 
 def grown(tokenizer, ids, stops=()):
-    """(the ended continuation, what `on_text` was shown) of tokens, as long as it goes on."""
+    """Return (the finished continuation, what `on_text` received) of tokens, until it ends."""
     shown = []
     text = Continuation(tokenizer, stops, shown.append)
     for token in ids:
@@ -257,7 +257,7 @@ def grown(tokenizer, ids, stops=()):
 
 
 def cut(text, stops):
-    """The text before the stop string that is complete first, looked for letter by letter."""
+    """Return the text before the stop string that is complete first, found letter by letter."""
     for end in range(len(text) + 1):
         for stop in sorted(stops, key=len, reverse=True):
             if text[:end].endswith(stop):
@@ -266,7 +266,7 @@ def cut(text, stops):
 
 
 @given(ids=st.lists(st.integers(0, 255) | st.sampled_from(list("aé日🙂\ufffd".encode())), max_size=40))
-def test_bytes_are_shown_as_the_text_that_they_are(ids):
+def test_bytes_are_shown_as_their_text(ids):
     text, shown = grown(BYTES, ids)
     assert text.text == "".join(shown) == bytes(ids).decode("utf-8", "replace") == BYTES.decode(ids)
 
@@ -279,7 +279,7 @@ def test_bytes_are_shown_as_the_text_that_they_are(ids):
     tokenizer=st.sampled_from([BYTES, BPE]),
 )
 @example(text="xabcd", others=["bc", "abc"], places=[], tokenizer=BYTES)
-@example(text="x abcd", others=["abcd", "c"], places=[], tokenizer=BPE)  # a token that has both in it
+@example(text="x abcd", others=["abcd", "c"], places=[], tokenizer=BPE)  # one token contains both
 def test_a_text_ends_before_the_stop_string_that_is_complete_first(text, others, places, tokenizer):
     stops = [*others, *filter(None, (text[start : start + length] for start, length in places))]
     found, shown = grown(tokenizer, tokenizer.encode(text).tolist(), stops)
@@ -287,7 +287,7 @@ def test_a_text_ends_before_the_stop_string_that_is_complete_first(text, others,
     assert "".join(shown) == found.text
 
 
-def test_what_may_begin_a_stop_string_is_held_back_and_nothing_else():
+def test_only_a_possible_beginning_of_a_stop_string_is_held_back():
     text = Continuation(BYTES, ["END", "\n\n"])
     settled = []
     for token in BYTES.encode("xE\nENé\n\nno"):
@@ -298,13 +298,13 @@ def test_what_may_begin_a_stop_string_is_held_back_and_nothing_else():
     assert (text.text, text.finish_reason) == ("xE\nENé", "stop")
 
 
-def test_the_end_of_the_document_ends_a_text_and_gives_back_what_was_held():
+def test_the_end_of_the_document_finishes_a_text_and_releases_held_back_characters():
     text = Continuation(BYTES, ["END"])
     assert [text.add(token) for token in (ord("E"), ord("N"), 0xE2, BYTES.end_of_text)] == [True, True, True, False]
     assert (text.text, text.finish_reason) == ("EN\ufffd", "end")
 
 
-def test_texts_of_a_batch_end_each_for_their_own_reason():
+def test_texts_of_a_batch_finish_for_their_own_reasons():
     model = lively(vocab_size=257, n_positions=64)
     prompts = [encode_prompt(BYTES, text) for text in ("a", "some longer prompt", "def")]
     params = SamplingParams(2.0)
@@ -333,20 +333,20 @@ def test_samples_of_an_evaluation_do_not_depend_on_the_other_prompts():
     assert both == [*drawn("def "), *drawn("a")] != drawn("def ", "a", seed=(0, 8))
 
 
-def test_samples_of_two_evaluations_are_drawn_apart(run):
+def test_samples_of_two_evaluations_differ(run):
     dense = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32}
     evaluation = {"every": 4, "tokens": 64, "prompts": ["def "], "sample_tokens": 8}
     folder = run(model=dense, optim={"learning_rate": 1e-30}, eval=evaluation)
     first, second = (row["samples"] for row in rows(folder) if "samples" in row)
-    assert first != second  # of the same weights
+    assert first != second  # though the weights are the same
 
 
-# --- weights that are cast once --------------------------------------------------------------------
+# --- cast_for_inference -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("block", "style"), list(product(KINDS, STYLES)))
-def test_weights_cast_once_give_the_same_bits(block, style, dtype):
+def test_weights_cast_once_give_bit_identical_outputs(block, style, dtype):
     model, x = lively(block, style), torch.tensor(PROMPTS[3:])
     model.dtype = dtype
     before = model.logits(x), model(Batch(x, x, n_targets=12))[1]["loss_sum"]
@@ -365,7 +365,7 @@ def test_weights_cast_once_give_the_same_bits(block, style, dtype):
 
 
 def generate(capsys, *argv):
-    """(exit status, standard output, standard error) of the command."""
+    """Return (exit status, standard output, standard error) of the command."""
     capsys.readouterr()
     status = main(list(argv))
     return status, *capsys.readouterr()
@@ -393,21 +393,21 @@ def test_the_command_writes_texts_readably_and_as_json(run, capsys, tmp_path):
     assert alone.startswith("é") and f"--- prompt 2 of 2, sample 1 of 2 ---\n{alone}" in out
 
 
-def test_lines_of_a_file_are_prompts_as_they_are(run, capsys, tmp_path):
+def test_each_line_of_a_file_is_an_unchanged_prompt(run, capsys, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_bytes(b"def f\r\n\n  import \xe2\x80\xa8 x\n")
     _, out, _ = generate(capsys, "--run", str(run()), "--prompts", str(prompts), "--tokens", "1", "--json")
     assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["def f", "", "  import \u2028 x"]
 
 
-def test_what_is_wrong_is_one_line_and_exit_status_2(run, capsys, tmp_path):
+def test_every_mistake_is_one_line_and_exit_status_2(run, capsys, tmp_path):
     folder, bad = str(run()), tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a"}\n{"text": "b"}\n')
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     for argv, message in {
-        (): "give --prompt or --prompts",
-        ("--prompt", "a", "--prompts", str(bad)): "give --prompt or --prompts",
+        (): "give either --prompt or --prompts",
+        ("--prompt", "a", "--prompts", str(bad)): "give either --prompt or --prompts",
         ("--prompts", str(tmp_path / "none.txt")): f"--prompts {tmp_path}/none.txt: cannot be read: No such file",
         ("--prompts", str(tmp_path / "empty.txt")): "empty.txt: empty",
         ("--prompts", str(tmp_path / "latin.txt")): "latin.txt: cannot be read: 'utf-8' codec",
@@ -420,9 +420,9 @@ def test_what_is_wrong_is_one_line_and_exit_status_2(run, capsys, tmp_path):
         ("--prompt", "a", "--top_k", "-1"): "--top_k: -1 is not 0 or more",
         ("--prompt", "a", "--tokens", "many"): "--tokens: invalid int value: 'many'",
         ("--prompt", "a", "--samples", "0"): "--samples: 0 is not 1 or more",
-        ("--prompt", "a", "--stop", ""): "--stop: an empty text is everywhere",
+        ("--prompt", "a", "--stop", ""): "--stop: '' matches everywhere",
         ("--prompt", "a", "--sample", "2"): "unrecognized arguments: --sample 2",
-        ("--prompt", "a", "--prompt", "b" * 32): "--prompt: prompt 2 is 33 tokens with the one that begins a document",
+        ("--prompt", "a", "--prompt", "b" * 32): "--prompt: prompt 2 is 33 tokens with the start-of-document token",
     }.items():
         status, out, error = generate(capsys, "--run", folder, *argv)
         assert (status, out, error.count("\n")) == (2, "", 1), error

@@ -9,7 +9,17 @@ from conftest import command
 
 SLOW = ("torch._dynamo", "torch._inductor", "torch.nn.attention.flex_attention", "torch.distributed.fsdp", "triton")
 # Imported in this order by one process. A module that loads a slow one fails, and so does each module after it.
-MODULES = ("training.kernels.choose", "training.model", "training.batch")
+MODULES = (
+    "training.kernels.choose",
+    "training.model",
+    "training.batch",
+    "training.distributed.world",
+    "training.distributed.parallelize",
+    "training.evaluate",
+    "training.generate",
+    "training.export",
+    "training.engine",
+)
 
 PROGRAM = f"""if True:
     import importlib, json, sys

@@ -8,6 +8,7 @@ import math
 import os
 import pty
 import re
+import select
 import struct
 import subprocess
 import sys
@@ -262,7 +263,7 @@ def test_a_sample_that_standard_output_cannot_encode_does_not_stop_training():
 
 @pytest.mark.parametrize("columns", [60, 120])
 @pytest.mark.parametrize("color", [True, False])
-def test_a_terminal_shows_a_live_bar_that_fits_its_width(tmp_path, columns, color):
+def test_a_terminal_shows_a_live_bar_that_fits_its_width(processes, tmp_path, columns, color):
     script = f"""
         from test_logging import *
         sink = open_sink(run_in(Path({str(tmp_path)!r})), LoggingConfig(every=1))
@@ -270,7 +271,8 @@ def test_a_terminal_shows_a_live_bar_that_fits_its_width(tmp_path, columns, colo
         sink.write([row(3), evaluated(4)])
         sink.close(SUMMARY)
     """
-    shown = on_a_terminal(script, columns, color)
+    (tmp_path / "script.py").write_text(textwrap.dedent(script))
+    shown = on_a_terminal(processes, tmp_path / "script.py", columns, color)
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
     expected = ["step 2/4", "ETA 0:00:01", "━", "loss 3.6000", "9.80k tokens/s", "MFU unknown", "1.2 GiB"]
     expected += ["step 4  val loss 2.6000", "    def f(x):\n        return x", "done", "training.generate"]
@@ -281,29 +283,20 @@ def test_a_terminal_shows_a_live_bar_that_fits_its_width(tmp_path, columns, colo
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # the cursor is visible again
 
 
-def on_a_terminal(script: str, columns: int, color: bool) -> str:
+def on_a_terminal(processes, script: Path, columns: int, color: bool) -> str:
     """Return all that the script writes to a terminal of this width."""
     master, slave = pty.openpty()
-    environment = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")}
-    environment |= {"TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": "40"} | (
-        {} if color else {"NO_COLOR": "1"}
-    )
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    with subprocess.Popen(command, cwd=Path(__file__).parent, stdout=slave, env=environment) as process:
-        os.close(slave)
-        shown = b""
-        while chunk := _read(master):
-            shown += chunk
+    variables = {"TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": "40", "FORCE_COLOR": None}
+    variables["NO_COLOR"] = None if color else "1"
+    process = processes.start(str(script), env=variables, stdout=os.ttyname(slave))
+    shown = b""
+    while process.poll() is None or select.select([master], [], [], 0)[0]:
+        if select.select([master], [], [], 0.05)[0]:
+            shown += os.read(master, 65536)
+    os.close(slave)  # open until here, so that the terminal keeps what was written
     os.close(master)
-    assert process.returncode == 0
+    assert process.wait().returncode == 0, process.output("err")
     return re.sub(r" *\r\n", "\n", shown.decode())
-
-
-def _read(descriptor: int) -> bytes:
-    try:
-        return os.read(descriptor, 65536)
-    except OSError:  # Linux raises EIO once the other end is closed
-        return b""
 
 
 @pytest.mark.parametrize(
@@ -737,19 +730,19 @@ def test_a_metric_is_shown_everywhere_by_its_entry_alone(tmp_path, capsys, reque
     pages = ("add_a_metric.md", "add_a_validation_figure.md")
     blocks = [block for page in pages for block in code_of(page, "Metric(")]
     metrics = [eval(block, vars(metrics_module).copy()) for block in blocks]
-    assert [metric.key for metric in metrics] == ["weight_norm", "val_accuracy"]
+    assert [metric.key for metric in metrics] == ["weight_norm", "val_bits_per_token"]
     request.addfinalizer(lambda: METRICS.__delitem__(slice(-len(metrics), None)))
     METRICS.extend(metrics)
-    rows = [row(1, weight_norm=12.34), row(2, weight_norm=12.5, val_accuracy=0.25)]
+    rows = [row(1, weight_norm=12.34), row(2, weight_norm=12.5, val_bits_per_token=0.25)]
     sinks = open_sinks(LoggingConfig(every=1), run_in(tmp_path, steps=2))
     for sink in sinks:
         sink.write(rows)
         sink.close(None)
     output, found = capsys.readouterr().out, events(tmp_path)
-    assert "norm 12.3" in output and "accuracy 0.250" in output
-    assert [len(found.Scalars(tag)) for tag in ("train/weight_norm", "val/accuracy")] == [2, 1]
+    assert "norm 12.3" in output and "bits/token 0.250" in output
+    assert [len(found.Scalars(tag)) for tag in ("train/weight_norm", "val/bits_per_token")] == [2, 1]
     page = report.write_report(tmp_path).read_text()
-    assert all(f"<b>{text}</b>" in page for text in ("12.5", "0.250", "Weight norm", "Accuracy"))
+    assert all(f"<b>{text}</b>" in page for text in ("12.5", "0.250", "Weight norm", "Bits per token"))
 
 
 def test_logging_imports_torch_and_wandb_only_for_a_sink_that_needs_them():

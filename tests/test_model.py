@@ -1,4 +1,4 @@
-"""The model is GPT-2, and what it does depends only on what it may see. Contracts run over the unions."""
+"""The model is GPT-2, and each token depends on visible tokens only. Contracts run over all mechanisms."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def tokens(batch=2, length=12, seed=0):
 
 
 @pytest.mark.parametrize(("block", "style"), CASES)
-def test_a_token_is_seen_by_itself_and_later_ones_only(block, style):
+def test_a_token_influences_itself_and_later_tokens_only(block, style):
     model, x = build(block, style), tokens(batch=1)
     embedded = model.wte(x).detach().requires_grad_()
     model.wte.forward = lambda _: embedded
@@ -95,7 +95,7 @@ def test_a_window_reaches_exactly_its_tokens(block, style):
         )
     ],
 )
-def test_packed_documents_are_computed_as_if_alone(block, style, kernel):
+def test_packed_documents_equal_separate_ones(block, style, kernel):
     model, x = build(block, style), tokens(batch=2)
     model.attention = ATTENTION_BACKENDS[kernel]
     x[x == 0] = 1
@@ -109,7 +109,7 @@ def test_packed_documents_are_computed_as_if_alone(block, style, kernel):
     assert not torch.allclose(packed, model.logits(x), rtol=1e-2, atol=1e-3)
 
 
-def test_a_loss_over_documents_apart_is_that_of_their_logits():
+def test_the_loss_over_packed_documents_is_that_of_their_logits():
     model, x = build(), tokens()
     apart = find_documents(x, int(x[0, 5]))
     _, metrics = model(Batch(x, x.roll(-1, 1), n_targets=24, documents=apart))
@@ -128,7 +128,7 @@ def test_padding_before_a_sample_changes_nothing(block, style):
         torch.testing.assert_close(together[row, n:], model.logits(x[row : row + 1, n:])[0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_cache_keeps_the_samples_it_is_told_to():
+def test_a_cache_keeps_the_selected_samples():
     model, x = build("latent", "modern"), tokens(batch=3)
     cache = model.new_cache(torch.tensor([1, 0, 2]))
     model.logits(x[:, :8], cache)
@@ -139,7 +139,7 @@ def test_a_cache_keeps_the_samples_it_is_told_to():
     torch.testing.assert_close(model.logits(x[rows, 8:], cache), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_logits_are_bounded_by_their_soft_cap_and_otherwise_in_order():
+def test_logits_are_bounded_by_the_softcap_and_keep_their_order():
     model, x = build(style="capped"), tokens()
     model.wte.weight.data *= 100
     capped = model.logits(x)
@@ -174,7 +174,7 @@ def test_a_cache_changes_nothing(block, style):
 
 
 @pytest.mark.parametrize(("block", "style"), CASES)
-def test_samples_of_a_batch_do_not_see_each_other(block, style):
+def test_samples_of_a_batch_do_not_influence_each_other(block, style):
     model, x = build(block, style), tokens(batch=3)
     together = model.logits(x)
     for row in range(3):
@@ -187,10 +187,10 @@ def test_a_cache_changes_nothing_in_a_window(block, style):
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_what_is_asked_for_is_what_answers(block):
-    section = ModelConfig.model_validate({"blocks": [BLOCKS[block]]}).blocks[0]
-    assert type(section.mixer) in MIXERS
-    assert type(section.ffn) in FEED_FORWARDS
+def test_the_configured_mechanism_is_built(block):
+    config = ModelConfig.model_validate({"blocks": [BLOCKS[block]]}).blocks[0]
+    assert type(config.mixer) in MIXERS
+    assert type(config.ffn) in FEED_FORWARDS
 
 
 def test_the_registries_cover_the_unions():
@@ -213,20 +213,20 @@ def test_masked_targets_do_not_count():
     torch.testing.assert_close(first_half["loss_sum"] + second_half["loss_sum"], whole["loss_sum"])
 
 
-def test_more_tokens_than_positions_are_refused_with_the_numbers():
+def test_more_tokens_than_positions_raise_an_error_with_both_numbers():
     with pytest.raises(ValueError, match="13 tokens do not fit n_positions 12"):
         build().logits(tokens(length=13))
 
 
 @pytest.mark.filterwarnings("ignore")  # of compilers
 @pytest.mark.parametrize("position", [torch.arange(6), torch.arange(12).view(2, 6) % 5], ids=["one for all", "each"])
-def test_a_compiled_rotation_turns_as_far_forward_and_backward(position):
+def test_a_compiled_rotation_equals_the_eager_one_forward_and_backward(position):
     table = rotary_table(position, 8, 100.0)
     heads, direction = torch.randn(2, 2, 3, 6, 8, generator=torch.Generator().manual_seed(0))
     torch._dynamo.reset()
     found = []
     for function in (rotate, torch.compile(rotate, backend="aot_eager", fullgraph=True)):
-        x = heads.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()  # as projections leave it
+        x = heads.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()  # strided as after a projection
         y = function(x, table)
         assert y.stride() == x.stride()
         found.append([y, *torch.autograd.grad(y, x, direction)])
@@ -250,11 +250,11 @@ def test_rotary_positions_are_relative(block):
 
 
 @pytest.mark.parametrize(("block", "style"), CASES)
-def test_bfloat16_stays_near_float32(block, style):
+def test_bfloat16_is_close_to_float32(block, style):
     model, x = build(block, style), tokens()
     exact = model.logits(x)
     model.dtype = torch.bfloat16
-    if "moe" not in block:  # where two experts tie, rounding may choose the other
+    if "moe" not in block:  # if two experts tie, rounding may choose the other
         torch.testing.assert_close(model.logits(x), exact, rtol=0.1, atol=0.03)
     assert model.logits(x).dtype == torch.float32
     assert model.logits(x).isfinite().all()
@@ -263,8 +263,8 @@ def test_bfloat16_stays_near_float32(block, style):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("eps", [1e-5, 0.5])
 @pytest.mark.parametrize("shape", [(5, 8), (2, 3, 7, 64)], ids=str)
-def test_rmsnorm_is_pytorchs(shape, eps, dtype):
-    """In float64 too, which takes the other way, and of a view, as heads are."""
+def test_rmsnorm_equals_pytorchs(shape, eps, dtype):
+    """Also in float64, which takes the other code path, and for a strided view, as heads are."""
     generator = torch.Generator().manual_seed(0)
     norm = RMSNorm(shape[-1], eps)
     norm.weight.data = torch.randn(shape[-1], generator=generator).to(dtype).float()
@@ -290,7 +290,7 @@ def test_initial_weights_depend_on_seed_and_name_only():
     assert not torch.equal(a.blocks[0].mixer.query.weight, a.blocks[0].mixer.key.weight)
 
 
-def test_initial_deviations_are_gpt2s():
+def test_initial_deviations_are_those_of_gpt2():
     model = build("moe", n_embd=128, n_layer=8)
     moe = model.blocks[0].ffn
     assert model.wte.weight.std().item() == pytest.approx(0.02, rel=0.05)
@@ -317,11 +317,11 @@ def test_active_parameters_are_those_of_a_dense_model_with_top_k_experts():
     assert sparse.flops_per_token == dense.flops_per_token + 6 * routers
 
 
-def test_metrics_are_described_per_target():
+def test_step_metrics_are_per_target():
     model, x = build("moe"), tokens()
     _, metrics = model(Batch(x, x.roll(-1, 1), n_targets=24))
     metrics = model.finish_step(metrics)
-    described = step_metrics({name: value.flatten().tolist() for name, value in metrics.items()}, 24, [2, 2])
-    assert described["loss"] == pytest.approx(metrics["loss_sum"].item() / 24)
-    assert np.sum(described["expert_load"], axis=1) == pytest.approx([1, 1])
-    assert described["expert_load_max"] == pytest.approx(4 * np.max(described["expert_load"]))
+    row = step_metrics({name: value.flatten().tolist() for name, value in metrics.items()}, 24, [2, 2])
+    assert row["loss"] == pytest.approx(metrics["loss_sum"].item() / 24)
+    assert np.sum(row["expert_load"], axis=1) == pytest.approx([1, 1])
+    assert row["expert_load_max"] == pytest.approx(4 * np.max(row["expert_load"]))

@@ -31,8 +31,8 @@ KERNELS = [
 
 
 def layer(kernel="loop", model=MODEL, **options) -> MoE:
-    section = MoEConfig.model_validate({"type": "moe", "n_experts": 4, "hidden": 32} | options)
-    moe = MoE(section, model, Kernels(experts=TORCH_EXPERTS[kernel]))
+    config = MoEConfig.model_validate({"type": "moe", "n_experts": 4, "hidden": 32} | options)
+    moe = MoE(config, model, Kernels(experts=TORCH_EXPERTS[kernel]))
     generator = torch.Generator().manual_seed(0)
     for parameter in moe.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
@@ -40,36 +40,36 @@ def layer(kernel="loop", model=MODEL, **options) -> MoE:
 
 
 def by_token(moe: MoE, x_BTC: torch.Tensor) -> torch.Tensor:
-    """The layer as it is written down: each token through each of its experts."""
-    section, experts, rows = moe.config, moe.experts, []
+    """Compute the layer by its definition: each token through each of its experts."""
+    config, experts, rows = moe.config, moe.experts, []
     for x in x_BTC.flatten(0, 1):
         logits = moe.router.weight @ x
-        score = F.softmax(logits, dim=0) if section.scoring == "softmax" else 1 / (1 + (-logits).exp())
-        chosen = sorted(range(section.n_experts), key=lambda e: -(score + moe.selection_bias)[e])[: section.top_k]
-        total = sum(score[e] for e in chosen) if section.renormalize else 1.0
+        score = F.softmax(logits, dim=0) if config.scoring == "softmax" else 1 / (1 + (-logits).exp())
+        chosen = sorted(range(config.n_experts), key=lambda e: -(score + moe.selection_bias)[e])[: config.top_k]
+        total = sum(score[e] for e in chosen) if config.renormalize else 1.0
         y = torch.zeros_like(x)
         for e in chosen:
             up = experts.up[e] @ x + experts.up_bias[e]
-            if section.gated:
-                hidden = ACTIVATIONS[section.activation](experts.gate[e] @ x + experts.gate_bias[e]) * up
+            if config.gated:
+                hidden = ACTIVATIONS[config.activation](experts.gate[e] @ x + experts.gate_bias[e]) * up
             else:
-                hidden = ACTIVATIONS[section.activation](up)
-            y = y + section.route_scale * score[e] / total * (experts.down[e] @ hidden + experts.down_bias[e])
-        for one in range(section.n_shared):
-            mine = slice(one * section.hidden, (one + 1) * section.hidden)
+                hidden = ACTIVATIONS[config.activation](up)
+            y = y + config.route_scale * score[e] / total * (experts.down[e] @ hidden + experts.down_bias[e])
+        for one in range(config.n_shared):
+            mine = slice(one * config.hidden, (one + 1) * config.hidden)
             up = moe.shared.up.weight[mine] @ x + moe.shared.up.bias[mine]
-            if section.gated:
+            if config.gated:
                 gate = moe.shared.gate.weight[mine] @ x + moe.shared.gate.bias[mine]
-                hidden = ACTIVATIONS[section.activation](gate) * up
+                hidden = ACTIVATIONS[config.activation](gate) * up
             else:
-                hidden = ACTIVATIONS[section.activation](up)
-            y = y + moe.shared.down.weight[:, mine] @ hidden + moe.shared.down.bias / section.n_shared
+                hidden = ACTIVATIONS[config.activation](up)
+            y = y + moe.shared.down.weight[:, mine] @ hidden + moe.shared.down.bias / config.n_shared
         rows.append(y)
     return torch.stack(rows).view_as(x_BTC)
 
 
 def outputs(function, moe, x):
-    """The result, and the gradients of the input and of every parameter."""
+    """Return the result, and the gradients of the input and of every parameter."""
     x, direction = x.clone().requires_grad_(), torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
     y = function(x)
     names = [name for name, _ in moe.named_parameters()]
@@ -121,7 +121,7 @@ def test_one_expert_is_the_dense_layer():
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("favourites", [[2], [0, 3], [1, 2, 3]])
-def test_experts_without_tokens_get_zero_gradients_and_nothing_is_nan(kernel, favourites):
+def test_experts_without_tokens_get_zero_gradients_without_nan(kernel, favourites):
     moe = layer(kernel, top_k=len(favourites))
     moe.selection_bias[favourites] = 100.0
     x = torch.randn(1, 7, 16, generator=torch.Generator().manual_seed(2), requires_grad=True)
@@ -181,7 +181,7 @@ def test_no_split_of_the_batch_changes_a_gradient(options):
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for other in gradients[1:]:
         for name, expected in gradients[0].items():
-            if not name.endswith("key.bias"):  # zero but for rounding: softmax does not see it
+            if not name.endswith("key.bias"):  # zero but for rounding: softmax is invariant to it
                 error = (other[name] - expected).norm() / expected.norm()
                 assert error < 1e-6, name
 
@@ -193,7 +193,7 @@ def test_the_selection_bias_moves_towards_idle_experts_and_the_load_is_remembere
     torch.testing.assert_close(moe.load, torch.tensor([10.0, 2.0, 4.0, 0.0]) / 16)
 
 
-def test_layers_of_two_kinds_each_take_their_own_counts():
+def test_layers_with_different_configs_use_their_own_counts():
     kinds = [{"n_experts": 4, "bias_rate": 0.01}, {"n_experts": 3, "balance": "switch"}]
     blocks = [BlockConfig.model_validate({"ffn": {"type": "moe", "hidden": 8} | kind}) for kind in kinds]
     sizes = {"n_layer": 4, "n_head": 2, "n_embd": 8, "n_positions": 8, "vocab_size": 16}
@@ -220,7 +220,7 @@ def test_bias_balancing_evens_out_a_skewed_router():
     assert loads[-1] < 0.3
 
 
-def test_the_switch_loss_is_that_of_the_paper_with_the_last_steps_fractions():
+def test_the_switch_loss_is_the_papers_with_the_previous_updates_fractions():
     moe = layer(balance="switch", switch_weight=1.0, z_loss_weight=0.0)
     moe.load[:] = torch.tensor([0.7, 0.1, 0.1, 0.1])
     x = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(1))
@@ -228,7 +228,7 @@ def test_the_switch_loss_is_that_of_the_paper_with_the_last_steps_fractions():
     torch.testing.assert_close(moe(x, Context(6))[1].aux_loss, 4 * (moe.load * mean_probability).sum())
 
 
-def test_the_z_loss_is_that_of_the_paper():
+def test_the_z_loss_is_the_papers():
     moe = layer(balance="none", z_loss_weight=0.5)
     x = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(1))
     expected = (x[0] @ moe.router.weight.T).exp().sum(dim=1).log().square().mean()
@@ -264,15 +264,16 @@ def test_capacity_keeps_the_first_tokens_and_counts_what_it_drops():
     x = torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(2))
     y, routing = moe(x, Context(12, torch.tensor([7]), is_training=True))
     assert routing.count_E.tolist() == [12, 0]
-    assert routing.n_dropped == 9  # room for half of six
+    assert routing.n_dropped == 9  # capacity is half of six
     whole, none = moe(x, Context(12))
     assert none.n_dropped == 0  # evaluation drops nothing
     torch.testing.assert_close(y[0, :3], whole[0, :3])
     assert not y[0, 3:].any()
 
 
-def test_capacity_sees_nothing_of_the_future():
-    model, x = model_of({"capacity_factor": 0.6}), some_tokens(2)
+def test_capacity_is_causal():
+    # The reference computes every row with every expert: its rounding does not depend on the number of rows.
+    model, x = model_of({"capacity_factor": 0.6}, "reference"), some_tokens(2)
     other = x.clone()
     other[1, 4:] = 63 - other[1, 4:]
     found = []
@@ -287,7 +288,7 @@ def test_capacity_sees_nothing_of_the_future():
     assert not torch.equal(found[0][1, 4:], found[1][1, 4:])
 
 
-def test_jitter_is_drawn_for_each_sample_token_channel_layer_and_step_and_never_in_evaluation():
+def test_jitter_differs_by_sample_token_channel_layer_and_step_and_is_off_in_evaluation():
     key_B = torch.tensor([5, 6, 5 + (1 << 40)])
     noise = uniform_from_keys(key_B, 50, 16)
     assert noise.min() >= 0 and noise.max() < 1
@@ -307,7 +308,7 @@ def test_jitter_is_drawn_for_each_sample_token_channel_layer_and_step_and_never_
     assert not torch.equal(moe(x, Context(200, key_B[:1], is_training=True))[0], plain(x, Context(200))[0])
 
 
-def test_recomputation_counts_no_token_twice_and_draws_the_same_noise():
+def test_activation_checkpointing_counts_no_token_twice_and_draws_the_same_noise():
     found = []
     for recompute in (False, True):
         model, x = model_of({"jitter": 0.2, "balance": "both"}), some_tokens()
@@ -333,7 +334,7 @@ def test_a_block_compiles_without_a_graph_break_and_computes_the_same(ffn, kerne
     counters.clear()
     for block in model.blocks:
         block.compile(backend="aot_eager", fullgraph=True)
-    for seed in (3, 4, 5):  # with other row counts
+    for seed in (3, 4, 5):  # with different numbers of rows per expert
         x = torch.randint(0, 64, (4, 8), generator=torch.Generator().manual_seed(seed))
         found = []
         for each in (model, plain):
@@ -357,12 +358,12 @@ def test_an_evaluation_has_no_auxiliary_terms():
 
 
 @pytest.mark.parametrize("ffn", [{}, {"n_experts": 16, "top_k": 4, "n_shared": 2, "gated": True}], ids=str)
-def test_flops_are_those_that_pytorch_counts(ffn):
-    """All but attention, whose causal half PyTorch counts whole, and the head, which is computed twice."""
+def test_flops_equal_those_that_pytorch_counts(ffn):
+    """Compare all but attention (PyTorch counts the masked half too) and the head (computed twice)."""
     model, x = model_of(ffn, n_embd=32, tie_head=False, bias=False), some_tokens()
 
     def product(*shapes, out_shape, **_):  # noqa: ARG001 (PyTorch's signature)
-        (n_rows, width), other = shapes[:2]  # R rows with a matrix each, or with R others
+        (n_rows, width), other = shapes[:2]  # R rows times matrices, or times R other rows
         return 2 * n_rows * width * other[-1]
 
     ops = torch.ops.training_kernels_experts
@@ -371,14 +372,14 @@ def test_flops_are_those_that_pytorch_counts(ffn):
         loss.backward()
     counted = counter.get_flop_counts()
     inside = sum(sum(counted[f"GPT.blocks.{i}.ffn"].values()) for i in range(2))
-    section = model.blocks[0].ffn.config
-    matrices = 3 if section.gated else 2
-    active = (section.top_k + section.n_shared) * matrices * section.hidden * 32 + 32 * section.n_experts
+    config = model.blocks[0].ffn.config
+    matrices = 3 if config.gated else 2
+    active = (config.top_k + config.n_shared) * matrices * config.hidden * 32 + 32 * config.n_experts
     assert inside == 2 * 6 * active * x.numel()
     assert model_stats(model.config).flops_per_token == 6 * 2 * (active + 4 * 32 * 32 + 8 * 32 * 2) + 6 * 32 * 64
 
 
-def test_parameters_that_a_token_uses_are_counted():
+def test_active_parameters_are_counted():
     model = model_of({"n_experts": 8, "top_k": 2, "n_shared": 1}, bias=False)
     stats = model_stats(model.config)
     total, active = stats.n_parameters, stats.n_active_parameters
@@ -386,7 +387,7 @@ def test_parameters_that_a_token_uses_are_counted():
     assert total - active == 2 * 6 * 2 * 32 * 16
 
 
-def test_what_routers_do_is_described_by_layer_and_in_all():
+def test_routing_metrics_are_by_layer_and_over_all_layers():
     layers = {
         "expert_count": [[4.0, 4.0, 4.0, 4.0], [16.0, 0.0, 0.0, 0.0]],
         "dropped": [[0.0], [8.0]],
@@ -408,6 +409,6 @@ def test_what_routers_do_is_described_by_layer_and_in_all():
     }
 
 
-def test_an_expert_starves_below_a_hundredth_or_a_tenth_of_its_share():
+def test_an_expert_is_dead_below_one_percent_or_a_tenth_of_its_even_share():
     assert dead_expert_threshold(4) == dead_expert_threshold(8) == 0.01
     assert dead_expert_threshold(64) == pytest.approx(0.1 / 64)

@@ -80,7 +80,7 @@ def test_no_good_checkpoint_is_pruned_while_steps_are_not_finite(config, tmp_pat
         "eval": {"every": None, "tokens": 64},
     }
     folder = tmp_path / "runs/small/checkpoints"
-    with pytest.raises(UserError, match=rf"another --name that begins with --resume {folder}/step-N$"):
+    with pytest.raises(UserError, match=rf"another --name that starts from --resume {folder}/step-N$"):
         train(config(steps=40, **often))
     saved = checkpoint.list_checkpoints(folder)
     assert [step for step, _ in saved] == [6, 7]
@@ -90,16 +90,16 @@ def test_no_good_checkpoint_is_pruned_while_steps_are_not_finite(config, tmp_pat
 def test_a_stopped_run_says_how_to_resume(config, capsys, at_step):
     at_step.send(3, signal.SIGTERM)
     assert train(config(), resume="never") == 128 + signal.SIGTERM
-    assert capsys.readouterr().out.endswith("saved after step 3; the same command without --resume goes on\n")
+    assert capsys.readouterr().out.endswith("saved after step 3; the same command without --resume resumes it\n")
     assert train(config()) == 0
-    assert "goes on     after step 3" in capsys.readouterr().out
+    assert "resuming from step 3" in capsys.readouterr().out
 
 
 def test_a_restart_by_torchrun_resumes(monkeypatch):
-    assert train_module.resumed("never") == "never"
+    assert train_module.resolve_resume("never") == "never"
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert train_module.resumed("never") == "auto"
-    assert train_module.resumed("runs/other") == "runs/other"
+    assert train_module.resolve_resume("never") == "auto"
+    assert train_module.resolve_resume("runs/other") == "runs/other"
 
 
 def test_the_names_of_new_folders_are_durable(config, monkeypatch):
@@ -186,7 +186,7 @@ def test_a_folder_that_cannot_be_changed_is_an_error_of_one_line(finished, call,
 def test_wrong_values_of_resume_and_name_are_errors_of_one_line(capsys, options, tmp_path):
     path = write_config(tmp_path / "one.yaml", options())
     assert train_module.main(["--config", str(path), "--resume", ""]) == 2
-    assert capsys.readouterr().err == "error: --resume: '' is neither auto, never nor a path\n"
+    assert capsys.readouterr().err == "error: --resume: '' is empty; use auto, never or a path\n"
     assert train_module.main(["--config", str(path), "--name", "x" * 300]) == 2
     assert capsys.readouterr().err.endswith("File name too long; choose another --name\n")
 
@@ -258,7 +258,9 @@ def test_a_report_of_incomplete_rows_is_one_line(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": 1e999, "tokens": "x"}\n')
     update_report(tmp_path)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{tmp_path}: its files are not what a run writes") and line.endswith("is not renewed")
+    assert line.startswith(f"{tmp_path}: its files are not what a run writes") and line.endswith(
+        "the report is not updated"
+    )
 
 
 def test_a_line_longer_than_any_document_is_an_error(tmp_path, monkeypatch):

@@ -97,7 +97,7 @@ def test_a_finished_run_started_again_says_so_and_changes_nothing(run, finished,
     before, times = tensors(folder, 8), rows(folder)
     run()
     assert tensors(folder, 8) == before and rows(folder) == times
-    assert "after step 8" in capsys.readouterr().out
+    assert "resuming from step 8" in capsys.readouterr().out
 
 
 def test_other_options_in_a_used_folder_are_an_error_that_lists_them(finished, config):
@@ -141,7 +141,7 @@ def test_changed_data_is_an_error(options, tmp_path):
     config = Config.model_validate(options(data=data | {"val_fraction": 0.3}))
     train(config)
     (text / "0.txt").write_text("something else " * 40)
-    with pytest.raises(UserError, match="data: the text or the tokenizer is not what it was"):
+    with pytest.raises(UserError, match="data: the text or the tokenizer has changed"):
         train(config)
 
 

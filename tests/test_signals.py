@@ -96,7 +96,7 @@ def test_a_signal_saves_after_the_step_and_the_run_resumes(
     folder = stopped.run_dir
     last = rows(folder)[-1]["step"]
     assert checkpoint.latest(folder / "checkpoints", pytest.fail).name == f"step-{last:08d}"
-    message = f"stopped by {number.name}, saved after step {last}; the same command goes on\n"
+    message = f"stopped by {number.name}, saved after step {last}; the same command resumes it\n"
     assert (status, capsys.readouterr().out.endswith(message)) == (128 + number, True)
     assert train(stopped) == 0
     assert rows(folder) == rows(through)
@@ -220,7 +220,7 @@ def test_a_signal_to_torchrun_stops_all_ranks_at_one_step_and_the_run_resumes(op
         output, _ = process.communicate(timeout=60)
         step, newest = checkpoint.list_checkpoints(folder / "checkpoints")[-1]
         assert checkpoint.corruption(newest) is None
-        assert f"stopped by {number.name}, saved after step {step}; the same command goes on" in output
+        assert f"stopped by {number.name}, saved after step {step}; the same command resumes it" in output
         assert before < rows(folder)[-1]["step"] == step < alike["steps"]
     run(name="two", **alike)
     through = run(name="through", **alike)

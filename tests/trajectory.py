@@ -10,6 +10,7 @@ THREADS="1,2" sets the number of threads of each rank.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import itertools
 import json
 import os
@@ -178,10 +179,10 @@ def main_that_hangs(arguments: list[str]) -> int:
 def main_with_a_signal(arguments: list[str]) -> int:
     """Train like the command, but send SIGNAL to this process AT a place of its start."""
     from training import checkpoint, engine
-    from training.engine import build
     from training.logging.jsonl import JSONLSink
     from training.train import main as train_command
 
+    build = importlib.import_module("training.engine.build")  # the package's `build` is the function
     places = {
         "read": (checkpoint, "read_tensors"),
         "prepare folder": (build, "prepare_run_dir"),
@@ -202,9 +203,9 @@ def main_with_a_signal(arguments: list[str]) -> int:
 def main_with_limited_memory(arguments: list[str]) -> int:
     """Train like the command, but limit the memory to what is in use, at LIMIT_AT: "load" or "step 3"."""
     from training import engine
-    from training.engine import build
     from training.train import main as train_command
 
+    build = importlib.import_module("training.engine.build")  # the package's `build` is the function
     load_tensors, train_step = build.load_tensors, engine.train_step
 
     def limit() -> None:

@@ -112,10 +112,13 @@ class Server:
         self.process: subprocess.Popen | None = None
         self.stores: list[object] = []
 
-    def start(self, target: str, *arguments: str, n_ranks: int = 1, env: dict[str, str] | None = None) -> Launch:
+    def start(
+        self, target: str, *arguments: str, n_ranks: int = 1, env: dict[str, str | None] | None = None, stdout: str = ""
+    ) -> Launch:
         """Call `target` on every rank: "module:function" with the list of arguments, or the path of a script.
 
-        The function's result is the exit status.
+        The function's result is the exit status. A variable in `env` that is None is removed. `stdout` is a file or
+        terminal to write to, instead of `out-RANK`.
         """
         if self.process is None:
             self.process = subprocess.Popen(
@@ -130,11 +133,12 @@ class Server:
         folder.mkdir()
         variables = (self._meeting_point(n_ranks) if n_ranks > 1 else {}) | (env or {})
         request = {"folder": str(folder), "target": target, "arguments": list(arguments), "n_ranks": n_ranks}
+        request["stdout"] = stdout
         self.process.stdin.write(json.dumps(request | {"env": variables}).encode() + b"\n")
         self.process.stdin.flush()
         return Launch(folder, n_ranks, self.process)
 
-    def run(self, target: str, *arguments: str, n_ranks: int = 1, env: dict[str, str] | None = None) -> Ended:
+    def run(self, target: str, *arguments: str, n_ranks: int = 1, env: dict[str, str | None] | None = None) -> Ended:
         """`start` and wait."""
         return self.start(target, *arguments, n_ranks=n_ranks, env=env).wait()
 
@@ -190,13 +194,17 @@ def serve() -> int:
 
 def work(request: dict, rank: int) -> int:
     """Be one rank of the request."""
-    os.environ |= request["env"]
+    os.environ |= {name: value for name, value in request["env"].items() if value is not None}
+    for name in (name for name, value in request["env"].items() if value is None):
+        os.environ.pop(name, None)
     if request["n_ranks"] > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for fd, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(Path(request["folder"], f"{name}-{rank}"), flags), fd)
+    for fd, path in ((1, request["stdout"] or f"out-{rank}"), (2, f"err-{rank}")):
+        os.dup2(os.open(Path(request["folder"], path), flags), fd)
+    # Buffered as the new files and terminals are; line by line on a terminal.
+    sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering, closefd=False) for fd, buffering in ((1, -1), (2, 1)))
     module, _, function = request["target"].partition(":")
     sys.argv = [module, *request["arguments"]]
     try:

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 def evaluate(args: argparse.Namespace) -> str:
     """Return the figures over all of the text, whatever `eval.tokens` says, in one line."""
     from training.data import Samples, prepare
-    from training.data.in_memory import read_split
+    from training.data.dataset import read_split
     from training.distributed.world import World
     from training.engine.evaluate import validation_loss
     from training.engine.load_run import load_model

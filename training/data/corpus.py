@@ -8,11 +8,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 from training.config import DataConfig
-from training.data import tokenizer_choice
 from training.data.chunks import Chunk
 from training.data.file_hashes import FileHashes
 from training.data.shards import FORMAT_VERSION
 from training.data.sources import FilesReader, Reader, build_reader
+from training.data.tokenizer import tokenizer_identity
 from training.errors import UserError
 
 
@@ -43,7 +43,7 @@ class Corpus:
             "val_sources": [reader.identity(hashes) for reader in self.val_readers],
             "val_fraction": None if self.val_readers else self.config.val_fraction,
             "weighted": bool(self.weights),
-            "tokenizer": tokenizer_choice.tokenizer_identity(self.config.tokenizer, hashes),
+            "tokenizer": tokenizer_identity(self.config.tokenizer, hashes),
         }
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 

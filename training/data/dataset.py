@@ -18,17 +18,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 
-from training.config import DataConfig
-from training.data import shards, tokenizer_choice
+from training.config import DataConfig, FilesSource
+from training.data import shards
 from training.data.chunks import Chunk
-from training.data.corpus import Corpus
+from training.data.corpus import Corpus, split_documents
 from training.data.file_hashes import FileHashes
 from training.data.progress import progress
-from training.data.shards import Manifest, Split, StreamRecord, StreamWriter
-from training.data.sources import no_text_error
-from training.data.tokenizer import Tokenizer
+from training.data.shards import Manifest, Split, Stream, StreamRecord, StreamWriter
+from training.data.sources import build_reader, no_text_error
+from training.data.tokenizer import Tokenizer, build_tokenizer
 from training.data.workers import encode_chunks
 from training.errors import UserError
 from training.files import fsync_path
@@ -116,7 +117,7 @@ def write_dataset(corpus: Corpus, folder: Path, key: str, quiet: bool) -> None:
     """Write the tokenizer, the streams and at last the manifest, and flush all to disk."""
     with progress("making the tokenizer", quiet=quiet) as advance:
         texts = count_bytes(corpus.training_text(), advance)
-        tokenizer = tokenizer_choice.build_tokenizer(corpus.config.tokenizer, texts)
+        tokenizer = build_tokenizer(corpus.config.tokenizer, texts)
     tokenizer.save(folder / "tokenizer")
     streams = [("train", i) for i in range(corpus.n_streams)] + [("val", 0)]
     with ExitStack() as stack, progress("tokenizing", quiet=quiet) as advance:
@@ -215,3 +216,26 @@ def open_dataset(folder: Path, weights: Sequence[float], hashes: FileHashes, is_
         "seconds": time.perf_counter() - start,
     }
     return Dataset(tokenizer, train, val, hashlib.sha256(" ".join(parts).encode()).hexdigest(), report)
+
+
+def read_split(paths: Sequence[str], text_column: str, tokenizer: Tokenizer) -> Split:
+    """Tokenize files into memory as one stream, without a cache: to evaluate on a text.
+
+    Raises UserError if they cannot be read or hold no text.
+    """
+    arrays, starts, n_tokens, n_bytes = [], [], 0, 0
+    reader = build_reader(FilesSource(paths=tuple(paths), text_column=text_column))
+    for chunk in split_documents(reader, 0, 1.0):
+        if chunk.starts_document and not chunk.text.strip():
+            continue
+        ids = tokenizer.encode(chunk.text)
+        if chunk.starts_document:
+            starts.append(n_tokens)
+            ids = np.concatenate([[tokenizer.end_of_text], ids])
+        arrays.append(ids.astype(tokenizer.dtype))
+        n_tokens += len(ids)
+        n_bytes += len(chunk.text.encode())
+    if not starts:
+        raise UserError(f"{', '.join(paths)}: no text in there")
+    stream = Stream(Path(paths[0]), np.concatenate(arrays), np.array(starts, np.uint64))
+    return Split("val", (stream,), None, tokenizer.vocab_size, len(starts), n_tokens, n_bytes)

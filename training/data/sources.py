@@ -11,16 +11,7 @@ from typing import Any, Protocol
 from training.config import FilesSource, HuggingFaceSource, Section, StdlibSource
 from training.data.chunks import Document, to_document
 from training.data.file_hashes import FileHashes
-from training.data.text_files import (
-    FORMATS,
-    SKIPPED_FOLDERS,
-    find_files,
-    format_of,
-    read_documents,
-    read_text,
-    to_text,
-    walk,
-)
+from training.data.text_files import SKIPPED_FOLDERS, find_files, format_of, is_text_file, read_documents, to_text, walk
 from training.errors import UserError, library_error
 
 
@@ -80,7 +71,7 @@ class FilesReader:
     def single_text_file(self) -> Path | None:
         """The file, if this source is a single text file, and so a single document."""
         first = next(iter(self.paths))
-        return first if len(self.paths) == 1 and FORMATS[format_of(first)] is read_text else None
+        return first if len(self.paths) == 1 and is_text_file(first) else None
 
     def identity(self, hashes: FileHashes) -> Any:
         return [self.column, [(format_of(path), hashes.sha256(path)) for path in self.paths]]
@@ -117,7 +108,10 @@ class HuggingFaceReader:
         options = self.config.model_dump(exclude={"name", "weight", "streaming"})
         if not self.folder.is_dir():
             return [self.config.name, options]
-        return [options, [(p.relative_to(self.folder).as_posix(), hashes.sha256(p)) for p in walk(self.folder)]]
+        return [
+            options,
+            [(p.relative_to(self.folder).as_posix(), hashes.sha256(p)) for p in walk(self.folder)],
+        ]
 
     def documents(self) -> Iterator[Document]:
         name, column, row = self.config.name, self.config.text_column, 0

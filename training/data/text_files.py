@@ -180,3 +180,8 @@ EXTENSIONS = ", ".join(FORMATS) + " (each but .parquet also with " + ", ".join(f
 def read_documents(path: Path, column: str) -> Iterator[Document]:
     """Return the documents of a file in one of FORMATS."""
     return FORMATS[format_of(path)](path, column)
+
+
+def is_text_file(path: Path) -> bool:
+    """Return True if the file is one document, not rows of documents."""
+    return FORMATS.get(format_of(path)) is read_text

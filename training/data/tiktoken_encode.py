@@ -21,9 +21,8 @@ from training.data.byte_unicode import unicode_to_bytes
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 BYTE_OF = unicode_to_bytes()
-UNSUPPORTED = {
-    *("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges", "byte_fallback", "unk_token")
-}
+AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix", "unk_token")
+SWITCHES = ("dropout", "ignore_merges", "byte_fallback")
 
 Encoder = Callable[[str], np.ndarray]  # text to token ids
 
@@ -51,7 +50,7 @@ def _is_plain(spec: dict[str, Any]) -> bool:
     model, pre_tokenizer = spec["model"], spec["pre_tokenizer"] or {}
     return (
         model["type"] == "BPE"
-        and not any(model.get(name) for name in UNSUPPORTED)
+        and not any(model.get(name) for name in AFFIXES + SWITCHES)
         and spec["normalizer"] is None
         and pre_tokenizer.get("type") == "ByteLevel"
         and pre_tokenizer["use_regex"]

@@ -1,6 +1,7 @@
 """Muon on sharded or replicated parameters: each matrix is gathered on one rank, processed there once, and sent back.
 
-All rows of one call travel in one all-to-all to the owners of the matrices and one back. X matrices of M x N; P ranks.
+All rows of one call travel in one all-to-all to the owners of the matrices and in one back.
+X matrices of M x N; R rows; P ranks.
 """
 
 from __future__ import annotations
@@ -20,21 +21,20 @@ class RowBlock(NamedTuple):
     matrix: int  # index of the matrix within the call
     rank: int
     rows: range  # of the matrix
-    parameter: int  # index of the parameter within the call
-    offset: int  # of the first row in the rank's tensor, viewed as (rows, N)
+    start: int  # of these rows among all rows that the rank holds
 
 
 class Transfer(NamedTuple):
     """The rows that this rank sends, or receives, in one all-to-all."""
 
-    blocks: list[RowBlock]  # ordered by peer
+    index_R: Tensor  # of each row in the tensor that it is read from or written to; ordered by peer
     rows_P: list[int]  # number of rows for each peer
 
 
 class Schedule(NamedTuple):
     """The two all-to-alls of one call, as this rank takes part in them."""
 
-    index_of_owned: dict[int, int]  # matrix -> its index among those that this rank owns
+    n_owned: int  # matrices of this rank
     send: Transfer  # rows to the owners
     receive: Transfer
     send_back: Transfer  # results to every rank that holds the rows
@@ -68,70 +68,65 @@ class MatrixGather:
         key = tuple(map(id, parameters))
         if key not in self._schedules:
             self._schedules[key] = self._schedule(parameters)
-        schedule, (n_rows, width) = self._schedules[key], self.shapes[parameters[0]][-2:]
-        index = schedule.index_of_owned
+        n_owned, send, receive, send_back, receive_back = self._schedules[key]
+        shape = n_owned, *self.shapes[parameters[0]][-2:]
 
-        flat = [tensor.reshape(-1, width) for tensor in tensors]
-        sent = [_slice(flat[block.parameter], block.offset, block) for block in schedule.send.blocks]
-        full_XMN = flat[0].new_empty(len(index), n_rows, width)
-        for block, rows in _exchange(sent, schedule.send, schedule.receive, flat[0]):
-            _slice(full_XMN[index[block.matrix]], block.rows.start, block).copy_(rows)
-
-        result_XMN = function(full_XMN)  # also where X is 0: it decides the dtype that all ranks exchange
-        sent = [_slice(result_XMN[index[b.matrix]], b.rows.start, b) for b in schedule.send_back.blocks]
-        results = [result_XMN.new_empty(rows.shape) for rows in flat]
-        like = result_XMN[:0].reshape(-1, width)
-        for block, rows in _exchange(sent, schedule.send_back, schedule.receive_back, like):
-            _slice(results[block.parameter], block.offset, block).copy_(rows)
+        flat = [tensor.reshape(-1, shape[-1]) for tensor in tensors]
+        received_RN = all_to_all_rows(torch.cat(flat)[send.index_R], send.rows_P, receive.rows_P)
+        full_XMN = received_RN.new_empty(shape)
+        full_XMN.view(-1, shape[-1])[receive.index_R] = received_RN
+        result_RN = function(full_XMN).reshape(-1, shape[-1])  # also where X is 0: all ranks exchange its dtype
+        received_RN = all_to_all_rows(result_RN[send_back.index_R], send_back.rows_P, receive_back.rows_P)
+        results_RN = torch.empty_like(received_RN)
+        results_RN[receive_back.index_R] = received_RN
+        results = results_RN.split([len(rows) for rows in flat])
         return [result.view_as(tensor) for result, tensor in zip(results, tensors, strict=True)]
 
     def _schedule(self, parameters: list[nn.Parameter]) -> Schedule:
         """Assign each matrix to an owner, in turn among the ranks that hold rows of it, and list the transfers."""
-        me, blocks = self.world.rank, list(self._row_blocks(parameters))
+        me, n_rows, blocks = self.world.rank, self.shapes[parameters[0]][-2], list(self._row_blocks(parameters))
         by_matrix: dict[int, list[RowBlock]] = {}
         for block in blocks:
             by_matrix.setdefault(block.matrix, []).append(block)
         owner = {matrix: holders[matrix % len(holders)].rank for matrix, holders in by_matrix.items()}
+        owned = {matrix: n for n, matrix in enumerate(matrix for matrix in by_matrix if owner[matrix] == me)}
         # Within the owner's group of shards each row exists once; the other replicas need not send theirs.
         needed = [block for block in blocks if block.rank // self.n_shards == owner[block.matrix] // self.n_shards]
 
         def as_holder(candidates: list[RowBlock]) -> Transfer:
-            return self._transfer((owner[block.matrix], block) for block in candidates if block.rank == me)
+            mine = [block for block in candidates if block.rank == me]
+            return self._transfer((owner[block.matrix], block.start, len(block.rows)) for block in mine)
 
         def as_owner(candidates: list[RowBlock]) -> Transfer:
-            return self._transfer((block.rank, block) for block in candidates if owner[block.matrix] == me)
+            mine = [block for block in candidates if block.matrix in owned]
+            starts = (owned[block.matrix] * n_rows + block.rows.start for block in mine)
+            return self._transfer(
+                (block.rank, start, len(block.rows)) for block, start in zip(mine, starts, strict=True)
+            )
 
-        owned = [matrix for matrix in by_matrix if owner[matrix] == me]
-        index_of_owned = {matrix: index for index, matrix in enumerate(owned)}
-        return Schedule(index_of_owned, as_holder(needed), as_owner(needed), as_owner(blocks), as_holder(blocks))
+        return Schedule(len(owned), as_holder(needed), as_owner(needed), as_owner(blocks), as_holder(blocks))
 
-    def _transfer(self, blocks_by_peer: Iterable[tuple[int, RowBlock]]) -> Transfer:
-        pairs, rows_P = sorted(blocks_by_peer, key=lambda pair: pair[0]), [0] * self.world.size
-        for peer, block in pairs:
-            rows_P[peer] += len(block.rows)
-        return Transfer([block for _, block in pairs], rows_P)
+    def _transfer(self, spans: Iterable[tuple[int, int, int]]) -> Transfer:
+        """`spans` are (peer, first row, number of rows)."""
+        index_R, rows_P = [], [0] * self.world.size
+        for peer, start, n_rows in sorted(spans, key=lambda span: span[0]):
+            index_R += range(start, start + n_rows)
+            rows_P[peer] += n_rows
+        return Transfer(torch.tensor(index_R, dtype=torch.int64, device=self.world.device), rows_P)
 
     def _row_blocks(self, parameters: list[nn.Parameter]) -> Iterator[RowBlock]:
         """Yield the blocks of all ranks, matrix by matrix. A parameter is a matrix (M, N) or a stack (E, M, N)."""
-        matrix = 0
-        for number, parameter in enumerate(parameters):
-            shape, held = self.shapes[parameter], list(enumerate(self.rows_of_rank[parameter]))
+        matrix, n_held = 0, [0] * self.world.size
+        for shape, held in ((self.shapes[parameter], self.rows_of_rank[parameter]) for parameter in parameters):
             if len(shape) == 2:
-                yield from (RowBlock(matrix, rank, rows, number, 0) for rank, rows in held if rows)
+                yield from (RowBlock(matrix, rank, rows, n_held[rank]) for rank, rows in enumerate(held) if rows)
                 matrix += 1
-                continue
-            for index in range(shape[0]):
-                for rank, stack in held:
+            for index in range(shape[0]) if len(shape) == 3 else ():
+                for rank, stack in enumerate(held):
                     if index in stack:
-                        yield RowBlock(matrix, rank, range(shape[1]), number, (index - stack.start) * shape[1])
+                        start = n_held[rank] + (index - stack.start) * shape[1]
+                        yield RowBlock(matrix, rank, range(shape[1]), start)
                 matrix += 1
-
-
-def _slice(tensor: Tensor, start: int, block: RowBlock) -> Tensor:
-    return tensor[start : start + len(block.rows)]
-
-
-def _exchange(tensors: list[Tensor], send: Transfer, receive: Transfer, like: Tensor) -> Iterator[tuple]:
-    """Send `tensors`, the rows of each block; return the received blocks and their rows, with the dtype of `like`."""
-    received = all_to_all_rows(torch.cat([like[:0], *tensors]), send.rows_P, receive.rows_P)
-    return zip(receive.blocks, received.split([len(block.rows) for block in receive.blocks]), strict=True)
+            n_held = [
+                n + len(rows) * (shape[1] if len(shape) == 3 else 1) for n, rows in zip(n_held, held, strict=True)
+            ]

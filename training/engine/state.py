@@ -68,7 +68,8 @@ class TrainState:
         """
         values = {name: content[key] for name in TYPES if (key := JSON_KEYS.get(name, name)) in content}
         is_complete = TYPES.keys() - OPTIONAL <= values.keys()
-        if not is_complete or not all(isinstance(value, TYPES[name]) for name, value in values.items()):
+        is_valid = is_complete and all(isinstance(value, TYPES[name]) for name, value in values.items())
+        if not is_valid or not all(isinstance(sums, dict) for sums in values.get("phases", {}).values()):
             raise UserError(f"{path}: not the state of a run; start over with --resume never")
         guard = StepGuard(spike_limit)
         try:

@@ -13,6 +13,7 @@ from torch import Tensor
 from training import device as devices
 from training.config import Config
 from training.distributed.world import World
+from training.logging.metrics import METRICS
 from training.logging.phase_timer import PhaseTimer
 from training.logging.sinks import Sink
 from training.optim.schedule import lr_factor
@@ -39,7 +40,10 @@ class RunLog:
         self._clock = time.perf_counter()
 
     def add(self, step: int, metrics: dict[str, Tensor], n_targets: int, n_skipped: int) -> None:
-        """Keep the summed metrics of an update on the device, "grad_norm" among them; `step` counts from 1."""
+        """Keep the metrics of an update on the device; `step` counts from 1.
+
+        A metric under a key of METRICS goes to the row as it is; `step_metrics` makes the row's values of the others.
+        """
         self.timer.finish_startup()
         self._pending.append((step, metrics, n_targets, n_skipped))
 
@@ -74,7 +78,7 @@ class RunLog:
 
     def _row(self, step: int, values: dict[str, list[float]], n_targets: int, n_skipped: int, step_s: float) -> dict:
         config = self.config
-        (grad_norm,) = values.pop("grad_norm")
+        by_key = {metric.key: values.pop(metric.key)[0] for metric in METRICS if metric.key in values}
         tokens_per_s = config.batch_tokens / step_s
         peak = devices.peak_flops(self.world.device, config.precision)
         self.time_s += step_s
@@ -82,7 +86,7 @@ class RunLog:
             "step": step,
             **self.step_metrics(values, n_targets),
             "learning_rate": config.optim.learning_rate * lr_factor(config.schedule, step - 1, config.steps),
-            "grad_norm": grad_norm,
+            **by_key,
             "skipped_steps": n_skipped,
             "tokens": step * config.batch_tokens,
             "tokens_per_s": tokens_per_s,

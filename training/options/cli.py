@@ -24,26 +24,9 @@ from ruamel.yaml.representer import SafeRepresenter
 
 from training.config import Config, Section
 from training.errors import UserError, exit_unless_first_local_rank
-from training.options.schema import (
-    closest,
-    explain_unknown,
-    find_option,
-    help_text,
-    is_list,
-    json_schema,
-    sections_at,
-)
+from training.options.schema import closest, explain_unknown, find_option, help_text, is_list, json_schema, sections_at
 from training.options.validate import validate
-from training.options.yaml import (
-    ConfigErrors,
-    Node,
-    OptionPath,
-    Problem,
-    read_file,
-    read_flag_value,
-    to_dotted,
-    to_printable,
-)
+from training.options.yaml import ConfigErrors, Node, Problem, read_file, read_flag_value, to_dotted, to_printable
 
 
 class Parser(argparse.ArgumentParser):
@@ -102,14 +85,14 @@ _Representer.add_representer(str, _Representer.represent_str)
 # --- overrides -------------------------------------------------------------------------------------
 
 
-def _explain_unknown(option: OptionPath) -> str | None:
+def _explain_unknown(option: tuple[str, ...]) -> str | None:
     for n in range(1, len(option) + 1):
         if not find_option(option[:n]):
             return explain_unknown(option[:n], sections_at(option[: n - 1]), option[n:])
     return None
 
 
-def _override(root: Node, option: OptionPath, value: Node) -> str | None:
+def _override(root: Node, option: tuple[str, ...], value: Node) -> str | None:
     """Put a flag's value into the tree. Returns the problem if a list has no such entry."""
     node = root
     for depth, key in enumerate(option, start=1):
@@ -138,7 +121,7 @@ def _merged(old: Node | None, new: Node) -> Node:
     return old
 
 
-def _default(option: OptionPath, flag: str) -> Node:
+def _default(option: tuple[str, ...], flag: str) -> Node:
     """Return the default of a section or list in which a flag is the first to set something."""
     field = find_option(option)
     if not is_list(field.annotation):

@@ -7,24 +7,19 @@ what they say rests on values that the user gave.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from types import NoneType, UnionType
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from training.config import Config
-from training.options.schema import (
-    closest,
-    describe_expected,
-    explain_unknown,
-    is_list,
-    literals,
-    locate,
-    sections,
-    type_name,
-)
+from training.config import Config, Section
+from training.options.schema import closest, explain_unknown, is_list, literals, sections, type_name
 from training.options.yaml import MAX_PROBLEMS, Node, OptionPath, Problem, to_printable
+
+NOUNS = {bool: "true or false", int: "an integer", float: "a number", str: "text", NoneType: "null"}
+SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 def validate(root: Node) -> tuple[Config | None, list[Problem]]:
@@ -108,3 +103,48 @@ def _shown(value: Any, text: str | None) -> str:
     if isinstance(value, dict | list):
         return ("a section" if isinstance(value, dict) else "a list") if value else str(value)
     return "null" if value is None else to_printable(text or json.dumps(value), 60)
+
+
+class ErrorLocation(NamedTuple):
+    """The place of a pydantic error: the option, the section that it is in, and the values that it takes."""
+
+    path: OptionPath
+    section: type[Section]
+    annotation: Any
+    field: FieldInfo | None  # None for an entry of a list
+
+
+def locate(loc: OptionPath) -> ErrorLocation:
+    """Convert a pydantic location, which includes the variants of unions."""
+    here = ErrorLocation((), Config, Config, None)
+    for key in loc:
+        inside = sections(here.annotation)
+        if isinstance(key, int):
+            here = ErrorLocation((*here.path, key), here.section, get_args(here.annotation)[0], None)
+        elif len(inside) > 1:
+            here = here._replace(annotation=next(section for section in inside if type_name(section) == key))
+        elif inside:
+            field = inside[0].model_fields.get(key)
+            here = ErrorLocation((*here.path, key), inside[0], field and field.annotation, field)
+        # Else the key is a branch of a union of plain values.
+    return here
+
+
+def describe_expected(annotation: Any, limits: Iterable[Any] = ()) -> str:
+    """Describe the values of an option, such as `an integer >= 1 or null`."""
+    if get_origin(annotation) in (Union, UnionType) and not sections(annotation):
+        parts = get_args(annotation)
+        return " or ".join(describe_expected(part, () if part is NoneType else limits) for part in parts)
+    if get_origin(annotation) is Annotated:
+        annotation, *limits = get_args(annotation)
+    not_empty = any(hasattr(limit, "min_length") for limit in limits)
+    if is_list(annotation):
+        entries = "{...}, {...}" if sections(annotation) else "first, second"
+        return f"a list{' with an entry' * not_empty}: [{entries}]"
+    if sections(annotation):
+        return "a section: write its options indented below it" + ", or null" * (NoneType in get_args(annotation))
+    if words := literals(annotation):
+        return "one of " * (len(words) > 1) + ", ".join(words)
+    bounds = [f"{sign} {getattr(limit, at)}" for limit in limits for at, sign in SIGNS.items() if hasattr(limit, at)]
+    bounds += [f"matching {limit.pattern}" for limit in limits if getattr(limit, "pattern", None)]
+    return f"{NOUNS[annotation]} {' and '.join(bounds + ['that is not empty'] * not_empty)}".strip()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML, events
 from ruamel.yaml.error import MarkedYAMLError
@@ -77,6 +77,7 @@ class ConfigErrors(UserError):
     """All errors of a config, one line each in `lines`."""
 
     def __init__(self, problems: list[Problem]) -> None:
+        self.problems = problems
         self.lines = list(dict.fromkeys(map(str, problems)))
         super().__init__("\nerror: ".join(self.lines))  # commands print `error: <text>`
 
@@ -94,13 +95,11 @@ def to_printable(text: str, limit: int = 100) -> str:
 
 def read_file(path: str | Path) -> tuple[Node, list[Problem]]:
     """Parse a file. Raises ConfigErrors if it cannot be read, or is not a mapping."""
-    root, problems = _Parser(_read_text(path), str(path), has_lines=True).parse()
-    if root is None:
-        raise ConfigErrors(problems)
+    parser = _Parser(_read_text(path), str(path), has_lines=True)
+    root = parser.parse()
     if not isinstance(root.value, dict | None):
-        message = "not a mapping of options; write `option: value`, one a line"
-        raise ConfigErrors([Problem(str(path), 1, (), message)])
-    return Node(root.value or {}, str(path)), problems
+        raise parser.fatal(1, "not a mapping of options; write `option: value`, one a line")
+    return Node(root.value or {}, str(path)), parser.problems
 
 
 def _read_text(path: str | Path) -> str:
@@ -123,16 +122,16 @@ def _read_text(path: str | Path) -> str:
 
 def read_flag_value(text: str, flag: str) -> Node:
     """Parse the value of a flag. Its text is kept: a text option takes it as it is, even if it is not YAML."""
-    root, problems = _Parser(text, flag, has_lines=False).parse()
+    parser = _Parser(text, flag, has_lines=False)
+    try:
+        root, problems = parser.parse(), parser.problems
+    except ConfigErrors as error:
+        problems = error.problems
     if problems:
         return Node(text, flag, text=text, syntax_error=problems[0].message)
     # Unquoted text is taken as it is: YAML would end it at ` #` and join its lines.
     is_unquoted = isinstance(root.value, str) and root.text is not None
     return Node(text if is_unquoted else root.value, flag, text=text)
-
-
-class _Stop(Exception):
-    """The rest of the document is not worth parsing."""
 
 
 class _Parser:
@@ -145,34 +144,33 @@ class _Parser:
         self.events = (event for event in self.yaml.parse(text) if not isinstance(event, skipped))
         self.problems: list[Problem] = []
 
-    def parse(self) -> tuple[Node | None, list[Problem]]:
-        """Return the root, with the value None if there is none, and the problems; no root if parsing had to stop."""
+    def parse(self) -> Node:
+        """Return the root; its value is None if there is none. Raises ConfigErrors if the rest is not worth parsing."""
         try:
             start = next(self.events)
             if isinstance(start, events.StreamEndEvent):
-                return Node(None, self.origin), []
+                return Node(None, self.origin)
             if start.version or start.tags:
-                self.stop(start, "no % directives here: a config is YAML 1.2")
-            root = self.node(next(self.events), ())
+                raise self.fatal(_line(start), "no % directives here: a config is YAML 1.2")
+            first = next(self.events)
+            root = self.node(first, (), _line(first))
             if not isinstance(end := next(self.events), events.StreamEndEvent):
-                self.stop(end, "a second document; a config is one")
-            return root, self.problems
-        except _Stop:
-            pass
+                raise self.fatal(_line(end), "a second document; a config is one")
+            return root
         except ReaderError as error:
             line = self.text.count("\n", 0, error.position) + 1
-            self.reject((), line, f"character {error.character:#04x} is not allowed in YAML")
+            raise self.fatal(line, f"character {error.character:#04x} is not allowed in YAML") from None
         except MarkedYAMLError as error:
             problem = to_printable(error.problem or "unreadable")
             context = f" ({error.context})" if error.context else ""
             message = "a tab; indent with spaces" if "\\t" in problem else f"{problem}{context}"
-            self.reject((), (error.problem_mark or error.context_mark).line + 1, f"not YAML: {message}")
-        return None, self.problems
+            line = (error.problem_mark or error.context_mark).line + 1
+            raise self.fatal(line, f"not YAML: {message}") from None
 
-    def node(self, event: Any, path: OptionPath, line: int | None = None) -> Node:
+    def node(self, event: Any, path: OptionPath, line: int) -> Node:
         """Build the node that starts with `event`. An entry of a mapping has the line of its key."""
         if len(path) > MAX_DEPTH:
-            self.stop(event, f"nested more than {MAX_DEPTH} deep")
+            raise self.fatal(_line(event), f"nested more than {MAX_DEPTH} deep")
         self.check(event, path)
         text = event.value if isinstance(event, events.ScalarEvent) and event.implicit[0] else None
         if isinstance(event, events.MappingStartEvent):
@@ -180,21 +178,22 @@ class _Parser:
         elif isinstance(event, events.SequenceStartEvent):
             value = []
             while not isinstance(item := next(self.events), events.SequenceEndEvent):
-                value.append(self.node(item, (*path, len(value))))
+                value.append(self.node(item, (*path, len(value)), _line(item)))
         else:
             value = self.scalar(text) if text is not None else getattr(event, "value", None)
-        return Node(value, self.origin, self.line_of(line or event), text)
+        return Node(value, self.origin, line if self.has_lines else None, text)
 
     def mapping(self, path: OptionPath) -> dict[str, Node]:
         entries: dict[str, Node] = {}
         while not isinstance(event := next(self.events), events.MappingEndEvent):
             if not isinstance(event, events.ScalarEvent):
-                self.stop(event, "a key has to be a word")
+                raise self.fatal(_line(event), "a key has to be a word")
             self.check(event, path)
-            key, line = event.value, event.start_mark.line + 1
+            key = event.value
             if first := entries.get(key):
-                self.reject((*path, key), event, "given twice" + (f", first on line {first.line}" * bool(first.line)))
-            entries[key] = self.node(next(self.events), (*path, key), line)
+                repeated = f"given twice, first on line {first.line}" if first.line else "given twice"
+                self.reject((*path, key), _line(event), repeated)
+            entries[key] = self.node(next(self.events), (*path, key), _line(event))
         return entries
 
     def scalar(self, text: str) -> Any:
@@ -211,22 +210,19 @@ class _Parser:
         """Reject what options do not need and attacks use: to run code, or to grow without bounds."""
         if isinstance(event, events.AliasEvent):
             name = to_printable(event.anchor)
-            self.reject(path, event, f"no aliases here (*{name}): write the value out, or quote it")
+            self.reject(path, _line(event), f"no aliases here (*{name}): write the value out, or quote it")
         elif event.anchor or event.tag:
             kind, name = ("anchors", f"&{event.anchor}") if event.anchor else ("tags", str(event.tag))
-            self.reject(path, event, f"no {kind} here ({to_printable(name)}): remove it, or quote the value")
+            self.reject(path, _line(event), f"no {kind} here ({to_printable(name)}): remove it, or quote the value")
 
-    def reject(self, path: OptionPath, where: Any, message: str) -> None:
-        """Add a problem at a line, or at an event."""
-        self.problems.append(Problem(self.origin, self.line_of(where), path, message))
+    def reject(self, path: OptionPath, line: int, message: str) -> None:
+        self.problems.append(Problem(self.origin, line if self.has_lines else None, path, message))
         if len(self.problems) == MAX_PROBLEMS:
-            self.stop(where, "and so on; this is no config")
+            raise self.fatal(line, "and so on; this is no config")
 
-    def stop(self, where: Any, message: str) -> NoReturn:
-        """Add a last problem and stop parsing."""
-        self.problems.append(Problem(self.origin, self.line_of(where), (), message))
-        raise _Stop
+    def fatal(self, line: int, message: str) -> ConfigErrors:
+        return ConfigErrors([*self.problems, Problem(self.origin, line if self.has_lines else None, (), message)])
 
-    def line_of(self, where: Any) -> int | None:
-        line = where if isinstance(where, int) else where.start_mark.line + 1
-        return line if self.has_lines else None
+
+def _line(event: Any) -> int:
+    return event.start_mark.line + 1

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from training import device as devices
 from training.config import Config
-from training.data import tokenizer_choice
 from training.data.corpus import Corpus
 from training.data.file_hashes import FileHashes
 from training.data.shards import Manifest, read_manifest
+from training.data.tokenizer import build_tokenizer
 from training.errors import UserError
 from training.model.stats import ModelStats, model_stats
 from training.planning.batch_split import HEADROOM, equal_parts, max_samples_per_rank
@@ -120,7 +120,7 @@ def _vocab_size(config: Config, manifest: Manifest | None) -> int:
     if manifest is not None:
         size = manifest.vocab_size
     elif tokenizer.type in ("byte", "file"):
-        size = tokenizer_choice.build_tokenizer(tokenizer, ()).vocab_size
+        size = build_tokenizer(tokenizer, ()).vocab_size
     else:
         size = tokenizer.vocab_size if tokenizer.type == "bpe" else VOCAB_SIZES.get(tokenizer.name)
     if size is None:

@@ -7,7 +7,6 @@ flash-attn-4 4.0.0b27 and b36. The signature of the kernels is `interface.Attend
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -62,17 +61,8 @@ def flash4_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) 
     return _attend(flash_attn_func, flash_attn_varlen_func, None, q_BHTD, k_BGSD, v_BGSE, mask, scale, softcap)
 
 
-def _attend(
-    attend_samples: Callable[..., Tensor | tuple],
-    attend_packed: Callable[..., Tensor | tuple],
-    no_window: int | None,  # the package's value for an unlimited window
-    q_BHTD: Tensor,
-    k_BGSD: Tensor,
-    v_BGSE: Tensor,
-    mask: VarlenMask,
-    scale: float | None,
-    softcap: float | None,
-) -> Tensor:
+def _attend(attend_samples, attend_packed, no_window, q_BHTD, k_BGSD, v_BGSE, mask, scale, softcap) -> Tensor:
+    """Call one of a package's two functions. `no_window` is its value for an unlimited window."""
     q, k, v = (x.transpose(1, 2) for x in (q_BHTD, k_BGSD, v_BGSE))
     n_samples, n_tokens = q.shape[:2]
     options = {

@@ -47,15 +47,8 @@ def flex_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) ->
         return softcap * torch.tanh(score / softcap)
 
     attend = flex.flex_attention if torch.compiler.is_compiling() else _compiled()
-    return attend(
-        q_BHTD,
-        k_BGSD,
-        v_BGSE,
-        score_mod=None if softcap is None else soft_cap,
-        block_mask=mask,
-        scale=scale,
-        enable_gqa=q_BHTD.shape[1] != k_BGSD.shape[1],
-    )
+    options = {"score_mod": None if softcap is None else soft_cap, "block_mask": mask, "scale": scale}
+    return attend(q_BHTD, k_BGSD, v_BGSE, **options, enable_gqa=q_BHTD.shape[1] != k_BGSD.shape[1])
 
 
 @cache

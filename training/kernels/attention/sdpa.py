@@ -50,15 +50,8 @@ def sdpa_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) ->
         q_BGHD = q_BHTD.squeeze(2).unflatten(1, (-1, n_shared))
         y_BGHE = F.scaled_dot_product_attention(q_BGHD, k_BGSD, v_BGSE, attn_mask=mask, scale=scale)
         return y_BGHE.flatten(1, 2).unsqueeze(2)
-    return F.scaled_dot_product_attention(
-        q_BHTD,
-        k_BGSD,
-        v_BGSE,
-        attn_mask=mask,
-        is_causal=mask is None and n_queries > 1,
-        scale=scale,
-        enable_gqa=n_shared > 1,
-    )
+    options = {"attn_mask": mask, "is_causal": mask is None and n_queries > 1, "scale": scale}
+    return F.scaled_dot_product_attention(q_BHTD, k_BGSD, v_BGSE, **options, enable_gqa=n_shared > 1)
 
 
 def flash_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) -> Tensor:

@@ -52,11 +52,7 @@ FLEX = Limits(HALF_DTYPES, capability=AMPERE_OR_LATER, package=("torch", "2.7"))
 FLASH2 = Limits(HALF_DTYPES, max_head_dim=256, capability=AMPERE_OR_LATER, package=("flash-attn", "2.7.4"))
 # The deterministic backward gave different bits before 3.0.0 (flash-attention #1596), and does for heads over 192 wide.
 FLASH3 = Limits(
-    HALF_DTYPES,
-    max_head_dim=192,
-    head_dim_multiple=8,
-    capability=range(9, 10),
-    package=("flash-attn-3", "3.0.0"),
+    HALF_DTYPES, max_head_dim=192, head_dim_multiple=8, capability=range(9, 10), package=("flash-attn-3", "3.0.0")
 )
 # Trying a kernel cannot detect that its backward hangs. It hung with a soft-cap on Blackwell (#2466), and in general
 # with the libraries that earlier versions require (#2797).

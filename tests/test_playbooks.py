@@ -1,0 +1,136 @@
+"""The examples of docs/playbooks are applied to a copy of the package, which then trains with all of them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from conftest import ROOT, environment
+
+PAGES = sorted((ROOT / "docs/playbooks").glob("add_*.md"))
+MAX_PLACES = 3  # outside the thing's own file
+CHECKS = ROOT / "tests/playbook_checks.py"  # what the copy is asked, in a process of its own
+
+
+class Block(NamedTuple):
+    """A new file, or a change of one."""
+
+    path: str
+    text: str
+    is_new: bool
+
+    def apply(self, root: Path) -> None:
+        """Write the new file, or replace each run of `-` lines, which occurs once, by the `+` lines around it."""
+        path = root / self.path
+        if self.is_new:
+            path.write_text(self.text)
+            return
+        content = path.read_text()
+        for before, old, after in re.findall(r"((?:\+.*\n)*)((?:-.*\n)+)((?:\+.*\n)*)", self.text):
+            old, new = (re.sub(r"^.", "", lines, flags=re.MULTILINE) for lines in (old, before + after))
+            assert content.count(old) == 1, f"{self.path} has {content.count(old)} of: {old}"
+            content = content.replace(old, new)
+        path.write_text(content)
+
+
+def blocks(page: Path) -> list[Block]:
+    """The page's new files and changes."""
+    found = []
+    for fence in re.findall(r"^ *```(?:python|diff)\n.*?\n *```$", page.read_text(), flags=re.DOTALL | re.MULTILINE):
+        language, first, *lines, _ = textwrap.dedent(fence).split("\n")
+        text = "".join(f"{line}\n" for line in lines)
+        if language == "```diff":
+            found.append(Block(first.removeprefix("--- "), text, is_new=False))
+        elif first.startswith("# training/"):
+            found.append(Block(first.removeprefix("# "), text, is_new=True))
+    return found
+
+
+def copy_with(pages: list[Path], folder: Path, without: Block | None = None) -> Path:
+    """A copy of the package with the examples of the pages."""
+    shutil.copytree(ROOT / "training", folder / "training", ignore=shutil.ignore_patterns("__pycache__"))
+    for page in pages:
+        for block in blocks(page):
+            if block != without:
+                block.apply(folder)
+    return folder
+
+
+def run_checks(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    variables = environment() | {"PYTHONPATH": f"{folder}:{ROOT / 'tests'}"}
+    return subprocess.run(
+        [sys.executable, str(CHECKS), *arguments],
+        cwd=folder,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_needs_few_places_and_fits_a_screen(page):
+    places = [block for block in blocks(page) if not block.is_new]
+    assert places, "no example"
+    assert len(places) <= MAX_PLACES
+    assert len(Counter(block.path for block in places)) == len(places), "two blocks for one file"
+    assert page.read_text().count("\n") <= 110
+
+
+def test_there_is_a_page_for_each_kind_and_the_index_has_them_all():
+    index = (ROOT / "docs/playbooks/README.md").read_text()
+    assert len(PAGES) == 9 and all(f"({page.name})" in index for page in PAGES)
+
+
+def test_a_package_with_all_examples_trains_with_them_and_resumes(tmp_path):
+    """Every example shows its effect: a row's keys, a file, a kernel's name, weights that no other layer has."""
+    done = run_checks(copy_with(PAGES, tmp_path), "train")
+    assert done.returncode == 0, done.stdout + done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    rows = facts["rows"]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(row["weight_norm"] > 0 for row in rows), "metric"
+    assert 0 <= rows[-1]["val_accuracy"] <= 1 and facts["summary_has_accuracy"], "validation figure"
+    assert facts["csv_steps"] == [1, 2, 3, 4], "sink"
+    assert facts["kernels"]["loss"] == "whole", "kernel"
+    assert {"blocks.0.mixer.head_weight", "blocks.0.ffn.norm.weight"} <= set(facts["tensors"]), "mixer, feed-forward"
+    assert facts["optimizer_state"] == ["momentum_buffer"], "optimizer"
+    peak = 1e-2
+    assert [row["learning_rate"] for row in rows] == pytest.approx([peak / 2, peak, peak * 4 / 9, peak / 9]), "schedule"
+    counts = re.findall(r"(\d+) documents", facts["data"])
+    assert sum(map(int, counts)) == 40, "data source"
+
+
+FORGOTTEN = [(page, block) for page in PAGES for block in blocks(page) if not block.is_new]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("page", "block"), FORGOTTEN, ids=lambda each: getattr(each, "stem", getattr(each, "path", ""))
+)
+def test_a_step_that_is_forgotten_is_noticed(page, block, tmp_path):
+    """By an error at start, or by the contract tests over the registries."""
+    copy = copy_with([page], tmp_path, without=block)
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("docs", "configs", "pyproject.toml", "README.md"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    contracts = [
+        "tests/test_optim.py", "tests/test_model.py::test_the_registries_cover_the_configuration",
+        "tests/test_data_sources.py", "tests/test_config.py", "tests/test_configs.py", "tests/test_kernels.py",
+        "tests/test_logging.py",
+    ]  # fmt: skip
+    variables = environment() | {"PYTHONPATH": str(copy)}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *contracts],
+        cwd=copy, env=variables, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode != 0, done.stdout[-2000:]
