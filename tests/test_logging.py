@@ -314,7 +314,7 @@ def test_numbers_are_short(text, expected):
 
 
 def events(folder: Path):
-    from tensorboard.backend.event_processing.event_board import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     return EventAccumulator(
         str(folder / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0, "histograms": 0, "images": 0}
@@ -666,7 +666,7 @@ def test_the_contract_of_every_sink(tmp_path, capsys, monkeypatch):
     for name in (*SINKS, "csv"):
         monkeypatch.setitem(SINKS, name, lambda _: True)
     module = ModuleType("training.logging.csv")
-    exec("\n".join(code_of("add_a_logging_sink.md", '"""loss.csv')), vars(module))
+    exec("\n".join(code_of("add_a_logging_sink.md", "# training/logging/csv.py")), vars(module))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     config, outputs = LoggingConfig(every=1, wandb=WandbConfig(mode="offline")), []
     for start_step, summary in ((0, None), (2, SUMMARY)):
@@ -726,11 +726,27 @@ def test_the_readme_has_the_table_of_metrics():
 
 
 def test_a_metric_is_shown_everywhere_by_its_entry_alone(tmp_path, capsys, request):
-    """The entries in the playbooks reach the console, TensorBoard and the report."""
-    pages = ("add_a_metric.md", "add_a_validation_figure.md")
-    blocks = [block for page in pages for block in code_of(page, "Metric(")]
-    metrics = [eval(block, vars(metrics_module).copy()) for block in blocks]
-    assert [metric.key for metric in metrics] == ["weight_norm", "val_bits_per_token"]
+    """New entries reach the console, TensorBoard and the report."""
+    number, metric, figure, chart = (getattr(metrics_module, name) for name in ("number", "Metric", "Figure", "Chart"))
+    metrics = [
+        metric(
+            "weight_norm",
+            "global norm of all weights",
+            "train/weight_norm",
+            console=lambda value: f"norm {number(value, '.1f')}",
+            figure=figure("weight norm", ".1f"),
+            chart=chart("Weight norm", zero=True),
+        ),
+        metric(
+            "val_bits_per_token",
+            "bits per validation token",
+            "val/bits_per_token",
+            "validation",
+            console=lambda value: f"bits/token {number(value, '.3f')}",
+            figure=figure("bits per token", ".3f"),
+            chart=chart("Bits per token", label="validation", style="val"),
+        ),
+    ]
     request.addfinalizer(lambda: METRICS.__delitem__(slice(-len(metrics), None)))
     METRICS.extend(metrics)
     rows = [row(1, weight_norm=12.34), row(2, weight_norm=12.5, val_bits_per_token=0.25)]

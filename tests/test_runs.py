@@ -97,7 +97,7 @@ def test_a_finished_run_started_again_says_so_and_changes_nothing(run, finished,
     before, times = tensors(folder, 8), rows(folder)
     run()
     assert tensors(folder, 8) == before and rows(folder) == times
-    assert "resuming from step 8" in capsys.readouterr().out
+    assert "resuming from step 8" in " ".join(capsys.readouterr().out.split())
 
 
 def test_other_options_in_a_used_folder_are_an_error_that_lists_them(finished, config):
