@@ -42,7 +42,7 @@ def report(folder: Path, *, verify: bool) -> int:
     for step, path in list_checkpoints(folder):
         try:
             mib = sum(file.stat().st_size for file in path.iterdir()) / 2**20
-        except FileNotFoundError:  # the training process has pruned it meanwhile, or it is a dangling link
+        except FileNotFoundError:  # the training process has just pruned it, or it is a dangling link
             continue
         problem = corruption(path) if verify else None if is_complete(path) else f"{path}: damaged"
         n_damaged += problem is not None
