@@ -61,9 +61,7 @@ def _explain(root: Node, detail: Any) -> Iterator[tuple[OptionPath, str]]:
         types = [type_name(section) for section in sections(option.annotation)]
         hint = _did_you_mean(value["type"], types)
         yield (*option.path, "type"), f"{_value_text(value['type'])} is not one of {', '.join(types)}{hint}"
-    elif (
-        kind != "too_short" or len(value) < detail["ctx"]["min_length"]
-    ):  # too short only because of wrong entries: they have errors
+    elif kind != "too_short" or len(value) < detail["ctx"]["min_length"]:  # else: wrong entries have their own errors
         text = root.innermost(option.path).text
         yield option.path, f"{_value_text(value, text)} is not {_expected_text(option, kind, value, text)}"
 
