@@ -58,7 +58,7 @@ def prune(run: Path, folder: Path, keep: int) -> None:
     if keep < 1:
         raise UserError(f"--keep: {keep} would leave no checkpoint; give 1 or more")
     with run_lock(run):
-        newest = checkpoint.latest(folder, lambda problem: print(f"{problem}; it stays"))
+        newest = checkpoint.latest(folder, lambda problem: print(f"{problem}; the damaged one is kept"))
         best = checkpoint.read_state(newest).get("best")
         checkpoint.remove_leftovers(folder)
         checkpoint.prune(folder, keep, best and best["step"], lambda path: checkpoint.corruption(path) is None)

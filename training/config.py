@@ -488,7 +488,7 @@ class CheckpointConfig(Section):
     keep_best: bool = option(True, "also save and keep the checkpoint with the lowest validation loss")
     background: bool = option(True, "write in the background from a copy in memory, while training continues")
     one_file_gib: float = option(
-        8.0, "size up to which a checkpoint is one file per kind; above it, one per process", unit="GiB", ge=0
+        8.0, "up to this size, model and optimizer are one file each; above it, one per process", unit="GiB", ge=0
     )
 
 

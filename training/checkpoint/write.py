@@ -217,8 +217,7 @@ def _reason(error: Exception) -> str:
 def _collect(partial: Path, kind: str, shards: dict[str, TensorShard], by_rank: list[dict], one_file: bool) -> dict:
     """Join all ranks' rows into one file, one piece at a time, or write their index; return the manifest's entries."""
     rows = {
-        name: sorted((rank["rows"][name] for rank in by_rank if name in rank["rows"]), key=itemgetter(1, 2))
-        for name in shards
+        name: sorted((r["rows"][name] for r in by_rank if name in r["rows"]), key=itemgetter(1, 2)) for name in shards
     }
     entries = {file: entry for rank in by_rank for file, entry in rank["files"].items()}
     if not one_file:
