@@ -43,7 +43,7 @@ DEFECTS = [
            "loss_scale", RANKS),
     Defect("its metrics count", "engine/gradients.py", "for name, value in metrics.items()} if is_empty else metrics",
            "for name, value in metrics.items()} if False else metrics", RANKS),
-    Defect("evaluation counts samples twice", "engine/evaluate.py", "if len(own) == 0:", "if False:", RANKS),
+    Defect("evaluation counts samples twice", "engine/evaluate.py", "if len(chunk) == 0:", "if False:", RANKS),
     Defect("bias updated by micro-batch", "model/moe.py", "(count_LE.mean(dim=1, keepdim=True) - count_LE).sign()",
            "(count_LE[:, :1] - count_LE).sign()", "tests/test_loop.py -k balances"),
     Defect("layers' counts change places", "model/gpt.py", 'for i in layers]\n', 'for i in layers[::-1]]\n',

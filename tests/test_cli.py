@@ -250,7 +250,7 @@ def test_a_flags_error_names_the_flag(write):
     assert errors(path, steps="&a 300") == ["--steps: no anchors here (&a): remove it, or quote the value"]
     assert errors(path, model__blocks="[{ffn: ")[0].startswith("--model.blocks: not YAML: ")
     assert errors(path, model__blocks__1__repeat="2") == [
-        "--model.blocks.1.repeat: model.blocks has 1 of them, counted from 0, and none is '1'"
+        "--model.blocks.1.repeat: model.blocks has no entry '1': its length is 1, counted from 0"
     ]
     assert errors(path, model__blocks__ffn__type="moe")[0].endswith("and none is 'ffn'")
 

@@ -1,4 +1,4 @@
-"""The value that goes from the loader through the engine into the model."""
+"""The batch that the loader returns, the engine splits and the model reads."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Batch(NamedTuple):
     """B samples of T tokens: a step's global batch, one rank's part of it, or a micro-batch."""
 
     tokens_BT: Tensor  # int64
-    targets_BT: Tensor  # int64: the token that follows each; -1: no target
+    targets_BT: Tensor  # int64: the token after each one; -1: no target
     key_B: Tensor | None = None  # int64: seeds of the samples' random numbers; None: nothing is random
-    n_targets: int = 1  # targets in the GLOBAL batch: what summed losses are divided by
-    end_of_text: int | None = None  # the token that documents start at; None: each sample is one document
-    documents: Documents | None = None  # on the device, with `end_of_text`: where the documents lie
+    n_targets: int = 1  # targets in the GLOBAL batch: summed losses are divided by it
+    end_of_text: int | None = None  # the token that starts each document; None: each sample is one document
+    documents: Documents | None = None  # on the device: their boundaries, set by `to` if `end_of_text` is
 
     @property
     def n_local_targets(self) -> int:
@@ -26,7 +26,7 @@ class Batch(NamedTuple):
         return int((self.targets_BT >= 0).sum())
 
     def rows(self, rows: slice) -> Batch:
-        """Return some of the samples."""
+        """Return the samples of a slice, with everything else unchanged."""
         key_B = None if self.key_B is None else self.key_B[rows]
         return self._replace(tokens_BT=self.tokens_BT[rows], targets_BT=self.targets_BT[rows], key_B=key_B)
 
@@ -39,7 +39,7 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> Batch:
         """Copy to the device without waiting for it, and locate the documents."""
         located = None
-        if self.end_of_text is not None:  # on the host: counting documents on the device would wait for it
+        if self.end_of_text is not None:  # on the host: on the device the count of documents would synchronize
             located = find_documents(self.tokens_BT, self.end_of_text).to(device)
         key_B = None if self.key_B is None else _to_device(self.key_B, device)
         tokens_BT, targets_BT = _to_device(self.tokens_BT, device), _to_device(self.targets_BT, device)

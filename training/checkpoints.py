@@ -42,7 +42,7 @@ def report(folder: Path, *, verify: bool) -> int:
     for step, path in list_checkpoints(folder):
         try:
             mib = sum(file.stat().st_size for file in path.iterdir()) / 2**20
-        except FileNotFoundError:  # the training process has pruned it meanwhile, or it is a dangling link
+        except FileNotFoundError:  # the training process has just pruned it, or it is a dangling link
             continue
         problem = corruption(path) if verify else None if is_complete(path) else f"{path}: damaged"
         n_damaged += problem is not None
@@ -58,7 +58,7 @@ def prune(run: Path, folder: Path, keep: int) -> None:
     if keep < 1:
         raise UserError(f"--keep: {keep} would leave no checkpoint; give 1 or more")
     with run_lock(run):
-        newest = checkpoint.latest(folder, lambda problem: print(f"{problem}; it stays"))
+        newest = checkpoint.latest(folder, lambda problem: print(f"{problem}; the damaged one is kept"))
         best = checkpoint.read_state(newest).get("best")
         checkpoint.remove_leftovers(folder)
         checkpoint.prune(folder, keep, best and best["step"], lambda path: checkpoint.corruption(path) is None)

@@ -1,7 +1,7 @@
 """Every option of a run: its type, default, unit, limits and help text.
 
-Options are added here and nowhere else. This file imports no torch, so `--help` and a config error answer at once.
-Sections are frozen and strictly checked. A component receives its own section, never the root, and so works in a
+Options are added here and nowhere else. This file imports no torch, so `--help` and config errors print at once.
+Sections are frozen and strictly checked. A component receives its own config, never the root, and so works in a
 notebook or a test without a run.
 
 `type:` selects a variant of a union (mixer, feed-forward, optimizer, schedule, source, tokenizer). A dict beside the
@@ -39,7 +39,7 @@ class MixerConfig(Section):
         return self.model_copy(update={"head_dim": self.head_dim or model.n_embd // model.n_head})
 
     def model_rules(self, model: ModelConfig) -> Iterator[tuple[str, str]]:  # noqa: ARG002 (one signature)
-        """Yield (option of this mixer, problem) for options that do not fit the model's."""
+        """Yield (option of this mixer, problem) for each option that does not fit the model."""
         yield from ()
 
 
@@ -49,7 +49,7 @@ class AttentionConfig(MixerConfig):
     type: Literal["attention"] = "attention"
     n_kv_head: int | None = option(
         None,
-        "heads of keys and values, each shared by several queries; null: n_head; 1: multi-query",
+        "heads of keys and values, each shared by n_head / n_kv_head queries; null: n_head; 1: multi-query",
         unit="heads",
         ge=1,
     )
@@ -101,7 +101,7 @@ class LatentConfig(MixerConfig):
     )
     q_rank: int | None = option(None, "rank of the query projection; null: full rank", unit="channels", ge=1)
     rope_dim: int = option(
-        64, "additional width of each head that RoPE is applied to; heads share its keys", unit="channels", ge=2
+        64, "additional width of each head, with RoPE; all heads share one key of this width", unit="channels", ge=2
     )
     value_dim: int | None = option(None, "width of a head's values; null: head_dim", unit="channels", ge=1)
 
@@ -129,7 +129,7 @@ class MoEConfig(Section):
     type: Literal["moe"] = "moe"
     n_experts: int = option(8, "experts that the router chooses from", unit="experts", ge=1)
     top_k: int = option(2, "experts per token", unit="experts", ge=1)
-    n_shared: int = option(0, "shared experts, which every token uses besides (arXiv:2401.06066)", unit="experts", ge=0)
+    n_shared: int = option(0, "shared experts: every token uses all of them (arXiv:2401.06066)", unit="experts", ge=0)
     hidden: int | None = option(None, "hidden width of one expert; null: 4 x n_embd", unit="channels", ge=1)
     activation: Activation = option("gelu_tanh", "activation of the experts")
     gated: bool = option(False, "multiply by a second up-projection (with silu: SwiGLU)")
@@ -137,10 +137,10 @@ class MoEConfig(Section):
         "softmax", "router scores: softmax over all experts, or sigmoid of each (arXiv:2412.19437)"
     )
     renormalize: bool = option(True, "scale the weights of a token's experts to sum to one")
-    route_scale: float = option(1.0, "factor of the experts' weights, after renormalize", gt=0)
+    route_scale: float = option(1.0, "factor on the weights of a token's experts, applied after renormalize", gt=0)
     jitter: float = option(
         0.0,
-        "in training, multiply the router's inputs by noise from 1 +- jitter (arXiv:2101.03961); 0: no noise",
+        "in training, multiply the router's inputs by uniform noise in 1 +- jitter (arXiv:2101.03961); 0: none",
         ge=0,
         lt=1,
     )
@@ -152,7 +152,7 @@ class MoEConfig(Section):
     z_loss_weight: float = option(1e-3, "weight of the router z-loss (arXiv:2202.08906 eq. 5); 0: none", ge=0)
     capacity_factor: float | None = option(
         None,
-        "in training, drop tokens beyond this x an expert's even share of a micro-batch; null: drop none",
+        "expert capacity in training = this x micro-batch tokens x top_k / n_experts; null: drop no tokens",
         gt=0,
     )
 
@@ -168,9 +168,9 @@ FeedForward = one_of(MLPConfig, MoEConfig)
 class BlockConfig(Section):
     """One transformer block: a token mixer, then a feed-forward layer."""
 
-    repeat: int = option(1, "consecutive layers of this entry within the pattern", unit="layers", ge=1)
+    repeat: int = option(1, "consecutive layers that this entry of the pattern stands for", unit="layers", ge=1)
     mixer: Mixer = option(AttentionConfig(), "layer that mixes tokens")
-    ffn: FeedForward = option(MLPConfig(), "feed-forward layer, which treats each token by itself")
+    ffn: FeedForward = option(MLPConfig(), "feed-forward layer, applied to each token separately")
 
 
 class ModelConfig(Section):
@@ -179,7 +179,7 @@ class ModelConfig(Section):
     n_layer: int = option(12, "blocks", unit="layers", ge=1)
     n_head: int = option(12, "attention heads", unit="heads", ge=1)
     n_embd: int = option(768, "width of the residual stream", unit="channels", ge=1)
-    n_positions: int = option(1024, "context length: tokens of a training sample", unit="tokens", ge=1)
+    n_positions: int = option(1024, "context length: tokens per training sample", unit="tokens", ge=1)
     vocab_size: int | None = option(
         None, "rows of the embedding; null: the tokenizer's size rounded up to a multiple of 64", unit="tokens", ge=2
     )
@@ -233,7 +233,7 @@ class ModelConfig(Section):
 
 # --- data ------------------------------------------------------------------------------------------
 
-WEIGHT_DOC = "relative share of samples from this source; null for all sources: in proportion to size"
+WEIGHT_DOC = "relative share of samples from this source; null (then in every source): in proportion to size"
 
 
 class StdlibSource(Section):
@@ -244,7 +244,7 @@ class StdlibSource(Section):
 
 
 class FilesSource(Section):
-    """Local files: .txt .md .py are one document, .jsonl .parquet one per row; also .gz .bz2 .xz .zst."""
+    """Local files: .txt .md .py are one document, .jsonl .parquet one per row; may be .gz .bz2 .xz .zst."""
 
     type: Literal["files"] = "files"
     paths: Annotated[tuple[str, ...], Field(strict=False)] = option(
@@ -271,7 +271,7 @@ class BPETokenizer(Section):
 
     type: Literal["bpe"] = "bpe"
     vocab_size: int = option(8192, "tokens, including the end-of-text token", unit="tokens", ge=257)
-    max_bytes: int = option(50_000_000, "training text that the merges are learned from, at most", unit="bytes", ge=1)
+    max_bytes: int = option(50_000_000, "maximum training text to learn the merges from", unit="bytes", ge=1)
 
 
 class ByteTokenizer(Section):
@@ -318,11 +318,11 @@ class DataConfig(Section):
     )
     val_fraction: float = option(
         0.02,
-        "share of documents held out by a hash (of a single text file: its end); unused with val_sources",
+        "share of documents to hold out, chosen by hash (of a single text file: its end); unused with val_sources",
         gt=0,
         lt=1,
     )
-    tokenizer: TokenizerConfig = option(BPETokenizer(), "conversion of text to tokens")
+    tokenizer: TokenizerConfig = option(BPETokenizer(), "how text becomes tokens")
     cache_dir: str = option("data_cache", "folder for token shards, shared by all runs", min_length=1)
     workers: int | None = option(None, "processes that tokenize; null: one per core", unit="processes", ge=1)
 
@@ -336,7 +336,7 @@ class DataConfig(Section):
 
 
 class OptimConfig(Section):
-    """Options of every optimizer: the training loop and the log read these."""
+    """Options of every optimizer, which the training loop and the log read."""
 
     learning_rate: float = option(6e-4, "peak learning rate", gt=0)
     grad_clip: float | None = option(1.0, "largest global gradient norm; null: no clipping", gt=0)
@@ -388,24 +388,24 @@ class ScheduleConfig(Section):
 
 
 class CosineSchedule(ScheduleConfig):
-    """Linear warm-up, then half a cosine down to the end of the run."""
+    """Linear warm-up, then half a cosine period down to final_ratio at the end of the run."""
 
     type: Literal["cosine"] = "cosine"
-    final_ratio: float = option(0.1, "last learning rate over the peak", ge=0, le=1)
+    final_ratio: float = option(0.1, "final learning rate / peak", ge=0, le=1)
 
 
 class LinearSchedule(CosineSchedule):
-    """Linear warm-up, then a straight line down to the end of the run."""
+    """Linear warm-up, then linear decay to final_ratio at the end of the run."""
 
     type: Literal["linear"] = "linear"
 
 
 class WSDSchedule(CosineSchedule):
-    """Warm-up, stable at the peak, then a straight line down over the last `decay_steps`."""
+    """Linear warm-up, constant at the peak, then linear decay over the last `decay_steps`."""
 
     type: Literal["wsd"] = "wsd"
     decay_steps: int = option(..., "length of the final decay", unit="steps", ge=1)
-    final_ratio: float = option(0.0, "last learning rate over the peak", ge=0, le=1)
+    final_ratio: float = option(0.0, "final learning rate / peak", ge=0, le=1)
 
     def step_rules(self, steps: int) -> Iterator[tuple[str, str]]:
         yield from super().step_rules(steps)
@@ -417,13 +417,13 @@ class WSDSchedule(CosineSchedule):
 
 
 class ConstantSchedule(ScheduleConfig):
-    """Linear warm-up, then the peak to the end."""
+    """Linear warm-up, then constant at the peak."""
 
     type: Literal["constant"] = "constant"
 
 
 class InverseSqrtSchedule(ScheduleConfig):
-    """Linear warm-up, then a decay with the square root of the step (arXiv:1706.03762), which needs no end."""
+    """Linear warm-up, then decay with 1 / sqrt(step) (arXiv:1706.03762), which does not depend on `steps`."""
 
     type: Literal["inverse_sqrt"] = "inverse_sqrt"
 
@@ -455,7 +455,7 @@ class MeshConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Devices, kernels and parallelism. They change speed and memory, and results only by the order of sums."""
+    """Devices, kernels and parallelism. They change speed and memory; results change only by the order of sums."""
 
     device: Literal["auto", "cuda", "mps", "cpu"] = option(
         "auto", "device; auto: the first of cuda, mps and cpu that is available"
@@ -475,12 +475,12 @@ class ParallelConfig(Section):
     )
     mesh: MeshConfig = option(MeshConfig(), "how processes share weights and experts")
     timeout_s: float = option(
-        600.0, "longest wait for another process; then the run ends with an error that names it", unit="seconds", gt=0
+        600.0, "maximum wait for another process; then an error names it and ends the run", unit="seconds", gt=0
     )
 
 
 class CheckpointConfig(Section):
-    """When the run is saved. It is also saved at its end and on SIGTERM, SIGINT and SIGUSR1."""
+    """Intervals and number of checkpoints. A run is also saved at its end and on SIGTERM, SIGINT and SIGUSR1."""
 
     every: int | None = option(500, "save every N steps; null: not by steps", unit="steps", ge=1)
     every_minutes: float | None = option(10.0, "save every N minutes; null: not by time", unit="minutes", gt=0)
@@ -488,7 +488,7 @@ class CheckpointConfig(Section):
     keep_best: bool = option(True, "also save and keep the checkpoint with the lowest validation loss")
     background: bool = option(True, "write in the background from a copy in memory, while training continues")
     one_file_gib: float = option(
-        8.0, "larger checkpoints are written by all processes, one part each", unit="GiB", ge=0
+        8.0, "up to this size, model and optimizer are one file each; above it, one per process", unit="GiB", ge=0
     )
 
 
@@ -514,23 +514,23 @@ class WandbConfig(Section):
 
 
 class LoggingConfig(Section):
-    """Outputs beside metrics.jsonl, which is always written."""
+    """Outputs in addition to metrics.jsonl, which is always written."""
 
     every: int = option(10, "print a console line and fetch metrics from the device every N steps", unit="steps", ge=1)
     tensorboard: bool = option(True, "write TensorBoard events")
     histogram_every: int = option(
-        100, "images and histograms of expert load to TensorBoard and W&B every N steps", unit="steps", ge=1
+        100, "send images and histograms of expert load to TensorBoard and W&B every N steps", unit="steps", ge=1
     )
     wandb: WandbConfig | None = option(None, "log to Weights & Biases; null: off")
 
 
 class Config(Section):
-    """A run."""
+    """All options of a run."""
 
     name: str = option("gpt2", "name of the run and of its folder in out_dir", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     out_dir: str = option("runs", "folder of all runs", min_length=1)
     seed: int = option(0, "random seed of initial weights, data order and generated samples", ge=0, lt=2**32)
-    steps: int = option(1000, "optimizer steps in all", unit="steps", ge=1)
+    steps: int = option(1000, "total optimizer steps", unit="steps", ge=1)
     batch_tokens: int = option(524_288, "tokens per optimizer step, over all processes", unit="tokens", ge=1)
     micro_batch: Literal["auto"] | PositiveInt = option(
         "auto", "samples per forward and backward; auto: as many as fit; changes only memory and speed", unit="samples"
@@ -545,12 +545,12 @@ class Config(Section):
     )
     upcycle_noise: float | None = option(
         None,
-        "upcycling: noise on the new experts, relative to the dense layer's weights; null: none",
+        "upcycling: noise added to new experts, relative to the dense layer's weights; null: none",
         gt=0,
     )
     skip_spikes: float | None = option(
         None,
-        "skip updates whose loss or gradient norm is N deviations above the last 128; null: off",
+        "skip an update whose loss or gradient norm is N deviations above the mean of the last 128; null: off",
         unit="standard deviations",
         gt=0,
     )
@@ -583,7 +583,7 @@ class Config(Section):
             yield f"schedule.{name}", problem
 
 
-# Options that may change when a run is resumed: none of them changes what the run computes.
+# Options that may change on a resume, because none of them changes what the run computes.
 CHANGEABLE_ON_RESUME = frozenset(
     {"name", "out_dir", "micro_batch", "parallel", "checkpoint", "eval", "logging", "data.cache_dir", "data.workers"}
 )

@@ -19,8 +19,8 @@ from training.errors import UserError
 class GPU(NamedTuple):
     """Figures of a GPU model."""
 
-    memory_gib: float  # as the driver reports it; of the larger version if it is sold in two sizes
-    peak_flops: float  # dense bf16 matmuls with float32 accumulation (fp16 without bf16), from the data sheet
+    memory_gib: float  # as the driver reports it; the larger size if it is sold in two
+    peak_flops: float  # data sheet: dense bf16 (without bf16: fp16) matmuls, float32 accumulation
 
 
 GPUS = {
@@ -61,7 +61,7 @@ def has_bf16_units(device: torch.device) -> bool:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """Return the precision, for "auto" bf16 if the device has matrix units for it, else fp32."""
+    """Replace "auto" by bf16 if the device has matrix units for it, else by fp32."""
     if precision != "auto":
         return precision
     return "bf16" if has_bf16_units(device) else "fp32"
@@ -98,7 +98,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def available_memory_bytes(device: torch.device) -> int:
-    """Return the memory that this process may use: what other programs leave of a GPU's, or its share of the host's."""
+    """Return the memory that this process may use: the GPU's that is free, or its share of the host's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if device.type == "mps":
@@ -116,12 +116,12 @@ def available_memory_bytes(device: torch.device) -> int:
 def keep_freed_memory(device: torch.device) -> None:
     """Make glibc keep freed memory for reuse, for the rest of the process; no effect on other devices.
 
-    By default large tensors are mapped and unmapped at each use and the kernel zeroes their pages: up to a third of a
-    step. The process then holds its peak since `reset_peak_memory` (mallopt(3)).
+    By default glibc unmaps large tensors that are freed, and the kernel zeroes the pages of the next ones: up to a
+    third of a step. With this, resident memory stays at its peak until `reset_peak_memory` (mallopt(3)).
     """
     if (c_library := _glibc(device)) is not None:
-        c_library.mallopt(-4, 0)  # M_MMAP_MAX: no tensor is a mapping of its own
-        c_library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is returned to the system
+        c_library.mallopt(-4, 0)  # M_MMAP_MAX: allocate every tensor on the heap
+        c_library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
 
 
 def release_freed_memory(device: torch.device) -> None:
@@ -164,7 +164,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _cpu_fields() -> dict[str, str]:
-    """Return the fields of the first processor in /proc/cpuinfo; {} on other systems than Linux."""
+    """Return the fields of the first processor in /proc/cpuinfo; {} if there is none."""
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return {}

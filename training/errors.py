@@ -12,7 +12,7 @@ EXIT_DELAY_S = 5.0  # time for the first local rank to print its error before th
 
 
 class UserError(Exception):
-    """Wrong input. Its text says in one line what is wrong and what to do; commands exit with `status`."""
+    """Wrong input. The text says in one line what is wrong and what to do. Commands exit with `status`."""
 
     status = 2
 
@@ -61,6 +61,6 @@ def one_line(error: UserError | OSError) -> str:
 
 
 def library_error(error: BaseException) -> str:
-    """Return "Type: first line" of an exception of a library, a hub or the network, which have no common class."""
+    """Return "Type: first line" of a library's, the hub's or the network's exception: they share no base class."""
     reason = (str(error).strip() or "no reason given").splitlines()[0]
     return f"{type(error).__name__}: {reason}"

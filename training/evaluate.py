@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> str:
-    """Return the figures over all of the text, whatever `eval.tokens` says, in one line."""
+    """Return one line of figures over all of the text; `eval.tokens` has no effect."""
     from training.data import Samples, prepare
     from training.data.dataset import read_split
     from training.distributed.world import World

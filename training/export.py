@@ -2,9 +2,9 @@
 
 python -m training.export --run runs/quickstart
 
-The folder is opened in a new process, which must compute the trained model's logits and the same greedy continuation;
-otherwise no folder is left. The model is written as the first architecture of Transformers that computes exactly the
-same (docs/exports.md), else with its own Python files.
+A new process opens the folder and must compute the same logits and the same greedy continuation as the trained model;
+otherwise the folder is removed. The model is written as the first architecture of Transformers that computes exactly
+the same function (docs/exports.md), or else with its own Python files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from training.options.cli import Parser
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; return its exit status: 0 done, 2 wrong input or a wrong export, 130 interrupted."""
+    """Run the command. Exit status: 0 done, 2 wrong input or a wrong export, 130 interrupted."""
     parser = Parser(prog="python -m training.export", description=__doc__)
     parser.add_argument("--run", required=True, help="folder of a run, finished or not, or of one of its checkpoints")
     parser.add_argument("--out", help="folder to write, which must not exist (default: RUN/export)")

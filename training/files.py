@@ -47,7 +47,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         for path in [*sorted(partial.iterdir()), partial]:
-            path.chmod(path.stat().st_mode | 0o444)  # safetensors makes files that only their owner can read
+            path.chmod(path.stat().st_mode | 0o444)  # safetensors creates files that only the owner can read
             fsync_path(path)
         remove(old)
         if target.exists():
@@ -60,7 +60,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 class RunLock:
-    """The lock of a run's folder. It is held as long as the lock file is the one that was locked."""
+    """The lock of a run's folder. It is lost if the lock file is removed or replaced."""
 
     def __init__(self, folder: Path, lock_file: Path):
         self.folder, self.lock_file, self.inode = folder, lock_file, lock_file.stat().st_ino
@@ -78,7 +78,7 @@ def run_lock(folder: Path) -> Iterator[RunLock]:
     """Lock a run's folder until the block or the process ends. Raises UserError if another process holds the lock."""
     from filelock import FileLock, Timeout
 
-    real = folder.resolve()  # one lock for all names of the folder
+    real = folder.resolve()  # a folder and links to it share one lock
     lock = FileLock(real.with_name(f".{real.name}.lock"))
     try:
         mkdir_durable(real.parent)
@@ -95,7 +95,7 @@ def run_lock(folder: Path) -> Iterator[RunLock]:
 
 
 def mkdir_durable(path: Path) -> None:
-    """Make a folder and its parents durably."""
+    """Create a folder and its missing parents durably."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -117,7 +117,7 @@ def remove(path: Path) -> None:
 
 
 def fsync_path(path: Path) -> None:
-    """Make a file's content, or a folder's list of names, durable. No effect on folders on Windows."""
+    """Flush a file's content, or a folder's entries, to disk. No effect on folders on Windows."""
     if path.is_file() or os.name == "posix":
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -21,7 +21,7 @@ from training.options.cli import Parser
 if TYPE_CHECKING:
     from training.model.continuation import Continuation
 
-# The allowed values of each number, as text and as a test.
+# The allowed values of each numeric flag, as text and as a predicate.
 LIMITS = {
     "tokens": ("1 or more", lambda n: n >= 1),
     "samples": ("1 or more", lambda n: n >= 1),
@@ -51,7 +51,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--top_p",
         type=float,
         default=1.0,
-        help="sample from the most likely tokens with this total (default %(default)s)",
+        help="sample from the most likely tokens whose probabilities add up to this (default %(default)s)",
     )
     add("--min_p", type=float, default=0.0, help="minimum probability relative to the top token (default %(default)s)")
     add("--repetition_penalty", type=float, default=1.0, help="above 1: repeat less (default %(default)s)")
@@ -106,13 +106,13 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout.reconfigure(errors="replace")  # a text may hold characters that the terminal's encoding lacks
     try:
         generate(parse_arguments(argv))
-    except BrokenPipeError:  # the reader has gone; without this Python prints an error at exit
+    except BrokenPipeError:  # the reader closed the pipe; without this Python prints an error at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
 def generate(args: argparse.Namespace) -> None:
-    """Write every prompt with its continuations to standard output, in order; a single one token by token."""
+    """Write each prompt with its continuations to standard output; if there is only one text, token by token."""
     from training.engine.load_run import load_model
     from training.model.continuation import continue_texts, encode_prompt
     from training.model.sampling import SamplingParams
@@ -147,7 +147,7 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def format_text(args: argparse.Namespace, prompt: int, sample: int, text: Continuation) -> str:
-    """Return a text by the numbers of its prompt and sample: a line of JSON, or a heading and the text."""
+    """Format one continuation: a line of JSON, or a heading with the prompt's and sample's number, and the text."""
     before = args.prompt[prompt]
     if args.json:
         return json.dumps({"prompt": before, "text": text.text, "finish": text.finish_reason})

@@ -1,4 +1,4 @@
-"""Print what a run will need before it starts: memory, time, data, disk. Allocates and prepares nothing.
+"""Print the memory, time, data and disk that a run will need. Allocates and prepares nothing.
 
     python -m training.plan --config configs/gpt2_moe_8x124m.yaml --world 8 --device h200
 
@@ -26,7 +26,7 @@ FLAGS = {
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; return its exit status: 0 done, 2 wrong input, 130 interrupted."""
+    """Run the command. Exit status: 0 done, 2 wrong input, 130 interrupted."""
     args = sys.argv[1:] if argv is None else argv
     config, flags = cli.parse_command_line(args, prog="python -m training.plan", doc=__doc__, flags=FLAGS)
     world_size = int(_number("--world", flags["--world"] or "1", "a number of ranks, 1 or more", "[1-9][0-9]{0,6}"))
@@ -44,27 +44,27 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _number(flag: str, text: str, wanted: str, pattern: str) -> float:
+def _number(flag: str, text: str, allowed: str, pattern: str) -> float:
     if not re.fullmatch(pattern, text):
-        raise UserError(f"{flag}: {text!r} is not {wanted}")
+        raise UserError(f"{flag}: {text!r} is not {allowed}")
     return float(text)
 
 
 def measured_tokens_per_s(config: Config, device: str, world_size: int) -> float | None:
-    """Return the median speed of the last 200 rows in the run's folder.
+    """Return the median tokens per second of the last 200 rows in the run's folder.
 
-    None if the run was measured with another model, batch, precision, device or number of ranks, or not at all.
+    None if there are no rows, or if they have another model, batch, precision, device or number of ranks.
     """
     from training.logging.jsonl import read_rows
 
     folder = Path(config.run_dir)
     try:
         facts = json.loads((folder / "run.json").read_text())["facts"]
-    except (OSError, ValueError, KeyError, TypeError):  # never started, or by an older version
+    except (OSError, ValueError, KeyError, TypeError):  # never started, or started by an older version
         return None
-    trained = cli.load_config(folder / "config.yaml")
+    measured = cli.load_config(folder / "config.yaml")
     options = ("model", "batch_tokens", "precision")
-    if any(getattr(trained, option) != getattr(config, option) for option in options):
+    if any(getattr(measured, option) != getattr(config, option) for option in options):
         return None
     if (facts["device"], facts["world_size"]) != (device, world_size):
         return None

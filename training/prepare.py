@@ -2,7 +2,7 @@
 
     python -m training.prepare --config configs/quickstart.yaml
 
-A run does the same at its start, and uses prepared data at once.
+A run prepares its data at the start, unless this command already has.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The parts that options are declared with: `option`, `Section`, `one_of`."""
+"""The building blocks of `config.py`: `option`, `Section`, `one_of`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pydantic_core import PydanticCustomError
 
 
 def option(default: Any, doc: str, *, unit: str | None = None, **limits: Any) -> Any:
-    """Declare an option: its default, its help text in one line, its unit, its limits (`ge`, `gt`, `le`, ...)."""
+    """Declare an option: default, one-line help text, unit and limits (`ge`, `gt`, `le`, ...)."""
     return Field(default, description=doc, json_schema_extra={"unit": unit} if unit else None, **limits)
 
 
 class Section(BaseModel):
-    """A group of options: frozen, without unknown keys or silent conversions of types."""
+    """A group of options: frozen; unknown keys and values of another type are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def rules(self) -> Iterator[tuple[str, str]]:
-        """Yield (option below this section, problem) for each rule between options that is broken."""
+        """Yield (option of this section, problem) for each combination of values that is not allowed."""
         yield from ()
 
     @model_validator(mode="after")
@@ -32,7 +32,7 @@ class Section(BaseModel):
 
 
 def one_of(*variants: type[Section]) -> Any:
-    """Make a union whose variants have a `type:` each; without a `type`, the first variant is meant."""
+    """Build a union: `type:` selects the variant; without `type`, it is the first."""
     names = [variant.model_fields["type"].default for variant in variants]
 
     def name_of(value: Any) -> Any:

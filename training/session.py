@@ -1,4 +1,4 @@
-"""The frame around a run: its folder's lock, its ranks, and options that are the same on all of them."""
+"""Enter a run: lock its folder, join its ranks and check that all of them have the same options."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class Session(NamedTuple):
-    """What `session` yields."""
+    """A run's config, joined ranks and folder lock."""
 
-    config: Config  # with the model section of `init_from`
+    config: Config  # with the `model` options that `init_from` sets
     world: World
     lock: RunLock | None  # on the main rank
 
     def check_lock(self) -> None:
-        """Raise UserError if the lock's file was removed: another process may train this run now."""
+        """Raise UserError if the lock file was removed: another process may train this run now."""
         if self.lock is not None:
             self.lock.check()
 
@@ -31,11 +31,11 @@ class Session(NamedTuple):
 def session(config: Config, resume: str) -> Iterator[Session]:
     """Lock the run's folder, join the ranks and check that they agree; leave and unlock at the end.
 
-    Raises UserError if another process trains this run, a rank does not come, or ranks were given unlike options.
+    Raises UserError if another process trains this run, a rank is missing, or the ranks' options differ.
     """
     with ExitStack() as stack:
         lock = None
-        if os.environ.get("WORLD_SIZE", "1") == "1":  # before the imports below: a second starter fails at once
+        if os.environ.get("WORLD_SIZE", "1") == "1":  # before the slow imports: a second process fails at once
             lock = stack.enter_context(run_lock(config.run_dir))
 
         from training.device import resolve_precision, select_device

@@ -26,7 +26,7 @@ FLAGS = {
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Run the command. Exit status: 0 done, 1 start it again, 2 wrong input, 128 + n saved and stopped by signal n."""
+    """Run the command. Exit status: 0 done, 1 run it again, 2 wrong input, 128 + n saved and stopped by signal n."""
     arguments = sys.argv[1:] if argv is None else argv
     config, flags = cli.parse_command_line(arguments, prog="python -m training.train", doc=__doc__, flags=FLAGS)
     # torch reads this at import. Hide C++ stack traces when a rank dies: our monitor prints one line.
@@ -47,7 +47,7 @@ def resolve_resume(value: str | None) -> str:
 
 
 def train(config: Config, *, resume: str = "auto") -> int:
-    """Run the five steps; return the exit status."""
+    """Run the five steps of a run and return the exit status."""
     started = time.perf_counter()
     with session(config, resume) as run, ExitStack() as stack:
         from training import engine  # imports torch, once the options are known to be good
@@ -61,7 +61,7 @@ def train(config: Config, *, resume: str = "auto") -> int:
         config, model, optimizer, state = setup.config, setup.model, setup.optimizer, setup.state
         log = stack.enter_context(closing(engine.open_log(setup, dataset, started)))
         if config.parallel.compile:
-            model.compile()  # the log has drawn the graph of the plain model
+            model.compile()  # after open_log: TensorBoard's graph needs the uncompiled model
         checkpoints = stack.enter_context(engine.Checkpoints(config, model, optimizer, log))
         events = stack.enter_context(engine.Events(config, run.world, checkpoints))
         stack.enter_context(setup.micro_batch.restart_on_out_of_memory())

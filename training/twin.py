@@ -1,9 +1,9 @@
-"""Write a Mixture of Experts' dense twin: the same run with dense layers that cost each token the same FLOPs.
+"""Write the dense twin of a Mixture of Experts: the same run with dense layers of equal FLOPs per token.
 
     python -m training.twin --config configs/quickstart.yaml --out twin.yaml
     python -m training.train --config twin.yaml
 
-Experts that are worth having beat the twin at equal tokens.
+The experts pay off if their run reaches a lower loss than the twin after the same number of tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FLAGS = {"--out": "file to write the twin to (default: print it)"}
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; return its exit status: 0 done, 2 wrong input."""
+    """Run the command. Exit status: 0 done, 2 wrong input."""
     args = sys.argv[1:] if argv is None else argv
     config, flags = cli.parse_command_line(args, prog="python -m training.twin", doc=__doc__, flags=FLAGS)
     text, summary = cli.dump_config(twin(config)), describe_twin(config)
@@ -34,9 +34,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def twin(config: Config) -> Config:
-    """Return the run with each layer of experts dense, as wide as a token's experts together.
+    """Return the run with each MoE layer replaced by a dense one, as wide as all experts of a token together.
 
-    Raises UserError if there are no experts, or if the model is that of `init_from`.
+    Raises UserError if no layer has experts, or if `init_from` is set.
     """
     if config.init_from is not None:
         raise UserError("init_from: a twin starts from its own initial weights; leave it out")
@@ -57,7 +57,7 @@ def dense_block(block: BlockConfig, n_embd: int) -> BlockConfig:
 
 
 def describe_twin(config: Config) -> str:
-    """Return one line on what becomes of the experts of `config`."""
+    """Return one line about the dense layers that replace the experts of `config`."""
     layers = [block.ffn for block in config.model.layers() if isinstance(block.ffn, MoEConfig)]
     moe, hidden = layers[0], dense_block(BlockConfig(ffn=layers[0]), config.model.n_embd).ffn.hidden
     router = moe.n_experts / (hidden * (3 if moe.gated else 2))

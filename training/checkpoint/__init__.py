@@ -5,8 +5,8 @@
     model, optimizer, state = load(latest(folder, warn=print))
 
 A checkpoint is a folder `step-00000120` of safetensors and JSON files. It is written under a temporary name; the
-manifest with the SHA-256 of every file is written last; then the folder is renamed. A tensor is in one file or, by an
-index, in one file per rank, so that any layout of ranks reads what any other wrote. All ranks share a file system.
+manifest with the SHA-256 of every file is written last; then the folder is renamed. A tensor is in one file, or its
+rows are in one file per rank and an index lists them: any number of ranks can read it. All ranks share a file system.
 """
 
 # ruff: noqa: F401 (the public names of the package)

@@ -19,8 +19,8 @@ from training.errors import UserError
 from training.files import rename_durable
 
 MANIFEST = "manifest.json"
-KINDS = ("model", "optimizer")  # of tensors; each kind has files of its own
-MALFORMED = (ValueError, KeyError, TypeError, RecursionError)  # raised by JSON that is not what this package writes
+KINDS = ("model", "optimizer")  # of tensors; each has its own files
+MALFORMED = (ValueError, KeyError, TypeError, RecursionError)  # raised by JSON that this package did not write
 
 
 class Checkpoint(NamedTuple):
@@ -32,7 +32,7 @@ class Checkpoint(NamedTuple):
 
 
 class Location(NamedTuple):
-    """Rows `start` .. `stop` - 1 of a tensor, which are in `file`. A scalar is one row."""
+    """The file that holds rows `start` .. `stop` - 1 of a tensor. A scalar is one row."""
 
     file: str
     start: int
@@ -40,9 +40,9 @@ class Location(NamedTuple):
 
 
 def load(path: Path, *, verify: bool = True) -> Checkpoint:
-    """Read a checkpoint; without `verify`, the caller knows that it is intact.
+    """Read a checkpoint. Use `verify=False` only for one that is known to be intact.
 
-    Raises UserError naming the file that is missing or differs from the manifest.
+    Raises UserError that names the file that is missing or differs from the manifest.
     """
     if verify and (problem := corruption(path)):
         raise UserError(problem)
@@ -59,18 +59,18 @@ def tensor_shapes(path: Path, kind: str) -> dict[str, torch.Size]:
     return {name: shape for name, (shape, _) in _index(path, kind).items()}
 
 
-def read_tensors(path: Path, kind: str, wanted: dict[str, tuple[int, int] | None] | None = None) -> dict[str, Tensor]:
-    """Read rows start .. stop - 1 of the `wanted` tensors; None: all rows, or all tensors. Nothing else is read.
+def read_tensors(path: Path, kind: str, rows: dict[str, tuple[int, int] | None] | None = None) -> dict[str, Tensor]:
+    """Read only the `rows` of each tensor: {name: (start, stop), or None for all}; without `rows`, every tensor.
 
     Raises KeyError for a tensor that the checkpoint lacks.
     """
     index = _index(path, kind)
-    wanted = dict.fromkeys(index) if wanted is None else wanted
+    rows = dict.fromkeys(index) if rows is None else rows
     names = dict.fromkeys(location.file for _, locations in index.values() for location in locations)
     with ExitStack() as open_files:
         files = {name: open_files.enter_context(_open(path / name)) for name in names}
         try:
-            return {name: _read_rows(files, name, *index[name], rows) for name, rows in wanted.items()}
+            return {name: _read_rows(files, name, *index[name], span) for name, span in rows.items()}
         except SafetensorError as error:
             raise UserError(f"{path}: its tensor files do not match their index: {error}") from None
 
@@ -122,7 +122,7 @@ def _locations(listed: Set[str], shape: list[int], parts: list) -> tuple[torch.S
 
 
 def corruption(path: Path) -> str | None:
-    """Hash every file of a checkpoint; return one line that names what is damaged, None if it is intact."""
+    """Hash every file of a checkpoint; return one line that names the damaged file, None if all are intact."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         for name in ("state.json", *manifest):  # a manifest without state.json is damaged
@@ -144,7 +144,7 @@ def corruption(path: Path) -> str | None:
 
 
 def is_complete(path: Path) -> bool:
-    """Return True if all files of a checkpoint exist with the sizes in its manifest. Reads no tensor."""
+    """Return True if all files of a checkpoint have the sizes in its manifest. Reads no tensor."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         return all((path / name).stat().st_size == manifest[name]["bytes"] for name in ("state.json", *manifest))
@@ -159,9 +159,9 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def latest(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """Return the newest intact checkpoint, None if the folder has none. Call `warn` for each newer one, all damaged.
+    """Return the newest intact checkpoint, None if the folder is empty. Calls `warn` for each newer, damaged one.
 
-    Raises UserError if all are damaged, so that a run never silently starts over.
+    Raises UserError if all are damaged: a run must not silently start over.
     """
     checkpoints = list_checkpoints(folder)
     for _, path in reversed(checkpoints):

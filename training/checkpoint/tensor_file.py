@@ -1,7 +1,7 @@
-"""Writing of safetensors files (github.com/huggingface/safetensors), hashed on the way.
+"""Write safetensors files (github.com/huggingface/safetensors) and hash them in one pass.
 
-`safetensors.torch.save_file` needs all tensors of a file in memory and a second pass for the hash. This writer takes
-each tensor in pieces, one at a time, syncs the file and raises the system's own OSError if the disk is full.
+`safetensors.torch.save_file` needs all tensors of a file in memory and a second pass for the hash. These functions hold
+one piece of a tensor at a time, sync the file and raise the system's own OSError if the disk is full.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DTYPE_NAMES = {
 
 
 class TensorPieces(NamedTuple):
-    """A tensor to write, as consecutive rows."""
+    """A tensor to write, in pieces of consecutive rows."""
 
     dtype: torch.dtype
     shape: torch.Size
@@ -67,6 +67,6 @@ def _bytes_of(tensor: Tensor) -> bytes | memoryview:
 
 
 def file_entry(path: Path) -> dict[str, str | int]:
-    """Hash a file; return its manifest entry: "sha256", and "bytes", its size."""
+    """Hash a file; return its manifest entry: {"sha256", "bytes"}, the latter its size."""
     with path.open("rb") as file:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell()}

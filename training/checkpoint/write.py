@@ -1,7 +1,7 @@
-"""Save checkpoints while training goes on: copy to host memory, then write in a thread together with the other ranks.
+"""Save checkpoints during training: copy to host memory, then write from a thread, together with the other ranks.
 
-Order of operations, each durable before the next: the tensor files, state.json, manifest.json, the folder's name. Only
-then are older checkpoints removed. After a crash at any point the newest complete checkpoint is still there.
+Order of operations, each durable before the next: tensor files, state.json, manifest.json, rename of the folder,
+removal of older checkpoints. After a crash at any point the newest complete checkpoint is still there.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ Shards = dict[str, dict[str, TensorShard]]  # by kind ("model", "optimizer") and
 
 
 class CheckpointWriter:
-    """Saves checkpoints to a folder, at most one at a time, while training goes on.
+    """A writer of checkpoints to a folder, at most one at a time, in the background.
 
     All ranks call its methods in the same order. `failure` is the error of the last save, the same on all ranks.
     """
@@ -74,7 +74,7 @@ class CheckpointWriter:
         self._buffers: dict[tuple[str, str], Tensor] = {}  # reused by every save
 
     def preallocate(self, shards: Shards) -> None:
-        """Allocate the copy's buffers in the background: touching new pages takes longer than the copy itself."""
+        """Allocate the host buffers in the background: the first write to new pages takes longer than a copy."""
         self.wait()
         self.is_preallocated = True
 
@@ -88,10 +88,10 @@ class CheckpointWriter:
         self._start(allocate)
 
     def save(self, shards: Shards, state: dict, best_step: int | None) -> None:
-        """Start to save `folder`/step-N, unless it exists, then remove checkpoints beyond `keep` but the best.
+        """Start saving `folder`/step-N, unless it exists, then removing all but the `keep` newest and the best.
 
-        `shards` hold all of "model" and "optimizer"; they may be changed as soon as this returns. Raises UserError
-        if the last save failed, or, without `background`, this one.
+        `shards` are all of "model" and "optimizer"; training may change them once this returns. Raises UserError if
+        the previous save failed or, without `background`, if this one does.
         """
         self.wait()
         copies = {kind: self._copy(kind, by_name) for kind, by_name in shards.items()}
@@ -100,7 +100,7 @@ class CheckpointWriter:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until nothing is being saved. Raises UserError if the save failed."""
+        """Wait for the save in progress. Raises UserError if the last save failed."""
         if self._work is not None:
             self._work.result()
         if self.failure is not None:
@@ -108,7 +108,7 @@ class CheckpointWriter:
             raise failure
 
     def close(self) -> None:
-        """Wait until nothing is being saved, and end the thread."""
+        """Wait for the save in progress and end the thread."""
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
@@ -119,9 +119,9 @@ class CheckpointWriter:
         self._work = self._pool.submit(work, *args)
 
     def _copy(self, kind: str, shards: dict[str, TensorShard]) -> dict[str, TensorShard]:
-        """Copy the shards that this rank writes to host memory; of the others keep shape and dtype."""
+        """Copy the shards that this rank writes to host memory; keep only shape and dtype of the others."""
         copies, on_device = {}, False
-        for name, shard in sorted(shards.items()):  # sorted: the same bytes in whichever order they were created
+        for name, shard in sorted(shards.items()):  # sorted: the order of creation must not change the file
             tensor = shard.tensor.detach()
             if not shard.is_owner:
                 copies[name] = shard._replace(tensor=tensor.new_empty(0, device="cpu"))
@@ -133,7 +133,7 @@ class CheckpointWriter:
         return copies
 
     def _buffer(self, kind: str, name: str, tensor: Tensor) -> Tensor:
-        """Return host memory for a copy of the tensor: the buffer of the last save if it fits."""
+        """Return host memory for a copy of the tensor: the previous save's buffer if it fits."""
         buffer = self._buffers.get((kind, name))
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             pinned = tensor.device.type == "cuda"
@@ -141,7 +141,7 @@ class CheckpointWriter:
         return buffer
 
     def _write(self, shards: Shards, state: dict, best_step: int | None) -> None:
-        """Write in the thread, in three steps; after each, all ranks know whether every rank succeeded."""
+        """Write from the thread in three steps; after each, every rank knows if all ranks succeeded."""
         target = self.folder / f"step-{state['step']:08d}"
         partial = self.folder / f".{target.name}.tmp"
         n_bytes = sum(shard.n_bytes for by_name in shards.values() for shard in by_name.values())
@@ -155,30 +155,30 @@ class CheckpointWriter:
                 partial.mkdir()
             return {"exists": target.exists()}
 
-        def write_own() -> dict:
-            return {kind: self._write_own(partial, kind, shards[kind], one_file) for kind in KINDS}
+        def write_shards() -> dict:
+            return {kind: self._write_shards(partial, kind, shards[kind], one_file) for kind in KINDS}
 
         def publish() -> dict:
             if is_main:
                 manifest = {}
                 for kind in KINDS:
-                    manifest |= _collect(partial, kind, shards[kind], [answer[kind] for answer in written], one_file)
+                    manifest |= _collect(partial, kind, shards[kind], [files[kind] for files in by_rank], one_file)
                 _publish(partial, target, manifest, state)
                 try:
                     prune(self.folder, self.config.keep, best_step)
-                except OSError as error:  # one checkpoint too many does no harm
+                except OSError as error:  # harmless: one checkpoint too many
                     print(f"{error.filename}: {error.strerror}; an old checkpoint stays", file=sys.stderr)
             return {}
 
-        created = self._on_all_ranks(create_folder, target)
-        if created is None or created[0]["exists"]:
+        folders = self._on_all_ranks(create_folder, target)
+        if folders is None or folders[0]["exists"]:
             return
-        written = self._on_all_ranks(write_own, target)
-        if (written is None or self._on_all_ranks(publish, target) is None) and is_main:
+        by_rank = self._on_all_ranks(write_shards, target)
+        if (by_rank is None or self._on_all_ranks(publish, target) is None) and is_main:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _write_own(self, partial: Path, kind: str, shards: dict[str, TensorShard], one_file: bool) -> dict:
-        """Write this rank's rows. If all ranks' rows go into one file, the main rank's stay in memory until then."""
+    def _write_shards(self, partial: Path, kind: str, shards: dict[str, TensorShard], one_file: bool) -> dict:
+        """Write this rank's rows; return their locations. With `one_file` the main rank's stay in memory."""
         own = {name: s for name, s in shards.items() if s.is_owner and (s.tensor.numel() or not s.shape)}
         for name, shard in own.items():
             if not shard.tensor.isfinite().all():
@@ -193,18 +193,18 @@ class CheckpointWriter:
     def _on_all_ranks(self, work: Callable[[], dict], target: Path) -> list[dict] | None:
         """Run `work` on all ranks and return all results; if any rank fails, set `failure` and return None."""
         try:
-            answer = {"result": work()}
-        except Exception as error:  # of any type: the other ranks wait for an answer
-            answer = {"error": _reason(error)}
+            outcome = {"result": work()}
+        except Exception as error:  # of any type: the other ranks wait for the outcome
+            outcome = {"error": _reason(error)}
         try:
-            answers = [json.loads(data) for data in self.group.gather_bytes(json.dumps(answer).encode())]
-        except RuntimeError as error:  # the other ranks are out of reach
-            answers = [{"error": _reason(error)}]
-        errors = [answer["error"] for answer in answers if "error" in answer]
+            outcomes = [json.loads(data) for data in self.group.gather_bytes(json.dumps(outcome).encode())]
+        except RuntimeError as error:  # the other ranks cannot be reached
+            outcomes = [{"error": _reason(error)}]
+        errors = [outcome["error"] for outcome in outcomes if "error" in outcome]
         if errors:
             self.failure = UserError(f"{target}: the checkpoint could not be saved: {errors[0]}")
             return None
-        return [answer["result"] for answer in answers]
+        return [outcome["result"] for outcome in outcomes]
 
 
 def _reason(error: Exception) -> str:
@@ -214,12 +214,12 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".strip().partition("\n")[0]
 
 
-def _collect(partial: Path, kind: str, shards: dict[str, TensorShard], answers: list[dict], one_file: bool) -> dict:
-    """Join all ranks' rows in one file, a piece at a time, or write their index; return the manifest's entries."""
+def _collect(partial: Path, kind: str, shards: dict[str, TensorShard], by_rank: list[dict], one_file: bool) -> dict:
+    """Join all ranks' rows into one file, one piece at a time, or write their index; return the manifest's entries."""
     rows = {
-        name: sorted((a["rows"][name] for a in answers if name in a["rows"]), key=itemgetter(1, 2)) for name in shards
+        name: sorted((r["rows"][name] for r in by_rank if name in r["rows"]), key=itemgetter(1, 2)) for name in shards
     }
-    entries = {file: entry for answer in answers for file, entry in answer["files"].items()}
+    entries = {file: entry for rank in by_rank for file, entry in rank["files"].items()}
     if not one_file:
         index = {name: {"shape": list(shard.shape), "parts": rows[name]} for name, shard in shards.items()}
         file = f"{kind}.safetensors.index.json"

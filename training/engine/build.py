@@ -37,7 +37,7 @@ from training.weights.init_from import load_weights
 
 
 class Setup(NamedTuple):
-    """What `build` returns."""
+    """The parts of a run."""
 
     config: Config  # resolved
     model: ShardedModel
@@ -51,12 +51,12 @@ class Setup(NamedTuple):
 
 
 def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
-    """Build the parts of a run, from scratch or from the checkpoint that `resume` leads to. Collective.
+    """Build the parts of a run, from scratch or from the checkpoint that `resume` selects. Collective.
 
     Raises UserError if the folder holds another run, the checkpoint does not fit, or memory or disk are too small.
     """
     check_same_data(world, dataset.fingerprint)
-    if config.parallel.recompute == "none":  # otherwise memory matters more than time
+    if config.parallel.recompute == "none":  # with recomputation, memory matters more than time
         devices.keep_freed_memory(world.device)
     # torch.compile suggests TF32 for the router's float32 matmuls; we want full precision.
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
@@ -74,7 +74,7 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
     model = parallelize(network, config.parallel, world, dtype)
     full_shapes = FullShapes(model.full_shapes(), model.matrix_gather()) if world.size > 1 else None
     optimizer = Optimizer(config.optim, model.local_parameters(), stats.kinds, dtype, full_shapes)
-    train, val = _samples(config, dataset)
+    train, val = _build_samples(config, dataset)
     n_samples = config.batch_tokens // config.model.n_positions
     loader = Loader(train, n_samples, world.local_range(n_samples))
 
@@ -113,7 +113,7 @@ def resolve_precision_and_sizes(config: Config, dataset: Dataset, world: World, 
 
 
 def resolve_parallel(config: Config, kernels: KernelChoice, model: ShardedModel, micro_batch: MicroBatch) -> Config:
-    """Replace what is left of `auto` and null: micro-batch, device, kernels and the number of replicas."""
+    """Replace the remaining `auto` and null values: micro-batch, device, kernels and the number of replicas."""
     mesh = config.parallel.mesh.model_copy(update={"replicate": model.mesh.replicate})
     changes = {"device": model.world.device.type, "mesh": mesh, **kernels.names}
     parallel = config.parallel.model_copy(update=changes)
@@ -121,7 +121,7 @@ def resolve_parallel(config: Config, kernels: KernelChoice, model: ShardedModel,
 
 
 def agree_on_kernels(config: Config, world: World, point: ResumePoint | None) -> KernelChoice:
-    """Choose the same kernels on all ranks: of those that the ranks choose, the last in the tables' order. Collective.
+    """Choose the same kernels on all ranks: if ranks choose differently, the latest choice in its table. Collective.
 
     A resumed run keeps its kernels. Raises UserError on a rank where the agreed kernel does not work.
     """
@@ -152,7 +152,7 @@ def initial_state(config: Config, dataset: Dataset, kernels: KernelChoice, point
     return state
 
 
-def _samples(config: Config, dataset: Dataset) -> tuple[Samples, Samples]:
+def _build_samples(config: Config, dataset: Dataset) -> tuple[Samples, Samples]:
     """Return the training samples, shuffled by the seed, and the validation samples in order."""
     end_of_text = dataset.tokenizer.end_of_text if config.model.isolate_documents else None
     common = {"n_positions": config.model.n_positions, "end_of_text": end_of_text}

@@ -1,4 +1,4 @@
-"""Decide what follows a step: log, evaluate, save, stop. Signals and the clock come in here."""
+"""Decide after each step, from its number, the clock and signals: log, evaluate, save or stop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from training.engine.state import Checkpoints, TrainState
 
 # Schedulers send SIGUSR1 before a job's time is over.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-SECOND_SIGNAL_S = 1.0  # a terminal and a launcher both forward one signal; a later one ends the process at once
+SECOND_SIGNAL_S = 1.0  # terminal and launcher both forward a signal: repeats within 1 s count once, later ones kill
 
 
 class Due(NamedTuple):
@@ -28,7 +28,7 @@ class Due(NamedTuple):
 
 
 class Events:
-    """Catches stop signals and watches the clock while it is entered as a context."""
+    """The events after each step. As a context manager it catches stop signals."""
 
     def __init__(self, config: Config, world: World, checkpoints: Checkpoints):
         self.config, self.world, self.checkpoints = config, world, checkpoints
@@ -36,7 +36,7 @@ class Events:
         self._handlers: dict[int, object] = {}
 
     def __enter__(self) -> Events:
-        # Python allows handlers in the main thread only; a launcher that trains in another (Ray) stops runs itself.
+        # Python allows handlers in the main thread only. Ray, which trains in another thread, stops runs itself.
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         return self
@@ -62,7 +62,7 @@ class Events:
         received, is_late, failed = self.world.max_int(self.signal, is_late, self.checkpoints.has_failed)
         if failed:
             self.checkpoints.wait()  # raises the failure, on all ranks
-        # While updates are non-finite nothing is saved: the weights may be the cause, and would replace good ones.
+        # No periodic save after a non-finite update: the cause may be bad weights, which would replace good ones.
         is_healthy = state.guard.consecutive == 0
         save = is_last or received > 0 or (is_healthy and (is_late > 0 or _is_multiple(step, config.checkpoint.every)))
         if save:

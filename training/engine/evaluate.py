@@ -26,7 +26,7 @@ def evaluate(setup: Setup, tokenizer: Tokenizer) -> dict[str, float]:
 def sample_texts(setup: Setup, tokenizer: Tokenizer) -> dict[str, list[dict[str, str]]]:
     """Return {"samples": a continuation of each of `eval.prompts`}; {} on ranks that do not sample.
 
-    A text depends on weights, seed, step and its prompt alone. Collective where forwards are.
+    A text depends only on weights, seed, step and prompt. Collective if forward contains collectives.
     """
     config, model = setup.config, setup.model
     is_collective = model.mesh.has_collectives
@@ -53,16 +53,16 @@ def validation_loss(
     """Return the cross-entropy over `n_tokens` of the samples (None: all), without auxiliary losses. Collective.
 
     The samples are the same, evenly spaced, for any micro-batch and number of ranks. Keys: "val_loss" (nats per
-    token), "val_perplexity", "val_bits_per_byte" (of the text that the targets spell).
+    token), "val_perplexity", "val_bits_per_byte" (per UTF-8 byte of the targets' text).
     """
     indices = samples.evenly_spaced(n_tokens)
-    mine = world.local_range(len(indices))
-    n_forwards = math.ceil(math.ceil(len(indices) / world.size) / micro_batch)  # on every rank: FSDP needs all of them
+    local = world.local_range(len(indices))
+    n_forwards = math.ceil(math.ceil(len(indices) / world.size) / micro_batch)  # equal on all ranks, as FSDP requires
     loss_sums, n_targets, n_bytes = [], 0, 0
-    for first in range(mine.start, mine.start + n_forwards * micro_batch, micro_batch):
-        own = indices[first : min(first + micro_batch, mine.stop)]
-        batch = samples.batch(own if len(own) else indices[:1])
-        if len(own) == 0:
+    for first in range(local.start, local.start + n_forwards * micro_batch, micro_batch):
+        chunk = indices[first : min(first + micro_batch, local.stop)]
+        batch = samples.batch(chunk if len(chunk) else indices[:1])
+        if len(chunk) == 0:  # a dummy forward without targets
             batch = batch._replace(targets_BT=torch.full_like(batch.targets_BT, -1))
         _, metrics = model(batch.to(world.device))
         loss_sums.append(metrics["loss_sum"])

@@ -1,4 +1,4 @@
-"""Find the tokens that each expert is sent most, for experts.json and the report.
+"""Find the tokens that the router prefers to send to each expert, for experts.json and the report.
 
 Shapes: B batch, T tokens, N = B x T tokens, K experts per token, E experts, S slots: one for each counted token id and
 a last one for all others.
@@ -13,13 +13,13 @@ from training.data import Samples, Tokenizer
 from training.data.byte_unicode import unicode_to_bytes
 from training.model import GPT
 
-MAX_TOKENS = 65_536  # read from the validation text; never more than `eval.tokens`
-MAX_IDS = 4096  # token ids that are counted: the most frequent ones
+MAX_TOKENS = 65_536  # of the validation text to read, at most `eval.tokens`
+MAX_IDS = 4096  # token ids to count: the most frequent ones
 MAX_LAYERS = 12  # evenly spaced over the network, first and last included
 MAX_EXPERTS = 64  # of each layer: the first ones
 MAX_TOP_TOKENS = 8  # per expert
-MIN_SHARE = 1 / 4096  # of the text that a counted token makes up: 16 times in MAX_TOKENS, enough to rule out chance
-MIN_COUNT = 5  # in a short text
+MIN_SHARE = 1 / 4096  # count a token if it is this share of the text: 16 of MAX_TOKENS, enough to rule out chance
+MIN_COUNT = 5  # and occurs this often, in a short text
 
 
 def measure_expert_tokens(
@@ -32,7 +32,7 @@ def measure_expert_tokens(
     indices = samples.evenly_spaced(min(MAX_TOKENS, config.tokens or MAX_TOKENS))
     batch = samples.batch(indices)
     tokens_BT = batch.tokens_BT.numpy()
-    is_text_BT = batch.targets_BT.numpy() >= 0  # the last window may be partly empty
+    is_text_BT = batch.targets_BT.numpy() >= 0  # the last sample may be padded
 
     n_tokens = int(is_text_BT.sum())
     min_count = max(MIN_COUNT, round(n_tokens * MIN_SHARE))
@@ -100,7 +100,7 @@ def top_tokens(count_SE: np.ndarray) -> list[list[tuple[int, float, int]]]:
 
 
 def token_texts(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
-    """Return the text of each token; bytes that are part of a character as \\xe2."""
+    """Return the text of each token; bytes that are not whole characters are escaped: \\xe2."""
     added, byte_of = tokenizer.inner.get_added_tokens_decoder(), unicode_to_bytes()
     return [
         added[id_].content

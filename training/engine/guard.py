@@ -1,4 +1,4 @@
-"""Decide which updates to skip: those from a NaN or infinite loss or gradient and, on request, spikes."""
+"""Decide which updates to skip: those with a NaN or infinite loss or gradient and, if configured, spikes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 MAX_CONSECUTIVE = 10  # skipped updates in a row, before a run stops or a spike counts as the new level
 WINDOW = 128  # updates that a spike is measured against
-MIN_WINDOW = 32  # fewer than this say too little about the spread
+MIN_WINDOW = 32  # fewer updates are too few to estimate the deviation
 
 
 @dataclass
 class StepGuard:
-    """The count of skipped updates and the recent losses and gradient norms. Equal on all ranks, as its inputs are."""
+    """The count of skipped updates and the recent losses and gradient norms. Equal on all ranks, because inputs are."""
 
     spike_limit: float | None = None  # standard deviations above the mean that count as a spike; None: never skip one
     n_skipped: int = 0
@@ -47,7 +47,7 @@ class StepGuard:
         return {"total": self.n_skipped, "in_a_row": self.consecutive, "spikes": self.consecutive_spikes} | window
 
     def load_json(self, values: dict[str, Any]) -> None:
-        """Restore what `to_json` returned. Raises KeyError or TypeError for anything else."""
+        """Restore the result of `to_json`. Raises KeyError or TypeError for anything else."""
         self.n_skipped, self.consecutive = values["total"], values["in_a_row"]
         self.consecutive_spikes = values["spikes"]
         self.losses.extend(values.get("losses", ()))
@@ -60,7 +60,7 @@ class StepGuard:
             mean, deviation = statistics.fmean(window), statistics.pstdev(window)
             if value > mean + self.spike_limit * max(deviation, 1e-12):
                 self.consecutive_spikes += 1
-                if self.consecutive_spikes > MAX_CONSECUTIVE:  # no spike any more: the run is at a new level
+                if self.consecutive_spikes > MAX_CONSECUTIVE:  # not a spike: the run has reached a new level
                     self.losses.clear()
                     self.norms.clear()
                     break

@@ -19,11 +19,11 @@ from training.errors import UserError
 from training.kernels.choose import choose_kernels
 from training.model import GPT, kernel_requirements
 
-ATTEMPTS = 3  # at reading a checkpoint: a run that trains meanwhile may remove it
+ATTEMPTS = 3  # to read the latest checkpoint: a run in training may remove it meanwhile
 
 
 class LoadedRun(NamedTuple):
-    """A checkpoint's weights and what belongs to them."""
+    """A checkpoint's weights, configuration, tokenizer and step."""
 
     config: Config
     weights: dict[str, Tensor]  # float32
@@ -35,7 +35,7 @@ class LoadedRun(NamedTuple):
 def load_run(run: str) -> LoadedRun:
     """Read the latest intact checkpoint of the run in folder `run`, or the checkpoint at `run` itself.
 
-    Raises UserError if there is none, or if its weights are not those of its configuration.
+    Raises UserError if there is none, or if its weights do not fit its configuration.
     """
     path, loaded = _latest(Path(run).resolve())
     if loaded is None:
@@ -68,7 +68,7 @@ def load_model(run: str, device_name: str = "auto") -> tuple[GPT, LoadedRun]:
 
 
 def _has_weights_of(config: ModelConfig, weights: dict[str, Tensor]) -> bool:
-    """Return True if names and shapes are the model's; checked on the meta device, before anything takes memory."""
+    """Return True if names and shapes are the model's, by building it on the meta device, which takes no memory."""
     if config.vocab_size is None or config.n_layer > len(weights):
         return False
     try:

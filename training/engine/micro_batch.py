@@ -1,6 +1,6 @@
 """Find the largest micro-batch that fits in memory by trying, and shrink it after an out-of-memory error.
 
-Nothing here changes what is computed beyond the order of sums. All ranks hold the same values.
+The micro-batch changes results only by the order of sums. It is the same on all ranks.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from training.model.moe import MoE
 from training.optim.optimizer import Optimizer
 from training.planning.batch_split import HEADROOM, equal_parts, max_samples_per_rank
 
-FILE = "micro_batch.json"  # in the run's folder, for the start after an out-of-memory error
+FILE = "micro_batch.json"  # in the run's folder, read at the restart after an out-of-memory error
 
 
 class MicroBatch:
-    """The number of samples in one forward and backward, and how to lower it.
+    """The number of samples in one forward and backward, which `shrink` lowers.
 
-    `known` maps a hardware key (devices, mesh, options) to what fits there: {"micro_batch", "recompute"}. It is part of
-    the run's state, so that a restart does not search again.
+    `known` maps a hardware key (devices, mesh, options) to the {"micro_batch", "recompute"} that fits there. It is part
+    of the run's state, so that a restart does not search again.
     """
 
     def __init__(self, config: Config, model: ShardedModel, state: TrainState, tokenizer: Tokenizer):
@@ -42,12 +42,12 @@ class MicroBatch:
         self.is_auto = config.micro_batch == "auto"
         self.max_size = max_samples_per_rank(config, model.world.size)
         self.size = 1 if self.is_auto else min(config.micro_batch, self.max_size)
-        self.n_out_of_memory = 0  # since the start
+        self.n_out_of_memory = 0  # number of errors since the start
         self.key = _hardware_key(config, model)
         self.known = state.micro_batches
 
     def choose(self, optimizer: Optimizer) -> None:
-        """Set the size: what is known for this hardware, else the configured one, else the largest that fits.
+        """Set the size: the known one for this hardware, else the configured one, else the largest that fits.
 
         Raises UserError if not even one sample fits. Collective.
         """
@@ -60,21 +60,21 @@ class MicroBatch:
         elif self.is_auto:
             self.size = self._largest_that_fits(optimizer)
             self._remember()
-        devices.reset_peak_memory(world.device)  # the trials' peak is not the run's
+        devices.reset_peak_memory(world.device)  # the run's peak shall not include the trials'
 
     def slices(self, n_samples: int) -> list[slice]:
         """Return the micro-batches of this rank's samples.
 
-        With FSDP or split experts every rank needs equally many forwards, so the last slice may be empty.
+        With FSDP or expert parallelism every rank needs equally many forwards, so the last slices may be empty.
         """
         n_covered = self.max_size if self.model.mesh.has_collectives else n_samples
         starts = range(0, n_covered, self.size)
         return [slice(min(start, n_samples), min(start + self.size, n_samples)) for start in starts]
 
     def shrink(self) -> None:
-        """Use less memory from here on: half the samples, then activation checkpointing.
+        """Use less memory from now on: halve the micro-batch; at 1, turn on activation checkpointing.
 
-        Raises UserError if both were tried.
+        Raises UserError if both are exhausted.
         """
         self._free_memory()
         devices.release_freed_memory(self.model.world.device)
@@ -110,7 +110,7 @@ class MicroBatch:
         self.known[self.key] = {"micro_batch": self.size, "recompute": self.model.activation_checkpointing}
 
     def _read_file(self) -> dict[str, dict]:
-        """Return what an earlier process stored before it stopped; {} if nothing readable is there."""
+        """Return what `shrink_and_restart` of an earlier process stored; {} if the file is missing or malformed."""
         try:
             stored = json.loads((self.config.run_dir / FILE).read_bytes())
             return {key: {name: known[name] for name in ("micro_batch", "recompute")} for key, known in stored.items()}
@@ -136,13 +136,13 @@ class MicroBatch:
         limit = -world.max_int(-int(HEADROOM * devices.available_memory_bytes(world.device)))[0]
         fits = max_size
         with self._worst_case(optimizer):
-            one, growth = self._peak(1)
-            if one > limit:
-                raise UserError(self._nothing_fits(one))
-            if max_size > 1 and self.model.mesh.has_collectives and one + growth > limit:
-                return 1  # a second sample takes at most as much as the first; trying it could end the run
-            if max_size > 1 and (slope := self._peak(2)[0] - one) > 0:
-                fits = min(max_size, 1 + (limit - one) // slope)
+            peak, growth = self._peak(1)
+            if peak > limit:
+                raise UserError(self._nothing_fits(peak))
+            if max_size > 1 and self.model.mesh.has_collectives and peak + growth > limit:
+                return 1  # a second sample adds at most `growth`; out of memory in a trial would end the run
+            if max_size > 1 and (slope := self._peak(2)[0] - peak) > 0:
+                fits = min(max_size, 1 + (limit - peak) // slope)
         fits = equal_parts(max_size, fits, self.config, device_type)
         while fits > 2 and device_type != "cpu":  # verify the linear extrapolation by running it
             with self._worst_case(optimizer):
@@ -153,7 +153,7 @@ class MicroBatch:
 
     @contextmanager
     def _worst_case(self, optimizer: Optimizer) -> Iterator[None]:
-        """Route all tokens to the same experts and hold memory for the optimizer state."""
+        """Route all tokens to the same experts and hold the memory of the future optimizer state."""
         biases = [module.selection_bias for module in self.model.model.modules() if isinstance(module, MoE)]
         saved = [bias.clone() for bias in biases]
         for bias in biases:
@@ -167,7 +167,7 @@ class MicroBatch:
                 bias.copy_(value)
 
     def _peak(self, n_samples: int) -> tuple[int, int]:
-        """Return (peak bytes, bytes above the start) of one forward and backward: the maximum over ranks.
+        """Return (peak bytes, peak minus bytes at the start) of one forward and backward: the maximum over ranks.
 
         sys.maxsize stands for out of memory. Collective.
         """
@@ -198,7 +198,7 @@ class MicroBatch:
         return Batch(tokens_BT, targets_BT, torch.arange(n_samples), targets_BT.numel(), end_of_text)
 
     def _free_memory(self) -> None:
-        """Free what a step leaves behind."""
+        """Free the gradients and caches of a step."""
         self.model.zero_grad()
         gc.collect()
         if self.model.world.device.type == "cuda":
@@ -215,7 +215,7 @@ class MicroBatch:
 
 
 def _hardware_key(config: Config, model: ShardedModel) -> str:
-    """Return the devices, mesh and options that a micro-batch was found for. Collective."""
+    """Return a text of the devices, mesh and options that decide which micro-batch fits. Collective."""
     world, mesh = model.world, model.mesh
     names = {name.decode() for name in world.gather_bytes(devices.device_name(world.device).encode())}
     return (

@@ -1,4 +1,4 @@
-"""Open what a run writes beside its checkpoints: config.yaml, the tokenizer, run.json and the logs."""
+"""Open a run's outputs other than checkpoints: config.yaml, the tokenizer, run.json and the logs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from training.planning.report import describe_batch, describe_model
 def open_log(setup: Setup, dataset: Dataset, started: float) -> RunLog:
     """Return the run's log; on the main rank write config.yaml and the tokenizer, and open the sinks.
 
-    `started` is the process's start by `time.perf_counter`. Raises UserError if the folder cannot be written.
+    `started` is the `time.perf_counter` at the start of the process. Raises UserError if the folder cannot be written.
     """
     config, state, world = setup.config, setup.state, setup.model.world
     timer = PhaseTimer(world.device)
@@ -70,7 +70,7 @@ def open_log(setup: Setup, dataset: Dataset, started: float) -> RunLog:
 
 
 def header(setup: Setup, dataset: Dataset) -> dict[str, str]:
-    """Return the lines that open the console's log and the report, by label."""
+    """Return {label: text} of the lines at the top of the console's log and of the report."""
     config, model, state, world = setup.config, setup.config.model, setup.state, setup.model.world
     ranks = f", {world.size} processes: {setup.model.mesh}" if world.size > 1 else ""
     moe = [block.ffn for block in model.layers() if block.ffn.type == "moe"]
@@ -99,7 +99,7 @@ def header(setup: Setup, dataset: Dataset) -> dict[str, str]:
 
 
 def facts(setup: Setup) -> dict[str, Any]:
-    """Return the header's facts as plain data for programs: run.json's "facts"."""
+    """Return "facts" of run.json: the header's figures for programs."""
     config, world = setup.config, setup.model.world
     return {
         "device": devices.device_name(world.device),

@@ -1,4 +1,4 @@
-"""Say where the loop is, to the phase timer and to the ranks that wait for this one."""
+"""Report the loop's current phase to the phase timer and to the other ranks' hang monitors."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from training.logging.phase_timer import PhaseTimer
 
 
 class Phases:
-    """`with phase("data"):` counts the time of the block as `data`, and what follows as `idle`."""
+    """The loop's phases: `with phase("data"):` times its block as `data` and the code after it as `idle`."""
 
     def __init__(self, timer: PhaseTimer, world: World):
         self.timer, self.world = timer, world
 
     @contextmanager
     def __call__(self, name: str, activity: str | None = None, kind: ActivityKind | None = None) -> Iterator[None]:
-        """Enter the phase `name` of `logging/phases.py`; `activity` is what other ranks read about this one.
+        """Enter the phase `name` of `logging/phases.py`; other ranks' errors name the `activity` if this rank hangs.
 
-        By default the main rank may take as long as it needs, since it writes files, and others may not.
+        The default `kind` is "untimed" on the main rank, which writes files, and "timed" on the others.
         """
         if activity is not None:
             self.world.set_activity(activity, kind or ("untimed" if self.world.is_main else "timed"))

@@ -1,6 +1,6 @@
 """Decide where a run starts: from scratch, or from a checkpoint of its own or of another run.
 
-A restart may change how a run is carried out, never what it computes: `config.CHANGEABLE_ON_RESUME` lists the options
+A restart may change how a run is executed, never what it computes: `config.CHANGEABLE_ON_RESUME` lists the options
 that may differ.
 """
 
@@ -33,7 +33,7 @@ class ResumePoint(NamedTuple):
 def find_on_all_ranks(config: Config, resume: str, world: World) -> ResumePoint | None:
     """Return the checkpoint to start from, found and verified by the main rank; None to start from scratch.
 
-    Changes no file. Raises UserError as `find_resume_point`, on the main rank alone. Collective.
+    Changes no file. Raises the UserErrors of `find_resume_point`, on the main rank only. Collective.
     """
     location = find_resume_point(config, resume) if world.is_main and resume != "never" else None
     location = world.broadcast(location and [str(location[0]), location[1]])
@@ -47,9 +47,8 @@ def find_on_all_ranks(config: Config, resume: str, world: World) -> ResumePoint 
 def find_resume_point(config: Config, resume: str) -> tuple[Path, bool] | None:
     """Return (checkpoint, is it the run's own), or None if there is none to start from.
 
-    `resume` is "auto" or the path of a checkpoint or run. A path to a checkpoint of this run goes back to it. A path to
-    another run's only matters for the first start: later the run's own checkpoints win. Raises UserError if no
-    checkpoint is intact.
+    `resume` is "auto" or the path of a checkpoint or run. A checkpoint of this run takes the run back to it. One of
+    another run is used only until this run has checkpoints of its own. Raises UserError if no checkpoint is intact.
     """
     folder = config.run_dir / "checkpoints"
     requested = None if resume == "auto" else _checkpoint_at(Path(resume), print)
@@ -74,9 +73,9 @@ def find_resume_point(config: Config, resume: str) -> tuple[Path, bool] | None:
 
 
 def prepare_run_dir(config: Config, resume: str, point: ResumePoint | None) -> None:
-    """Make room in the run's folder, once nothing can refuse the run any more.
+    """Prepare the run's folder, after all checks.
 
-    `never` moves an old run aside; on a resume, checkpoints past the resume point are set aside as damaged or undone.
+    `never` moves an old run aside. A resume renames checkpoints past the resume point to damaged-... or undone-...
     """
     with write_errors_as_user_errors(config.run_dir):
         if resume == "never":
@@ -88,9 +87,9 @@ def prepare_run_dir(config: Config, resume: str, point: ResumePoint | None) -> N
 
 
 def check_unchanged(config: Config, fingerprint: str, old: dict[str, Any], old_fingerprint: str) -> None:
-    """Raise UserError, with a list, if options or data changed that a restart may not change.
+    """Raise UserError with a list of the changed options or data that a restart may not change.
 
-    `config` is resolved, `old` the options of the run in the folder as plain data.
+    `config` is resolved; `old` holds the options of the run in the folder as plain data.
     """
     before, now = (
         dict(flatten_options(_explicit(old))),
@@ -111,17 +110,17 @@ def check_unchanged(config: Config, fingerprint: str, old: dict[str, Any], old_f
 
 
 def check_folder_is_free(config: Config, fingerprint: str) -> None:
-    """Raise UserError if the folder holds another run's rows, though no checkpoint yet."""
+    """Raise UserError if the folder holds rows, but no checkpoint, of a run with other options."""
     rows, stored = config.run_dir / "metrics.jsonl", config.run_dir / "config.yaml"
     if rows.exists() and rows.stat().st_size and stored.exists():
         check_unchanged(config, fingerprint, cli.load_config(stored).model_dump(mode="json"), fingerprint)
 
 
 def _explicit(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options with the model's sizes written out, as older versions left null in them."""
+    """Replace every null that stands for a size: older versions stored nulls."""
     try:
         return Config.model_validate(options).with_explicit_sizes().model_dump(mode="json")
-    except ValidationError:  # of another version: compare what is there
+    except ValidationError:  # of another version: compare the options as stored
         return options
 
 
@@ -143,7 +142,7 @@ def _move_aside(folder: Path) -> None:
 
 
 def _checkpoint_at(path: Path, warn: Callable[[str], None]) -> Path:
-    """Return the checkpoint that a path names: itself, or the latest of the run at that path."""
+    """Return the checkpoint at a path, or the latest of the run at that path. Raises UserError if there is none."""
     if (path / "checkpoints").is_dir():
         path = checkpoint.latest(path / "checkpoints", warn) or path
     if not (path / checkpoint.MANIFEST).is_file():

@@ -1,4 +1,4 @@
-"""The state of a run: `TrainState` is all that state.json holds, `Checkpoints` saves it with the tensors."""
+"""The state of a run: `TrainState`, stored in state.json, and `Checkpoints`, which saves it with the tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from training.logging.rows import RunLog
 from training.optim.loss_scale import LossScale
 from training.optim.optimizer import Optimizer
 
-JSON_KEYS = {"phases": "ledger", "guard": "skips", "micro_batches": "micro_batch"}  # where they differ from the fields
+JSON_KEYS = {"phases": "ledger", "guard": "skips", "micro_batches": "micro_batch"}  # where key and field differ
 TYPES = {
     "step": int, "time_s": int | float, "best": dict | None, "last_row": dict, "loss_scale": dict | None, "guard": dict,
     "data": str, "config": dict, "phases": dict, "kernels": dict, "micro_batches": dict,
@@ -43,9 +43,9 @@ class TrainState:
     phases: dict[str, dict[str, float]] = field(default_factory=dict)  # state of the phase timer
 
     def update_best(self, val_loss: float, *, is_saved: bool) -> bool:
-        """Note the validation loss if it is the lowest so far and return whether it is.
+        """Record the validation loss as `best` if it is the lowest so far; return True if so.
 
-        After a skipped update nothing is saved unless `is_saved`, so the best stays what it was.
+        After a non-finite update `best` changes only if this step is saved anyway (`is_saved`).
         """
         if self.best is not None and val_loss >= self.best["val_loss"]:
             return False
@@ -62,7 +62,7 @@ class TrainState:
 
     @classmethod
     def from_json(cls, content: dict[str, Any], path: Path, spike_limit: float | None) -> TrainState:
-        """Build the state from the contents of state.json at `path`; `spike_limit` is the guard's.
+        """Build the state from the contents of state.json at `path`; `spike_limit` is that of the StepGuard.
 
         Raises UserError for a missing key or a value of another type.
         """
@@ -81,7 +81,7 @@ class TrainState:
 
 
 class Checkpoints:
-    """Saves a run's checkpoints, one at a time, in the background unless the configuration says otherwise."""
+    """The checkpoints of a run: saved one at a time, in the background unless `checkpoint.background` is false."""
 
     def __init__(self, config: Config, model: ShardedModel, optimizer: Optimizer, log: RunLog):
         self.config, self.model, self.optimizer, self.log = config, model, optimizer, log
@@ -95,7 +95,7 @@ class Checkpoints:
             self.writer.preallocate(self._tensors())
 
     def save(self, state: TrainState) -> None:
-        """Start saving weights, optimizer and state; then remove checkpoints that are no longer kept. Collective."""
+        """Start saving weights, optimizer and state, then removing older checkpoints. Collective."""
         state.last_row = nan_to_null({key: value for key, value in self.log.last_row.items() if key != "samples"})
         state.time_s, state.phases = self.log.time_s, self.log.timer.state_dict()
         best = state.best["step"] if state.best and self.config.checkpoint.keep_best else None
@@ -103,7 +103,7 @@ class Checkpoints:
 
     @property
     def has_failed(self) -> bool:
-        """True after a save that failed on some rank."""
+        """True after a save that failed on any rank."""
         return self.writer.failure is not None
 
     def __enter__(self) -> Checkpoints:

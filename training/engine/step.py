@@ -35,12 +35,10 @@ def train_step(
     state: TrainState,
     phase: Phases,
 ) -> tuple[Metrics, int]:
-    """Update the weights once; return the global batch's summed metrics, still on the device, and its n_targets.
+    """Update the weights once; return the global batch's metric sums, on the device, and its n_targets. Collective.
 
-    Collective.
-
-    The gradient is that of the summed loss over the number of targets in the global batch, however ranks and
-    micro-batches split it. After an out-of-memory error the same batch runs again in smaller micro-batches.
+    The gradient is that of the summed loss / number of targets of the global batch, however ranks and micro-batches
+    split it. After an out-of-memory error the same batch runs again in smaller micro-batches.
     """
     world, activity = model.world, f"step {state.step + 1}"
     loss_scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
@@ -60,7 +58,7 @@ def train_step(
             micro_batch.shrink()
     if state.step + 1 < config.steps:
         with phase("data"):
-            loader.prefetch(state.step + 1)  # a GPU still computes
+            loader.prefetch(state.step + 1)  # while a GPU still computes
     with phase("communication"):
         model.sum_gradients(sums.values())
 
@@ -103,8 +101,8 @@ def accumulate_gradients(
 def should_update(loss: Tensor, grad_norm: Tensor, state: TrainState, world: World) -> bool:
     """Return True if every rank should apply this update; False if loss or gradient norm is not finite or spikes.
 
-    In fp16 an overflow first lowers the loss scale without counting as skipped. Synchronizes with the device.
-    Collective.
+    In fp16 an overflow lowers the loss scale and does not count as skipped until the scale is 1. Synchronizes with the
+    device. Collective.
     """
     loss, grad_norm = torch.stack([loss, grad_norm]).tolist()
     is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -121,7 +119,7 @@ def should_update(loss: Tensor, grad_norm: Tensor, state: TrainState, world: Wor
 
 @torch.no_grad()
 def clip_gradients(model: ShardedModel, grad_norm: Tensor, max_norm: float | None, loss_scale: float) -> None:
-    """Divide the gradients by the loss scale and scale them down to `max_norm`; `grad_norm` is their present norm."""
+    """Divide the gradients by the loss scale, then scale their norm, `grad_norm` at that point, down to `max_norm`."""
     factor = torch.ones_like(grad_norm) / loss_scale
     if max_norm is not None:
         factor = factor * (max_norm / (grad_norm + 1e-6)).clamp(max=1.0)

@@ -31,9 +31,9 @@ from training.weights import hf
 
 
 def check_finite(state: TrainState, log: RunLog) -> None:
-    """Write the rows and raise UserError if updates keep failing or the validation loss is not finite.
+    """Raise UserError, after writing the rows, if MAX_CONSECUTIVE updates or the validation loss were not finite.
 
-    Such a state must not replace a good checkpoint.
+    The state is not saved, because it would replace a good checkpoint.
     """
     val_loss = log.last_row.get("val_loss", 0.0)
     if state.guard.is_stuck:
@@ -68,8 +68,8 @@ def finish(setup: Setup, dataset: Dataset, log: RunLog, phase: Phases) -> None:
     if setup.stats.top_ks and (is_main or model.mesh.has_collectives):
         with phase("evaluation"):
             model.reshard()
-            parts = (model.model, setup.val_samples, dataset.tokenizer, config.eval)
-            expert_tokens = measure_expert_tokens(*parts, micro_batch=setup.micro_batch.size, step=state.step)
+            args = (model.model, setup.val_samples, dataset.tokenizer, config.eval)
+            expert_tokens = measure_expert_tokens(*args, micro_batch=setup.micro_batch.size, step=state.step)
     if not is_main:
         return
     with phase("checkpoint"):
@@ -83,7 +83,7 @@ def finish(setup: Setup, dataset: Dataset, log: RunLog, phase: Phases) -> None:
 
 
 def write_model(folder: Path, weights: dict[str, Tensor], setup: Setup, tokenizer: Tokenizer) -> None:
-    """Write the model and its tokenizer as one atomic folder. Raises UserError if the disk refuses."""
+    """Write the model and its tokenizer as one atomic folder. Raises UserError if that fails."""
     try:
         with atomic_folder(folder) as partial:
             model = setup.config.model
@@ -122,7 +122,7 @@ def summarize(setup: Setup, dataset: Dataset, log: RunLog) -> dict[str, Any]:
 
 
 def program(name: str) -> str:
-    """Return how to call a program of this environment from here: .venv/bin/NAME if it is below this folder."""
+    """Return the shell's name for a program of this environment: .venv/bin/NAME below this folder, else NAME."""
     path = Path(sys.executable).with_name(name)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else name
 

@@ -1,1 +1,1 @@
-"""Reading, checking and showing options. Nothing here imports torch."""
+"""Read, check and print options. Nothing here imports torch."""

@@ -1,4 +1,4 @@
-"""A run's config from a YAML file and the command line, merged as trees and validated once.
+"""Read a run's config from a YAML file and the command line: merge both as trees and validate once.
 
     python -m training.options.cli schema > configs/schema.json
 
@@ -41,13 +41,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def load_config(path: str | Path | None, overrides: Mapping[str, str] | None = None) -> Config:
-    """Load a YAML file (None: nothing), with overrides such as `{"optim.learning_rate": "3e-4"}`.
+    """Load a YAML file (None: an empty one), with overrides such as `{"optim.learning_rate": "3e-4"}`.
 
-    Overrides are YAML. A mapping is merged into the existing one unless it names its `type`; anything else replaces.
+    Overrides are YAML. A mapping without `type` is merged into the existing one; any other value replaces it.
     Raises ConfigErrors with one line for each error.
     """
     root, problems = (Node({}, "no file"), []) if path is None else read_file(path)
-    for name in sorted(overrides or {}, key=lambda name: name.count(".")):  # sections before the options in them
+    for name in sorted(overrides or {}, key=lambda name: name.count(".")):  # a section before its options
         option = tuple(name.split("."))
         if message := _explain_unknown(option) or _override(
             root, option, read_flag_value(overrides[name], f"--{name}")
@@ -73,7 +73,7 @@ def dump_config(config: Config) -> str:
 
 
 class _Representer(SafeRepresenter):
-    """Writes unprintable text, such as line breaks, in double quotes, where every character can be escaped."""
+    """A representer that writes unprintable text, such as line breaks, in double quotes, which allow escapes."""
 
     def represent_str(self, data: str) -> ScalarNode:
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
@@ -93,17 +93,17 @@ def _explain_unknown(option: tuple[str, ...]) -> str | None:
 
 
 def _override(root: Node, option: tuple[str, ...], value: Node) -> str | None:
-    """Put a flag's value into the tree. Returns the problem if a list has no such entry."""
+    """Put a flag's value into the tree. Return an error message if a list has no such entry, else None."""
     node = root
     for depth, key in enumerate(option, start=1):
         child = node.child(key)
         if isinstance(node.value, list):
             if child is None:
                 n, name = len(node.value), to_dotted(option[: depth - 1])
-                return f"{name} has {n} of them, counted from 0, and none is '{to_printable(key)}'"
+                return f"{name} has no entry '{to_printable(key)}': its length is {n}, counted from 0"
             key = int(key)
         elif not isinstance(node.value, dict):
-            return None  # the file has something else in place of a section: validation says so
+            return None  # the file has no section here: `validate` will report it
         if depth == len(option):
             node.value[key] = _merged(child, value)
         elif isinstance(node.value, dict) and (child is None or child.value is None):
@@ -122,7 +122,7 @@ def _merged(old: Node | None, new: Node) -> Node:
 
 
 def _default(option: tuple[str, ...], flag: str) -> Node:
-    """Return the default of a section or list in which a flag is the first to set something."""
+    """Return the default of a section or list that a flag changes and the file does not contain."""
     field = find_option(option)
     if not is_list(field.annotation):
         return Node({}, flag)
@@ -137,7 +137,7 @@ def _default(option: tuple[str, ...], flag: str) -> Node:
 def parse_command_line(
     argv: list[str], *, prog: str, doc: str, flags: dict[str, str]
 ) -> tuple[Config, dict[str, str | None]]:
-    """Return the config of a command line, and the values of the command's own `flags` ({flag: help text}).
+    """Return the config of a command line, and the value of each of the command's own `flags` ({flag: help text}).
 
     Prints the help or the resolved config and exits with status 0, or prints every error and exits with status 2.
     """
@@ -166,7 +166,7 @@ def parse_command_line(
 def _print_and_exit(text: str) -> NoReturn:
     try:
         print(text, end="", flush=True)
-    except BrokenPipeError:  # a pager was closed; without this, Python complains again at its exit
+    except BrokenPipeError:  # the reader closed the pipe; without this Python prints an error at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(0)
 
@@ -189,12 +189,12 @@ def _split(argv: list[str], own: dict[str, str]) -> tuple[dict[str, str], list[s
                 lines.append(f"{name}: a value is missing: {name} VALUE")
                 continue
             value = words.pop()
-        meant = closest(flag, [*own, "--help", "--print-config"])
+        known = closest(flag, [*own, "--help", "--print-config"])
         if flag in values:
             lines.append(f"{name}: given twice")
             repeated.add(flag)
-        elif meant and meant != flag and not find_option((flag[2:],)):
-            lines.append(f"{name}: unknown option; did you mean '{meant}'?")
+        elif known and known != flag and not find_option((flag[2:],)):
+            lines.append(f"{name}: unknown option; did you mean '{known}'?")
         else:
             values[flag] = value
     return {flag: value for flag, value in values.items() if flag not in repeated}, lines

@@ -1,4 +1,4 @@
-"""The models of `config.py`, read back: where an option is, which values it takes, the help and the JSON schema."""
+"""Look up the options of `config.py` by path, and render the help and the JSON schema from them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from training.options.yaml import OptionPath, to_dotted
 
 
 def sections(annotation: Any) -> tuple[type[Section], ...]:
-    """Return the sections that an annotation allows: none for a plain value, several for a union."""
+    """Return the section classes in an annotation: none for a plain value, several for a union."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return (annotation,)
     return tuple(section for part in get_args(annotation) for section in sections(part))
 
 
 def literals(annotation: Any) -> list[str]:
-    """Return the words that an annotation allows."""
+    """Return the words of the `Literal`s in an annotation."""
     if get_origin(annotation) is Literal:
         return list(get_args(annotation))
     return [word for part in get_args(annotation) for word in literals(part)]
@@ -38,7 +38,7 @@ def type_name(section: type[Section]) -> str | None:
 
 
 def find_option(path: OptionPath) -> FieldInfo | None:
-    """Return the option at a path, in any variant of a union; an entry of a list has the list's."""
+    """Return the option at a path, in any variant of a union; for an entry of a list, the list's. None if unknown."""
     inside, field, in_list = (Config,), None, False
     for key in path:
         if in_list and str(key).isdecimal():
@@ -52,7 +52,7 @@ def find_option(path: OptionPath) -> FieldInfo | None:
 
 
 def sections_at(path: OptionPath) -> tuple[type[Section], ...]:
-    """Return the sections that can be at a path."""
+    """Return the section classes that a path may hold."""
     field = find_option(path)
     return sections(field.annotation) if field else (Config,)
 
@@ -62,7 +62,7 @@ def closest(word: str, words: Iterable[str]) -> str | None:
 
 
 def explain_unknown(path: OptionPath, inside: tuple[type[Section], ...], rest: OptionPath = ()) -> str:
-    """Explain that these sections have no option `path`; `rest` is the remainder of a flag's path."""
+    """Explain that the sections `inside` have no option `path`; `rest` is the remainder of a flag's path."""
     *parent, key = path
     if "." in str(key) and find_option(nested := (*parent, *str(key).split("."))):
         return f"unknown option; nest it: `{nested[-1]}:` indented below `{to_dotted(nested[:-1])}:`"
@@ -89,7 +89,7 @@ class Group(NamedTuple):
 
 
 def all_groups(section: type[Section] = Config, path: OptionPath = (), doc: str = "the run") -> Iterator[Group]:
-    """Yield every section and every variant of every union, from the root; entries of lists are at `N`."""
+    """Yield every section and every variant of every union, from the root. `N` stands for a list index."""
     yield Group(path, doc, section)
     for name, field in section.model_fields.items():
         below = (*path, name, "N") if is_list(field.annotation) else (*path, name)
@@ -98,7 +98,7 @@ def all_groups(section: type[Section] = Config, path: OptionPath = (), doc: str 
 
 
 def flatten_options(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (path, value) of each value in nested dicts and lists: `model.blocks.0.repeat`. Empty ones give None."""
+    """Yield (path, value) of each value in nested dicts and lists: `model.blocks.0.repeat`. An empty one is None."""
     if isinstance(tree, dict | list | tuple) and tree:
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
             yield from flatten_options(value, f"{prefix}.{key}".removeprefix("."))
@@ -107,7 +107,7 @@ def flatten_options(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def default_text(value: Any) -> str:
-    """Return a default for the help."""
+    """Return a default value as text for the help."""
     if isinstance(value, Section):
         return type_name(type(value)) or "{}"
     if isinstance(value, tuple):
@@ -165,6 +165,6 @@ def json_schema() -> str:
             if unit := option.pop("unit", None):
                 option["description"] += f" [{unit}]"
             for variant in option.get("oneOf", option.get("items", {}).get("oneOf", []))[1:]:
-                named = tree["$defs"][variant["$ref"].rpartition("/")[2]]
-                named["required"] = sorted({"type", *named.get("required", [])})
+                schema = tree["$defs"][variant["$ref"].rpartition("/")[2]]
+                schema["required"] = sorted({"type", *schema.get("required", [])})
     return json.dumps(tree, indent=2) + "\n"

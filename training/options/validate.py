@@ -1,7 +1,6 @@
 """Turn a tree of nodes into a Config, or into one problem for each wrong option.
 
-Pydantic lists the errors of all fields at once. The rules between a section's options run once its fields are right, so
-what they say rests on values that the user gave.
+Pydantic lists the errors of all fields at once. Rules between a section's options run only if each of them is valid.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 def validate(root: Node) -> tuple[Config | None, list[Problem]]:
-    """Return the config, or None and the problems, the first MAX_PROBLEMS of them."""
+    """Return the config, or None and the first MAX_PROBLEMS problems."""
     try:
         return Config.model_validate(root.plain()), []
     except ValidationError as error:
         details = error.errors(include_url=False)
-    if _take_flags_as_text(root, details):
+    if _reset_to_text(root, details):
         return validate(root)
     problems: dict[OptionPath, Problem] = {}
     for path, message in (explained for detail in details for explained in _explain(root, detail)):
@@ -39,8 +38,8 @@ def validate(root: Node) -> tuple[Config | None, list[Problem]]:
     return None, list(problems.values())
 
 
-def _take_flags_as_text(root: Node, details: list[Any]) -> bool:
-    """Take a flag's value as text if the option is text: a flag has no quotes to say so. Return True if any was."""
+def _reset_to_text(root: Node, details: list[Any]) -> bool:
+    """Reset flag values to text where the option is text: the shell removes quotes. Return True if any was reset."""
     nodes = [root.innermost(locate(detail["loc"]).path) for detail in details if detail["type"] == "string_type"]
     nodes = [node for node in nodes if node.text is not None and node.line is None]
     for node in nodes:
@@ -49,7 +48,7 @@ def _take_flags_as_text(root: Node, details: list[Any]) -> bool:
 
 
 def _explain(root: Node, detail: Any) -> Iterator[tuple[OptionPath, str]]:
-    """Yield (option, message) of one of pydantic's errors."""
+    """Yield (option, message) of a pydantic error."""
     option, kind, value = locate(detail["loc"]), detail["type"], detail["input"]
     if kind == "rules":
         for below, message in detail["ctx"]["problems"]:
@@ -57,28 +56,28 @@ def _explain(root: Node, detail: Any) -> Iterator[tuple[OptionPath, str]]:
     elif kind == "extra_forbidden":
         yield option.path, explain_unknown(option.path, (option.section,))
     elif kind == "missing":
-        yield from _missing(option.path, option.field)
+        yield from _missing_options(option.path, option.field)
     elif kind.startswith("union_tag") and isinstance(value, dict):
         types = [type_name(section) for section in sections(option.annotation)]
         hint = _did_you_mean(value["type"], types)
-        yield (*option.path, "type"), f"{_shown(value['type'], None)} is not one of {', '.join(types)}{hint}"
-    elif kind != "too_short" or len(value) < detail["ctx"]["min_length"]:  # else each wrong entry has its own error
+        yield (*option.path, "type"), f"{_value_text(value['type'])} is not one of {', '.join(types)}{hint}"
+    elif kind != "too_short" or len(value) < detail["ctx"]["min_length"]:  # else: wrong entries have their own errors
         text = root.innermost(option.path).text
-        yield option.path, f"{_shown(value, text)} is not {_expected(option, kind, value, text)}"
+        yield option.path, f"{_value_text(value, text)} is not {_expected_text(option, kind, value, text)}"
 
 
-def _missing(path: OptionPath, field: FieldInfo) -> Iterator[tuple[OptionPath, str]]:
+def _missing_options(path: OptionPath, field: FieldInfo) -> Iterator[tuple[OptionPath, str]]:
     """Yield the missing option, or the required options of a missing section."""
     if is_list(field.annotation) or not (inside := sections(field.annotation)):
         yield path, f"missing, and it has no default: {field.description}"
         return
     for name, below in inside[0].model_fields.items():
         if below.is_required():
-            yield from _missing((*path, name), below)
+            yield from _missing_options((*path, name), below)
 
 
-def _expected(option: Any, kind: str, value: Any, text: str | None) -> str:
-    """Say which values an option takes, with a hint."""
+def _expected_text(option: Any, kind: str, value: Any, text: str | None) -> str:
+    """Describe the values that an option takes, with a hint."""
     expected = describe_expected(option.annotation, option.field.metadata if option.field else ())
     if kind == "literal_error":
         return expected + _did_you_mean(value, literals(option.annotation))
@@ -96,8 +95,8 @@ def _did_you_mean(value: Any, words: list[str]) -> str:
     return f"; did you mean '{match}'?" if match else ""
 
 
-def _shown(value: Any, text: str | None) -> str:
-    """Return a value for an error line: short, and as written if that is known."""
+def _value_text(value: Any, text: str | None = None) -> str:
+    """Return a value for an error line: short, and as the user wrote it if `text` is known."""
     if isinstance(value, str):
         return f"'{to_printable(value, 60)}'"
     if isinstance(value, dict | list):
@@ -106,7 +105,7 @@ def _shown(value: Any, text: str | None) -> str:
 
 
 class ErrorLocation(NamedTuple):
-    """The place of a pydantic error: the option, the section that it is in, and the values that it takes."""
+    """The option that a pydantic error is about, its section, and the type that it allows."""
 
     path: OptionPath
     section: type[Section]
@@ -115,7 +114,7 @@ class ErrorLocation(NamedTuple):
 
 
 def locate(loc: OptionPath) -> ErrorLocation:
-    """Convert a pydantic location, which includes the variants of unions."""
+    """Convert a pydantic location, in which unions add their variant."""
     here = ErrorLocation((), Config, Config, None)
     for key in loc:
         inside = sections(here.annotation)

@@ -1,8 +1,8 @@
-"""YAML as a tree of nodes that know the file and line, or the flag, that they come from.
+"""Parse YAML to a tree of nodes, each with its file and line, or its flag.
 
-Built from ruamel.yaml's events and not by its loaders: those read the whole document before it can be checked, and do
-not say which option repeats a key or has an anchor. Here tags, anchors, aliases, repeated keys and deep nesting are
-rejected as they are met. In YAML 1.2 `3e-4` is a number, `010` is ten, and `no` and `12:30:45` are text.
+ruamel.yaml's loaders read the whole document before it can be checked, and do not report which option repeats a key or
+has an anchor. This parser reads their events instead and rejects tags, anchors, aliases, repeated keys and deep nesting
+at once. In YAML 1.2 `3e-4` is a number, `010` is ten, and `no` and `12:30:45` are text.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ OptionPath = tuple[str | int, ...]  # keys and list indices from the root to a v
 
 @dataclass
 class Node:
-    """A value and where it comes from."""
+    """A value and its origin."""
 
     value: Any  # a dict of nodes, a list of nodes, or a scalar
     origin: str  # `my.yaml`, or the flag `--optim.learning_rate`
     line: int | None = None  # in a file, from 1
-    text: str | None = None  # an unquoted scalar or a flag's value, as written
-    syntax_error: str | None = None  # of a flag's value that is not YAML and so can only be text
+    text: str | None = None  # as written; only of an unquoted scalar or a flag's value
+    syntax_error: str | None = None  # if a flag's value is not YAML: it can only be text
 
     def plain(self) -> Any:
         """Return the tree as dicts, lists and scalars."""
@@ -59,7 +59,7 @@ class Node:
 
 
 class Problem(NamedTuple):
-    """One error: the option, and where its value comes from."""
+    """One error: the origin of a value, its option and a message."""
 
     origin: str
     line: int | None
@@ -121,7 +121,7 @@ def _read_text(path: str | Path) -> str:
 
 
 def read_flag_value(text: str, flag: str) -> Node:
-    """Parse the value of a flag. Its text is kept: a text option takes it as it is, even if it is not YAML."""
+    """Parse the value of a flag. The node keeps the text, because a text option allows what is not YAML."""
     parser = _Parser(text, flag, has_lines=False)
     try:
         root, problems = parser.parse(), parser.problems
@@ -129,13 +129,13 @@ def read_flag_value(text: str, flag: str) -> Node:
         problems = error.problems
     if problems:
         return Node(text, flag, text=text, syntax_error=problems[0].message)
-    # Unquoted text is taken as it is: YAML would end it at ` #` and join its lines.
+    # Keep unquoted text as written: YAML would end it at ` #` and join its lines.
     is_unquoted = isinstance(root.value, str) and root.text is not None
     return Node(text if is_unquoted else root.value, flag, text=text)
 
 
 class _Parser:
-    """Builds the nodes of one document, and collects what is not allowed in it."""
+    """A parser of one document that collects problems."""
 
     def __init__(self, text: str, origin: str, *, has_lines: bool) -> None:
         self.text, self.origin, self.has_lines = text, origin, has_lines
@@ -145,7 +145,7 @@ class _Parser:
         self.problems: list[Problem] = []
 
     def parse(self) -> Node:
-        """Return the root; its value is None if there is none. Raises ConfigErrors if the rest is not worth parsing."""
+        """Return the root; its value is None in an empty document. Raises ConfigErrors if parsing cannot go on."""
         try:
             start = next(self.events)
             if isinstance(start, events.StreamEndEvent):
@@ -207,7 +207,7 @@ class _Parser:
             return text
 
     def check(self, event: Any, path: OptionPath) -> None:
-        """Reject what options do not need and attacks use: to run code, or to grow without bounds."""
+        """Reject anchors, aliases and tags: no option needs them; they can run code or expand without bounds."""
         if isinstance(event, events.AliasEvent):
             name = to_printable(event.anchor)
             self.reject(path, _line(event), f"no aliases here (*{name}): write the value out, or quote it")
