@@ -69,6 +69,7 @@ def test_step_compares_with_transformers_and_a_moe_with_its_twin(output_of):
     assert 0 < float(output_of("step.py", *arguments, "--peak", "dense", "this").splitlines()[-1]) < 4
 
 
+@pytest.mark.soak
 def test_cuda_sh_runs_on_a_cpu_at_toy_size(tmp_path):
     variables = {"TOY": "1", "OUT": str(tmp_path), "PYTEST_ADDOPTS": "tests/test_gpu.py tests/test_phase_timer.py"}
     command = ["bash", str(HERE / "cuda.sh"), sys.executable]

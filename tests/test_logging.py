@@ -310,6 +310,14 @@ def test_numbers_are_short(text, expected):
     assert text == expected
 
 
+@pytest.fixture(autouse=True, scope="module")
+def end_wandb():
+    """End W&B's own process, which would outlive these tests."""
+    yield
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()
+
+
 # --- TensorBoard -----------------------------------------------------------------------------------
 
 
