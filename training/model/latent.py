@@ -48,7 +48,7 @@ class LatentAttention(nn.Module):
         return AttentionSpec(model.n_head, model.n_head, key_dim, value_dim, config.window)
 
     def forward(self, x_BTC: Tensor, context: AttentionContext, cache: LayerCache | None) -> Tensor:
-        """Return y_BTC. `cache` holds the latent vectors and rotated keys of earlier tokens; the new ones are appended."""
+        """Return y_BTC. `cache` holds latent vectors and rotated keys of earlier tokens; new ones are appended."""
         q_BHTD = self.query(self.squeeze(x_BTC)).unflatten(-1, (self.spec.n_head, -1)).transpose(1, 2)
         q_BHTN, q_BHTP = q_BHTD.tensor_split([-self.rope_dim], dim=-1)
         latent_BTR, k_BTP = self.latent(x_BTC).tensor_split([-self.rope_dim], dim=-1)

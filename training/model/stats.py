@@ -49,7 +49,7 @@ def _moe_layers(model: GPT) -> list[MoE]:
 
 
 def _flops_per_token(model: GPT) -> int:
-    """Return 6 x (matrix elements per token + visible tokens x heads x (head_dim + value_dim)), arXiv:2204.02311 app. B."""
+    """Return 6 x (matrix elements per token + keys x heads x (head_dim + value_dim)), arXiv:2204.02311 app. B."""
     config = model.config
     matrices, attention = config.n_embd * config.vocab_size, 0
     for spec in (block.mixer.spec for block in model.blocks):

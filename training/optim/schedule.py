@@ -18,7 +18,7 @@ from training.config import (
 
 
 def lr_factor(config: ScheduleConfig, step: int, steps: int) -> float:
-    """Return the factor of the peak learning rate for step 0 .. steps - 1; warm-up is linear, to 1 at `warmup_steps`."""
+    """Return the factor of the peak learning rate at step 0 .. steps - 1. Warm-up is linear, to 1 at `warmup_steps`."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     return SCHEDULES[type(config)](config, step, steps)
