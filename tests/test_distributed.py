@@ -271,7 +271,7 @@ def test_every_replica_holds_every_row_once(mesh, of_experts):
         (
             {"shard": 3},
             4,
-            "parallel.mesh.shard: 3 does not divide the 4 processes; change the mesh, or start 3 of them",
+            "parallel.mesh.shard: 3 does not divide the 4 processes; change the mesh, or start 3 processes",
         ),
         ({"shard": 2, "replicate": 3}, 4, "parallel.mesh: replicate 3 x shard 2 is not 4, the number of processes"),
         ({"expert": 3}, 4, "parallel.mesh.expert: 3 does not divide the 4 processes"),

@@ -1,1 +1,1 @@
-"""Several processes: the only package that imports torch.distributed. docs/distributed.md lists its files."""
+"""Training on several ranks. Only this package imports torch.distributed; docs/distributed.md lists its files."""

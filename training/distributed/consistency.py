@@ -17,32 +17,32 @@ from training.errors import UserError
 from training.options.schema import flatten_options
 
 PER_HOST = {"cache_dir", "workers"}  # options of `data` that may differ between hosts
-N_LISTED = 3  # differences named in the error
+N_LISTED = 3  # max differences named in the error
 
 
 def check_same_options(world: World, config: Config, resume: str, precision: str) -> None:
-    """Raise UserError if ranks have different options, code, PyTorch or resolved precision. Collective."""
+    """Raise UserError if ranks differ in options, code, PyTorch version or resolved precision. Collective."""
     options = dict(flatten_options(config.model_dump(mode="json", exclude={"data": PER_HOST})))
     options |= {"precision": precision, "--resume": resume}
     _check_same(world, options | {"torch": torch.__version__, "the code of training": _source_hash()})
 
 
 def check_same_data(world: World, fingerprint: str) -> None:
-    """Raise UserError if ranks read different text or trained different tokenizers. Collective."""
+    """Raise UserError if ranks have different text or tokenizers. Collective."""
     _check_same(world, {"data": fingerprint[:12]})
 
 
 def _check_same(world: World, values: Mapping[str, Any]) -> None:
-    """`values` are JSON; only their hashes travel unless these differ."""
+    """Raise UserError if ranks have different JSON values. Sends hashes first, and the values only if these differ."""
     text = json.dumps(values, sort_keys=True)
     if len(set(world.gather_bytes(hashlib.sha256(text.encode()).digest()))) == 1:
         return
-    of_ranks = [json.loads(each) for each in world.gather_bytes(text.encode())]
+    values_of_rank = [json.loads(each) for each in world.gather_bytes(text.encode())]
     differences = []
-    for name in sorted(set().union(*of_ranks)):
+    for name in sorted(set().union(*values_of_rank)):
         ranks_by_value: dict[str, list[int]] = {}
-        for rank, values_there in enumerate(of_ranks):
-            ranks_by_value.setdefault(json.dumps(values_there.get(name)), []).append(rank)
+        for rank, rank_values in enumerate(values_of_rank):
+            ranks_by_value.setdefault(json.dumps(rank_values.get(name)), []).append(rank)
         if len(ranks_by_value) > 1:
             listed = (f"{value} on {_ranks_text(*ranks)}" for value, ranks in ranks_by_value.items())
             differences.append(f"{name}: {', '.join(listed)}")

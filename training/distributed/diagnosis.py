@@ -1,4 +1,4 @@
-"""Decide from heartbeats which rank is dead or stuck. Pure functions: nothing here waits, prints or ends a process."""
+"""Decide from heartbeats which rank is dead or stuck. Pure functions without side effects."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Literal
 
 from training.distributed.process_id import ProcessId
 
-# timed: other ranks wait for it at most `limit` seconds. collective: timed, and it contains collectives that are not
-# announced, so that a rank that makes no progress in it may itself be waiting. untimed: others wait until it ends or
-# its heartbeats stop.
+# timed: other ranks wait for it at most `limit` seconds. collective: timed, and contains collectives outside of World
+# (FSDP), so a rank without progress may be waiting itself. untimed: others wait until it ends or its heartbeats stop.
 ActivityKind = Literal["timed", "collective", "untimed"]
-FRESH_S = 2.5  # an older heartbeat no longer tells what its rank is doing
+FRESH_S = 2.5  # seconds; an older heartbeat may be out of date about its rank's activity
 LOOP, BACKGROUND = "loop", "background"  # the threads of a rank that run collectives
 
 
@@ -22,9 +21,9 @@ class Activity:
 
     name: str = "the start"
     kind: ActivityKind = "timed"
-    collective: str = ""  # the collective that the thread waits in
-    n_collectives: int = 0  # entered so far
-    changed_at: float = field(default=0.0, compare=False)  # when the fields above changed, by the observer's clock
+    collective: str = ""  # the collective that the thread is in, or empty
+    n_collectives: int = 0  # number of collectives entered so far
+    changed_at: float = field(default=0.0, compare=False)  # last change of the fields above, by the observer's clock
 
     def text(self) -> str:
         """Return the activity as text: "the all-reduce of gradients of step 5"."""
@@ -33,22 +32,22 @@ class Activity:
 
 @dataclass
 class Rank:
-    """The state of a rank, as it or another rank knows it."""
+    """The state of a rank, as this process knows it."""
 
     number: int
     process: ProcessId | None = None  # None until the rank has joined
     activities: dict[str, Activity] = field(default_factory=dict)  # by thread
-    has_ended: bool = False  # it announced its end
-    heartbeat: float = -1.0  # time of its newest heartbeat, by its clock
-    last_heartbeat: float = 0.0  # when that arrived, by ours
-    missing_since: float | None = None  # when its process was first seen to be dead, by our clock
+    has_ended: bool = False  # True if it announced its end
+    heartbeat: float = -1.0  # time of its latest heartbeat, by its own clock
+    last_heartbeat: float = 0.0  # time when that arrived, by our clock
+    missing_since: float | None = None  # time when its process was first found dead, by our clock
 
     def text(self) -> str:
         """Return the rank, host and pid as text."""
         return f"rank {self.number}" + (f" (host {self.process.host}, pid {self.process.pid})" if self.process else "")
 
     def current_activity(self) -> Activity:
-        """Return the activity of the thread that waits in a collective, else of the loop."""
+        """Return the activity of a thread that is in a collective; without one, that of the loop."""
         waiting = (activity for activity in self.activities.values() if activity.collective)
         return next(waiting, self.activities[LOOP])
 
@@ -68,8 +67,8 @@ def diagnose(
 ) -> Verdict | None:
     """Return a verdict if a rank is dead, silent or stuck, else None. Times are in seconds.
 
-    `limit` is the longest wait and `silence` the longest time without a heartbeat. `read_at` is when the newest answer
-    of the store was requested: a rank is missed only if a later answer does not contain its announced end.
+    `limit` is the longest wait, `silence` the longest time without a heartbeat. `read_at` is the time of the latest
+    request that the store answered: a dead process counts only if a later answer does not announce its end.
     """
     activity = me.current_activity()
     during = f"while {me.text()} {'waited for it' if activity.collective else 'was'} in {activity.text()}"
@@ -90,7 +89,7 @@ def diagnose(
 
 
 def _stuck(me: Rank, thread: str, others: Sequence[Rank], now: float, limit: float, read_at: float) -> Verdict | None:
-    """Return a verdict if this rank waited longer than `limit` in a thread in which no other rank moved either."""
+    """Return a verdict if this rank and all others made no progress in a thread for longer than `limit`."""
     mine, theirs = me.activities[thread], {rank.number: rank.activities[thread] for rank in others}
     if not (others and (mine.collective or mine.kind == "collective")):
         return None

@@ -1,4 +1,4 @@
-"""Expert parallelism: each rank holds some experts of a layer; tokens travel to them and back by all-to-all.
+"""Expert parallelism: each rank holds some experts of a layer; all-to-alls send tokens to their experts and back.
 
 Shapes as in kernels/experts.py: N tokens, K experts per token, R = N x K rows sorted by expert, so that the rows for
 one rank are contiguous; S rows received from all ranks; P ranks.
@@ -17,15 +17,15 @@ from training.kernels.experts import Dispatch, permute, sort_by_expert, unpermut
 
 
 def split_experts(experts: nn.Module, group: dist.ProcessGroup) -> None:
-    """Keep this rank's experts of a layer, in place, and make its forward a collective that uses all of them.
+    """Keep only this rank's experts of a layer, in place; its forward becomes a collective that uses all experts.
 
-    The forward waits for the device once, to read on the host how many rows each rank sends.
+    The forward synchronizes with the device once, to read the row counts on the host.
     """
     size, rank, local_forward = group.size(), group.rank(), experts.forward
     for name, parameter in experts.named_parameters():
         setattr(experts, name, nn.Parameter(parameter.detach().chunk(size)[rank].clone()))
 
-    @torch.compiler.disable  # the number of received rows differs in every step
+    @torch.compiler.disable  # the number of received rows changes every step
     def forward(x_NC: Tensor, topk_ids_NK: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:  # noqa: ARG001
         offsets_E = dispatch.offsets_E.long()
         sent_PE = offsets_E.diff(prepend=offsets_E.new_zeros(1)).view(size, -1)
@@ -39,11 +39,11 @@ def split_experts(experts: nn.Module, group: dist.ProcessGroup) -> None:
         y_SC = local_forward(x_SC, expert_S1, one_S1, sort_by_expert(expert_S1, received_PE.shape[1]))
         return unpermute(_Exchange.apply(group, received_P, sent_P, y_SC), weight_NK, dispatch)
 
-    experts.forward = forward  # on the instance: a wrapper module would rename the parameters
+    experts.forward = forward  # set on the instance: a wrapper module would rename parameters
 
 
 class _Exchange(torch.autograd.Function):
-    """An all-to-all of rows; the backward sends their gradients the opposite way."""
+    """An all-to-all of rows; the backward sends their gradients back."""
 
     @staticmethod
     def forward(ctx: Any, group: dist.ProcessGroup, sent_P: list[int], received_P: list[int], x_RC: Tensor) -> Tensor:

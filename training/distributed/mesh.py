@@ -1,7 +1,7 @@
-"""The device mesh: which rank holds which rows.
+"""The device mesh, and the rows of each parameter that a rank holds.
 
-rank = replica x shard + index within the shard group. A rank's part of the experts is rank % expert, so that the ranks
-among which experts are split are neighbors.
+rank = replica x shard + index within the shard group. A rank holds part rank % expert of the experts, so that a
+layer's experts are split over neighboring ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from training.errors import UserError
 
 
 class MeshShape(NamedTuple):
-    """Sizes of the mesh axes, as the options `parallel.mesh` name them."""
+    """Sizes of the mesh axes, named as in the options `parallel.mesh`."""
 
     replicate: int  # replicas of the sharded weights
     shard: int  # ranks that the weights are sharded over
@@ -33,7 +33,7 @@ class MeshShape(NamedTuple):
         return self.shard > 1 or self.expert > 1
 
     def local_rows(self, n: int, rank: int, is_expert: bool) -> range:
-        """Return the contiguous rows that a rank holds of a parameter with n rows, split as FSDP2 splits them."""
+        """Return the contiguous rows, of n, that a rank holds of a parameter. Same split as FSDP2."""
         rows, n_shards, index = range(n), self.shard, rank % self.shard
         if is_expert and self.expert > 1:
             size = n // self.expert
@@ -46,19 +46,19 @@ class MeshShape(NamedTuple):
 def check_mesh(config: Config, n_ranks: int) -> None:
     """Raise UserError if the options do not fit the number of ranks."""
     if (n_samples := config.batch_tokens // config.model.n_positions) < n_ranks:
-        few = f"{config.batch_tokens} are {n_samples} samples, fewer than {n_ranks} processes"
-        raise UserError(f"batch_tokens: {few}; raise batch_tokens or start fewer processes")
+        problem = f"{config.batch_tokens} are {n_samples} samples, fewer than {n_ranks} processes"
+        raise UserError(f"batch_tokens: {problem}; raise batch_tokens or start fewer processes")
     mesh_shape(config.parallel.mesh, n_ranks, config.model)
 
 
 def mesh_shape(config: MeshConfig, n_ranks: int, model: ModelConfig) -> MeshShape:
-    """Return the mesh for the number of ranks. Raises UserError if the axes do not multiply out."""
+    """Return the mesh for the number of ranks. Raises UserError if the axes do not fit it or the model's experts."""
     replicate = config.replicate or n_ranks // config.shard
-    if replicate * config.shard != n_ranks:
-        wrong = f".shard: {config.shard} does not divide the {n_ranks} processes"
+    if (n_processes := max(1, replicate) * config.shard) != n_ranks:
+        problem = f".shard: {config.shard} does not divide the {n_ranks} processes"
         if config.replicate:
-            wrong = f": replicate {config.replicate} x shard {config.shard} is not {n_ranks}, the number of processes"
-        raise UserError(f"parallel.mesh{wrong}; change the mesh, or start {max(1, replicate) * config.shard} of them")
+            problem = f": replicate {config.replicate} x shard {config.shard} is not {n_ranks}, the number of processes"
+        raise UserError(f"parallel.mesh{problem}; change the mesh, or start {n_processes} processes")
     if n_ranks % config.expert:
         raise UserError(f"parallel.mesh.expert: {config.expert} does not divide the {n_ranks} processes")
     counts = [block.ffn.n_experts for block in model.blocks if block.ffn.type == "moe"]
@@ -71,10 +71,10 @@ def mesh_shape(config: MeshConfig, n_ranks: int, model: ModelConfig) -> MeshShap
 
 
 class MeshGroups(NamedTuple):
-    """The process groups of a mesh; None where a group would be a single rank."""
+    """The process groups of a mesh; None for a group of one rank."""
 
     shard: DeviceMesh | None = None  # for FSDP2: (shard,), or (replicate, shard) for hybrid sharding
-    expert_shard: DeviceMesh | None = None  # the same among the ranks that hold the same experts
+    expert_shard: DeviceMesh | None = None  # the same for experts: among the ranks that hold the same ones
     expert: dist.ProcessGroup | None = None  # the ranks that a layer's experts are split over
     same_experts: dist.ProcessGroup | None = None  # the ranks that hold the same experts, if these are not sharded
 

@@ -1,11 +1,11 @@
-"""Monitor of the ranks: when one dies, hangs or fails, all others end soon after, and one of them prints why.
+"""Monitor of the ranks: if one dies, hangs or fails, all others exit soon after, and one of them prints the reason.
 
-Every half second each rank writes a heartbeat to the store that the ranks met through, with its process and the
-activities of its threads, and reads those of the others. From these, and from the processes of its own host, it decides
-which rank is lost (diagnosis.py). The first verdict written to the store counts: its author prints it, the others read
-it and end silently.
+Every half second (more than 50 ranks: every size / 100 seconds) each rank writes a heartbeat to the ranks' store, with
+its process and the activities of its threads, and reads the others' heartbeats. From these, and from the processes of
+its own host, it decides which rank is lost (diagnosis.py). The first verdict in the store counts: its author prints it,
+the others read it and exit silently.
 
-The clock runs only while this process does: ranks that are stopped and continued together miss nobody.
+The clock stops while this process is stopped, so ranks that are stopped and continued together report nobody.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from training.distributed.process_id import ProcessId, current_process
 from training.errors import UserError
 
 RESTART_HINT = "run the same command again to resume from the latest checkpoint"
-WATCH_S = 0.2  # between two looks at the state of the others
-GRACE_S = 2.5  # after a sign that a rank is lost, to find out which
-CONNECTION_ERRORS = ("onnection", "Broken pipe", "imed out", "NCCL", "gloo")  # in the messages of failed collectives
+WATCH_S = 0.2  # interval of checks
+GRACE_S = 2.5  # time to find out which rank is lost, after a broken connection or a SIGTERM
+CONNECTION_ERRORS = ("onnection", "Broken pipe", "imed out", "NCCL", "gloo")  # parts of failed collectives' messages
 
 
 class Monitor:
-    """Heartbeats of this rank, and the end of this process when another rank is lost.
+    """Heartbeats of this rank; ends this process when another rank is lost.
 
-    `store` is a connection that nothing else uses, since a connection answers one request at a time; `store_owner`
-    names its server in errors.
+    `store` must be a connection of its own, because a connection answers one request at a time; `store_owner` names
+    its server in errors.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float, store_owner: str):
         self.store, self.limit, self.store_owner = store, timeout_s, store_owner
-        self.period = max(0.5, size / 100)  # of heartbeats: the store serves at most 100 of them per second and rank
+        self.period = max(0.5, size / 100)  # of heartbeats; limits each rank to reading 100 per second
         self.ranks = [Rank(number) for number in range(size)]
         self.me = self.ranks[rank]
         self.me.process, self.me.activities[LOOP] = current_process(), Activity()
         self.others = [each for each in self.ranks if each is not self.me]
-        self.now = 0.0  # seconds that this process has run
-        self.request_at: float | None = None  # when the unanswered request to the store was sent
-        self.read_at = -1.0  # when the last answered request was sent
+        self.now = 0.0  # seconds; stops while this process is stopped
+        self.request_at: float | None = None  # time of the pending request to the store
+        self.read_at = -1.0  # time of the latest answered request
         self.store_lost_at: float | None = None
         self.has_broken_connection = False  # to another rank
         self.sigterm_at: float | None = None
@@ -71,7 +71,7 @@ class Monitor:
 
     @contextmanager
     def in_collective(self, name: str, thread: str) -> Iterator[None]:
-        """Surround a collective of a thread. Does not return if a rank is lost."""
+        """Mark a collective of a thread. If a rank is lost during it, the process exits."""
         activity = self.me.activities.setdefault(thread, Activity(name=f"the {thread}"))
         n_collectives = activity.n_collectives + 1
         activity.collective, activity.n_collectives, activity.changed_at = name, n_collectives, self.now
@@ -84,13 +84,13 @@ class Monitor:
             activity.collective, activity.changed_at = "", self.now
 
     def finish(self) -> None:
-        """End without an error, not before rank 0: a launcher stops the others when one has ended."""
+        """End without an error. Other ranks wait for rank 0, because a launcher stops all after the first exit."""
         self.me.has_ended = True
         with suppress(RuntimeError):
             self.exchange_heartbeats()
         is_first, deadline = self.me.number == 0, time.monotonic() + GRACE_S
         while is_first and not all(rank.has_ended for rank in self.others) and time.monotonic() < deadline:
-            time.sleep(WATCH_S)  # the store may end with this process
+            time.sleep(WATCH_S)  # this process may hold the store
         while not (is_first or self.ranks[0].has_ended or self.store_lost_at is not None):
             time.sleep(WATCH_S)
         self.close()
@@ -102,14 +102,14 @@ class Monitor:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def fail(self, error: BaseException) -> BaseException:
-        """End with an error. Returns the exception to raise: a silent SystemExit if another rank reports."""
+        """End with an error. Returns the exception to raise: `error`, or SystemExit if another rank reports."""
         self._handle_connection_error(error)
         text, keys = f"{type(error).__name__}: {error}", [f"error/{rank.number}" for rank in self.others]
         self._query(lambda: self.store.set(f"error/{self.me.number}", text))
         status = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
         self.close()
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it when the first rank has ended
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it after the first exit
         verdict = self._agree_on(Verdict("", status, reporter=self.me.number))
         if verdict.reporter != self.me.number:
             self._query(lambda: self.store.set(f"left/{self.me.number}", ""))
@@ -119,22 +119,22 @@ class Monitor:
             time.sleep(0.05)
         texts = self._query(lambda: self.store.multi_get(keys)) if all_failed else None
         self._wait_for_exits(verdict)
-        same_everywhere = texts is not None and all(each == text.encode() for each in texts)
-        if isinstance(error, UserError) and not same_everywhere and self.me.number:
-            return UserError(f"{self.me.text()}: {error}")  # rank 0 needs no name: its errors are the usual ones
+        is_same_error = texts is not None and all(each == text.encode() for each in texts)
+        if isinstance(error, UserError) and not is_same_error and self.me.number:
+            return UserError(f"{self.me.text()}: {error}")  # rank 0's errors are printed without a name
         if not isinstance(error, UserError | KeyboardInterrupt):
             print_error(f"{self.me.text()} failed in {self.me.current_activity().text()} with {first_line(text)}")
         return error
 
     def _handle_connection_error(self, error: BaseException) -> None:
-        """End the run if a connection broke: the rank at its other end is missed soon. Does not return then."""
+        """Handle a broken connection: give the monitor time to name the lost rank, then end the run."""
         if isinstance(error, RuntimeError) and any(word in str(error) for word in CONNECTION_ERRORS):
             where, self.has_broken_connection = self.me.current_activity().text(), True
             time.sleep(GRACE_S + self.period)
             self._end_run(Verdict(f"{self.me.text()} lost its connection in {where}: {first_line(str(error))}", 1))
 
     def _on_sigterm(self, _number: int, _frame: object) -> None:
-        self.sigterm_at = self.now  # maybe from a launcher because a rank died: that rank is to be named first
+        self.sigterm_at = self.now  # may be a launcher's reaction to a dead rank: first find that rank
 
     # --- threads that observe the others -----------------------------------------------------------
 
@@ -147,7 +147,7 @@ class Monitor:
             self.store_lost_at = self.now
 
     def exchange_heartbeats(self) -> None:
-        """Write this rank's state to the store; read that of the others, and a verdict if there is one."""
+        """Write this rank's state to the store; read the states of the others, and the verdict if any."""
         with self.store_lock:
             self.request_at = request_at = self.now
             activities = {thread: asdict(activity) for thread, activity in dict(self.me.activities).items()}
@@ -172,13 +172,13 @@ class Monitor:
         rank.has_ended = heartbeat["has_ended"]
 
     def _watch(self) -> None:
-        """Look for lost ranks until this rank or the run ends."""
+        """Check for lost ranks until this rank or the run ends."""
         before = time.monotonic()
         while not self.closed.wait(WATCH_S):
             self.now, before = self.now + min(time.monotonic() - before, 1.0), time.monotonic()
             if self.verdict is not None:
                 if self.verdict.status == 2:
-                    self.closed.wait(0.7)  # the loop may raise the same error itself
+                    self.closed.wait(0.7)  # give the loop time to raise the same error
                 with self.end_lock:
                     self._exit(self.verdict)
             for rank in self.others:
@@ -197,7 +197,7 @@ class Monitor:
         return diagnose(self.me, self.others, self.now, self.limit, silence, self.read_at)
 
     def _diagnose_store(self) -> Verdict | None:
-        """Return a verdict if the store is gone or does not answer; it also names a rank of another host."""
+        """Return a verdict if the store is gone or does not answer. It also names ranks of other hosts."""
         remote = [r.text() for r in self.others if r.process and not r.process.is_local() and not r.has_ended]
         more = f" and {len(remote) - 1} more are" if remote[1:] else " is"
         unreachable = f"; {remote[0]}{more} out of reach" if remote else ""
@@ -220,7 +220,7 @@ class Monitor:
             self._exit(verdict)
 
     def _exit(self, verdict: Verdict) -> None:
-        if self.closed.is_set():  # the loop ends the process itself
+        if self.closed.is_set():  # the loop is ending the process
             return
         for number in verdict.lost:
             if (process := self.ranks[number].process) is not None:
@@ -232,7 +232,7 @@ class Monitor:
         os._exit(verdict.status)
 
     def _agree_on(self, mine: Verdict) -> Verdict:
-        """Return the first verdict in the store. Without a store, the lowest running rank of each host reports."""
+        """Return the first verdict in the store. If the store is lost, the lowest running rank of each host reports."""
         first = self._query(lambda: self.store.compare_set("verdict", "", json.dumps(asdict(mine))))
         if first is not None:
             return Verdict(**json.loads(first))
@@ -240,22 +240,22 @@ class Monitor:
         return replace(mine, reporter=min(running, default=mine.reporter))
 
     def _wait_for_exits(self, verdict: Verdict) -> None:
-        """Wait until the others have read the verdict: the store may end with this process."""
+        """Wait until the others have read the verdict, because this process may hold the store."""
         keys = [f"left/{r.number}" for r in self.others if not r.has_ended and r.number not in verdict.lost]
         deadline = time.monotonic() + (1.5 if self.store_lost_at is None else 0.5)
         while keys and time.monotonic() < deadline and not self._query(lambda: self.store.check(keys)):
             time.sleep(0.05)
 
     def _query(self, request: Callable[[], Any]) -> Any:
-        """Return the store's answer, or None if there is none within a second."""
+        """Return the store's answer, or None after one second without an answer."""
         answers: SimpleQueue = SimpleQueue()
 
-        def ask() -> None:
+        def send() -> None:
             with suppress(RuntimeError):
                 answers.put(request())
 
         if self.store_lost_at is None:
-            threading.Thread(target=ask, daemon=True).start()
+            threading.Thread(target=send, daemon=True).start()
             with suppress(Empty):
                 return answers.get(timeout=1.0)
         return None
@@ -267,5 +267,5 @@ def first_line(text: str) -> str:
 
 
 def print_error(message: str) -> None:
-    """Print the one line that says why the run ends."""
+    """Print a one-line error."""
     print(f"error: {message}", file=sys.stderr, flush=True)

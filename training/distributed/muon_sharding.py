@@ -1,7 +1,7 @@
 """Muon on sharded or replicated parameters: each matrix is gathered on one rank, processed there once, and sent back.
 
-All rows of one call travel in one all-to-all to the owners of the matrices and in one back. X matrices of M x N;
-R rows; P ranks.
+A call runs two all-to-alls: one sends all rows to the owners of the matrices, one sends the results back.
+Shapes: X matrices of M x N; R rows; P ranks.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ class RowBlock(NamedTuple):
     matrix: int  # index of the matrix within the call
     rank: int
     rows: range  # of the matrix
-    start: int  # of these rows among all rows that the rank holds
+    start: int  # index of the first row among all rows that the rank holds
 
 
 class Transfer(NamedTuple):
     """The rows that this rank sends, or receives, in one all-to-all."""
 
-    index_R: Tensor  # of each row in the tensor that it is read from or written to; ordered by peer
+    index_R: Tensor  # index of each row in the tensor to read from or write to; ordered by peer
     rows_P: list[int]  # number of rows for each peer
 
 
 class Schedule(NamedTuple):
-    """The two all-to-alls of one call, as this rank takes part in them."""
+    """This rank's transfers in the two all-to-alls of a call."""
 
-    n_owned: int  # matrices of this rank
+    n_owned: int  # number of matrices that this rank owns
     send: Transfer  # rows to the owners
     receive: Transfer
     send_back: Transfer  # results to every rank that holds the rows
@@ -42,7 +42,7 @@ class Schedule(NamedTuple):
 
 
 class MatrixGather:
-    """An operation on the full matrices of parameters of which this rank holds some rows."""
+    """A function that applies an operation to the full matrices of row-sharded parameters."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class MatrixGather:
         world: World,
         n_shards: int,
     ):
-        """`shapes` are full shapes, `rows_of_rank` the rows of the first dimension that each rank holds.
+        """Store full shapes and, for each rank, its rows of the first dimension.
 
         Each group of `n_shards` consecutive ranks holds every row once, except rows of experts on other ranks.
         """
@@ -61,9 +61,9 @@ class MatrixGather:
     def __call__(
         self, parameters: list[nn.Parameter], tensors: list[Tensor], function: Callable[[Tensor], Tensor]
     ) -> list[Tensor]:
-        """Apply `function`, (X, M, N) -> (X, M, N), to the full matrices and return this rank's rows of the results.
+        """Apply `function`, (X, M, N) -> (X, M, N), to the full matrices; return this rank's rows of the results.
 
-        `tensors` are this rank's rows, one tensor for each parameter; all matrices are M x N. Collective.
+        `tensors` holds this rank's rows of each parameter; all matrices have the same shape. Collective.
         """
         key = tuple(map(id, parameters))
         if key not in self._schedules:
@@ -75,7 +75,7 @@ class MatrixGather:
         received_RN = all_to_all_rows(torch.cat(flat)[send.index_R], send.rows_P, receive.rows_P)
         full_XMN = received_RN.new_empty(shape)
         full_XMN.view(-1, shape[-1])[receive.index_R] = received_RN
-        result_RN = function(full_XMN).reshape(-1, shape[-1])  # also where X is 0: all ranks exchange its dtype
+        result_RN = function(full_XMN).reshape(-1, shape[-1])  # also with X = 0: all ranks must send the same dtype
         received_RN = all_to_all_rows(result_RN[send_back.index_R], send_back.rows_P, receive_back.rows_P)
         results_RN = torch.empty_like(received_RN)
         results_RN[receive_back.index_R] = received_RN
@@ -83,14 +83,14 @@ class MatrixGather:
         return [result.view_as(tensor) for result, tensor in zip(results, tensors, strict=True)]
 
     def _schedule(self, parameters: list[nn.Parameter]) -> Schedule:
-        """Assign each matrix to an owner, in turn among the ranks that hold rows of it, and list the transfers."""
+        """Assign each matrix to one of the ranks that hold its rows, round-robin, and list the transfers."""
         me, n_rows, blocks = self.world.rank, self.shapes[parameters[0]][-2], list(self._row_blocks(parameters))
         by_matrix: dict[int, list[RowBlock]] = {}
         for block in blocks:
             by_matrix.setdefault(block.matrix, []).append(block)
         owner = {matrix: holders[matrix % len(holders)].rank for matrix, holders in by_matrix.items()}
         owned = {matrix: n for n, matrix in enumerate(matrix for matrix in by_matrix if owner[matrix] == me)}
-        # Within the owner's group of shards each row exists once; the other replicas need not send theirs.
+        # The owner's shard group holds each row once, so only its ranks send.
         needed = [block for block in blocks if block.rank // self.n_shards == owner[block.matrix] // self.n_shards]
 
         def as_holder(candidates: list[RowBlock]) -> Transfer:
@@ -107,7 +107,7 @@ class MatrixGather:
         return Schedule(len(owned), as_holder(needed), as_owner(needed), as_owner(blocks), as_holder(blocks))
 
     def _transfer(self, spans: Iterable[tuple[int, int, int]]) -> Transfer:
-        """`spans` are (peer, first row, number of rows)."""
+        """Build a transfer from spans (peer, first row, number of rows)."""
         index_R, rows_P = [], [0] * self.world.size
         for peer, start, n_rows in sorted(spans, key=lambda span: span[0]):
             index_R += range(start, start + n_rows)
@@ -117,16 +117,16 @@ class MatrixGather:
     def _row_blocks(self, parameters: list[nn.Parameter]) -> Iterator[RowBlock]:
         """Yield the blocks of all ranks, matrix by matrix. A parameter is a matrix (M, N) or a stack (E, M, N)."""
         matrix, n_held = 0, [0] * self.world.size
-        for shape, held in ((self.shapes[parameter], self.rows_of_rank[parameter]) for parameter in parameters):
+        for shape, ranges in ((self.shapes[parameter], self.rows_of_rank[parameter]) for parameter in parameters):
             if len(shape) == 2:
-                yield from (RowBlock(matrix, rank, rows, n_held[rank]) for rank, rows in enumerate(held) if rows)
+                yield from (RowBlock(matrix, rank, rows, n_held[rank]) for rank, rows in enumerate(ranges) if rows)
                 matrix += 1
             for index in range(shape[0]) if len(shape) == 3 else ():
-                for rank, stack in enumerate(held):
+                for rank, stack in enumerate(ranges):
                     if index in stack:
                         start = n_held[rank] + (index - stack.start) * shape[1]
                         yield RowBlock(matrix, rank, range(shape[1]), start)
                 matrix += 1
             n_held = [
-                n + len(rows) * (shape[1] if len(shape) == 3 else 1) for n, rows in zip(n_held, held, strict=True)
+                n + len(rows) * (shape[1] if len(shape) == 3 else 1) for n, rows in zip(n_held, ranges, strict=True)
             ]

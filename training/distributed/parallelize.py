@@ -16,8 +16,8 @@ from training.errors import UserError
 def parallelize(model: nn.Module, config: ParallelConfig, world: World, dtype: torch.dtype) -> ShardedModel:
     """Distribute the model over the ranks of `config.mesh`; `dtype` is the compute dtype. Collective.
 
-    A model on the meta device becomes uninitialized memory on the rank's device, this rank's part only. The caller
-    compiles with `ShardedModel.compile`, once the micro-batch is known. Raises UserError if the mesh does not fit.
+    A model on the meta device gets uninitialized memory on the rank's device, for this rank's part only. Compile with
+    `ShardedModel.compile` afterwards, once the micro-batch is known. Raises UserError if the mesh does not fit.
     """
     mesh = mesh_shape(config.mesh, world.size, model.config)
     groups = build_groups(mesh, world.device)
@@ -39,18 +39,18 @@ def parallelize(model: nn.Module, config: ParallelConfig, world: World, dtype: t
 def _fully_shard(model: nn.Module, groups: MeshGroups, dtype: torch.dtype) -> None:
     """Apply FSDP2 to each block, then to the rest of the model.
 
-    A block's parameters are cast to `dtype` before the all-gather, which gives the same bits as casting them in the
-    forward. Routers and embeddings compute in float32: routers are groups of their own, embeddings are in the model's.
+    FSDP2 casts a block's parameters to `dtype` before the all-gather, with the same bits as a cast in the forward.
+    Routers and embeddings compute in float32: routers are separate FSDP groups, embeddings belong to the root group.
     """
-    # Imported here because it takes a second, and evaluation and export never shard.
+    # Imported here: the import takes a second, and evaluation and export never shard.
     try:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     except ImportError:  # PyTorch 2.5
         from torch.distributed._composable.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
         if groups.shard.device_type == "cpu":
-            wrong = f"PyTorch {torch.__version__} shards on CUDA only; use 2.6 or newer"
-            raise UserError(f"parallel.mesh.shard: {wrong}") from None
+            problem = f"PyTorch {torch.__version__} shards on CUDA only; use 2.6 or newer"
+            raise UserError(f"parallel.mesh.shard: {problem}") from None
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
         reduce_dtype=torch.float32,
@@ -64,5 +64,5 @@ def _fully_shard(model: nn.Module, groups: MeshGroups, dtype: torch.dtype) -> No
             fully_shard(moe.experts, mesh=groups.expert_shard, mp_policy=policy)
         fully_shard(block, mesh=groups.shard, mp_policy=policy)
     fully_shard(model, mesh=groups.shard)
-    for method in (model.logits, model.routed_experts):  # beside `forward`
+    for method in (model.logits, model.routed_experts):  # entry points other than `forward`
         register_fsdp_forward_method(model, method.__name__)

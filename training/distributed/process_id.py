@@ -12,10 +12,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class ProcessId:
-    """A process, distinguished from those of other hosts and from a later process with the same pid.
+    """The identity of a process: unique across hosts, containers and reuse of its pid.
 
-    `kernel` identifies the boot and the pid namespace: two containers on one machine may both have a process 7, and a
-    pid says nothing about a process of another namespace.
+    `kernel` identifies the boot and the pid namespace, because two containers on one machine may both have a pid 7.
     """
 
     host: str
@@ -24,11 +23,11 @@ class ProcessId:
     start_time: str  # in clock ticks since boot; empty without /proc
 
     def is_local(self) -> bool:
-        """Return True if this process can see it."""
+        """Return True if it has the host and pid namespace of this process."""
         return (self.host, self.kernel) == (current_process().host, current_process().kernel)
 
     def is_dead(self) -> bool:
-        """Return True if it is local and has ended; a zombie has."""
+        """Return True if it is local and has ended. A zombie has ended."""
         return self.is_local() and self._state() in ("", "Z", "X")
 
     def is_running(self) -> bool:

@@ -10,16 +10,16 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from training.kernels.table import saved_operators
 
-# Selective recomputation saves the results of matmuls and of the kernels' operators, which take most of the time.
+# Operators whose results "selective" saves: matmuls and kernels, which take most of the time.
 SAVED_OPERATORS = {"aten::mm", "aten::addmm", "aten::bmm"} | saved_operators()
 
 
 def with_recompute(forward: Callable, mode: str) -> Callable:
     """Return `forward` with activation checkpointing.
 
-    `mode` "full" saves only the inputs; "selective" also saves the results of SAVED_OPERATORS.
+    Mode "full" saves only the inputs; "selective" also saves the results of SAVED_OPERATORS.
     """
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # blocks use no generator
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # blocks use no global random state
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     return lambda *inputs: checkpoint(forward, *inputs, **options)

@@ -1,4 +1,4 @@
-"""Rendezvous: how ranks find each other, by the environment variables of torchrun and through its store."""
+"""Rendezvous: connect the ranks through the environment variables and the store of torchrun."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from training.errors import UserError, exit_unless_first_local_rank
 
 @contextmanager
 def report_once_per_host() -> Iterator[None]:
-    """Let only the first process of a host report a UserError that all of them raise before they can communicate."""
+    """Report a UserError only on the first local rank: before the rendezvous, all ranks raise the same one."""
     try:
         yield
     except UserError:
@@ -28,7 +28,7 @@ def report_once_per_host() -> Iterator[None]:
 
 
 def rank_and_size() -> tuple[int, int]:
-    """Return (RANK, WORLD_SIZE) of the environment; (0, 1) without a launcher. Raises UserError."""
+    """Return (RANK, WORLD_SIZE); (0, 1) without a launcher. Raises UserError if they are wrong."""
     size = _int_variable("WORLD_SIZE", 1)
     rank = _int_variable("RANK", 0 if size == 1 else None)
     if not 0 <= rank < size:
@@ -75,11 +75,11 @@ def rendezvous(rank: int, size: int, timeout_s: float) -> dist.Store:
 
 
 def agree_on_start_id(store: dist.Store, rank: int, size: int, timeout_s: float) -> str:
-    """Return an id that all ranks of this start share and no other start has: torchrun keeps its store over restarts.
+    """Return an id that is the same on all ranks and new in every start. (torchrun keeps its store across restarts.)
 
-    Each rank writes a random number. Rank 0 publishes all numbers that it sees, its own first: that is the id. A rank
-    that finds its own number there confirms; otherwise the list is of an earlier start, and it waits for a newer one.
-    Raises UserError if a rank does not arrive.
+    Each rank writes a random number. Rank 0 publishes the list of all numbers; its own, the first, is the id. A rank
+    that finds its number in the list confirms. Without it the list is from an earlier start, and the rank waits for
+    the next list. Raises UserError if a rank does not join within `timeout_s`.
     """
     number, keys, deadline = secrets.token_hex(8), [f"start/{n}" for n in range(size)], time.monotonic() + timeout_s
     store.set(keys[rank], number)

@@ -1,4 +1,4 @@
-"""A model distributed over the ranks: this rank's rows of every tensor, gradient sums, gathering."""
+"""A model distributed over ranks: local rows of each tensor, gradient sums, loading and gathering."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from training.distributed.world import World
 
 
 class ShardedTensor(NamedTuple):
-    """A parameter or buffer of the model and this rank's rows of it. Rows are those of the first dimension."""
+    """A parameter or buffer of the model, and this rank's rows of it (indices of the first dimension)."""
 
     name: str
     parameter: Tensor  # as the model holds it: a DTensor after FSDP2, else the local rows; or a buffer
@@ -25,7 +25,7 @@ class ShardedTensor(NamedTuple):
     rows: range  # of this rank
     rows_of_rank: list[range]
     is_expert: bool
-    is_owner: bool  # True on the lowest rank that holds these rows: that rank writes them
+    is_owner: bool  # True on the lowest rank that holds these rows: it saves them
 
     def local_rows(self) -> Tensor:
         """Return this rank's rows, sharing memory with the model."""
@@ -33,17 +33,17 @@ class ShardedTensor(NamedTuple):
 
 
 class ShardedModel:
-    """A model whose blocks, experts and gradients may be split over ranks."""
+    """A model whose parameters, gradients and experts may be split over ranks."""
 
     def __init__(
         self, model: nn.Module, world: World, mesh: MeshShape, groups: MeshGroups, shapes: dict[str, torch.Size]
     ):
-        """`shapes` are the full shapes of parameters and buffers by name."""
+        """Wrap a model; `shapes` are the full shapes of parameters and buffers by name."""
         self.model, self.world, self.mesh, self.groups = model, world, mesh, groups
         self.tensors = {tensor.name: tensor for tensor in self._tensors(shapes)}
         self.activation_checkpointing = "none"
         self._block_forwards = [block.forward for block in model.blocks]
-        self._trained = [tensor for tensor in self.tensors.values() if tensor.local is not None]
+        self._parameters = [tensor for tensor in self.tensors.values() if tensor.local is not None]
 
     def _tensors(self, shapes: dict[str, torch.Size]) -> Iterator[ShardedTensor]:
         n_ranks = self.world.size
@@ -61,30 +61,30 @@ class ShardedModel:
             yield ShardedTensor(name, buffer, None, shapes[name], rows, [rows] * n_ranks, False, self.world.is_main)
 
     def local_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Return the parameters for the optimizer by name: this rank's rows of each."""
-        return [(tensor.name, tensor.local) for tensor in self._trained]
+        """Return (name, this rank's rows) of each parameter, for the optimizer."""
+        return [(tensor.name, tensor.local) for tensor in self._parameters]
 
     def full_shapes(self) -> dict[nn.Parameter, torch.Size]:
         """Return the full shape of each local parameter."""
-        return {tensor.local: tensor.shape for tensor in self._trained}
+        return {tensor.local: tensor.shape for tensor in self._parameters}
 
     def matrix_gather(self) -> MatrixGather:
-        """Return the operation that works on full matrices, once each, for Muon."""
-        rows = {tensor.local: tensor.rows_of_rank for tensor in self._trained}
+        """Return the function that applies an operation to full matrices, for Muon."""
+        rows = {tensor.local: tensor.rows_of_rank for tensor in self._parameters}
         return MatrixGather(self.full_shapes(), rows, self.world, self.mesh.shard)
 
     def sum_gradients(self, metrics: Iterable[Tensor]) -> None:
-        """Sum gradients and `metrics` over all ranks, in place; each local parameter gets its rows. Collective."""
+        """Sum gradients and `metrics` over all ranks, in place; set `grad` of the local parameters. Collective."""
         if self.mesh.shard > 1:
             self.world.all_reduce_(metrics, name="the all-reduce of metrics")
-            for tensor in self._trained:
-                # FSDP2 averages instead of summing, and may have moved the rows since the last step.
+            for tensor in self._parameters:
+                # FSDP2 averages instead of summing, and may have reallocated the rows since the last step.
                 n_copies = self.mesh.replicate * self.mesh.shard // (self.mesh.expert if tensor.is_expert else 1)
                 tensor.local.data = tensor.local_rows()
                 grad = tensor.parameter.grad
                 tensor.local.grad = None if grad is None else _local(grad).mul_(n_copies)
             return
-        with_grad = [tensor for tensor in self._trained if tensor.local.grad is not None]
+        with_grad = [tensor for tensor in self._parameters if tensor.local.grad is not None]
         if self.mesh.expert == 1:
             gradients = [tensor.local.grad for tensor in with_grad]
             self.world.all_reduce_([*gradients, *metrics], name="the all-reduce of gradients")
@@ -100,14 +100,14 @@ class ShardedModel:
         """Return the L2 norm of the full gradient, a scalar on the device. Collective if parameters are split."""
         if not self.mesh.has_collectives:
             return _norms([p.grad for _, p in self.local_parameters() if p.grad is not None]).norm()
-        owned = [t.local.grad for t in self._trained if t.is_owner and t.local.grad is not None]
+        owned = [t.local.grad for t in self._parameters if t.is_owner and t.local.grad is not None]
         sum_of_squares = _norms(owned).square().sum() if owned else torch.zeros((), device=self.world.device)
         self.world.all_reduce_([sum_of_squares], name="the all-reduce of the gradient norm")
         return sum_of_squares.sqrt()
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
-        for tensor in self._trained:
+        for tensor in self._parameters:
             tensor.parameter.grad = tensor.local.grad = None
 
     @torch.no_grad()
@@ -139,26 +139,26 @@ class ShardedModel:
         return full
 
     def set_activation_checkpointing(self, mode: str) -> None:
-        """Recompute blocks in the backward from now on; `mode` is "selective" or "full"."""
+        """Enable activation checkpointing of all blocks; `mode` is "selective" or "full"."""
         self.activation_checkpointing = mode
         for block, forward in zip(self.model.blocks, self._block_forwards, strict=True):
-            # Set on the instance: a wrapper module would rename parameters, and FSDP's hooks stay outside this way.
+            # Set on the instance: a wrapper module would rename parameters, and FSDP's hooks must stay outside.
             block.forward = with_recompute(forward, mode)
 
     def compile(self) -> None:
         """Compile each block with torch.compile, in place."""
-        # Blocks of different types, training and evaluation, and last batches are separate programs of one function.
-        # Past this limit PyTorch would silently run uncompiled.
+        # Types of blocks, training and evaluation, and smaller micro-batches are separate programs of one function.
+        # Beyond this limit PyTorch silently runs uncompiled.
         torch._dynamo.config.cache_size_limit = 8 * len(self.model.blocks)
-        # The gradients of query and key are rotated, then concatenated. Fused into one kernel that selects per element,
-        # this takes an H100 six times as long as its memory needs; 0 writes each to its place (PyTorch 2.13 and later).
+        # Backward rotates the gradients of query and key, then concatenates them. On an H100 the fused kernel takes six
+        # times as long as its memory traffic needs; 0 disables this fusion (PyTorch 2.13 and later).
         if hasattr(torch._inductor.config, "max_complex_pointwise_cat_inputs"):
             torch._inductor.config.max_complex_pointwise_cat_inputs = 0
         for block in self.model.blocks:
             block.compile()
 
     def set_last_micro_batch(self, is_last: bool) -> None:
-        """Set whether the next backward is the last of this step: only then does hybrid FSDP sum over replicas."""
+        """Mark the next backward as the last of this step or not: hybrid FSDP sums over replicas only in the last."""
         if self.mesh.shard > 1 and self.mesh.replicate > 1:
             self.model.set_requires_all_reduce(is_last)
 
@@ -169,9 +169,9 @@ class ShardedModel:
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:
-    """Return the L2 norm of each tensor; on a CPU the norm of each row of all tensors.
+    """Return norms whose root sum of squares is the total L2 norm.
 
-    On a CPU, one float32 sum of 2e7 squares was wrong by 1e-3.
+    On a CPU each norm is over rows first: one float32 sum of 2e7 squares was wrong by 1e-3.
     """
     if tensors[0].device.type == "cpu":
         tensors = [torch.linalg.vector_norm(tensor, dim=-1) for tensor in tensors]

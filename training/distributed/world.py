@@ -1,8 +1,8 @@
 """The ranks of one run and their collectives.
 
 Each rank computes its part of the global batch; sums over ranks give the result of a single process. A launcher such
-as torchrun starts the ranks (rendezvous.py); without one, World is this process alone and its collectives do nothing.
-The monitor tells the other ranks what this one is doing, and names a rank that dies or hangs (monitor.py).
+as torchrun starts the ranks (rendezvous.py); without one, World has one process and its collectives do nothing. The
+monitor shares each rank's activity with the others, and reports a rank that dies or hangs (monitor.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from training.distributed.monitor import Monitor
 from training.distributed.rendezvous import agree_on_start_id, local_device, rank_and_size, reconnect, rendezvous
 from training.errors import UserError
 
-BUCKET = 2**26  # bytes per all-reduce: larger buckets take memory, smaller ones more waits
+BUCKET = 2**26  # bytes per all-reduce: larger buckets take more memory, smaller ones more calls
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class World:
     device: torch.device
     background: dist.ProcessGroup | None = None  # for the background thread; None with one process
     monitor: Monitor | None = field(default=None, repr=False)  # None with one process
-    has_external_group: bool = False  # the process group existed before (Ray Train) and is not destroyed
+    has_external_group: bool = False  # the process group is someone else's (Ray Train): do not destroy it
 
     @property
     def is_main(self) -> bool:
@@ -45,20 +45,20 @@ class World:
         return self.rank == 0
 
     def local_range(self, n: int) -> range:
-        """Return this rank's part of n items: contiguous; sizes differ by at most one."""
+        """Return this rank's contiguous part of n items; sizes differ by at most one."""
         return range(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
     def set_activity(self, name: str, kind: ActivityKind = "timed") -> None:
-        """Tell the other ranks what this one does from now on; `name` is a noun for the error about a lost rank.
+        """Publish what this rank does now. `name` is a noun such as "step 5", for errors about lost ranks.
 
         timed: other ranks wait at most `parallel.timeout_s`. collective: timed, and contains collectives outside of
-        World (FSDP), so that the limit also applies between two calls of it. untimed: others wait as long as it takes.
+        World (FSDP). untimed: others wait as long as it takes.
         """
         if self.monitor is not None:
             self.monitor.set_activity(name, kind)
 
     def in_collective(self, name: str, background: bool = False) -> AbstractContextManager[None]:
-        """Surround a collective, so that the monitor knows that this thread waits; `background`: see `gather_bytes`."""
+        """Mark a collective for the monitor. `background`: the calling thread is the background thread."""
         return self.monitor.in_collective(name, BACKGROUND if background else LOOP) if self.monitor else nullcontext()
 
     def all_reduce_(
@@ -67,26 +67,26 @@ class World:
         """Sum the tensors over all ranks, or those of a group, in place, in buckets of BUCKET bytes. Collective."""
         if self.size == 1:
             return
-        same_type: dict[tuple, list[Tensor]] = {}
+        by_type: dict[tuple, list[Tensor]] = {}
         for tensor in tensors:
-            same_type.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-        for bucket in (bucket for same in same_type.values() for bucket in _buckets(same)):
-            alone = len(bucket) == 1 and bucket[0].is_contiguous()
-            flat = bucket[0] if alone else torch.cat([tensor.flatten() for tensor in bucket])
+            by_type.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+        for bucket in (bucket for same_type in by_type.values() for bucket in _buckets(same_type)):
+            is_single = len(bucket) == 1 and bucket[0].is_contiguous()
+            flat = bucket[0] if is_single else torch.cat([tensor.flatten() for tensor in bucket])
             with self.in_collective(name):
                 dist.all_reduce(flat, group=group)
-            if not alone:
+            if not is_single:
                 for tensor, total in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                     tensor.copy_(total.view_as(tensor))
 
     def sum_int(self, value: int) -> int:
-        """Return the sum of an integer over all ranks, without waiting for the device. Collective."""
+        """Return the sum of an integer over all ranks, on the host. Collective."""
         total = torch.tensor([value])
         self.all_reduce_([total])
         return int(total)
 
     def max_int(self, *values: int) -> list[int]:
-        """Return the maximum of each integer over all ranks, without waiting for the device. Collective."""
+        """Return the maximum of each integer over all ranks, on the host. Collective."""
         if self.size == 1:
             return list(values)
         largest = torch.tensor(values)
@@ -95,7 +95,7 @@ class World:
         return largest.tolist()
 
     def gather_bytes(self, data: bytes, background: bool = False) -> list[bytes]:
-        """Return the bytes of every rank on every rank. `background`: called from the background thread. Collective."""
+        """Return the bytes of every rank on every rank. `background`: as in `in_collective`. Collective."""
         if self.size == 1:
             return [data]
         group = self.background if background else None
@@ -121,9 +121,9 @@ class World:
         return json.loads(self.gather_bytes(json.dumps(value if self.is_main else None).encode())[0])
 
     def close(self, _type: Any = None, error: BaseException | None = None, _traceback: Any = None) -> None:
-        """End this rank; to be pushed on an ExitStack.
+        """End this rank; an exit callback for `ExitStack.push`.
 
-        After an error, the other ranks end too. Raises the error, or a silent SystemExit if another rank reports one.
+        After an error, the other ranks end too. Raises SystemExit instead if another rank reports an error.
         """
         if self.monitor is not None and error is not None and not isinstance(error, SystemExit):
             outcome = self.monitor.fail(error)
@@ -138,14 +138,14 @@ class World:
 def all_to_all_rows(
     x_RC: Tensor, sent_P: list[int], received_P: list[int], group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """Send the next sent_P[p] rows to each rank p; return the received rows, ordered by rank. Collective."""
+    """Send x_RC in parts of sent_P[p] rows to each rank p; return the received rows, ordered by rank. Collective."""
     y_SC = x_RC.new_empty(sum(received_P), x_RC.shape[1])
     dist.all_to_all_single(y_SC, x_RC.contiguous(), received_P, sent_P, group=group)
     return y_SC
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield the tensors in order, in lists of at most BUCKET bytes; a larger tensor is alone."""
+    """Yield the tensors in order, in lists of at most BUCKET bytes; a larger tensor is a list of its own."""
     bucket, n_bytes = [], 0
     for tensor in tensors:
         if bucket and n_bytes + tensor.nbytes > BUCKET:
@@ -159,9 +159,9 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 def join_world(device: torch.device, config: ParallelConfig) -> World:
     """Join the ranks that a launcher started, or return a World of one process.
 
-    CUDA tensors use NCCL and host tensors gloo, so that agreeing on a number does not wait for the device. An existing
-    process group (Ray Train) is used and left as it is. Raises UserError if the launcher's variables are wrong or a
-    rank does not arrive within `timeout_s`.
+    CUDA tensors use NCCL and host tensors gloo, so that host integers need no synchronization with the device. An
+    existing process group (Ray Train) is used and not destroyed. Raises UserError if the launcher's variables are
+    wrong or a rank does not join within `timeout_s`.
     """
     is_external = dist.is_available() and dist.is_initialized()
     rank, size = (dist.get_rank(), dist.get_world_size()) if is_external else rank_and_size()
@@ -174,8 +174,8 @@ def join_world(device: torch.device, config: ParallelConfig) -> World:
     start_id = agree_on_start_id(store, rank, size, timeout_s)
     own_store, store_owner = reconnect(store, timeout_s)
     monitor = Monitor(dist.PrefixStore(f"monitor/{start_id}", own_store), rank, size, timeout_s, store_owner)
-    # NCCL's own error handling would abort the process, and its timeout must be longer than the monitor's, which knows
-    # the missing rank.
+    # NCCL's own error handling would abort the process. Its timeout is longer than the monitor's, which can name the
+    # missing rank.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     limit = timedelta(seconds=2 * timeout_s + 60)
     with monitor.in_collective("the creation of the process group", LOOP):

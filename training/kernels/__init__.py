@@ -2,9 +2,9 @@
 
 | file | contents |
 |---|---|
-| `interface.py` | what a model asks of its kernels (`...Spec`), the signatures, and `Kernels`, which it gets |
+| `interface.py` | requirements of a model (`...Spec`), kernel signatures, and `Kernels`, which a model computes with |
 | `attention/` | the attention back-ends; `attention/table.py` lists them with their limits |
-| `experts.py`, `triton_experts.py` | the matrix products of a Mixture-of-Experts layer |
+| `experts.py`, `triton_experts.py` | the grouped matmuls of a Mixture-of-Experts layer |
 | `loss.py`, `triton_loss.py` | the cross-entropy of the output projection |
 | `table.py` | all three tables: every kernel by its name in `parallel.attention`, `.experts` and `.loss` |
 | `trials.py` | small problems on which a kernel is compared with its reference |

@@ -1,8 +1,8 @@
 """The choice of kernels.
 
-A kernel is chosen if it solves the trials (`trials.py`) of everything that the model requires: small problems with the
-run's shapes, dtype and mask, on which its results and gradients match the reference. `auto` takes the first such kernel
-of the table; on CUDA it takes the fastest of the experts' kernels.
+A kernel qualifies if its results and gradients match the reference in all trials (`trials.py`): small problems with the
+model's shapes, dtype and masks. `auto` takes the first kernel of the table that qualifies; for experts on CUDA, the
+fastest.
 
     choice = choose_kernels(config.parallel, kernel_requirements(config.model), device=device, dtype=torch.bfloat16)
     model = GPT(config.model, choice.kernels, torch.bfloat16)
@@ -25,7 +25,7 @@ from training.kernels.interface import KernelRequirements, Kernels
 from training.kernels.table import TABLES, candidates
 from training.kernels.trials import Trial, build_trials, timing_trials
 
-TIMED_DEVICE_TYPES = ("cuda",)  # where experts' kernels are chosen by time; elsewhere by the order of the table
+TIMED_DEVICE_TYPES = ("cuda",)  # expert kernels are chosen by time here, elsewhere by table order
 
 
 class KernelChoice(NamedTuple):
@@ -33,10 +33,10 @@ class KernelChoice(NamedTuple):
 
     kernels: Kernels
     names: dict[str, str]
-    reasons: dict[str, str]  # why this kernel, and not one before it in the table
+    reasons: dict[str, str]  # why this kernel, and why not an earlier one of the table
 
     def as_text(self) -> dict[str, str]:
-        """Return each choice as a line for people: "flash (matches the reference)"."""
+        """Return each choice as text: "flash (matches the reference)"."""
         return {option: f"{name} ({self.reasons[option]})" for option, name in self.names.items()}
 
 
@@ -50,8 +50,8 @@ def choose_kernels(
 ) -> KernelChoice:
     """Choose kernels for everything that a model requires on this device.
 
-    `previous` holds kernel names by option: `auto` tries them first, so that a resumed run repeats its bits. With
-    `config.compile` a kernel also has to compile. Raises UserError if a kernel named in `config` fails.
+    `previous` maps options to kernel names: `auto` tries these first, so that a resumed run repeats its bits. With
+    `config.compile` a kernel must also compile. Raises UserError if a kernel named in `config` fails.
     """
     names, reasons = {}, {}
     for option in TABLES:
@@ -72,12 +72,12 @@ class _Search:
     device: torch.device
     dtype: torch.dtype
     previous: str | None
-    failures: dict[str, list[str]] = field(default_factory=dict)  # names of the kernels that failed, by the reason
+    failures: dict[str, list[str]] = field(default_factory=dict)  # by reason: the kernels that failed for it
 
-    def choose(self, wanted: str) -> tuple[str, str]:
-        """Return the name of the kernel and the reason. `wanted` is a name or "auto". Raises UserError."""
-        is_auto = wanted == "auto"
-        names = candidates(self.option, self.device, self.dtype) if is_auto else [wanted]
+    def choose(self, value: str) -> tuple[str, str]:
+        """Return (kernel name, reason). `value` of the option: a name or "auto". Raises UserError."""
+        is_auto = value == "auto"
+        names = candidates(self.option, self.device, self.dtype) if is_auto else [value]
         passing = self._passing(sorted(names, key=lambda name: name != self.previous))
         name = next(passing, None)
         if name is None:
@@ -108,17 +108,17 @@ class _Search:
         return trial.failure(name, table[name], table["reference"], self.device, self.dtype)
 
     def _fastest(self, names: list[str]) -> tuple[str, str]:
-        """Return the experts' kernel that takes the least time over all widths, and everyone's time."""
-        rivals = [name for name in names if name != "reference"]  # which multiplies each row by every expert's matrix
-        if len(rivals) < 2:
+        """Return (fastest expert kernel, times of all as text), summed over the model's expert layers."""
+        contenders = [name for name in names if name != "reference"]  # the reference is too slow to time
+        if len(contenders) < 2:
             return names[0], ""
         trials = timing_trials(self.requirements, self.device, self.dtype)
-        kernels = {name: TABLES[self.option][name] for name in rivals}
+        kernels = {name: TABLES[self.option][name] for name in contenders}
         seconds = {
             name: sum(trial.seconds(kernel, self.device, self.dtype) for trial in trials)
             for name, kernel in kernels.items()
         }
-        if self.device.type == "cuda":  # the run must not account for this memory
+        if self.device.type == "cuda":  # so that the run's memory statistics exclude the timing
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         ordered = sorted(seconds, key=seconds.__getitem__)

@@ -1,6 +1,6 @@
-"""The two matrix products of a Mixture-of-Experts layer, including the way of tokens to their experts and back.
+"""The matmuls of a Mixture-of-Experts layer, including the permutation of tokens to experts and back.
 
-Shapes: N tokens, K experts per token, R = N x K rows (a token once for each of its experts, sorted by expert),
+Shapes: N tokens, K experts per token, R = N x K rows (one for each token and each of its experts, sorted by expert),
 E experts, C channels, F hidden channels. Weights are laid out as in `nn.Linear`, one matrix per expert.
 
 >>> topk_ids_NK, weight_NK = torch.tensor([[0, 2], [2, 1]]), torch.full((2, 2), 0.5)
@@ -10,7 +10,8 @@ E experts, C channels, F hidden channels. Weights are laid out as in `nn.Linear`
 >>> kernel.down(h_RF.relu(), down_ECF, weight_NK, dispatch).shape
 torch.Size([2, 8])
 
-No kernel uses atomic additions: each token's rows are summed in order, forward and backward, so that the bits repeat.
+No kernel but the reference uses atomic additions: each token's rows are summed in order, forward and backward, so
+results are bit-identical from run to run.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from torch import Tensor
 
 
 class Dispatch(NamedTuple):
-    """Where each token's rows are."""
+    """The assignment of rows to tokens and experts."""
 
     order_R: Tensor  # int64: index of each row in the flattened (N, K)
     token_R: Tensor  # int64: token of each row
     inverse_NK: Tensor  # int64: row of each token's k-th expert
     expert_R: Tensor  # int64, sorted: expert of each row
-    offsets_E: Tensor  # int32: where each expert's rows end
+    offsets_E: Tensor  # int32: end of each expert's rows
 
 
 def sort_by_expert(topk_ids_NK: Tensor, n_experts: int) -> Dispatch:
-    """Sort tokens by their experts, and within an expert by their order. Does not wait for the device."""
+    """Sort tokens by expert, and within an expert by token. Does not synchronize with the device."""
     expert_R, order_R = topk_ids_NK.flatten().sort(stable=True)
     rows = torch.arange(len(order_R), device=order_R.device)
     inverse_R = torch.empty_like(order_R).scatter_(0, order_R, rows)
@@ -44,18 +45,18 @@ def sort_by_expert(topk_ids_NK: Tensor, n_experts: int) -> Dispatch:
 
 
 class ExpertKernel(NamedTuple):
-    """One way to compute a layer's products."""
+    """One implementation of a layer's matmuls."""
 
     # x_NC, several w_EFC, dispatch -> y_RF for each of them: permute the tokens to rows, then project
     up: Callable[[Tensor, tuple[Tensor, ...], Dispatch], tuple[Tensor, ...]]
     # h_RF, w_ECF, weight_NK, dispatch -> y_NC: project, then sum each token's rows by their weights
     down: Callable[[Tensor, Tensor, Tensor, Dispatch], Tensor]
-    # results that selective activation checkpointing keeps because they are slow to compute again
+    # operators whose results selective activation checkpointing saves, because they are slow to recompute
     saved_operators: tuple[str, ...] = ()
 
 
 class GroupedMatmul(NamedTuple):
-    """Products of rows, sorted by expert, with their expert's matrix; I inputs, O outputs."""
+    """Matmuls of rows, sorted by expert, with their expert's matrix; I inputs, O outputs."""
 
     matmul: Callable[[Tensor, Tensor, Tensor], Tensor]  # x_RI, w_EIO, offsets_E -> y_RO
     outer: Callable[[Tensor, Tensor, Tensor], Tensor]  # y_RO, x_RI, offsets_E -> w_EOI, each expert's y.T x
@@ -64,8 +65,8 @@ class GroupedMatmul(NamedTuple):
 class _UpProjection(torch.autograd.Function):
     """Permute tokens to rows and project them by one or more matrices.
 
-    Backward permutes again rather than keeping the rows. If `join`, each expert's matrices are concatenated for a
-    single product, and concatenated again in backward rather than kept.
+    Backward permutes again instead of saving the rows. If `join`, up and gate matrices are concatenated for one matmul,
+    and again in backward.
     """
 
     @staticmethod
@@ -73,29 +74,29 @@ class _UpProjection(torch.autograd.Function):
         ctx.grouped, ctx.join, ctx.hidden = grouped, join, w_EFC[0].shape[1]
         ctx.save_for_backward(token_R, inverse_NK, offsets_E, x_NC, *w_EFC)
         x_RC = x_NC.index_select(0, token_R)
-        return _split(ctx, [grouped.matmul(x_RC, w.mT, offsets_E) for w in _joined(ctx, w_EFC)])
+        return _split(ctx, [grouped.matmul(x_RC, w.mT, offsets_E) for w in _join(ctx, w_EFC)])
 
     @staticmethod
     def backward(ctx: Any, *grad_RF: Tensor):
         grouped = ctx.grouped
         token_R, inverse_NK, offsets_E, x_NC, *w_EFC = ctx.saved_tensors
         x_RC = x_NC.index_select(0, token_R)
-        grad_RF = [grad.contiguous() for grad in _joined(ctx, grad_RF)]
+        grad_RF = [grad.contiguous() for grad in _join(ctx, grad_RF)]
         grad_w = [grouped.outer(grad, x_RC, offsets_E) for grad in grad_RF]
         grad_x = [
             _combine(grouped.matmul(grad, w, offsets_E), inverse_NK, None)
-            for grad, w in zip(grad_RF, _joined(ctx, w_EFC), strict=True)
+            for grad, w in zip(grad_RF, _join(ctx, w_EFC), strict=True)
         ]
         return None, None, None, None, None, sum(grad_x[1:], grad_x[0]), *_split(ctx, grad_w)
 
 
-def _joined(ctx: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def _join(ctx: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return [torch.cat(tensors, dim=1)] if ctx.join else tensors
 
 
-def _split(ctx: Any, joined: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Undo `_joined`."""
-    return tuple(part for each in joined for part in each.split(ctx.hidden, dim=1))
+def _split(ctx: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Undo `_join`."""
+    return tuple(part for each in tensors for part in each.split(ctx.hidden, dim=1))
 
 
 class _DownProjection(torch.autograd.Function):
@@ -119,10 +120,10 @@ class _DownProjection(torch.autograd.Function):
 
 
 def _combine(y_RC: Tensor, inverse_NK: Tensor, weight_NK: Tensor | None) -> Tensor:
-    """Sum each token's rows, by their weights unless these are None."""
+    """Sum each token's rows, weighted unless `weight_NK` is None."""
     if weight_NK is not None:
         weight_NK = weight_NK.to(y_RC.dtype)
-    if y_RC.device.type == "cuda":  # several times faster than embedding_bag, and compiled into one pass
+    if y_RC.device.type == "cuda":  # several times faster than embedding_bag; compiles to one kernel
         y_NKC = y_RC[inverse_NK]
         return (y_NKC if weight_NK is None else y_NKC.mul_(weight_NK[..., None])).sum(dim=1)
     return F.embedding_bag(inverse_NK, y_RC, per_sample_weights=weight_NK, mode="sum")
@@ -165,18 +166,18 @@ class _Unpermute(torch.autograd.Function):
 
 
 def permute(x_NC: Tensor, dispatch: Dispatch) -> Tensor:
-    """Copy each token to its rows, x_RC, for experts on other ranks."""
+    """Return x_RC, a copy of each token for each of its experts. For experts on other ranks."""
     return _Permute.apply(dispatch.token_R, dispatch.inverse_NK, x_NC)
 
 
 def unpermute(y_RC: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:
-    """Sum each token's rows by their weights, y_NC: the way back from `permute`."""
+    """Return y_NC, the weighted sum of each token's rows, in the order before `permute`."""
     return _Unpermute.apply(dispatch.order_R, dispatch.inverse_NK, y_RC, weight_NK)
 
 
 def _build_kernel(grouped: GroupedMatmul, *saved_operators: str) -> ExpertKernel:
     def up(x_NC: Tensor, w_EFC: tuple[Tensor, ...], dispatch: Dispatch) -> tuple[Tensor, ...]:
-        # Joining saves time in training on CUDA. In generation, each token would pay for the copy of the weights.
+        # One matmul is faster in training on CUDA. In generation, copying the weights for each token would be slower.
         join = x_NC.device.type == "cuda" and len(w_EFC) > 1 and torch.is_grad_enabled()
         indices = dispatch.token_R, dispatch.inverse_NK, dispatch.offsets_E
         return _UpProjection.apply(grouped, join, *indices, x_NC, *w_EFC)
@@ -196,15 +197,15 @@ def _grouped_outer(y_RO: Tensor, x_RI: Tensor, offsets_E: Tensor) -> Tensor:
     return F.grouped_mm(y_RO.mT, x_RI, offs=offsets_E)
 
 
-_OPS = __name__.replace(".", "_")  # an exported file's own operators then have names of their own
+_OPS = __name__.replace(".", "_")  # a copy of this file in an export gets its own operator names
 
 
-# Operators, because a compiler that traced the loops would compile again for each step's row counts.
+# Custom operators, because torch.compile would recompile the loops for each step's row counts.
 @torch.library.custom_op(f"{_OPS}::loop_matmul", mutates_args=())
 def _loop_matmul(x_RI: Tensor, w_EIO: Tensor, offsets_E: Tensor) -> Tensor:
     y_RO = x_RI.new_empty(len(x_RI), w_EIO.shape[2])
     for (start, end, rounded), w_IO in zip(_spans(x_RI, offsets_E), w_EIO.unbind(0), strict=True):
-        if rounded <= len(x_RI):  # also computes rows of the next experts, which then overwrite them
+        if rounded <= len(x_RI):  # computes rows of the next experts too, which they overwrite
             torch.mm(x_RI[start:rounded], w_IO, out=y_RO[start:rounded])
         else:
             y_RO[start:end] = (_zero_padded(x_RI, start, end, rounded) @ w_IO)[: end - start]
@@ -216,7 +217,7 @@ def _loop_outer(y_RO: Tensor, x_RI: Tensor, offsets_E: Tensor) -> Tensor:
     w_EOI = x_RI.new_empty(len(offsets_E), y_RO.shape[1], x_RI.shape[1])
     y_is_narrower = y_RO.shape[1] <= x_RI.shape[1]
     for (start, end, rounded), w_OI in zip(_spans(x_RI, offsets_E), w_EOI.unbind(0), strict=True):
-        # Rows of the next experts may stand in the wider operand: the narrower one, cheaper to copy, has zeros there.
+        # The padded range overlaps the next experts' rows: copy the narrower operand, with zeros in that range.
         is_last = rounded > len(x_RI)
         y = _zero_padded(y_RO, start, end, rounded) if is_last or y_is_narrower else y_RO[start:rounded]
         x = _zero_padded(x_RI, start, end, rounded) if is_last or not y_is_narrower else x_RI[start:rounded]
@@ -229,11 +230,10 @@ _loop_outer.register_fake(lambda y, x, offsets_E: x.new_empty(len(offsets_E), y.
 
 
 def _spans(x_RI: Tensor, offsets_E: Tensor) -> list[tuple[int, int, int]]:
-    """Return (first row, end, end after rounding the number of rows up) of each expert.
+    """Return (first row, end, rounded end) of each expert. Synchronizes with the device to read the row counts.
 
-    oneDNN generates code for each number of rows of a 16-bit product on a CPU, which takes longer than several
-    products. Numbers are therefore rounded up to a multiple of 16 or, where that adds less than an eighth, of a larger
-    power of two. Reads the counts on the host, so on a GPU it waits for the device.
+    On a CPU, oneDNN generates code for each row count of a 16-bit matmul, which takes longer than several matmuls. The
+    count is therefore rounded up to a multiple of 16, or of a larger power of two if that adds at most an eighth.
     """
     ends = offsets_E.tolist()
     spans = list(zip([0, *ends[:-1]], ends, strict=True))
@@ -244,7 +244,7 @@ def _spans(x_RI: Tensor, offsets_E: Tensor) -> list[tuple[int, int, int]]:
 
 
 def _zero_padded(rows: Tensor, start: int, end: int, rounded: int) -> Tensor:
-    """Return rows start..end, followed by zeros up to `rounded`; a view if there is nothing to pad."""
+    """Return rows start..end, followed by zeros up to `rounded`; a view if no zeros are needed."""
     if rounded == end:
         return rows[start:end]
     padded = rows.new_empty(rounded - start, rows.shape[1])
@@ -254,7 +254,7 @@ def _zero_padded(rows: Tensor, start: int, end: int, rounded: int) -> Tensor:
 
 
 def _reference_matmul(x_RI: Tensor, w_EOI: Tensor, expert_R: Tensor) -> Tensor:
-    """Project each row by every expert's matrix and keep the product with its own."""
+    """Multiply each row by every expert's matrix and keep the result of its own expert."""
     y_RO = x_RI.new_zeros(len(x_RI), w_EOI.shape[1])
     for expert, w_OI in enumerate(w_EOI):
         y_RO = torch.where((expert_R == expert)[:, None], x_RI @ w_OI.T, y_RO)
@@ -277,7 +277,7 @@ REFERENCE = ExpertKernel(_reference_up, _reference_down)
 
 
 def pick_portable(x: Tensor, w_EOI: Tensor) -> ExpertKernel:
-    """Return the grouped product if this version of PyTorch supports it for these tensors, else the loop."""
+    """Return GROUPED if this version of PyTorch supports it for these tensors, else LOOP."""
     is_aligned = all(width * x.element_size() % 16 == 0 for width in w_EOI.shape[1:])
     has_dtype = x.device.type == "cpu" or x.dtype == torch.bfloat16
     return GROUPED if hasattr(F, "grouped_mm") and is_aligned and has_dtype else LOOP
@@ -291,5 +291,5 @@ def _portable_down(h_RF: Tensor, w_ECF: Tensor, weight_NK: Tensor, dispatch: Dis
     return pick_portable(h_RF, w_ECF).down(h_RF, w_ECF, weight_NK, dispatch)
 
 
-PORTABLE = ExpertKernel(_portable_up, _portable_down)  # for exported models, which are opened on unknown machines
+PORTABLE = ExpertKernel(_portable_up, _portable_down)  # for exported models, which run on any machine
 TORCH_EXPERTS = {"grouped": GROUPED, "loop": LOOP, "reference": REFERENCE}

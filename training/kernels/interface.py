@@ -1,4 +1,4 @@
-"""What a model asks of its kernels, the signatures of kernels, and the kernels that a model gets.
+"""The interface of models and kernels: requirements of a model, signatures, limits, and `Kernels`.
 
 Shapes: B samples, T queries, S keys (the queries are the last T keys), H query heads, G heads of keys and values,
 D width of queries and keys, E width of values.
@@ -20,7 +20,7 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class AttentionSpec(NamedTuple):
-    """What a layer asks of an attention back-end."""
+    """The sizes and features of a layer that an attention back-end must support."""
 
     n_head: int
     n_kv_head: int
@@ -32,7 +32,7 @@ class AttentionSpec(NamedTuple):
 
 
 class ExpertsSpec(NamedTuple):
-    """What a Mixture-of-Experts layer asks of its kernel."""
+    """The sizes of a Mixture-of-Experts layer that its kernel must support."""
 
     width: int
     hidden: int
@@ -42,7 +42,7 @@ class ExpertsSpec(NamedTuple):
 
 
 class LossSpec(NamedTuple):
-    """What the output projection asks of its kernel."""
+    """The sizes of the output projection that the loss kernel must support."""
 
     width: int
     n_vocab: int
@@ -50,7 +50,7 @@ class LossSpec(NamedTuple):
 
 
 class KernelRequirements(NamedTuple):
-    """What all layers of a model ask of its kernels."""
+    """The requirements of all layers of a model."""
 
     attention: frozenset[AttentionSpec]
     experts: frozenset[ExpertsSpec]
@@ -59,9 +59,9 @@ class KernelRequirements(NamedTuple):
 
 
 class Attend(Protocol):
-    """The signature of every attention kernel: y_BHTE = softmax(scale x q k) v. Kernels leave the annotations out.
+    """The signature of every attention kernel: y_BHTE = softmax(scale x q k) v. Kernels omit the annotations.
 
-    `mask` is what `build_mask` of the same back-end returns. `scale` multiplies the scores (None: 1/sqrt(D));
+    `mask` is the result of the back-end's `build_mask`. `scale` multiplies the scores (None: 1/sqrt(D));
     `softcap` bounds them to softcap x tanh(score / softcap) (arXiv:2408.00118; None: no bound). Query head h uses
     the keys of head h // (H / G).
     """
@@ -79,7 +79,7 @@ class Attend(Protocol):
 
 
 class Limits(NamedTuple):
-    """What an attention back-end supports on one type of device. The defaults allow everything."""
+    """Limits of an attention back-end on one type of device. The defaults allow everything."""
 
     dtypes: tuple[torch.dtype, ...] = (torch.float32, *HALF_DTYPES)
     max_head_dim: int | None = None
@@ -88,12 +88,12 @@ class Limits(NamedTuple):
     softcap: bool = True
     documents: bool = True
     capability: range | None = None  # major version of the CUDA compute capability; None: any
-    package: tuple[str, str] | None = None  # distribution that has to be installed, and its oldest version that works
+    package: tuple[str, str] | None = None  # required distribution and its oldest version that works
     deterministic: bool = True  # gradients are bit-identical from run to run
 
 
 class AttentionBackend(NamedTuple):
-    """One way to compute attention."""
+    """One implementation of attention."""
 
     build_mask: Callable[[Visibility], Any]  # called once per forward for all layers that share the mask
     attend: Attend

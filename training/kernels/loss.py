@@ -1,11 +1,11 @@
 """Cross-entropy of the output projection.
 
 Shapes: N tokens, C channels, V vocabulary. A kernel takes x_NC, w_VC (which it casts to the dtype of x_NC), targets_N
-(int64; -1 is not counted) and optionally a soft-cap of the logits (softcap x tanh(logit / softcap), arXiv:2408.00118),
+(int64; -1 is ignored) and optionally a soft-cap of the logits (softcap x tanh(logit / softcap), arXiv:2408.00118),
 and returns the sum of the tokens' losses in nats, a float32 scalar.
 
 >>> x_NC, w_VC, targets_N = torch.zeros(3, 8), torch.randn(100, 8), torch.tensor([7, -1, 42])
->>> TORCH_LOSS["chunked"](x_NC, w_VC, targets_N, softcap=30.0)  # two counted tokens, each log(100) nats
+>>> TORCH_LOSS["chunked"](x_NC, w_VC, targets_N, softcap=30.0)  # two targets, each log(100) nats
 tensor(9.2103)
 """
 
@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Size of a chunk of tokens whose logits exist at the same time. On a CPU as many as make products fast and updates of
-# the weights' gradient rare, 2048 (16-bit) or 1024 (32-bit), but at most 256 MiB. Elsewhere 1 GiB of bfloat16.
-CHUNK_BYTES = {"cpu": (2**12, 2**28)}  # by device type: most bytes of one vocabulary entry's logits, and of all logits
-CHUNK_ELEMENTS = 2**29  # on other devices: most logits
-BLOCK_ELEMENTS = 2**19  # on devices in CHUNK_BYTES, process this many logits at a time: they fit into caches
+# Limits of a chunk of tokens, whose logits are in memory at the same time. On a CPU 2048 tokens (16-bit) or 1024
+# (32-bit), where matmuls are fast and updates of w_VC's gradient rare, and at most 256 MiB. Elsewhere 1 GiB (bf16).
+CHUNK_BYTES = {"cpu": (2**12, 2**28)}  # by device type: max bytes of one column of logits_NV, and of all of it
+CHUNK_ELEMENTS = 2**29  # on other devices: max logits
+BLOCK_ELEMENTS = 2**19  # on devices in CHUNK_BYTES, process this many logits at a time: they fit in the cache
 
-# (logits_NV, targets_N, softcap, *, gradient: bool) -> each token's loss, float32 (N,), 0 if not counted. With
-# `gradient`, overwrites logits_NV with d loss / d logits; rows of tokens that are not counted are undefined.
+# (logits_NV, targets_N, softcap, *, gradient: bool) -> each token's loss, float32 (N,), 0 if target is -1. If
+# `gradient`, overwrites logits_NV with d loss / d logits; rows with target -1 are undefined.
 LogitsBackward = Callable[..., Tensor]
 
 
@@ -40,10 +40,10 @@ def reference_loss(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float
 
 
 class TorchLogitsBackward:
-    """`LogitsBackward` in PyTorch's operations, on a CPU in blocks that fit into caches."""
+    """`LogitsBackward` in PyTorch operations; on a CPU in blocks that fit in the cache."""
 
     def __init__(self):
-        self.work_nV: Tensor | None = None  # float32 copy of a block of 16-bit logits; its memory is reused
+        self.work_nV: Tensor | None = None  # reused buffer: float32 copy of a block of 16-bit logits
 
     def __call__(self, logits_NV: Tensor, targets_N: Tensor, softcap: float | None, *, gradient: bool) -> Tensor:
         size = max(1, BLOCK_ELEMENTS // logits_NV.shape[1]) if logits_NV.device.type in CHUNK_BYTES else len(logits_NV)
@@ -74,10 +74,10 @@ class TorchLogitsBackward:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Loss and both gradients in one pass over chunks of tokens, so that all logits never exist at once.
+    """Loss and both gradients in one pass over chunks of tokens, so that only one chunk of logits is in memory.
 
-    The loss is a sum, so its gradients are known up to the scalar that backward receives. Tokens that are not counted
-    are removed in the small matrices: their rows of x_NC's gradient are zeroed, and their x adds zero to w_VC's.
+    The loss is a sum, so forward computes its gradients, up to the scalar that backward receives. Tokens with target
+    -1 are masked outside of logits_NV, in smaller tensors: the gradient of x_NC, and x_NC in the gradient of w_VC.
     """
 
     @staticmethod
@@ -108,7 +108,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None, None, None]:
-        (grad_x_NC, grad_w_VC), ctx.grads = ctx.grads, None  # scaled in place, so this runs only once
+        (grad_x_NC, grad_w_VC), ctx.grads = ctx.grads, None  # scaled in place, so backward runs only once
         for unscaled in (grad_x_NC, grad_w_VC):
             if unscaled is not None:
                 unscaled *= grad
@@ -116,7 +116,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _chunk_tokens(x_NC: Tensor, n_vocab: int) -> int:
-    """Return the number of tokens in a chunk: within the limits, and nearly the same in every chunk."""
+    """Return the number of tokens in a chunk: within the limits, in nearly equal chunks."""
     limit = CHUNK_ELEMENTS // n_vocab
     if x_NC.device.type in CHUNK_BYTES:
         entry_bytes, total_bytes = CHUNK_BYTES[x_NC.device.type]
@@ -133,7 +133,7 @@ def _add_product(sum_IO: Tensor, x_IN: Tensor, y_NO: Tensor, *, first: bool) -> 
         sum_IO.copy_(x_IN @ y_NO)
     elif sum_IO.device.type not in CHUNK_BYTES:
         sum_IO += x_IN @ y_NO
-    else:  # CPUs are slow at sums of two dtypes: convert a block first
+    else:  # adding two dtypes is slow on a CPU: convert a block first
         size = max(1, BLOCK_ELEMENTS // sum_IO.shape[1])
         for sum_iO, product_iO in zip(sum_IO.split(size), (x_IN @ y_NO).split(size), strict=True):
             sum_iO += product_iO.float()
@@ -142,14 +142,14 @@ def _add_product(sum_IO: Tensor, x_IN: Tensor, y_NO: Tensor, *, first: bool) -> 
 def chunked_cross_entropy(
     logits_backward: LogitsBackward, x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None
 ) -> Tensor:
-    """Compute the loss in chunks of tokens, and its gradients along the way."""
-    if not torch.is_grad_enabled():  # which a Function cannot see: it would compute gradients that nobody needs
+    """Compute the loss, and in the same pass its gradients, in chunks of tokens."""
+    if not torch.is_grad_enabled():  # inside a Function grad mode is always off: tell it by detaching
         x_NC, w_VC = x_NC.detach(), w_VC.detach()
     return _ChunkedCrossEntropy.apply(logits_backward, x_NC, w_VC, targets_N, softcap)
 
 
 def chunked_loss(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None = None) -> Tensor:
-    """Compute a chunk of tokens' logits at a time, in PyTorch's operations."""
+    """Compute the loss in chunks of tokens, in PyTorch operations."""
     return chunked_cross_entropy(TorchLogitsBackward(), x_NC, w_VC, targets_N, softcap)
 
 

@@ -44,17 +44,17 @@ TABLES: Mapping[str, Mapping[str, Any]] = {
     "experts": EXPERT_KERNELS,
     "loss": LOSS_KERNELS,
 }
-CUDA_ONLY = {"experts": ("triton",), "loss": ("triton",)}  # an attention back-end has `Limits` instead
+CUDA_ONLY = {"experts": ("triton",), "loss": ("triton",)}  # attention back-ends have `Limits` instead
 
 
 def saved_operators() -> set[str]:
-    """Return the kernels' operators whose results selective activation checkpointing keeps."""
+    """Return the operators of all kernels whose results selective activation checkpointing saves."""
     kernels = (*ATTENTION_BACKENDS.values(), *EXPERT_KERNELS.values())
     return {operator for kernel in kernels for operator in kernel.saved_operators}
 
 
 def runs_on(option: str, name: str, device: torch.device) -> bool:
-    """Return False for a kernel of experts or of the loss that needs CUDA, on another device."""
+    """Return True unless an expert or loss kernel needs CUDA and the device is another one."""
     return device.type == "cuda" or name not in CUDA_ONLY[option]
 
 
@@ -63,6 +63,6 @@ def candidates(option: str, device: torch.device, dtype: torch.dtype) -> list[st
     if option == "attention":
         return auto_candidates(device_info(device))
     names = [name for name in TABLES[option] if runs_on(option, name, device)]
-    # On a CPU the loop alone rounds up the row counts of 16-bit products, which makes experts twice as fast.
+    # On a CPU only the loop rounds up the row counts of 16-bit matmuls, which makes experts twice as fast.
     loop_first = option == "experts" and device.type == "cpu" and dtype.itemsize == 2
     return sorted(names, key=lambda name: loop_first and name != "loop")

@@ -1,4 +1,4 @@
-"""Trials: small problems on which a kernel is run beside its reference, and larger ones on which it is timed."""
+"""Trials: small problems that compare a kernel with its reference, and larger problems that time it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from training.kernels.experts import ExpertKernel, sort_by_expert
 from training.kernels.interface import AttentionBackend, AttentionSpec, ExpertsSpec, KernelRequirements, LossSpec
 from training.kernels.table import runs_on
 
-# Largest relative error, in the Euclidean norm, that rounding explains.
+# Largest relative error (Euclidean norm) that counts as rounding.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-# With fewer keys the gradients of the scores are mostly rounding error. On a CPU, above 192 keys a different code path
-# runs: try both.
+# With fewer keys the score gradients are mostly rounding error. On a CPU, more than 192 keys run different code: test
+# both.
 TRIAL_TOKENS = {"cpu": (128, 256)}
 TRIAL_TOKENS_ELSEWHERE = (128,)
 TIMED_TOKENS = 4096
@@ -27,19 +27,19 @@ NEEDS_CUDA = "needs a CUDA device"
 
 
 class Trial(NamedTuple):
-    """A problem that a kernel has to solve."""
+    """A problem on which a kernel must match its reference."""
 
     run: Callable[..., Tensor]  # takes the kernel and the inputs, returns the result
     inputs: list[Tensor]  # float32; gradients of all of them are compared
-    unsupported: Callable[[str], str | None] = lambda _: None  # name -> why the kernel need not be run, or None
+    unsupported: Callable[[str], str | None] = lambda _: None  # name -> why the kernel cannot run, or None
 
     def failure(self, name: str, kernel: Any, reference: Any, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Run the kernel, and the reference in float32. Returns why the kernel fails; None if it does not."""
+        """Run the kernel, and the reference in float32. Returns why the kernel fails, or None."""
         if reason := self.unsupported(name):
             return reason
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # PyTorch explains at length which of its kernels it rejects
+                warnings.simplefilter("ignore")  # PyTorch warns about each of its kernels that it rejects
                 results = self.outcome(kernel, device, dtype)
             rounded = self._replace(inputs=[x.to(dtype).float() for x in self.inputs])
             expected = rounded.outcome(reference, device, torch.float32)
@@ -47,7 +47,7 @@ class Trial(NamedTuple):
             lines = str(error).splitlines() or [type(error).__name__]
             return f"fails here: {lines[0].rstrip('.')}"
         errors = [(x - y).norm() / (y.norm() + 1e-6) for x, y in zip(results, expected, strict=True)]
-        worst = float(torch.stack(errors).max())  # NaN if any error is
+        worst = float(torch.stack(errors).max())  # NaN if any error is NaN
         return None if worst <= TOLERANCE[dtype] else f"differs from the reference by {worst:.0e}"
 
     def outcome(self, kernel: Any, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
@@ -55,7 +55,7 @@ class Trial(NamedTuple):
         return [x.detach().float() for x in self._forward_backward(kernel, self._leaves(device, dtype))]
 
     def seconds(self, kernel: Any, device: torch.device, dtype: torch.dtype) -> float:
-        """Return the time of a forward and backward, in the best of 5 rounds of 5, including waits for the device."""
+        """Return the seconds of one forward and backward: the minimum of 5 rounds, each the mean of 5 calls."""
         leaves = self._leaves(device, dtype)
         synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
@@ -75,7 +75,7 @@ class Trial(NamedTuple):
 
     def _forward_backward(self, kernel: Any, leaves: list[Tensor]) -> tuple[Tensor, ...]:
         y = self.run(kernel, *leaves)
-        # computed in float32: fp16 cannot represent the numbers that linspace counts up to
+        # in float32: the indices inside linspace overflow fp16
         direction = torch.linspace(-1, 1, y.numel(), device=y.device).to(y.dtype).view_as(y)
         return y, *torch.autograd.grad(y, leaves, direction)
 
@@ -83,10 +83,10 @@ class Trial(NamedTuple):
 def build_trials(
     option: str, requirements: KernelRequirements, device: torch.device, dtype: torch.dtype, compiled: bool
 ) -> list[Trial]:
-    """Return the trials of `parallel.<option>`: one for everything that the model requires."""
+    """Return the trials of `parallel.<option>` for all layers of the model."""
     if option == "loss":
         return [_loss_trial(spec, device) for spec in requirements.loss]
-    if option == "experts":  # 64 tokens with two of four experts each; one expert has no tokens
+    if option == "experts":  # 64 tokens, top 2 of 4 experts; one expert has no tokens
         topk_ids_NK = torch.tensor([[0, 3], [3, 1], [0, 1], [1, 0]], device=device).repeat(16, 1)
         specs = [spec._replace(n_experts=4, top_k=2, gated=True) for spec in sorted(requirements.experts)]
         return [_experts_trial(spec, topk_ids_NK, dtype, compiled) for spec in specs]
@@ -98,7 +98,7 @@ def build_trials(
 
 
 def timing_trials(requirements: KernelRequirements, device: torch.device, dtype: torch.dtype) -> list[Trial]:
-    """Return layers of experts with enough tokens to measure speed, routed evenly at random to the layer's experts."""
+    """Return trials with 4096 tokens for timing, routed at random to the layer's experts."""
     return [
         _experts_trial(spec, score_NE.topk(spec.top_k).indices, dtype, compiled=False)
         for spec in sorted(requirements.experts)
@@ -109,14 +109,14 @@ def timing_trials(requirements: KernelRequirements, device: torch.device, dtype:
 def _attention_trial(
     spec: AttentionSpec, n_tokens: int, documents: bool, device: torch.device, dtype: torch.dtype, compiled: bool
 ) -> Trial:
-    """Two samples of two documents each, with a window shorter than the sample."""
+    """Return a trial of two samples with two documents each, and a window of at most half a sample."""
     tokens_BT = torch.ones(2, n_tokens, dtype=torch.int64, device=device)
     tokens_BT[0, n_tokens // 3] = tokens_BT[1, n_tokens // 2] = 0
     window = None if spec.window is None else max(2, min(spec.window, n_tokens // 2))
     visibility = Visibility(n_tokens, n_tokens, device, window, find_documents(tokens_BT, 0) if documents else None)
 
     def run(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # tracing alone shows whether the kernel compiles, and is quick
+        # tracing is quick, and shows if the kernel compiles
         attend = torch.compile(backend.attend, backend="aot_eager") if compiled else backend.attend
         mask = backend.build_mask(visibility._replace(dtype=q.dtype))
         return attend(q, k, v, mask, scale=spec.scale, softcap=spec.softcap)
@@ -127,7 +127,7 @@ def _attention_trial(
 
 
 def _experts_trial(spec: ExpertsSpec, topk_ids_NK: Tensor, dtype: torch.dtype, compiled: bool) -> Trial:
-    """A layer of experts at the spec's widths."""
+    """Return a trial of a layer of experts with the sizes of `spec`."""
     dispatch, device = sort_by_expert(topk_ids_NK, spec.n_experts), topk_ids_NK.device
 
     def layer(kernel: ExpertKernel, x_NC: Tensor, weight_NK: Tensor, down: Tensor, *ups: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def _experts_trial(spec: ExpertsSpec, topk_ids_NK: Tensor, dtype: torch.dtype, c
 
 
 def _loss_trial(spec: LossSpec, device: torch.device) -> Trial:
-    """24 tokens, some of them not counted, and a vocabulary of more than one block of the Triton kernel."""
+    """Return a trial of 24 tokens, some with target -1, and up to 9000 vocabulary entries: two blocks in Triton."""
     n_tokens, n_vocab = 24, min(spec.n_vocab, 9000)
     targets_N = torch.arange(n_tokens, device=device) * (n_vocab // n_tokens)
     targets_N[::5] = -1

@@ -1,9 +1,9 @@
-"""The experts' products in Triton. They gather tokens and scatter results themselves, so no permuted copy is written.
+"""The experts' matmuls in Triton. They gather tokens and scatter results themselves, so no permuted copy is stored.
 
-Shapes are those of `experts.py`. A product has I inputs and O outputs; a tile is T rows of one expert; S = N x K are
-the flattened (token, k). The grid has the largest possible number of tiles, and each finds its expert on the device,
-so that nothing waits for row counts. There are no atomic additions: each row's result goes to its own place, and a
-token's results are summed in order, so that the bits repeat. Sums are float32, and so are products of float32.
+Shapes are those of `experts.py`; also I inputs, O outputs, tiles of T rows of one expert, S = N x K flattened
+(token, k). The grid has the largest possible number of tiles, and each tile finds its expert on the device, so the host
+never waits for row counts. There are no atomic additions: each row is written to its own place, and a token's results
+are summed in order, so the bits repeat. Accumulation is in float32; float32 inputs are not rounded to TF32.
 
 `table.py` imports this file at the first call, because Triton is not installed everywhere.
 """
@@ -21,12 +21,12 @@ from training.kernels.experts import Dispatch
 
 
 class TileShape(NamedTuple):
-    """The part of a product that one program computes. The defaults are for 16-bit dtypes."""
+    """The block of a matmul that one Triton program computes. The defaults are for 16-bit dtypes."""
 
-    side: int = 128  # most rows and columns of the result
+    side: int = 128  # max rows and columns of the result
     inner: int = 64  # terms of the sum per step
     warps: int = 8
-    stages: int = 3  # steps whose operands are loaded ahead: 96 KiB of shared memory
+    stages: int = 3  # pipeline stages: 96 KiB of shared memory
 
     @classmethod
     def of(cls, x: Tensor) -> TileShape:
@@ -34,7 +34,7 @@ class TileShape(NamedTuple):
         return cls() if x.element_size() == 2 else cls(side=64, inner=32, warps=4, stages=2)
 
 
-GROUP = tl.constexpr(8)  # tiles that visit all columns together, so that they share operands in the L2 cache
+GROUP = tl.constexpr(8)  # consecutive programs cover this many tiles x all columns, to reuse operands in the L2 cache
 
 
 # --- kernels ---------------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ GROUP = tl.constexpr(8)  # tiles that visit all columns together, so that they s
 
 @triton.jit
 def _locate_tile(tile, offsets_E, n_experts, T: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Return (expert, first row, end of the expert's rows). The expert is n_experts if there is no such tile."""
+    """Return (expert, first row, end of the expert's rows). The expert is n_experts if the tile does not exist."""
     e = tl.arange(0, BLOCK_E)
     end_E = tl.load(offsets_E + e, mask=e < n_experts, other=0)
     start_E = tl.load(offsets_E + e - 1, mask=(e > 0) & (e < n_experts), other=0)
@@ -60,12 +60,12 @@ def _matmul_kernel(
     w_EIO,
     y,  # (any, O)
     offsets_E,
-    from_R,  # row of x that each row reads; None: its own
-    to_R,  # row of y that each row writes; None: its own
-    weight_R,  # factors of the results, or None
-    h_RO,  # multiplied with the results before they are weighted, or None
-    dot_PR,  # row sums of that product, in P column blocks
-    added,  # like y: added to the results, or None
+    from_R,  # row of x to read for each row; None: the same row
+    to_R,  # row of y to write for each row; None: the same row
+    weight_R,  # factor of each row of the result, or None
+    h_RO,  # for dot_PR, or None
+    dot_PR,  # row sums of (unweighted result x h_RO), one per column block P
+    base,  # shaped like y: added to the result, or None
     n_rows,
     n_experts,
     n_in,
@@ -89,17 +89,17 @@ def _matmul_kernel(
 
     row_T = first + tl.arange(0, T)
     is_row_T = row_T < end
-    row_T = tl.minimum(row_T, end - 1).to(tl.int64)  # rows past the end are read twice and not written
+    row_T = tl.minimum(row_T, end - 1).to(tl.int64)  # rows past the end repeat the last row and are not written
     from_T = row_T if from_R is None else tl.load(from_R + row_T)
     to_T = row_T if to_R is None else tl.load(to_R + row_T)
     i, o = tl.arange(0, BLOCK_I), block * BLOCK_O + tl.arange(0, BLOCK_O)
     x_TI = x + from_T[:, None] * n_in + i[None, :]
     w_IO = w_EIO + expert.to(tl.int64) * stride_e + i[:, None] * stride_i + o[None, :] * stride_o
     sum_TO = tl.zeros((T, BLOCK_O), tl.float32)
-    for done in range(0, n_in, BLOCK_I):
-        left = BLOCK_I if EVEN else n_in - done
-        a_TI = tl.load(x_TI, mask=i[None, :] < left, other=0.0)
-        b_IO = tl.load(w_IO, mask=(i[:, None] < left) & (o[None, :] < n_out), other=0.0)
+    for offset in range(0, n_in, BLOCK_I):
+        remaining = BLOCK_I if EVEN else n_in - offset
+        a_TI = tl.load(x_TI, mask=i[None, :] < remaining, other=0.0)
+        b_IO = tl.load(w_IO, mask=(i[:, None] < remaining) & (o[None, :] < n_out), other=0.0)
         sum_TO = tl.dot(a_TI, b_IO, sum_TO, input_precision="ieee")
         x_TI += BLOCK_I
         w_IO += BLOCK_I * stride_i
@@ -111,8 +111,8 @@ def _matmul_kernel(
     if weight_R is not None:
         sum_TO *= tl.load(weight_R + row_T)[:, None]
     to_TO = to_T[:, None] * n_out + o[None, :]
-    if added is not None:
-        sum_TO += tl.load(added + to_TO, mask=is_inside_TO, other=0.0)
+    if base is not None:
+        sum_TO += tl.load(base + to_TO, mask=is_inside_TO, other=0.0)
     tl.store(y + to_TO, sum_TO.to(y.dtype.element_ty), mask=is_inside_TO)
 
 
@@ -154,7 +154,7 @@ def _outer_kernel(
     tl.store(to_IO, sum_IO.to(w_EIO.dtype.element_ty), mask=(i[:, None] < n_in) & (o[None, :] < n_out))
 
 
-# --- launches: operators, which compilers do not look into -----------------------------------------
+# --- launches: custom operators, which torch.compile does not trace --------------------------------
 
 _OPS = __name__.replace(".", "_")
 
@@ -168,16 +168,16 @@ def _matmul(
     to_R: Tensor | None = None,
     weight_R: Tensor | None = None,
     h_RO: Tensor | None = None,
-    added: Tensor | None = None,
+    base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Multiply each row by its expert's matrix; arguments as of the kernel. Returns y (R, O) and dot_PR."""
-    y, dot_PR = _matmul_shapes(x, w_EIO, offsets_E, from_R, to_R, weight_R, h_RO, added)
+    """Multiply each row by its expert's matrix, see `_matmul_kernel`. Returns y (R, O) and dot_PR."""
+    y, dot_PR = _matmul_shapes(x, w_EIO, offsets_E, from_R, to_R, weight_R, h_RO, base)
     x, h_RO = x.contiguous(), None if h_RO is None else h_RO.contiguous()
     (n_experts, n_in, n_out), n_rows, shape = w_EIO.shape, len(y), TileShape.of(x)
     T = min(shape.side, max(16, triton.next_power_of_2(n_rows // n_experts)))
-    n_tiles = triton.cdiv(n_rows, T) + n_experts  # every expert may have one that is not full
+    n_tiles = triton.cdiv(n_rows, T) + n_experts  # each expert may have a partial tile
     _matmul_kernel[(n_tiles * triton.cdiv(n_out, shape.side),)](
-        *(x, w_EIO, y, offsets_E, from_R, to_R, weight_R, h_RO, None if h_RO is None else dot_PR, added),
+        *(x, w_EIO, y, offsets_E, from_R, to_R, weight_R, h_RO, None if h_RO is None else dot_PR, base),
         *(n_rows, n_experts, n_in, n_out, *w_EIO.stride()),
         EVEN=n_in % shape.inner == 0,
         T=T,
@@ -191,7 +191,7 @@ def _matmul(
 
 
 @_matmul.register_fake
-def _matmul_shapes(x, w_EIO, offsets_E, from_R=None, to_R=None, weight_R=None, h_RO=None, added=None):  # noqa: ARG001
+def _matmul_shapes(x, w_EIO, offsets_E, from_R=None, to_R=None, weight_R=None, h_RO=None, base=None):  # noqa: ARG001
     n_rows, n_out = len(x if from_R is None else from_R), w_EIO.shape[2]
     n_blocks = 0 if h_RO is None else triton.cdiv(n_out, TileShape.of(x).side)
     return x.new_empty(n_rows, n_out), x.new_empty(n_blocks, n_rows, dtype=torch.float32)
@@ -201,7 +201,7 @@ def _matmul_shapes(x, w_EIO, offsets_E, from_R=None, to_R=None, weight_R=None, h
 def _grouped_outer(
     x_NI: Tensor, y_RO: Tensor, offsets_E: Tensor, token_R: Tensor, weight_R: Tensor | None, transposed: bool
 ) -> Tensor:
-    """Sum token (outer) row over each expert's rows, by weight: w_EIO, or w_EOI if `transposed`."""
+    """Return each expert's weighted sum of outer products of x and y rows: w_EIO, or w_EOI if `transposed`."""
     w_E__ = _empty_w(x_NI, y_RO, offsets_E, token_R, weight_R, transposed)
     x_NI, y_RO, shape = x_NI.contiguous(), y_RO.contiguous(), TileShape.of(x_NI)
     n_in, n_out = x_NI.shape[1], y_RO.shape[1]
@@ -242,7 +242,7 @@ class _UpProjection(torch.autograd.Function):
         order_R, token_R, offsets_E, x_NC, *w_EFC = ctx.saved_tensors
         grad_SC = None
         for grad, w in zip(grad_RF, w_EFC, strict=True):
-            grad_SC, _ = _matmul(grad, w, offsets_E, to_R=order_R, added=grad_SC)
+            grad_SC, _ = _matmul(grad, w, offsets_E, to_R=order_R, base=grad_SC)
         grad_w = [_grouped_outer(x_NC, grad, offsets_E, token_R, None, True) for grad in grad_RF]
         return None, None, None, None, _sum_top_k(grad_SC, ctx.top_k), *grad_w
 
@@ -260,7 +260,7 @@ class _DownProjection(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_NC: Tensor):
         token_R, inverse_NK, offsets_E, h_RF, w_ECF, weight_R = ctx.saved_tensors
-        # The gradient of a weight is <grad, w h> = <grad w, h>, so w h need not be kept.
+        # The gradient of a weight is <grad, w h> = <grad w, h>, so w h need not be saved.
         grad_h_RF, dot_PR = _matmul(grad_NC, w_ECF, offsets_E, from_R=token_R, weight_R=weight_R, h_RO=h_RF)
         grad_w_ECF = _grouped_outer(grad_NC, h_RF, offsets_E, token_R, weight_R, False)
         return None, None, None, None, grad_h_RF, grad_w_ECF, dot_PR.sum(dim=0).to(weight_R.dtype)[inverse_NK]
@@ -272,12 +272,12 @@ def _sum_top_k(y_SC: Tensor, top_k: int) -> Tensor:
 
 
 def up(x_NC: Tensor, w_EFC: tuple[Tensor, ...], dispatch: Dispatch) -> tuple[Tensor, ...]:
-    """Compute `ExpertKernel.up`."""
+    """Implement `ExpertKernel.up`."""
     top_k = dispatch.inverse_NK.shape[1]
     return _UpProjection.apply(dispatch.order_R, dispatch.token_R, dispatch.offsets_E, top_k, x_NC, *w_EFC)
 
 
 def down(h_RF: Tensor, w_ECF: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:
-    """Compute `ExpertKernel.down`."""
+    """Implement `ExpertKernel.down`."""
     indices = dispatch.order_R, dispatch.token_R, dispatch.inverse_NK, dispatch.offsets_E
     return _DownProjection.apply(*indices, h_RF, w_ECF, weight_NK)

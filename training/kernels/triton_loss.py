@@ -1,7 +1,7 @@
-"""Cross-entropy of logits and its gradient in Triton: logits are read twice and written once, in their own dtype.
+"""Cross-entropy of logits and its gradient in Triton: reads the logits twice and overwrites them once.
 
-Shapes are those of `loss.py`. A program takes a token: it reads the token's logits for their maximum and the sum of
-their exponentials, and again to overwrite them with the gradient. There are no atomic additions, so the bits repeat.
+Shapes are those of `loss.py`. One program handles one token: it reads the logits for their maximum and the sum of
+their exponentials, then again to overwrite them with the gradient. There are no atomic additions, so the bits repeat.
 Sums are float32.
 
 `table.py` imports this file at the first call, because Triton is not installed everywhere.
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 8192, 16  # logits per step of a program; the fastest of eight pairs on an H100
+BLOCK, WARPS = 8192, 16  # logits per step of a program, warps; the fastest of eight pairs on an H100
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def _loss_kernel(logits_NV, target_N, loss_N, n_vocab, softcap, GRADIENT: tl.con
     at_target = _soft_cap(tl.load(logits_V + tl.maximum(target, 0)).to(tl.float32), softcap)
     tl.store(loss_N + row, tl.where(is_counted, log_sum + (maximum - at_target), 0.0))
     if GRADIENT:
-        tl.debug_barrier()  # the target's logit has to be read before it is overwritten
+        tl.debug_barrier()  # read the target's logit before it is overwritten
         for first in range(0, n_vocab, BLOCK):
             is_logit_B = first + v < n_vocab
             x_B = _soft_cap(tl.load(logits_V + first + v, mask=is_logit_B, other=0.0).to(tl.float32), softcap)
@@ -53,7 +53,7 @@ def _loss_kernel(logits_NV, target_N, loss_N, n_vocab, softcap, GRADIENT: tl.con
 
 
 def triton_logits_backward(logits_NV: Tensor, targets_N: Tensor, softcap: float | None, *, gradient: bool) -> Tensor:
-    """Compute `loss.LogitsBackward`."""
+    """Implement `loss.LogitsBackward`."""
     loss_N = torch.empty(len(logits_NV), dtype=torch.float32, device=logits_NV.device)
     block = min(BLOCK, triton.next_power_of_2(logits_NV.shape[1]))
     grid = (len(logits_NV),)

@@ -1,4 +1,4 @@
-"""Causal self-attention: multi-head, grouped-query, multi-query; and what all kinds of attention share.
+"""Causal self-attention: multi-head, grouped-query, multi-query; also the base class of other mixers.
 
 Shapes: B batch, T tokens, S keys (cached ones included), C channels, H query heads, G heads of keys and
 values, D head width, E width of a value.
@@ -43,7 +43,7 @@ class AttentionContexts:
         else:  # (B, T)
             position = visibility.documents.position_BT
         self.position = position
-        # These close over no `self`: a reference cycle would keep masks alive after the forward pass.
+        # No reference to `self`: a reference cycle would keep the masks alive after the forward pass.
         self.rotation = functools.cache(lambda width: rotary_table(position, width, rope_theta) if width else None)
         self.mask = functools.cache(lambda window: backend.build_mask(visibility._replace(window=window)))
 
@@ -54,7 +54,7 @@ class AttentionContexts:
 
 
 class Attention(nn.Module):
-    """Causal attention. A subclass changes `attend` to do something between the scores and the output projection."""
+    """Causal attention. A subclass overrides `attend` to change the input of the output projection."""
 
     def __init__(self, config: AttentionConfig, model: ModelConfig):
         super().__init__()
@@ -75,7 +75,7 @@ class Attention(nn.Module):
         return AttentionSpec(model.n_head, n_kv_head, width, width, config.window, config.softcap)
 
     def forward(self, x_BTC: Tensor, context: AttentionContext, cache: LayerCache | None) -> Tensor:
-        """Return y_BTC. `cache` holds keys and values of earlier tokens; those of these tokens are appended."""
+        """Return y_BTC. `cache` holds the keys and values of earlier tokens; the new ones are appended."""
         widths = (self.spec.head_dim, self.spec.head_dim, self.spec.value_dim)
         q_BHTD, k_BGSD, v_BGSE = (
             x.unflatten(-1, (-1, width)).transpose(1, 2) for x, width in zip(self._project(x_BTC), widths, strict=True)
@@ -90,19 +90,19 @@ class Attention(nn.Module):
 
     def attend(
         self,
-        x_BTC: Tensor,  # noqa: ARG002 (for subclasses, such as a gate)
+        x_BTC: Tensor,  # noqa: ARG002 (subclasses read it)
         q_BHTD: Tensor,
         k_BGSD: Tensor,
         v_BGSE: Tensor,
         context: AttentionContext,
     ) -> Tensor:
-        """Return what the output projection reads, (B, H, T, E). `x_BTC` is the layer's input."""
+        """Return the input of the output projection, (B, H, T, E). `x_BTC` is the layer's input."""
         return context.attend(q_BHTD, k_BGSD, v_BGSE, self.spec)
 
     def _project(self, x_BTC: Tensor) -> tuple[Tensor, ...]:
         """Return query, key and value, heads side by side: one matmul in training, three in generation."""
         projections = (self.query, self.key, self.value)
-        if not torch.is_grad_enabled():  # few tokens: joining the weights would cost more than three matmuls
+        if not torch.is_grad_enabled():  # few tokens: concatenating the weights costs more than three matmuls
             return tuple(projection(x_BTC) for projection in projections)
         weight = torch.cat([p.weight for p in projections]).to(x_BTC.dtype)
         bias = None if self.query.bias is None else torch.cat([p.bias for p in projections]).to(x_BTC.dtype)

@@ -1,6 +1,6 @@
-"""The cache for generation: what layers keep of earlier tokens, so that a new token costs one token's work.
+"""The key-value cache for generation: each layer stores its results for earlier tokens instead of recomputing them.
 
-Shapes: B batch, R some samples of it, T new tokens, S all tokens.
+Shapes: B batch, R selected samples, T new tokens, S all tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class LayerCache:
         """Append `new` (..., T, D) and return everything so far, (..., S, D)."""
         buffer, n_old = self.buffers.get(name, (new[..., :0, :], 0))
         n_all = n_old + new.shape[-2]
-        if n_all > buffer.shape[-2]:  # grow by half, so that few tokens cause a copy
+        if n_all > buffer.shape[-2]:  # grow by half: most tokens then need no copy
             grown = new.new_empty(*new.shape[:-2], n_all + n_all // 2, new.shape[-1])
             grown[..., :n_old, :] = buffer[..., :n_old, :]
             buffer = grown
@@ -46,7 +46,7 @@ class Cache:
         self._set_padding(None if self.n_padding_B is None else self.n_padding_B.index_select(0, rows_B))
 
     def replace_rows(self, rows_R: Tensor, other: Cache) -> None:
-        """Replace the contents of some samples by those of `other`, which has R samples without padding."""
+        """Overwrite R samples with those of `other`, which have no padding."""
         start = self.n_tokens - other.n_tokens
         for layer, new in zip(self.layers, other.layers, strict=True):
             for name, (buffer, n) in layer.buffers.items():
@@ -65,5 +65,5 @@ class Cache:
 
     @property
     def max_text_tokens(self) -> int:
-        """The length of the longest sample without its padding."""
+        """Length of the longest sample, without padding."""
         return self.n_tokens - self.min_padding

@@ -1,4 +1,4 @@
-"""Text from tokens as they are drawn: whole characters only, and nothing that a stop string may cut off."""
+"""Text from sampled tokens: outputs complete characters only, and holds back the beginning of a stop string."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class TextCodec(Protocol):
 
 
 def encode_prompt(tokenizer: TextCodec, prompt: str) -> list[int]:
-    """Return the prompt's tokens after an end-of-text token, as documents begin in training."""
+    """Return the prompt's tokens after an end-of-text token, because documents begin with one in training."""
     return [tokenizer.end_of_text, *tokenizer.encode(prompt).tolist()]
 
 
 class Continuation:
-    """The continuation of one prompt. `text` only grows; every addition is passed to `on_text`."""
+    """The continuation of one prompt. `text` only grows; `on_text` receives each addition."""
 
     def __init__(self, tokenizer: TextCodec, stops: Sequence[str] = (), on_text: Callable[[str], object] | None = None):
         self.tokenizer, self.stops, self.on_text = tokenizer, stops, on_text
@@ -52,7 +52,7 @@ class Continuation:
         return self.finish_reason is None
 
     def finish(self, reason: Literal["end", "length"] = "length") -> None:
-        """Append the text held back so far: no token follows. A finished text does not change."""
+        """Append the held-back text, because no token follows; no effect on a finished text."""
         if self.finish_reason is None:
             self._grow(self.tokenizer.decode(self.pending))
         if self.finish_reason is None:
@@ -60,7 +60,7 @@ class Continuation:
             self.finish_reason = reason
 
     def _grow(self, new: str) -> None:
-        """Append all that cannot be part of a stop string; finish at the stop string that is complete first."""
+        """Append text up to a possible stop string; finish at the stop string whose end comes first."""
         text = self.held_back + new
         complete = [(text.index(stop) + len(stop), text.index(stop)) for stop in self.stops if stop in text]
         if complete:
@@ -90,9 +90,9 @@ def continue_texts(
     on_text: Callable[[str], object] | None = None,
     sync_tokens: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Continuation]:
-    """Return the finished continuation of each prompt, of `encode_prompt`; `on_text` receives the text of all of them.
+    """Return the finished continuation of each prompt (from `encode_prompt`). `on_text` receives text of all prompts.
 
-    For `seeds` and `sync_tokens` see `sampling.sample`.
+    `sampling.sample` explains `seeds` and `sync_tokens`.
     """
     texts = [Continuation(tokenizer, stops, on_text) for _ in prompts]
 

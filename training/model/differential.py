@@ -1,4 +1,4 @@
-"""Differential attention (arXiv:2410.05258): the difference of two softmaxes cancels what both attend to.
+"""Differential attention (arXiv:2410.05258): two softmaxes are subtracted, which cancels common noise.
 
 Shapes: B batch, T tokens, S keys (cached ones included), C channels, H heads, G heads of keys and values, D half
 the width of a head, E = 2D its width. Queries and keys hold the heads of the first softmax, then those of the second.
@@ -30,19 +30,19 @@ class DifferentialAttention(Attention):
 
     @staticmethod
     def attention_spec(config: DifferentialConfig, model: ModelConfig) -> AttentionSpec:
-        """Return the needs of both softmaxes as if they were one call with twice the heads."""
+        """Return the spec of both softmaxes together: one call with twice the heads."""
         plain = Attention.attention_spec(config, model)
         heads, width = (2 * plain.n_head, 2 * plain.n_kv_head), plain.head_dim
         return AttentionSpec(*heads, width // 2, width, config.window, config.softcap)
 
     def attend(self, x_BTC: Tensor, q: Tensor, k: Tensor, v_BGSE: Tensor, context: AttentionContext) -> Tensor:
-        """Return the difference of the two softmaxes' results, normalized, (B, H, T, E)."""
-        # Two calls: one call would have to copy all values, for every generated token.
+        """Return the normalized difference of both softmaxes' results, (B, H, T, E)."""
+        # Two calls: a single call would copy all values, at every generated token.
         first_BHTE, second_BHTE = (
             context.attend(q_BHTD, k_BGSD, v_BGSE, self.spec)
             for q_BHTD, k_BGSD in zip(q.chunk(2, dim=1), k.chunk(2, dim=1), strict=True)
         )
-        # Cast first, as every parameter: generation casts all parameters once and must get the same bits.
+        # Round to the compute dtype first: `cast_for_inference` does so too, and must give the same bits.
         a, b = self.exponents.to(x_BTC.dtype).float().exp()
         lambda_ = a - b + self.lambda_init
         return self.head_norm(first_BHTE - lambda_ * second_BHTE) * (1 - self.lambda_init)

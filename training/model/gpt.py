@@ -68,7 +68,7 @@ class Block(nn.Module):
 
 
 class Loss(nn.Module):
-    """The head's matmul and cross-entropy; a module, so that hooks and the drawn graph can tell it apart."""
+    """The head's matmul and cross-entropy; a module, so that hooks and the model graph see it."""
 
     def __init__(self, kernels: Kernels, softcap: float | None):
         super().__init__()
@@ -80,7 +80,7 @@ class Loss(nn.Module):
 
 
 def kernel_requirements(config: ModelConfig) -> KernelRequirements:
-    """Return what the model's layers need from their kernels."""
+    """Return the features and sizes that the kernels of this model must support."""
     experts = [block.ffn for block in config.blocks if block.ffn.type == "moe"]
     return KernelRequirements(
         frozenset(MIXERS[type(block.mixer)].attention_spec(block.mixer, config) for block in config.blocks),
@@ -108,15 +108,15 @@ class GPT(nn.Module):
         self.cast_head: Tensor | None = None  # the head's weight in `dtype`, after `cast_for_inference`
         self.loss = Loss(kernels, config.logit_softcap)
         has_softcap = any(block.mixer.spec.softcap for block in self.blocks)
-        # The back-end of PyTorch operations that can do all this model needs, on every device.
+        # Runs on every device and supports all of this model's features.
         self.portable_attention = ATTENTION_BACKENDS["reference" if has_softcap else "sdpa"]
         self.attention = kernels.attention or self.portable_attention
 
     def forward(self, batch: Batch, attention: AttentionBackend | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return (training loss, metrics) of a micro-batch on the model's device.
 
-        The loss is the micro-batch's part of the global mean: sums over its tokens divided by `batch.n_targets`.
-        Metrics are sums and add over micro-batches and ranks: "loss_sum" (nats, cross-entropy alone) and for every
+        The loss is the micro-batch's part of the global mean: its sum over tokens divided by `batch.n_targets`.
+        Metrics are sums, to be added over micro-batches and ranks: "loss_sum" (nats, cross-entropy alone) and for every
         MoE layer i "expert_count.i" (E,), "dropped.i", "confidence.i" and "z_loss.i". Router noise and expert
         capacity apply in training mode, if the batch has keys. `attention` replaces the model's back-end.
         """
@@ -145,8 +145,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Return float32 logits (B, T, V), or those of the last `n_last` tokens only.
 
-        `cache`, from `new_cache`, holds the tokens before these; these are appended. Raises ValueError if the text is
-        longer than the context, or for documents with a cache.
+        `cache`, from `new_cache`, holds the earlier tokens; the new ones are appended. Raises ValueError if the text is
+        longer than the context, or if both `cache` and `documents` are set.
         """
         backend = self.attention if cache is None else self.portable_attention
         x_BTC, _ = self._hidden(tokens_BT, documents, FeedForwardContext(), backend, cache)
@@ -179,7 +179,7 @@ class GPT(nn.Module):
         x_BTC = (x_BTC if self.wpe is None else x_BTC + self.wpe(attention.position)).to(self.dtype)
         routings = {}
         for i, block in enumerate(self.blocks):
-            # With a cache every call has another length, for which a compiled block would be compiled again.
+            # With a cache every call has a new length, and a compiled block would recompile.
             call, layer_cache = (block, None) if cache is None else (block.call_eagerly, cache.layers[i])
             x_BTC, routing = call(x_BTC, attention.for_mixer(block.mixer), context.for_layer(i), layer_cache)
             if routing is not None:
@@ -187,11 +187,11 @@ class GPT(nn.Module):
         return self.norm_f(x_BTC), routings
 
     def _visibility(self, tokens_BT: Tensor, documents: Documents | None, cache: Cache | None) -> Visibility:
-        """Return which keys the tokens may see, and count them in the cache."""
+        """Return the keys that the tokens may attend to, and add the tokens to the cache's count."""
         n_tokens, start = tokens_BT.shape[1], 0
         if cache is not None:
             if documents is not None:
-                raise ValueError("documents apart and a cache: a cache is of one text a sample")
+                raise ValueError("isolated documents do not work with a cache: a cache holds one text per sample")
             start, cache.n_tokens = cache.n_tokens, cache.n_tokens + n_tokens
             if cache.n_padding_B is not None:
                 documents = left_padded(cache.n_padding_B, start, cache.n_tokens)
@@ -208,17 +208,17 @@ class GPT(nn.Module):
     def cast_for_inference(self) -> GPT:
         """Cast the weights to `dtype` once instead of on every call; return the model, now untrainable.
 
-        Outputs are bit-identical. Routers stay float32, and so do the embeddings, whose sum is in float32.
+        Outputs are bit-identical. Routers and embeddings stay float32, because they compute in float32.
         """
         self.requires_grad_(False)
-        self.cast_head = self._head_weight().detach().to(self.dtype)  # detached, so that it is no parameter
+        self.cast_head = self._head_weight().detach().to(self.dtype)  # detached: a plain tensor, not a parameter
         for name, parameter in self.named_parameters():
             if name not in ("wte.weight", "wpe.weight") and ".router." not in name:
                 parameter.data = parameter.data.to(self.dtype)
         return self
 
     def finish_step(self, metrics: dict[str, Tensor], updated: bool = True) -> dict[str, Tensor]:
-        """Balance the experts by the summed metrics of the global batch; nothing changes unless `updated`.
+        """Move the selection biases by the summed metrics of the global batch, unless the update was skipped.
 
         Returns the metrics and, for every MoE layer i, "bias_range.i".
         """

@@ -48,7 +48,7 @@ class LatentAttention(nn.Module):
         return AttentionSpec(model.n_head, model.n_head, key_dim, value_dim, config.window)
 
     def forward(self, x_BTC: Tensor, context: AttentionContext, cache: LayerCache | None) -> Tensor:
-        """Return y_BTC. `cache` holds latent vectors and rotated keys of earlier tokens; these are appended."""
+        """Return y_BTC. `cache` holds latent vectors and rotated keys of earlier tokens; new ones are appended."""
         q_BHTD = self.query(self.squeeze(x_BTC)).unflatten(-1, (self.spec.n_head, -1)).transpose(1, 2)
         q_BHTN, q_BHTP = q_BHTD.tensor_split([-self.rope_dim], dim=-1)
         latent_BTR, k_BTP = self.latent(x_BTC).tensor_split([-self.rope_dim], dim=-1)
@@ -72,7 +72,7 @@ class LatentAttention(nn.Module):
     def _attend_to_latent(
         self, q_BHTN: Tensor, q_BHTP: Tensor, latent_BSR: Tensor, k_B1SP: Tensor, context: AttentionContext
     ) -> Tensor:
-        """Return the same y_BHTE, cheaper for few queries: multiply queries and results instead of keys and values."""
+        """Return the same y_BHTE by attending in the latent space, which is cheaper for few queries."""
         w_HFR = self.key_value.weight.to(latent_BSR.dtype).unflatten(0, (self.spec.n_head, -1))
         w_HNR, w_HER = w_HFR.tensor_split([q_BHTN.shape[-1]], dim=1)
         q = torch.cat([torch.einsum("bhtn,hnr->bhtr", q_BHTN, w_HNR), q_BHTP], dim=-1)

@@ -19,7 +19,7 @@ from training.config import Activation, ModelConfig
 
 
 class FeedForwardContext(NamedTuple):
-    """Facts about the batch that a feed-forward layer needs beside its tokens. The default: generate logits only."""
+    """Facts about the batch for feed-forward layers. The default is for generation: no losses, no metrics."""
 
     n_targets: int | None = None  # divides auxiliary losses; None: compute no losses and no routing metrics
     key_B: Tensor | None = None  # int64: one key per sample for random numbers; needed if is_training
@@ -38,9 +38,9 @@ def normal_from_key(key: str, shape: torch.Size) -> Tensor:
 
 
 def uniform_from_keys(key_B: Tensor, n_tokens: int, width: int) -> Tensor:
-    """Return numbers in [0, 1), float32 (B, T, C), that are a hash of (sample key, token, channel).
+    """Return hashes of (sample key, token, channel) as numbers in [0, 1), float32 (B, T, C).
 
-    They are the same on every device, in every micro-batch, and when activation checkpointing runs the layer again.
+    They are the same on every device, in every micro-batch, and when activation checkpointing recomputes the layer.
     """
     position_TC = _hash(torch.arange(n_tokens * width, device=key_B.device)).view(n_tokens, width)
     key_B = _hash(_hash(key_B >> 32) ^ key_B & _32_BITS)
@@ -77,9 +77,9 @@ RMSNORM_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes th
 
 
 class _RMSNormOnCPU(torch.autograd.Function):
-    """RMSNorm in float32 for CPUs, where PyTorch composes it of several slower operations.
+    """RMSNorm in float32 for CPUs, where PyTorch's own runs several slower operations.
 
-    The backward is LayerNorm's with a mean of zero, plus the term that it lacks: 1/rms x mean(gradient x weight).
+    The backward is LayerNorm's with a mean of zero, plus the missing term 1/rms x mean(gradient x weight).
     """
 
     @staticmethod
@@ -171,7 +171,7 @@ class _Rotation(torch.autograd.Function):
 
 def _rotate_pairs(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor, direction: int) -> Tensor:
     half = x_BHTD.shape[-1] // 2
-    if torch.compiler.is_compiling():  # compiles to one pass; writes into two halves would be several
+    if torch.compiler.is_compiling():  # compiles to one kernel; writing two halves compiles to several
         first_D = torch.arange(2 * half, device=x_BHTD.device) < half
         partner_BHTD = x_BHTD.unflatten(-1, (2, half)).flip(-2).flatten(-2)
         return x_BHTD * cos_TD + partner_BHTD * torch.where(first_D, -direction, direction) * sin_TD

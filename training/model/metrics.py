@@ -1,4 +1,4 @@
-"""Rows of the log from the summed metrics of a step. Shapes: L MoE layers, E experts."""
+"""Log rows from the summed metrics of a step. Shapes: L MoE layers, E experts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 def step_metrics(metrics: dict[str, Sequence[float]], n_targets: int, top_ks: list[int]) -> dict[str, object]:
     """Return the loss and the routing figures of one step for the log.
 
-    `metrics` are those of `GPT.finish_step`, fetched to the host as flat lists; `top_ks` is that of `ModelStats`.
+    `metrics` is the result of `GPT.finish_step` as flat lists on the host; `top_ks` is `ModelStats.top_ks`.
     """
     layers: dict[str, list[Sequence[float]]] = {}  # by metric: its values in each MoE layer, in order
     for name, values in metrics.items():
@@ -56,12 +56,12 @@ def routing_metrics(layers: dict[str, list[Sequence[float]]], top_ks: list[int])
 
 
 def load_entropy(load_E: Sequence[float]) -> float:
-    """Return the entropy of the load over that of an even load: 1 if even, 0 if all tokens go to one expert."""
+    """Return the normalized entropy of the load: 1 if even, 0 if all tokens go to one expert."""
     if len(load_E) == 1:
         return 1.0
     return -sum(share * math.log(share) for share in load_E if share) / math.log(len(load_E))
 
 
 def dead_expert_threshold(n_experts: int) -> float:
-    """Return the share of the load below which an expert learns almost nothing: 1 %, or a tenth of an even share."""
+    """Return the share of the load below which an expert counts as dead: 1 %, or a tenth of an even share if less."""
     return min(0.01, 0.1 / n_experts)

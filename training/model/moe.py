@@ -1,10 +1,10 @@
-"""Mixture of Experts: top-k routing without dropped tokens (arXiv:1701.06538, arXiv:2211.15841).
+"""Mixture of Experts: top-k routing; drops tokens only with `capacity_factor` (arXiv:1701.06538, arXiv:2211.15841).
 
 Shapes: B batch, T tokens, C channels, F hidden, N = B x T tokens, E experts, K experts per token, L layers,
 R = N x K rows (each token once for each of its experts, sorted by expert).
 
-Balancing gives the same result under any split of the global batch: expert counts are summed over it, the selection
-bias moves once per update, and the Switch loss uses the fractions of the previous update.
+Balancing gives the same result for any split of the global batch: expert counts are summed over the batch, the
+selection bias moves once per update, and the Switch loss uses the fractions of the previous update.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Routing(NamedTuple):
     topk_ids_NK: Tensor  # int64: the experts of each token
     count_E: Tensor  # float32: tokens routed to each expert
     n_dropped: Tensor  # assignments beyond the experts' capacity
-    confidence: Tensor  # each token's largest share of the scores
+    confidence: Tensor  # largest score of each token, as a share of its scores
     z_loss: Tensor  # logsumexp(router logits)^2 (arXiv:2202.08906 eq. 5)
     aux_loss: Tensor  # weighted z-loss and Switch loss, as added to the training loss
 
@@ -75,14 +75,14 @@ class MoE(nn.Module):
         self.router = Linear(model.n_embd, config.n_experts, bias=False)
         self.experts = Experts(config, model, kernels)
         self.shared = MLP(shared_expert_config(config, model), model, kernels) if config.n_shared else None
-        # Added to the scores when experts are chosen, never to their weights (arXiv:2408.15664).
+        # Added to the scores for top-k only, not to the experts' weights (arXiv:2408.15664).
         self.register_buffer("selection_bias", torch.zeros(config.n_experts, dtype=torch.float32))
-        # Each expert's share of the tokens of the previous update: the fractions of the Switch loss.
+        # Each expert's share of the previous update's tokens: the fractions of the Switch loss.
         share = torch.full((config.n_experts,), 1 / config.n_experts, dtype=torch.float32)
         self.register_buffer("load", share)
 
     def forward(self, x_BTC: Tensor, context: FeedForwardContext) -> tuple[Tensor, Routing | None]:
-        """Return (y_BTC, Routing); no Routing if the context wants logits only."""
+        """Return (y_BTC, Routing); Routing is None if `context.n_targets` is."""
         config, x_NC = self.config, x_BTC.flatten(0, 1)
         logits_NE = self.router(self._add_jitter(x_BTC, context).flatten(0, 1).float())
         score_NE = logits_NE.softmax(dim=-1) if config.scoring == "softmax" else logits_NE.sigmoid()
@@ -111,7 +111,7 @@ class MoE(nn.Module):
         return y_BTC, Routing(topk_ids_NK, count_E, n_dropped, confidence, z_loss.detach(), aux_loss)
 
     def _add_jitter(self, x_BTC: Tensor, context: FeedForwardContext) -> Tensor:
-        """Return the router's input; in training with jitter, multiplied by noise around 1."""
+        """Return the router's input, in training multiplied by noise in 1 +- jitter."""
         if not self.config.jitter or not context.is_training:
             return x_BTC
         noise_BTC = uniform_from_keys(context.key_B, *x_BTC.shape[1:])
@@ -126,7 +126,7 @@ class MoE(nn.Module):
         return (rank_in_expert_R < capacity)[dispatch.inverse_NK]
 
     def _aux_loss(self, z_loss: Tensor, share_NE: Tensor, n_targets: int) -> Tensor:
-        """Return what this layer adds to the training loss."""
+        """Return the layer's term of the training loss: weighted z-loss and Switch loss."""
         config = self.config
         aux_loss = config.z_loss_weight / n_targets * z_loss if config.z_loss_weight else z_loss.new_zeros(())
         if config.balance in ("switch", "both"):
@@ -138,10 +138,9 @@ class MoE(nn.Module):
 
 @torch.no_grad()
 def finish_step(moes: Sequence[MoE], counts: list[Tensor], updated: bool = True) -> list[Tensor]:
-    """Move the selection biases and remember the loads, from the counts of the global batch; return each bias's range.
+    """Update selection biases and loads from the expert counts of the global batch; return the range of each bias.
 
-    Nothing changes if the update was skipped. The layers have the same config and are batched, because a GPU would
-    wait for many tiny kernels.
+    No change if the update was skipped. Layers with the same config are batched to avoid launching many tiny kernels.
     """
     config, count_LE = moes[0].config, torch.stack(counts)
     if updated and config.balance in ("bias", "both"):
@@ -154,6 +153,6 @@ def finish_step(moes: Sequence[MoE], counts: list[Tensor], updated: bool = True)
 
 
 def shared_expert_config(config: MoEConfig, model: ModelConfig) -> MLPConfig:
-    """Return the shared experts as the config of one dense layer."""
+    """Return the config of the dense layer that computes all shared experts."""
     hidden = config.n_shared * (config.hidden or 4 * model.n_embd)
     return MLPConfig(hidden=hidden, activation=config.activation, gated=config.gated)

@@ -1,6 +1,6 @@
-"""Tokens from a model: draw one, and continue several texts side by side.
+"""Sampling: draw a token from logits, and continue several texts in one batch.
 
-Shapes: B texts that continue, R some of them, T tokens, V vocabulary.
+Shapes: B texts, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ class SamplingParams(NamedTuple):
     """Options for drawing tokens: Transformers' logits processors, in the order of its `generate`."""
 
     temperature: float = 0.8  # 0: always the most likely token
-    top_k: int | None = None  # only the k most likely, and those as likely as the last of them
-    top_p: float = 1.0  # only the fewest most likely with this total probability (arXiv:1904.09751)
-    min_p: float = 0.0  # only those with this probability relative to the most likely (arXiv:2407.01082)
-    repetition_penalty: float = 1.0  # for every token of the text, prompt included (arXiv:1909.05858)
+    top_k: int | None = None  # keep the k most likely tokens, and ties with the k-th; None: all
+    top_p: float = 1.0  # keep the smallest set with this total probability (arXiv:1904.09751)
+    min_p: float = 0.0  # keep tokens above this x the largest probability (arXiv:2407.01082)
+    repetition_penalty: float = 1.0  # of all tokens of the text, prompt included (arXiv:1909.05858)
 
 
 def sample_token(logits_BV: Tensor, seen_BV: Tensor | None, uniform_B1: Tensor, params: SamplingParams) -> Tensor:
     """Draw a token for each row, int64 (B, 1). `seen_BV` (bool) marks the tokens of its text; None: no penalty.
 
-    Probabilities divide [0, 1) in the order of token ids; `uniform_B1`, float64 in [0, 1), falls into one token's part.
+    Inverts the cumulative distribution over token ids at `uniform_B1`, float64 in [0, 1).
     """
     scores_BV = logits_BV if seen_BV is None else penalize_repetition(logits_BV, seen_BV, params.repetition_penalty)
     if params.temperature == 0:
@@ -41,26 +41,26 @@ def sample_token(logits_BV: Tensor, seen_BV: Tensor | None, uniform_B1: Tensor, 
 
 def penalize_repetition(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
     """Divide the logits of seen tokens by the penalty if positive, else multiply them (arXiv:1909.05858)."""
-    lowered_BV = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
-    return torch.where(seen_BV, lowered_BV, logits_BV)
+    penalized_BV = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
+    return torch.where(seen_BV, penalized_BV, logits_BV)
 
 
 def token_probabilities(logits_BV: Tensor, params: SamplingParams) -> Tensor:
     """Apply temperature, top-k, top-p and min-p, in this order; return probabilities (B, V)."""
-    # The score of the most likely token is 0, and so stays finite at any temperature.
+    # Subtracting the maximum keeps the largest score, 0, finite at any temperature.
     scores_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / params.temperature
     if params.top_k is not None and params.top_k < scores_BV.shape[-1]:
-        least_B1 = scores_BV.topk(params.top_k, dim=-1).values[:, -1:]
-        scores_BV = scores_BV.masked_fill(scores_BV < least_B1, float("-inf"))
+        kth_B1 = scores_BV.topk(params.top_k, dim=-1).values[:, -1:]
+        scores_BV = scores_BV.masked_fill(scores_BV < kth_B1, float("-inf"))
     if params.top_p < 1:
-        rising_BV, order_BV = scores_BV.sort(dim=-1)
-        out_BV = rising_BV.softmax(dim=-1).cumsum(dim=-1) <= 1 - params.top_p
-        out_BV[:, -1] = False
-        scores_BV = scores_BV.masked_fill(out_BV.scatter(1, order_BV, out_BV), float("-inf"))
+        ascending_BV, order_BV = scores_BV.sort(dim=-1)
+        excluded_BV = ascending_BV.softmax(dim=-1).cumsum(dim=-1) <= 1 - params.top_p
+        excluded_BV[:, -1] = False
+        scores_BV = scores_BV.masked_fill(excluded_BV.scatter(1, order_BV, excluded_BV), float("-inf"))
     if params.min_p > 0:
         probability_BV = scores_BV.softmax(dim=-1)
-        out_BV = probability_BV < params.min_p * probability_BV.amax(dim=-1, keepdim=True)
-        scores_BV = scores_BV.masked_fill(out_BV, float("-inf"))
+        excluded_BV = probability_BV < params.min_p * probability_BV.amax(dim=-1, keepdim=True)
+        scores_BV = scores_BV.masked_fill(excluded_BV, float("-inf"))
     return scores_BV.softmax(dim=-1)
 
 
@@ -76,26 +76,26 @@ def sample(
     params: SamplingParams,
     sync_tokens: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """Continue the prompts (token ids, at least one each) side by side, by up to `n_tokens` tokens each.
+    """Continue the prompts (token ids, at least one each) in one batch, by up to `n_tokens` tokens each.
 
-    `on_token(i, token)` receives the next token of prompt i and returns whether that text continues. Only ids below
-    `n_vocab` are drawn, because later rows of the embedding are padding. Once the context is full, its older half is
-    dropped. A text depends on its prompt and its seed only, not on the texts beside it. Ranks that share a sharded
-    model must continue with the same tokens: `sync_tokens` receives (B, 1) and returns those of one rank.
+    `on_token(i, token)` receives the next token of prompt i and returns True if that text continues. Only ids below
+    `n_vocab` are drawn, because later rows of the embedding are padding. If the context is full, its older half is
+    dropped. A text depends only on its prompt and its seed, not on the rest of the batch. Ranks of a sharded model
+    must use the same tokens: `sync_tokens` receives each rank's (B, 1) and returns one rank's.
     """
     batch = _TextBatch(model, prompts, n_vocab, seeds, params, sync_tokens)
-    numbers = list(range(len(prompts)))
+    indices = list(range(len(prompts)))
     for _ in range(n_tokens):
-        continuing = [row for row, token in enumerate(batch.next_tokens()) if on_token(numbers[row], token)]
+        continuing = [row for row, token in enumerate(batch.next_tokens()) if on_token(indices[row], token)]
         if not continuing:
             return
-        if len(continuing) < len(numbers):
-            numbers = [numbers[row] for row in continuing]
+        if len(continuing) < len(indices):
+            indices = [indices[row] for row in continuing]
             batch.select(continuing)
 
 
 class _TextBatch:
-    """Texts left-padded to one length in one cache, which lacks the last token of each (last_B1)."""
+    """Left-padded texts and their cache. The last token of each text (last_B1) is not in the cache yet."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class _TextBatch:
         return tokens
 
     def select(self, rows: list[int]) -> None:
-        """Keep these texts only."""
+        """Keep only these texts."""
         rows_B = torch.tensor(rows, device=self.device)
         self.contexts = [self.contexts[row] for row in rows]
         self.generators = [self.generators[row] for row in rows]
@@ -147,7 +147,7 @@ class _TextBatch:
         self.seen_BV = None if self.seen_BV is None else self.seen_BV.index_select(0, rows_B)
 
     def _read(self, contexts: list[list[int]]) -> Cache:
-        """Return a cache of all but each context's last token; equal contexts are computed once."""
+        """Return a cache of each context without its last token; equal contexts are computed once."""
         distinct = list(dict.fromkeys(map(tuple, contexts)))
         longest = max(map(len, distinct))
         padding = [longest - len(context) for context in distinct]
@@ -160,12 +160,12 @@ class _TextBatch:
         return cache
 
     def _shorten_full_contexts(self) -> None:
-        """Drop the older half of texts that no longer fit the context, and compute the newer half again."""
+        """Drop the older half of texts that exceed the context, and recompute the cache of the newer half."""
         full = [row for row, context in enumerate(self.contexts) if len(context) > self.limit]
         if not full:
             return
         for row in full:
             self.contexts[row] = self.contexts[row][-max(1, self.limit // 2) :]
-        read = self._read([self.contexts[row] for row in full])
-        self.cache.replace_rows(torch.tensor(full, device=self.device), read)
+        shortened = self._read([self.contexts[row] for row in full])
+        self.cache.replace_rows(torch.tensor(full, device=self.device), shortened)
         self.cache.trim()

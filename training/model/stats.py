@@ -1,4 +1,4 @@
-"""Sizes, costs and initial values of a model, known from its options alone."""
+"""Parameter counts, FLOPs and initial values of a model, computed from its config."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from training.optim.parameters import ParameterKind
 
 @dataclass(frozen=True)
 class ModelStats:
-    """Sizes and costs of a model. Nothing of it is on a device."""
+    """Sizes and costs of a model; holds no weights."""
 
     shapes: dict[str, torch.Size]  # of every parameter and buffer
     kinds: dict[str, ParameterKind]  # of every parameter
@@ -49,8 +49,7 @@ def _moe_layers(model: GPT) -> list[MoE]:
 
 
 def _flops_per_token(model: GPT) -> int:
-    """Return 6 FLOPs per matrix element that a token uses, and 6 per channel of attention scores and results and
-    visible token (arXiv:2204.02311 appendix B: 12 L C T)."""
+    """Return 6 x (matrix elements per token + keys x heads x (head_dim + value_dim)), arXiv:2204.02311 app. B."""
     config = model.config
     matrices, attention = config.n_embd * config.vocab_size, 0
     for spec in (block.mixer.spec for block in model.blocks):
@@ -64,7 +63,7 @@ def _flops_per_token(model: GPT) -> int:
 
 
 def parameter_kinds(model: nn.Module) -> dict[str, ParameterKind]:
-    """Return the kind of every parameter, by which optimizers treat it."""
+    """Return the kind of every parameter, by name; optimizers choose their update by it."""
     return {name: _kind(name, parameter.ndim) for name, parameter in model.named_parameters()}
 
 
@@ -77,11 +76,11 @@ def _kind(name: str, n_dimensions: int) -> ParameterKind:
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> torch.Tensor:
-    """Return GPT-2's initial value of a whole parameter or buffer, float32 on the CPU, as Transformers draws it.
+    """Return the initial value of an unsharded parameter or buffer, float32 on the CPU: GPT-2's, as in Transformers.
 
-    Matrices and embeddings are normal with deviation 0.02, which is divided by sqrt(2 n_layer) for projections into
-    the residual stream: those called `out` or `down`. Biases are 0, norms 1. Every tensor has a generator of its own,
-    keyed by seed and name, so values depend neither on the order of construction nor on the device nor on sharding.
+    Matrices and embeddings are normal with standard deviation 0.02; projections into the residual stream (`out`,
+    `down`) divide it by sqrt(2 n_layer). Biases are 0, norms 1. Each tensor has its own generator, keyed by seed and
+    name, so values do not depend on construction order, device or sharding.
     """
     if name.endswith(("selection_bias", "load")):
         return torch.full(shape, 0.0 if name.endswith("bias") else 1 / shape[0])

@@ -9,18 +9,18 @@ from training.optim.parameters import NamedParameter, ParameterKind
 
 
 class AdamW(torch.optim.AdamW):
-    """AdamW with weight decay on matrices only, and a learning rate of its own for embeddings."""
+    """AdamW with weight decay on matrices and routers only, and a separate learning rate for embeddings."""
 
     state_names = ("exp_avg", "exp_avg_sq")  # tensors of the parameter's shape
     scalar_state_names = ("step",)
 
     @classmethod
     def build(cls, config: AdamWConfig, parameters: list[NamedParameter], **_: object) -> AdamW:
-        """Build the optimizer of some parameters from its options."""
+        """Build the optimizer of `parameters`."""
 
         def group(kinds: tuple[ParameterKind, ...], lr: float, weight_decay: float) -> dict:
-            chosen = [p for _, p, kind in parameters if kind in kinds]
-            return {"params": chosen, "lr": lr, "weight_decay": weight_decay}
+            members = [p for _, p, kind in parameters if kind in kinds]
+            return {"params": members, "lr": lr, "weight_decay": weight_decay}
 
         groups = [
             group(("matrix", "router"), config.learning_rate, config.weight_decay),

@@ -13,7 +13,7 @@ class LossScale:
     good_steps: int = 0  # since the last overflow
 
     def update(self, finite: bool) -> None:
-        """Adapt the scale after a step; `finite`: neither loss nor gradient was NaN or Inf."""
+        """Adapt the scale after a step; `finite`: loss and gradient have no NaN or Inf."""
         self.good_steps = self.good_steps + 1 if finite else 0
         if not finite:
             self.scale /= 2

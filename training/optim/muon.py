@@ -20,13 +20,13 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(g_XMN: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """Return roughly the nearest semi-orthogonal matrix of each matrix: singular values in about (0.7, 1.2).
+    """Orthogonalize each matrix approximately: singular values become about 0.7 to 1.2, or stay zero.
 
-    Newton-Schulz iteration in `dtype`. A zero matrix stays zero.
+    Runs `steps` Newton-Schulz iterations in `dtype`.
     """
     a, b, c = QUINTIC
     norm = g_XMN.norm(dim=(-2, -1), keepdim=True)
-    x = (g_XMN / norm.clamp(min=1e-30)).to(dtype)  # divide before the cast: fp16 would underflow small gradients
+    x = (g_XMN / norm.clamp(min=1e-30)).to(dtype)  # divide before the cast: small gradients underflow in fp16
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
@@ -39,18 +39,18 @@ def orthogonalize(g_XMN: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 def apply_locally(
     _parameters: list[Tensor], tensors: list[Tensor], function: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
-    """Apply a function to the matrices of tensors that are whole on this rank, in one batch."""
+    """Apply a function to all matrices in one batch; the tensors are unsharded."""
     stacks = [tensor.view(-1, *tensor.shape[-2:]) for tensor in tensors]
     results = function(torch.cat(stacks)).split([len(stack) for stack in stacks])
     return [result.view_as(tensor) for result, tensor in zip(results, tensors, strict=True)]
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for matrices (M, N) and stacks of matrices (E, M, N), each matrix by itself.
+    """Muon for matrices (M, N) and stacks of separate matrices (E, M, N).
 
-    The update is scaled by sqrt(max(1, M / N)); weight decay is decoupled. Matrices of equal shape are
-    orthogonalized in one batched product. If parameters are rows of sharded ones, `shapes` holds the full shapes and
-    `apply_to_matrices` brings the rows together.
+    The update is scaled by sqrt(max(1, M / N)); weight decay is decoupled. Matrices of equal shape are orthogonalized
+    in one batch. If parameters are row-sharded, `shapes` holds the full shapes and `apply_to_matrices` gathers the
+    rows.
     """
 
     state_names = ("momentum",)  # tensors of the parameter's shape
@@ -76,7 +76,7 @@ class Muon(torch.optim.Optimizer):
     def build(
         cls, config: MuonConfig, parameters: list[NamedParameter], dtype: torch.dtype, full_shapes: FullShapes | None
     ) -> Muon:
-        """Build the optimizer of some parameters from its options; orthogonalization is in `dtype`."""
+        """Build the optimizer of `parameters`; matmuls run in `dtype`."""
         return cls(
             [parameter for _, parameter, _ in parameters],
             lr=config.muon_learning_rate,
@@ -98,7 +98,7 @@ class Muon(torch.optim.Optimizer):
                 self._step(parameters, shape, group)
 
     def _step(self, parameters: list[Tensor], shape: torch.Size, group: dict) -> None:
-        """Update parameters whose matrices have equal shape."""
+        """Update parameters whose matrices all have this shape."""
         directions = []
         for p in parameters:
             if not self.state[p]:

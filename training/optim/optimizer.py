@@ -1,7 +1,7 @@
-"""The optimizer of a run: one or several of PyTorch's kind, chosen by its options and the kinds of parameters.
+"""The optimizer of a run: one `torch.optim.Optimizer` or several, each for some kinds of parameters.
 
-An optimizer class has `build(config, parameters, dtype=, full_shapes=)`, and declares the tensors that it keeps in
-`optimizer.state[parameter]`: `state_names` of the parameter's shape, `scalar_state_names` of one number.
+An optimizer class has `build(config, parameters, dtype=, full_shapes=)` and declares the tensors in
+`optimizer.state[parameter]`: `state_names` have the parameter's shape, `scalar_state_names` are scalars.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from training.optim.lion import Lion
 from training.optim.muon import Muon
 from training.optim.parameters import PARAMETER_KINDS, FullShapes, NamedParameter, ParameterKind
 
-# For each optimizer's options: the class that updates each kind of parameter, in the order of their steps.
+# By config class: the optimizer class for each kind of parameter. They step in this order.
 OPTIMIZERS: dict[type[OptimConfig], dict[ParameterKind, type]] = {
     AdamWConfig: dict.fromkeys(PARAMETER_KINDS, AdamW),
     LionConfig: dict.fromkeys(PARAMETER_KINDS, Lion),
@@ -26,10 +26,10 @@ OPTIMIZERS: dict[type[OptimConfig], dict[ParameterKind, type]] = {
 
 
 class Optimizer:
-    """The configured optimizers as one, with their state as named tensors.
+    """All optimizers of a run behind one interface; their state is a dict of named tensors.
 
-    `kinds` is the kind of each parameter by name, `dtype` that of Muon's matmuls. Parameters may be rows of sharded
-    ones, described by `full_shapes`; their state is sharded alike.
+    `kinds` maps parameter names to kinds; `dtype` is for Muon's matmuls. If parameters are this rank's rows,
+    `full_shapes` describes the full parameters, and the optimizer state is sharded in the same way.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class Optimizer:
         parameters = [NamedParameter(name, p, kinds[name]) for name, p in named_parameters]
         self.optimizers = []
         for optimizer_class in dict.fromkeys(class_of_kind.values()):
-            if own := [each for each in parameters if class_of_kind[each.kind] is optimizer_class]:
-                self.optimizers.append(optimizer_class.build(config, own, dtype=dtype, full_shapes=full_shapes))
+            if group := [each for each in parameters if class_of_kind[each.kind] is optimizer_class]:
+                self.optimizers.append(optimizer_class.build(config, group, dtype=dtype, full_shapes=full_shapes))
         self._names = {each.parameter: each.name for each in parameters}
         self._peaks = [(group, group["lr"]) for optimizer in self.optimizers for group in optimizer.param_groups]
 
@@ -57,7 +57,7 @@ class Optimizer:
             optimizer.step()
 
     def allocate_missing_state(self) -> list[Tensor]:
-        """Return empty tensors as large as the state that the first step will create; none after it."""
+        """Return empty tensors as large as the state that the first step creates; [] after it."""
         return [
             torch.empty_like(p)
             for optimizer in self.optimizers
@@ -77,11 +77,11 @@ class Optimizer:
         }
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Load the result of `state_dict`. Raises KeyError if it is not the state of these parameters and optimizers.
+        """Load the result of `state_dict`. Raises KeyError if its keys do not fit these parameters and optimizers.
 
-        No tensors at all is valid: fp16 may have skipped every update so far.
+        An empty dict is valid: fp16 may have skipped every update so far.
         """
-        owners = {self._names[p]: (part, p) for part in self.optimizers for g in part.param_groups for p in g["params"]}
+        owners = {self._names[p]: (opt, p) for opt in self.optimizers for g in opt.param_groups for p in g["params"]}
         expected = {
             f"{name}/{state_name}"
             for name, (optimizer, _) in owners.items()
@@ -92,10 +92,10 @@ class Optimizer:
         for key, tensor in tensors.items():
             name, _, state_name = key.rpartition("/")
             optimizer, p = owners[name]
-            optimizer.state[p][state_name] = tensor.to(p.device)  # fused AdamW counts its steps on that device
+            optimizer.state[p][state_name] = tensor.to(p.device)  # fused AdamW keeps its step count on the device
 
 
 def state_bytes(config: OptimConfig, shapes: Mapping[str, torch.Size], kinds: Mapping[str, ParameterKind]) -> int:
-    """Return the bytes of the whole float32 optimizer state, without its scalars."""
+    """Return the bytes of the unsharded float32 optimizer state, without scalars."""
     class_of_kind = OPTIMIZERS[type(config)]
     return 4 * sum(shapes[name].numel() * len(class_of_kind[kind].state_names) for name, kind in kinds.items())

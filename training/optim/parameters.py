@@ -1,4 +1,4 @@
-"""What optimizers know of the parameters that they update."""
+"""Types that describe parameters to the optimizers: kind, name, full shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 ParameterKind = Literal["matrix", "embedding", "router", "vector"]
 PARAMETER_KINDS: tuple[ParameterKind, ...] = get_args(ParameterKind)
 
-# (parameters, tensors of their shapes, function of a batch of whole matrices (X, M, N)) -> the function's results
+# (parameters, tensors of the same shapes, function on full matrices (X, M, N)) -> results, shaped like the tensors
 ApplyToMatrices = Callable[[list[Tensor], list[Tensor], Callable[[Tensor], Tensor]], list[Tensor]]
 
 
@@ -25,7 +25,7 @@ class NamedParameter(NamedTuple):
 
 
 class FullShapes(NamedTuple):
-    """Unsharded parameter shapes, and how to compute on whole matrices whose rows are on several ranks."""
+    """Unsharded parameter shapes, and a function that gathers row-sharded matrices (for Muon)."""
 
     shapes: dict[nn.Parameter, torch.Size]
     apply_to_matrices: ApplyToMatrices

@@ -1,6 +1,6 @@
-"""Learning-rate schedules: the learning rate over its peak as a pure function of the step.
+"""Learning-rate schedules: factors of the peak learning rate, as pure functions of the step.
 
-A schedule is a function of (config, step, steps) for the steps from `warmup_steps` on, of a run of `steps` steps.
+A schedule is a function of (config, step, steps), where step >= `warmup_steps` and `steps` is the run's length.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from training.config import (
 
 
 def lr_factor(config: ScheduleConfig, step: int, steps: int) -> float:
-    """Return the learning rate over its peak for step 0 .. steps - 1. Warm-up ends at 1 at step `warmup_steps`."""
+    """Return the factor of the peak learning rate at step 0 .. steps - 1. Warm-up is linear, to 1 at `warmup_steps`."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     return SCHEDULES[type(config)](config, step, steps)
 
 
 def _decay(progress: float, final_ratio: float) -> float:
-    """Return the point of a straight line from 1 at progress 0 to `final_ratio` at progress 1."""
+    """Interpolate linearly from 1 at progress 0 to `final_ratio` at progress 1."""
     return 1 - (1 - final_ratio) * progress
 
 
 def cosine(config: CosineSchedule, step: int, steps: int) -> float:
-    """Return the point of half a cosine."""
+    """Decay from 1 to `final_ratio` along half a cosine."""
     progress = (step - config.warmup_steps) / (steps - config.warmup_steps)
     return _decay((1 - math.cos(math.pi * progress)) / 2, config.final_ratio)
 
 
 def linear(config: LinearSchedule, step: int, steps: int) -> float:
-    """Return the point of a straight line."""
+    """Decay linearly from 1 to `final_ratio`."""
     return _decay((step - config.warmup_steps) / (steps - config.warmup_steps), config.final_ratio)
 
 
 def wsd(config: WSDSchedule, step: int, steps: int) -> float:
-    """Return 1, then the point of a straight line over the last `decay_steps`."""
+    """Return 1, then decay linearly to `final_ratio` over the last `decay_steps`."""
     return _decay(max(0, step - (steps - config.decay_steps)) / config.decay_steps, config.final_ratio)
 
 

@@ -2,9 +2,9 @@
 
 Their backward sums blocks in the order in which they finish, unless PyTorch's deterministic mode is on while it runs
 (`_flash_attention_backward`, `_efficient_attention_backward` in ATen's attention_backward.cu). That mode is global and
-rejects operations unrelated to attention, so it is switched on for this backward alone.
+rejects operations unrelated to attention, so only this backward runs in it.
 
-The flash kernel becomes two operators, which keeps a compiled block in one graph; the other kernels break the graph.
+The flash kernel is two custom operators here, so a compiled block stays one graph; other kernels break the graph.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def with_deterministic_backward(attend: Callable[..., Tensor]) -> Callable[..., 
     return attend_anywhere
 
 
-# The mode has to be on when the backward runs, not when it is traced. `torch.compiler.disable` would do the same but
-# import PyTorch's compiler here.
+# The mode must be on when the backward runs, not when it is traced. `torch.compiler.disable` would also work, but it
+# imports PyTorch's compiler.
 @_disable_dynamo
 def attend_deterministically(
     attend: Callable[..., Tensor], mask: Any, options: dict[str, Any], *inputs: Tensor
@@ -45,7 +45,7 @@ def attend_deterministically(
 
 
 class DeterministicBackward(torch.autograd.Function):
-    """A function that keeps its own graph, and runs it backward in PyTorch's deterministic mode."""
+    """A function with its own autograd graph, whose backward runs in PyTorch's deterministic mode."""
 
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -58,14 +58,14 @@ class DeterministicBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         leaves, y = ctx.graph
-        ctx.graph = None  # else it would live as long as the graph of the whole step
+        ctx.graph = None  # free it now, not at the end of the step's backward
         with deterministic_mode():
             grads = iter(torch.autograd.grad(y, [x for x in leaves if x.requires_grad], grad_y))
         return None, *(next(grads) if x.requires_grad else None for x in leaves)
 
 
 def deterministic_flash(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, scale: float | None) -> Tensor:
-    """Use the flash kernel on CUDA, causal if there is more than one query."""
+    """Run the flash kernel on CUDA, with a causal mask if there is more than one query."""
     width = q_BHTD.shape[-1]
     scale = width**-0.5 if scale is None else scale
     q, k, v = (F.pad(x, (0, -width % 8)) if width % 8 else x for x in (q_BHTD, k_BGSD, v_BGSD))
@@ -98,7 +98,7 @@ def _flash_backward(
 
 
 def _projection_order(x_BHTD: Tensor) -> Tensor:
-    """Lay x out as projections are, (B, T, H, D); mostly it already is."""
+    """Change the memory layout to that of the projections, (B, T, H, D); usually a no-op."""
     return x_BHTD.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -125,7 +125,7 @@ _flash.register_autograd(_backward, setup_context=_save)
 
 @contextmanager
 def deterministic_mode() -> Iterator[None]:
-    """Switch on PyTorch's deterministic mode, without its filling of new memory; restore both at the end."""
+    """Switch on PyTorch's deterministic mode, but do not fill uninitialized memory; restore both settings."""
     memory = torch.utils.deterministic
     mode_before, fill_before = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
     torch.set_deterministic_debug_mode("error")

@@ -1,8 +1,8 @@
 """The flash-attn packages: FlashAttention 2, 3 and 4 (arXiv:2307.08691, arXiv:2407.08608, arXiv:2603.05451).
 
-They take samples as (B, T, H, D), or documents packed one after the other as (B x T, H, D) with cumulative lengths,
-and compute no scores across documents. Read from their sources: flash-attn 2.7.4 and 2.8.3, flash-attn-3 3.0.0,
-flash-attn-4 4.0.0b27 and b36. The signature of the kernels is `interface.Attend`.
+They read samples as (B, T, H, D), or packed documents as (B x T, H, D) with cumulative lengths, and compute no scores
+across documents. Written against the sources of flash-attn 2.7.4 and 2.8.3, flash-attn-3 3.0.0, flash-attn-4 4.0.0b27
+and b36. The signature of the kernels is `interface.Attend`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from training.kernels.attention.sdpa import pad_to_one_width
 
 
 class VarlenMask(NamedTuple):
-    """The mask of kernels that take packed documents."""
+    """The mask of kernels that read packed documents."""
 
-    window: int | None  # keys that a query sees, including its own; None: all earlier ones
+    window: int | None  # keys that a query sees, including its own; None: all earlier keys
     cu_seqlens_D: Tensor | None  # int32 (D + 1,): `Documents.cu_seqlens_D`; None: each sample is one document
 
 
@@ -29,12 +29,12 @@ def varlen_mask(visibility: Visibility) -> VarlenMask:
     assert visibility.n_queries == visibility.n_keys
     cu_seqlens_D = None if visibility.documents is None else visibility.documents.cu_seqlens_D
     if cu_seqlens_D is not None:
-        torch._dynamo.maybe_mark_dynamic(cu_seqlens_D, 0)  # else another number of documents would recompile
+        torch._dynamo.maybe_mark_dynamic(cu_seqlens_D, 0)  # otherwise every number of documents would recompile
     return VarlenMask(visibility.effective_window, cu_seqlens_D)
 
 
 def flash2_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) -> Tensor:
-    """Use the package flash-attn: Ampere and later. It needs D = E."""
+    """Run flash-attn, for Ampere and later. It requires D = E."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     width = v_BGSE.shape[-1]
@@ -43,7 +43,7 @@ def flash2_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) 
 
 
 def flash3_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) -> Tensor:
-    """Use the package flash-attn-3: Hopper. It supports few pairs of D and E, so the narrower one is padded."""
+    """Run flash-attn-3, for Hopper. It supports few pairs of D and E, so the narrower one is padded."""
     from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
 
     width = v_BGSE.shape[-1]
@@ -51,18 +51,18 @@ def flash3_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) 
     return _attend(flash_attn_func, flash_attn_varlen_func, -1, q, k, v, mask, scale, softcap)[..., :width]
 
 
-# The package compiles its kernels by itself, which torch.compile cannot trace. `torch.compiler.disable` would do the
-# same but import the compiler here, at 1.3 s of CPU for each process.
+# The package compiles its own kernels, which torch.compile cannot trace. `torch.compiler.disable` would also work, but
+# it imports the compiler: 1.3 s of CPU per process.
 @_disable_dynamo
 def flash4_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) -> Tensor:
-    """Use the package flash-attn-4: Hopper and Blackwell."""
+    """Run flash-attn-4, for Hopper and Blackwell."""
     from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 
     return _attend(flash_attn_func, flash_attn_varlen_func, None, q_BHTD, k_BGSD, v_BGSE, mask, scale, softcap)
 
 
 def _attend(attend_samples, attend_packed, no_window, q_BHTD, k_BGSD, v_BGSE, mask, scale, softcap) -> Tensor:
-    """Call one of a package's two functions. `no_window` is its value for an unlimited window."""
+    """Call one of a package's two functions. `no_window` is the package's value for an unlimited window."""
     q, k, v = (x.transpose(1, 2) for x in (q_BHTD, k_BGSD, v_BGSE))
     n_samples, n_tokens = q.shape[:2]
     options = {

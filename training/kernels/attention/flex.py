@@ -1,6 +1,6 @@
-"""PyTorch's FlexAttention (arXiv:2412.05496): skips blocks of scores that no query sees, and supports a soft-cap.
+"""PyTorch's FlexAttention (arXiv:2412.05496): skips blocks of masked scores, and supports a soft-cap.
 
-PyTorch's compiler comes with it, so it is imported at the first call.
+It imports PyTorch's compiler, so its imports are inside the functions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def flex_mask(visibility: Visibility) -> BlockMask:
-    """Return which blocks of 128 x 128 scores have a visible one. The whole mask is evaluated to find them."""
+    """Return the blocks of 128 x 128 scores that are not fully masked. Evaluates the full mask."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     assert visibility.n_queries == visibility.n_keys
@@ -40,7 +40,7 @@ def flex_mask(visibility: Visibility) -> BlockMask:
 
 
 def flex_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) -> Tensor:
-    """Use FlexAttention, compiled at its first call. It has no backward on a CPU."""
+    """Run FlexAttention, compiled at the first call. It has no backward on a CPU."""
     from torch.nn.attention import flex_attention as flex
 
     def soft_cap(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001
@@ -53,6 +53,6 @@ def flex_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) ->
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention as uncompiled  # which writes all scores to memory
+    from torch.nn.attention.flex_attention import flex_attention as uncompiled  # uncompiled it stores all scores
 
     return torch.compile(uncompiled)

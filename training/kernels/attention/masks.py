@@ -1,4 +1,4 @@
-"""Which keys a query may attend to: earlier ones, within a window, in the same document.
+"""Attention masks: a query sees earlier keys, within a window, in the same document.
 
 Shapes: B samples, T queries, S keys (the queries are the last T keys), D documents in the batch.
 """
@@ -12,24 +12,24 @@ from torch import Tensor
 
 
 class Documents(NamedTuple):
-    """The documents that samples are packed from."""
+    """The documents that are packed into samples."""
 
-    index_BS: Tensor  # int64: number of each key's document within its sample, never decreasing
+    index_BS: Tensor  # int64: index of each key's document within its sample, never decreasing
     position_BT: Tensor  # int64: position of each query within its document
-    cu_seqlens_D: Tensor | None = None  # int32 (D + 1,): 0, then where each document ends in the flattened (B x T)
+    cu_seqlens_D: Tensor | None = None  # int32 (D + 1,): 0, then the end of each document in the flattened (B x T)
 
     def to(self, device: torch.device) -> Documents:
-        """Copy to a device without waiting for it."""
+        """Copy to a device without synchronizing."""
         return Documents(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 class Visibility(NamedTuple):
-    """The keys that each query sees: what a back-end builds its mask from."""
+    """The keys that each query sees. A back-end builds its mask from this."""
 
     n_queries: int
     n_keys: int
     device: torch.device
-    window: int | None = None  # keys that a query sees, including its own; None: all earlier ones
+    window: int | None = None  # keys that a query sees, including its own; None: all earlier keys
     documents: Documents | None = None
     dtype: torch.dtype = torch.float32  # of the queries
 
@@ -40,7 +40,7 @@ class Visibility(NamedTuple):
 
 
 def find_documents(tokens_BT: Tensor, end_of_text: int) -> Documents:
-    """Locate the documents of each sample: one starts at each end-of-text token, and at the start of the sample."""
+    """Return the documents: one starts at the start of each sample and at each end-of-text token."""
     starts_BT = tokens_BT == end_of_text
     index_BT = starts_BT.cumsum(1)
     starts_BT = starts_BT.clone()
@@ -53,7 +53,7 @@ def find_documents(tokens_BT: Tensor, end_of_text: int) -> Documents:
 
 
 def left_padded(n_padding_B: Tensor, start: int, n_keys: int) -> Documents:
-    """Make a document of each sample's leading padding, so that no text sees it. Queries are keys start..n_keys-1."""
+    """Treat each sample's left padding as a document, so that no text sees it. Queries are keys start..n_keys-1."""
     key_S = torch.arange(n_keys, device=n_padding_B.device)
     position_BS = key_S - n_padding_B[:, None]
     return Documents((position_BS >= 0).long(), position_BS[:, start:].clamp(min=0))

@@ -1,4 +1,4 @@
-"""PyTorch's scaled_dot_product_attention: its own choice of kernel, or one named kernel.
+"""PyTorch's scaled_dot_product_attention: with the kernel that PyTorch picks, or with a fixed kernel.
 
 The signature of the kernels is `interface.Attend`.
 """
@@ -15,18 +15,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from training.kernels.attention.deterministic import deterministic_flash
 from training.kernels.attention.masks import Visibility, boolean_mask
 
-# Up to this many keys, the CPU flash kernel's 16-bit backward takes two to three times as long as its float32 backward,
-# which is more exact as well (docs/log.md).
+# Up to this many keys, the CPU flash kernel's 16-bit backward takes 2 to 3 times as long as its float32 backward, which
+# is also more exact (docs/log.md).
 FP32_MAX_KEYS = 192
 
 
 def sdpa_mask(visibility: Visibility) -> Tensor | None:
-    """Return None if causal attention or no mask at all describes it; else numbers to add to scores: 0 or -inf.
+    """Return None if `is_causal` or no mask suffices, else a mask to add to the scores: 0 or -inf.
 
-    The numbers have the queries' dtype: from a bool mask, PyTorch would make and keep such a copy in each layer.
+    It has the queries' dtype, because PyTorch would convert a bool mask to it, and keep the copy, in each layer.
     """
-    is_whole_or_last = visibility.n_queries in (1, visibility.n_keys)
-    if is_whole_or_last and visibility.effective_window is None and visibility.documents is None:
+    is_full_or_single_query = visibility.n_queries in (1, visibility.n_keys)
+    if is_full_or_single_query and visibility.effective_window is None and visibility.documents is None:
         return None
     mask = boolean_mask(visibility)
     return torch.zeros(mask.shape, dtype=visibility.dtype, device=visibility.device).masked_fill_(~mask, float("-inf"))
@@ -42,20 +42,20 @@ def _flash_dtype(dtype: torch.dtype, device: torch.device, n_keys: int) -> torch
 
 
 def sdpa_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) -> Tensor:
-    """Let PyTorch pick one of its kernels. None of them supports a soft-cap."""
+    """Run the kernel that PyTorch picks. None supports a soft-cap."""
     assert softcap is None
     mask = None if mask is None else mask.to(q_BHTD.dtype)
-    n_queries, n_shared = q_BHTD.shape[2], q_BHTD.shape[1] // k_BGSD.shape[1]
-    if n_queries == 1 and n_shared > 1:  # treat heads that share keys as queries of one head, which copies nothing
-        q_BGHD = q_BHTD.squeeze(2).unflatten(1, (-1, n_shared))
+    n_queries, n_per_group = q_BHTD.shape[2], q_BHTD.shape[1] // k_BGSD.shape[1]
+    if n_queries == 1 and n_per_group > 1:  # heads that share keys become queries of one head: no copy
+        q_BGHD = q_BHTD.squeeze(2).unflatten(1, (-1, n_per_group))
         y_BGHE = F.scaled_dot_product_attention(q_BGHD, k_BGSD, v_BGSE, attn_mask=mask, scale=scale)
         return y_BGHE.flatten(1, 2).unsqueeze(2)
     options = {"attn_mask": mask, "is_causal": mask is None and n_queries > 1, "scale": scale}
-    return F.scaled_dot_product_attention(q_BHTD, k_BGSD, v_BGSE, **options, enable_gqa=n_shared > 1)
+    return F.scaled_dot_product_attention(q_BHTD, k_BGSD, v_BGSE, **options, enable_gqa=n_per_group > 1)
 
 
 def flash_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) -> Tensor:
-    """Use PyTorch's flash kernel (arXiv:2307.08691): with masks on a CPU, without on CUDA. It needs D = E."""
+    """Run PyTorch's flash kernel (arXiv:2307.08691); on CUDA it supports no mask. It requires D = E."""
     dtype = q_BHTD.dtype
     q_BHTD, k_BGSD, v_BGSD = (x.to(_flash_dtype(dtype, x.device, k_BGSD.shape[2])) for x in (q_BHTD, k_BGSD, v_BGSE))
     q_BHTD, k_BGSD, v_BGSD, scale = pad_to_one_width(q_BHTD, k_BGSD, v_BGSD, scale)
@@ -69,15 +69,15 @@ def flash_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) -
 
 
 def cudnn_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) -> Tensor:
-    """Use cuDNN's kernel. PyTorch does not request its deterministic backward."""
+    """Run cuDNN's kernel. PyTorch has no switch for its deterministic backward."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return sdpa_attention(q_BHTD, k_BGSD, v_BGSE, mask, scale=scale, softcap=softcap)
 
 
 def efficient_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) -> Tensor:
-    """Use PyTorch's memory-efficient kernel (arXiv:2112.05682), which takes masks, float32 and old GPUs."""
-    n_shared = q_BHTD.shape[1] // k_BGSD.shape[1]  # repeated here: only recent versions let heads share keys
-    k_BHSD, v_BHSE = (x if n_shared == 1 else x.repeat_interleave(n_shared, 1) for x in (k_BGSD, v_BGSE))
+    """Run PyTorch's memory-efficient kernel (arXiv:2112.05682), which supports masks, float32 and old GPUs."""
+    n_per_group = q_BHTD.shape[1] // k_BGSD.shape[1]  # only recent versions support grouped queries
+    k_BHSD, v_BHSE = (x if n_per_group == 1 else x.repeat_interleave(n_per_group, 1) for x in (k_BGSD, v_BGSE))
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
         return sdpa_attention(q_BHTD, k_BHSD, v_BHSE, mask, scale=scale, softcap=softcap)
 
@@ -85,7 +85,7 @@ def efficient_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=Non
 def pad_to_one_width(
     q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor, float | None]:
-    """Pad queries and keys, or values, with zeros until D = E. Returns them and the scale of the unpadded width."""
+    """Pad queries and keys, or values, with zeros to D = E. Returns them and the scale for the unpadded D."""
     width, value_width = q_BHTD.shape[-1], v_BGSE.shape[-1]
     if width == value_width:
         return q_BHTD, k_BGSD, v_BGSE, scale

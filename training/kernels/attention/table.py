@@ -1,6 +1,6 @@
-"""The table of attention back-ends: how `parallel.attention` names them, in the order in which `auto` tries them.
+"""The attention back-ends by their name in `parallel.attention`, in the order in which `auto` tries them.
 
-A back-end builds a mask, once per forward for all layers that share it, and then attends:
+A back-end builds a mask once per forward, for all layers that share it, and then attends:
 
 >>> import torch
 >>> from training.kernels.attention.masks import Visibility, find_documents
@@ -11,7 +11,7 @@ A back-end builds a mask, once per forward for all layers that share it, and the
 >>> backend.attend(q_BHTD, k_BGSD, v_BGSE, backend.build_mask(visibility), scale=0.3).shape
 torch.Size([1, 4, 4, 8])
 
-`Limits` state what a back-end is known not to support, so that it is rejected with a reason and without being run:
+`Limits` state what a back-end supports, so that it can be rejected with a reason before it runs:
 
 >>> reason_unsupported("flash", AttentionSpec(4, 2, 8, 8, softcap=15.0), False, DeviceInfo("cpu"), torch.float32)
 'does not support a soft-cap'
@@ -50,17 +50,17 @@ CUDNN = CAUSAL_ONLY._replace(head_dim_multiple=8, deterministic=False)  # PyTorc
 VARLEN = Limits(HALF_DTYPES, max_head_dim=256, softcap=False, capability=AMPERE_OR_LATER, package=("torch", "2.11"))
 FLEX = Limits(HALF_DTYPES, capability=AMPERE_OR_LATER, package=("torch", "2.7"))
 FLASH2 = Limits(HALF_DTYPES, max_head_dim=256, capability=AMPERE_OR_LATER, package=("flash-attn", "2.7.4"))
-# The deterministic backward gave different bits before 3.0.0 (flash-attention #1596), and does for heads over 192 wide.
+# Not deterministic before 3.0.0 (flash-attention #1596), and still not for heads wider than 192.
 FLASH3 = Limits(
     HALF_DTYPES, max_head_dim=192, head_dim_multiple=8, capability=range(9, 10), package=("flash-attn-3", "3.0.0")
 )
-# Trying a kernel cannot detect that its backward hangs. It hung with a soft-cap on Blackwell (#2466), and in general
-# with the libraries that earlier versions require (#2797).
+# A trial cannot detect a hanging backward. It hung with a soft-cap on Blackwell (#2466), and always with the libraries
+# that earlier versions require (#2797).
 FLASH4 = FLASH3._replace(softcap=False, capability=range(9, 12), package=("flash-attn-4", "4.0.0b27"))
 
 # Fastest first, as published: flash3 on Hopper (arXiv:2407.08608), flash4 on Blackwell (arXiv:2603.05451), flash2
-# elsewhere; then PyTorch's own: its copy of flash2, the same for documents and windows, a kernel generated for the
-# mask, and those that read a mask.
+# elsewhere. Then PyTorch's: its copies of flash2 (flash; varlen for documents and windows), flex, and the kernels that
+# read a mask.
 ATTENTION_BACKENDS = {
     "flash3": AttentionBackend(varlen_mask, flash3_attention, {"cuda": FLASH3}, ("flash_attn_3::fwd",)),
     "flash4": AttentionBackend(varlen_mask, flash4_attention, {"cuda": FLASH4}),
@@ -93,14 +93,14 @@ ATTENTION_BACKENDS = {
 
 
 class DeviceInfo(NamedTuple):
-    """What limits depend on."""
+    """A type of device, as far as limits depend on it."""
 
     type: str  # cuda, cpu, mps
     capability: int | None = None  # major version of the CUDA compute capability
 
 
 def device_info(device: torch.device) -> DeviceInfo:
-    """Return what limits depend on for a device of this machine."""
+    """Return the `DeviceInfo` of a device of this machine."""
     capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
     return DeviceInfo(device.type, capability)
 
@@ -115,14 +115,14 @@ def limits_on(name: str, device: DeviceInfo) -> Limits | None:
 
 
 def auto_candidates(device: DeviceInfo) -> list[str]:
-    """Return what `auto` tries on such a device, in order: only deterministic ones, so that a resume repeats bits."""
+    """Return the back-ends that `auto` tries, in order: only deterministic ones, so that a resume repeats its bits."""
     return [name for name in ATTENTION_BACKENDS if (limits := limits_on(name, device)) and limits.deterministic]
 
 
 def reason_unsupported(
     name: str, spec: AttentionSpec, documents: bool, device: DeviceInfo, dtype: torch.dtype
 ) -> str | None:
-    """Return why the back-end is known not to support this; None if running it has to tell."""
+    """Return why the limits rule out the back-end for this layer; None if they do not."""
     limits = limits_on(name, device)
     if limits is None:
         capability = f" of compute capability {device.capability}" if device.capability is not None else ""
@@ -144,7 +144,7 @@ def reason_unsupported(
 
 
 def reason_missing(package: str, oldest: str) -> str | None:
-    """Return why an installed package does not do; None if it is there and recent enough."""
+    """Return the problem if a package is missing or too old, else None."""
     try:
         installed = TorchVersion(version(package))
     except PackageNotFoundError:

@@ -12,7 +12,7 @@ from training.kernels.attention.sdpa import pad_to_one_width
 
 
 def varlen_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) -> Tensor:
-    """Use `varlen_attn` of torch 2.11 and later. It needs D = E, and supports no soft-cap."""
+    """Run `varlen_attn` of torch 2.11 and later. It requires D = E and supports no soft-cap."""
     from torch.nn.attention.varlen import varlen_attn
 
     assert softcap is None
@@ -24,8 +24,8 @@ def varlen_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) 
     if cu_seqlens_D is None:
         cu_seqlens_D = torch.arange(0, (n_samples + 1) * n_tokens, n_tokens, dtype=torch.int32, device=q.device)
     options = {"scale": scale, "window_size": (-1 if mask.window is None else mask.window - 1, 0)}
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # versions without it let heads share keys as well
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # older versions always allow grouped queries
         options["enable_gqa"] = q.shape[1] != k.shape[1]
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # later versions prefer cuDNN's, whose gradients are not repeatable
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # later versions prefer cuDNN, which is not deterministic
         y = varlen_attn(q, k, v, cu_seqlens_D, cu_seqlens_D, n_tokens, n_tokens, **options)
     return y.view(n_samples, n_tokens, *y.shape[-2:]).transpose(1, 2)[..., :width]
