@@ -50,7 +50,7 @@ def as_text(seconds: dict[str, float]) -> str:
 
 
 def stacked_bar(seconds: dict[str, float]) -> dict | None:
-    """Return the report's bar: a part per phase, `shade` per cent between two colors; None if nothing was measured."""
+    """Return the report's bar, a part per phase; None if nothing was measured. `shade` mixes two colors, 0 to 100."""
     shares, order = phase_shares(seconds), list(PHASES)
     parts = [
         {

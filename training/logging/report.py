@@ -126,7 +126,7 @@ def routing(rows: list[dict], moe_layers: list[int] | None) -> dict[str, Any] | 
 
 
 def load_table(rows: list[dict]) -> list[list[dict]]:
-    """Return the expert load at the end, a list per MoE layer: each share as text, and per cent over or under even."""
+    """Return the cells of the expert load at the end, a list per MoE layer; `by`: per cent over or under even."""
     loads = [row["expert_load"] for row in rows[-RECENT_STEPS:] if row.get("expert_load")]
     table = []
     for layer in zip(*loads, strict=True):
@@ -163,7 +163,7 @@ def top_tokens(experts: dict[str, Any]) -> dict[str, Any] | None:
 def samples(rows: list[dict]) -> list[dict]:
     """Return the texts of the first evaluation and of the last."""
     evaluations = [row for row in rows if row.get("samples")]
-    chosen = evaluations[:1] + evaluations[1:][-1:]
+    first_and_last = evaluations[:1] + evaluations[1:][-1:]
     return [
         {
             "title": f"{title}, step {row['step']:,}",
@@ -171,7 +171,7 @@ def samples(rows: list[dict]) -> list[dict]:
                 {key: without_control_chars(sample[key]) for key in ("prompt", "text")} for sample in row["samples"]
             ],
         }
-        for title, row in zip(("First words", "Last words"), chosen, strict=False)
+        for title, row in zip(("First words", "Last words"), first_and_last, strict=False)
     ]
 
 
