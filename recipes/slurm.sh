@@ -2,7 +2,7 @@
 # sbatch recipes/slurm.sh configs/gpt2_124m.yaml [--options of the run]
 #
 # Submit from the repository, on a file system that all nodes share. One task per GPU, without torchrun: srun forwards
-# signals to the ranks themselves, and no launcher kills them 30 seconds later.
+# signals to the ranks directly, while torchrun would kill them after 30 seconds.
 #SBATCH --job-name=training
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

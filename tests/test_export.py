@@ -277,7 +277,7 @@ def open_in_process(folder, probe, _modules):
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(folder)(load_file(probe)["tokens"]).logits
     save_file(
-        {"logits": logits.contiguous(), "continuation": torch.zeros(1)}, f"{probe}.answer", metadata={"n_vocab": "0"}
+        {"logits": logits.contiguous(), "continuation": torch.zeros(1)}, f"{probe}.outputs", metadata={"n_vocab": "0"}
     )
 
 

@@ -1,4 +1,4 @@
-"""From text to batches: `prepare` tokenizes once, `Samples` serves any sample by its index, `Loader` a step's batch."""
+"""From text to batches: `prepare` tokenizes once, `Samples` reads samples by index, `Loader` reads a step's batch."""
 
 from training.data.dataset import Dataset, prepare
 from training.data.loader import Loader, Samples

@@ -1,8 +1,8 @@
 """Documents as streams of text chunks, so that text of any length needs bounded memory.
 
-A chunk has about a million characters and ends where no token spans the cut: the usual pre-tokenizers (GPT-2's and
-tiktoken's patterns) always start a new word there, so the chunks' tokens are the document's tokens. Text that offers
-no such place within reach is cut anyway.
+A chunk has about a million characters. It ends where the usual pre-tokenizers (GPT-2's and tiktoken's patterns) always
+start a new word. No token spans such a cut, so the chunks' tokens are the document's tokens. If no word starts within
+the next MAX_SEARCH_CHARS, the text is cut at CHUNK_CHARS, possibly inside a token.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Chunk(NamedTuple):
 
 
 def to_document(text: str) -> Document:
-    """Make a document of text that is in memory."""
+    """Return a document whose text is in memory."""
     return Document(split_into_chunks(text[i : i + CHUNK_CHARS] for i in range(0, len(text), CHUNK_CHARS)))
 
 
 def split_into_chunks(blocks: Iterable[str]) -> Iterator[str]:
-    """Join blocks of text and cut them into at least one chunk; the sizes of the blocks do not matter."""
+    """Cut text that comes in blocks of any size into chunks; yield at least one."""
     rest = ""
     for block in blocks:
         rest += block

@@ -36,8 +36,8 @@ class Corpus:
         self.single_text_file = first.single_text_file if is_single else None
 
     def cache_key(self, hashes: FileHashes) -> str:
-        """Hash all that decides the tokens on disk. Sample weights do not: only whether there are any."""
-        facts = {
+        """Return a hash of everything that changes the tokens on disk. Of the weights, only their presence does."""
+        inputs = {
             "format": FORMAT_VERSION,
             "sources": [reader.identity(hashes) for reader in self.train_readers],
             "val_sources": [reader.identity(hashes) for reader in self.val_readers],
@@ -45,7 +45,7 @@ class Corpus:
             "weighted": bool(self.weights),
             "tokenizer": tokenizer_identity(self.config.tokenizer, hashes),
         }
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
 
     def chunks(self) -> Iterator[Iterator[Chunk]]:
         """Yield an iterator over the chunks of each source."""
@@ -64,7 +64,7 @@ class Corpus:
 
 
 def split_documents(reader: Reader, stream: int, val_fraction: float) -> Iterator[Chunk]:
-    """Yield the chunks of a source's documents. A document whose first chunk is blank is only that chunk."""
+    """Yield the chunks of a source's documents. After a blank first chunk, it skips the rest."""
     for document in reader.documents():
         text = next(document.chunks)
         is_val = is_held_out(text if document.key is None else document.key, val_fraction)
@@ -93,9 +93,9 @@ def split_text(chunks: Callable[[], Iterator[str]], val_fraction: float) -> Iter
 
 
 def is_held_out(key: str, val_fraction: float) -> bool:
-    """Return True if a document is for validation. Only its key decides, so no other document can move it.
+    """Return True if a document is for validation. The answer depends on the key alone, not on other documents.
 
-    Equal documents are on the same side, and a larger fraction keeps all that a smaller one held out.
+    Equal documents go to the same split. A larger fraction holds out the same documents and more.
     """
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < val_fraction * 2**64

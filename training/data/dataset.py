@@ -2,7 +2,7 @@
 
 The cache is a folder of datasets, each named by a hash of all that it depends on: the content of the sources, the split
 and the tokenizer. A dataset is built under a `.partial` name, flushed to disk and renamed, under a lock that ends with
-its process. A killed build leaves nothing that counts; the next build removes its files.
+its process. A killed build leaves only its `.partial` folder, which the next build removes.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def prepare(config: DataConfig, *, quiet: bool = False) -> Dataset:
                     build_dataset(corpus, folder, hashes, quiet)
         dataset = open_dataset(folder, corpus.weights, hashes, is_cached, start)
         hashes.save()
-    except OSError as error:  # of the cache's disk: errors of the sources are UserErrors already
+    except OSError as error:  # from the cache's disk: readers of sources raise UserError
         raise UserError(f"{error.filename or cache}: cannot be written: {error.strerror or error}") from None
     return dataset
 
@@ -88,7 +88,7 @@ def lock_dataset(folder: Path, quiet: bool) -> Iterator[None]:
 
 
 def remove_leftovers(cache: Path) -> None:
-    """Remove the files of killed builds, but no dataset that is being built."""
+    """Remove the folders of killed builds; keep those that another process is building."""
     for partial in cache.glob("*.partial"):
         lock = FileLock(partial.with_suffix(".lock"), is_singleton=False)
         try:
@@ -114,7 +114,7 @@ def build_dataset(corpus: Corpus, folder: Path, hashes: FileHashes, quiet: bool)
 
 
 def write_dataset(corpus: Corpus, folder: Path, key: str, quiet: bool) -> None:
-    """Write the tokenizer, the streams and at last the manifest, and flush all to disk."""
+    """Write the tokenizer, the streams and, last, the manifest; flush all files to disk."""
     with progress("making the tokenizer", quiet=quiet) as advance:
         texts = count_bytes(corpus.training_text(), advance)
         tokenizer = build_tokenizer(corpus.config.tokenizer, texts)
@@ -140,7 +140,7 @@ def write_dataset(corpus: Corpus, folder: Path, key: str, quiet: bool) -> None:
 
 
 def count_bytes(texts: Iterable[str], advance: Callable[[int], object]) -> Iterator[str]:
-    """Yield the texts, and report the size of each."""
+    """Yield the texts, and call `advance` with the bytes of each."""
     for text in texts:
         advance(len(text.encode()))
         yield text
@@ -185,18 +185,18 @@ def check_splits(corpus: Corpus, records: Sequence[StreamRecord]) -> None:
     fraction = f"of {n_documents} documents, with data.val_fraction {config.val_fraction}"
     if not val:
         raise UserError(
-            f"no document was held out for validation {fraction}: documents are chosen by a hash, so a few may all "
-            "stay; raise it, give more documents, or name data.val_sources"
+            f"no document was held out for validation {fraction}: a hash chooses them, so it may choose none of a "
+            "few; raise data.val_fraction, give more documents, or name data.val_sources"
         )
     for i, count in enumerate(train):
         if not count:
             option = f"data.sources.{i}" if len(train) > 1 else "data.sources"
-            advice = "give more text, lower it, or name data.val_sources"
+            advice = "give more text, lower data.val_fraction, or name data.val_sources"
             raise UserError(f"{option}: no document is left to train on {fraction}: {advice}")
 
 
 def open_dataset(folder: Path, weights: Sequence[float], hashes: FileHashes, is_cached: bool, start: float) -> Dataset:
-    """Map a complete dataset; `start` is when preparing began. Raises UserError if the dataset is damaged."""
+    """Map a complete dataset; `start` is when `prepare` began, in seconds. Raises UserError if it is damaged."""
     manifest = shards.read_manifest(folder)
     train = shards.open_split(folder, manifest, "train", weights)
     val = shards.open_split(folder, manifest, "val")
@@ -219,7 +219,7 @@ def open_dataset(folder: Path, weights: Sequence[float], hashes: FileHashes, is_
 
 
 def read_split(paths: Sequence[str], text_column: str, tokenizer: Tokenizer) -> Split:
-    """Tokenize files into memory as one stream, without a cache: to evaluate on a text.
+    """Tokenize files into memory as one stream, without a cache, to evaluate a model on them.
 
     Raises UserError if they cannot be read or hold no text.
     """

@@ -15,7 +15,7 @@ from training.errors import UserError
 class FileHashes:
     """SHA-256 of files, remembered in `memo` by path, size and times of change.
 
-    A file that was touched but not changed keeps its hash. A memo that cannot be read only costs time.
+    If the memo cannot be read, all files are hashed again.
     """
 
     def __init__(self, memo: Path):
@@ -30,7 +30,7 @@ class FileHashes:
         """Return the hash of a file's bytes. Raises UserError if it cannot be read."""
         name = str(path.absolute())
         try:
-            status = path.stat()  # before reading: a change meanwhile leaves an entry that no longer matches
+            status = path.stat()  # before reading: if the file changes meanwhile, the entry does not match
             if not stat.S_ISREG(status.st_mode):
                 raise UserError(f"{path}: not a file but a folder, a pipe or a device")
             version = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
@@ -44,7 +44,7 @@ class FileHashes:
         return sha256
 
     def save(self) -> None:
-        """Replace the memo atomically. A disk that refuses it costs time at the next start, nothing else."""
+        """Replace the memo atomically. If the disk refuses, the next start hashes the files again."""
         if self.has_changed:
             temporary = self.memo.with_name(f"{self.memo.name}.{os.getpid()}")
             with suppress(OSError):

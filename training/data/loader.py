@@ -1,8 +1,8 @@
 """Batches as a pure function of (seed, step): there is no state to save or restore.
 
-A sample is a window of n_positions + 1 tokens; windows start n_positions apart. Sample i of an epoch is the window
-that a seeded permutation gives; a Feistel network computes the permutation, which is never stored. A sample has the
-same tokens on any number of ranks, in any micro-batch, after any restart.
+A sample is a window of n_positions + 1 tokens; windows start n_positions apart. A seeded
+permutation maps sample i of an epoch to its window; a Feistel network computes it, so it is never stored. A sample
+has the same tokens on any number of ranks, in any micro-batch, after any restart.
 
 Shape suffixes: B samples, T tokens of each (n_positions), S sources.
 """
@@ -20,21 +20,21 @@ from training.errors import UserError
 if TYPE_CHECKING:
     from training.batch import Batch
 
-IGNORED_TARGET = -1  # target of an empty position
-MIXTURE_BLOCK = 1024  # samples within which a mixture is exact
+IGNORED_TARGET = -1  # target of an empty position: no loss there
+MIXTURE_BLOCK = 1024  # samples; every block has the sources in proportion to their weights
 FEISTEL_ROUNDS = 8
 
 
 class Samples:
     """Samples of a split, by index.
 
-    With a seed, for training: every epoch permutes the complete windows anew, and indices beyond `n_samples` are in
-    later epochs. If sources have weights, each block of 1024 samples holds each source in its exact share (within
-    one sample a block, exactly in the long run), and each source has its own epochs.
+    With a seed, for training: each epoch is a new permutation of the complete windows; index `n_samples` is the first
+    of the second epoch. If sources have weights, each block of 1024 samples has the sources in proportion to their
+    weights, in whole samples; rounding does not add up over blocks. Then each source has its own epochs.
 
     Without a seed, for evaluation: every window once, in order; the last may be partly empty, with targets of -1.
 
-    `end_of_text` is the token that starts documents, if documents in a sample are isolated from each other.
+    `end_of_text` is the token that starts documents; None: documents in a sample are not isolated from each other.
     Raises UserError if a stream is shorter than one window.
     """
 
@@ -53,7 +53,7 @@ class Samples:
         self.mixture = None if self.is_sequential or split.weights is None else Mixture(split.weights, seed)
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
-        """Return samples as a batch of torch tensors on the host; `key_B` is None without a seed."""
+        """Return the samples as a batch of torch tensors on the host; `key_B` is None without a seed."""
         import torch  # preparing data must not wait for this import
 
         from training.batch import Batch
@@ -64,7 +64,7 @@ class Samples:
         return Batch(tokens_BT, targets_BT, key_B, end_of_text=self.end_of_text)
 
     def at(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return (tokens_BT, targets_BT), both int64, of samples 0, 1, 2, ... of the run."""
+        """Return (tokens_BT, targets_BT), both int64, of the samples with these indices."""
         rows = np.full((len(indices), self.n_positions + 1), IGNORED_TARGET, np.int64)
         for row, stream, window in zip(rows, *self.locate(np.asarray(indices, np.int64)), strict=True):
             start = window * self.n_positions
@@ -81,7 +81,7 @@ class Samples:
         return (permutation_key(self.seed, -2, indices) >> np.uint64(16)).astype(np.int64)
 
     def evenly_spaced(self, n_tokens: int | None) -> np.ndarray:
-        """Return the indices of n_tokens // n_positions samples, at least one, spread evenly; null: of all samples."""
+        """Return the indices of n_tokens // n_positions samples, at least one, spread evenly; None: all samples."""
         n = self.n_samples if n_tokens is None else min(self.n_samples, max(1, n_tokens // self.n_positions))
         return np.arange(n) * self.n_samples // n
 
@@ -139,21 +139,21 @@ class Mixture:
         self.largest = int(self.share.argmax())
 
     def n_drawn(self, blocks: np.ndarray) -> np.ndarray:
-        """Return the samples of each source before a block (len(blocks), S): rounded down, the rest to the largest."""
+        """Return (len(blocks), S): each source's samples before each block, rounded down; the largest gets the rest."""
         drawn = np.floor(blocks[:, None] * MIXTURE_BLOCK * self.share).astype(np.int64)
         drawn[:, self.largest] += blocks * MIXTURE_BLOCK - drawn.sum(1)
         return drawn
 
     def draw(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (source, number among the source's samples) of each sample, both (B,)."""
-        block, place = np.divmod(indices, MIXTURE_BLOCK)
-        place = permute_index(place, np.full_like(place, MIXTURE_BLOCK), permutation_key(self.seed, -1, block))
+        block, index = np.divmod(indices, MIXTURE_BLOCK)
+        index = permute_index(index, np.full_like(index, MIXTURE_BLOCK), permutation_key(self.seed, -1, block))
         before, after = self.n_drawn(block), self.n_drawn(block + 1)
         ends = np.cumsum(after - before, axis=1)
-        source = (place[:, None] >= ends).sum(1)
+        source = (index[:, None] >= ends).sum(1)
         row = np.arange(len(indices))
         start = ends[row, source] - (after - before)[row, source]
-        return source, before[row, source] + place - start
+        return source, before[row, source] + index - start
 
 
 def permutation_key(seed: int, stream: np.ndarray | int, epoch: np.ndarray) -> np.ndarray:
@@ -168,7 +168,7 @@ def permute_index(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.nd
 
     A balanced Feistel network permutes the next power of four; a result outside is permuted again until it is inside
     (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). Integer arithmetic gives the same result on
-    every machine. The network has at least 256 places, because it shuffles fewer badly.
+    every machine. Sizes below 256 use a network of 256, because a smaller one shuffles badly.
     """
     half = np.maximum((np.frompyfunc(int.bit_length, 1, 1)(size - 1).astype(np.uint64) + 1) // 2, 4).astype(np.uint64)
     index, size = index.astype(np.uint64), size.astype(np.uint64)

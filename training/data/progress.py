@@ -1,4 +1,4 @@
-"""Progress of a preparation: a bar on a terminal, two lines for each stage elsewhere."""
+"""Progress of `prepare`: a bar on a terminal, two lines for each stage elsewhere."""
 
 from __future__ import annotations
 

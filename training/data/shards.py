@@ -63,7 +63,7 @@ class Stream:
     mapped: mmap.mmap | None = None
 
     def window(self, start: int, stop: int) -> np.ndarray:
-        """Return tokens, to be copied at once.
+        """Return the tokens [start, stop) as a view of the file. Copy them at once.
 
         Raises UserError if the file has been truncated: reading past its end would kill the process (SIGBUS).
         """
@@ -122,7 +122,7 @@ class StreamWriter:
         self.n_tokens += len(ids)
 
     def finish(self) -> StreamRecord:
-        """Flush to the system and return the manifest's record."""
+        """Flush the files and return the stream's record for the manifest."""
         self.tokens.flush()
         self.documents.flush()
         counts = {name: getattr(self, name) for name in ("n_documents", "n_tokens", "n_bytes")}
@@ -159,7 +159,7 @@ def open_split(folder: Path, manifest: Manifest, name: str, weights: Sequence[fl
 def check_hashes(split: Split, manifest: Manifest, hashes: FileHashes) -> None:
     """Raise UserError if the tokens are not the ones that were written.
 
-    Files up to HASH_AT_START_BYTES are read; longer ones only after their size or times have changed.
+    Files up to HASH_AT_START_BYTES are hashed each time, longer ones only after their size or times have changed.
     """
     records = (record for record in manifest.streams if record.split == split.name)
     for stream, record in zip(split.streams, records, strict=True):

@@ -22,11 +22,11 @@ class Reader(Protocol):
         """Yield every document, in an order that depends only on the source. Called more than once."""
 
     def identity(self, hashes: FileHashes) -> Any:
-        """Return JSON-able facts that differ whenever the documents do: they decide if the cache can be used."""
+        """Return JSON-able values that change whenever the documents change. The cache's key is a hash of them."""
 
 
 class StdlibReader:
-    """Python's standard library: each module is a document, held out by its path, so alike in every release.
+    """Python's standard library, one document per module. Its path decides the split, which is alike in all releases.
 
     Tests, installed packages and modules that were generated for this machine are left out.
     """
@@ -56,7 +56,7 @@ class StdlibReader:
 
 
 class FilesReader:
-    """Local files. A file that is named itself must hold text; files found in folders and by globs may be empty."""
+    """Local files. A file listed by its own path must contain text; files from folders and globs may be empty."""
 
     def __init__(self, config: FilesSource):
         self.column = config.text_column

@@ -1,4 +1,4 @@
-"""Local text files: found by path, folder or glob, decompressed, read document by document."""
+"""Local text files: find them by path, folder or glob, decompress them, read them document by document."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from training.data.chunks import Document, decode_utf8, split_into_chunks, to_do
 from training.errors import UserError
 
 SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages"})
-MAX_LINE_BYTES = 2**26  # of .jsonl: the document of a line is in memory whole
+MAX_LINE_BYTES = 2**26  # of .jsonl, because a whole line is in memory
 
 
 # --- finding ---------------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ def format_of(path: Path) -> str:
 
 
 def find_files(patterns: Iterable[str]) -> dict[Path, bool]:
-    """Return the files of paths, folders and globs, in that order, each once; True: the file is named itself.
+    """Return the files of paths, folders and globs, in that order, each once; True: listed by its own path.
 
     Raises UserError for a pattern without files.
     """
@@ -61,7 +61,7 @@ def find_files(patterns: Iterable[str]) -> dict[Path, bool]:
 
 
 def search(path: Path) -> Iterator[Path]:
-    """Yield the usable files below a folder, or those that a glob matches and those below folders that it matches."""
+    """Yield the usable files below a folder, or those that a glob matches, also below folders that it matches."""
     matches = [path] if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207 (it may be absolute)
     for match in matches:
         yield from (file for file in (walk(match) if match.is_dir() else [match]) if format_of(file) in FORMATS)
@@ -119,7 +119,7 @@ def read_jsonl(path: Path, column: str) -> Iterator[Document]:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
             if len(line) > MAX_LINE_BYTES:
                 limit = f"{MAX_LINE_BYTES >> 20} MiB"
-                raise UserError(f"{path}: line {number} is longer than {limit}, more than a document has")
+                raise UserError(f"{path}: line {number} is longer than {limit}, the limit for one document")
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():

@@ -1,9 +1,9 @@
 """Faster encoders with the same tokens: byte-level BPE by tiktoken's engine, and bytes by a table.
 
-`tokenizers` applies the pairs in its list of merges, best first. tiktoken joins any two neighbors that make up a token,
-best token first. Both give the same tokens if every token has exactly one pair, in the order of the tokens, and every
-token's own text is encoded as that token: two neighbors that make up a token but are not its pair then never occur,
-because their text alone would have stayed these two tokens. `build_fast_encoder` checks all of this.
+`tokenizers` merges the pairs in its list of merges, first pair first. tiktoken joins any two neighbors that form a
+token, lowest rank first; here ranks follow the merges. Both give the same tokens if (1) each token has exactly one pair
+and (2) each token's own text is encoded as that token. By (2), two neighbors that form a token but are not its pair
+never occur: their text alone would be encoded as these two. `build_fast_encoder` checks (1) and (2).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Encoder = Callable[[str], np.ndarray]  # text to token ids
 
 
 def build_fast_encoder(inner: tokenizers.Tokenizer) -> Encoder | None:
-    """Return an encoder with the tokens of `inner`, special tokens' text as ordinary text; None if there is none."""
+    """Return an encoder that gives the tokens of `inner`, and no special tokens; None if the engine would differ."""
     spec = json.loads(inner.to_str())
     model = spec["model"]
     if not _is_plain(spec) or not BYTE_OF.keys() <= model["vocab"].keys():

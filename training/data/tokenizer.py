@@ -34,8 +34,8 @@ FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 class Tokenizer:
     """A lossless byte-level tokenizer: a `tokenizers.Tokenizer` with an end-of-text token.
 
-    `<|endoftext|>` within text is encoded as ordinary characters. A tokenizer without that token gets it as an
-    additional last one. Raises UserError if text does not survive a round trip or the tokens do not add up to its
+    `<|endoftext|>` within text is encoded as ordinary characters. If the tokenizer lacks that token, it is
+    added after the last one. Raises UserError if text does not survive a round trip or the tokens do not add up to its
     bytes, as with WordPiece or SentencePiece.
     """
 
@@ -241,12 +241,12 @@ TOKENIZERS: dict[type[Section], Callable[[Any, Iterable[str]], Tokenizer]] = {
 
 
 def build_tokenizer(config: Section, texts: Iterable[str]) -> Tokenizer:
-    """Build the tokenizer of a config. A tokenizer that is trained here learns from the start of `texts`."""
+    """Build the tokenizer of a config. `bpe` trains on the start of `texts`; the others ignore them."""
     return TOKENIZERS[type(config)](config, texts)
 
 
 def tokenizer_identity(config: Section, hashes: FileHashes) -> Any:
-    """Return JSON-able facts that decide the tokenizer, beside the texts: its options, or its files' hashes."""
+    """Return JSON-able values that identify the tokenizer, apart from its texts: its options, or its files' hashes."""
     if isinstance(config, FileTokenizer):
         return ["file", [hashes.sha256(path) for path in tokenizer_files(config)]]
     return config.model_dump()

@@ -4,7 +4,7 @@ Not `multiprocessing`: a process that it spawns runs the user's main module agai
 `__main__` guard. These processes import neither that module nor torch.
 
 The protocol: a line of JSON with texts goes in; a line of JSON with the number of tokens of each comes out, then the
-tokens. A process ends when its input ends, and so also when its owner is killed.
+tokens. A process ends when its input ends, which also happens when its owner is killed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Advice after a run, from what was measured: was memory enough, where did the time go, did the model learn?
+"""Advice after a run, from its measurements: was memory enough, where did the time go, did the model learn?
 
-Each question gets lines with a figure and what to do about it, or one line that nothing is to be gained. `LIMITS` has
-all thresholds.
+Each question gets lines with a figure and a remedy, or one line that there is nothing to improve. `LIMITS` has all
+thresholds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LIMITS = {
     "evaluation": Limit(0.10, "a curve of validation loss is as readable from half as many evaluations"),
     "checkpoint": Limit(0.05, "a save in the background stops the loop for a copy in memory only"),
     "idle": Limit(0.10, "rows and logs take milliseconds: they matter only if steps are as short"),
-    "redone": Limit(0.05, "saves cost the loop so little that more of them cost less than this"),
+    "redone": Limit(0.05, "a save costs the loop little: saving more often costs less than this"),
     "start": Limit(0.30, "start-up is paid once per start; more than this is a run too short to judge its speed"),
     # the device
     "mfu": Limit(0.30, "large dense models reach 0.4 to 0.55, small ones and experts 0.3"),
@@ -66,7 +66,7 @@ class Facts(NamedTuple):
 
 
 def facts_from_rows(rows: list[dict], config: Config, *, memory_gib: float, peak_gib: float, **measured) -> Facts:
-    """Return the facts of a run from its rows and from `measured`, the other fields of `Facts`.
+    """Return the facts of a run from its rows; `measured` has the other fields of `Facts`.
 
     `memory_gib` is the device's memory, `peak_gib` this process's peak, for a run without rows.
     """
@@ -89,7 +89,7 @@ def facts_from_rows(rows: list[dict], config: Config, *, memory_gib: float, peak
 
 def advice(facts: Facts) -> list[str]:
     """Return a line or more on each of memory, speed and learning."""
-    sections = {
+    topics = {
         "memory": (memory, f"peak {facts.memory_gib:.1f} GiB, {facts.memory_share:.0%} of the device"),
         "speed": (speed, f"{goodput(facts.seconds) or 0:.0%} of the time went into steps"),
         "learning": (
@@ -98,9 +98,9 @@ def advice(facts: Facts) -> list[str]:
         ),
     }
     lines = []
-    for section, (problems, figure) in sections.items():
+    for topic, (problems, figure) in topics.items():
         texts = list(problems(facts)) or [f"{figure}: nothing to improve"]
-        lines += [f"{section}: {text}".replace("%", " %") for text in texts]
+        lines += [f"{topic}: {text}".replace("%", " %") for text in texts]
     return lines
 
 

@@ -11,8 +11,8 @@ from training.logging.metrics import METRICS, Chart, Metric
 
 WIDTH, HEIGHT = 1000, 300  # units of the SVG's own coordinates; the page stretches them
 COLUMNS = 400  # a path has at most two points in each: its lowest and its highest
-READINGS = 200  # steps on either axis whose values the pointer can show
-LAYER_POINTS = 400  # of a layer's curve; also its first ones are all kept, for the logarithmic axis
+READINGS = 200  # steps along each axis at which the pointer can show values
+LAYER_POINTS = 400  # of a layer's curve, about; its first 400 are all kept, for the logarithmic axis
 
 Point = tuple[int, float]  # step, value
 
@@ -97,7 +97,7 @@ def axes(last: int) -> tuple[Callable[[float], float], Callable[[float], float]]
 
 
 def value_range(values: list[float], *, spikes: bool, zero: bool) -> tuple[float, float]:
-    """Return the values' range with a margin, never empty; with `spikes` or `zero` no value may be negative."""
+    """Return (low, high) with a margin around the values, low < high. `spikes` and `zero` need values of 0 or more."""
     ordered = sorted(values)
     low, high = ordered[0], ordered[-1]
     if spikes:
@@ -109,10 +109,10 @@ def value_range(values: list[float], *, spikes: bool, zero: bool) -> tuple[float
 
 def path(points: list[Point], x: Callable[[float], float], y: Callable[[float], float]) -> str:
     """Return the SVG path of the points; a lone point becomes a short dash."""
-    kept = [(WIDTH * x(step), y(value)) for step, value in thin(points, x)]
-    if len(kept) == 1:
-        kept.insert(0, (kept[0][0] - 15, kept[0][1]))
-    return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in kept)
+    corners = [(WIDTH * x(step), y(value)) for step, value in thin(points, x)]
+    if len(corners) == 1:
+        corners.insert(0, (corners[0][0] - 15, corners[0][1]))
+    return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in corners)
 
 
 def thin(points: list[Point], x: Callable[[float], float]) -> list[Point]:
@@ -120,24 +120,24 @@ def thin(points: list[Point], x: Callable[[float], float]) -> list[Point]:
     columns: dict[int, list[Point]] = {}
     for point in points:
         columns.setdefault(min(int(x(point[0]) * COLUMNS), COLUMNS - 1), []).append(point)
-    kept = []
+    extremes = []
     for column in columns.values():
         lowest, highest = min(column, key=lambda p: p[1]), max(column, key=lambda p: p[1])
-        kept += sorted({lowest, highest})
-    return kept
+        extremes += sorted({lowest, highest})
+    return extremes
 
 
 def readings(curve: Curve, *axes: Callable[[float], float]) -> dict:
     """Return the curve at up to READINGS steps spread evenly over each axis, for the pointer."""
-    kept: set[Point] = set()
+    nearby: set[Point] = set()  # one point at each position of the pointer
     for x in axes:
-        kept.update({int(x(point[0]) * READINGS): point for point in curve.points}.values())
-    steps, values = zip(*sorted(kept), strict=True)
+        nearby.update({int(x(point[0]) * READINGS): point for point in curve.points}.values())
+    steps, values = zip(*sorted(nearby), strict=True)
     return {"label": curve.label, "steps": steps, "values": [float(f"{value:.4g}") for value in values]}
 
 
 def ticks_between(low: float, high: float, about: int) -> list[float]:
-    """Return `about` round numbers from low to high, 1, 2 or 5 times a power of ten apart."""
+    """Return at most `about` + 1 round numbers from low to high, 1, 2 or 5 times a power of ten apart."""
     rough = (high - low) / about
     power = 10 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
@@ -156,7 +156,7 @@ def points(rows: list[dict], key: str) -> list[Point]:
 
 
 def smooth(points: list[Point], half: int) -> Iterator[Point]:
-    """Average over `half` points on either side, over fewer near the start, where a curve is steep."""
+    """Average over `half` points on either side, and over fewer near both ends: at the start a curve is steep."""
     sums = [0.0, *accumulate(value for _, value in points)]
     for index, (step, _) in enumerate(points):
         reach = min(half, index // 4)

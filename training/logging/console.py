@@ -32,15 +32,11 @@ def open_sink(run: RunInfo, config: LoggingConfig) -> Sink:
 
 
 class Console(Sink):
-    """The order of output. Each console defines how to print a step, an event, a sample and the end."""
+    """Base of both consoles: the order of output. A console defines how to print a step, event, sample and the end."""
 
     def __init__(self, run: RunInfo) -> None:
-        self.run, self.eta, self.dead_experts, self.is_closed = (
-            run,
-            ETA(run.steps),
-            DeadExpertWatch(run.moe_layers),
-            False,
-        )
+        self.run, self.eta, self.is_closed = run, ETA(run.steps), False
+        self.dead_experts = DeadExpertWatch(run.moe_layers)
 
     def write(self, rows: list[dict]) -> None:
         with drop_output_nobody_reads():
@@ -98,7 +94,7 @@ class LiveConsole(Console):
 
         super().__init__(run)
         self.row: dict | None = None
-        self.evaluation: list[str] = []  # first field of the newest one
+        self.evaluation: list[str] = []  # its first field, from the newest row that has one
         self.terminal = Terminal(highlight=False, emoji=False, markup=False)
         self.live = Live(get_renderable=self.render, console=self.terminal, auto_refresh=False)
         with drop_output_nobody_reads():
@@ -180,7 +176,7 @@ class ETA:
 
 
 def closing(summary: dict) -> dict[str, str]:
-    """Return the facts of a finished run by their label, without those that the run did not measure."""
+    """Return the closing summary of a finished run by label, without what the run did not measure."""
     validation = ""
     if summary["val_loss"] is not None:
         fields = [field.removeprefix("val ") for field in console_fields(summary, "validation")]
@@ -203,7 +199,7 @@ def commands(summary: dict) -> list[str]:
 
 
 def aligned(facts: dict[str, str]) -> list[str]:
-    """Return a line per fact, with the texts and their further lines below each other."""
+    """Return the facts as lines in two columns, label and text; further lines of a text stay in its column."""
     width = max(map(len, facts), default=0)
     newline = "\n" + " " * (width + 2)
     return [f"{label:<{width}}  {text}".replace("\n", newline) for label, text in facts.items()]
@@ -216,7 +212,7 @@ def sample_text(sample: dict) -> str:
 
 @contextmanager
 def drop_output_nobody_reads() -> Iterator[None]:
-    """Flush standard output; if its reader is gone, drop the output and train on: metrics.jsonl has every row."""
+    """Flush standard output; if its reader is gone, drop the output and keep training: metrics.jsonl has every row."""
     try:
         yield
         sys.stdout.flush()

@@ -7,24 +7,24 @@ from collections.abc import Sequence
 from training.logging.format import layer_name
 from training.logging.metrics import expert_load
 
-PATIENCE = 200  # steps without tokens before the first line, and least steps between two lines about a layer
+PATIENCE = 200  # steps below the threshold before the first line, and between two lines about a layer at least
 
 
 class DeadExpertWatch:
-    """The load of every MoE layer from row to row, counted anew after a restart."""
+    """A watch over all MoE layers. Its counts start at 0 after a restart."""
 
     def __init__(self, moe_layers: Sequence[int]) -> None:
         self.layers = {layer: LayerWatch(layer) for layer in moe_layers}
 
     def update(self, row: dict) -> list[str]:
-        """Return the lines to print after this row, which follows the row before: at most one per layer."""
+        """Return the lines to print after this row, at most one per layer. The rows of all calls are consecutive."""
         load = expert_load(row, list(self.layers))
         lines = [self.layers[layer].update(load_E) for layer, load_E in load.items()]
         return [line for line in lines if line]
 
 
 class LayerWatch:
-    """One layer. A line is due when experts die, when more of them die and when it has lasted twice as long."""
+    """A watch over one layer. It reports when experts die, when more die, and each time the duration has doubled."""
 
     def __init__(self, layer: int) -> None:
         self.layer = layer

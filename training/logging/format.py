@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-MAX_TOKEN_CHARS = 16  # shown of a token
+MAX_TOKEN_CHARS = 16  # of a token; the rest is cut
 VISIBLE = {" ": "\N{OPEN BOX}", "\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\t": "\N{RIGHTWARDS ARROW TO BAR}"}
 
 
@@ -50,7 +50,7 @@ def layer_name(layer: int) -> str:
 
 
 def without_control_chars(text: str) -> str:
-    """Return the text without characters that a terminal obeys, such as escape sequences: a model may write them."""
+    """Return the text without control characters, which a model may write and a terminal would obey."""
     return "".join(
         c if c == "\n" or c.isprintable() else "    " if c == "\t" else "\N{REPLACEMENT CHARACTER}" for c in text
     )

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def trace_graph(model: nn.Module, *inputs: Any) -> GraphDef:
-    """Return the graph of `model(*inputs)`; weights, modes and random numbers stay as they are.
+    """Return the graph of `model(*inputs)`; leaves the weights and the modules' modes unchanged.
 
     Operations that PyTorch does not dispatch, such as those inside a compiled kernel, are missing.
     """

@@ -39,7 +39,7 @@ class JSONLSink(Sink):
         self.size = self.path.stat().st_size
 
     def write(self, rows: list[dict]) -> None:
-        """Append the rows durably: rows before a checkpoint survive a power cut as the checkpoint does."""
+        """Append the rows and fsync them: the rows before a checkpoint survive a power cut if the checkpoint does."""
         lines = "".join(json.dumps(nan_to_null(row), ensure_ascii=False) + "\n" for row in rows)
         with write_errors_as_user_errors(self.path), self.path.open("ab") as file:
             if file.tell() != self.size:

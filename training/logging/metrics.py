@@ -1,8 +1,8 @@
 """Every metric of a run, in one table: `METRICS`.
 
 A row of metrics.jsonl is a dict of plain data about one update; row k is the state after k updates. This table defines
-the keys of a row, and from it come the tags in TensorBoard and W&B, the fields of the console, the charts and figures
-of the report, the metrics of summary.json and the table in training/README.md, which this module prints:
+the keys of a row, the tags in TensorBoard and W&B, the fields of the console, the charts and figures of the report, and
+the metrics of summary.json. This module prints it for training/README.md:
 
     python -m training.logging.metrics
 
@@ -58,7 +58,7 @@ class Metric:
     figure: Figure | None = None
     chart: Chart | None = None
     in_summary: bool = False  # summary.json repeats the last value
-    of_layer: Callable[[Any], float] | None = None  # the value is a list over MoE layers; the number of an element
+    of_layer: Callable[[Any], float] | None = None  # if the value is a list over MoE layers: an element's number
 
     def value(self, row: dict) -> Any:
         """Return the row's value, None if the row has none."""
@@ -105,12 +105,12 @@ METRICS = [
            "is unknown", "speed/mfu", console=lambda value: f"MFU {share(value):>7}"),
     Metric("memory_gib", "peak memory of the main rank, in GiB", "memory/gib",
            console=lambda value: f"{number(value, '5.1f')} GiB"),
-    Metric("step_s", "seconds per step, the mean since the previous row was fetched", "speed/step_s"),
+    Metric("step_s", "seconds per step, the mean over the rows that were fetched together", "speed/step_s"),
     Metric("time_s", "seconds of training over all restarts, without evaluations and saves"),
     *(Metric(f"time_{phase}", f"seconds per step of this phase: {meaning}", f"time/{phase}")
       for phase, meaning in PHASES.items()),
-    Metric("expert_load", "for each MoE layer, each expert's share of the assignments; the tag has the largest over "
-           f"the mean; also a heat map `{LOAD_IMAGE}` and, in TensorBoard, histograms",
+    Metric("expert_load", "for each MoE layer, each expert's share of the assignments; the tag has the largest share "
+           f"over the mean; also a heat map `{LOAD_IMAGE}` and, in TensorBoard, histograms",
            "router_layers/max_over_mean", "router", of_layer=lambda load_E: max(load_E) * len(load_E),
            chart=Chart("Busiest expert", "its load over the mean, in each MoE layer", spikes=True)),
     Metric("expert_load_max", "load of the busiest expert over the mean load, in the worst layer",
@@ -118,7 +118,7 @@ METRICS = [
            figure=Figure("busiest expert's load over the mean",
                          lambda value, _: f"{number(value, '.2f')} \N{MULTIPLICATION SIGN}")),
     Metric("router_layers.confidence", "`router_confidence` of each MoE layer", "router_layers/confidence", "router",
-           of_layer=float, chart=Chart("Router confidence", "a token's largest score, of all its scores")),
+           of_layer=float, chart=Chart("Router confidence", "a token's largest score as a share of all its scores")),
     Metric("expert_entropy", "entropy of the expert load over that of an even load, 1: even; in the worst layer",
            "router/expert_entropy", "router", in_summary=True, figure=Figure("entropy of the load (1: even)", ".3f"),
            chart=Chart("Evenness", "entropy of the load, 1: even, in the worst MoE layer")),
@@ -128,13 +128,13 @@ METRICS = [
            chart=Chart("Dead experts", "in all MoE layers", zero=True, hide_zeros=True)),
     Metric("router_confidence", "a token's largest score as a share of all its scores, mean over tokens and layers",
            "router/confidence", "router",
-           figure=Figure("largest score of a token, of all its scores", lambda value, _: share(value))),
+           figure=Figure("largest score's share of a token's scores", lambda value, _: share(value))),
     Metric("router_bias_range", "largest minus smallest selection bias, in the worst layer", "router/bias_range",
            "router", figure=Figure("range of the selection bias", ".3f", hide_zeros=True),
            chart=Chart("Selection bias", "largest minus smallest, in the worst MoE layer", zero=True, hide_zeros=True)),
     Metric("dropped_share", "share of the assignments beyond the experts' capacity; 0 without `capacity_factor`",
            "router/dropped_share", "router",
-           figure=Figure("of the assignments dropped", lambda value, _: share(value), hide_zeros=True),
+           figure=Figure("share of assignments dropped", lambda value, _: share(value), hide_zeros=True),
            chart=Chart("Dropped", "share of the assignments to experts", zero=True, hide_zeros=True)),
     Metric("router_z_loss", "logsumexp(logits)^2, mean over tokens and layers", "router/z_loss", "router",
            chart=Chart("Router z-loss", "mean over the MoE layers", spikes=True, zero=True)),

@@ -2,11 +2,11 @@
 
 The loop calls `enter(phase)` where one phase ends and the next begins. On CUDA that records an event in the device's
 queue, which is read when rows are fetched: nothing waits inside a step, and a phase lasts as long as it keeps the
-device busy. Reading a batch while the device still computes costs nothing; a batch that the device waits for is `data`.
+device busy. Reading a batch while the device still computes costs nothing; if the device waits for it, that is `data`.
 Elsewhere the host's clock counts. Collectives inside forward and backward (FSDP2, tokens to experts on other ranks)
 overlap with them and count as `compute`; `communication` is all other waiting for ranks.
 
-The main rank's timer is written. Its sums cover all restarts of the run.
+Logs and checkpoints have the main rank's times. Their sums cover all restarts of the run.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class PhaseTimer:
         self.on_cuda = device.type == "cuda"
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self._since_row = dict.fromkeys(PHASES, 0.0)
-        self._created, self._phase, self._carried = time.perf_counter(), "start", 0.0
+        self._created, self._phase, self._since_row_at_load = time.perf_counter(), "start", 0.0
         self._marks: list[tuple[str, float | torch.cuda.Event]] = [("start", self._now())]  # (phase, its beginning)
 
     def set_start(self, start: float) -> None:
-        """Count the time since this value of `time.perf_counter`, before the timer existed, as start-up."""
+        """Count the time from `start`, a value of `time.perf_counter`, to the timer's creation as start-up."""
         self._add("start", self._created - start)
 
     def finish_startup(self) -> None:
@@ -59,7 +59,7 @@ class PhaseTimer:
     def row_times(self, n_steps: int) -> dict[str, float]:
         """Return a row's `time_data`, ...: seconds per step of each phase over the `n_steps` since the last call.
 
-        They add up to the time that passed: the evaluation and the save that follow a row are in the next one.
+        They add up to the time that passed: an evaluation or save after a row counts in the next row.
         """
         self.flush()
         elapsed, self._since_row = self._since_row, dict.fromkeys(PHASES, 0.0)
@@ -85,17 +85,17 @@ class PhaseTimer:
         for phase in PHASES:
             self.seconds[phase] += state.get("seconds", {}).get(phase, 0.0)
             self._since_row[phase] += state.get("since_row", {}).get(phase, 0.0)
-        self._carried = sum(state.get("since_row", {}).values())
+        self._since_row_at_load = sum(state.get("since_row", {}).values())
 
     def add_lost_time(self, rows: Iterable[dict], step: int) -> None:
         """Count the time of the rows past `step`, which are about to be removed, as `redone`.
 
-        Call it after `load_state_dict`. The rows include what an earlier kill cost: the first row after that kill has
+        Call it after `load_state_dict`. Time lost to an earlier kill is included: the first row after that kill has
         it as `time_redone`.
         """
         lost = sum(phases.phase_seconds(row for row in rows if row["step"] > step).values())
-        if lost:  # the first of these rows repeats what the checkpoint has as `since_row`
-            self._add("redone", max(0.0, lost - self._carried))
+        if lost:  # the first of these rows contains the checkpoint's `since_row`, which counts already
+            self._add("redone", max(0.0, lost - self._since_row_at_load))
 
     def _add(self, phase: str, seconds: float) -> None:
         self.seconds[phase] += seconds

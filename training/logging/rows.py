@@ -36,13 +36,13 @@ class RunLog:
     _clock: float = 0.0
 
     def start_clock(self) -> None:
-        """Count the time from now on as training: at the first step, and after evaluations and saves."""
+        """Count the time from now on as training. Call it before the first step, and after evaluations and saves."""
         self._clock = time.perf_counter()
 
     def add(self, step: int, metrics: dict[str, Tensor], n_targets: int, n_skipped: int) -> None:
         """Keep the metrics of an update on the device; `step` counts from 1.
 
-        A metric under a key of METRICS goes to the row as it is; `step_metrics` makes the row's values of the others.
+        A metric with a key of METRICS goes to the row unchanged; `step_metrics` turns the others into values.
         """
         self.timer.finish_startup()
         self._pending.append((step, metrics, n_targets, n_skipped))

@@ -16,8 +16,8 @@ from training.files import write_atomically
 if TYPE_CHECKING:
     import torch
 
-# Modules of this folder, and whether the options ask for their sink. Each has `open_sink(run, config) -> Sink`.
-# metrics.jsonl comes first: it decides what was logged. The console comes last: it prints once all others are open.
+# Modules of this folder, and if the options enable their sink. Each has `open_sink(run, config) -> Sink`.
+# metrics.jsonl comes first: it is the log of record. The console comes last: it prints once all others are open.
 SINKS: dict[str, Callable[[LoggingConfig], bool]] = {
     "jsonl": lambda _: True,
     "tensorboard": lambda config: config.tensorboard,

@@ -26,7 +26,7 @@ from training.logging.sinks import RunInfo, Sink
 if TYPE_CHECKING:
     import torch
 
-LOAD_BINS = [0.0, *np.geomspace(1e-4, 1.1, 99)]  # of an expert's share of the assignments, each 10 % wider
+LOAD_BINS = [0.0, *np.geomspace(1e-4, 1.1, 99)]  # edges, of an expert's share; each is 10 % above the last
 
 
 def open_sink(run: RunInfo, config: LoggingConfig) -> Sink:
@@ -74,7 +74,7 @@ class TensorBoardSink(Sink):
     def close(self, summary: dict | None) -> None:
         if summary is not None and not self.file.closed:
             self._write(Event(summary=self.end))
-        with suppress(OSError):  # every event was flushed; a full disk refuses only what it refused before
+        with suppress(OSError):  # all events were flushed, or `_write` has raised already
             self.file.close()
 
     def _write(self, *events: Event) -> None:

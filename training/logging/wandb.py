@@ -1,4 +1,4 @@
-"""Weights & Biases, if `logging.wandb` is set. Its local process sends; training never waits for the network."""
+"""Weights & Biases, if `logging.wandb` is set. Its own process sends the rows: training never waits for the network."""
 
 from __future__ import annotations
 
@@ -95,9 +95,9 @@ def _init(wandb: Any, config: WandbConfig, run: RunInfo, **options: Any) -> Any:
             "or pass --logging.wandb.mode offline"
         ) from error
     except wandb.errors.CommError as error:
-        reason, kept = str(error).splitlines()[0], run.dir / "wandb"
+        reason, folder = str(error).splitlines()[0], run.dir / "wandb"
         print(
-            f"Weights & Biases does not answer ({reason}); logging offline to {kept}, upload it with `wandb sync`",
+            f"Weights & Biases does not answer ({reason}); logging offline to {folder}, upload it with `wandb sync`",
             file=sys.stderr,
         )
         wandb.teardown()  # its process still holds the run's id

@@ -1,1 +1,1 @@
-"""What a run will need, computed before it starts: memory, time, disk."""
+"""Estimates of a run's memory, time and disk space, computed before it starts."""

@@ -1,4 +1,4 @@
-"""How a step's samples are split over ranks and micro-batches."""
+"""Splitting of a step's samples over ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 from training.config import Config
 
-HEADROOM = 0.9  # share of the memory that a step may use; fragments and other programs need the rest
+HEADROOM = 0.9  # share of the memory that a step may use; fragmentation and other programs need the rest
 CPU_TOKENS = 8192  # per micro-batch on a CPU: more is slower (docs/log.md) and takes memory from other programs
 
 

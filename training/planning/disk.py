@@ -16,14 +16,14 @@ def checkpoint_bytes(stats: ModelStats, config: Config) -> int:
 
 
 def n_checkpoints(config: Config) -> int:
-    """Return the largest number of checkpoints on disk at a time: while one is written."""
+    """Return the largest number of checkpoints on disk at once, which is reached while one is written."""
     return config.checkpoint.keep + config.checkpoint.keep_best + 1
 
 
 def disk_shortage(stats: ModelStats, config: Config, *, fresh: bool = False) -> str | None:
     """Return an error line if checkpoints and the final model do not fit on the disk, else None.
 
-    The run will replace existing checkpoints, unless it is `fresh`: then the old run is moved aside and keeps them.
+    A resumed run replaces its checkpoints: their space counts as free. A `fresh` run moves them aside and keeps them.
     """
     folder = (config.run_dir / "checkpoints").absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())

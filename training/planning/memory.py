@@ -3,12 +3,12 @@
     estimate(config, micro_batch=8, world_size=4, device_type="cuda").total   # bytes at the peak
 
 The real model and the real optimizer take two steps on fake tensors, which have shapes but no numbers. `StorageTracker`
-counts every storage from its creation to its end; the peak is the moment with the most bytes. One process cannot show
-everything, so mesh shares are scaled, weights gathered by FSDP2 come from a formula, and a stand-in for the exchange
-between ranks creates the rows that arrive from other ranks.
+counts every storage from its creation to its end; the peak is the moment with the most bytes. For other ranks, sharded
+tensors count by their share, a formula gives the weights that FSDP2 gathers, and a stand-in for the all-to-all creates
+the rows that arrive.
 
-Fake tensors are CPU tensors, because autograd rejects CUDA ones on a machine without a GPU. So attention counts as the
-CPU's flash kernel (for a GPU without masks), which keeps the same tensors for backward as the GPU's. Workspaces of
+Fake tensors are CPU tensors, because autograd rejects CUDA ones on a machine without a GPU. So attention runs the CPU's
+flash kernel, which keeps the same tensors for backward as the GPU's; for a GPU it runs without masks. Workspaces of
 libraries are not counted.
 """
 
@@ -44,8 +44,8 @@ from training.planning.batch_split import max_samples_per_rank
 from training.planning.storage_tracker import StorageTracker
 
 PROCESS_BYTES = 430 * 2**20  # Python, torch and other libraries: resident size of a run with a tiny model on a CPU
-# glibc keeps freed memory (`device.keep_freed_memory`) in pieces that the next tensor may not fit. This share of
-# activations and logits is fitted to the runs of benchmarks/plan_memory.py.
+# glibc keeps freed memory (`device.keep_freed_memory`), in pieces that may be too small for the next tensor. `estimate`
+# adds this share of activations and logits; it is fitted to the runs of benchmarks/plan_memory.py.
 FRAGMENTATION = 0.5
 
 
@@ -58,9 +58,9 @@ class MemoryEstimate(NamedTuple):
     optimizer: int  # its state, and temporary tensors of its step
     activations: int  # kept for backward, and temporary tensors of a layer
     logits: int  # of a chunk of tokens, and the gradients of the head
-    routing: int  # additional activations if all tokens of all ranks go to this rank's experts
+    routing: int  # additional activations if all tokens of the expert group go to this rank's experts
     fragmentation: int  # of the C library; 0 on a GPU
-    save_copy: int  # that checkpoints are written from; 0 on a GPU, where it is in host memory
+    save_copy: int  # the copy that a checkpoint is written from; 0 on a GPU, where it is in host memory
     process: int  # interpreter and libraries; 0 on a GPU
     in_step: bool  # True: the peak is in the optimizer step; False: in forward and backward
 
@@ -70,7 +70,7 @@ class MemoryEstimate(NamedTuple):
 
     @property
     def total(self) -> int:
-        """The bytes of all purposes together."""
+        """Bytes of all purposes together."""
         return sum(self[:-1])
 
 
@@ -107,17 +107,17 @@ def largest_micro_batch(config: Config, limit: float, world_size: int = 1, devic
         return estimate(config, n_samples, world_size, device_type).total
 
     fits, too_large = 1, max_samples_per_rank(config, world_size)
-    if (most := needed(too_large)) <= limit:
+    if (upper_bytes := needed(too_large)) <= limit:
         return too_large
-    if too_large == 1 or (least := needed(1)) > limit:
+    if too_large == 1 or (lower_bytes := needed(1)) > limit:
         return 0
     while too_large - fits > 1:  # interpolate: memory is almost linear in the samples
-        n = fits + int((too_large - fits) * (limit - least) / (most - least))
+        n = fits + int((too_large - fits) * (limit - lower_bytes) / (upper_bytes - lower_bytes))
         n = min(max(n, fits + 1), too_large - 1)
         if (n_bytes := needed(n)) <= limit:
-            fits, least = n, n_bytes
+            fits, lower_bytes = n, n_bytes
         else:
-            too_large, most = n, n_bytes
+            too_large, upper_bytes = n, n_bytes
     return fits
 
 
@@ -131,7 +131,7 @@ def _peak(
         step.create_gradients()
         step.optimizer_step()  # creates the optimizer state
         tracker.peak.clear()
-        if per_rank > micro_batch:  # gradients of the micro-batches before
+        if per_rank > micro_batch:  # gradients of earlier micro-batches
             step.create_gradients()
         step.forward_backward(min(micro_batch, per_rank))
         before = tracker.peak.copy()
@@ -141,9 +141,9 @@ def _peak(
 
 @contextmanager
 def _without_cpu_paths(device_type: str) -> Iterator[None]:
-    """For a device other than a CPU, disable code paths that kernels take for CPU tensors, as fake tensors are.
+    """Disable the kernels' CPU code paths if the device is not a CPU, because fake tensors are CPU tensors.
 
-    Replaces constants of their modules: arguments would pass through every layer for the sake of this estimate.
+    Replaces constants of the kernels' modules, so that no layer needs an argument for this estimate.
     """
     before = loss.CHUNK_BYTES, sdpa.FP32_MAX_KEYS, layers.RMSNORM_CPU_DTYPES
     if device_type != "cpu":
@@ -155,7 +155,7 @@ def _without_cpu_paths(device_type: str) -> Iterator[None]:
 
 
 class _FakeStep:
-    """A training step of one rank on fake tensors, each of which is counted by its share on this rank."""
+    """A training step of one rank on fake tensors. Sharded tensors count by this rank's share."""
 
     def __init__(
         self, config: Config, mesh: MeshShape, is_replicated: bool, device_type: str, worst_routing: bool, tracker
@@ -183,7 +183,7 @@ class _FakeStep:
         self.tracker.count(parameter.grad, "gradients", self.shares[parameter])
 
     def create_gradients(self) -> None:
-        """Create the gradients that a backward leaves."""
+        """Create the gradients that a backward pass leaves behind."""
         for parameter in self.shares:
             parameter.grad = torch.empty_like(parameter)
             self._count_gradient(parameter)
@@ -236,10 +236,10 @@ def _share(name: str, mesh: MeshShape) -> float:
 
 
 def _gathered_bytes(model: GPT, mesh: MeshShape, dtype: torch.dtype) -> int:
-    """Return the bytes of weights and gradients that FSDP2 has gathered at a time.
+    """Return the bytes of unsharded weights and gradients that FSDP2 holds at once.
 
-    Embeddings, head and last norm: float32, from forward to backward. Blocks: the current and the next one's weights
-    and one's gradients in the compute dtype, and two blocks' gradients in float32 on their way to their ranks.
+    Embeddings, head and last norm: float32, from forward to backward. Blocks: the weights of two and the gradients of
+    one in the compute dtype, and the gradients of two in float32, during their reduce-scatter.
     """
     if mesh.shard == 1:
         return 0
@@ -261,7 +261,7 @@ def _split_experts(experts: Experts, n_ranks: int, n_senders: int) -> None:
         y_SC = compute(x_SC, expert_S1, weight_NK.new_ones(len(x_SC), 1), sort_by_expert(expert_S1, len(experts.up)))
         return unpermute(_Exchange.apply(y_SC, len(x_RC)), weight_NK, dispatch)
 
-    experts.forward = forward  # as expert parallelism does it, so that the router's code is the same
+    experts.forward = forward  # as expert parallelism does, so that the router runs unchanged
 
 
 class _Exchange(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The plan of a run: what it will need, computed from its options, as lines of text."""
+"""The plan of a run: its needs, computed from its options, as lines of text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from training.planning.memory import MemoryEstimate, estimate, largest_micro_bat
 DEFAULT_MFU = 0.4
 NO_BF16 = {"V100", "T4"}  # no bf16 matrix units
 MAX_EPOCHS = 4  # up to here repeated text is nearly as good as new text (arXiv:2305.16264)
-# About 20 is best for a given amount of compute (arXiv:2203.15556); up to 500 is usual for models that are used much.
+# About 20 is best for a given amount of compute (arXiv:2203.15556); up to 500 is usual for models that serve a lot.
 TOKENS_PER_PARAMETER = (5, 500)
 VOCAB_SIZES = {  # of tokenizers known by name, with the end-of-text token
     "gpt2": 50257,
@@ -115,7 +115,7 @@ def find_prepared_data(config: Config) -> Manifest | None:
 
 
 def _vocab_size(config: Config, manifest: Manifest | None) -> int:
-    """Return the rows of the embedding for `vocab_size: null`. Raises UserError if the tokenizer does not tell."""
+    """Return the rows of the embedding for `vocab_size: null`. Raises UserError if the tokenizer's size is unknown."""
     tokenizer = config.data.tokenizer
     if manifest is not None:
         size = manifest.vocab_size
@@ -125,8 +125,8 @@ def _vocab_size(config: Config, manifest: Manifest | None) -> int:
         size = tokenizer.vocab_size if tokenizer.type == "bpe" else VOCAB_SIZES.get(tokenizer.name)
     if size is None:
         raise UserError(
-            f"model.vocab_size: unknown, as the data are not prepared; give --model.vocab_size, or first "
-            f"python -m training.prepare, which loads the tokenizer {tokenizer.name}"
+            f"model.vocab_size: unknown until the tokenizer {tokenizer.name} is loaded: run python -m training.prepare "
+            "first, or set --model.vocab_size"
         )
     return -(-size // 64) * 64
 
@@ -196,14 +196,14 @@ def _data(plan: RunPlan) -> str:
 
 
 def epochs(plan: RunPlan) -> float:
-    """Return how often the run reads its text; with weighted sources, the source that is read most."""
+    """Return the number of epochs; with weighted sources, of the source that is read most."""
     streams = [record.n_tokens for record in plan.manifest.streams if record.split == "train"]
     weights = [source.weight or 1.0 for source in plan.config.data.sources] if len(streams) > 1 else [1.0]
     return max(plan.n_tokens * weight / sum(weights) / n for n, weight in zip(streams, weights, strict=True))
 
 
 def _time(plan: RunPlan, mfu: float | None, measured: float | None) -> str:
-    """Return the duration and how it was computed. Raises UserError for an `mfu` of a device with an unknown peak."""
+    """Return the duration and how it was computed. Raises UserError if `mfu` is set and the device's peak unknown."""
     if mfu is None and measured:
         return f"{duration_text(plan.n_tokens / measured)}, at {measured:,.0f} tokens/s as this run was measured here"
     peak = plan.device.peak_flops if plan.config.precision != "fp32" else None
@@ -264,7 +264,8 @@ def warnings(plan: RunPlan) -> Iterator[str]:
     ratio = plan.n_tokens / plan.stats.n_active_parameters
     low, high = TOKENS_PER_PARAMETER
     if not low <= ratio <= high:
-        change = "a smaller model, or more steps," if ratio < low else "a larger model"
-        yield f"{_rounded(ratio)} tokens per parameter; about 20 are best: {change} learns more in that time"
+        size, remedy = ("smaller", "; or raise steps") if ratio < low else ("larger", "")
+        per_parameter = f"{_rounded(ratio)} tokens per parameter; about 20 are best"
+        yield f"{per_parameter}: a {size} model learns more in that time{remedy}"
     if problem := disk_shortage(plan.stats, config):
         yield problem

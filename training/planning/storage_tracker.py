@@ -1,4 +1,4 @@
-"""Counting of the memory that tensors hold, real or fake."""
+"""Counting of the memory that real or fake tensors hold."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ class StorageTracker(TorchDispatchMode):
         self.now[storage.kind] -= storage.n_bytes
 
     def _kind_and_share(self, func: Any, args: tuple) -> tuple[str, float]:
-        """Return kind and share of an operation's result. A result of weights alone is a cast of them.
+        """Return (kind, share) for an operation's result. If all its inputs are weights, the result is a cast of them.
 
-        FSDP2 gathers a block's weights in the compute dtype, so there the cast itself takes no memory.
+        Under FSDP2 a cast of weights takes no memory of its own: it gathers them in the compute dtype.
         """
         if self.kind != "activations":
             return self.kind, 1.0

@@ -21,12 +21,12 @@ from training.files import atomic_folder
 from training.model import GPT
 from training.weights import hf
 
-MAX_TOKENS = 2048  # compared, if a window is wider
+MAX_TOKENS = 2048  # upper limit of the comparison, if a window is wider
 TOLERANCE = 1e-4  # of logits, relative to the largest one if that is above 1
 
 
 class OpenedExport(NamedTuple):
-    """An export, as a new process computed it."""
+    """The result of opening an export in a new process."""
 
     class_name: str  # in Transformers
     version: str  # of Transformers
@@ -67,20 +67,20 @@ def check_export(folder: Path, model: GPT, n_vocab: int) -> OpenedExport:
         probe = Path(scratch, "probe")
         save_file({"tokens": tokens_BT, "prompt": prompt_1T.clone(), "n_new": torch.tensor(n_new)}, probe)
         _open(folder, probe, Path(scratch, "modules"))
-        answer = load_file(f"{probe}.answer")
-        with safe_open(f"{probe}.answer", framework="pt") as file:
-            opened = file.metadata()
-    if answer["logits"].shape != logits_BTV.shape:
-        raise UserError(f"the export gives logits {tuple(answer['logits'].shape)}, not {tuple(logits_BTV.shape)}")
-    difference = float((answer["logits"] - logits_BTV).abs().max())
+        outputs = load_file(f"{probe}.outputs")
+        with safe_open(f"{probe}.outputs", framework="pt") as file:
+            metadata = file.metadata()
+    if outputs["logits"].shape != logits_BTV.shape:
+        raise UserError(f"the export gives logits {tuple(outputs['logits'].shape)}, not {tuple(logits_BTV.shape)}")
+    difference = float((outputs["logits"] - logits_BTV).abs().max())
     differs = "the export is not the trained model: {}; nothing was written"
     if not difference <= TOLERANCE * max(1.0, float(logits_BTV.abs().max())):
         raise UserError(differs.format(f"logits differ by {difference:.1e}"))
-    if answer["continuation"].tolist() != continuation:
+    if outputs["continuation"].tolist() != continuation:
         raise UserError(differs.format("its greedy continuation differs"))
-    if int(opened["n_vocab"]) != n_vocab:
-        raise UserError(differs.format(f"its tokenizer has {opened['n_vocab']} tokens, not {n_vocab}"))
-    return OpenedExport(opened["model"], opened["version"], difference, n_new)
+    if int(metadata["n_vocab"]) != n_vocab:
+        raise UserError(differs.format(f"its tokenizer has {metadata['n_vocab']} tokens, not {n_vocab}"))
+    return OpenedExport(metadata["model"], metadata["version"], difference, n_new)
 
 
 def greedy(model: GPT, prompt_1T: Tensor, n_new: int, n_vocab: int) -> list[int]:

@@ -1,8 +1,8 @@
 """The model that `init_from` names: the sizes and the weights that a run starts from.
 
-The folder's model is taken as it is. Options of the `model` section may repeat it. They may differ in what leaves it
-the same model at first: a shorter context, more rows for the vocabulary, packing of documents, balancing of experts,
-and experts in place of a dense layer (`upcycle.py`). A run that has started no longer needs the folder.
+Options of the `model` section may repeat the folder's. They may differ only if the model still computes the same at the
+start: a shorter context, more rows for the vocabulary, packing of documents, balancing of experts, and experts in place
+of a dense layer (`upcycle.py`). A run that has started no longer needs the folder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from training.distributed.parallelize import ShardedModel
     from training.distributed.world import World
 
-# Upcycling is compared on at most this many samples, tokens in all, and tokens of a sample: float64 scores need memory.
+# Limits for checking an upcycled model: samples, tokens in all, tokens of a sample (float64 scores need memory).
 MAX_SAMPLES, MAX_TOKENS, MAX_LENGTH = 16, 4096, 2048
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -39,19 +39,19 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 def resolve_init_from(config: Config, *, fresh: bool = False) -> Config:
     """Return the options with the `model` section of `init_from`; unchanged without `init_from`.
 
-    Reads only config.json of the folder, and nothing if the run has already started, unless `fresh` (start over).
+    Reads only config.json of the folder; if the run has started and is not `fresh` (start over), its own config.yaml.
     Raises UserError for a folder that cannot be read and for options that contradict it.
     """
     if config.init_from is None:
         return config
-    started = None if fresh else _model_of_run(config)
-    if started is None:
+    run_model = None if fresh else _model_of_run(config)
+    if run_model is None:
         _, theirs = hf.read_config(_folder(config, ["*.json"]))
         model = _merge(config.model, theirs, config.init_from)
         if config.upcycle_noise is not None and not upcycle.upcycled_layers(theirs, model):
             raise UserError(f"upcycle_noise: no layer that is dense in {config.init_from} becomes experts")
     else:
-        model = _merge(config.model, started, f"{config.run_dir}")
+        model = _merge(config.model, run_model, f"{config.run_dir}")
     try:
         return Config.model_validate(config.model_dump() | {"model": model.model_dump()})
     except ValidationError as error:
@@ -78,7 +78,7 @@ def load_weights(sharded: ShardedModel, config: Config, dataset: Dataset, world:
 def load_pretrained(config: Config) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Return the model of `init_from` with the sizes of `config.model`: its configuration and its float32 weights.
 
-    Rows beyond the folder's vocabulary are the mean of its rows: new tokens start as likely as any.
+    Rows beyond the folder's vocabulary are the mean of its rows: new tokens start with the mean logit.
     """
     folder = _folder(config, ["*.json", "*.safetensors"])
     architecture, theirs = hf.read_config(folder)
@@ -135,12 +135,12 @@ def _samples(config: Config, dataset: Dataset, device: torch.device) -> Iterator
 
 
 def _model_of_run(config: Config) -> ModelConfig | None:
-    """Return the model of the run that the folder holds, if it started from the same `init_from`."""
+    """Return the model of the run in `config.run_dir`, None if there is none or it has another `init_from`."""
     file = config.run_dir / "config.yaml"
     if not file.is_file():
         return None
-    started = cli.load_config(file)
-    return started.model if started.init_from == config.init_from else None
+    saved = cli.load_config(file)
+    return saved.model if saved.init_from == config.init_from else None
 
 
 def _folder(config: Config, patterns: list[str]) -> Path:
@@ -173,7 +173,7 @@ def _folder(config: Config, patterns: list[str]) -> Path:
 
 
 def _merge(ours: ModelConfig, theirs: ModelConfig, where: str) -> ModelConfig:
-    """Return their model with those of our options that may differ. Raises UserError for the others."""
+    """Return their model with our options where they may differ. Raises UserError for other differences."""
     changes: dict[str, Any] = {}
     for name in sorted(ours.model_fields_set - {"blocks"}):
         value, known = getattr(ours, name), getattr(theirs, name)
@@ -194,17 +194,18 @@ def _merge_blocks(ours: ModelConfig, theirs: ModelConfig, where: str) -> Iterato
     configs = (ours, ours.with_explicit_sizes(), theirs, theirs.with_explicit_sizes())
     layers = zip(*(config.layers() for config in configs), strict=True)
     free = BALANCING | (set() if theirs.position == "rope" else {"rope"})
-    for i, (given, explicit, block, known) in enumerate(layers):
+    for i, (block, explicit, known_block, known) in enumerate(layers):
         is_upcycled = (explicit.ffn.type, known.ffn.type) == ("moe", "mlp")
-        for part in sorted(given.model_fields_set & ({"mixer"} if is_upcycled else {"mixer", "ffn"})):
-            for name in ("type", *sorted(getattr(given, part).model_fields_set - free)):
+        for part in sorted(block.model_fields_set & ({"mixer"} if is_upcycled else {"mixer", "ffn"})):
+            for name in ("type", *sorted(getattr(block, part).model_fields_set - free)):
                 value, other = (getattr(getattr(layer, part), name) for layer in (explicit, known))
                 if value != other:
                     raise UserError(
                         f"model.blocks: {part}.{name} of layer {i} is {value}, but {where} has {other}; leave it out"
                     )
         if is_upcycled:
-            ffn = upcycle.resolve_experts(given.ffn, known.ffn, theirs.n_embd, i, where).model_dump()
+            ffn = upcycle.resolve_experts(block.ffn, known.ffn, theirs.n_embd, i, where).model_dump()
         else:
-            ffn = block.ffn.model_dump() | {n: getattr(given.ffn, n) for n in given.ffn.model_fields_set & BALANCING}
-        yield {"mixer": block.mixer.model_dump(), "ffn": ffn}
+            balancing = {name: getattr(block.ffn, name) for name in block.ffn.model_fields_set & BALANCING}
+            ffn = known_block.ffn.model_dump() | balancing
+        yield {"mixer": known_block.mixer.model_dump(), "ffn": ffn}

@@ -1,11 +1,10 @@
 """Upcycling: a dense model's feed-forward layers as experts that together compute the same (arXiv:2212.05055).
 
-A dense layer's F hidden channels are split into S + G shards of an expert's width, F = (S + G) h. The S shared experts
-hold the first shards; expert e holds shard e mod G of the others. G neighboring experts are a virtual group
-(arXiv:2410.07524): their rows of the router are equal, so a token picks whole groups, and each group holds every shard.
-The weights of a group's members then are equal, and those of all K experts of a token sum to route_scale, so each
-shard's weights sum to route_scale / G: `down` is multiplied by G / route_scale. With G = 1 and nothing shared every
-expert is a copy.
+A dense layer's F hidden channels are split into S + G shards of an expert's width h: F = (S + G) h. The S shared
+experts hold the first S shards; expert e holds shard e mod G of the other G. Each G neighboring experts are a virtual
+group (arXiv:2410.07524), which holds these G shards. Their router rows are equal, so a token picks whole groups and
+weights the members of a group equally. A token's K weights sum to route_scale, so those of each shard sum to
+route_scale / G; multiplying `down` by G / route_scale compensates. With G = 1 and S = 0, every expert is a copy.
 
 Shapes: C channels, F and h hidden channels of the dense layer and of an expert, E experts, K experts per token,
 G experts per group, T tokens, V vocabulary.
@@ -29,7 +28,7 @@ from training.model import GPT
 from training.model.layers import normal_from_key
 
 MAX_LOGIT_CHANGE = 1e-4  # rounding changes a logit by less
-MAX_TIED_SHARE = 1e-3  # of the tokens; chance ties thousands of times fewer
+MAX_TIED_SHARE = 1e-3  # of the tokens; by chance about one in a million ties
 
 
 class Change(NamedTuple):
@@ -38,7 +37,7 @@ class Change(NamedTuple):
     loss_before: float  # nats per token
     loss_after: float
     max_logit_change: float
-    n_tied: int  # tokens that got parts of groups; the logits from there to the sample's end are not compared
+    n_tied: int  # tokens that got a part of a group; their and later logits of the sample are not compared
     n_tokens: int
 
     @property
@@ -55,7 +54,7 @@ class Change(NamedTuple):
 
 
 def resolve_experts(moe: MoEConfig, dense: MLPConfig, n_embd: int, layer: int, where: str) -> MoEConfig:
-    """Return the layer of experts with the options it leaves out taken from the dense layer of `where`.
+    """Return `moe` with the activation of the dense layer; `where` names the dense model in errors.
 
     Raises UserError if such experts cannot compute what the dense layer computes.
     """
@@ -68,7 +67,7 @@ def resolve_experts(moe: MoEConfig, dense: MLPConfig, n_embd: int, layer: int, w
         if option in moe.model_fields_set and ours != theirs:
             raise error(option, f"is {ours}, but {where} has {theirs}; leave it out")
     if not moe.renormalize:
-        raise error("renormalize", f"is false; upcycling {where} needs true, or a token's weights have any sum")
+        raise error("renormalize", f"is false; upcycling {where} needs true, as weights must have a fixed sum")
     hidden, n_shared, width = moe.hidden or 4 * n_embd, moe.n_shared, dense.hidden or 4 * n_embd
     common = gcd(moe.n_experts, moe.top_k)
     n_shards = [n_shared + group for group in range(1, common + 1) if common % group == 0]
@@ -131,7 +130,7 @@ def _split(layer: dict[str, Tensor], moe: MoEConfig, n_routed: int) -> Iterator[
     for name, tensor in layer.items():
         matrix, kind = name.split(".")
         if name == "down.bias":
-            # One shared expert holds it; without shared ones, it counts as often as the weights' sum.
+            # The shared layer adds it once. Without one, a token's experts add it with weights that sum to route_scale.
             shared, expert_C = tensor, torch.zeros_like(tensor) if n_shared else tensor / moe.route_scale
             experts = expert_C.expand(moe.n_experts, -1)
         elif matrix == "down":  # (C, F)
@@ -171,13 +170,13 @@ def compare(dense: GPT, upcycled: GPT, samples: Sequence[Batch]) -> Change:
     layers = upcycled_layers(dense.config, upcycled.config)
     for sample in samples:
         targets_1T = sample.targets_BT
-        with _record_choices(upcycled, layers) as chosen:
+        with _record_experts(upcycled, layers) as topk_ids:
             logits = [model.logits(sample.tokens_BT, documents=sample.documents)[0] for model in (dense, upcycled)]
         for i, logits_TV in enumerate(logits):
             sums[i] += F.cross_entropy(logits_TV, targets_1T[0], ignore_index=-1, reduction="sum").item()
         tied_T = torch.zeros_like(targets_1T[0], dtype=torch.bool)
         for i, (_, n_routed) in layers.items():
-            group_TKG = (chosen[i].sort(dim=1).values // n_routed).unflatten(1, (-1, n_routed))
+            group_TKG = (topk_ids[i].sort(dim=1).values // n_routed).unflatten(1, (-1, n_routed))
             tied_T |= (group_TKG != group_TKG[..., :1]).flatten(1).any(1)
         n_compared = int((tied_T.cumsum(0) == 0).sum())
         n_tied, n_tokens = n_tied + int(tied_T.sum()), n_tokens + len(tied_T)
@@ -189,11 +188,11 @@ def compare(dense: GPT, upcycled: GPT, samples: Sequence[Batch]) -> Change:
 
 
 @contextmanager
-def _record_choices(model: GPT, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+def _record_experts(model: GPT, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
     """Record every token's experts (N, K) in these layers, during a forward pass."""
-    chosen: dict[int, Tensor] = {}
+    topk_ids: dict[int, Tensor] = {}
     with ExitStack() as hooks:
         for i in layers:
             experts = model.blocks[i].ffn.experts
-            hooks.enter_context(experts.register_forward_pre_hook(lambda _, args, i=i: chosen.update({i: args[1]})))
-        yield chosen
+            hooks.enter_context(experts.register_forward_pre_hook(lambda _, args, i=i: topk_ids.update({i: args[1]})))
+        yield topk_ids

@@ -1,7 +1,7 @@
-"""Models as folders in Hugging Face's layout, written and read.
+"""Writing and reading of models as folders in Hugging Face's layout.
 
-Each architecture of Transformers is a value (`architecture.py`) with tables of fields and of tensors that are read in
-both directions. A model that none of them expresses keeps our names (`custom.py`).
+Each architecture of Transformers is an object (`architecture.py`) with tables of fields and of tensors, which both
+writing and reading use. A model that fits none of them keeps our names (`custom.py`).
 """
 
 from training.weights.hf.architectures import ARCHITECTURES, READABLE

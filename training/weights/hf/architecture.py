@@ -24,9 +24,9 @@ class Architecture:
 
     mixer: type[MixerConfig] = AttentionConfig  # the attention of every layer
     ffns: tuple[type, ...] = (MLPConfig,)  # kinds of feed-forward layers; the last is in at least one layer
-    prefix: str = ""  # of all tensors' names but the head's; files of the network without a head lack it
-    harmless: re.Pattern[str] = re.compile("(?!)")  # tensors in files that hold no weights
-    # A limit of Transformers' class that config.json does not show, if the model exceeds it.
+    prefix: str = ""  # of every tensor's name but the head's; files saved without a head lack it
+    harmless: re.Pattern[str] = re.compile("(?!)")  # stored tensors that are no weights: ignored
+    # Names a limit of Transformers' class that the model exceeds and config.json does not show; None: there is none.
     limit: Callable[[ModelConfig], str | None] = lambda _config: None
 
     def to_hf(self, config: ModelConfig) -> dict[str, Any]:
@@ -44,13 +44,13 @@ class Architecture:
     def reason_unsupported(
         self, config: ModelConfig, weights: Mapping[str, Tensor] = MappingProxyType({})
     ) -> str | None:
-        """Return the first option, or tensor of `weights`, that cannot be expressed; None: the model is exactly this.
+        """Return the first option, or tensor of `weights`, that cannot be expressed; None: all can.
 
         A model is expressible if its config.json reads back as the same model and its tensors have a place.
         """
         layers = config.layers()
         for i, block in enumerate(layers):
-            # The very type: a kind derived from a known one computes something else.
+            # Not isinstance: a subclass computes something else.
             for part, kinds in (("mixer", (self.mixer,)), ("ffn", self.ffns)):
                 if type(kind := getattr(block, part)) not in kinds:
                     return f"{part}.type of layer {i}: {kind.type}"
@@ -66,9 +66,9 @@ class Architecture:
             return reason
         placed = {ours for name in self.names(config) for ours in name.ours}
         for i, block in enumerate(layers):
-            # `balance` need not say: a run may have started from weights with a selection bias.
             biased = isinstance(block.ffn, MoEConfig) and block.ffn.balance in ("bias", "both")
             if biased and f"blocks.{i}.ffn.selection_bias" not in placed:
                 return f"ffn.balance of layer {i}: {block.ffn.balance} (a selection bias)"
-        lost = (name for name in weights if name not in placed and not name.endswith("ffn.load"))
-        return next((f"values of {name}" for name in lost if weights[name].any()), None)
+        # Whatever `balance` is, a run may have started from weights with a selection bias.
+        unplaced = (name for name in weights if name not in placed and not name.endswith("ffn.load"))
+        return next((f"values of {name}" for name in unplaced if weights[name].any()), None)

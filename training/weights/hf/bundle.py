@@ -1,6 +1,6 @@
 """The Python files of an export: this package's own source of the network, without this package.
 
-An export so computes what was trained, and a mechanism that is added to the network is exported without a line more.
+So an export runs the code that was trained, and a mechanism added to the network needs no code for exports.
 The files are `modeling.py` and all that it imports, directly or through others. `from training.x.y import` becomes
 `from .x_y import`: Transformers copies a folder's files into one package, which has no folders.
 """
@@ -17,8 +17,8 @@ from training.weights.hf.custom import MODELING
 ENTRY = "training.weights.hf.modeling"
 IMPORT = r"(?m)^( *)from (training\.[\w.]+) import"
 
-# Beside its own imports, the modeling file imports all other files: Transformers 4.57 copies only those. In a process
-# that has opened another folder of the same name, it would also use that folder's files.
+# The modeling file imports all other files itself, because Transformers 4.57 copies only what that file imports. It
+# first drops them from sys.modules, where a folder of the same name, opened earlier, may have left its own.
 ALL_FILES = """
 import sys
 
@@ -108,9 +108,9 @@ REPLACED = {
 def modeling_files() -> dict[str, str]:
     """Return the text of each file by its name."""
     texts, modules = {}, [ENTRY]
-    for module in modules:  # which grows meanwhile
+    for module in modules:  # the loop appends to it
         text = texts[module] = _source(module)
-        modules += dict.fromkeys(found for _, found in re.findall(IMPORT, text) if found not in modules)
+        modules += dict.fromkeys(name for _, name in re.findall(IMPORT, text) if name not in modules)
     names = sorted(map(_file_name, texts.keys() - {ENTRY}))
     lists = {
         "names": "".join(f'\n    "{name}",' for name in names) + "\n",
@@ -130,7 +130,7 @@ def _file_name(module: str) -> str:
 
 
 def _source(module: str) -> str:
-    """Return the source of a module, of config.py the options of the network without pydantic's types."""
+    """Return the source of a module; of config.py, only the network's options, without pydantic's types."""
     if module in REPLACED:
         return REPLACED[module]
     text = Path(find_spec(module).origin).read_text(encoding="utf-8")

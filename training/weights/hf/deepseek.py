@@ -1,7 +1,7 @@
 """`dots1`, `glm4_moe` and `deepseek_v3`: DeepSeek-V3's experts under three kinds of attention.
 
-Each expert's score is a sigmoid in float32. A bias is added to it for the choice alone. The weights of the chosen
-experts are optionally divided by their sum + 1e-20, and multiplied by `routed_scaling_factor`. `training/model/moe.py`
+Each expert's score is a sigmoid in float32. A bias is added to it to choose experts, not to weight them. A token's
+weights are optionally divided by their sum + 1e-20, and multiplied by `routed_scaling_factor`. `training/model/moe.py`
 computes the same for one group of experts. The first `first_k_dense_replace` layers are dense.
 
 dots1: grouped queries with QK-norm, a window in some or all layers. glm4_moe: grouped queries, with or without
@@ -60,7 +60,7 @@ def _constants(_config: ModelConfig) -> dict[str, Any]:
 
 
 def _single_expert(config: ModelConfig) -> str | None:
-    """Name a single expert: Transformers sums the two best scores of a group."""
+    """Return the problem if there is one expert: Transformers sums the two best scores of a group."""
     return "n_experts: 1" if any(getattr(block.ffn, "n_experts", 2) == 1 for block in config.blocks) else None
 
 
@@ -72,7 +72,7 @@ def _check_glm4(hf: dict[str, Any]) -> None:
 
 def _check_deepseek(hf: dict[str, Any]) -> None:
     sizes = {field.ours: field.read(hf) for field in LATENT}
-    derived = {  # Transformers computes these, or takes them from the file
+    derived = {  # Transformers computes these, or reads them from the file
         "head_dim": (sizes["rope_dim"],),
         "qk_head_dim": (sizes["head_dim"] + sizes["rope_dim"],),
     }

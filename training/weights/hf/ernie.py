@@ -17,7 +17,7 @@ from training.weights.hf.fields import Field, read
 from training.weights.hf.llama import LlamaLike, PerLayer
 from training.weights.hf.names import Name
 
-# The class's. The chosen experts' share of the softmax is larger, unless a selection bias rules the choice.
+# Transformers' default. A token's scores sum to more, unless a large selection bias picks experts with tiny scores.
 MAX_NORM_MIN = 1e-12
 
 
@@ -27,8 +27,8 @@ def _check(hf: dict[str, Any]) -> None:
 
 
 def _write_experts(layers: list[BlockConfig]) -> dict[str, Any]:
-    there = sorted(set(range(len(layers))) - set(dense_layers(layers)))
-    return {"moe_layer_start_index": there[0], "moe_layer_end_index": there[-1]}
+    moe_layers = sorted(set(range(len(layers))) - set(dense_layers(layers)))
+    return {"moe_layer_start_index": moe_layers[0], "moe_layer_end_index": moe_layers[-1]}
 
 
 def _read_experts(hf: dict[str, Any], n_layer: int) -> list[bool]:
@@ -69,7 +69,7 @@ ERNIE4_5_MOE = LlamaLike(
         "moe_layer_interval": 1,
         "moe_norm_min": 1e-20,
         "num_nextn_predict_layers": 0,
-        "pad_token_id": None,  # or the first token's embedding would get no gradient
+        "pad_token_id": None,  # the class's 0 would keep token 0's embedding from training
     },
     attention=_attention,
     feed_forward=expert_tensors(bias="moe_statics.e_score_correction_bias", bias_index=(None,)),

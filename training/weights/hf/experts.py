@@ -1,4 +1,4 @@
-"""Layers of experts, as the architectures of Transformers have them: which layers, and their tensors."""
+"""Layers of experts in the architectures of Transformers: their indices and their tensors."""
 
 from __future__ import annotations
 

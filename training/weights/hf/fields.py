@@ -1,4 +1,4 @@
-"""Fields of a config.json, by tables that are read in both directions.
+"""Fields of a config.json, in tables that both writing and reading use.
 
 Reading is strict: a value that would change a logit, and that this package does not compute, is an error.
 """
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from training.config import Activation
 from training.errors import UserError
 
-# Names in Transformers' ACT2FN and ours; the first name of each of ours is the one that is written.
+# Names in Transformers' ACT2FN, and ours. If several names mean the same of ours, the first one is written.
 ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -101,6 +101,6 @@ def check_neutral(hf: dict[str, Any], neutral: dict[str, tuple[Any, ...]]) -> No
 
 
 def one_line(error: ValidationError) -> str:
-    """Return pydantic's first finding on one line."""
+    """Return pydantic's first error on one line."""
     detail = error.errors()[0]
     return ": ".join(filter(None, [".".join(map(str, detail["loc"])), detail["msg"]]))

@@ -1,4 +1,4 @@
-"""JSON and safetensors of a model's folder, read; every error names the file."""
+"""Reading of a model's JSON and safetensors files; every error names the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's layers: compared with another's, and as the shortest pattern of blocks."""
+"""Comparison of two models' layers, and the shortest pattern of blocks that describes layers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from training.config import ModelConfig
 
-# Options of training, which no config.json has.
+# Options of training, which no config.json of Transformers has.
 BALANCING = {"balance", "bias_rate", "switch_weight", "z_loss_weight", "jitter", "capacity_factor"}
 
 

@@ -1,7 +1,7 @@
 """Llama and its successors: rotary positions, RMSNorm, gated layers, no biases; here `llama` itself.
 
-An architecture is data: tables of fields, values that are implied, and how its config.json says which layers have a
-window and which have experts.
+An architecture is data: tables of fields, options that config.json implies, and functions for the fields that say which
+layers have a window or experts.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Tensors = Callable[[Any, str, str], list[Name]]  # (a layer's config, prefix of 
 
 
 def weights(theirs: str, ours: str, same: dict[str, str]) -> list[Name]:
-    """Return weights that are equal on both sides."""
+    """Return the table of weights that are equal in both layouts; `same` maps their names to ours."""
     return [Name(f"{theirs}.{a}.weight", (f"{ours}.{b}.weight",)) for a, b in same.items()]
 
 
@@ -76,7 +76,7 @@ class LlamaLike(Architecture):
     defaults: dict[str, Any] = field(default_factory=lambda: DEFAULTS)
     rope_theta: float = 10_000.0  # where the file has none
     neutral: dict[str, tuple[Any, ...]] = field(default_factory=lambda: NEUTRAL)
-    check: Callable[[dict[str, Any]], None] = lambda _hf: None  # raises UserError for what `neutral` cannot say
+    check: Callable[[dict[str, Any]], None] = lambda _hf: None  # raises UserError for what `neutral` cannot express
     attention_fields: tuple[Field, ...] = ATTENTION
     implied_attention: dict[str, Any] = field(default_factory=dict)  # options of every layer's attention
     expert_fields: tuple[Field, ...] = ()
@@ -93,11 +93,11 @@ class LlamaLike(Architecture):
     def to_hf(self, config: ModelConfig) -> dict[str, Any]:
         layers = config.with_explicit_sizes().layers()
         experts = [block.ffn for block in layers if isinstance(block.ffn, MoEConfig)]
-        dense = [block.ffn for block in layers if isinstance(block.ffn, MLPConfig)]
+        mlps = [block.ffn for block in layers if isinstance(block.ffn, MLPConfig)]
         return {
             "architectures": [self.class_name],
             **write_fields(config, MODEL),
-            **write_fields((dense or experts)[0], MLP),
+            **write_fields((mlps or experts)[0], MLP),
             # Transformers 4 reads the first, Transformers 5 the second.
             "rope_theta": config.rope_theta,
             "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
@@ -160,7 +160,7 @@ def read_rope_theta(hf: dict[str, Any], default: float) -> float:
 
 
 def _odd_heads(config: ModelConfig) -> str | None:
-    """Name heads that Transformers 5 refuses, whatever head_dim is."""
+    """Return the problem if Transformers 5 refuses the number of heads, which it does whatever head_dim is."""
     return f"n_head {config.n_head} does not divide n_embd {config.n_embd}" if config.n_embd % config.n_head else None
 
 

@@ -1,4 +1,4 @@
-"""`mixtral`: Llama with experts in every layer, weighted by a softmax over the chosen ones, and optionally a window."""
+"""`mixtral`: Llama with experts in every layer, weighted by a softmax over a token's top-k, and optionally a window."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The network as a model of Transformers: `AutoModelForCausalLM` opens it, `generate` runs it with its cache.
 
-An export carries this file and all that it imports from this package (`bundle.py`). They may need nothing but torch,
-and transformers 4.57 or later.
+An export contains this file and all that it imports from this package (`bundle.py`). These files may import only torch
+and transformers (4.57 or later).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TrainingGPTConfig(PretrainedConfig):
     def __init__(self, **options: Any):
         for name, default in OPTIONS.items():
             setattr(self, name, options.pop(name, default))
-        super().__init__(**{"tie_word_embeddings": False} | options)  # a tied head is no parameter of its own
+        super().__init__(**{"tie_word_embeddings": False} | options)  # a tied head has no parameter to tie
 
 
 class GenerationCache:
@@ -65,7 +65,7 @@ class TrainingGPTForCausalLM(PreTrainedModel, GenerationMixin):
         options = {name: getattr(config, name) for name in OPTIONS}
         self.gpt = GPT(model_config(options), Kernels(experts=PORTABLE))
         if any(block.ffn.type == "moe" for block in self.gpt.config.blocks):
-            self._keep_in_fp32_modules_strict = ["router"]  # routing is float32 in any type
+            self._keep_in_fp32_modules_strict = ["router"]  # routing is float32 in any dtype
         self.post_init()
 
     @classmethod

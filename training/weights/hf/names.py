@@ -1,4 +1,4 @@
-"""Tensors of two layouts, by a table that is read in both directions."""
+"""Translation of tensors between two layouts, by tables that work in both directions."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 class Name(NamedTuple):
-    """One of their tensors, and the ones of ours that it consists of, concatenated along the rows.
+    """One of their tensors, and those of ours that are concatenated along the rows to form it.
 
     `transposed`: theirs is (in, out), like GPT-2's Conv1D. `index`: an index into ours, such as an expert's.
-    `pairs`: (rows of a head, number of its last rows that are rotated) if the two rows that rotary positions turn
-    together are neighbors in theirs; in ours they are half of the rotated rows apart.
+    `pairs`: (rows of a head, rotated rows at its end) if theirs stores the two rows of each rotary pair next to each
+    other. Ours stores them half of the rotated rows apart.
     """
 
     theirs: str
@@ -38,7 +38,7 @@ def to_theirs(names: list[Name], ours: dict[str, Tensor]) -> Iterator[tuple[str,
 
 
 def copy_to_ours(name: Name, ours: dict[str, Tensor], theirs: Tensor) -> None:
-    """Copy one of their tensors into the parts of ours that it consists of."""
+    """Copy one of their tensors into those of ours that form it."""
     parts = name.parts(ours)
     joined = theirs.T if name.transposed else theirs
     joined = joined if name.pairs is None else _regroup(joined, *name.pairs, (-1, 2))
@@ -47,7 +47,7 @@ def copy_to_ours(name: Name, ours: dict[str, Tensor], theirs: Tensor) -> None:
 
 
 def _regroup(rows: Tensor, head: int, n_rotated: int, groups: tuple[int, int]) -> Tensor:
-    """Return the rows with the last `n_rotated` of each head seen as a matrix of `groups`, and transposed."""
+    """Return the rows, with the last `n_rotated` of each head reshaped to `groups` and transposed."""
     fixed, rotated = rows.unflatten(0, (-1, head)).split([head - n_rotated, n_rotated], dim=1)
     rotated = rotated.unflatten(1, groups).transpose(1, 2).flatten(1, 2)
     return torch.cat([fixed, rotated], dim=1).flatten(0, 1)

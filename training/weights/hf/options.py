@@ -1,4 +1,4 @@
-"""A network's options from the dictionary that a config.json holds."""
+"""A network's options, from the dictionary in a config.json."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ OPTIONS: dict[str, Any] = ModelConfig().model_dump(mode="json")
 
 
 def model_config(options: dict[str, Any]) -> ModelConfig:
-    """The options, validated."""
+    """Validate the options."""
     return ModelConfig.model_validate(options)

@@ -1,7 +1,7 @@
 """`qwen3` and `qwen3_moe`: Llama with QK-norm in every layer and, optionally, a sliding window.
 
-A window has our meaning: a token sees itself and `sliding_window` - 1 tokens before it. Qwen3's layers may differ in
-having it; Qwen3-MoE's may not, but may differ in having experts.
+The window means the same as ours: a token sees itself and `sliding_window` - 1 tokens before it. In Qwen3 some layers
+may have it and others not. In Qwen3-MoE all layers have it or none; some layers may have experts and others not.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ ONE_WINDOW = PerLayer(  # in all layers or in none
 
 
 def _with_switch(windows: PerLayer) -> PerLayer:
-    """Return the fields with `use_sliding_window`, which switches the window off."""
+    """Add `use_sliding_window` to the fields, which switches the window on or off."""
 
     def write(layers: list[BlockConfig]) -> dict[str, Any]:
         fields = windows.write(layers)

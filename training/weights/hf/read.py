@@ -1,4 +1,4 @@
-"""A model's folder, read as our configuration and our named weights; no code of the folder runs."""
+"""Reading of a model's folder as our configuration and our named weights; no code of the folder runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HEAD = "lm_head.weight"
 
 
 def read_config(folder: Path) -> tuple[Architecture, ModelConfig]:
-    """Return what config.json describes. Raises UserError that names the file and the field."""
+    """Return the architecture and the model of config.json. Raises UserError that names the file and the field."""
     path = folder / CONFIG
     hf = read_json(path)
     model_type = hf.get("model_type")
@@ -49,11 +49,11 @@ def read_weights(folder: Path, architecture: Architecture, config: ModelConfig) 
     shapes = {name: tuple(tensor.shape) for name, tensor in to_theirs(names, meta)}
     with open_tensors(folder) as stored:
         if not any(name.startswith(architecture.prefix) for name in stored):
-            stored = {name if name == HEAD else architecture.prefix + name: one for name, one in stored.items()}
+            stored = {name if name == HEAD else architecture.prefix + name: t for name, t in stored.items()}
         tied_head = stored.pop(HEAD, None) if HEAD not in shapes else None
-        stored = {name: one for name, one in stored.items() if not architecture.harmless.fullmatch(name)}
+        stored = {name: t for name, t in stored.items() if not architecture.harmless.fullmatch(name)}
         _check_names(folder, shapes.keys(), stored.keys())
-        for name in names:  # all shapes before memory is taken for what config.json says
+        for name in names:  # check all before allocating: config.json may be wrong
             _check_shape(folder, stored[name.theirs], shapes[name.theirs])
         ours = {part: torch.empty(meta[part].shape) for name in names for part in name.ours}
         for name in names:

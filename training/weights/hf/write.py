@@ -1,4 +1,4 @@
-"""A model's folder, written."""
+"""Writing of a model's folder."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def write_model(
     """Write a model that opens with `AutoModelForCausalLM`; return the `model_type` that it is written as.
 
     `n_vocab` is the tokenizer's size: rows of the embedding beyond it are padding, and are cut off. Raises OSError or
-    SafetensorError if the disk refuses.
+    SafetensorError if a file cannot be written.
     """
     from huggingface_hub import save_torch_state_dict
 
     if n_vocab is not None:
         rows = {name: weights[name][:n_vocab] for name in ("wte.weight", "head.weight") if name in weights}
         weights, config = weights | rows, config.model_copy(update={"vocab_size": n_vocab})
-    fitting = (name for name, one in ARCHITECTURES.items() if one.reason_unsupported(config, weights) is None)
-    model_type = next(fitting, custom.MODEL_TYPE)
+    candidates = (name for name, a in ARCHITECTURES.items() if a.reason_unsupported(config, weights) is None)
+    model_type = next(candidates, custom.MODEL_TYPE)
     architecture = READABLE[model_type]
     ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     hf = {"model_type": model_type, **architecture.to_hf(config), **ids, "dtype": str(dtype).removeprefix("torch.")}
@@ -47,7 +47,7 @@ def write_model(
     if model_type == custom.MODEL_TYPE:
         for name, text in bundle.modeling_files().items():
             (folder / name).write_text(text, encoding="utf-8")
-    # Copies: tensors that share memory would count as one, such as the experts, which are views of one tensor.
+    # Copies: the writer treats tensors that share memory as one, and the experts are views of one tensor.
     copied = {"copy": True, "memory_format": torch.contiguous_format}
     tensors = to_theirs(architecture.names(config), to_saved_dtype(weights, dtype))
     copies = {name: tensor.to("cpu", **copied) for name, tensor in tensors}
