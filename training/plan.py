@@ -60,13 +60,12 @@ def measured_tokens_per_s(config: Config, device: str, world_size: int) -> float
     folder = Path(config.run_dir)
     try:
         facts = json.loads((folder / "run.json").read_text())["facts"]
-    except (OSError, ValueError, KeyError, TypeError):  # never started, or started by an older version
+        is_same_machine = (facts["device"], facts["world_size"]) == (device, world_size)
+        measured = cli.load_config(folder / "config.yaml")
+    except (OSError, ValueError, KeyError, TypeError, UserError):  # never started, or started by another version
         return None
-    measured = cli.load_config(folder / "config.yaml")
     options = ("model", "batch_tokens", "precision")
-    if any(getattr(measured, option) != getattr(config, option) for option in options):
-        return None
-    if (facts["device"], facts["world_size"]) != (device, world_size):
+    if not is_same_machine or any(getattr(measured, option) != getattr(config, option) for option in options):
         return None
     speeds = [row["tokens_per_s"] for row in read_rows(folder / "metrics.jsonl")[1:]]
     return statistics.median(speeds[-200:]) if speeds else None

@@ -48,7 +48,7 @@ class Rank:
 
     def current_activity(self) -> Activity:
         """Return the activity of a thread that is in a collective; without one, that of the loop."""
-        waiting = (activity for activity in self.activities.values() if activity.collective)
+        waiting = (activity for activity in list(self.activities.values()) if activity.collective)
         return next(waiting, self.activities[LOOP])
 
 
@@ -82,7 +82,7 @@ def diagnose(
             return Verdict(f"{rank.text()} {silent} {read_at - rank.last_heartbeat:.0f} s, {during}", 1, (rank.number,))
     if any(read_at - rank.last_heartbeat > FRESH_S for rank in running):
         return None
-    for thread in me.activities:
+    for thread in list(me.activities):  # its threads add to this dict meanwhile
         if verdict := _stuck(me, thread, [rank for rank in others if thread in rank.activities], now, limit, read_at):
             return verdict
     return None
