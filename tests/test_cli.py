@@ -252,7 +252,9 @@ def test_a_flags_error_names_the_flag(write):
     assert errors(path, model__blocks__1__repeat="2") == [
         "--model.blocks.1.repeat: model.blocks has no entry '1': its length is 1, counted from 0"
     ]
-    assert errors(path, model__blocks__ffn__type="moe")[0].endswith("and none is 'ffn'")
+    assert errors(path, model__blocks__ffn__type="moe") == [
+        "--model.blocks.ffn.type: model.blocks has no entry 'ffn': its length is 1, counted from 0"
+    ]
 
 
 def origins(lines: list[str]) -> list[str]:
