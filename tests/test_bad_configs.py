@@ -293,7 +293,7 @@ COMMANDS = [
     ("train --config wrong.yaml", "wrong.yaml:1: steps: 'x' is not an integer >= 1"),
     ("train --config /dev/zero", "/dev/zero: longer than 32768 bytes"),
     ("train OK --optim.learning_rte=1 --seed -1", "--optim.learning_rte: unknown option"),
-    ("train OK --model.blocks.3.ffn.n_experts 4", "--model.blocks.3.ffn.n_experts: model.blocks has no entry '3': its length is 1"),
+    ("train OK --model.blocks.3.ffn.n_experts 4", "--model.blocks.3.ffn.n_experts: model.blocks has no entry '3'"),
     ("train OK --model {n_layer:", "--model: not YAML: "),
     ("train OK steps=3", "steps: not a flag"),
     ("train OK --resume", "--resume: a value is missing"),

@@ -149,6 +149,7 @@ def test_tokens_measures_speed_and_draws_memory(output_of, tmp_path):
     assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.soak
 def test_growth_prints_measured_and_expected_figures(output_of, tmp_path):
     pytest.importorskip("matplotlib")
     sizes = ("--width", 32, "--tokens", 256, "--contexts", 64, 128, "--experts", 1, 4, "--at_a_time", 128)

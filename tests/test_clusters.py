@@ -101,6 +101,7 @@ exit 0
 """
 
 
+@pytest.mark.soak
 def test_the_slurm_script_saves_before_the_time_limit_and_resumes_when_requeued(options, tmp_path):
     path = write_config(tmp_path / "run.yaml", options(
         name="slurm", steps=300, eval={"every": None, "tokens": 64}, checkpoint={"every": 500},
@@ -139,6 +140,7 @@ def test_the_slurm_script_saves_before_the_time_limit_and_resumes_when_requeued(
     assert rows_in(folder) == 300 and (folder / "summary.json").exists()
 
 
+@pytest.mark.soak
 def test_torchrun_restarts_after_a_rank_is_killed(options, tmp_path):
     path = write_config(tmp_path / "run.yaml", options(
         name="again", steps=100, eval={"every": None, "tokens": 64}, checkpoint={"every": 10},

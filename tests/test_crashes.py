@@ -94,6 +94,7 @@ def test_twenty_kills_of_a_run_that_waits_for_its_saves(kills):
     assert report["wrong"] == {}
 
 
+@pytest.mark.soak
 def test_twenty_kills_with_a_loss_scale_skipped_spikes_and_tensorboard(kills):
     tensorboard = SMALL["logging"] | {"tensorboard": True}
     report = kills("--chains", "1", precision="fp16", skip_spikes=1.0, steps=40, logging=tensorboard)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import textwrap
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -105,14 +106,16 @@ def test_the_plain_console_reports_dead_experts_once(tmp_path, capsys):
     assert len(lines) == 4
 
 
-def test_the_live_console_reports_dead_experts_once_above_the_bar(tmp_path):
+def test_the_live_console_reports_dead_experts_once_above_the_bar(processes, tmp_path):
     script = f"""
         from test_logging import *
         sink = open_sink(run_in(Path({str(tmp_path)!r}), steps=250), LoggingConfig(every=100))
         sink.write([row(step, expert_load={[EVEN, THREE_DEAD]!r}) for step in range(1, 250)])
         sink.close(None)
     """
-    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", on_a_terminal(script, 120, color=True))
+    (tmp_path / "script.py").write_text(textwrap.dedent(script))
+    shown = on_a_terminal(processes, tmp_path / "script.py", 120, color=True)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
     assert shown.count("step 200  layer 4: 3 of 8 experts received < 1 % of tokens for 200 steps") == 1
 
 

@@ -168,17 +168,17 @@ def test_a_signal_before_the_first_step_ends_at_once_and_harms_nothing(options, 
 
 
 def test_a_second_signal_a_second_later_ends_at_once_and_harms_nothing(processes, options, run, tmp_path):
-    """The steps take seconds, so that the first signal has to wait for one."""
-    slow = {
+    """The second step never ends, so the first signal waits for it."""
+    often = {
         "steps": 2,
-        "batch_tokens": 2**15,
         "schedule": {"warmup_steps": 1},
         "checkpoint": {"every": 1},
         "eval": {"every": None, "tokens": 64},
     }
-    path = write_config(tmp_path / "slow.yaml", options(name="slow", **slow))
-    process, folder = processes.start("training.train:main", "--config", str(path)), tmp_path / "runs/slow/checkpoints"
-    until = time.monotonic() + 60
+    path = write_config(tmp_path / "hangs.yaml", options(name="hangs", **often))
+    hang = {"HANG": "0:2", "SLOW_RECORD": "0:0"}
+    process = processes.start("trajectory:main_that_hangs", "--config", str(path), env=hang)
+    folder, until = tmp_path / "runs/hangs/checkpoints", time.monotonic() + 60
     while not (folder / "step-00000001").exists():
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.05)
@@ -186,9 +186,9 @@ def test_a_second_signal_a_second_later_ends_at_once_and_harms_nothing(processes
     time.sleep(1.2)
     process.signal(signal.SIGTERM)
     assert process.wait(30).statuses == [-signal.SIGTERM]
-    run(name="slow", **slow)
-    through = run(name="through", **slow)
-    assert tensors(tmp_path / "runs/slow", 2) == tensors(through, 2)
+    run(name="hangs", **often)
+    through = run(name="through", **often)
+    assert tensors(tmp_path / "runs/hangs", 2) == tensors(through, 2)
 
 
 PASSED_ON = "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"
