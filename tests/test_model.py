@@ -197,8 +197,9 @@ def test_the_registries_cover_the_unions():
     for union, registry in ((FeedForward, FEED_FORWARDS), (Mixer, MIXERS)):
         tagged, _ = get_args(union)
         assert set(registry) == {get_args(variant)[0] for variant in get_args(tagged)}
-    tried = {type(ModelConfig.model_validate({"blocks": [block]}).blocks[0].mixer) for block in BLOCKS.values()}
-    assert tried == set(MIXERS)
+    blocks = [ModelConfig.model_validate({"blocks": [block]}).blocks[0] for block in BLOCKS.values()]
+    assert {type(block.mixer) for block in blocks} == set(MIXERS), "give each an entry in BLOCKS"
+    assert {type(block.ffn) for block in blocks} == set(FEED_FORWARDS), "give each an entry in BLOCKS"
 
 
 def test_masked_targets_do_not_count():

@@ -213,17 +213,14 @@ class ModelConfig(Section):
 
     def with_explicit_sizes(self) -> Self:
         """Return a copy in which no null stands for a size of a block."""
-        hidden = 4 * self.n_embd
-        blocks = tuple(
-            block.model_copy(
-                update={
-                    "mixer": block.mixer.with_explicit_sizes(self),
-                    "ffn": block.ffn.model_copy(update={"hidden": block.ffn.hidden or hidden}),
-                }
-            )
-            for block in self.blocks
-        )
-        return self.model_copy(update={"blocks": blocks})
+
+        def explicit(block: BlockConfig) -> BlockConfig:
+            ffn = block.ffn
+            if "hidden" in type(ffn).model_fields:
+                ffn = ffn.model_copy(update={"hidden": ffn.hidden or 4 * self.n_embd})
+            return block.model_copy(update={"mixer": block.mixer.with_explicit_sizes(self), "ffn": ffn})
+
+        return self.model_copy(update={"blocks": tuple(map(explicit, self.blocks))})
 
     def layers(self) -> list[BlockConfig]:
         """Return the block of every layer: the pattern repeated up to `n_layer` entries."""

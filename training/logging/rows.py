@@ -13,7 +13,6 @@ from torch import Tensor
 from training import device as devices
 from training.config import Config
 from training.distributed.world import World
-from training.logging.metrics import METRICS
 from training.logging.phase_timer import PhaseTimer
 from training.logging.sinks import Sink
 from training.optim.schedule import lr_factor
@@ -78,7 +77,7 @@ class RunLog:
 
     def _row(self, step: int, values: dict[str, list[float]], n_targets: int, n_skipped: int, step_s: float) -> dict:
         config = self.config
-        by_key = {metric.key: values.pop(metric.key)[0] for metric in METRICS if metric.key in values}
+        scalars = {name: values.pop(name)[0] for name in list(values) if "." not in name and name != "loss_sum"}
         tokens_per_s = config.batch_tokens / step_s
         peak = devices.peak_flops(self.world.device, config.precision)
         self.time_s += step_s
@@ -86,7 +85,7 @@ class RunLog:
             "step": step,
             **self.step_metrics(values, n_targets),
             "learning_rate": config.optim.learning_rate * lr_factor(config.schedule, step - 1, config.steps),
-            **by_key,
+            **scalars,
             "skipped_steps": n_skipped,
             "tokens": step * config.batch_tokens,
             "tokens_per_s": tokens_per_s,
