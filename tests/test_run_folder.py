@@ -148,7 +148,20 @@ def test_a_state_that_is_not_one_is_corrupt(finished, config, tmp_path, state):
         train(config(name="other"), resume=str(path))
 
 
-@pytest.mark.parametrize("change", [{"skips": {}}, {"ledger": {"seconds": 3}}, {"loss_scale": {"x": 1}}, {"skips": 3}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"skips": {}},
+        {"skips": 3},
+        {"skips": {"total": "x", "in_a_row": 0, "spikes": 0}},
+        {"ledger": {"seconds": 3}},
+        {"ledger": {"seconds": {"compute": "x"}}},
+        {"loss_scale": {"x": 1}},
+        {"best": {}},
+        {"kernels": {"attention": 5}},
+        {"micro_batch": {"CPU": {}}},
+    ],
+)
 def test_a_state_with_other_parts_is_an_error_of_one_line(finished, config, change):
     folder = finished(precision="fp16")
     path = folder / "checkpoints/step-00000008"

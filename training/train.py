@@ -68,6 +68,7 @@ def train(config: Config, *, resume: str = "auto") -> int:
         phase = engine.Phases(log.timer, run.world)
 
         # 3. Train the model.
+        log.start_clock()
         while state.step < config.steps:
             metrics = engine.train_step(config, model, optimizer, setup.loader, setup.micro_batch, state, phase)
             log.add(state.step, *metrics, state.guard.n_skipped)

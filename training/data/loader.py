@@ -10,6 +10,7 @@ Shape suffixes: B samples, T tokens of each (n_positions), S sources.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -107,23 +108,17 @@ class Loader:
 
     def __init__(self, samples: Samples, batch_samples: int, local_range: range):
         self.samples, self.batch_samples, self.local_range = samples, batch_samples, local_range
-        self._prefetched: tuple[int, Batch | Exception] | None = None
+        self._prefetched: tuple[int, Batch] | None = None
 
     def at(self, step: int) -> Batch:
         """Return this rank's part of a step's batch. Raises UserError or OSError if the data cannot be read."""
         prefetched, self._prefetched = self._prefetched, None
-        if prefetched is None or prefetched[0] != step:
-            return self._read(step)
-        if isinstance(prefetched[1], Exception):
-            raise prefetched[1]
-        return prefetched[1]
+        return self._read(step) if prefetched is None or prefetched[0] != step else prefetched[1]
 
     def prefetch(self, step: int) -> None:
-        """Read a step's batch and keep it for `at`, which also raises the error of a failed read."""
-        try:
+        """Read a step's batch and keep it for `at`, which reads again if this read failed."""
+        with suppress(UserError, OSError):
             self._prefetched = step, self._read(step)
-        except (UserError, OSError) as error:
-            self._prefetched = step, error
 
     def _read(self, step: int) -> Batch:
         first = step * self.batch_samples

@@ -55,6 +55,7 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
 
     Raises UserError if the folder holds another run, the checkpoint does not fit, or memory or disk are too small.
     """
+    world.set_activity("the start of the run", "untimed")
     check_same_data(world, dataset.fingerprint)
     if config.parallel.recompute == "none":  # with recomputation, memory matters more than time
         devices.keep_freed_memory(world.device)
@@ -107,15 +108,14 @@ def resolve_precision_and_sizes(config: Config, dataset: Dataset, world: World, 
         raise UserError(f"model.vocab_size: {vocab_size} is less than the tokenizer's {size}; use {use}")
     precision = devices.resolve_precision(config.precision, world.device)
     if config.precision == "auto" and point is not None:
-        precision = point.state.config["precision"]
+        precision = point.state.config.get("precision", precision)
     model = config.model.model_copy(update={"vocab_size": vocab_size or -(-size // 64) * 64})
     return config.model_copy(update={"precision": precision, "model": model}).with_explicit_sizes()
 
 
 def resolve_parallel(config: Config, kernels: KernelChoice, model: ShardedModel, micro_batch: MicroBatch) -> Config:
-    """Replace the remaining `auto` and null values: micro-batch, device, kernels and the number of replicas."""
-    mesh = config.parallel.mesh.model_copy(update={"replicate": model.mesh.replicate})
-    changes = {"device": model.world.device.type, "mesh": mesh, **kernels.names}
+    """Replace the remaining `auto` values: micro-batch, device, recomputation and kernels."""
+    changes = {"device": model.world.device.type, "recompute": model.activation_checkpointing, **kernels.names}
     parallel = config.parallel.model_copy(update=changes)
     return config.model_copy(update={"micro_batch": micro_batch.size, "parallel": parallel})
 

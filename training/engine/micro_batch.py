@@ -177,6 +177,7 @@ class MicroBatch:
         devices.reset_peak_memory(world.device)
         before = devices.peak_memory_bytes(world.device)
         try:
+            world.set_activity("the search for a micro-batch", "collective")
             forward_backward(self.model, batch, loss_scale=1.0)
         except RuntimeError as error:
             if not devices.is_out_of_memory(error):
@@ -187,6 +188,7 @@ class MicroBatch:
             peak = sys.maxsize
         else:
             peak = devices.peak_memory_bytes(world.device)
+        world.set_activity("the start of the run", "untimed")
         self._free_memory()
         return tuple(world.max_int(peak, peak - before))
 

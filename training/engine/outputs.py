@@ -37,7 +37,6 @@ def open_log(setup: Setup, dataset: Dataset, started: float) -> RunLog:
         time_s=state.time_s,
         last_row=state.last_row,
     )
-    log.start_clock()
     if not world.is_main:
         return log
     folder, text = config.run_dir, cli.dump_config(config)

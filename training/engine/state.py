@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from typing_extensions import TypedDict  # typing's own lacks what pydantic needs before Python 3.12
 
 from training import checkpoint
 from training.checkpoint import CheckpointWriter, TensorShard, WriterGroup
@@ -18,12 +21,44 @@ from training.logging.rows import RunLog
 from training.optim.loss_scale import LossScale
 from training.optim.optimizer import Optimizer
 
-JSON_KEYS = {"phases": "ledger", "guard": "skips", "micro_batches": "micro_batch"}  # where key and field differ
-TYPES = {
-    "step": int, "time_s": int | float, "best": dict | None, "last_row": dict, "loss_scale": dict | None, "guard": dict,
-    "data": str, "config": dict, "phases": dict, "kernels": dict, "micro_batches": dict,
-}  # fmt: skip
-OPTIONAL = {"phases", "kernels", "micro_batches"}  # older versions did not write them
+
+class Best(TypedDict):
+    """The lowest validation loss and its step."""
+
+    step: int
+    val_loss: float
+
+
+class KnownMicroBatch(TypedDict):
+    """A micro-batch that fits, and the activation checkpointing that it needs."""
+
+    micro_batch: PositiveInt
+    recompute: str
+
+
+class StoredLossScale(TypedDict):
+    """The fields of `LossScale`."""
+
+    scale: float
+    good_steps: int
+
+
+class StateFile(BaseModel):
+    """The schema of state.json. Older versions did not write the fields with a default."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    step: NonNegativeInt
+    time_s: float
+    best: Best | None
+    last_row: dict[str, Any]
+    loss_scale: StoredLossScale | None
+    skips: dict[str, int | list[float]]
+    data: str
+    config: dict[str, Any]
+    ledger: dict[str, dict[str, float]] = {}
+    kernels: dict[str, str] = {}
+    micro_batch: dict[str, KnownMicroBatch] = {}
 
 
 @dataclass
@@ -34,11 +69,11 @@ class TrainState:
     data: str  # fingerprint of text and tokenizer
     kernels: dict[str, str] = field(default_factory=dict)  # chosen kernel by option
     step: int = 0  # updates done, skipped ones included
-    best: dict[str, float] | None = None  # {"step", "val_loss"} of the lowest validation loss
+    best: Best | None = None
     last_row: dict[str, Any] = field(default_factory=dict)  # the newest row of metrics
     guard: StepGuard = field(default_factory=StepGuard)
     loss_scale: LossScale | None = None  # fp16 only
-    micro_batches: dict[str, dict] = field(default_factory=dict)  # {"micro_batch", "recompute"} by hardware key
+    micro_batches: dict[str, KnownMicroBatch] = field(default_factory=dict)  # by hardware key
     time_s: float = 0.0  # spent training, without evaluations and saves
     phases: dict[str, dict[str, float]] = field(default_factory=dict)  # state of the phase timer
 
@@ -56,9 +91,19 @@ class TrainState:
 
     def to_json(self) -> dict[str, Any]:
         """Return the contents of state.json."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        values |= {"guard": self.guard.to_json(), "loss_scale": self.loss_scale and asdict(self.loss_scale)}
-        return {JSON_KEYS.get(name, name): value for name, value in values.items()}
+        return {
+            "step": self.step,
+            "time_s": self.time_s,
+            "best": self.best,
+            "last_row": self.last_row,
+            "loss_scale": self.loss_scale and asdict(self.loss_scale),
+            "skips": self.guard.to_json(),
+            "data": self.data,
+            "config": self.config,
+            "ledger": self.phases,
+            "kernels": self.kernels,
+            "micro_batch": self.micro_batches,
+        }
 
     @classmethod
     def from_json(cls, content: dict[str, Any], path: Path, spike_limit: float | None) -> TrainState:
@@ -66,18 +111,25 @@ class TrainState:
 
         Raises UserError for a missing key or a value of another type.
         """
-        values = {name: content[key] for name in TYPES if (key := JSON_KEYS.get(name, name)) in content}
-        is_complete = TYPES.keys() - OPTIONAL <= values.keys()
-        is_valid = is_complete and all(isinstance(value, TYPES[name]) for name, value in values.items())
-        if not is_valid or not all(isinstance(sums, dict) for sums in values.get("phases", {}).values()):
-            raise UserError(f"{path}: not the state of a run; start over with --resume never")
         guard = StepGuard(spike_limit)
         try:
-            guard.load_json(values["guard"])
-            loss_scale = values["loss_scale"] and LossScale(**values["loss_scale"])
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path}: not the state of a run: {error}; start over with --resume never") from error
-        return cls(**values | {"guard": guard, "loss_scale": loss_scale})
+            stored = StateFile.model_validate(content)
+            guard.load_json(stored.skips)
+        except (ValidationError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not the state of a run; start over with --resume never") from error
+        return cls(
+            config=stored.config,
+            data=stored.data,
+            kernels=stored.kernels,
+            step=stored.step,
+            best=stored.best,
+            last_row=stored.last_row,
+            guard=guard,
+            loss_scale=stored.loss_scale and LossScale(**stored.loss_scale),
+            micro_batches=stored.micro_batch,
+            time_s=stored.time_s,
+            phases=stored.ledger,
+        )
 
 
 class Checkpoints:
