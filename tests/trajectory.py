@@ -210,7 +210,8 @@ def main_with_limited_memory(arguments: list[str]) -> int:
 
     def limit() -> None:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
+        slack = 4 * 2**20  # for Python's own objects, such as the options as YAML; a sample needs more
+        resource.setrlimit(resource.RLIMIT_AS, (used + slack, resource.RLIM_INFINITY))
 
     def load(*arguments: Any) -> None:
         load_tensors(*arguments)
