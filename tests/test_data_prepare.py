@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+from training import files
 from training import prepare as command
 from training.config import DataConfig
 from training.data import Samples, prepare, shards, workers
@@ -298,7 +299,8 @@ def test_a_dataset_that_another_process_is_building_is_left_alone(folder):
 def test_a_dataset_is_flushed_to_disk_before_it_is_renamed(folder, monkeypatch):
     events = []
     sync, rename = dataset_module.fsync_path, Path.rename
-    monkeypatch.setattr(dataset_module, "fsync_path", lambda path: (events.append(path.name), sync(path)))
+    for module in (dataset_module, files):
+        monkeypatch.setattr(module, "fsync_path", lambda path: (events.append(path.name), sync(path)))
     monkeypatch.setattr(Path, "rename", lambda path, to: (events.append("rename"), rename(path, to)))
     place = Path(prepare(config_of(folder), quiet=True).report["folder"])
     before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]

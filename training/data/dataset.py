@@ -32,7 +32,7 @@ from training.data.sources import build_reader, no_text_error
 from training.data.tokenizer import Tokenizer, build_tokenizer
 from training.data.workers import encode_chunks
 from training.errors import UserError
-from training.files import fsync_path
+from training.files import fsync_path, rename_durable
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,7 @@ def build_dataset(corpus: Corpus, folder: Path, hashes: FileHashes, quiet: bool)
         write_dataset(corpus, partial, folder.name, quiet)
         if corpus.cache_key(hashes) != folder.name:
             raise UserError(f"{folder}: the sources changed while they were read; start again")
-        partial.rename(folder)
-        fsync_path(folder.parent)
+        rename_durable(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

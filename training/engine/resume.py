@@ -17,7 +17,7 @@ from training.config import CHANGEABLE_ON_RESUME, Config
 from training.distributed.world import World
 from training.engine.state import TrainState
 from training.errors import UserError
-from training.files import fsync_path, write_errors_as_user_errors
+from training.files import rename_durable, write_errors_as_user_errors
 from training.options import cli
 from training.options.schema import flatten_options
 
@@ -136,8 +136,7 @@ def _move_aside(folder: Path) -> None:
     n = 1
     while (aside := folder.with_name(f"{folder.name}.old-{n}")).exists():
         n += 1
-    folder.rename(aside)
-    fsync_path(folder.parent)
+    rename_durable(folder, aside)
     print(f"{folder}: moved the earlier run to {aside}")
 
 
