@@ -7,8 +7,6 @@ Shares are of the time of all steps, from the `time_*` metrics of the run: `data
 blocks and starts with an empty compiler cache.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

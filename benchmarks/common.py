@@ -1,7 +1,5 @@
 """Helpers of the benchmarks: header, turns, ratios, and measurements in fresh processes."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -66,7 +64,7 @@ class Worker:
         )
         self._answer("ready")
 
-    def __enter__(self) -> Worker:
+    def __enter__(self) -> "Worker":
         return self
 
     def __exit__(self, *_: object) -> None:

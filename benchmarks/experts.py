@@ -7,8 +7,6 @@ weights and inputs. The layers take turns within one run; a figure is the median
 median of each round's ratio. Memory is the peak of a step in a fresh process beyond the memory in use before it.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 from collections.abc import Callable

@@ -6,8 +6,6 @@ Sides take turns; a figure is the median over rounds, a ratio the median of the 
 random, as speed does not depend on them. Greedy, float32.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import tempfile

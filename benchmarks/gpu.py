@@ -7,8 +7,6 @@ Variants run one after the other, each alone in memory; a figure is the median o
 the active parameters by the rate of an 8192 x 8192 x 8192 matmul measured in the same run, not by a data sheet's.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import statistics

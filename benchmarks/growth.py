@@ -7,8 +7,6 @@ forward and backward with the FLOPs per token, the optimizer with the number of 
 estimate of `training.plan`, a share of which is fitted to runs.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys

@@ -7,8 +7,6 @@ shortened schedule. A run's clock stops while others train and during evaluation
 tokens the MoE's validation loss is no higher than the twin's; its step takes at most 1.25 times as long.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import statistics

@@ -6,8 +6,6 @@ Each run is a process of its own: two steps with a checkpoint after each, an eva
 is the peak resident size (ru_maxrss). The bar: an estimate within 15 % of it.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import subprocess

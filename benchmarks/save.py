@@ -6,8 +6,6 @@ Both kinds take turns, each with preallocated buffers, which a run allocates in 
 the time of that allocation is printed too.
 """
 
-from __future__ import annotations
-
 import shutil
 import statistics
 import tempfile

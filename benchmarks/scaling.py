@@ -5,8 +5,6 @@
 The sides take turns. A run's figure is the median of its seconds per step; a side's figure is the median over its runs.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -7,8 +7,6 @@ goes on. A run's clock stops while the other trains and during evaluations. The 
 evaluation that is no worse than plain's final loss.
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 from pathlib import Path

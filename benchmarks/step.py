@@ -13,8 +13,6 @@ is the median over rounds, a ratio the median of the ratios within each round. M
 fresh process, without its imports.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import tempfile

@@ -7,8 +7,6 @@ produces the same ids. For memory, `training.prepare` tokenizes each size, in fi
 the figure is the peak of all processes together, with shared pages counted once (PSS; Linux).
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import subprocess

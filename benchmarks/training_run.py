@@ -1,7 +1,5 @@
 """A training run whose steps a benchmark takes one at a time. It writes no logs after its header and no checkpoints."""
 
-from __future__ import annotations
-
 import sys
 import time
 from contextlib import redirect_stdout

@@ -1,7 +1,5 @@
 """Fixtures of tests of whole runs: a small run on real text, interruptions, and commands as processes or calls."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import math
@@ -88,7 +86,7 @@ class BuiltRun:
     `model` is the GPT, `sharded` the model as the engine knows it.
     """
 
-    def __init__(self, config: Config, world: World | None = None, resume: str = "auto"):
+    def __init__(self, config: Config, world: "World | None" = None, resume: str = "auto"):
         from training import engine
         from training.data import prepare
         from training.distributed.world import World

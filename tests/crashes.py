@@ -8,8 +8,6 @@ resumes undisturbed. Prints JSON: the operations of a run, and the errors by k. 
 consecutive writes to a file, and only every tenth operation outside the second save.
 """
 
-from __future__ import annotations
-
 import argparse
 import builtins
 import hashlib
@@ -89,7 +87,7 @@ class Written:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.file, name)
 
-    def __enter__(self) -> Written:
+    def __enter__(self) -> "Written":
         self.file.__enter__()
         return self
 

@@ -1,7 +1,5 @@
 """Ranks of a run, each with its own log, watched from outside: started by torchrun, or as forks of a warm server."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

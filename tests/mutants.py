@@ -6,8 +6,6 @@
 `tests/test_mutants.py` does the same check.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

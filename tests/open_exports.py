@@ -3,8 +3,6 @@
 `python tests/open_exports.py FOLDER ...` prints one line of JSON per folder.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

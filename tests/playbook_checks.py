@@ -1,7 +1,5 @@
 """Train with all examples of the playbooks, in a copy of the package: python playbook_checks.py train"""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -11,8 +11,6 @@ The runs: a dense model; MoE with both kinds of balancing and Muon; packed docum
 attention; fp16; two ranks with split experts; and a resumed run with Switch balancing and skipped spikes.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -8,8 +8,6 @@ an operator of its own, which torch.compile does not look into.
 Shapes: N tokens of all samples, H query heads, G heads of keys and values, D width of queries and keys, E of values.
 """
 
-from __future__ import annotations
-
 import sys
 from types import ModuleType
 

@@ -1,7 +1,5 @@
 """Advice is a pure function of the facts; the tests check both sides of every limit."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

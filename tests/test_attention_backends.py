@@ -4,8 +4,6 @@ Back-ends of packages that need CUDA run here on stand-ins for the packages' fun
 that the calls are right. Only the tests marked `gpu` show that the packages themselves are.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Background saves: they hold the tensors as they were at the call, one save at a time, by all ranks or by none."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Configs with planted mistakes: one line for each, with its place, value and reason, and no run is started."""
 
-from __future__ import annotations
-
 import io
 import math
 import os

@@ -3,8 +3,6 @@
 No dataset and no run folder is left behind.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json

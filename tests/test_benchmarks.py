@@ -1,7 +1,5 @@
 """The benchmarks run, at sizes too small for meaningful figures."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

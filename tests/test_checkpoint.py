@@ -1,7 +1,5 @@
 """A checkpoint is complete or absent; a damaged one is named and the one before it is used."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """python -m training.checkpoints: verify, list, prune."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from conftest import save_checkpoint

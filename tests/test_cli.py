@@ -1,7 +1,5 @@
 """Configs from YAML and the command line, and one error line for each wrong option."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """The recipes of docs/clusters.md: run if one machine is enough, otherwise their files and options are checked."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

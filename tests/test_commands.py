@@ -1,7 +1,5 @@
 """Every command prints its error as one line and returns the exit status, whatever happens in it."""
 
-from __future__ import annotations
-
 import importlib
 
 import pytest

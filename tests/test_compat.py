@@ -3,8 +3,6 @@
 `tests/fixtures/68a78e2/make.py` made them.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Compiled blocks compute the same, and equal blocks are compiled once."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from conftest import rows

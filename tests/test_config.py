@@ -1,7 +1,5 @@
 """Every option has a help text and a valid default, and the rules between options hold."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import get_args

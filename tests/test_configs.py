@@ -1,7 +1,5 @@
 """Every shipped config loads, survives a round trip, and builds its model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """A run that is killed at any operation, any number of times, ends in the bits of one that was not."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

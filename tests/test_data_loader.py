@@ -1,7 +1,5 @@
 """Samples are a pure function of (seed, epoch, sample index), samples of (seed, step)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

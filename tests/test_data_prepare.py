@@ -1,7 +1,5 @@
 """Prepared data: built once and atomically, rebuilt after changes; and the command."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Text from files, folders, the standard library and `datasets`; errors name the file and the record."""
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import json

@@ -1,7 +1,5 @@
 """Text to tokens and back, with every kind of tokenizer."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import subprocess

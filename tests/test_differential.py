@@ -1,7 +1,5 @@
 """Differential attention equals its definition in the paper, computed one query of one head at a time."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """A disk that is too small, or full during a save: one line, nothing lost, and the run resumes to the same bits."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Micro-batch, ranks and layout change no result of training, beyond the order of sums."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

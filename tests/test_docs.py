@@ -1,7 +1,5 @@
 """Links, files and lengths in the documents are right."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

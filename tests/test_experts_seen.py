@@ -1,7 +1,5 @@
 """The console reports dead experts, and the report shows the tokens that each expert prefers."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

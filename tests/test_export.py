@@ -1,7 +1,5 @@
 """Exports: written, opened by Transformers alone, compared; and the Python files of a custom architecture."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import re

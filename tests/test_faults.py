@@ -1,7 +1,5 @@
 """Ranks that die, hang, fail or differ: all ranks end in time, one line says why, and the run can be resumed."""
 
-from __future__ import annotations
-
 import json
 import re
 import signal

@@ -1,7 +1,5 @@
 """The package's structure: imports point down, no circle, few files at the root, functions that fit a screen."""
 
-from __future__ import annotations
-
 import ast
 import sys
 from functools import cache

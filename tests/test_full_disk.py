@@ -3,8 +3,6 @@
 Tests of saves are in test_disk.py.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import re

@@ -1,7 +1,5 @@
 """Gated attention against the paper's formula, written head by head."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

@@ -1,7 +1,5 @@
 """Generation: sampling matches Transformers, batched texts equal single ones, shown text never changes."""
 
-from __future__ import annotations
-
 import json
 import math
 from itertools import product

@@ -1,7 +1,5 @@
 """Tests that need a GPU (`make test-gpu`): kernels at real widths, waits for the device, runs that repeat."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from conftest import BuiltRun, tensors

@@ -1,7 +1,5 @@
 """Models exported to Transformers 4.57 and 5, and read back: the same logits, gradients and bits."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess
@@ -703,7 +701,7 @@ class Recording(dict):
     def __ror__(self, other):
         return self._merged({**other, **self})
 
-    def _merged(self, content: dict) -> Recording:
+    def _merged(self, content: dict) -> "Recording":
         merged = Recording(content)
         merged.read = self.read
         return merged

@@ -1,7 +1,5 @@
 """Two hosts, network namespaces with their own addresses and host names; one is cut off during a run."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Importing a part of the package does not load slow modules that it may never use: they cost over a second of CPU."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

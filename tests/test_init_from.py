@@ -1,7 +1,5 @@
 """A run that starts from a model (`init_from`): its sizes, its weights, and every folder that cannot be used."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """The choice of kernels: the trials notice every difference, a resumed run keeps its kernel, masks fit each layer."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from conftest import goes_on_with

@@ -1,7 +1,5 @@
 """The kernels of experts and of the loss equal their readable references, in results and in all gradients."""
 
-from __future__ import annotations
-
 import doctest
 import textwrap
 from functools import partial

@@ -1,7 +1,5 @@
 """Sinks write plain rows; the tests read their output with the tools that a person would use."""
 
-from __future__ import annotations
-
 import io
 import json
 import math

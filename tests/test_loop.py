@@ -1,7 +1,5 @@
 """What a step, an evaluation and a save compute, against the same written down a second time."""
 
-from __future__ import annotations
-
 import json
 import math
 

@@ -1,7 +1,5 @@
 """The largest micro-batch that fits in memory, and out-of-memory errors after the start."""
 
-from __future__ import annotations
-
 import json
 import platform
 import shutil

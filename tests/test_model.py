@@ -1,7 +1,5 @@
 """The model is GPT-2, and each token depends on visible tokens only. Contracts run over all mechanisms."""
 
-from __future__ import annotations
-
 import math
 from itertools import product
 from typing import get_args

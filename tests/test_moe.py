@@ -1,7 +1,5 @@
 """The MoE layer equals a loop over tokens, and no split of the batch changes its gradients."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """Optimizers compute what their papers say, on the right parameters; contracts over the registries."""
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 from typing import get_args

@@ -1,7 +1,5 @@
 """Files that try to run code: nothing runs, and the user gets a one-line error."""
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The phase timer: every moment is in one phase, waiting counts where it happens, and restarts add up."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

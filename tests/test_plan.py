@@ -1,7 +1,5 @@
 """A plan's memory agrees with real tensors, and its other figures can be computed by hand."""
 
-from __future__ import annotations
-
 import gc
 import json
 import re

@@ -1,7 +1,5 @@
 """The examples of docs/playbooks are applied to a copy of the package, which then trains with all of them."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The report is one page that opens from disk; the tests parse it and look up its content."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """Resuming a run's folder: never silently from nothing, never twice at once, never as another run."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A run's folder: an error changes nothing in it, two never train in it, and damaged files are one line each."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

@@ -1,7 +1,5 @@
 """Whole runs: their results do not depend on how they are executed, and they resume after any stop."""
 
-from __future__ import annotations
-
 import json
 import signal
 

@@ -1,7 +1,5 @@
 """Six short runs have the losses of commit 68a78e2, and its bits on the same machine."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Signals at any moment: at most the step in progress is lost, all ranks stop alike, and the run resumes exactly."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

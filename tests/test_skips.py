@@ -1,7 +1,5 @@
 """Steps that are not finite, or spikes: not taken, by no rank, and nothing of them stays."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

@@ -1,7 +1,5 @@
 """A run's bits do not depend on its working directory, environment, file order or logging."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

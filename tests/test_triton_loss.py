@@ -3,8 +3,6 @@
 Run as a program, this file is a process of its tests: `interpret` or `compile`, and the file for the results.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from functools import partial

@@ -1,7 +1,5 @@
 """The dense twin of a Mixture of Experts costs a token the same FLOPs, and is otherwise the same run."""
 
-from __future__ import annotations
-
 import pytest
 
 from training.config import BlockConfig, Config, MLPConfig

@@ -1,7 +1,5 @@
 """Upcycling: a dense model as a Mixture of Experts computes the same, however it is split, and trains from there."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

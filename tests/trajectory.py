@@ -7,8 +7,6 @@ the loss of that forward NaN; ALL_TO="2,1" routes all tokens to these experts; S
 THREADS="1,2" sets the number of threads of each rank.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import itertools

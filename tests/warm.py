@@ -8,8 +8,6 @@ imports are tested with real processes (`conftest.command`, `launched.py`).
 The server writes `pid-RANK`, then `status-RANK` into the request's folder, beside the rank's `out-RANK` and `err-RANK`.
 """
 
-from __future__ import annotations
-
 import atexit
 import importlib
 import json

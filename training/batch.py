@@ -1,7 +1,5 @@
 """The batch that the loader returns, the engine splits and the model reads."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -25,18 +23,18 @@ class Batch(NamedTuple):
         """The number of targets in this part of the batch."""
         return int((self.targets_BT >= 0).sum())
 
-    def rows(self, rows: slice) -> Batch:
+    def rows(self, rows: slice) -> "Batch":
         """Return the samples of a slice, with everything else unchanged."""
         key_B = None if self.key_B is None else self.key_B[rows]
         return self._replace(tokens_BT=self.tokens_BT[rows], targets_BT=self.targets_BT[rows], key_B=key_B)
 
-    def dummy(self) -> Batch:
+    def dummy(self) -> "Batch":
         """Return one sample of zeros, for a rank that has no samples left while others compute."""
         zeros_1T = self.tokens_BT.new_zeros(1, self.tokens_BT.shape[1])
         key_B = None if self.key_B is None else self.key_B.new_zeros(1)
         return self._replace(tokens_BT=zeros_1T, targets_BT=zeros_1T, key_B=key_B)
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> "Batch":
         """Copy to the device without waiting for it, and locate the documents."""
         located = None
         if self.end_of_text is not None:  # on the host: on the device the count of documents would synchronize

@@ -7,8 +7,6 @@
 Exit status: 0 all intact, 1 a checkpoint is damaged, 2 wrong input, 130 interrupted.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

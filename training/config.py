@@ -8,8 +8,6 @@ notebook or a test without a run.
 implementations maps each variant to its code.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -34,11 +32,11 @@ class MixerConfig(Section):
         ge=1,
     )
 
-    def with_explicit_sizes(self, model: ModelConfig) -> Self:
+    def with_explicit_sizes(self, model: "ModelConfig") -> Self:
         """Return a copy in which no null stands for a size."""
         return self.model_copy(update={"head_dim": self.head_dim or model.n_embd // model.n_head})
 
-    def model_rules(self, model: ModelConfig) -> Iterator[tuple[str, str]]:  # noqa: ARG002 (one signature)
+    def model_rules(self, model: "ModelConfig") -> Iterator[tuple[str, str]]:  # noqa: ARG002 (one signature)
         """Yield (option of this mixer, problem) for each option that does not fit the model."""
         yield from ()
 
@@ -59,11 +57,11 @@ class AttentionConfig(MixerConfig):
     qk_norm: bool = option(False, "apply RMSNorm to the queries and keys of each head")
     rope: bool = option(True, "apply RoPE to queries and keys, if model.position is rope")
 
-    def with_explicit_sizes(self, model: ModelConfig) -> Self:
+    def with_explicit_sizes(self, model: "ModelConfig") -> Self:
         changes = {"n_kv_head": self.n_kv_head or model.n_head}
         return super().with_explicit_sizes(model).model_copy(update=changes)
 
-    def model_rules(self, model: ModelConfig) -> Iterator[tuple[str, str]]:
+    def model_rules(self, model: "ModelConfig") -> Iterator[tuple[str, str]]:
         width = self.head_dim or model.n_embd // model.n_head
         if self.rope and model.position == "rope" and width % 2:
             yield "head_dim", f"rope needs an even head width, not {width}"
@@ -77,7 +75,7 @@ class DifferentialConfig(AttentionConfig):
     type: Literal["differential"] = "differential"
     lambda_init: float = option(0.8, "initial weight of the second softmax, which is subtracted", ge=0, lt=1)
 
-    def model_rules(self, model: ModelConfig) -> Iterator[tuple[str, str]]:
+    def model_rules(self, model: "ModelConfig") -> Iterator[tuple[str, str]]:
         width = self.head_dim or model.n_embd // model.n_head
         multiple = 4 if self.rope and model.position == "rope" else 2
         if width % multiple:
@@ -105,7 +103,7 @@ class LatentConfig(MixerConfig):
     )
     value_dim: int | None = option(None, "width of a head's values; null: head_dim", unit="channels", ge=1)
 
-    def with_explicit_sizes(self, model: ModelConfig) -> Self:
+    def with_explicit_sizes(self, model: "ModelConfig") -> Self:
         explicit = super().with_explicit_sizes(model)
         return explicit.model_copy(update={"value_dim": self.value_dim or explicit.head_dim})
 

@@ -1,7 +1,5 @@
 """The device of a run: selection, name, peak FLOP/s and memory."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

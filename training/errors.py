@@ -1,7 +1,5 @@
 """Errors that the user can act on, and `@command`, which turns them into one line and an exit status."""
 
-from __future__ import annotations
-
 import functools
 import os
 import sys

@@ -4,8 +4,6 @@ python -m training.evaluate --run runs/quickstart
 python -m training.evaluate --run runs/quickstart --data book.txt notes/
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 

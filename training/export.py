@@ -7,8 +7,6 @@ otherwise the folder is removed. The model is written as the first architecture 
 the same function (docs/exports.md), or else with its own Python files.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Durable, atomic files and folders, and the lock of a run's folder."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

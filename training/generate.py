@@ -4,8 +4,6 @@ python -m training.generate --run runs/quickstart --prompt "def "
 python -m training.generate --run runs/quickstart --prompts prompts.txt --samples 4 --json > texts.jsonl
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
@@ -146,7 +144,7 @@ def generate(args: argparse.Namespace) -> None:
             print("" if is_streamed else format_text(args, prompt, sample, text), flush=True)
 
 
-def format_text(args: argparse.Namespace, prompt: int, sample: int, text: Continuation) -> str:
+def format_text(args: argparse.Namespace, prompt: int, sample: int, text: "Continuation") -> str:
     """Format one continuation: a line of JSON, or a heading with the prompt's and sample's number, and the text."""
     before = args.prompt[prompt]
     if args.json:

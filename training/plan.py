@@ -5,8 +5,6 @@
 docs/planning.md explains the figures.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import statistics

@@ -5,8 +5,6 @@
 A run prepares its data at the start, unless this command already has.
 """
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The building blocks of `config.py`: `option`, `Section`, `one_of`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Annotated, Any, Union
 
@@ -24,7 +22,7 @@ class Section(BaseModel):
         yield from ()
 
     @model_validator(mode="after")
-    def _check_rules(self) -> Section:
+    def _check_rules(self) -> "Section":
         if problems := list(self.rules()):
             text = "; ".join(f"{path}: {message}" for path, message in problems)
             raise PydanticCustomError("rules", "{text}", {"text": text, "problems": problems})

@@ -1,7 +1,5 @@
 """Enter a run: lock its folder, join its ranks and check that all of them have the same options."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,7 +16,7 @@ class Session(NamedTuple):
     """A run's config, joined ranks and folder lock."""
 
     config: Config  # with the `model` options that `init_from` sets
-    world: World
+    world: "World"
     lock: RunLock | None  # on the main rank
 
     def check_lock(self) -> None:

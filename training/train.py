@@ -6,8 +6,6 @@
 The run is written to out_dir/name. The same command, started again, resumes it.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import time

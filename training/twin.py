@@ -6,8 +6,6 @@
 The experts pay off if their run reaches a lower loss than the twin after the same number of tokens.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

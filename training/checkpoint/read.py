@@ -1,7 +1,5 @@
 """Find, verify and read checkpoints: all tensors, or only the rows that a rank needs."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

@@ -4,8 +4,6 @@
 one piece of a tensor at a time, sync the file and raise the system's own OSError if the disk is full.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -4,8 +4,6 @@ Order of operations, each durable before the next: tensor files, state.json, man
 removal of older checkpoints. After a crash at any point the newest complete checkpoint is still there.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """The 256 printable characters that stand for bytes in byte-level tokenizers."""
 
-from __future__ import annotations
-
 
 def unicode_to_bytes() -> dict[str, int]:
     """Return the byte that each character stands for (the inverse of `bytes_to_unicode` in GPT-2's encoder.py)."""

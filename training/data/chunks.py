@@ -5,8 +5,6 @@ start a new word. No token spans such a cut, so the chunks' tokens are the docum
 the next MAX_SEARCH_CHARS, the text is cut at CHUNK_CHARS, possibly inside a token.
 """
 
-from __future__ import annotations
-
 import codecs
 import re
 from collections.abc import Iterable, Iterator

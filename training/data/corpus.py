@@ -1,7 +1,5 @@
 """All documents of a configuration, split into training and validation text, and the key of their cache."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import deque

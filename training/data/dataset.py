@@ -5,8 +5,6 @@ and the tokenizer. A dataset is built under a `.partial` name, flushed to disk a
 its process. A killed build leaves only its `.partial` folder, which the next build removes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """Hashes of files, computed again only after a file's size or times have changed."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -7,8 +7,6 @@ has the same tokens on any number of ranks, in any micro-batch, after any restar
 Shape suffixes: B samples, T tokens of each (n_positions), S sources.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -53,7 +51,7 @@ class Samples:
         self.n_samples = int(self.windows.sum())
         self.mixture = None if self.is_sequential or split.weights is None else Mixture(split.weights, seed)
 
-    def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
+    def batch(self, indices: Sequence[int] | np.ndarray) -> "Batch":
         """Return the samples as a batch of torch tensors on the host; `key_B` is None without a seed."""
         import torch  # preparing data must not wait for this import
 
@@ -110,7 +108,7 @@ class Loader:
         self.samples, self.batch_samples, self.local_range = samples, batch_samples, local_range
         self._prefetched: tuple[int, Batch] | None = None
 
-    def at(self, step: int) -> Batch:
+    def at(self, step: int) -> "Batch":
         """Return this rank's part of a step's batch. Raises UserError or OSError if the data cannot be read."""
         prefetched, self._prefetched = self._prefetched, None
         return self._read(step) if prefetched is None or prefetched[0] != step else prefetched[1]
@@ -120,7 +118,7 @@ class Loader:
         with suppress(UserError, OSError):
             self._prefetched = step, self._read(step)
 
-    def _read(self, step: int) -> Batch:
+    def _read(self, step: int) -> "Batch":
         first = step * self.batch_samples
         return self.samples.batch(first + np.arange(self.local_range.start, self.local_range.stop))
 

@@ -1,7 +1,5 @@
 """Progress of `prepare`: a bar on a terminal, two lines for each stage elsewhere."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Iterator

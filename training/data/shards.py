@@ -5,8 +5,6 @@ uint32 above 65,536 tokens) and `train-0.documents` (uint64: the position at whi
 document starts with the end-of-text token, so that its first token of text is a target, too.
 """
 
-from __future__ import annotations
-
 import hashlib
 import mmap
 import os
@@ -95,7 +93,7 @@ class StreamWriter:
         self.tokens = (folder / f"{split}-{index}.tokens").open("wb")
         self.documents = (folder / f"{split}-{index}.documents").open("wb")
 
-    def __enter__(self) -> StreamWriter:
+    def __enter__(self) -> "StreamWriter":
         return self
 
     def __exit__(self, *_error: object) -> None:

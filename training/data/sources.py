@@ -1,7 +1,5 @@
 """Readers of text: one class for each kind of source, and the table that maps a source's config to its reader."""
 
-from __future__ import annotations
-
 import sysconfig
 from collections.abc import Iterator
 from itertools import chain

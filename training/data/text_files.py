@@ -1,7 +1,5 @@
 """Local text files: find them by path, folder or glob, decompress them, read them document by document."""
 
-from __future__ import annotations
-
 import bz2
 import glob
 import gzip

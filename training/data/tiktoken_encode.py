@@ -6,8 +6,6 @@ and (2) each token's own text is encoded as that token. By (2), two neighbors th
 never occur: their text alone would be encoded as these two. `build_fast_encoder` checks (1) and (2).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from typing import Any

@@ -3,8 +3,6 @@
 The end-of-text token stands between documents and nowhere else.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -96,7 +94,7 @@ class Tokenizer:
         write_atomically(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
     @classmethod
-    def load(cls, folder: str | Path) -> Tokenizer:
+    def load(cls, folder: str | Path) -> "Tokenizer":
         """Load the tokenizer.json of a folder."""
         return from_json(Path(folder) / "tokenizer.json")
 
@@ -199,7 +197,7 @@ def _tiktoken(config: TiktokenTokenizer, _texts: Iterable[str]) -> Tokenizer:
     return from_tiktoken(encoding)
 
 
-def from_tiktoken(encoding: tiktoken.Encoding) -> Tokenizer:
+def from_tiktoken(encoding: "tiktoken.Encoding") -> Tokenizer:
     """Convert an encoding to a `tokenizers.Tokenizer`. Raises UserError if it would not give the same tokens.
 
     tiktoken stores ranks instead of merges: a token's merges are the pairs of tokens that make it up, best ranks

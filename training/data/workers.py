@@ -7,8 +7,6 @@ The protocol: a line of JSON with texts goes in; a line of JSON with the number 
 tokens. A process ends when its input ends, which also happens when its owner is killed.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -88,14 +86,14 @@ class Worker:
         command = [sys.executable, "-c", PROGRAM, str(folder)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
-    def __enter__(self) -> Worker:
+    def __enter__(self) -> "Worker":
         return self
 
     def __exit__(self, *_error: object) -> None:
         self.process.kill()
         self.process.communicate()
 
-    def send(self, request: list[Chunk]) -> Worker:
+    def send(self, request: list[Chunk]) -> "Worker":
         """Send a request. Raises UserError if the process has died."""
         try:
             self.process.stdin.write(json.dumps([chunk.text for chunk in request]).encode() + b"\n")

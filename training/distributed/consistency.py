@@ -1,7 +1,5 @@
 """Check that all ranks run the same code, with the same options, on the same data."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Decide from heartbeats which rank is dead or stuck. Pure functions without side effects."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal

@@ -4,8 +4,6 @@ Shapes as in kernels/experts.py: N tokens, K experts per token, R = N x K rows s
 one rank are contiguous; S rows received from all ranks; P ranks.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

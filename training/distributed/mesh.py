@@ -4,8 +4,6 @@ rank = replica x shard + index within the shard group. A rank holds part rank % 
 layer's experts are split over neighboring ranks.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -8,8 +8,6 @@ the others read it and exit silently.
 The clock stops while this process is stopped, so ranks that are stopped and continued together report nobody.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -4,8 +4,6 @@ A call runs two all-to-alls: one sends all rows to the owners of the matrices, o
 Shapes: X matrices of M x N; R rows; P ranks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 

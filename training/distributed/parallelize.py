@@ -1,7 +1,5 @@
 """Apply expert parallelism, FSDP2 and activation checkpointing to a model, in place. Parameter names do not change."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -1,7 +1,5 @@
 """Identity of a process across hosts, and whether it is still running."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -1,7 +1,5 @@
 """Activation checkpointing: recompute a block's forward during backward (arXiv:1604.06174)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Rendezvous: connect the ranks through the environment variables and the store of torchrun."""
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

@@ -1,7 +1,5 @@
 """A model distributed over ranks: local rows of each tensor, gradient sums, loading and gathering."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 

@@ -5,8 +5,6 @@ as torchrun starts the ranks (rendezvous.py); without one, World has one process
 monitor shares each rank's activity with the others, and reports a rank that dies or hangs (monitor.py).
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Iterator

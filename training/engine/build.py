@@ -1,7 +1,5 @@
 """Build a run's parts: the resolved configuration, model, optimizer, loader and state, new or from a checkpoint."""
 
-from __future__ import annotations
-
 import warnings
 from typing import NamedTuple
 

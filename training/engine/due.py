@@ -1,7 +1,5 @@
 """Decide after each step, from its number, the clock and signals: log, evaluate, save or stop."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
@@ -35,7 +33,7 @@ class Events:
         self.signal, self.received_at, self.saved_at = 0, 0.0, time.monotonic()
         self._handlers: dict[int, object] = {}
 
-    def __enter__(self) -> Events:
+    def __enter__(self) -> "Events":
         # Python allows handlers in the main thread only. Ray, which trains in another thread, stops runs itself.
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}

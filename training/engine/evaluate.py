@@ -1,7 +1,5 @@
 """Validation loss over a fixed set of samples, and continuations of prompts."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -4,8 +4,6 @@ Shapes: B batch, T tokens, N = B x T tokens, K experts per token, E experts, S s
 a last one for all others.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from training.config import EvalConfig, ModelConfig

@@ -1,7 +1,5 @@
 """Forward and backward of one micro-batch."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

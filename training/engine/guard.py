@@ -1,7 +1,5 @@
 """Decide which updates to skip: those with a NaN or infinite loss or gradient and, if configured, spikes."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections import deque

@@ -1,7 +1,5 @@
 """Load a trained model from the folder of a run, finished or not, for evaluation, generation and export."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 The micro-batch changes results only by the order of sums. It is the same on all ranks.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import sys

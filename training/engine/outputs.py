@@ -1,7 +1,5 @@
 """Open a run's outputs other than checkpoints: config.yaml, the tokenizer, run.json and the logs."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

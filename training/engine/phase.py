@@ -1,7 +1,5 @@
 """Report the loop's current phase to the phase timer and to the other ranks' hang monitors."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -4,8 +4,6 @@ A restart may change how a run is executed, never what it computes: `config.CHAN
 that may differ.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple

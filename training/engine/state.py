@@ -1,7 +1,5 @@
 """The state of a run: `TrainState`, stored in state.json, and `Checkpoints`, which saves it with the tensors."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -106,7 +104,7 @@ class TrainState:
         }
 
     @classmethod
-    def from_json(cls, content: dict[str, Any], path: Path, spike_limit: float | None) -> TrainState:
+    def from_json(cls, content: dict[str, Any], path: Path, spike_limit: float | None) -> "TrainState":
         """Build the state from the contents of state.json at `path`; `spike_limit` is that of the StepGuard.
 
         Raises UserError for a missing key or a value of another type.
@@ -158,7 +156,7 @@ class Checkpoints:
         """True after a save that failed on any rank."""
         return self.writer.failure is not None
 
-    def __enter__(self) -> Checkpoints:
+    def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -4,8 +4,6 @@ A step waits for the device once, before the update: a NaN or infinite gradient 
 stay on the device until they are logged.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 

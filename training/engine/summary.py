@@ -1,7 +1,5 @@
 """The end of a run: the final model, summary.json, experts.json and the report."""
 
-from __future__ import annotations
-
 import json
 import math
 import shlex

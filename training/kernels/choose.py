@@ -9,8 +9,6 @@ fastest.
     print(choice.names["attention"], choice.reasons["attention"])  # flash  matches the reference
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType

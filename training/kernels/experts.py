@@ -14,8 +14,6 @@ No kernel but the reference uses atomic additions: each token's rows are summed 
 results are bit-identical from run to run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ Shapes: B samples, T queries, S keys (the queries are the last T keys), H query 
 D width of queries and keys, E width of values.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 

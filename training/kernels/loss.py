@@ -9,8 +9,6 @@ and returns the sum of the tokens' losses in nats, a float32 scalar.
 tensor(9.2103)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

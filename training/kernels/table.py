@@ -4,8 +4,6 @@ Each table is in the order in which `auto` tries its kernels, and has a "referen
 The Triton kernels are imported at their first call, because Triton is not installed everywhere.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Trials: small problems that compare a kernel with its reference, and larger problems that time it."""
 
-from __future__ import annotations
-
 import time
 import warnings
 from collections.abc import Callable

@@ -8,8 +8,6 @@ are summed in order, so the bits repeat. Accumulation is in float32; float32 inp
 `table.py` imports this file at the first call, because Triton is not installed everywhere.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +27,7 @@ class TileShape(NamedTuple):
     stages: int = 3  # pipeline stages: 96 KiB of shared memory
 
     @classmethod
-    def of(cls, x: Tensor) -> TileShape:
+    def of(cls, x: Tensor) -> "TileShape":
         """Return the shape for the dtype of x."""
         return cls() if x.element_size() == 2 else cls(side=64, inner=32, warps=4, stages=2)
 

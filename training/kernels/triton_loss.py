@@ -7,8 +7,6 @@ Sums are float32.
 `table.py` imports this file at the first call, because Triton is not installed everywhere.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -4,8 +4,6 @@ Each question gets lines with a figure and a remedy, or one line that there is n
 thresholds.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from statistics import fmean, median

@@ -1,7 +1,5 @@
 """The geometry of the report's charts as plain data for SVG, so that the page needs no library."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The console, on standard output: a live bar on a terminal, plain aligned lines elsewhere."""
 
-from __future__ import annotations
-
 import io
 import os
 import sys
@@ -129,7 +127,7 @@ class LiveConsole(Console):
     def refresh(self) -> None:
         self.live.refresh()
 
-    def render(self) -> Group:
+    def render(self) -> "Group":
         """Return two lines for a wide terminal; on a narrow one the numbers take as many as they need."""
         from rich.columns import Columns
         from rich.console import Group

@@ -1,7 +1,5 @@
 """Console lines about dead experts, the one router problem that needs attention during a run."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from training.logging.format import layer_name

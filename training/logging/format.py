@@ -1,7 +1,5 @@
 """Numbers, durations and texts as people read them."""
 
-from __future__ import annotations
-
 import math
 
 MAX_TOKEN_CHARS = 16  # of a token; the rest is cut

@@ -5,8 +5,6 @@ primitive operations. Here a node is an operation as the source writes it, in th
 Views are left out, and a module with one operation is a single node.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from contextlib import ExitStack
 from typing import Any

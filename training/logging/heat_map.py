@@ -1,7 +1,5 @@
 """Expert load of all MoE layers as an image, for TensorBoard and Weights & Biases."""
 
-from __future__ import annotations
-
 import numpy as np
 from PIL import Image, ImageDraw
 

@@ -1,7 +1,5 @@
 """metrics.jsonl: one JSON object per step, each step exactly once over all restarts."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

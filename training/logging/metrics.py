@@ -9,8 +9,6 @@ the metrics of summary.json. This module prints it for training/README.md:
 A key that a row lacks is left out everywhere. Layers count from 0 in data and from 1 in what people read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

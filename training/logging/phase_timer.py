@@ -9,8 +9,6 @@ overlap with them and count as `compute`; `communication` is all other waiting f
 Logs and checkpoints have the main rank's times. Their sums cover all restarts of the run.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable
 from itertools import pairwise

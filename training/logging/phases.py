@@ -1,7 +1,5 @@
 """The phases of a run's time, and their shares."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 PHASES = {  # measured by `PhaseTimer`: name and meaning

@@ -1,7 +1,5 @@
 """report.html: the whole run on one page that opens from disk and needs no network."""
 
-from __future__ import annotations
-
 import json
 import sys
 from functools import cache

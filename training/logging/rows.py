@@ -1,7 +1,5 @@
 """The log of the training loop: metrics stay on the device until rows are due, then go to all sinks."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

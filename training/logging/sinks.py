@@ -1,7 +1,5 @@
 """Sinks: the places that rows of metrics go to, one per file. `SINKS` lists them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -50,7 +48,7 @@ class Sink:
         """Write the rows of consecutive steps; each row comes once."""
         raise NotImplementedError
 
-    def write_graph(self, model: torch.nn.Module, *inputs: Any) -> None:
+    def write_graph(self, model: "torch.nn.Module", *inputs: Any) -> None:
         """Draw the graph of `model(*inputs)`; a sink that cannot draw ignores it."""
 
     def close(self, summary: dict | None) -> None:

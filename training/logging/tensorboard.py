@@ -1,7 +1,5 @@
 """TensorBoard: curves, expert load, samples, the configuration and the model's graph."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket
@@ -67,7 +65,7 @@ class TensorBoardSink(Sink):
                 summaries.append(text("samples", "\n\n---\n".join(map(_code_block, texts))))
             self._write(*(Event(step=row["step"], summary=summary) for summary in summaries))
 
-    def write_graph(self, model: torch.nn.Module, *inputs: Any) -> None:
+    def write_graph(self, model: "torch.nn.Module", *inputs: Any) -> None:
         """Show the graph of `model(*inputs)` in the Graphs tab."""
         self._write(Event(graph_def=trace_graph(model, *inputs).SerializeToString()))
 

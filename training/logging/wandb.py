@@ -1,7 +1,5 @@
 """Weights & Biases, if `logging.wandb` is set. Its own process sends the rows: training never waits for the network."""
 
-from __future__ import annotations
-
 import json
 import sys
 import uuid

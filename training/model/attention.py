@@ -4,8 +4,6 @@ Shapes: B batch, T tokens, S keys (cached ones included), C channels, H query he
 values, D head width, E width of a value.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any, NamedTuple
 

@@ -3,8 +3,6 @@
 Shapes: B batch, R selected samples, T new tokens, S all tokens.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 
@@ -45,7 +43,7 @@ class Cache:
             layer.buffers = {name: (buffer.index_select(0, rows_B), n) for name, (buffer, n) in layer.buffers.items()}
         self._set_padding(None if self.n_padding_B is None else self.n_padding_B.index_select(0, rows_B))
 
-    def replace_rows(self, rows_R: Tensor, other: Cache) -> None:
+    def replace_rows(self, rows_R: Tensor, other: "Cache") -> None:
         """Overwrite R samples with those of `other`, which have no padding."""
         start = self.n_tokens - other.n_tokens
         for layer, new in zip(self.layers, other.layers, strict=True):

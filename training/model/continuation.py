@@ -1,7 +1,5 @@
 """Text from sampled tokens: outputs complete characters only, and holds back the beginning of a stop string."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, Protocol
 

@@ -4,8 +4,6 @@ Shapes: B batch, T tokens, S keys (cached ones included), C channels, H heads, G
 the width of a head, E = 2D its width. Queries and keys hold the heads of the first softmax, then those of the second.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -3,8 +3,6 @@
 Shapes: B batch, T tokens, C channels, H query heads, E width of a value.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from training.config import GatedConfig, ModelConfig

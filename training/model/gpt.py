@@ -4,8 +4,6 @@ Shapes: B batch, T tokens, C channels, V vocabulary, N = B x T tokens.
 Use: `loss, metrics = model(batch)` in training and evaluation, `model.logits(tokens_BT, cache)` in generation.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -205,7 +203,7 @@ class GPT(nn.Module):
             return self.cast_head
         return (self.wte if self.head is None else self.head).weight
 
-    def cast_for_inference(self) -> GPT:
+    def cast_for_inference(self) -> "GPT":
         """Cast the weights to `dtype` once instead of on every call; return the model, now untrainable.
 
         Outputs are bit-identical. Routers and embeddings stay float32, because they compute in float32.

@@ -4,8 +4,6 @@ Shapes: B batch, T tokens, S keys, C channels, H heads, R kv_rank, N unrotated h
 width, D = N + P, E value width.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -4,8 +4,6 @@ Parameters are float32. A layer computes in the dtype of its input and casts its
 Shapes: B batch, T tokens, C channels, H heads, D head width.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,7 +23,7 @@ class FeedForwardContext(NamedTuple):
     key_B: Tensor | None = None  # int64: one key per sample for random numbers; needed if is_training
     is_training: bool = False  # add noise and drop tokens beyond the experts' capacity
 
-    def for_layer(self, index: int) -> FeedForwardContext:
+    def for_layer(self, index: int) -> "FeedForwardContext":
         """Return the context with random keys that differ between layers."""
         return self if self.key_B is None else self._replace(key_B=self.key_B + (index << 48))
 

@@ -1,7 +1,5 @@
 """Log rows from the summed metrics of a step. Shapes: L MoE layers, E experts."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """The dense feed-forward layer. Shapes: B batch, T tokens, C channels."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from training.config import MLPConfig, ModelConfig

@@ -7,8 +7,6 @@ Balancing gives the same result for any split of the global batch: expert counts
 selection bias moves once per update, and the Switch loss uses the fractions of the previous update.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple

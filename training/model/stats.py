@@ -1,7 +1,5 @@
 """Parameter counts, FLOPs and initial values of a model, computed from its config."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

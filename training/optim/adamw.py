@@ -1,6 +1,6 @@
 """AdamW (arXiv:1711.05101): PyTorch's fused implementation."""
 
-from __future__ import annotations
+from typing import Self
 
 import torch
 
@@ -15,7 +15,7 @@ class AdamW(torch.optim.AdamW):
     scalar_state_names = ("step",)
 
     @classmethod
-    def build(cls, config: AdamWConfig, parameters: list[NamedParameter], **_: object) -> AdamW:
+    def build(cls, config: AdamWConfig, parameters: list[NamedParameter], **_: object) -> Self:
         """Build the optimizer of `parameters`."""
 
         def group(kinds: tuple[ParameterKind, ...], lr: float, weight_decay: float) -> dict:

@@ -1,6 +1,6 @@
 """Lion (arXiv:2302.06675): the update is the sign of an interpolation between gradient and running mean."""
 
-from __future__ import annotations
+from typing import Self
 
 import torch
 
@@ -15,7 +15,7 @@ class Lion(torch.optim.Optimizer):
     scalar_state_names = ()
 
     @classmethod
-    def build(cls, config: LionConfig, parameters: list[NamedParameter], **_: object) -> Lion:
+    def build(cls, config: LionConfig, parameters: list[NamedParameter], **_: object) -> Self:
         """Build the optimizer of `parameters`."""
         matrices = [p for _, p, kind in parameters if kind in ("matrix", "router")]
         others = [p for _, p, kind in parameters if kind not in ("matrix", "router")]

@@ -1,7 +1,5 @@
 """Dynamic loss scaling for fp16."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

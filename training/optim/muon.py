@@ -3,11 +3,10 @@
 Shapes: X matrices of M rows and N columns.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -75,7 +74,7 @@ class Muon(torch.optim.Optimizer):
     @classmethod
     def build(
         cls, config: MuonConfig, parameters: list[NamedParameter], dtype: torch.dtype, full_shapes: FullShapes | None
-    ) -> Muon:
+    ) -> Self:
         """Build the optimizer of `parameters`; matmuls run in `dtype`."""
         return cls(
             [parameter for _, parameter, _ in parameters],

@@ -4,8 +4,6 @@ An optimizer class has `build(config, parameters, dtype=, full_shapes=)` and dec
 `optimizer.state[parameter]`: `state_names` have the parameter's shape, `scalar_state_names` are scalars.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """Types that describe parameters to the optimizers: kind, name, full shape."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 

@@ -3,8 +3,6 @@
 A schedule is a function of (config, step, steps), where step >= `warmup_steps` and `steps` is the run's length.
 """
 
-from __future__ import annotations
-
 import math
 
 from training.config import (

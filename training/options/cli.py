@@ -5,8 +5,6 @@
 writes the JSON schema for editors. Nothing here imports torch.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import json

@@ -1,7 +1,5 @@
 """Look up the options of `config.py` by path, and render the help and the JSON schema from them."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import textwrap

@@ -3,8 +3,6 @@
 Pydantic lists the errors of all fields at once. Rules between a section's options run only if each of them is valid.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator
 from types import NoneType, UnionType

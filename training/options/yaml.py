@@ -5,8 +5,6 @@ has an anchor. This parser reads their events instead and rejects tags, anchors,
 at once. In YAML 1.2 `3e-4` is a number, `010` is ten, and `no` and `12:30:45` are text.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +40,13 @@ class Node:
             return {key: node.plain() for key, node in self.value.items()}
         return [node.plain() for node in self.value] if isinstance(self.value, list) else self.value
 
-    def child(self, key: str | int) -> Node | None:
+    def child(self, key: str | int) -> "Node | None":
         """Return the entry of a mapping or a list, if there is one."""
         if isinstance(self.value, list) and re.fullmatch("[0-9]{1,6}", str(key)) and int(key) < len(self.value):
             return self.value[int(key)]
         return self.value.get(key) if isinstance(self.value, dict) else None
 
-    def innermost(self, path: OptionPath) -> Node:
+    def innermost(self, path: OptionPath) -> "Node":
         """Return the node at a path, or the innermost section around it that exists."""
         node = self
         for key in path:

@@ -1,7 +1,5 @@
 """Splitting of a step's samples over ranks and micro-batches."""
 
-from __future__ import annotations
-
 import math
 
 from training.config import Config

@@ -1,7 +1,5 @@
 """Disk space that a run's checkpoints and final model need."""
 
-from __future__ import annotations
-
 import shutil
 
 from training.config import Config

@@ -12,8 +12,6 @@ flash kernel, which keeps the same tensors for backward as the GPU's; for a GPU 
 libraries are not counted.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The plan of a run: its needs, computed from its options, as lines of text."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

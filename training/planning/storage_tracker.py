@@ -1,7 +1,5 @@
 """Counting of the memory that real or fake tensors hold."""
 
-from __future__ import annotations
-
 import weakref
 from collections import Counter
 from typing import Any, NamedTuple

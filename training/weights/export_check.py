@@ -1,7 +1,5 @@
 """Write an export, and compare what Transformers computes from it with the trained model."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -5,8 +5,6 @@ start: a shorter context, more rows for the vocabulary, packing of documents, ba
 of a dense layer (`upcycle.py`). A run that has started no longer needs the folder.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Iterator
@@ -58,7 +56,7 @@ def resolve_init_from(config: Config, *, fresh: bool = False) -> Config:
         raise UserError(f"init_from {config.init_from}: {hf.one_line(error)}") from None
 
 
-def load_weights(sharded: ShardedModel, config: Config, dataset: Dataset, world: World) -> None:
+def load_weights(sharded: "ShardedModel", config: Config, dataset: "Dataset", world: "World") -> None:
     """Load the weights of `init_from` into a run's model; the main rank reports on layers that become experts.
 
     Raises UserError if the weights cannot be read, or if upcycling changed the model's logits.
@@ -122,7 +120,7 @@ def _upcycle(
     return weights, lines
 
 
-def _samples(config: Config, dataset: Dataset, device: torch.device) -> Iterator[Batch]:
+def _samples(config: Config, dataset: "Dataset", device: torch.device) -> Iterator[Batch]:
     """Yield samples spread evenly over the validation set, cut to MAX_LENGTH tokens."""
     n_positions, isolated = config.model.n_positions, config.model.isolate_documents
     end_of_text = dataset.tokenizer.end_of_text if isolated else None

@@ -6,8 +6,6 @@ PROBE is a safetensors file with "tokens" (B, T), "prompt" (1, P) and "n_new". T
 "logits" (B, T, V) and "continuation" (n_new,); its metadata name the class that opened the folder.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 

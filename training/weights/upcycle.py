@@ -10,8 +10,6 @@ Shapes: C channels, F and h hidden channels of the dense layer and of an expert,
 G experts per group, T tokens, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from math import gcd

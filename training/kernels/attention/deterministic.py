@@ -7,8 +7,6 @@ rejects operations unrelated to attention, so only this backward runs in it.
 The flash kernel is two custom operators here, so a compiled block stays one graph; other kernels break the graph.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps

@@ -5,8 +5,6 @@ across documents. Written against the sources of flash-attn 2.7.4 and 2.8.3, fla
 and b36. The signature of the kernels is `interface.Attend`.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

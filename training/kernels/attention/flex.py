@@ -3,8 +3,6 @@
 It imports PyTorch's compiler, so its imports are inside the functions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 
-def flex_mask(visibility: Visibility) -> BlockMask:
+def flex_mask(visibility: Visibility) -> "BlockMask":
     """Return the blocks of 128 x 128 scores that are not fully masked. Evaluates the full mask."""
     from torch.nn.attention.flex_attention import create_block_mask
 

@@ -3,8 +3,6 @@
 Shapes: B samples, T queries, S keys (the queries are the last T keys), D documents in the batch.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -18,7 +16,7 @@ class Documents(NamedTuple):
     position_BT: Tensor  # int64: position of each query within its document
     cu_seqlens_D: Tensor | None = None  # int32 (D + 1,): 0, then the end of each document in the flattened (B x T)
 
-    def to(self, device: torch.device) -> Documents:
+    def to(self, device: torch.device) -> "Documents":
         """Copy to a device without synchronizing."""
         return Documents(*(tensor.to(device, non_blocking=True) for tensor in self))
 

@@ -1,7 +1,5 @@
 """Attention, written as its formula. The signature is `interface.Attend`."""
 
-from __future__ import annotations
-
 import math
 
 from torch import Tensor

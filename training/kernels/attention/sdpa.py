@@ -3,8 +3,6 @@
 The signature of the kernels is `interface.Attend`.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -17,8 +17,6 @@ torch.Size([1, 4, 4, 8])
 'does not support a soft-cap'
 """
 
-from __future__ import annotations
-
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """PyTorch's flash kernel for packed documents and for windows. The signature is `interface.Attend`."""
 
-from __future__ import annotations
-
 import inspect
 
 import torch

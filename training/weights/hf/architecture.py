@@ -1,7 +1,5 @@
 """The interface of an architecture of Transformers."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

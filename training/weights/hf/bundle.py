@@ -5,8 +5,6 @@ The files are `modeling.py` and all that it imports, directly or through others.
 `from .x_y import`: Transformers copies a folder's files into one package, which has no folders.
 """
 
-from __future__ import annotations
-
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,8 +28,6 @@ for _name in ({names}):
 # `option`, `Section` and `one_of` without pydantic: the classes of config.py become dataclasses.
 SECTION = '''"""Options as frozen dataclasses."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any, Union
 
@@ -47,7 +43,7 @@ class Section:
     def __init_subclass__(cls) -> None:
         dataclass(frozen=True)(cls)
 
-    def model_copy(self, *, update: dict[str, Any]) -> Section:
+    def model_copy(self, *, update: dict[str, Any]) -> "Section":
         """Return a copy with other values."""
         return replace(self, **update)
 
@@ -58,8 +54,6 @@ def one_of(*variants: type) -> Any:
 '''
 
 OPTIONS = '''"""A network's options from the dictionary of a config.json."""
-
-from __future__ import annotations
 
 from dataclasses import asdict
 from typing import Any
@@ -83,8 +77,6 @@ def model_config(options: dict[str, Any]) -> ModelConfig:
 '''
 
 BACKENDS = '''"""The attention back-ends that run on every machine; the others need packages or GPUs."""
-
-from __future__ import annotations
 
 from training.kernels.attention.masks import boolean_mask
 from training.kernels.attention.reference import reference_attention
@@ -116,8 +108,8 @@ def modeling_files() -> dict[str, str]:
         "names": "".join(f'\n    "{name}",' for name in names) + "\n",
         "imports": "".join(f"\nfrom .{name} import __name__ as _{name}" for name in names),
     }
-    future = "from __future__ import annotations\n"
-    texts[ENTRY] = texts[ENTRY].replace(future, future + ALL_FILES.format(**lists), 1)
+    docstring, end, code = texts[ENTRY].partition('\n"""\n')
+    texts[ENTRY] = docstring + end + ALL_FILES.format(**lists) + code
     return {f"{_file_name(module)}.py": _with_relative_imports(text) for module, text in texts.items()}
 
 
@@ -137,5 +129,5 @@ def _source(module: str) -> str:
     if module == "training.config":
         text = re.sub(r"(?m)^from pydantic .*\n", "", text.partition("\n# --- data ---")[0])
         text = re.sub(r"Annotated\[(.+), Field\(.*?\)\]", r"\1", text)
-        text = text.replace(", Self\n", "\n").replace("-> Self:", "-> Section:")  # Python 3.10 has no Self
+        text = text.replace(", Self\n", "\n").replace("-> Self:", '-> "Section":')  # Python 3.10 has no Self
     return text

@@ -1,7 +1,5 @@
 """A model that no architecture of Transformers expresses: our options, our tensor names, and the code that runs it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

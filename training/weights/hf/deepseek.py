@@ -9,8 +9,6 @@ QK-norm. deepseek_v3: latent attention, whose latent vectors are normalized with
 config.json says.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -5,8 +5,6 @@ package adds 1e-20 to the sum instead, and exports that number as `moe_norm_min`
 consecutive; dense layers may come before and after them.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from training.config import AttentionConfig, BlockConfig

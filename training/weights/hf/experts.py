@@ -1,7 +1,5 @@
 """Layers of experts in the architectures of Transformers: their indices and their tensors."""
 
-from __future__ import annotations
-
 from training.config import BlockConfig, MLPConfig, MoEConfig
 from training.weights.hf.llama import MATRICES, PerLayer, Tensors, weights
 from training.weights.hf.names import Name

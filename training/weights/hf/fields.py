@@ -3,8 +3,6 @@
 Reading is strict: a value that would change a logit, and that this package does not compute, is an error.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Reading of a model's JSON and safetensors files; every error names the file."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,5 @@
 """`gpt2`: GPT2LMHeadModel. Its layers store transposed matrices (Conv1D), and query, key and value as one."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Any

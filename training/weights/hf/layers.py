@@ -1,7 +1,5 @@
 """Comparison of two models' layers, and the shortest pattern of blocks that describes layers."""
 
-from __future__ import annotations
-
 from itertools import groupby
 from typing import Any
 

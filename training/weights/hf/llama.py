@@ -4,8 +4,6 @@ An architecture is data: tables of fields, options that config.json implies, and
 layers have a window or experts.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """`mixtral`: Llama with experts in every layer, weighted by a softmax over a token's top-k, and optionally a window."""
 
-from __future__ import annotations
-
 from training.weights.hf import llama
 from training.weights.hf.experts import EVERY_LAYER, EXPERT_KINDS, expert_tensors
 from training.weights.hf.fields import Field

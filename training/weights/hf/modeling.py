@@ -4,8 +4,6 @@ An export contains this file and all that it imports from this package (`bundle.
 and transformers (4.57 or later).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Translation of tensors between two layouts, by tables that work in both directions."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

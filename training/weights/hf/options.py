@@ -1,7 +1,5 @@
 """A network's options, from the dictionary in a config.json."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from training.config import ModelConfig

@@ -4,8 +4,6 @@ The window means the same as ours: a token sees itself and `sliding_window` - 1 
 may have it and others not. In Qwen3-MoE all layers have it or none; some layers may have experts and others not.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from training.config import BlockConfig

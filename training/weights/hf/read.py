@@ -1,7 +1,5 @@
 """Reading of a model's folder as our configuration and our named weights; no code of the folder runs."""
 
-from __future__ import annotations
-
 from collections.abc import Set
 from pathlib import Path
 

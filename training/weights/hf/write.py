@@ -1,7 +1,5 @@
 """Writing of a model's folder."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
