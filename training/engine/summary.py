@@ -16,11 +16,11 @@ from training.data import Dataset, Tokenizer
 from training.engine.build import Setup
 from training.engine.expert_tokens import measure_expert_tokens
 from training.engine.guard import MAX_CONSECUTIVE
-from training.engine.phase import Phases
+from training.engine.loop import Phases
 from training.engine.state import TrainState
 from training.errors import UserError
 from training.files import atomic_folder, write_atomically
-from training.logging.advice import Facts, advice, facts_from_rows
+from training.logging.advice import advice, facts_from_rows
 from training.logging.jsonl import nan_to_null, read_rows
 from training.logging.metrics import summary_values
 from training.logging.report import update_report
@@ -94,6 +94,20 @@ def write_model(folder: Path, weights: dict[str, Tensor], setup: Setup, tokenize
 def summarize(setup: Setup, dataset: Dataset, log: RunLog) -> dict[str, Any]:
     """Return the contents of summary.json."""
     config, state, row, folder = setup.config, setup.state, nan_to_null(log.last_row), str(setup.config.run_dir)
+    micro_batch, device = setup.micro_batch, setup.model.world.device
+    facts = facts_from_rows(
+        read_rows(config.run_dir / "metrics.jsonl"),
+        config,
+        memory_gib=devices.available_memory_bytes(device) / 2**30,
+        peak_gib=devices.peak_memory_gib(device),
+        seconds=log.timer.seconds,
+        on_gpu=device.type != "cpu",
+        micro_batch=micro_batch.size,
+        max_samples_per_rank=micro_batch.max_size,
+        n_out_of_memory=micro_batch.n_out_of_memory,
+        n_skipped=state.guard.n_skipped,
+        vocab_size=dataset.tokenizer.vocab_size,
+    )
     prompt = (*config.eval.prompts, "The ")[0].rstrip("\n")
     return {
         "steps": state.step,
@@ -107,7 +121,7 @@ def summarize(setup: Setup, dataset: Dataset, log: RunLog) -> dict[str, Any]:
         "tokens_per_s": row["tokens"] / log.time_s,
         "goodput": log.timer.goodput,
         "time": {phase: round(seconds, 6) for phase, seconds in log.timer.seconds.items()},
-        "advice": advice(advice_facts(setup, dataset, log)),
+        "advice": advice(facts),
         "parameters": setup.stats.n_parameters,
         "active_parameters": setup.stats.n_active_parameters,
         "model_dir": f"{folder}/model",
@@ -123,21 +137,3 @@ def program(name: str) -> str:
     """Return the shell's name for a program of this environment: .venv/bin/NAME below this folder, else NAME."""
     path = Path(sys.executable).with_name(name)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else name
-
-
-def advice_facts(setup: Setup, dataset: Dataset, log: RunLog) -> Facts:
-    """Return the measurements and options that `advice` needs."""
-    config, micro_batch, device = setup.config, setup.micro_batch, setup.model.world.device
-    return facts_from_rows(
-        read_rows(config.run_dir / "metrics.jsonl"),
-        config,
-        memory_gib=devices.available_memory_bytes(device) / 2**30,
-        peak_gib=devices.peak_memory_gib(device),
-        seconds=log.timer.seconds,
-        on_gpu=device.type != "cpu",
-        micro_batch=micro_batch.size,
-        max_samples_per_rank=micro_batch.max_size,
-        n_out_of_memory=micro_batch.n_out_of_memory,
-        n_skipped=setup.state.guard.n_skipped,
-        vocab_size=dataset.tokenizer.vocab_size,
-    )

@@ -1,19 +1,44 @@
-"""Decide after each step, from its number, the clock and signals: log, evaluate, save or stop."""
+"""The loop's phases, and the events that are due after a step: log, evaluate, save or stop."""
 
 import os
 import signal
 import threading
 import time
-from types import FrameType, TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import NamedTuple
 
 from training.config import Config
+from training.distributed.diagnosis import ActivityKind
 from training.distributed.world import World
 from training.engine.state import Checkpoints, TrainState
+from training.logging.phase_timer import PhaseTimer
 
 # Schedulers send SIGUSR1 before a job's time is over.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 SECOND_SIGNAL_S = 1.0  # terminal and launcher both forward a signal: repeats within 1 s count once, later ones kill
+
+
+class Phases:
+    """The loop's phases: `with phase("data"):` times its block as `data` and the code after it as `idle`."""
+
+    def __init__(self, timer: PhaseTimer, world: World):
+        self.timer, self.world = timer, world
+
+    @contextmanager
+    def __call__(self, name: str, activity: str | None = None, kind: ActivityKind | None = None) -> Iterator[None]:
+        """Enter the phase `name` of `logging/phases.py`; other ranks' errors name the `activity` if this rank hangs.
+
+        The default `kind` is "untimed" on the main rank, which writes files, and "timed" on the others.
+        """
+        if activity is not None:
+            self.world.set_activity(activity, kind or ("untimed" if self.world.is_main else "timed"))
+        self.timer.enter(name)
+        try:
+            yield
+        finally:
+            self.timer.enter("idle")
 
 
 class Due(NamedTuple):
@@ -26,7 +51,7 @@ class Due(NamedTuple):
 
 
 class Events:
-    """The events after each step. As a context manager it catches stop signals."""
+    """The events after a step, by its number, the clock and signals. As a context manager it catches stop signals."""
 
     def __init__(self, config: Config, world: World, checkpoints: Checkpoints):
         self.config, self.world, self.checkpoints = config, world, checkpoints
@@ -39,9 +64,7 @@ class Events:
             self._handlers = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         return self
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -57,8 +80,9 @@ class Events:
         config, step = self.config, state.step
         is_last, minutes = step == config.steps, config.checkpoint.every_minutes
         is_late = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
-        received, is_late, failed = self.world.max_int(self.signal, is_late, self.checkpoints.has_failed)
-        if failed:
+        has_failed = self.checkpoints.writer.failure is not None
+        received, is_late, has_failed = self.world.max_int(self.signal, is_late, has_failed)
+        if has_failed:
             self.checkpoints.wait()  # raises the failure, on all ranks
         # No periodic save after a non-finite update: the cause may be bad weights, which would replace good ones.
         is_healthy = state.guard.consecutive == 0
