@@ -180,9 +180,9 @@ DEFECTS = [
     Defect("consecutive_spikes starts over", "engine/state.py", '{"skips": guard}',
            '{"skips": guard | {"spikes": 0}}',
            "tests/test_skips.py -k every_count"),
-    Defect("a NaN validation loss is accepted", "engine/summary.py", "elif not math.isfinite(val_loss):", "elif False:",
+    Defect("a NaN validation loss is accepted", "engine/loop.py", "elif not math.isfinite(val_loss):", "elif False:",
            "tests/test_skips.py -k evaluation"),
-    Defect("ten skipped steps do not stop the run", "engine/summary.py", "    if state.guard.is_stuck:",
+    Defect("ten skipped steps do not stop the run", "engine/loop.py", "    if state.guard.is_stuck:",
            "    if False:", "tests/test_skips.py"),
     # signals, locks, disks
     Defect("ranks do not agree on a signal", "engine/loop.py", "        if has_failed:",

@@ -4,9 +4,8 @@
 
 from training.engine.build import build
 from training.engine.evaluate import evaluate, sample_texts
-from training.engine.loop import Events, Phases
-from training.engine.outputs import open_log
+from training.engine.loop import Events, Phases, check_finite, report_stop
+from training.engine.outputs import finish, open_log
 from training.engine.state import Checkpoints
 from training.engine.step import train_step
-from training.engine.summary import check_finite, finish, report_stop
 from training.logging.report import update_report

@@ -1,5 +1,6 @@
-"""The loop's phases, and the events that are due after a step: log, evaluate, save or stop."""
+"""The loop's phases, the events that are due after a step (log, evaluate, save or stop), and its early ends."""
 
+import math
 import os
 import signal
 import threading
@@ -12,8 +13,11 @@ from typing import NamedTuple
 from training.config import Config
 from training.distributed.diagnosis import ActivityKind
 from training.distributed.world import World
+from training.engine.guard import MAX_CONSECUTIVE
 from training.engine.state import Checkpoints, TrainState
+from training.errors import UserError
 from training.logging.phase_timer import PhaseTimer
+from training.logging.rows import RunLog
 
 # Schedulers send SIGUSR1 before a job's time is over.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
@@ -96,3 +100,32 @@ class Events:
 
 def _is_multiple(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
+
+
+def check_finite(state: TrainState, log: RunLog) -> None:
+    """Raise UserError, after writing the rows, if MAX_CONSECUTIVE updates or the validation loss were not finite.
+
+    The state is not saved, because it would replace a good checkpoint.
+    """
+    val_loss = log.last_row.get("val_loss", 0.0)
+    if state.guard.is_stuck:
+        reason = f"the last {MAX_CONSECUTIVE} losses or gradients were NaN or infinite"
+    elif not math.isfinite(val_loss):
+        reason = f"val_loss is {val_loss}"
+    else:
+        return
+    log.write()
+    raise UserError(
+        f"step {state.step}: {reason}, and nothing more is saved; lower the learning rate and start over with --resume "
+        f"never, or with another --name that starts from --resume {log.config.run_dir / 'checkpoints'}/step-N"
+    )
+
+
+def report_stop(number: int, state: TrainState, log: RunLog, resume: str) -> int:
+    """Close the log, print which signal stopped the run and how to resume it; return the exit status."""
+    log.close()
+    if log.world.is_main:
+        command = "the same command" if resume == "auto" else "the same command without --resume"
+        name = signal.Signals(number).name
+        print(f"stopped by {name}, saved after step {state.step}; {command} resumes it", flush=True)
+    return 128 + number
