@@ -11,13 +11,9 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from training.errors import UserError, command
 from training.options.cli import Parser
-
-if TYPE_CHECKING:
-    from training.model.continuation import Continuation
 
 TOP_P_HELP = "sample from the most likely tokens whose probabilities add up to this"
 # The default of each numeric flag, its help, and its allowed values as text and as a predicate.
@@ -129,17 +125,16 @@ def generate(args: argparse.Namespace) -> None:
             on_text=partial(print, end="", flush=True) if is_streamed else None,
         )
         for (prompt, sample), text in zip(batch, texts, strict=True):
-            print("" if is_streamed else format_text(args, prompt, sample, text), flush=True)
-
-
-def format_text(args: argparse.Namespace, prompt: int, sample: int, text: "Continuation") -> str:
-    """Return one continuation as a line of JSON, or below a heading with the numbers of prompt and sample."""
-    before = args.prompt[prompt]
-    if args.json:
-        return json.dumps({"prompt": before, "text": text.text, "finish": text.finish_reason})
-    numbers = (("prompt", prompt, len(args.prompt)), ("sample", sample, args.samples))
-    heading = ", ".join(f"{name} {number + 1} of {count}" for name, number, count in numbers if count > 1)
-    return f"--- {heading} ---\n{before}{text.text}\n"
+            before = args.prompt[prompt]
+            if is_streamed:
+                print(flush=True)
+            elif args.json:
+                output = {"prompt": before, "text": text.text, "finish": text.finish_reason}
+                print(json.dumps(output), flush=True)
+            else:
+                numbers = (("prompt", prompt, len(args.prompt)), ("sample", sample, args.samples))
+                heading = ", ".join(f"{name} {number + 1} of {count}" for name, number, count in numbers if count > 1)
+                print(f"--- {heading} ---\n{before}{text.text}\n", flush=True)
 
 
 if __name__ == "__main__":

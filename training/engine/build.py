@@ -13,7 +13,7 @@ from training.distributed.parallelize import parallelize
 from training.distributed.sharded_model import ShardedModel
 from training.distributed.world import World
 from training.engine.micro_batch import MicroBatch
-from training.engine.resume import ResumePoint, check_same_run, find_resume_point, prepare_run_dir
+from training.engine.resume import check_same_run, find_resume_point, prepare_run_dir
 from training.engine.state import TrainState, load_tensors
 from training.errors import UserError
 from training.kernels.choose import KernelChoice, choose_kernels
@@ -53,9 +53,15 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
     # torch.compile suggests TF32 for the router's float32 matmuls; we want full precision.
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
     point = find_resume_point(config, resume, world)
-    config = resolve_precision_and_sizes(config, dataset, world, point)
+    state = TrainState.new() if point is None else point.state
+    config = resolve_precision_and_sizes(config, dataset, world, state)
     check_same_run(config, dataset.fingerprint, resume, point)
-    kernels = agree_on_kernels(config, world, point)
+    kernels = agree_on_kernels(config, world, state.kernels)
+    state.data, state.kernels = dataset.fingerprint, kernels.names
+    if config.precision != "fp16":
+        state.loss_scale = None
+    elif state.loss_scale is None:
+        state.loss_scale = LossScale(scale=2.0**16, good_steps=0)
 
     stats, dtype = model_stats(config.model), devices.DTYPES[config.precision]
     with torch.device("meta"):
@@ -69,7 +75,6 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
     n_samples = config.batch_tokens // config.model.n_positions
     loader = Loader(train, n_samples, world.local_range(n_samples))
 
-    state = initial_state(config, dataset, kernels, point)
     if point is not None:
         load_tensors(point.path, model, optimizer)
     elif config.init_from is not None:
@@ -89,7 +94,7 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
     return Setup(config, model, stats, optimizer, loader, val, micro_batch, state, kernels)
 
 
-def resolve_precision_and_sizes(config: Config, dataset: Dataset, world: World, point: ResumePoint | None) -> Config:
+def resolve_precision_and_sizes(config: Config, dataset: Dataset, world: World, state: TrainState) -> Config:
     """Replace `precision: auto` and every null that stands for a size. A run keeps the precision it started with.
 
     Raises UserError if model.vocab_size is too small for the tokenizer.
@@ -99,20 +104,19 @@ def resolve_precision_and_sizes(config: Config, dataset: Dataset, world: World, 
         use = f"null or {size}" if config.init_from is None else f"{size} for more rows, or the tokenizer of init_from"
         raise UserError(f"model.vocab_size: {vocab_size} is less than the tokenizer's {size}; use {use}")
     precision = devices.resolve_precision(config.precision, world.device)
-    if config.precision == "auto" and point is not None:
-        precision = point.state.config.get("precision", precision)
+    if config.precision == "auto":
+        precision = state.config.get("precision", precision)
     model = config.model.model_copy(update={"vocab_size": vocab_size or -(-size // 64) * 64})
     return config.model_copy(update={"precision": precision, "model": model}).with_explicit_sizes()
 
 
-def agree_on_kernels(config: Config, world: World, point: ResumePoint | None) -> KernelChoice:
+def agree_on_kernels(config: Config, world: World, previous: dict[str, str]) -> KernelChoice:
     """Choose the same kernels on all ranks: if ranks choose differently, the latest choice in its table. Collective.
 
-    A resumed run keeps its kernels. Raises UserError on a rank where the agreed kernel does not work.
+    A resumed run keeps its `previous` kernels. Raises UserError on a rank where the agreed kernel does not work.
     """
     where = {"device": world.device, "dtype": devices.DTYPES[config.precision]}
     requirements = kernel_requirements(config.model)
-    previous = point.state.kernels if point is not None and point.is_own else {}
     choice = choose_kernels(config.parallel, requirements, **where, previous=previous)
     orders = {option: list(table) for option, table in TABLES.items()}
     last = world.max_int(*(order.index(choice.names[option]) for option, order in orders.items()))
@@ -120,18 +124,3 @@ def agree_on_kernels(config: Config, world: World, point: ResumePoint | None) ->
     if agreed != choice.names:
         choice = choose_kernels(config.parallel.model_copy(update=agreed), requirements, **where)
     return choice
-
-
-def initial_state(config: Config, dataset: Dataset, kernels: KernelChoice, point: ResumePoint | None) -> TrainState:
-    """Return the state to start from. `best` is kept only from the run's own checkpoint."""
-    if point is None:
-        state = TrainState.new()
-    else:
-        state = point.state
-        state.best = state.best if point.is_own else None
-    state.data, state.kernels = dataset.fingerprint, kernels.names
-    if config.precision != "fp16":
-        state.loss_scale = None
-    elif state.loss_scale is None:
-        state.loss_scale = LossScale(scale=2.0**16, good_steps=0)
-    return state

@@ -26,7 +26,7 @@ class ResumePoint(NamedTuple):
 
     path: Path
     is_own: bool  # the run's own checkpoint, not another run's
-    state: TrainState
+    state: TrainState  # without what only holds for another run: its best loss and its kernels
 
 
 def find_resume_point(config: Config, resume: str, world: World) -> ResumePoint | None:
@@ -41,7 +41,10 @@ def find_resume_point(config: Config, resume: str, world: World) -> ResumePoint 
     if location is None:
         return None
     path, is_own = Path(location[0]), location[1]
-    return ResumePoint(path, is_own, TrainState.load(path / "state.json"))
+    state = TrainState.load(path / "state.json")
+    if not is_own:
+        state.best, state.kernels = None, {}
+    return ResumePoint(path, is_own, state)
 
 
 def _find(config: Config, resume: str) -> tuple[Path, bool] | None:

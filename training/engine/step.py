@@ -61,10 +61,9 @@ def train_step(setup: Setup, phase: Phases) -> tuple[Metrics, int]:
 
 
 def accumulate_gradients(setup: Setup, batch: Batch, loss_scale: float, activity: str) -> Metrics | None:
-    """Add this rank's part of the gradient to the model and return its summed metrics.
+    """Add this rank's part of the gradient to the model and return its summed metrics, None if out of memory.
 
-    Returns None if this rank ran out of memory. `batch` is this rank's part of the global batch. Raises RestartNeeded
-    on out of memory if other ranks may be inside a collective.
+    `batch` is this rank's part of the global batch. With collectives in the model, an out-of-memory error is raised.
     """
     model, sums = setup.model, {}
     try:
@@ -75,10 +74,8 @@ def accumulate_gradients(setup: Setup, batch: Batch, loss_scale: float, activity
             for name, value in forward_backward(model, batch.rows(rows), loss_scale).items():
                 sums[name] = sums[name] + value if name in sums else value
     except RuntimeError as error:
-        if not devices.is_out_of_memory(error):
-            raise
-        if model.mesh.has_collectives:
-            setup.micro_batch.shrink_and_restart()
+        if not devices.is_out_of_memory(error) or model.mesh.has_collectives:
+            raise  # other ranks may be inside a collective: `restart_on_out_of_memory` ends the run
         return None
     return sums
 
