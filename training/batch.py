@@ -37,16 +37,16 @@ class Batch(NamedTuple):
         located = None
         if self.end_of_text is not None:  # on the host: on the device the count of documents would synchronize
             located = find_documents(self.tokens_BT, self.end_of_text).to(device)
-        return self._map(lambda tensor: _to_device(tensor, device))._replace(documents=located)
+
+        def copy(tensor: Tensor) -> Tensor:
+            if device.type != "cuda":
+                return tensor.to(device)
+            pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            pinned.numpy()[...] = tensor.numpy()  # `copy_` would wake all threads, which takes milliseconds
+            return pinned.to(device, non_blocking=True)
+
+        return self._map(copy)._replace(documents=located)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         key_B = None if self.key_B is None else change(self.key_B)
         return self._replace(tokens_BT=change(self.tokens_BT), targets_BT=change(self.targets_BT), key_B=key_B)
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    if device.type != "cuda":
-        return tensor.to(device)
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    pinned.numpy()[...] = tensor.numpy()  # `copy_` would wake all threads, which takes milliseconds
-    return pinned.to(device, non_blocking=True)

@@ -4,14 +4,15 @@ python -m training.evaluate --run runs/quickstart
 python -m training.evaluate --run runs/quickstart --data book.txt notes/
 """
 
-import argparse
 import sys
 
 from training.errors import UserError, command
 from training.options.cli import Parser
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Run the command: print one line of figures over all of the text; `eval.tokens` has no effect."""
     parser = Parser(prog="python -m training.evaluate", description=__doc__)
     parser.add_argument("--run", required=True, help="folder of a run, finished or not, or of one of its checkpoints")
     parser.add_argument("--data", nargs="+", metavar="PATH", help="files, folders or globs; default: the run's own")
@@ -21,13 +22,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.micro_batch < 1:
         parser.error(f"--micro_batch: {args.micro_batch} is less than 1")
-    return args
 
-
-@command
-def main(argv: list[str] | None = None) -> int:
-    """Run the command: print one line of figures over all of the text; `eval.tokens` has no effect."""
-    args = parse_arguments(argv)
     from training.data import Samples, prepare
     from training.data.dataset import read_split
     from training.distributed.world import World

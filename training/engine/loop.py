@@ -11,7 +11,6 @@ from types import FrameType
 from typing import NamedTuple
 
 from training.config import Config
-from training.distributed.diagnosis import ActivityKind
 from training.distributed.world import World
 from training.engine.guard import MAX_CONSECUTIVE
 from training.engine.state import Checkpoints, TrainState
@@ -31,13 +30,10 @@ class Phases:
         self.timer, self.world = timer, world
 
     @contextmanager
-    def __call__(self, name: str, activity: str | None = None, kind: ActivityKind | None = None) -> Iterator[None]:
-        """Enter the phase `name` of `logging/phases.py`; other ranks' errors name the `activity` if this rank hangs.
-
-        The default `kind` is "untimed" on the main rank, which writes files, and "timed" on the others.
-        """
-        if activity is not None:
-            self.world.set_activity(activity, kind or ("untimed" if self.world.is_main else "timed"))
+    def __call__(self, name: str, activity: str | None = None) -> Iterator[None]:
+        """Enter the phase `name` of `logging/phases.py`; other ranks' errors name the `activity` if this rank hangs."""
+        if activity is not None:  # untimed: the main rank writes files, which may take long
+            self.world.set_activity(activity, "untimed" if self.world.is_main else "timed")
         self.timer.enter(name)
         try:
             yield

@@ -52,9 +52,8 @@ class MicroBatch:
 
     def __init__(self, config: Config, model: ShardedModel, state: TrainState, tokenizer: Tokenizer):
         self.config, self.model, self.state, self.tokenizer = config, model, state, tokenizer
-        self.is_auto = config.micro_batch == "auto"
         self.max_size = max_samples_per_rank(config, model.world.size)
-        self.size = 1 if self.is_auto else min(config.micro_batch, self.max_size)
+        self.size = 1 if config.micro_batch == "auto" else min(config.micro_batch, self.max_size)
         self.n_out_of_memory = 0  # number of errors since the start
         self.known, world, mesh = state.micro_batches, model.world, model.mesh
         names = {name.decode() for name in world.gather_bytes(devices.device_name(world.device).encode())}
@@ -74,7 +73,7 @@ class MicroBatch:
             self.size = known["micro_batch"]
             if known["recompute"] != self.model.activation_checkpointing:
                 self.model.set_activation_checkpointing(known["recompute"])
-        elif self.is_auto:
+        elif self.config.micro_batch == "auto":
             self.size = self._largest_that_fits(optimizer)
             self._remember()
         devices.reset_peak_memory(world.device)  # the run's peak shall not include the trials'

@@ -38,15 +38,8 @@ def open_log(setup: Setup, dataset: Dataset, started: float) -> RunLog:
     timer = PhaseTimer(world.device)
     timer.set_start(started)
     timer.load_state_dict(state.phases)
-    log = RunLog(
-        config=config,
-        world=world,
-        step_metrics=partial(step_metrics, top_ks=setup.stats.top_ks),
-        flops_per_token=setup.stats.flops_per_token,
-        timer=timer,
-        time_s=state.time_s,
-        last_row=state.last_row,
-    )
+    to_values, flops = partial(step_metrics, top_ks=setup.stats.top_ks), setup.stats.flops_per_token
+    log = RunLog(config, world, to_values, flops, timer, time_s=state.time_s, last_row=state.last_row)
     if not world.is_main:
         return log
     folder = config.run_dir

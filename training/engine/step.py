@@ -28,7 +28,8 @@ def train_step(setup: Setup, phase: Phases) -> tuple[Metrics, int]:
     config, model, loader, state = setup.config, setup.model, setup.loader, setup.state
     world, activity = model.world, f"step {state.step + 1}"
     loss_scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
-    with phase("data", activity, "collective"):
+    world.set_activity(activity, "collective")
+    with phase("data"):
         batch = loader.at(state.step)
     with phase("communication"):
         batch = batch._replace(n_targets=world.sum_int(batch.n_local_targets))
