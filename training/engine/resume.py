@@ -26,7 +26,7 @@ class ResumePoint(NamedTuple):
 
     path: Path
     is_own: bool  # the run's own checkpoint, not another run's
-    state: TrainState  # without what only holds for another run: its best loss and its kernels
+    state: TrainState  # without another run's best loss and kernels
 
 
 def find_resume_point(config: Config, resume: str, world: World) -> ResumePoint | None:
@@ -68,12 +68,9 @@ def _find(config: Config, resume: str) -> tuple[Path, bool] | None:
         if requested is not None:
             print(f"{config.run_dir}: resuming from its own {own.name}; --resume {resume} only mattered at its start")
         return own, True
-    if requested is None:
-        return None
-    step = checkpoint.read_state(requested)["step"]
-    if step >= config.steps:
+    if requested is not None and (step := checkpoint.read_state(requested)["step"]) >= config.steps:
         raise UserError(f"--resume {resume}: it is at step {step}, and steps is {config.steps}; raise steps")
-    return requested, False
+    return None if requested is None else (requested, False)
 
 
 def prepare_run_dir(config: Config, resume: str, point: ResumePoint | None) -> None:
