@@ -56,8 +56,6 @@ def _hash(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that computes in the dtype of its input."""
-
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
