@@ -20,8 +20,7 @@ from training.kernels.choose import KernelChoice, choose_kernels
 from training.kernels.table import TABLES
 from training.model import GPT, kernel_requirements
 from training.model.stats import ModelStats, initial_value, model_stats
-from training.optim.loss_scale import LossScale
-from training.optim.optimizer import Optimizer
+from training.optim.optimizer import LossScale, Optimizer
 from training.optim.parameters import FullShapes
 from training.planning.disk import check_disk_space
 from training.weights.init_from import load_weights

@@ -15,8 +15,7 @@ from training.engine.guard import StepGuard
 from training.errors import UserError
 from training.logging.jsonl import nan_to_null
 from training.logging.rows import RunLog
-from training.optim.loss_scale import LossScale
-from training.optim.optimizer import Optimizer
+from training.optim.optimizer import LossScale, Optimizer
 
 
 class Best(TypedDict):

@@ -137,7 +137,7 @@ class TrainingGPTForCausalLM(PreTrainedModel, GenerationMixin):
         elif past_key_values is None and n_padding_B is not None and bool(n_padding_B.any()):
             documents = left_padded(n_padding_B, 0, input_ids.shape[1])
         cache = None if past_key_values is None else past_key_values.cache
-        logits_BTV = self.gpt.logits(input_ids, cache, documents, n_last=logits_to_keep or None)
+        logits_BTV = self.gpt.logits(input_ids, cache, documents, n_last=logits_to_keep or 0)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits_BTV, labels, self.gpt.config.vocab_size, **loss_options)
