@@ -18,8 +18,8 @@ from training.kernels.experts import (
     GroupedMatmul,
     _loop_matmul,
     _loop_outer,
+    _Projection,
     _spans,
-    _UpProjection,
     sort_by_expert,
 )
 from training.kernels.interface import AttentionSpec, ExpertsSpec, KernelRequirements, LossSpec
@@ -169,7 +169,7 @@ def test_joined_matrices_give_the_same_and_are_not_kept():
     generator = torch.Generator().manual_seed(0)
     x, *w = (torch.randn(*shape, generator=generator) for shape in ((20, 8), (4, 12, 8), (4, 12, 8)))
     dispatch, results, kept = sort_by_expert(torch.randint(0, 4, (20, 2), generator=generator), 4), [], []
-    indices = dispatch.token_R, dispatch.inverse_NK, dispatch.offsets_E
+    indices = dispatch.offsets_E, dispatch.token_R, dispatch.inverse_NK
 
     def keep(tensor):
         kept[-1].append(tensor.data_ptr())
@@ -179,7 +179,7 @@ def test_joined_matrices_give_the_same_and_are_not_kept():
         leaves = [each.requires_grad_() for each in (x, *w)]
         kept.append([])
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            y = _UpProjection.apply(grouped, join, *indices, *leaves)
+            y = _Projection.apply(grouped, join, *indices, *leaves)
         results.append([*y, *torch.autograd.grad(y, leaves, [each.square() for each in y])])
     assert kept[0] == kept[1] and {each.data_ptr() for each in (x, *w)} <= {*kept[0]}
     for separate, joined in zip(*results, strict=True):

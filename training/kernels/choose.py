@@ -9,8 +9,7 @@ fastest.
     print(choice.names["attention"], choice.reasons["attention"])  # flash  matches the reference
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from training.errors import UserError
 from training.kernels.attention.table import device_info, limits_on
 from training.kernels.interface import KernelRequirements, Kernels
 from training.kernels.table import TABLES, candidates
-from training.kernels.trials import Trial, build_trials, timing_trials
+from training.kernels.trials import build_trials, timing_trials
 
 TIMED_DEVICE_TYPES = ("cuda",)  # expert kernels are chosen by time here, elsewhere by table order
 
@@ -53,74 +52,59 @@ def choose_kernels(
     """
     names, reasons = {}, {}
     for option in TABLES:
-        trials = build_trials(option, requirements, device, dtype, config.compile)
-        search = _Search(option, requirements, trials, device, dtype, previous.get(option))
-        names[option], reasons[option] = search.choose(getattr(config, option))
+        names[option], reasons[option] = _choose(option, config, requirements, device, dtype, previous.get(option))
     kernels = Kernels(**{option: TABLES[option][name] for option, name in names.items()})
     return KernelChoice(kernels, names, reasons)
 
 
-@dataclass
-class _Search:
-    """The search for the kernel of one option."""
-
-    option: str
-    requirements: KernelRequirements
-    trials: list[Trial]
-    device: torch.device
-    dtype: torch.dtype
-    previous: str | None
-    failures: dict[str, list[str]] = field(default_factory=dict)  # by reason: the kernels that failed for it
-
-    def choose(self, value: str) -> tuple[str, str]:
-        """Return (kernel name, reason). `value` of the option: a name or "auto". Raises UserError."""
-        is_auto = value == "auto"
-        names = candidates(self.option, self.device, self.dtype) if is_auto else [value]
-        passing = self._passing(sorted(names, key=lambda name: name != self.previous))
-        name = next(passing, None)
-        if name is None:
-            raise UserError(f"parallel.{self.option}: {self._failures_text()}; use auto")
-        times = ""
-        is_timed = self.option == "experts" and self.device.type in TIMED_DEVICE_TYPES
-        if is_timed and self.trials and name != self.previous:
-            name, times = self._fastest([name, *passing])
-        if reason := "; ".join(filter(None, (self._failures_text(), times))):
-            return name, reason
-        notes = ["matches the reference" if is_auto else "requested"]
-        if self.option == "attention" and not limits_on(name, device_info(self.device)).deterministic:
-            notes.append("its gradients differ from run to run")
-        if self.previous not in (None, name):
-            notes.append(f"previously {self.previous}")
+def _choose(
+    option: str,
+    config: ParallelConfig,
+    requirements: KernelRequirements,
+    device: torch.device,
+    dtype: torch.dtype,
+    previous: str | None,
+) -> tuple[str, str]:
+    """Return (kernel name, reason) of one option. Raises UserError."""
+    table, value = TABLES[option], getattr(config, option)
+    names = candidates(option, device, dtype) if value == "auto" else [value]
+    trials = build_trials(option, requirements, device, dtype, config.compile)
+    is_timed = option == "experts" and device.type in TIMED_DEVICE_TYPES and bool(trials)
+    passing, failures = [], {}
+    for name in sorted(names, key=lambda name: name != previous):
+        failure = next(filter(None, (trial.failure(name, table) for trial in trials)), None)
+        if failure is not None:
+            failures.setdefault(failure, []).append(name)
+            continue
+        passing.append(name)
+        if name == previous or not is_timed:
+            break
+    notes = [f"{', '.join(failed)}: {failure}" for failure, failed in failures.items()]
+    if not passing:
+        raise UserError(f"parallel.{option}: {'; '.join(notes)}; use auto")
+    name = passing[0]
+    contenders = [name for name in passing if name != "reference"]  # the reference is too slow to time
+    if len(contenders) > 1:
+        seconds = _seconds(contenders, requirements, device, dtype)
+        name = next(iter(seconds))
+        notes.append("fastest: " + ", ".join(f"{each} {1e3 * time:.2f} ms" for each, time in seconds.items()))
+    if notes:
         return name, "; ".join(notes)
+    notes.append("matches the reference" if value == "auto" else "requested")
+    if option == "attention" and not limits_on(name, device_info(device)).deterministic:
+        notes.append("its gradients differ from run to run")
+    if previous not in (None, name):
+        notes.append(f"previously {previous}")
+    return name, "; ".join(notes)
 
-    def _passing(self, names: list[str]) -> Iterator[str]:
-        """Yield the kernels that pass every trial, and record why the others fail."""
-        for name in names:
-            if failure := next(filter(None, (self._failure(trial, name) for trial in self.trials)), None):
-                self.failures.setdefault(failure, []).append(name)
-            else:
-                yield name
 
-    def _failure(self, trial: Trial, name: str) -> str | None:
-        table = TABLES[self.option]
-        return trial.failure(name, table[name], table["reference"], self.device, self.dtype)
-
-    def _fastest(self, names: list[str]) -> tuple[str, str]:
-        """Return (fastest expert kernel, times of all as text), summed over the model's expert layers."""
-        contenders = [name for name in names if name != "reference"]  # the reference is too slow to time
-        if len(contenders) < 2:
-            return names[0], ""
-        trials = timing_trials(self.requirements, self.device, self.dtype)
-        kernels = {name: TABLES[self.option][name] for name in contenders}
-        seconds = {
-            name: sum(trial.seconds(kernel, self.device, self.dtype) for trial in trials)
-            for name, kernel in kernels.items()
-        }
-        if self.device.type == "cuda":  # so that the run's memory statistics exclude the timing
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
-        ordered = sorted(seconds, key=seconds.__getitem__)
-        return ordered[0], "fastest: " + ", ".join(f"{name} {1e3 * seconds[name]:.2f} ms" for name in ordered)
-
-    def _failures_text(self) -> str:
-        return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in self.failures.items())
+def _seconds(
+    names: list[str], requirements: KernelRequirements, device: torch.device, dtype: torch.dtype
+) -> dict[str, float]:
+    """Return each expert kernel's time, summed over the model's expert layers, fastest first."""
+    trials = timing_trials(requirements, device, dtype)
+    seconds = {name: sum(trial.seconds(TABLES["experts"][name]) for trial in trials) for name in names}
+    if device.type == "cuda":  # so that the run's memory statistics exclude the timing
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return dict(sorted(seconds.items(), key=lambda item: item[1]))

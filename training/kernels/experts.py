@@ -60,31 +60,31 @@ class GroupedMatmul(NamedTuple):
     outer: Callable[[Tensor, Tensor, Tensor], Tensor]  # y_RO, x_RI, offsets_E -> w_EOI, each expert's y.T x
 
 
-class _UpProjection(torch.autograd.Function):
-    """Permute tokens to rows and project them by one or more matrices.
+class _Projection(torch.autograd.Function):
+    """Project rows by one or more matrices, after permuting tokens to rows if `token_R` is not None.
 
-    Backward permutes again instead of saving the rows. If `join`, up and gate matrices are concatenated for one matmul,
-    and again in backward.
+    Backward permutes again instead of saving the rows. If `join`, the matrices are concatenated for one matmul, and
+    again in backward.
     """
 
     @staticmethod
-    def forward(ctx: Any, grouped: GroupedMatmul, join: bool, token_R, inverse_NK, offsets_E, x_NC: Tensor, *w_EFC):
-        ctx.grouped, ctx.join, ctx.hidden = grouped, join, w_EFC[0].shape[1]
-        ctx.save_for_backward(token_R, inverse_NK, offsets_E, x_NC, *w_EFC)
-        x_RC = x_NC.index_select(0, token_R)
-        return _split(ctx, [grouped.matmul(x_RC, w.mT, offsets_E) for w in _join(ctx, w_EFC)])
+    def forward(
+        ctx: Any, grouped: GroupedMatmul, join: bool, offsets_E, token_R, inverse_NK, x: Tensor, *w_EOI: Tensor
+    ):
+        ctx.grouped, ctx.join, ctx.n_out = grouped, join, w_EOI[0].shape[1]
+        ctx.save_for_backward(offsets_E, token_R, inverse_NK, x, *w_EOI)
+        x_RI = x if token_R is None else x.index_select(0, token_R)
+        return _split(ctx, [grouped.matmul(x_RI, w.mT, offsets_E) for w in _join(ctx, w_EOI)])
 
     @staticmethod
-    def backward(ctx: Any, *grad_RF: Tensor):
-        grouped = ctx.grouped
-        token_R, inverse_NK, offsets_E, x_NC, *w_EFC = ctx.saved_tensors
-        x_RC = x_NC.index_select(0, token_R)
-        grad_RF = [grad.contiguous() for grad in _join(ctx, grad_RF)]
-        grad_w = [grouped.outer(grad, x_RC, offsets_E) for grad in grad_RF]
-        grad_x = [
-            _combine(grouped.matmul(grad, w, offsets_E), inverse_NK, None)
-            for grad, w in zip(grad_RF, _join(ctx, w_EFC), strict=True)
-        ]
+    def backward(ctx: Any, *grad_RO: Tensor):
+        offsets_E, token_R, inverse_NK, x, *w_EOI = ctx.saved_tensors
+        x_RI = x if token_R is None else x.index_select(0, token_R)
+        grad_RO = [grad.contiguous() for grad in _join(ctx, grad_RO)]
+        grad_w = [ctx.grouped.outer(grad, x_RI, offsets_E) for grad in grad_RO]
+        pairs = zip(grad_RO, _join(ctx, w_EOI), strict=True)
+        grad_x = (ctx.grouped.matmul(grad, w, offsets_E) for grad, w in pairs)  # one at a time in memory
+        grad_x = [grad if token_R is None else _combine(grad, inverse_NK, None) for grad in grad_x]
         return None, None, None, None, None, sum(grad_x[1:], grad_x[0]), *_split(ctx, grad_w)
 
 
@@ -94,27 +94,7 @@ def _join(ctx: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def _split(ctx: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Undo `_join`."""
-    return tuple(part for each in tensors for part in each.split(ctx.hidden, dim=1))
-
-
-class _DownProjection(torch.autograd.Function):
-    """Project rows by a matrix and sum each token's rows by their weights."""
-
-    @staticmethod
-    def forward(ctx: Any, grouped: GroupedMatmul, order_R, inverse_NK, offsets_E, h_RF, w_ECF, weight_NK):
-        ctx.grouped = grouped
-        y_RC = grouped.matmul(h_RF, w_ECF.mT, offsets_E)
-        ctx.save_for_backward(order_R, inverse_NK, offsets_E, h_RF, w_ECF, weight_NK, y_RC)
-        return _combine(y_RC, inverse_NK, weight_NK)
-
-    @staticmethod
-    def backward(ctx: Any, grad_NC: Tensor):
-        grouped = ctx.grouped
-        order_R, inverse_NK, offsets_E, h_RF, w_ECF, weight_NK, y_RC = ctx.saved_tensors
-        grad_RC, grad_weight = _combine_backward(grad_NC, order_R, inverse_NK, y_RC, weight_NK)
-        grad_h = grouped.matmul(grad_RC, w_ECF, offsets_E)
-        grad_w = grouped.outer(grad_RC, h_RF, offsets_E)
-        return None, None, None, None, grad_h, grad_w, grad_weight
+    return tuple(part for each in tensors for part in each.split(ctx.n_out, dim=1))
 
 
 def _combine(y_RC: Tensor, inverse_NK: Tensor, weight_NK: Tensor | None) -> Tensor:
@@ -125,16 +105,6 @@ def _combine(y_RC: Tensor, inverse_NK: Tensor, weight_NK: Tensor | None) -> Tens
         y_NKC = y_RC[inverse_NK]
         return (y_NKC if weight_NK is None else y_NKC.mul_(weight_NK[..., None])).sum(dim=1)
     return F.embedding_bag(inverse_NK, y_RC, per_sample_weights=weight_NK, mode="sum")
-
-
-def _combine_backward(
-    grad_NC: Tensor, order_R: Tensor, inverse_NK: Tensor, y_RC: Tensor, weight_NK: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of y_RC and weight_NK."""
-    grad_RC = grad_NC.index_select(0, order_R // weight_NK.shape[1])
-    grad_weight_R = (grad_RC * y_RC).sum(dim=-1, dtype=weight_NK.dtype)
-    grad_RC *= weight_NK.flatten().index_select(0, order_R).to(grad_RC.dtype)[:, None]
-    return grad_RC, grad_weight_R[inverse_NK]
 
 
 class _Permute(torch.autograd.Function):
@@ -160,7 +130,11 @@ class _Unpermute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_NC: Tensor):
-        return None, None, *_combine_backward(grad_NC, *ctx.saved_tensors)
+        order_R, inverse_NK, y_RC, weight_NK = ctx.saved_tensors
+        grad_RC = grad_NC.index_select(0, order_R // weight_NK.shape[1])
+        grad_weight_R = (grad_RC * y_RC).sum(dim=-1, dtype=weight_NK.dtype)
+        grad_RC *= weight_NK.flatten().index_select(0, order_R).to(grad_RC.dtype)[:, None]
+        return None, None, grad_RC, grad_weight_R[inverse_NK]
 
 
 def permute(x_NC: Tensor, dispatch: Dispatch) -> Tensor:
@@ -169,7 +143,7 @@ def permute(x_NC: Tensor, dispatch: Dispatch) -> Tensor:
 
 
 def unpermute(y_RC: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:
-    """Return y_NC, the weighted sum of each token's rows, in the order before `permute`."""
+    """Return y_NC, the weighted sum of each token's rows."""
     return _Unpermute.apply(dispatch.order_R, dispatch.inverse_NK, y_RC, weight_NK)
 
 
@@ -177,22 +151,14 @@ def _build_kernel(grouped: GroupedMatmul, *saved_operators: str) -> ExpertKernel
     def up(x_NC: Tensor, w_EFC: tuple[Tensor, ...], dispatch: Dispatch) -> tuple[Tensor, ...]:
         # One matmul is faster in training on CUDA. In generation, copying the weights for each token would be slower.
         join = x_NC.device.type == "cuda" and len(w_EFC) > 1 and torch.is_grad_enabled()
-        indices = dispatch.token_R, dispatch.inverse_NK, dispatch.offsets_E
-        return _UpProjection.apply(grouped, join, *indices, x_NC, *w_EFC)
+        indices = dispatch.offsets_E, dispatch.token_R, dispatch.inverse_NK
+        return _Projection.apply(grouped, join, *indices, x_NC, *w_EFC)
 
     def down(h_RF: Tensor, w_ECF: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:
-        indices = dispatch.order_R, dispatch.inverse_NK, dispatch.offsets_E
-        return _DownProjection.apply(grouped, *indices, h_RF, w_ECF, weight_NK)
+        (y_RC,) = _Projection.apply(grouped, False, dispatch.offsets_E, None, None, h_RF, w_ECF)
+        return unpermute(y_RC, weight_NK, dispatch)
 
     return ExpertKernel(up, down, saved_operators)
-
-
-def _grouped_matmul(x_RI: Tensor, w_EIO: Tensor, offsets_E: Tensor) -> Tensor:
-    return F.grouped_mm(x_RI, w_EIO, offs=offsets_E)
-
-
-def _grouped_outer(y_RO: Tensor, x_RI: Tensor, offsets_E: Tensor) -> Tensor:
-    return F.grouped_mm(y_RO.mT, x_RI, offs=offsets_E)
 
 
 _OPS = __name__.replace(".", "_")  # a copy of this file in an export gets its own operator names
@@ -269,25 +235,25 @@ def _reference_down(h_RF: Tensor, w_ECF: Tensor, weight_NK: Tensor, dispatch: Di
     return y_RC.new_zeros(len(weight_NK), y_RC.shape[1]).index_add(0, dispatch.token_R, y_RC * weight_R[:, None])
 
 
-GROUPED = _build_kernel(GroupedMatmul(_grouped_matmul, _grouped_outer), "aten::_grouped_mm")
-LOOP = _build_kernel(GroupedMatmul(_loop_matmul, _loop_outer), f"{_OPS}::loop_matmul")
-REFERENCE = ExpertKernel(_reference_up, _reference_down)
-
-
 def pick_portable(x: Tensor, w_EOI: Tensor) -> ExpertKernel:
-    """Return GROUPED if this version of PyTorch supports it for these tensors, else LOOP."""
+    """Return the grouped kernel if this version of PyTorch supports it for these tensors, else the loop."""
     is_aligned = all(width * x.element_size() % 16 == 0 for width in w_EOI.shape[1:])
     has_dtype = x.device.type == "cpu" or x.dtype == torch.bfloat16
-    return GROUPED if hasattr(F, "grouped_mm") and is_aligned and has_dtype else LOOP
+    return TORCH_EXPERTS["grouped" if hasattr(F, "grouped_mm") and is_aligned and has_dtype else "loop"]
 
 
-def _portable_up(x_NC: Tensor, w_EFC: tuple[Tensor, ...], dispatch: Dispatch) -> tuple[Tensor, ...]:
-    return pick_portable(x_NC, w_EFC[0]).up(x_NC, w_EFC, dispatch)
-
-
-def _portable_down(h_RF: Tensor, w_ECF: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:
-    return pick_portable(h_RF, w_ECF).down(h_RF, w_ECF, weight_NK, dispatch)
-
-
-PORTABLE = ExpertKernel(_portable_up, _portable_down)  # for exported models, which run on any machine
-TORCH_EXPERTS = {"grouped": GROUPED, "loop": LOOP, "reference": REFERENCE}
+TORCH_EXPERTS = {
+    "grouped": _build_kernel(
+        GroupedMatmul(
+            matmul=lambda x_RI, w_EIO, offsets_E: F.grouped_mm(x_RI, w_EIO, offs=offsets_E),
+            outer=lambda y_RO, x_RI, offsets_E: F.grouped_mm(y_RO.mT, x_RI, offs=offsets_E),
+        ),
+        "aten::_grouped_mm",
+    ),
+    "loop": _build_kernel(GroupedMatmul(_loop_matmul, _loop_outer), f"{_OPS}::loop_matmul"),
+    "reference": ExpertKernel(_reference_up, _reference_down),
+}
+PORTABLE = ExpertKernel(  # for exported models, which run on any machine
+    up=lambda x_NC, w_EFC, dispatch: pick_portable(x_NC, w_EFC[0]).up(x_NC, w_EFC, dispatch),
+    down=lambda h_RF, w_ECF, *rest: pick_portable(h_RF, w_ECF).down(h_RF, w_ECF, *rest),
+)

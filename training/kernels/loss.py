@@ -37,38 +37,28 @@ def reference_loss(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float
     return F.cross_entropy(logits_NV, targets_N, ignore_index=-1, reduction="sum")
 
 
-class TorchLogitsBackward:
-    """`LogitsBackward` in PyTorch operations; on a CPU in blocks that fit in the cache."""
+def torch_logits_backward(logits_NV: Tensor, targets_N: Tensor, softcap: float | None, *, gradient: bool) -> Tensor:
+    """Implement `LogitsBackward` in PyTorch operations; on a CPU in blocks that fit in the cache."""
+    size = max(1, BLOCK_ELEMENTS // logits_NV.shape[1]) if logits_NV.device.type in CHUNK_BYTES else len(logits_NV)
+    blocks = zip(logits_NV.split(size), targets_N.split(size), strict=True)
+    return torch.cat([_block_backward(logits_nV, targets_n, softcap, gradient) for logits_nV, targets_n in blocks])
 
-    def __init__(self):
-        self.work_nV: Tensor | None = None  # reused buffer: float32 copy of a block of 16-bit logits
 
-    def __call__(self, logits_NV: Tensor, targets_N: Tensor, softcap: float | None, *, gradient: bool) -> Tensor:
-        size = max(1, BLOCK_ELEMENTS // logits_NV.shape[1]) if logits_NV.device.type in CHUNK_BYTES else len(logits_NV)
-        blocks = zip(logits_NV.split(size), targets_N.split(size), strict=True)
-        return torch.cat([self._block(logits_nV, targets_n, softcap, gradient) for logits_nV, targets_n in blocks])
-
-    def _block(self, logits_NV: Tensor, targets_N: Tensor, softcap: float | None, gradient: bool) -> Tensor:
-        p_NV = logits_NV if logits_NV.dtype == torch.float32 else self._in_float32(logits_NV)
-        target_N1 = targets_N[:, None].clamp(min=0)
+def _block_backward(logits_NV: Tensor, targets_N: Tensor, softcap: float | None, gradient: bool) -> Tensor:
+    p_NV = logits_NV.float()  # the same tensor if it is float32
+    target_N1 = targets_N[:, None].clamp(min=0)
+    if softcap is not None:
+        tanh_NV = p_NV.div_(softcap).tanh_().clone()
+        p_NV.mul_(softcap)
+    margin_N1 = p_NV.amax(dim=1, keepdim=True) - p_NV.gather(1, target_N1)
+    torch.softmax(p_NV, 1, out=p_NV)
+    loss_N1 = margin_N1 - p_NV.amax(dim=1, keepdim=True).log()
+    if gradient:
+        p_NV.scatter_add_(1, target_N1, p_NV.new_full((), -1.0).expand_as(target_N1))
         if softcap is not None:
-            tanh_NV = p_NV.div_(softcap).tanh_().clone()
-            p_NV.mul_(softcap)
-        margin_N1 = p_NV.amax(dim=1, keepdim=True) - p_NV.gather(1, target_N1)
-        torch.softmax(p_NV, 1, out=p_NV)
-        loss_N1 = margin_N1 - p_NV.amax(dim=1, keepdim=True).log()
-        if gradient:
-            p_NV.scatter_add_(1, target_N1, p_NV.new_full((), -1.0).expand_as(target_N1))
-            if softcap is not None:
-                p_NV *= 1 - tanh_NV.square_()
-            if p_NV is not logits_NV:
-                logits_NV.copy_(p_NV)
-        return loss_N1.squeeze(1) * (targets_N >= 0)
-
-    def _in_float32(self, logits_NV: Tensor) -> Tensor:
-        if self.work_nV is None:
-            self.work_nV = torch.empty_like(logits_NV, dtype=torch.float32)
-        return self.work_nV[: len(logits_NV)].copy_(logits_NV)
+            p_NV *= 1 - tanh_NV.square_()
+        logits_NV.copy_(p_NV)  # does nothing if it is the same tensor
+    return loss_N1.squeeze(1) * (targets_N >= 0)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -148,7 +138,7 @@ def chunked_cross_entropy(
 
 def chunked_loss(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None = None) -> Tensor:
     """Compute the loss in chunks of tokens, in PyTorch operations."""
-    return chunked_cross_entropy(TorchLogitsBackward(), x_NC, w_VC, targets_N, softcap)
+    return chunked_cross_entropy(torch_logits_backward, x_NC, w_VC, targets_N, softcap)
 
 
 TORCH_LOSS = {"chunked": chunked_loss, "reference": reference_loss}

@@ -51,16 +51,16 @@ def saved_operators() -> set[str]:
     return {operator for kernel in kernels for operator in kernel.saved_operators}
 
 
-def runs_on(option: str, name: str, device: torch.device) -> bool:
-    """Return True unless an expert or loss kernel needs CUDA and the device is another one."""
-    return device.type == "cuda" or name not in CUDA_ONLY[option]
+def reason_needs_cuda(option: str, name: str, device: torch.device) -> str | None:
+    """Return the problem if an expert or loss kernel needs CUDA and the device is another one, else None."""
+    return "needs a CUDA device" if name in CUDA_ONLY[option] and device.type != "cuda" else None
 
 
 def candidates(option: str, device: torch.device, dtype: torch.dtype) -> list[str]:
     """Return the kernels that `auto` tries on this device, in order."""
     if option == "attention":
         return auto_candidates(device_info(device))
-    names = [name for name in TABLES[option] if runs_on(option, name, device)]
+    names = [name for name in TABLES[option] if reason_needs_cuda(option, name, device) is None]
     # On a CPU only the loop rounds up the row counts of 16-bit matmuls, which makes experts twice as fast.
     loop_first = option == "experts" and device.type == "cpu" and dtype.itemsize == 2
     return sorted(names, key=lambda name: loop_first and name != "loop")

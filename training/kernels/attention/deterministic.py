@@ -9,7 +9,6 @@ The flash kernel is two custom operators here, so a compiled block stays one gra
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from typing import Any
 
 import torch
@@ -19,27 +18,17 @@ from torch._compile import _disable_dynamo
 
 
 def with_deterministic_backward(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Wrap an attention kernel (`interface.Attend`) so that its backward is deterministic on CUDA."""
+    """Wrap an attention kernel so that its backward runs in the deterministic mode."""
 
-    @wraps(attend)
-    def attend_anywhere(q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Tensor:
-        if not q.is_cuda:
+    # The mode must be on when the backward runs, not when it is traced. `torch.compiler.disable` would also work, but
+    # it imports PyTorch's compiler.
+    @_disable_dynamo
+    def attend_deterministically(q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Tensor:
+        if not torch.is_grad_enabled():
             return attend(q, k, v, mask, **options)
-        return attend_deterministically(attend, mask, options, q, k, v)
+        return DeterministicBackward.apply(lambda *qkv: attend(*qkv, mask, **options), q, k, v)
 
-    return attend_anywhere
-
-
-# The mode must be on when the backward runs, not when it is traced. `torch.compiler.disable` would also work, but it
-# imports PyTorch's compiler.
-@_disable_dynamo
-def attend_deterministically(
-    attend: Callable[..., Tensor], mask: Any, options: dict[str, Any], *inputs: Tensor
-) -> Tensor:
-    """Call `attend` so that its backward runs in the deterministic mode."""
-    if not torch.is_grad_enabled():
-        return attend(*inputs, mask, **options)
-    return DeterministicBackward.apply(lambda *inputs: attend(*inputs, mask, **options), *inputs)
+    return attend_deterministically
 
 
 class DeterministicBackward(torch.autograd.Function):
@@ -101,12 +90,11 @@ def _projection_order(x_BHTD: Tensor) -> Tensor:
 
 
 def _empty_like(x_BHTD: Tensor) -> Tensor:
-    n_samples, n_heads, n_tokens, width = x_BHTD.shape
-    return x_BHTD.new_empty(n_samples, n_tokens, n_heads, width).transpose(1, 2)
+    return _projection_order(torch.empty_like(x_BHTD))
 
 
 _flash.register_fake(lambda q, *_: (_empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)))
-_flash_backward.register_fake(lambda _, q, k, v, *__: (_empty_like(q), _empty_like(k), _empty_like(v)))
+_flash_backward.register_fake(lambda _, *qkv_and_more: tuple(_empty_like(x) for x in qkv_and_more[:3]))
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -1,18 +1,21 @@
-"""The flash-attn packages: FlashAttention 2, 3 and 4 (arXiv:2307.08691, arXiv:2407.08608, arXiv:2603.05451).
+"""Kernels that read packed documents: the flash-attn packages, and PyTorch's copy of FlashAttention 2.
 
 They read samples as (B, T, H, D), or packed documents as (B x T, H, D) with cumulative lengths, and compute no scores
-across documents. Written against the sources of flash-attn 2.7.4 and 2.8.3, flash-attn-3 3.0.0, flash-attn-4 4.0.0b27
-and b36. The signature of the kernels is `interface.Attend`.
+across documents. FlashAttention 2, 3 and 4 are arXiv:2307.08691, arXiv:2407.08608 and arXiv:2603.05451. Written against
+the sources of flash-attn 2.7.4 and 2.8.3, flash-attn-3 3.0.0, flash-attn-4 4.0.0b27 and b36.
 """
 
+import inspect
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from training.kernels.attention.masks import Visibility
-from training.kernels.attention.sdpa import pad_to_one_width
+from training.kernels.attention.sdpa import with_one_width
 
 
 class VarlenMask(NamedTuple):
@@ -31,22 +34,20 @@ def varlen_mask(visibility: Visibility) -> VarlenMask:
     return VarlenMask(visibility.effective_window, cu_seqlens_D)
 
 
-def flash2_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) -> Tensor:
-    """Run flash-attn, for Ampere and later. It requires D = E."""
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
+@with_one_width
+def flash2_attention(q_BHTD, k_BGSD, v_BGSD, mask, *, scale=None, softcap=None) -> Tensor:
+    """Run flash-attn, for Ampere and later."""
+    import flash_attn
 
-    width = v_BGSE.shape[-1]
-    q, k, v, scale = pad_to_one_width(q_BHTD, k_BGSD, v_BGSE, scale)
-    return _attend(flash_attn_func, flash_attn_varlen_func, -1, q, k, v, mask, scale, softcap)[..., :width]
+    return _attend(flash_attn, q_BHTD, k_BGSD, v_BGSD, mask, scale, softcap)
 
 
-def flash3_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) -> Tensor:
-    """Run flash-attn-3, for Hopper. It supports few pairs of D and E, so the narrower one is padded."""
-    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
+@with_one_width  # it supports few pairs of D and E
+def flash3_attention(q_BHTD, k_BGSD, v_BGSD, mask, *, scale=None, softcap=None) -> Tensor:
+    """Run flash-attn-3, for Hopper."""
+    import flash_attn_interface
 
-    width = v_BGSE.shape[-1]
-    q, k, v, scale = pad_to_one_width(q_BHTD, k_BGSD, v_BGSE, scale)
-    return _attend(flash_attn_func, flash_attn_varlen_func, -1, q, k, v, mask, scale, softcap)[..., :width]
+    return _attend(flash_attn_interface, q_BHTD, k_BGSD, v_BGSD, mask, scale, softcap)
 
 
 # The package compiles its own kernels, which torch.compile cannot trace. `torch.compiler.disable` would also work, but
@@ -54,12 +55,12 @@ def flash3_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) 
 @_disable_dynamo
 def flash4_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) -> Tensor:
     """Run flash-attn-4, for Hopper and Blackwell."""
-    from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
+    from flash_attn import cute
 
-    return _attend(flash_attn_func, flash_attn_varlen_func, None, q_BHTD, k_BGSD, v_BGSE, mask, scale, softcap)
+    return _attend(cute, q_BHTD, k_BGSD, v_BGSE, mask, scale, softcap, no_window=None)
 
 
-def _attend(attend_samples, attend_packed, no_window, q_BHTD, k_BGSD, v_BGSE, mask, scale, softcap) -> Tensor:
+def _attend(package: ModuleType, q_BHTD, k_BGSD, v_BGSE, mask, scale, softcap, no_window: int | None = -1) -> Tensor:
     """Call one of a package's two functions. `no_window` is the package's value for an unlimited window."""
     q, k, v = (x.transpose(1, 2) for x in (q_BHTD, k_BGSD, v_BGSE))
     n_samples, n_tokens = q.shape[:2]
@@ -71,10 +72,30 @@ def _attend(attend_samples, attend_packed, no_window, q_BHTD, k_BGSD, v_BGSE, ma
         "deterministic": True,
     }
     if mask.cu_seqlens_D is None:
-        y = attend_samples(q, k, v, **options)
+        y = package.flash_attn_func(q, k, v, **options)
     else:
         lengths = {"cu_seqlens_q": mask.cu_seqlens_D, "cu_seqlens_k": mask.cu_seqlens_D}
         longest = {"max_seqlen_q": n_tokens, "max_seqlen_k": n_tokens}  # a bound: the true maximum is on the device
-        y = attend_packed(*(x.flatten(0, 1) for x in (q, k, v)), **lengths, **longest, **options)
+        packed = (x.flatten(0, 1) for x in (q, k, v))
+        y = package.flash_attn_varlen_func(*packed, **lengths, **longest, **options)
     y = y[0] if isinstance(y, tuple) else y  # some return the log-sum-exp of the scores as well
+    return y.view(n_samples, n_tokens, *y.shape[-2:]).transpose(1, 2)
+
+
+@with_one_width
+def varlen_attention(q_BHTD, k_BGSD, v_BGSD, mask, *, scale=None, softcap=None) -> Tensor:
+    """Run `varlen_attn` of torch 2.11 and later, also for windows. It supports no soft-cap."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert softcap is None
+    n_samples, _, n_tokens, _ = q_BHTD.shape
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTD, k_BGSD, v_BGSD))
+    cu_seqlens_D = mask.cu_seqlens_D
+    if cu_seqlens_D is None:
+        cu_seqlens_D = torch.arange(0, (n_samples + 1) * n_tokens, n_tokens, dtype=torch.int32, device=q.device)
+    options = {"scale": scale, "window_size": (-1 if mask.window is None else mask.window - 1, 0)}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # older versions always allow grouped queries
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # later versions prefer cuDNN, which is not deterministic
+        y = varlen_attn(q, k, v, cu_seqlens_D, cu_seqlens_D, n_tokens, n_tokens, **options)
     return y.view(n_samples, n_tokens, *y.shape[-2:]).transpose(1, 2)

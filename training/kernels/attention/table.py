@@ -24,7 +24,13 @@ import torch
 from torch.torch_version import TorchVersion
 
 from training.kernels.attention.deterministic import with_deterministic_backward
-from training.kernels.attention.flash_attn import flash2_attention, flash3_attention, flash4_attention, varlen_mask
+from training.kernels.attention.flash_attn import (
+    flash2_attention,
+    flash3_attention,
+    flash4_attention,
+    varlen_attention,
+    varlen_mask,
+)
 from training.kernels.attention.flex import flex_attention, flex_mask
 from training.kernels.attention.masks import boolean_mask
 from training.kernels.attention.reference import reference_attention
@@ -36,7 +42,6 @@ from training.kernels.attention.sdpa import (
     sdpa_attention,
     sdpa_mask,
 )
-from training.kernels.attention.varlen import varlen_attention
 from training.kernels.interface import HALF_DTYPES, AttentionBackend, AttentionSpec, Limits
 
 AMPERE_OR_LATER = range(8, 20)
@@ -107,9 +112,8 @@ def limits_on(name: str, device: DeviceInfo) -> Limits | None:
     """Return the limits of a back-end on such a device; None if it does not run there."""
     by_type = ATTENTION_BACKENDS[name].limits
     limits = Limits() if by_type is None else by_type.get(device.type)
-    if limits is None or limits.capability is None or device.capability in limits.capability:
-        return limits
-    return None
+    has_capability = limits is None or limits.capability is None or device.capability in limits.capability
+    return limits if has_capability else None
 
 
 def auto_candidates(device: DeviceInfo) -> list[str]:
@@ -138,11 +142,9 @@ def reason_unsupported(
     }
     if feature := next((feature for feature, is_unsupported in unsupported.items() if is_unsupported), None):
         return f"does not support {feature}"
-    return None if limits.package is None else reason_missing(*limits.package)
-
-
-def reason_missing(package: str, oldest: str) -> str | None:
-    """Return the problem if a package is missing or too old, else None."""
+    if limits.package is None:
+        return None
+    package, oldest = limits.package
     try:
         installed = TorchVersion(version(package))
     except PackageNotFoundError:
