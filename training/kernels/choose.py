@@ -3,14 +3,9 @@
 A kernel qualifies if its results and gradients match the reference in all trials (`trials.py`): small problems with the
 model's shapes, dtype and masks. `auto` takes the first kernel of the table that qualifies; for experts on CUDA, the
 fastest.
-
-    choice = choose_kernels(config.parallel, kernel_requirements(config.model), device=device, dtype=torch.bfloat16)
-    model = GPT(config.model, choice.kernels, torch.bfloat16)
-    print(choice.names["attention"], choice.reasons["attention"])  # flash  matches the reference
 """
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -43,14 +38,14 @@ def choose_kernels(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    previous: Mapping[str, str] = MappingProxyType({}),
+    previous: Mapping[str, str] | None = None,
 ) -> KernelChoice:
     """Choose kernels for everything that a model requires on this device.
 
     `previous` maps options to kernel names: `auto` tries these first, so that a resumed run repeats its bits. With
     `config.compile` a kernel must also compile. Raises UserError if a kernel named in `config` fails.
     """
-    names, reasons = {}, {}
+    names, reasons, previous = {}, {}, previous or {}
     for option in TABLES:
         names[option], reasons[option] = _choose(option, config, requirements, device, dtype, previous.get(option))
     kernels = Kernels(**{option: TABLES[option][name] for option, name in names.items()})

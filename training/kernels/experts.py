@@ -53,13 +53,6 @@ class ExpertKernel(NamedTuple):
     saved_operators: tuple[str, ...] = ()
 
 
-class GroupedMatmul(NamedTuple):
-    """Matmuls of rows, sorted by expert, with their expert's matrix; I inputs, O outputs."""
-
-    matmul: Callable[[Tensor, Tensor, Tensor], Tensor]  # x_RI, w_EIO, offsets_E -> y_RO
-    outer: Callable[[Tensor, Tensor, Tensor], Tensor]  # y_RO, x_RI, offsets_E -> w_EOI, each expert's y.T x
-
-
 class _Projection(torch.autograd.Function):
     """Project rows by one or more matrices, after permuting tokens to rows if `token_R` is not None.
 
@@ -68,24 +61,22 @@ class _Projection(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, grouped: GroupedMatmul, join: bool, offsets_E, token_R, inverse_NK, x: Tensor, *w_EOI: Tensor
-    ):
-        ctx.grouped, ctx.join, ctx.n_out = grouped, join, w_EOI[0].shape[1]
+    def forward(ctx: Any, matmul, outer, join: bool, offsets_E, token_R, inverse_NK, x: Tensor, *w_EOI: Tensor):
+        ctx.matmul, ctx.outer, ctx.join, ctx.n_out = matmul, outer, join, w_EOI[0].shape[1]
         ctx.save_for_backward(offsets_E, token_R, inverse_NK, x, *w_EOI)
         x_RI = x if token_R is None else x.index_select(0, token_R)
-        return _split(ctx, [grouped.matmul(x_RI, w.mT, offsets_E) for w in _join(ctx, w_EOI)])
+        return _split(ctx, [matmul(x_RI, w.mT, offsets_E) for w in _join(ctx, w_EOI)])
 
     @staticmethod
     def backward(ctx: Any, *grad_RO: Tensor):
         offsets_E, token_R, inverse_NK, x, *w_EOI = ctx.saved_tensors
         x_RI = x if token_R is None else x.index_select(0, token_R)
         grad_RO = [grad.contiguous() for grad in _join(ctx, grad_RO)]
-        grad_w = [ctx.grouped.outer(grad, x_RI, offsets_E) for grad in grad_RO]
+        grad_w = [ctx.outer(grad, x_RI, offsets_E) for grad in grad_RO]
         pairs = zip(grad_RO, _join(ctx, w_EOI), strict=True)
-        grad_x = (ctx.grouped.matmul(grad, w, offsets_E) for grad, w in pairs)  # one at a time in memory
+        grad_x = (ctx.matmul(grad, w, offsets_E) for grad, w in pairs)  # one at a time in memory
         grad_x = [grad if token_R is None else _combine(grad, inverse_NK, None) for grad in grad_x]
-        return None, None, None, None, None, sum(grad_x[1:], grad_x[0]), *_split(ctx, grad_w)
+        return None, None, None, None, None, None, sum(grad_x[1:], grad_x[0]), *_split(ctx, grad_w)
 
 
 def _join(ctx: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -147,15 +138,21 @@ def unpermute(y_RC: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:
     return _Unpermute.apply(dispatch.order_R, dispatch.inverse_NK, y_RC, weight_NK)
 
 
-def _build_kernel(grouped: GroupedMatmul, *saved_operators: str) -> ExpertKernel:
+def _build_kernel(matmul: Callable[..., Tensor], outer: Callable[..., Tensor], *saved_operators: str) -> ExpertKernel:
+    """Return the kernel that computes with grouped matmuls of rows (I inputs, O outputs), sorted by expert.
+
+    `matmul` maps x_RI, w_EIO, offsets_E to y_RO, each row times its expert's matrix. `outer` maps y_RO, x_RI, offsets_E
+    to w_EOI, each expert's y.T x.
+    """
+
     def up(x_NC: Tensor, w_EFC: tuple[Tensor, ...], dispatch: Dispatch) -> tuple[Tensor, ...]:
         # One matmul is faster in training on CUDA. In generation, copying the weights for each token would be slower.
         join = x_NC.device.type == "cuda" and len(w_EFC) > 1 and torch.is_grad_enabled()
         indices = dispatch.offsets_E, dispatch.token_R, dispatch.inverse_NK
-        return _Projection.apply(grouped, join, *indices, x_NC, *w_EFC)
+        return _Projection.apply(matmul, outer, join, *indices, x_NC, *w_EFC)
 
     def down(h_RF: Tensor, w_ECF: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:
-        (y_RC,) = _Projection.apply(grouped, False, dispatch.offsets_E, None, None, h_RF, w_ECF)
+        (y_RC,) = _Projection.apply(matmul, outer, False, dispatch.offsets_E, None, None, h_RF, w_ECF)
         return unpermute(y_RC, weight_NK, dispatch)
 
     return ExpertKernel(up, down, saved_operators)
@@ -200,11 +197,12 @@ def _spans(x_RI: Tensor, offsets_E: Tensor) -> list[tuple[int, int, int]]:
     count is therefore rounded up to a multiple of 16, or of a larger power of two if that adds at most an eighth.
     """
     ends = offsets_E.tolist()
-    spans = list(zip([0, *ends[:-1]], ends, strict=True))
-    if x_RI.device.type != "cpu" or x_RI.element_size() != 2:
-        return [(start, end, end) for start, end in spans]
-    steps = [1 << max(4, (end - start).bit_length() - 4) for start, end in spans]
-    return [(start, end, start - (start - end) // step * step) for (start, end), step in zip(spans, steps, strict=True)]
+    is_rounded = x_RI.device.type == "cpu" and x_RI.element_size() == 2
+    spans = []
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        step = 1 << max(4, (end - start).bit_length() - 4) if is_rounded else 1
+        spans.append((start, end, start - (start - end) // step * step))
+    return spans
 
 
 def _zero_padded(rows: Tensor, start: int, end: int, rounded: int) -> Tensor:
@@ -244,13 +242,11 @@ def pick_portable(x: Tensor, w_EOI: Tensor) -> ExpertKernel:
 
 TORCH_EXPERTS = {
     "grouped": _build_kernel(
-        GroupedMatmul(
-            matmul=lambda x_RI, w_EIO, offsets_E: F.grouped_mm(x_RI, w_EIO, offs=offsets_E),
-            outer=lambda y_RO, x_RI, offsets_E: F.grouped_mm(y_RO.mT, x_RI, offs=offsets_E),
-        ),
+        lambda x_RI, w_EIO, offsets_E: F.grouped_mm(x_RI, w_EIO, offs=offsets_E),
+        lambda y_RO, x_RI, offsets_E: F.grouped_mm(y_RO.mT, x_RI, offs=offsets_E),
         "aten::_grouped_mm",
     ),
-    "loop": _build_kernel(GroupedMatmul(_loop_matmul, _loop_outer), f"{_OPS}::loop_matmul"),
+    "loop": _build_kernel(_loop_matmul, _loop_outer, f"{_OPS}::loop_matmul"),
     "reference": ExpertKernel(_reference_up, _reference_down),
 }
 PORTABLE = ExpertKernel(  # for exported models, which run on any machine

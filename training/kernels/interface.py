@@ -56,13 +56,6 @@ class KernelRequirements(NamedTuple):
     loss: frozenset[LossSpec] = frozenset()
 
 
-# The signature of an attention kernel: (q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) -> y_BHTE =
-# softmax(scale x q k) v. `mask` is the result of the back-end's `build_mask`. `scale` multiplies the scores (None:
-# 1/sqrt(D)); `softcap` bounds them to softcap x tanh(score / softcap) (arXiv:2408.00118; None: no bound). Query head h
-# uses the keys of head h // (H / G).
-Attend = Callable[..., Tensor]
-
-
 class Limits(NamedTuple):
     """Limits of an attention back-end on one type of device. The defaults allow everything."""
 
@@ -81,7 +74,10 @@ class AttentionBackend(NamedTuple):
     """One implementation of attention."""
 
     build_mask: Callable[[Visibility], Any]  # called once per forward for all layers that share the mask
-    attend: Attend
+    # (q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) -> y_BHTE = softmax(scale x q k) v. Query head h uses
+    # the keys of head h // (H / G). `scale` multiplies the scores (None: 1/sqrt(D)). `softcap` bounds them to
+    # softcap x tanh(score / softcap) (arXiv:2408.00118; None: no bound).
+    attend: Callable[..., Tensor]
     limits: Mapping[str, Limits] | None = None  # by device type; None: no limits, on any device
     saved_operators: tuple[str, ...] = ()  # as `ExpertKernel.saved_operators`
 

@@ -10,6 +10,7 @@ tensor(9.2103)
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -96,11 +97,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None, None, None]:
-        (grad_x_NC, grad_w_VC), ctx.grads = ctx.grads, None  # scaled in place, so backward runs only once
-        for unscaled in (grad_x_NC, grad_w_VC):
-            if unscaled is not None:
-                unscaled *= grad
-        return None, grad_x_NC, grad_w_VC, None, None
+        unscaled, ctx.grads = ctx.grads, None  # scaled in place, so backward runs only once
+        return None, *(None if x is None else x.mul_(grad) for x in unscaled), None, None
 
 
 def _chunk_tokens(x_NC: Tensor, n_vocab: int) -> int:
@@ -128,7 +126,7 @@ def _add_product(sum_IO: Tensor, x_IN: Tensor, y_NO: Tensor, *, first: bool) -> 
 
 
 def chunked_cross_entropy(
-    logits_backward: LogitsBackward, x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None
+    logits_backward: LogitsBackward, x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None = None
 ) -> Tensor:
     """Compute the loss, and in the same pass its gradients, in chunks of tokens."""
     if not torch.is_grad_enabled():  # inside a Function grad mode is always off: tell it by detaching
@@ -136,9 +134,4 @@ def chunked_cross_entropy(
     return _ChunkedCrossEntropy.apply(logits_backward, x_NC, w_VC, targets_N, softcap)
 
 
-def chunked_loss(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None = None) -> Tensor:
-    """Compute the loss in chunks of tokens, in PyTorch operations."""
-    return chunked_cross_entropy(torch_logits_backward, x_NC, w_VC, targets_N, softcap)
-
-
-TORCH_LOSS = {"chunked": chunked_loss, "reference": reference_loss}
+TORCH_LOSS = {"chunked": partial(chunked_cross_entropy, torch_logits_backward), "reference": reference_loss}

@@ -16,15 +16,15 @@ from training.kernels.loss import TORCH_LOSS, chunked_cross_entropy
 
 
 def _triton_up(x_NC: Tensor, w_EFC: tuple[Tensor, ...], dispatch: Dispatch) -> tuple[Tensor, ...]:
-    from training.kernels.triton_experts import up
+    from training.kernels.triton_experts import UpProjection
 
-    return up(x_NC, w_EFC, dispatch)
+    return UpProjection.apply(*dispatch, x_NC, *w_EFC)
 
 
 def _triton_down(h_RF: Tensor, w_ECF: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:
-    from training.kernels.triton_experts import down
+    from training.kernels.triton_experts import DownProjection
 
-    return down(h_RF, w_ECF, weight_NK, dispatch)
+    return DownProjection.apply(*dispatch, h_RF, w_ECF, weight_NK)
 
 
 def _triton_loss(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """Trials: small problems that compare a kernel with its reference, and larger problems that time it."""
 
-import time
+import timeit
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,8 +14,7 @@ from training.kernels.experts import ExpertKernel, sort_by_expert
 from training.kernels.interface import AttentionBackend, AttentionSpec, ExpertsSpec, KernelRequirements, LossSpec
 from training.kernels.table import reason_needs_cuda
 
-# Largest relative error (Euclidean norm) that counts as rounding.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # relative error that counts as rounding
 TIMED_TOKENS = 4096
 
 
@@ -46,16 +45,13 @@ class Trial(NamedTuple):
         """Return the seconds of one forward and backward: the minimum of 5 rounds, each the mean of 5 calls."""
         synchronize = torch.cuda.synchronize if self.inputs[0].is_cuda else lambda: None
 
-        def round_of(n: int) -> float:
-            synchronize()
-            start = time.perf_counter()
-            for _ in range(n):
+        def round_of_5() -> None:
+            for _ in range(5):
                 self._outcome(kernel, self.inputs)
             synchronize()
-            return (time.perf_counter() - start) / n
 
-        round_of(1)  # compiles
-        return min(round_of(5) for _ in range(5))
+        round_of_5()  # compiles
+        return min(timeit.repeat(round_of_5, number=1, repeat=5)) / 5
 
     def _outcome(self, kernel: Any, inputs: list[Tensor]) -> list[Tensor]:
         """Return the result and the gradients of all inputs."""
@@ -122,9 +118,6 @@ def _experts_trial(spec: ExpertsSpec, topk_ids_NK: Tensor, dtype: torch.dtype, c
         up_RF, *gate_RF = kernel.up(x_NC, ups, dispatch)
         return kernel.down(up_RF * gate_RF[0].tanh() if gate_RF else up_RF, down, weight_NK.float(), dispatch)
 
-    def run(kernel: ExpertKernel, *inputs: Tensor) -> Tensor:
-        return (torch.compile(layer, backend="aot_eager") if compiled else layer)(kernel, *inputs)
-
     def unsupported(name: str) -> str | None:
         if name == "grouped" and compiled and dtype != torch.bfloat16:
             return "supports bf16 only if compiled"
@@ -134,7 +127,7 @@ def _experts_trial(spec: ExpertsSpec, topk_ids_NK: Tensor, dtype: torch.dtype, c
     shapes = [(len(topk_ids_NK), width), topk_ids_NK.shape, (n_experts, width, hidden)]
     shapes += [(n_experts, hidden, width)] * (1 + spec.gated)
     inputs = [_random(*shape, seed=seed, device=device).to(dtype) for seed, shape in enumerate(shapes)]
-    return Trial(run, inputs, unsupported)
+    return Trial(torch.compile(layer, backend="aot_eager") if compiled else layer, inputs, unsupported)
 
 
 def _loss_trial(spec: LossSpec, device: torch.device, dtype: torch.dtype) -> Trial:

@@ -94,7 +94,7 @@ def _empty_like(x_BHTD: Tensor) -> Tensor:
 
 
 _flash.register_fake(lambda q, *_: (_empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)))
-_flash_backward.register_fake(lambda _, *qkv_and_more: tuple(_empty_like(x) for x in qkv_and_more[:3]))
+_flash_backward.register_fake(lambda _, q, k, v, *__: (_empty_like(q), _empty_like(k), _empty_like(v)))
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -102,11 +102,10 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*qkv, *output)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None):
-    return *_flash_backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None
-
-
-_flash.register_autograd(_backward, setup_context=_save)
+_flash.register_autograd(
+    lambda ctx, grad, _: (*_flash_backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None),
+    setup_context=_save,
+)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 It imports PyTorch's compiler, so its imports are inside the functions.
 """
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -12,13 +11,16 @@ from torch import Tensor
 
 from training.kernels.attention.masks import Visibility, is_visible
 
+_compile = cache(torch.compile)
+
 
 def flex_mask(visibility: Visibility) -> Any:
     """Return a `BlockMask`: the blocks of 128 x 128 scores that are not fully masked. Evaluates the full mask."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     assert visibility.n_queries == visibility.n_keys
-    window, index_BS, n_tokens = visibility.window, visibility.index_BS, visibility.n_queries
+    window, n_tokens = visibility.window, visibility.n_queries
+    index_BS = visibility.documents and visibility.documents.index_BS
 
     def mask(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001 (one signature)
         return is_visible(window, index_BS, sample, query, key)
@@ -34,13 +36,7 @@ def flex_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) ->
     def soft_cap(score: Tensor, sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001
         return softcap * torch.tanh(score / softcap)
 
-    attend = flex.flex_attention if torch.compiler.is_compiling() else _compiled()
+    # uncompiled it stores all scores
+    attend = flex.flex_attention if torch.compiler.is_compiling() else _compile(flex.flex_attention)
     options = {"score_mod": None if softcap is None else soft_cap, "block_mask": mask, "scale": scale}
     return attend(q_BHTD, k_BGSD, v_BGSE, **options, enable_gqa=q_BHTD.shape[1] != k_BGSD.shape[1])
-
-
-@cache
-def _compiled() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention as uncompiled  # uncompiled it stores all scores
-
-    return torch.compile(uncompiled)

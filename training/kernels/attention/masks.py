@@ -32,11 +32,6 @@ class Visibility(NamedTuple):
     dtype: torch.dtype = torch.float32  # of the queries
 
     @property
-    def index_BS(self) -> Tensor | None:
-        """`Documents.index_BS`; None if samples are not split into documents."""
-        return None if self.documents is None else self.documents.index_BS
-
-    @property
     def effective_window(self) -> int | None:
         """The window; None if it reaches back to the first key."""
         return None if self.window is None or self.window >= self.n_keys else self.window
@@ -76,6 +71,6 @@ def boolean_mask(visibility: Visibility) -> Tensor:
     """Return the mask as bool (1 or B, 1, T, S): True where the query sees the key."""
     key_S = torch.arange(visibility.n_keys, device=visibility.device)
     query_11T1 = key_S[visibility.n_keys - visibility.n_queries :].view(1, 1, -1, 1)
-    index_BS = visibility.index_BS
+    index_BS = visibility.documents and visibility.documents.index_BS
     sample_B111 = torch.arange(1 if index_BS is None else len(index_BS), device=visibility.device).view(-1, 1, 1, 1)
     return is_visible(visibility.window, index_BS, sample_B111, query_11T1, key_S)

@@ -7,7 +7,6 @@ the sources of flash-attn 2.7.4 and 2.8.3, flash-attn-3 3.0.0, flash-attn-4 4.0.
 
 import inspect
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,20 +17,13 @@ from training.kernels.attention.masks import Visibility
 from training.kernels.attention.sdpa import with_one_width
 
 
-class VarlenMask(NamedTuple):
-    """The mask of kernels that read packed documents."""
-
-    window: int | None  # keys that a query sees, including its own; None: all earlier keys
-    cu_seqlens_D: Tensor | None  # int32 (D + 1,): `Documents.cu_seqlens_D`; None: each sample is one document
-
-
-def varlen_mask(visibility: Visibility) -> VarlenMask:
-    """Return the mask of a forward without a cache."""
+def varlen_mask(visibility: Visibility) -> tuple[int | None, Tensor | None]:
+    """Return (window or None, `Documents.cu_seqlens_D`; None: each sample is one document). Not for a cache."""
     assert visibility.n_queries == visibility.n_keys
-    cu_seqlens_D = None if visibility.documents is None else visibility.documents.cu_seqlens_D
+    cu_seqlens_D = visibility.documents and visibility.documents.cu_seqlens_D
     if cu_seqlens_D is not None:
         torch._dynamo.maybe_mark_dynamic(cu_seqlens_D, 0)  # otherwise every number of documents would recompile
-    return VarlenMask(visibility.effective_window, cu_seqlens_D)
+    return visibility.effective_window, cu_seqlens_D
 
 
 @with_one_width
@@ -62,19 +54,20 @@ def flash4_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) 
 
 def _attend(package: ModuleType, q_BHTD, k_BGSD, v_BGSE, mask, scale, softcap, no_window: int | None = -1) -> Tensor:
     """Call one of a package's two functions. `no_window` is the package's value for an unlimited window."""
+    window, cu_seqlens_D = mask
     q, k, v = (x.transpose(1, 2) for x in (q_BHTD, k_BGSD, v_BGSE))
     n_samples, n_tokens = q.shape[:2]
     options = {
         "softmax_scale": scale,
         "causal": True,
-        "window_size": (no_window if mask.window is None else mask.window - 1, 0),  # not counting a query's own key
+        "window_size": (no_window if window is None else window - 1, 0),  # not counting a query's own key
         "softcap": 0.0 if softcap is None else softcap,  # 0: none
         "deterministic": True,
     }
-    if mask.cu_seqlens_D is None:
+    if cu_seqlens_D is None:
         y = package.flash_attn_func(q, k, v, **options)
     else:
-        lengths = {"cu_seqlens_q": mask.cu_seqlens_D, "cu_seqlens_k": mask.cu_seqlens_D}
+        lengths = {"cu_seqlens_q": cu_seqlens_D, "cu_seqlens_k": cu_seqlens_D}
         longest = {"max_seqlen_q": n_tokens, "max_seqlen_k": n_tokens}  # a bound: the true maximum is on the device
         packed = (x.flatten(0, 1) for x in (q, k, v))
         y = package.flash_attn_varlen_func(*packed, **lengths, **longest, **options)
@@ -88,12 +81,12 @@ def varlen_attention(q_BHTD, k_BGSD, v_BGSD, mask, *, scale=None, softcap=None) 
     from torch.nn.attention.varlen import varlen_attn
 
     assert softcap is None
+    window, cu_seqlens_D = mask
     n_samples, _, n_tokens, _ = q_BHTD.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTD, k_BGSD, v_BGSD))
-    cu_seqlens_D = mask.cu_seqlens_D
     if cu_seqlens_D is None:
         cu_seqlens_D = torch.arange(0, (n_samples + 1) * n_tokens, n_tokens, dtype=torch.int32, device=q.device)
-    options = {"scale": scale, "window_size": (-1 if mask.window is None else mask.window - 1, 0)}
+    options = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # older versions always allow grouped queries
         options["enable_gqa"] = q.shape[1] != k.shape[1]
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # later versions prefer cuDNN, which is not deterministic
