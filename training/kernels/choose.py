@@ -1,8 +1,6 @@
-"""The choice of kernels.
+"""The choice of kernels: a kernel qualifies if it matches the reference in all trials (`trials.py`).
 
-A kernel qualifies if its results and gradients match the reference in all trials (`trials.py`): small problems with the
-model's shapes, dtype and masks. `auto` takes the first kernel of the table that qualifies; for experts on CUDA, the
-fastest.
+`auto` takes the first kernel of the table that qualifies; for experts on CUDA, the fastest.
 """
 
 from collections.abc import Mapping
@@ -15,7 +13,7 @@ from training.errors import UserError
 from training.kernels.attention.table import device_info, limits_on
 from training.kernels.interface import KernelRequirements, Kernels
 from training.kernels.table import TABLES, candidates
-from training.kernels.trials import build_trials, timing_trials
+from training.kernels.trials import build_trials, time_experts
 
 TIMED_DEVICE_TYPES = ("cuda",)  # expert kernels are chosen by time here, elsewhere by table order
 
@@ -52,14 +50,7 @@ def choose_kernels(
     return KernelChoice(kernels, names, reasons)
 
 
-def _choose(
-    option: str,
-    config: ParallelConfig,
-    requirements: KernelRequirements,
-    device: torch.device,
-    dtype: torch.dtype,
-    previous: str | None,
-) -> tuple[str, str]:
+def _choose(option, config, requirements, device, dtype, previous) -> tuple[str, str]:
     """Return (kernel name, reason) of one option. Raises UserError."""
     table, value = TABLES[option], getattr(config, option)
     names = candidates(option, device, dtype) if value == "auto" else [value]
@@ -67,8 +58,7 @@ def _choose(
     is_timed = option == "experts" and device.type in TIMED_DEVICE_TYPES and bool(trials)
     passing, failures = [], {}
     for name in sorted(names, key=lambda name: name != previous):
-        failure = next(filter(None, (trial.failure(name, table) for trial in trials)), None)
-        if failure is not None:
+        if failure := next(filter(None, (trial.failure(name, table) for trial in trials)), None):
             failures.setdefault(failure, []).append(name)
             continue
         passing.append(name)
@@ -78,11 +68,11 @@ def _choose(
     if not passing:
         raise UserError(f"parallel.{option}: {'; '.join(notes)}; use auto")
     name = passing[0]
-    contenders = [name for name in passing if name != "reference"]  # the reference is too slow to time
+    contenders = {name: table[name] for name in passing if name != "reference"}  # the reference is too slow to time
     if len(contenders) > 1:
-        seconds = _seconds(contenders, requirements, device, dtype)
-        name = next(iter(seconds))
-        notes.append("fastest: " + ", ".join(f"{each} {1e3 * time:.2f} ms" for each, time in seconds.items()))
+        seconds = sorted((time, name) for name, time in time_experts(contenders, requirements, device, dtype).items())
+        name = seconds[0][1]
+        notes.append("fastest: " + ", ".join(f"{each} {1e3 * time:.2f} ms" for time, each in seconds))
     if notes:
         return name, "; ".join(notes)
     notes.append("matches the reference" if value == "auto" else "requested")
@@ -91,15 +81,3 @@ def _choose(
     if previous not in (None, name):
         notes.append(f"previously {previous}")
     return name, "; ".join(notes)
-
-
-def _seconds(
-    names: list[str], requirements: KernelRequirements, device: torch.device, dtype: torch.dtype
-) -> dict[str, float]:
-    """Return each expert kernel's time, summed over the model's expert layers, fastest first."""
-    trials = timing_trials(requirements, device, dtype)
-    seconds = {name: sum(trial.seconds(TABLES["experts"][name]) for trial in trials) for name in names}
-    if device.type == "cuda":  # so that the run's memory statistics exclude the timing
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    return dict(sorted(seconds.items(), key=lambda item: item[1]))

@@ -1,7 +1,8 @@
 """The matmuls of a Mixture-of-Experts layer, including the permutation of tokens to experts and back.
 
 Shapes: N tokens, K experts per token, R = N x K rows (one for each token and each of its experts, sorted by expert),
-E experts, C channels, F hidden channels. Weights are laid out as in `nn.Linear`, one matrix per expert.
+E experts, C channels, F hidden channels. Weights are laid out as in `nn.Linear`, one matrix per expert. No kernel but
+the reference uses atomic additions: each token's rows are summed in order, so the bits repeat from run to run.
 
 >>> topk_ids_NK, weight_NK = torch.tensor([[0, 2], [2, 1]]), torch.full((2, 2), 0.5)
 >>> x_NC, up_EFC, down_ECF = torch.randn(2, 8), torch.randn(3, 16, 8), torch.randn(3, 8, 16)
@@ -9,9 +10,6 @@ E experts, C channels, F hidden channels. Weights are laid out as in `nn.Linear`
 >>> (h_RF,) = kernel.up(x_NC, (up_EFC,), dispatch)
 >>> kernel.down(h_RF.relu(), down_ECF, weight_NK, dispatch).shape
 torch.Size([2, 8])
-
-No kernel but the reference uses atomic additions: each token's rows are summed in order, forward and backward, so
-results are bit-identical from run to run.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,10 +33,8 @@ class Dispatch(NamedTuple):
 def sort_by_expert(topk_ids_NK: Tensor, n_experts: int) -> Dispatch:
     """Sort tokens by expert, and within an expert by token. Does not synchronize with the device."""
     expert_R, order_R = topk_ids_NK.flatten().sort(stable=True)
-    rows = torch.arange(len(order_R), device=order_R.device)
-    inverse_R = torch.empty_like(order_R).scatter_(0, order_R, rows)
-    experts = torch.arange(n_experts, device=order_R.device)
-    offsets_E = torch.searchsorted(expert_R, experts, right=True, out_int32=True)
+    inverse_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+    offsets_E = torch.searchsorted(expert_R, torch.arange(n_experts, device=order_R.device), right=True, out_int32=True)
     return Dispatch(order_R, order_R // topk_ids_NK.shape[1], inverse_R.view_as(topk_ids_NK), expert_R, offsets_E)
 
 
@@ -90,8 +86,7 @@ def _split(ctx: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def _combine(y_RC: Tensor, inverse_NK: Tensor, weight_NK: Tensor | None) -> Tensor:
     """Sum each token's rows, weighted unless `weight_NK` is None."""
-    if weight_NK is not None:
-        weight_NK = weight_NK.to(y_RC.dtype)
+    weight_NK = None if weight_NK is None else weight_NK.to(y_RC.dtype)
     if y_RC.device.type == "cuda":  # several times faster than embedding_bag; compiles to one kernel
         y_NKC = y_RC[inverse_NK]
         return (y_NKC if weight_NK is None else y_NKC.mul_(weight_NK[..., None])).sum(dim=1)
@@ -99,8 +94,6 @@ def _combine(y_RC: Tensor, inverse_NK: Tensor, weight_NK: Tensor | None) -> Tens
 
 
 class _Permute(torch.autograd.Function):
-    """x_NC -> x_RC."""
-
     @staticmethod
     def forward(ctx: Any, token_R: Tensor, inverse_NK: Tensor, x_NC: Tensor) -> Tensor:
         ctx.save_for_backward(inverse_NK)
@@ -112,8 +105,6 @@ class _Permute(torch.autograd.Function):
 
 
 class _Unpermute(torch.autograd.Function):
-    """y_RC -> y_NC, by weight."""
-
     @staticmethod
     def forward(ctx: Any, order_R: Tensor, inverse_NK: Tensor, y_RC: Tensor, weight_NK: Tensor) -> Tensor:
         ctx.save_for_backward(order_R, inverse_NK, y_RC, weight_NK)
@@ -148,8 +139,8 @@ def _build_kernel(matmul: Callable[..., Tensor], outer: Callable[..., Tensor], *
     def up(x_NC: Tensor, w_EFC: tuple[Tensor, ...], dispatch: Dispatch) -> tuple[Tensor, ...]:
         # One matmul is faster in training on CUDA. In generation, copying the weights for each token would be slower.
         join = x_NC.device.type == "cuda" and len(w_EFC) > 1 and torch.is_grad_enabled()
-        indices = dispatch.offsets_E, dispatch.token_R, dispatch.inverse_NK
-        return _Projection.apply(matmul, outer, join, *indices, x_NC, *w_EFC)
+        _, token_R, inverse_NK, _, offsets_E = dispatch
+        return _Projection.apply(matmul, outer, join, offsets_E, token_R, inverse_NK, x_NC, *w_EFC)
 
     def down(h_RF: Tensor, w_ECF: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:
         (y_RC,) = _Projection.apply(matmul, outer, False, dispatch.offsets_E, None, None, h_RF, w_ECF)
@@ -207,12 +198,7 @@ def _spans(x_RI: Tensor, offsets_E: Tensor) -> list[tuple[int, int, int]]:
 
 def _zero_padded(rows: Tensor, start: int, end: int, rounded: int) -> Tensor:
     """Return rows start..end, followed by zeros up to `rounded`; a view if no zeros are needed."""
-    if rounded == end:
-        return rows[start:end]
-    padded = rows.new_empty(rounded - start, rows.shape[1])
-    padded[: end - start] = rows[start:end]
-    padded[end - start :] = 0
-    return padded
+    return rows[start:end] if rounded == end else F.pad(rows[start:end], (0, 0, 0, rounded - end))
 
 
 def _reference_matmul(x_RI: Tensor, w_EOI: Tensor, expert_R: Tensor) -> Tensor:

@@ -41,25 +41,23 @@ def reference_loss(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float
 def torch_logits_backward(logits_NV: Tensor, targets_N: Tensor, softcap: float | None, *, gradient: bool) -> Tensor:
     """Implement `LogitsBackward` in PyTorch operations; on a CPU in blocks that fit in the cache."""
     size = max(1, BLOCK_ELEMENTS // logits_NV.shape[1]) if logits_NV.device.type in CHUNK_BYTES else len(logits_NV)
-    blocks = zip(logits_NV.split(size), targets_N.split(size), strict=True)
-    return torch.cat([_block_backward(logits_nV, targets_n, softcap, gradient) for logits_nV, targets_n in blocks])
-
-
-def _block_backward(logits_NV: Tensor, targets_N: Tensor, softcap: float | None, gradient: bool) -> Tensor:
-    p_NV = logits_NV.float()  # the same tensor if it is float32
-    target_N1 = targets_N[:, None].clamp(min=0)
-    if softcap is not None:
-        tanh_NV = p_NV.div_(softcap).tanh_().clone()
-        p_NV.mul_(softcap)
-    margin_N1 = p_NV.amax(dim=1, keepdim=True) - p_NV.gather(1, target_N1)
-    torch.softmax(p_NV, 1, out=p_NV)
-    loss_N1 = margin_N1 - p_NV.amax(dim=1, keepdim=True).log()
-    if gradient:
-        p_NV.scatter_add_(1, target_N1, p_NV.new_full((), -1.0).expand_as(target_N1))
+    losses = []
+    for logits_nV, targets_n in zip(logits_NV.split(size), targets_N.split(size), strict=True):
+        p_nV = logits_nV.float()  # the same tensor if it is float32
+        target_n1 = targets_n[:, None].clamp(min=0)
         if softcap is not None:
-            p_NV *= 1 - tanh_NV.square_()
-        logits_NV.copy_(p_NV)  # does nothing if it is the same tensor
-    return loss_N1.squeeze(1) * (targets_N >= 0)
+            tanh_nV = p_nV.div_(softcap).tanh_().clone()
+            p_nV.mul_(softcap)
+        margin_n1 = p_nV.amax(dim=1, keepdim=True) - p_nV.gather(1, target_n1)
+        torch.softmax(p_nV, 1, out=p_nV)
+        loss_n1 = margin_n1 - p_nV.amax(dim=1, keepdim=True).log()
+        losses.append(loss_n1.squeeze(1) * (targets_n >= 0))
+        if gradient:
+            p_nV.scatter_add_(1, target_n1, p_nV.new_full((), -1.0).expand_as(target_n1))
+            if softcap is not None:
+                p_nV *= 1 - tanh_nV.square_()
+            logits_nV.copy_(p_nV)  # does nothing if it is the same tensor
+    return torch.cat(losses)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -4,8 +4,7 @@ Each table is in the order in which `auto` tries its kernels, and has a "referen
 The Triton kernels are imported at their first call, because Triton is not installed everywhere.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -37,11 +36,7 @@ _TRITON_EXPERTS = ExpertKernel(_triton_up, _triton_down, ("training_kernels_trit
 
 EXPERT_KERNELS = {"triton": _TRITON_EXPERTS} | TORCH_EXPERTS
 LOSS_KERNELS: dict[str, Callable[..., Tensor]] = {"triton": _triton_loss} | TORCH_LOSS
-TABLES: Mapping[str, Mapping[str, Any]] = {
-    "attention": ATTENTION_BACKENDS,
-    "experts": EXPERT_KERNELS,
-    "loss": LOSS_KERNELS,
-}
+TABLES = {"attention": ATTENTION_BACKENDS, "experts": EXPERT_KERNELS, "loss": LOSS_KERNELS}
 CUDA_ONLY = {"experts": ("triton",), "loss": ("triton",)}  # attention back-ends have `Limits` instead
 
 

@@ -1,4 +1,4 @@
-"""Trials: small problems that compare a kernel with its reference, and larger problems that time it."""
+"""Trials: small problems with the model's shapes, dtype and masks, on which a kernel must match its reference."""
 
 import timeit
 import warnings
@@ -14,7 +14,7 @@ from training.kernels.experts import ExpertKernel, sort_by_expert
 from training.kernels.interface import AttentionBackend, AttentionSpec, ExpertsSpec, KernelRequirements, LossSpec
 from training.kernels.table import reason_needs_cuda
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # relative error that counts as rounding
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # max relative error (Euclidean norm)
 TIMED_TOKENS = 4096
 
 
@@ -30,8 +30,7 @@ class Trial(NamedTuple):
         if reason := self.unsupported(name):
             return reason
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # PyTorch warns about each of its kernels that it rejects
+            with warnings.catch_warnings(action="ignore"):  # PyTorch warns about each of its kernels that it rejects
                 results = self._outcome(table[name], self.inputs)
             expected = self._outcome(table["reference"], [x.float() for x in self.inputs])
         except Exception as error:  # third-party kernels may fail in any way on hardware we have not tested
@@ -72,8 +71,7 @@ def build_trials(
         topk_ids_NK = torch.tensor([[0, 3], [3, 1], [0, 1], [1, 0]], device=device).repeat(16, 1)
         specs = [spec._replace(n_experts=4, top_k=2, gated=True) for spec in sorted(requirements.experts)]
         return [_experts_trial(spec, topk_ids_NK, dtype, compiled) for spec in specs]
-    # With fewer keys the score gradients are mostly rounding error. On a CPU, more than 192 keys run different code:
-    # test both.
+    # Score gradients of fewer keys are mostly rounding error. On a CPU, more than 192 keys run different code.
     return [
         _attention_trial(spec, n_tokens, requirements.isolate_documents, device, dtype, compiled)
         for spec in sorted(requirements.attention, key=str)
@@ -81,13 +79,20 @@ def build_trials(
     ]
 
 
-def timing_trials(requirements: KernelRequirements, device: torch.device, dtype: torch.dtype) -> list[Trial]:
-    """Return trials with 4096 tokens for timing, routed at random to the layer's experts."""
-    trials = []
+def time_experts(
+    kernels: Mapping[str, ExpertKernel], requirements: KernelRequirements, device: torch.device, dtype: torch.dtype
+) -> dict[str, float]:
+    """Return each kernel's seconds on 4096 tokens, routed at random, summed over the model's expert layers."""
+    seconds = dict.fromkeys(kernels, 0.0)
     for spec in sorted(requirements.experts):
         topk_ids_NK = _random(TIMED_TOKENS, spec.n_experts, seed=0, device=device).topk(spec.top_k).indices
-        trials.append(_experts_trial(spec, topk_ids_NK, dtype, compiled=False))
-    return trials
+        trial = _experts_trial(spec, topk_ids_NK, dtype, compiled=False)
+        for name, kernel in kernels.items():
+            seconds[name] += trial.seconds(kernel)
+    if device.type == "cuda":  # so that the run's memory statistics exclude the timing
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return seconds
 
 
 def _attention_trial(

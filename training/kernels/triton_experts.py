@@ -6,24 +6,16 @@ never waits for row counts. There are no atomic additions: each row is written t
 are summed in order, so the bits repeat. Accumulation is in float32; float32 inputs are not rounded to TF32.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-
-class TileShape(NamedTuple):
-    """The block of a matmul that one Triton program computes."""
-
-    side: int  # max rows and columns of the result
-    inner: int  # terms of the sum per step
-    warps: int
-    stages: int  # pipeline stages
-
-
-TILE_SHAPES = {2: TileShape(128, 64, 8, 3), 4: TileShape(64, 32, 4, 2)}  # by bytes of an element; up to 96 KiB shared
+# By bytes of an element: max rows and columns of the block of a matmul that one program computes, terms of the sum per
+# step, warps, pipeline stages. They need up to 96 KiB of shared memory.
+TILES = {2: (128, 64, 8, 3), 4: (64, 32, 4, 2)}
 GROUP = tl.constexpr(8)  # consecutive programs cover this many tiles x all columns, to reuse operands in the L2 cache
 
 
@@ -159,19 +151,20 @@ def _matmul(
     """Multiply each row by its expert's matrix, see `_matmul_kernel`. Returns y (R, O) and dot_PR."""
     y, dot_PR = _matmul_shapes(x, w_EIO, offsets_E, from_R, to_R, weight_R, h_RO, base)
     x, h_RO = x.contiguous(), None if h_RO is None else h_RO.contiguous()
-    (n_experts, n_in, n_out), n_rows, shape = w_EIO.shape, len(y), TILE_SHAPES[x.element_size()]
-    T = min(shape.side, max(16, triton.next_power_of_2(n_rows // n_experts)))
+    (n_experts, n_in, n_out), n_rows = w_EIO.shape, len(y)
+    side, inner, warps, stages = TILES[x.element_size()]
+    T = min(side, max(16, triton.next_power_of_2(n_rows // n_experts)))
     n_tiles = triton.cdiv(n_rows, T) + n_experts  # each expert may have a partial tile
-    _matmul_kernel[(n_tiles * triton.cdiv(n_out, shape.side),)](
+    _matmul_kernel[(n_tiles * triton.cdiv(n_out, side),)](
         *(x, w_EIO, y, offsets_E, from_R, to_R, weight_R, h_RO, None if h_RO is None else dot_PR, base),
         *(n_rows, n_experts, n_in, n_out, *w_EIO.stride()),
-        EVEN=n_in % shape.inner == 0,
+        EVEN=n_in % inner == 0,
         T=T,
-        BLOCK_I=shape.inner,
-        BLOCK_O=shape.side,
+        BLOCK_I=inner,
+        BLOCK_O=side,
         BLOCK_E=triton.next_power_of_2(n_experts),
-        num_warps=shape.warps,
-        num_stages=shape.stages,
+        num_warps=warps,
+        num_stages=stages,
     )
     return y, dot_PR
 
@@ -179,7 +172,7 @@ def _matmul(
 @_matmul.register_fake
 def _matmul_shapes(x, w_EIO, offsets_E, from_R=None, to_R=None, weight_R=None, h_RO=None, base=None):  # noqa: ARG001
     n_rows, n_out = len(x if from_R is None else from_R), w_EIO.shape[2]
-    n_blocks = 0 if h_RO is None else triton.cdiv(n_out, TILE_SHAPES[x.element_size()].side)
+    n_blocks = 0 if h_RO is None else triton.cdiv(n_out, TILES[x.element_size()][0])
     return x.new_empty(n_rows, n_out), x.new_empty(n_blocks, n_rows, dtype=torch.float32)
 
 
@@ -189,16 +182,16 @@ def _grouped_outer(
 ) -> Tensor:
     """Return each expert's weighted sum of outer products of x and y rows: w_EIO, or w_EOI if `transposed`."""
     w_E__ = _empty_w(x_NI, y_RO, offsets_E, token_R, weight_R, transposed)
-    x_NI, y_RO, shape = x_NI.contiguous(), y_RO.contiguous(), TILE_SHAPES[x_NI.element_size()]
-    n_in, n_out = x_NI.shape[1], y_RO.shape[1]
-    _outer_kernel[(triton.cdiv(n_in, shape.side) * triton.cdiv(n_out, shape.side), len(offsets_E))](
+    x_NI, y_RO, n_in, n_out = x_NI.contiguous(), y_RO.contiguous(), x_NI.shape[1], y_RO.shape[1]
+    side, inner, warps, stages = TILES[x_NI.element_size()]
+    _outer_kernel[(triton.cdiv(n_in, side) * triton.cdiv(n_out, side), len(offsets_E))](
         *(x_NI, y_RO, w_E__, offsets_E, token_R, weight_R),
         *(n_in, n_out, *(w_E__.mT if transposed else w_E__).stride()),
-        BLOCK_I=shape.side,
-        BLOCK_O=shape.side,
-        T=shape.inner,
-        num_warps=shape.warps,
-        num_stages=shape.stages,
+        BLOCK_I=side,
+        BLOCK_O=side,
+        T=inner,
+        num_warps=warps,
+        num_stages=stages,
     )
     return w_E__
 

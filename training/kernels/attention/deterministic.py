@@ -2,9 +2,8 @@
 
 Their backward sums blocks in the order in which they finish, unless PyTorch's deterministic mode is on while it runs
 (`_flash_attention_backward`, `_efficient_attention_backward` in ATen's attention_backward.cu). That mode is global and
-rejects operations unrelated to attention, so only this backward runs in it.
-
-The flash kernel is two custom operators here, so a compiled block stays one graph; other kernels break the graph.
+rejects operations unrelated to attention, so only this backward runs in it. The flash kernel is two custom operators,
+so a compiled block stays one graph; other kernels break the graph.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,8 +19,7 @@ from torch._compile import _disable_dynamo
 def with_deterministic_backward(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Wrap an attention kernel so that its backward runs in the deterministic mode."""
 
-    # The mode must be on when the backward runs, not when it is traced. `torch.compiler.disable` would also work, but
-    # it imports PyTorch's compiler.
+    # Untraced, because the mode must be on when the backward runs. `torch.compiler.disable` would import the compiler.
     @_disable_dynamo
     def attend_deterministically(q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Tensor:
         if not torch.is_grad_enabled():
@@ -44,8 +42,7 @@ class DeterministicBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        leaves, y = ctx.graph
-        ctx.graph = None  # free it now, not at the end of the step's backward
+        (leaves, y), ctx.graph = ctx.graph, None  # free it now, not at the end of the step's backward
         with deterministic_mode():
             grads = iter(torch.autograd.grad(y, [x for x in leaves if x.requires_grad], grad_y))
         return None, *(next(grads) if x.requires_grad else None for x in leaves)
@@ -76,10 +73,9 @@ def _flash_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, log_sum_BHT: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     dropout_state = (torch.empty(shape, dtype=torch.uint64, device=q.device) for shape in (2, ()))  # unused
-    saved, lengths = (q, k, v, y, log_sum_BHT, None, None), (q.shape[2], k.shape[2])
     with deterministic_mode():
         grads = aten._scaled_dot_product_flash_attention_backward.default(
-            grad, *saved, *lengths, 0.0, causal, *dropout_state, scale=scale
+            grad, q, k, v, y, log_sum_BHT, None, None, q.shape[2], k.shape[2], 0.0, causal, *dropout_state, scale=scale
         )
     return tuple(_projection_order(x) for x in grads)
 

@@ -41,7 +41,6 @@ def find_documents(tokens_BT: Tensor, end_of_text: int) -> Documents:
     """Return the documents: one starts at the start of each sample and at each end-of-text token."""
     starts_BT = tokens_BT == end_of_text
     index_BT = starts_BT.cumsum(1)
-    starts_BT = starts_BT.clone()
     starts_BT[:, 0] = True
     position_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
     start_BT = torch.where(starts_BT, position_T, 0).cummax(1).values

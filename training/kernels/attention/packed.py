@@ -42,9 +42,7 @@ def flash3_attention(q_BHTD, k_BGSD, v_BGSD, mask, *, scale=None, softcap=None) 
     return _attend(flash_attn_interface, q_BHTD, k_BGSD, v_BGSD, mask, scale, softcap)
 
 
-# The package compiles its own kernels, which torch.compile cannot trace. `torch.compiler.disable` would also work, but
-# it imports the compiler: 1.3 s of CPU per process.
-@_disable_dynamo
+@_disable_dynamo  # its own compiler cannot be traced; `torch.compiler.disable` would import PyTorch's: 1.3 s of CPU
 def flash4_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) -> Tensor:
     """Run flash-attn-4, for Hopper and Blackwell."""
     from flash_attn import cute
@@ -69,8 +67,7 @@ def _attend(package: ModuleType, q_BHTD, k_BGSD, v_BGSE, mask, scale, softcap, n
     else:
         lengths = {"cu_seqlens_q": cu_seqlens_D, "cu_seqlens_k": cu_seqlens_D}
         longest = {"max_seqlen_q": n_tokens, "max_seqlen_k": n_tokens}  # a bound: the true maximum is on the device
-        packed = (x.flatten(0, 1) for x in (q, k, v))
-        y = package.flash_attn_varlen_func(*packed, **lengths, **longest, **options)
+        y = package.flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), **lengths, **longest, **options)
     y = y[0] if isinstance(y, tuple) else y  # some return the log-sum-exp of the scores as well
     return y.view(n_samples, n_tokens, *y.shape[-2:]).transpose(1, 2)
 

@@ -88,8 +88,7 @@ class DeviceInfo(NamedTuple):
 
 def device_info(device: torch.device) -> DeviceInfo:
     """Return the `DeviceInfo` of a device of this machine."""
-    capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
-    return DeviceInfo(device.type, capability)
+    return DeviceInfo(device.type, torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None)
 
 
 def limits_on(name: str, device: DeviceInfo) -> Limits | None:
