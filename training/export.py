@@ -41,20 +41,15 @@ def export(run: str, out: str | None, dtype_name: str) -> list[str]:
     loaded = load_run(run)
     weights, config = loaded.weights, loaded.config.model
     model_type, opened = write_checked(target, weights, config, loaded.tokenizer, DTYPES[dtype_name])
-    is_custom = model_type not in hf.ARCHITECTURES
-    lines = [
-        f"{target}: {model_type}, {dtype_name}, step {loaded.step}",
-        f"opened by Transformers {opened.version} as {opened.class_name}: "
-        f"logits differ by {opened.max_difference:.1e}, {opened.n_tokens} greedy tokens are the same",
-    ]
-    if is_custom:
+    lines, trust = [f"{target}: {model_type}, {dtype_name}, step {loaded.step}", opened], ""
+    if model_type not in hf.ARCHITECTURES:
         reasons: dict[str | None, list[str]] = {}
         for name, architecture in hf.ARCHITECTURES.items():
             reasons.setdefault(architecture.reason_unsupported(config, weights), []).append(name)
         unsupported = "; ".join(f"{reason} ({', '.join(names)})" for reason, names in reasons.items())
+        trust = ", trust_remote_code=True"
         lines.append(f"with its own Python files; not supported in Transformers: {unsupported}")
-        lines.append(f"AutoTokenizer.from_pretrained({str(target)!r}, trust_remote_code=True)")
-    trust = ", trust_remote_code=True" if is_custom else ""
+        lines.append(f"AutoTokenizer.from_pretrained({str(target)!r}{trust})")
     return [*lines, f"AutoModelForCausalLM.from_pretrained({str(target)!r}{trust})"]
 
 

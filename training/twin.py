@@ -14,20 +14,20 @@ from training.errors import UserError, command
 from training.files import write_atomically
 from training.options import cli
 
-FLAGS = {"--out": "file to write the twin to (default: print it)"}
-
 
 @command
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Exit status: 0 done, 2 wrong input."""
     args = sys.argv[1:] if argv is None else argv
-    config, flags = cli.parse_command_line(args, prog="python -m training.twin", doc=__doc__, flags=FLAGS)
-    text, summary = cli.dump_config(twin(config)), describe_twin(config)
-    if flags["--out"] is None:
-        print(f"# {summary}", text, sep="\n", end="")
+    out_flag = {"--out": "file to write the twin to (default: print it)"}
+    config, flags = cli.parse_command_line(args, prog="python -m training.twin", doc=__doc__, flags=out_flag)
+    dense, summary = twin(config), describe_twin(config)
+    text = f"# {summary}\n{cli.dump_config(dense)}"
+    if (out := flags["--out"]) is None:
+        print(text, end="")
     else:
-        write_atomically(Path(flags["--out"]), f"# {summary}\n{text}")
-        print(f"{flags['--out']}: {summary}")
+        write_atomically(Path(out), text)
+        print(f"{out}: {summary}")
     return 0
 
 

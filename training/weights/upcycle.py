@@ -11,7 +11,7 @@ G experts per group, T tokens, V vocabulary.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from math import gcd
 from typing import NamedTuple
 
@@ -166,31 +166,24 @@ def compare(dense: GPT, upcycled: GPT, samples: Sequence[Batch]) -> Change:
     """
     sums, changes, n_tied, n_tokens = [0.0, 0.0], [], 0, 0
     layers = upcycled_layers(dense.config, upcycled.config)
-    for sample in samples:
-        targets_1T = sample.targets_BT
-        with _record_experts(upcycled, layers) as topk_ids:
+    topk_ids: dict[int, Tensor] = {}  # by layer: every token's experts (N, K) in the last forward
+    with ExitStack() as hooks:
+        for i in layers:
+            experts = upcycled.blocks[i].ffn.experts
+            hooks.enter_context(experts.register_forward_pre_hook(lambda _, args, i=i: topk_ids.update({i: args[1]})))
+        for sample in samples:
+            targets_1T = sample.targets_BT
             logits = [model.logits(sample.tokens_BT, documents=sample.documents)[0] for model in (dense, upcycled)]
-        for i, logits_TV in enumerate(logits):
-            sums[i] += F.cross_entropy(logits_TV, targets_1T[0], ignore_index=-1, reduction="sum").item()
-        tied_T = torch.zeros_like(targets_1T[0], dtype=torch.bool)
-        for i, (_, n_routed) in layers.items():
-            group_TKG = (topk_ids[i].sort(dim=1).values // n_routed).unflatten(1, (-1, n_routed))
-            tied_T |= (group_TKG != group_TKG[..., :1]).flatten(1).any(1)
-        n_compared = int((tied_T.cumsum(0) == 0).sum())
-        n_tied, n_tokens = n_tied + int(tied_T.sum()), n_tokens + len(tied_T)
-        if n_compared:
-            changes.append((logits[1] - logits[0])[:n_compared].abs().max())
+            for i, logits_TV in enumerate(logits):
+                sums[i] += F.cross_entropy(logits_TV, targets_1T[0], ignore_index=-1, reduction="sum").item()
+            tied_T = torch.zeros_like(targets_1T[0], dtype=torch.bool)
+            for i, (_, n_routed) in layers.items():
+                group_TKG = (topk_ids[i].sort(dim=1).values // n_routed).unflatten(1, (-1, n_routed))
+                tied_T |= (group_TKG != group_TKG[..., :1]).flatten(1).any(1)
+            n_compared = int((tied_T.cumsum(0) == 0).sum())
+            n_tied, n_tokens = n_tied + int(tied_T.sum()), n_tokens + len(tied_T)
+            if n_compared:
+                changes.append((logits[1] - logits[0])[:n_compared].abs().max())
     n_targets = sum(sample.n_local_targets for sample in samples)
     max_change = torch.stack(changes).max().item() if changes else 0.0  # NaN if one is NaN
     return Change(sums[0] / n_targets, sums[1] / n_targets, max_change, n_tied, n_tokens)
-
-
-@contextmanager
-def _record_experts(model: GPT, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
-    """Record every token's experts (N, K) in these layers, during a forward pass."""
-    topk_ids: dict[int, Tensor] = {}
-    with ExitStack() as hooks:
-        for i in layers:
-            experts = model.blocks[i].ffn.experts
-            hooks.enter_context(experts.register_forward_pre_hook(lambda _, args, i=i: topk_ids.update({i: args[1]})))
-        yield topk_ids

@@ -15,10 +15,8 @@ from typing import Any
 from training.config import LatentConfig, ModelConfig
 from training.errors import UserError
 from training.weights.hf import llama, qwen3
-from training.weights.hf.experts import EXPERT_KINDS, dense_layers, expert_tensors
-from training.weights.hf.fields import Field, check_neutral, read
-from training.weights.hf.llama import LlamaLike, PerLayer
-from training.weights.hf.names import Name
+from training.weights.hf.llama import EXPERT_KINDS, LlamaLike, PerLayer, dense_layers, expert_tensors
+from training.weights.hf.tables import Field, Name, check_neutral, read
 
 EXPERTS = (
     Field("n_routed_experts", "n_experts", int, alias="num_local_experts"),
@@ -45,7 +43,6 @@ ROUTING = {
     "topk_method": (None, "noaux_tc"),
     "moe_layer_freq": (None, 1),
 }
-NEUTRAL = llama.NEUTRAL | ROUTING
 
 
 def _read_experts(hf: dict[str, Any], n_layer: int) -> list[bool]:
@@ -58,7 +55,7 @@ def _constants(_config: ModelConfig) -> dict[str, Any]:
 
 
 def _single_expert(config: ModelConfig) -> str | None:
-    """Return the problem if there is one expert: Transformers sums the two best scores of a group."""
+    # Transformers sums the two best scores of a group.
     return "n_experts: 1" if any(getattr(block.ffn, "n_experts", 2) == 1 for block in config.blocks) else None
 
 
@@ -96,6 +93,8 @@ _deepseek_like = partial(
     LlamaLike,
     ffns=EXPERT_KINDS,
     limit=_single_expert,
+    neutral=ROUTING | llama.NO_WINDOW,
+    constants=_constants,
     expert_fields=EXPERTS,
     implied_experts={"scoring": "sigmoid", "balance": "bias"},  # as DeepSeek-V3 was trained
     experts=PerLayer(lambda layers: {"first_k_dense_replace": len(dense_layers(layers))}, _read_experts),
@@ -104,20 +103,16 @@ _deepseek_like = partial(
 
 DOTS1 = _deepseek_like(
     class_name="Dots1ForCausalLM",
-    defaults=llama.DEFAULTS
-    | {"num_key_value_heads": 32, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
+    defaults={"num_key_value_heads": 32, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
     | {"first_k_dense_replace": 0, "norm_topk_prob": False, "sliding_window": 4096, "max_window_layers": 62},
-    neutral=NEUTRAL,
+    neutral=ROUTING,
     implied_attention=qwen3.QK_NORM,
     windows=qwen3.SOME_WINDOWS,
-    constants=_constants,
 )
 GLM4_MOE = _deepseek_like(
     class_name="Glm4MoeForCausalLM",
-    defaults=llama.DEFAULTS
-    | {"num_key_value_heads": 8, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "rms_norm_eps": 1e-5}
-    | {"first_k_dense_replace": 1, "norm_topk_prob": True, "n_shared_experts": 1, "use_qk_norm": False},
-    neutral=NEUTRAL | llama.NO_WINDOW,
+    defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "use_qk_norm": False, "n_shared_experts": 1}
+    | {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "first_k_dense_replace": 1, "norm_topk_prob": True},
     check=_check_glm4,
     attention_fields=(*llama.ATTENTION, Field("use_qk_norm", "qk_norm", bool)),
     constants=lambda config: _constants(config) | {"partial_rotary_factor": 1.0},
@@ -125,10 +120,8 @@ GLM4_MOE = _deepseek_like(
 DEEPSEEK_V3 = _deepseek_like(
     class_name="DeepseekV3ForCausalLM",
     mixer=LatentConfig,
-    defaults=llama.DEFAULTS
-    | {"num_key_value_heads": 128, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "q_lora_rank": 1536}
-    | {"first_k_dense_replace": 3, "norm_topk_prob": True, "n_shared_experts": 1, "rope_interleave": True},
-    neutral=NEUTRAL | llama.NO_WINDOW,
+    defaults={"num_key_value_heads": 128, "q_lora_rank": 1536, "rope_interleave": True, "n_shared_experts": 1}
+    | {"n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "first_k_dense_replace": 3, "norm_topk_prob": True},
     check=_check_deepseek,
     attention_fields=LATENT,
     implied_attention={"type": "latent"},

@@ -10,10 +10,8 @@ from typing import Any
 from training.config import AttentionConfig, BlockConfig
 from training.errors import UserError
 from training.weights.hf import llama
-from training.weights.hf.experts import EXPERT_KINDS, dense_layers, expert_tensors
-from training.weights.hf.fields import Field, read
-from training.weights.hf.llama import LlamaLike, PerLayer
-from training.weights.hf.names import Name
+from training.weights.hf.llama import EXPERT_KINDS, LlamaLike, PerLayer, dense_layers, expert_tensors
+from training.weights.hf.tables import Field, Name, read
 
 # Transformers' default. A token's scores sum to more, unless a large selection bias picks experts with tiny scores.
 MAX_NORM_MIN = 1e-12
@@ -46,12 +44,11 @@ def _attention(mixer: AttentionConfig, theirs: str, ours: str) -> list[Name]:
 ERNIE4_5_MOE = LlamaLike(
     class_name="Ernie4_5_MoeForCausalLM",
     ffns=EXPERT_KINDS,
-    defaults=llama.DEFAULTS
-    | {"num_key_value_heads": 4, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "use_bias": False}
+    defaults={"num_key_value_heads": 4, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "use_bias": False}
     | {"moe_num_shared_experts": 2, "moe_norm_min": 1e-12}
     | {"moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1},
     rope_theta=5e5,
-    neutral=llama.NEUTRAL | llama.NO_WINDOW | {"use_bias": (None, False), "moe_layer_interval": (1,)},
+    neutral=llama.NO_WINDOW | {"use_bias": (None, False), "moe_layer_interval": (1,)},
     check=_check,
     expert_fields=(
         Field("moe_num_experts", "n_experts", int, alias="num_experts"),

@@ -11,10 +11,8 @@ from typing import Any, NamedTuple
 
 from training.config import Activation, AttentionConfig, BlockConfig, MLPConfig, ModelConfig, MoEConfig
 from training.errors import UserError
-from training.weights.hf.architecture import Architecture
-from training.weights.hf.fields import Field, check_neutral, read, read_fields, write_fields
-from training.weights.hf.layers import pattern
-from training.weights.hf.names import Name
+from training.weights.hf.architecture import Architecture, pattern
+from training.weights.hf.tables import Field, Name, check_neutral, read, read_fields, write_fields
 
 MODEL = (
     Field("vocab_size", "vocab_size", int),
@@ -32,10 +30,11 @@ ATTENTION = (
 ACTIVATION = Field("hidden_act", "activation", Activation)
 MLP = (Field("intermediate_size", "hidden", int), ACTIVATION)
 
-# Values of Transformers' classes for fields that a file may leave out.
+# Of every architecture here; its own `defaults` and `neutral` come on top.
 DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 NEUTRAL = {"attention_bias": (None, False), "mlp_bias": (None, False)}
 NO_WINDOW = {"sliding_window": (None,), "layer_types": (None,)}
+EXPERT_KINDS = (MLPConfig, MoEConfig)
 
 PROJECTIONS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "out"}
 MATRICES = {"up_proj": "up", "gate_proj": "gate", "down_proj": "down"}
@@ -59,6 +58,48 @@ def dense(_mlp: MLPConfig, theirs: str, ours: str) -> list[Name]:
     return weights(f"{theirs}.mlp", f"{ours}.ffn", MATRICES)
 
 
+def expert_tensors(
+    module: str = "mlp",
+    matrices: dict[str, str] = MATRICES,
+    *,
+    bias: str | None = None,
+    bias_index: tuple[None, ...] = (),
+    always_shared: bool = False,
+) -> Tensors:
+    """Return the table of a layer of experts: router, experts, selection bias and shared experts.
+
+    `bias` is their name of the selection bias, (1, E) with bias_index=(None,). With `always_shared` a layer without
+    shared experts has shared matrices of width 0.
+    """
+
+    def tensors(ffn: MoEConfig, theirs: str, ours: str) -> list[Name]:
+        theirs, ours = f"{theirs}.{module}", f"{ours}.ffn"
+        names = [Name(f"{theirs}.gate.weight", (f"{ours}.router.weight",))]
+        names += [
+            Name(f"{theirs}.experts.{e}.{a}.weight", (f"{ours}.experts.{b}",), index=(e,))
+            for e in range(ffn.n_experts)
+            for a, b in matrices.items()
+        ]
+        if bias is not None:
+            names.append(Name(f"{theirs}.{bias}", (f"{ours}.selection_bias",), index=bias_index))
+        if ffn.n_shared:
+            names += weights(f"{theirs}.shared_experts", f"{ours}.shared", MATRICES)
+        elif always_shared:
+            empty = {"up": (0, slice(0)), "gate": (0, slice(0)), "down": (0, slice(None), slice(0))}
+            names += [
+                Name(f"{theirs}.shared_experts.{a}.weight", (f"{ours}.experts.{b}",), index=empty[b])
+                for a, b in MATRICES.items()
+            ]
+        return names
+
+    return tensors
+
+
+def dense_layers(layers: list[BlockConfig]) -> list[int]:
+    """Return the indices of the layers without experts."""
+    return [i for i, block in enumerate(layers) if isinstance(block.ffn, MLPConfig)]
+
+
 class PerLayer(NamedTuple):
     """The fields that say, layer by layer, how wide the window is or whether there are experts."""
 
@@ -71,9 +112,9 @@ class LlamaLike(Architecture):
     """Llama or one of its successors."""
 
     class_name: str
-    defaults: dict[str, Any] = field(default_factory=lambda: DEFAULTS)
+    defaults: dict[str, Any] = field(default_factory=dict)  # of Transformers' class, for fields that a file leaves out
     rope_theta: float = 10_000.0  # where the file has none
-    neutral: dict[str, tuple[Any, ...]] = field(default_factory=lambda: NEUTRAL)
+    neutral: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # accepted values of further fields
     check: Callable[[dict[str, Any]], None] = lambda _hf: None  # raises UserError for what `neutral` cannot express
     attention_fields: tuple[Field, ...] = ATTENTION
     implied_attention: dict[str, Any] = field(default_factory=dict)  # options of every layer's attention
@@ -109,9 +150,9 @@ class LlamaLike(Architecture):
         }
 
     def from_hf(self, hf: dict[str, Any]) -> dict[str, Any]:
-        hf = self.defaults | hf
+        hf = DEFAULTS | self.defaults | hf
         self.check(hf)
-        check_neutral(hf, self.neutral)
+        check_neutral(hf, NEUTRAL | self.neutral)
         mixer = read_fields(hf, self.attention_fields) | self.implied_attention
         mlp = {"type": "mlp", "gated": True} | read_fields(hf, MLP)
         experts = {"type": "moe", "gated": True} | read_fields(hf, self.expert_fields) | self.implied_experts
@@ -158,13 +199,13 @@ def read_rope_theta(hf: dict[str, Any], default: float) -> float:
 
 
 def _odd_heads(config: ModelConfig) -> str | None:
-    """Return the problem if Transformers 5 refuses the number of heads, which it does whatever head_dim is."""
+    # Transformers 5 refuses them, whatever head_dim is.
     return f"n_head {config.n_head} does not divide n_embd {config.n_embd}" if config.n_embd % config.n_head else None
 
 
 LLAMA = LlamaLike(
     class_name="LlamaForCausalLM",
-    neutral=NEUTRAL | {"sliding_window": (None,)},
+    neutral={"sliding_window": (None,)},
     constants=lambda _config: {"mlp_bias": False},
     limit=_odd_heads,
 )

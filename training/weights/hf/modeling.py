@@ -1,6 +1,6 @@
 """The network as a model of Transformers: `AutoModelForCausalLM` opens it, `generate` runs it with its cache.
 
-An export contains this file and all that it imports from this package (`bundle.py`). These files may import only torch
+An export contains this file and all that it imports from this package (`custom.py`). These files may import only torch
 and transformers (4.57 or later).
 """
 
@@ -10,12 +10,25 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from training.config import BlockConfig, ModelConfig
 from training.kernels.attention.masks import Documents, left_padded
 from training.kernels.experts import PORTABLE
 from training.kernels.interface import Kernels
 from training.model.cache import Cache
-from training.model.gpt import GPT
-from training.weights.hf.options import OPTIONS, model_config
+from training.model.gpt import FEED_FORWARDS, GPT, MIXERS
+
+OPTIONS = ModelConfig().model_dump(mode="json")  # every option of the network and its default
+KINDS = {kind().type: kind for kind in (*MIXERS, *FEED_FORWARDS)}
+
+
+def model_config(options: dict[str, Any]) -> ModelConfig:
+    """Return the configuration of the network; an export has no pydantic that would do it."""
+
+    def block(values: dict[str, Any]) -> BlockConfig:
+        parts = {name: KINDS[values[name]["type"]](**values[name]) for name in ("mixer", "ffn")}
+        return BlockConfig(**(values | parts))
+
+    return ModelConfig(**(options | {"blocks": tuple(block(values) for values in options["blocks"])}))
 
 
 class TrainingGPTConfig(PretrainedConfig):

@@ -8,10 +8,8 @@ from typing import Any
 
 from training.config import BlockConfig
 from training.errors import UserError
-from training.weights.hf import llama
-from training.weights.hf.experts import EXPERT_KINDS, dense_layers, expert_tensors
-from training.weights.hf.fields import Field, read
-from training.weights.hf.llama import LlamaLike, PerLayer
+from training.weights.hf.llama import ACTIVATION, EXPERT_KINDS, LlamaLike, PerLayer, dense_layers, expert_tensors
+from training.weights.hf.tables import Field, read
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 QK_NORM = {"qk_norm": True}
@@ -83,8 +81,7 @@ N_EXPERTS = Field("num_experts", "n_experts", int, alias="num_local_experts")
 
 QWEN3 = LlamaLike(
     class_name="Qwen3ForCausalLM",
-    defaults=llama.DEFAULTS
-    | {"num_key_value_heads": 32, "head_dim": 128}
+    defaults={"num_key_value_heads": 32, "head_dim": 128}
     | {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28},
     implied_attention=QK_NORM,
     windows=_with_switch(SOME_WINDOWS),
@@ -92,17 +89,16 @@ QWEN3 = LlamaLike(
 QWEN3_MOE = LlamaLike(
     class_name="Qwen3MoeForCausalLM",
     ffns=EXPERT_KINDS,
-    defaults=llama.DEFAULTS
-    | {"num_key_value_heads": 4, "use_sliding_window": False, "sliding_window": 4096}
+    defaults={"num_key_value_heads": 4, "use_sliding_window": False, "sliding_window": 4096}
     | {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": False},
-    neutral=llama.NEUTRAL | {"layer_types": (None,)},
+    neutral={"layer_types": (None,)},
     implied_attention=QK_NORM,
     expert_fields=(
         N_EXPERTS,
         Field("num_experts_per_tok", "top_k", int),
         Field("moe_intermediate_size", "hidden", int),
         Field("norm_topk_prob", "renormalize", bool),
-        llama.ACTIVATION,
+        ACTIVATION,
     ),
     implied_experts={"balance": "switch"},  # as Qwen3 was trained; a selection bias would have no place in an export
     windows=_with_switch(ONE_WINDOW),
