@@ -1,4 +1,4 @@
-"""Write an export, and compare what Transformers computes from it with the trained model."""
+"""Compare what Transformers computes from an export with the trained model."""
 
 import os
 import subprocess
@@ -7,38 +7,15 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from training.config import ModelConfig
-from training.data import Tokenizer
 from training.errors import UserError
-from training.files import atomic_folder
 from training.model import GPT
-from training.weights import hf
 
 MAX_TOKENS = 2048  # upper limit of the comparison, if a window is wider
 TOLERANCE = 1e-4  # of logits, relative to the largest one if that is above 1
-
-
-def write_checked(
-    target: Path, weights: dict[str, Tensor], config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype
-) -> tuple[str, str]:
-    """Write and check an export; return its `model_type` and a line about how it opened.
-
-    Raises UserError, and leaves no folder, if it cannot be written or computes something else.
-    """
-    rounded = GPT(config)
-    rounded.load_state_dict(hf.to_saved_dtype(weights, dtype))
-    n_vocab = tokenizer.vocab_size
-    try:
-        with atomic_folder(target) as partial:
-            model_type = hf.write_model(partial, weights, config, tokenizer.end_of_text, n_vocab=n_vocab, dtype=dtype)
-            tokenizer.save(partial)
-            return model_type, check_export(partial, rounded, n_vocab)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{target}: the model could not be written: {error}") from error
 
 
 def check_export(folder: Path, model: GPT, n_vocab: int) -> str:

@@ -4,14 +4,7 @@ Each architecture of Transformers is an object (`architecture.py`) with tables o
 which both writing and reading use. A model that fits none of them keeps our names (`custom.py`).
 """
 
-from training.weights.hf.model_folder import (
-    ARCHITECTURES,
-    READABLE,
-    read_config,
-    read_weights,
-    to_saved_dtype,
-    write_model,
-)
+from training.weights.hf.model_folder import ARCHITECTURES, read_config, read_weights, to_saved_dtype, write_model
 from training.weights.hf.tables import one_line
 
-__all__ = ["ARCHITECTURES", "READABLE", "one_line", "read_config", "read_weights", "to_saved_dtype", "write_model"]
+__all__ = ["ARCHITECTURES", "one_line", "read_config", "read_weights", "to_saved_dtype", "write_model"]

@@ -104,9 +104,6 @@ class CustomArchitecture(Architecture):
         return [Name(f"gpt.{name}", (name,)) for name in model_stats(config).shapes]
 
 
-CUSTOM = CustomArchitecture()
-
-
 def modeling_files() -> dict[str, str]:
     """Return the text of each Python file by its name."""
     texts, modules = {}, [ENTRY]

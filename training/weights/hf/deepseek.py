@@ -14,8 +14,8 @@ from typing import Any
 
 from training.config import LatentConfig, ModelConfig
 from training.errors import UserError
-from training.weights.hf import llama, qwen3
-from training.weights.hf.llama import EXPERT_KINDS, LlamaLike, PerLayer, dense_layers, expert_tensors
+from training.weights.hf import llama
+from training.weights.hf.llama import EXPERT_KINDS, LlamaLike, dense_layers
 from training.weights.hf.tables import Field, Name, check_neutral, read
 
 EXPERTS = (
@@ -43,15 +43,12 @@ ROUTING = {
     "topk_method": (None, "noaux_tc"),
     "moe_layer_freq": (None, 1),
 }
+CONSTANTS = {"num_nextn_predict_layers": 0} | {name: values[-1] for name, values in ROUTING.items()}
 
 
 def _read_experts(hf: dict[str, Any], n_layer: int) -> list[bool]:
     n_dense = read(hf, "first_k_dense_replace", int)
     return [i >= n_dense for i in range(n_layer)]
-
-
-def _constants(_config: ModelConfig) -> dict[str, Any]:
-    return {"num_nextn_predict_layers": 0} | {name: values[-1] for name, values in ROUTING.items()}
 
 
 def _single_expert(config: ModelConfig) -> str | None:
@@ -94,11 +91,12 @@ _deepseek_like = partial(
     ffns=EXPERT_KINDS,
     limit=_single_expert,
     neutral=ROUTING | llama.NO_WINDOW,
-    constants=_constants,
+    constants=lambda _config: CONSTANTS,
     expert_fields=EXPERTS,
     implied_experts={"scoring": "sigmoid", "balance": "bias"},  # as DeepSeek-V3 was trained
-    experts=PerLayer(lambda layers: {"first_k_dense_replace": len(dense_layers(layers))}, _read_experts),
-    feed_forward=expert_tensors(bias="gate.e_score_correction_bias", always_shared=True),
+    write_experts=lambda layers: {"first_k_dense_replace": len(dense_layers(layers))},
+    read_experts=_read_experts,
+    experts=partial(llama.experts, bias="gate.e_score_correction_bias", always_shared=True),
 )
 
 DOTS1 = _deepseek_like(
@@ -106,8 +104,7 @@ DOTS1 = _deepseek_like(
     defaults={"num_key_value_heads": 32, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
     | {"first_k_dense_replace": 0, "norm_topk_prob": False, "sliding_window": 4096, "max_window_layers": 62},
     neutral=ROUTING,
-    implied_attention=qwen3.QK_NORM,
-    windows=qwen3.SOME_WINDOWS,
+    implied_attention={"qk_norm": True},
 )
 GLM4_MOE = _deepseek_like(
     class_name="Glm4MoeForCausalLM",
@@ -115,7 +112,7 @@ GLM4_MOE = _deepseek_like(
     | {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "first_k_dense_replace": 1, "norm_topk_prob": True},
     check=_check_glm4,
     attention_fields=(*llama.ATTENTION, Field("use_qk_norm", "qk_norm", bool)),
-    constants=lambda config: _constants(config) | {"partial_rotary_factor": 1.0},
+    constants=lambda _config: CONSTANTS | {"partial_rotary_factor": 1.0},
 )
 DEEPSEEK_V3 = _deepseek_like(
     class_name="DeepseekV3ForCausalLM",
@@ -126,5 +123,5 @@ DEEPSEEK_V3 = _deepseek_like(
     attention_fields=LATENT,
     implied_attention={"type": "latent"},
     attention=_latent_attention,
-    constants=lambda config: _constants(config) | {"num_key_value_heads": config.n_head, "rope_interleave": True},
+    constants=lambda config: CONSTANTS | {"num_key_value_heads": config.n_head, "rope_interleave": True},
 )

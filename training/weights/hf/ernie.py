@@ -5,12 +5,13 @@ package adds 1e-20 to the sum instead, and exports that number as `moe_norm_min`
 consecutive; dense layers may come before and after them.
 """
 
+from functools import partial
 from typing import Any
 
 from training.config import AttentionConfig, BlockConfig
 from training.errors import UserError
 from training.weights.hf import llama
-from training.weights.hf.llama import EXPERT_KINDS, LlamaLike, PerLayer, dense_layers, expert_tensors
+from training.weights.hf.llama import EXPERT_KINDS, LlamaLike, dense_layers
 from training.weights.hf.tables import Field, Name, read
 
 # Transformers' default. A token's scores sum to more, unless a large selection bias picks experts with tiny scores.
@@ -58,7 +59,8 @@ ERNIE4_5_MOE = LlamaLike(
         llama.ACTIVATION,
     ),
     implied_experts={"balance": "bias"},  # as ERNIE 4.5 was trained
-    experts=PerLayer(_write_experts, _read_experts),
+    write_experts=_write_experts,
+    read_experts=_read_experts,
     constants=lambda _config: {
         "use_bias": False,
         "moe_layer_interval": 1,
@@ -67,5 +69,5 @@ ERNIE4_5_MOE = LlamaLike(
         "pad_token_id": None,  # the class's 0 would keep token 0's embedding from training
     },
     attention=_attention,
-    feed_forward=expert_tensors(bias="moe_statics.e_score_correction_bias", bias_index=(None,)),
+    experts=partial(llama.experts, bias="moe_statics.e_score_correction_bias", bias_index=(None,)),
 )

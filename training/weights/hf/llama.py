@@ -1,13 +1,14 @@
-"""Llama and its successors: rotary positions, RMSNorm, gated layers, no biases; here `llama` itself.
+"""Llama and its successors: rotary positions, RMSNorm, gated layers, no biases; here `llama` itself and `mixtral`.
 
 An architecture is data: tables of fields, options that config.json implies, and functions for the fields that say which
-layers have a window or experts.
+layers have experts.
 """
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 from training.config import Activation, AttentionConfig, BlockConfig, MLPConfig, ModelConfig, MoEConfig
 from training.errors import UserError
@@ -27,12 +28,14 @@ ATTENTION = (
     Field("num_key_value_heads", "n_kv_head", int, nullable=True),
     Field("head_dim", "head_dim", int, nullable=True),
 )
+WINDOW = Field("sliding_window", "window", int, nullable=True)
 ACTIVATION = Field("hidden_act", "activation", Activation)
 MLP = (Field("intermediate_size", "hidden", int), ACTIVATION)
 
 # Of every architecture here; its own `defaults` and `neutral` come on top.
 DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 NEUTRAL = {"attention_bias": (None, False), "mlp_bias": (None, False)}
+FULL, SLIDING = "full_attention", "sliding_attention"
 NO_WINDOW = {"sliding_window": (None,), "layer_types": (None,)}
 EXPERT_KINDS = (MLPConfig, MoEConfig)
 
@@ -53,46 +56,40 @@ def attention(mixer: AttentionConfig, theirs: str, ours: str) -> list[Name]:
     return weights(f"{theirs}.self_attn", f"{ours}.mixer", PROJECTIONS | norms)
 
 
-def dense(_mlp: MLPConfig, theirs: str, ours: str) -> list[Name]:
-    """Return the tensors of a dense feed-forward layer."""
-    return weights(f"{theirs}.mlp", f"{ours}.ffn", MATRICES)
-
-
-def expert_tensors(
+def experts(
+    moe: MoEConfig,
+    theirs: str,
+    ours: str,
+    *,
     module: str = "mlp",
     matrices: dict[str, str] = MATRICES,
-    *,
     bias: str | None = None,
     bias_index: tuple[None, ...] = (),
     always_shared: bool = False,
-) -> Tensors:
-    """Return the table of a layer of experts: router, experts, selection bias and shared experts.
+) -> list[Name]:
+    """Return the tensors of a layer of experts: router, experts, selection bias and shared experts.
 
     `bias` is their name of the selection bias, (1, E) with bias_index=(None,). With `always_shared` a layer without
     shared experts has shared matrices of width 0.
     """
-
-    def tensors(ffn: MoEConfig, theirs: str, ours: str) -> list[Name]:
-        theirs, ours = f"{theirs}.{module}", f"{ours}.ffn"
-        names = [Name(f"{theirs}.gate.weight", (f"{ours}.router.weight",))]
+    theirs, ours = f"{theirs}.{module}", f"{ours}.ffn"
+    names = [Name(f"{theirs}.gate.weight", (f"{ours}.router.weight",))]
+    names += [
+        Name(f"{theirs}.experts.{e}.{a}.weight", (f"{ours}.experts.{b}",), index=(e,))
+        for e in range(moe.n_experts)
+        for a, b in matrices.items()
+    ]
+    if bias is not None:
+        names.append(Name(f"{theirs}.{bias}", (f"{ours}.selection_bias",), index=bias_index))
+    if moe.n_shared:
+        names += weights(f"{theirs}.shared_experts", f"{ours}.shared", MATRICES)
+    elif always_shared:
+        empty = {"up": (0, slice(0)), "gate": (0, slice(0)), "down": (0, slice(None), slice(0))}
         names += [
-            Name(f"{theirs}.experts.{e}.{a}.weight", (f"{ours}.experts.{b}",), index=(e,))
-            for e in range(ffn.n_experts)
-            for a, b in matrices.items()
+            Name(f"{theirs}.shared_experts.{a}.weight", (f"{ours}.experts.{b}",), index=empty[b])
+            for a, b in MATRICES.items()
         ]
-        if bias is not None:
-            names.append(Name(f"{theirs}.{bias}", (f"{ours}.selection_bias",), index=bias_index))
-        if ffn.n_shared:
-            names += weights(f"{theirs}.shared_experts", f"{ours}.shared", MATRICES)
-        elif always_shared:
-            empty = {"up": (0, slice(0)), "gate": (0, slice(0)), "down": (0, slice(None), slice(0))}
-            names += [
-                Name(f"{theirs}.shared_experts.{a}.weight", (f"{ours}.experts.{b}",), index=empty[b])
-                for a, b in MATRICES.items()
-            ]
-        return names
-
-    return tensors
+    return names
 
 
 def dense_layers(layers: list[BlockConfig]) -> list[int]:
@@ -100,19 +97,14 @@ def dense_layers(layers: list[BlockConfig]) -> list[int]:
     return [i for i, block in enumerate(layers) if isinstance(block.ffn, MLPConfig)]
 
 
-class PerLayer(NamedTuple):
-    """The fields that say, layer by layer, how wide the window is or whether there are experts."""
-
-    write: Callable[[list[BlockConfig]], dict[str, Any]] = lambda _layers: {}
-    read: Callable[[dict[str, Any], int], list] = lambda _hf, n_layer: [None] * n_layer  # (fields, n_layer)
-
-
 @dataclass(frozen=True, kw_only=True)
 class LlamaLike(Architecture):
     """Llama or one of its successors."""
 
     class_name: str
-    defaults: dict[str, Any] = field(default_factory=dict)  # of Transformers' class, for fields that a file leaves out
+    # Of Transformers' class, for fields that a file leaves out. Its window is in no layer, in all of them if
+    # `sliding_window` is here, in some if `max_window_layers` is; `use_sliding_window` switches it on and off.
+    defaults: dict[str, Any] = field(default_factory=dict)
     rope_theta: float = 10_000.0  # where the file has none
     neutral: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # accepted values of further fields
     check: Callable[[dict[str, Any]], None] = lambda _hf: None  # raises UserError for what `neutral` cannot express
@@ -120,11 +112,12 @@ class LlamaLike(Architecture):
     implied_attention: dict[str, Any] = field(default_factory=dict)  # options of every layer's attention
     expert_fields: tuple[Field, ...] = ()
     implied_experts: dict[str, Any] = field(default_factory=dict)
-    windows: PerLayer = field(default_factory=PerLayer)
-    experts: PerLayer = field(default_factory=PerLayer)
+    # The fields that say which layers have experts: written for these layers; read as one answer for each of n layers.
+    write_experts: Callable[[list[BlockConfig]], dict[str, Any]] = lambda _layers: {}
+    read_experts: Callable[[dict[str, Any], int], list[bool]] = lambda _hf, n_layer: [True] * n_layer
     constants: Callable[[ModelConfig], dict[str, Any]] = lambda _config: {}  # further fields that are written
     attention: Tensors = attention
-    feed_forward: Tensors = dense
+    experts: Tensors = experts
     prefix: str = "model."
     # In older files; rope_theta says the same.
     harmless: re.Pattern[str] = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -144,8 +137,8 @@ class LlamaLike(Architecture):
             "attention_dropout": 0.0,
             **write_fields(layers[0].mixer, self.attention_fields),
             **(write_fields(experts[0], self.expert_fields) if experts else {}),
-            **self.windows.write(layers),
-            **self.experts.write(layers),
+            **self._write_windows(layers),
+            **self.write_experts(layers),
             **self.constants(config),
         }
 
@@ -155,11 +148,12 @@ class LlamaLike(Architecture):
         check_neutral(hf, NEUTRAL | self.neutral)
         mixer = read_fields(hf, self.attention_fields) | self.implied_attention
         mlp = {"type": "mlp", "gated": True} | read_fields(hf, MLP)
-        experts = {"type": "moe", "gated": True} | read_fields(hf, self.expert_fields) | self.implied_experts
+        moe = {"type": "moe", "gated": True} | read_fields(hf, self.expert_fields) | self.implied_experts
         n_layer = read(hf, "num_hidden_layers", int)
+        windows = self._read_windows(hf, n_layer)
+        has_experts = self.read_experts(hf, n_layer) if self.expert_fields else [False] * n_layer
         layers = [
-            {"mixer": mixer | {"window": window}, "ffn": experts if has_experts else mlp}
-            for window, has_experts in zip(self.windows.read(hf, n_layer), self.experts.read(hf, n_layer), strict=True)
+            {"mixer": mixer | {"window": windows[i]}, "ffn": moe if has_experts[i] else mlp} for i in range(n_layer)
         ]
         return {
             **read_fields(hf, MODEL),
@@ -178,8 +172,43 @@ class LlamaLike(Architecture):
             theirs, ours = f"model.layers.{i}", f"blocks.{i}"
             table += weights(theirs, ours, {"input_layernorm": "norm_1", "post_attention_layernorm": "norm_2"})
             table += self.attention(block.mixer, theirs, ours)
-            table += (dense if isinstance(block.ffn, MLPConfig) else self.feed_forward)(block.ffn, theirs, ours)
+            if isinstance(block.ffn, MoEConfig):
+                table += self.experts(block.ffn, theirs, ours)
+            else:
+                table += weights(f"{theirs}.mlp", f"{ours}.ffn", MATRICES)
         return table
+
+    def _write_windows(self, layers: list[BlockConfig]) -> dict[str, Any]:
+        if "sliding_window" not in self.defaults:
+            return {}
+        widths = [block.mixer.window for block in layers]
+        fields = {"sliding_window": widths[0]}
+        if "max_window_layers" in self.defaults:
+            first = next((i for i, width in enumerate(widths) if width is not None), len(widths))
+            fields = {
+                "sliding_window": widths[first] if first < len(widths) else None,
+                "max_window_layers": first,
+                "layer_types": [FULL if width is None else SLIDING for width in widths],
+            }
+        if "use_sliding_window" in self.defaults:
+            fields["use_sliding_window"] = fields["sliding_window"] is not None
+        return fields
+
+    def _read_windows(self, hf: dict[str, Any], n_layer: int) -> list[int | None]:
+        """Return each layer's window. Raises UserError if layer_types is wrong or needs a window that is not there."""
+        is_used = "use_sliding_window" not in self.defaults or read(hf, "use_sliding_window", bool)
+        window = WINDOW.read(hf) if is_used and "sliding_window" in self.defaults else None
+        if "max_window_layers" not in self.defaults:
+            return [window] * n_layer
+        types = hf.get("layer_types")
+        if types is None:
+            first = n_layer if window is None else read(hf, "max_window_layers", int)
+            types = [FULL if i < first else SLIDING for i in range(n_layer)]
+        if not isinstance(types, list) or len(types) != n_layer or not all(kind in (FULL, SLIDING) for kind in types):
+            raise UserError(f"layer_types: {types!r} is not {FULL} or {SLIDING} for each of {n_layer} layers")
+        if SLIDING in types and window is None:
+            raise UserError(f"layer_types: {SLIDING} without a sliding_window that is used")
+        return [None if kind == FULL else window for kind in types]
 
 
 def read_rope_theta(hf: dict[str, Any], default: float) -> float:
@@ -208,4 +237,21 @@ LLAMA = LlamaLike(
     neutral={"sliding_window": (None,)},
     constants=lambda _config: {"mlp_bias": False},
     limit=_odd_heads,
+)
+# Experts in every layer, weighted by a softmax over a token's top-k, and optionally a window.
+MIXTRAL = LlamaLike(
+    class_name="MixtralForCausalLM",
+    ffns=EXPERT_KINDS,
+    defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "sliding_window": None},
+    rope_theta=1e6,
+    neutral={"layer_types": (None,)},
+    expert_fields=(
+        Field("num_local_experts", "n_experts", int, alias="num_experts"),
+        Field("num_experts_per_tok", "top_k", int),
+        Field("intermediate_size", "hidden", int),
+        ACTIVATION,
+    ),
+    implied_experts={"balance": "switch"},  # as Mixtral was trained; a selection bias would have no place in an export
+    constants=lambda _config: {"router_jitter_noise": 0.0},
+    experts=partial(experts, module="block_sparse_moe", matrices={"w3": "up", "w1": "gate", "w2": "down"}),
 )

@@ -1,7 +1,6 @@
 """Reading and writing of a model's folder. No code of the folder runs; every error names the file."""
 
 import json
-from collections.abc import Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +17,7 @@ from training.weights.hf.architecture import Architecture
 from training.weights.hf.deepseek import DEEPSEEK_V3, DOTS1, GLM4_MOE
 from training.weights.hf.ernie import ERNIE4_5_MOE
 from training.weights.hf.gpt2 import GPT2
-from training.weights.hf.llama import LLAMA
-from training.weights.hf.mixtral import MIXTRAL
+from training.weights.hf.llama import LLAMA, MIXTRAL
 from training.weights.hf.qwen3 import QWEN3, QWEN3_MOE
 from training.weights.hf.tables import copy_to_ours, one_line, to_theirs
 
@@ -35,7 +33,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "glm4_moe": GLM4_MOE,
     "deepseek_v3": DEEPSEEK_V3,
 }
-READABLE = ARCHITECTURES | {custom.MODEL_TYPE: custom.CUSTOM}
+READABLE = ARCHITECTURES | {custom.MODEL_TYPE: custom.CustomArchitecture()}
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
@@ -85,7 +83,11 @@ def read_weights(folder: Path, architecture: Architecture, config: ModelConfig) 
         stored = {name if name == HEAD else architecture.prefix + name: tensor for name, tensor in stored.items()}
     tied_head = stored.pop(HEAD, None) if HEAD not in shapes else None
     stored = {name: tensor for name, tensor in stored.items() if not architecture.harmless.fullmatch(name)}
-    _check_names(folder, shapes.keys(), stored.keys())
+    for tensors, problem in ((shapes.keys() - stored.keys(), "missing"), (stored.keys() - shapes.keys(), "unknown")):
+        if tensors:
+            first, *others = sorted(tensors)
+            more = f" and {len(others)} more" if others else ""
+            raise UserError(f"{folder}: {problem} tensors: {first}{more}; does {CONFIG} belong to these weights?")
     for name, shape in shapes.items():  # check all before allocating: config.json may be wrong
         stored[name].check_shape(shape)
     ours = {part: torch.empty(meta[part].shape) for name in names for part in name.ours}
@@ -96,14 +98,6 @@ def read_weights(folder: Path, architecture: Architecture, config: ModelConfig) 
         if not torch.equal(tied_head.read(), ours["wte.weight"]):
             raise UserError(f"{folder}: {HEAD} is not the embedding, though tie_word_embeddings says so")
     return ours
-
-
-def _check_names(folder: Path, expected: Set[str], stored: Set[str]) -> None:
-    for names, problem in ((expected - stored, "missing"), (stored - expected, "unknown")):
-        if names:
-            first, *others = sorted(names)
-            more = f" and {len(others)} more" if others else ""
-            raise UserError(f"{folder}: {problem} tensors: {first}{more}; does {CONFIG} belong to these weights?")
 
 
 def _weight_files(folder: Path) -> list[Path]:

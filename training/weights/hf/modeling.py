@@ -48,19 +48,14 @@ class TrainingGPTConfig(PretrainedConfig):
         super().__init__(**{"tie_word_embeddings": False} | options)  # a tied head has no parameter to tie
 
 
-class GenerationCache:
+class GenerationCache(Cache):
     """Our cache, with the methods that `generate` calls."""
 
     is_compileable = False
-
-    def __init__(self, cache: Cache):
-        self.cache = cache
+    reorder_cache = Cache.select
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 (Transformers' signature)
-        return self.cache.n_tokens
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.cache.select(beam_idx)
+        return self.n_tokens
 
 
 class TrainingGPTForCausalLM(PreTrainedModel, GenerationMixin):
@@ -143,14 +138,13 @@ class TrainingGPTForCausalLM(PreTrainedModel, GenerationMixin):
         if past_key_values is None and use_cache:
             if n_padding_B is None and position_ids is not None and bool((position_ids[:, 1:] == 0).any()):
                 raise ValueError("packed documents (position_ids that restart at 0) need use_cache=False")
-            past_key_values = GenerationCache(self.gpt.new_cache(n_padding_B))
+            past_key_values = GenerationCache(len(self.gpt.blocks), n_padding_B)
         elif past_key_values is None and position_ids is not None:
             position_BT = position_ids.expand_as(input_ids)
             documents = Documents((position_BT == 0).cumsum(1), position_BT)
         elif past_key_values is None and n_padding_B is not None and bool(n_padding_B.any()):
             documents = left_padded(n_padding_B, 0, input_ids.shape[1])
-        cache = None if past_key_values is None else past_key_values.cache
-        logits_BTV = self.gpt.logits(input_ids, cache, documents, n_last=logits_to_keep or None)
+        logits_BTV = self.gpt.logits(input_ids, past_key_values, documents, n_last=logits_to_keep or None)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits_BTV, labels, self.gpt.config.vocab_size, **loss_options)
