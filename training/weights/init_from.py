@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -17,17 +17,15 @@ from torch import Tensor
 
 from training.batch import Batch
 from training.config import Config, ModelConfig
+from training.data import Dataset
 from training.data.loader import Samples
+from training.distributed.parallelize import ShardedModel
+from training.distributed.world import World
 from training.errors import UserError, library_error
 from training.model import GPT, initial_value, model_stats
 from training.options import cli
 from training.weights import hf, upcycle
 from training.weights.hf.architecture import BALANCING, pattern
-
-if TYPE_CHECKING:
-    from training.data import Dataset
-    from training.distributed.parallelize import ShardedModel
-    from training.distributed.world import World
 
 # Limits for checking an upcycled model: samples, tokens in all, tokens of a sample (float64 scores need memory).
 MAX_SAMPLES, MAX_TOKENS, MAX_LENGTH = 16, 4096, 2048
@@ -56,7 +54,7 @@ def resolve_init_from(config: Config, *, fresh: bool = False) -> Config:
         raise UserError(f"init_from {config.init_from}: {hf.one_line(error)}") from None
 
 
-def load_weights(sharded: "ShardedModel", config: Config, dataset: "Dataset", world: "World") -> None:
+def load_weights(sharded: ShardedModel, config: Config, dataset: Dataset, world: World) -> None:
     """Load the weights of `init_from` into a run's model; the main rank reports on layers that become experts.
 
     Raises UserError if the weights cannot be read, or if upcycling changed the model's logits.
@@ -64,11 +62,26 @@ def load_weights(sharded: "ShardedModel", config: Config, dataset: "Dataset", wo
     shapes = model_stats(config.model).shapes
     weights = {name: initial_value(name, shape, config.model, config.seed) for name, shape in shapes.items()}
     theirs, pretrained = load_pretrained(config)
-    if upcycle.upcycled_layers(theirs, config.model):
+    if layers := upcycle.upcycled_layers(theirs, config.model):
         device = torch.device("cpu") if world.device.type == "mps" else world.device  # MPS has no float64
-        pretrained, lines = _upcycle(config, theirs, pretrained, weights, list(_samples(config, dataset, device)))
+        samples = list(_samples(config, dataset, device))
+        # float64: in float32, rounding alone changes the logits of a model like GPT-2 by 1e-3.
+        before, after = (GPT(model, dtype=torch.float64).to(device) for model in (theirs, config.model))
+        before.load_state_dict(before.state_dict() | pretrained)
+        pretrained = upcycle.upcycle_weights(pretrained, theirs, config.model, weights)
+        after.load_state_dict(after.state_dict() | pretrained)
+        change = upcycle.compare(before, after, samples)
+        report = f"upcycled {config.init_from}: {upcycle.describe(layers)}; {change}"
+        if not change.is_exact:
+            problem = f"more than rounding explains ({upcycle.MAX_LOGIT_CHANGE:g}); the run does not start"
+            raise UserError(f"{report}: {problem}")
+        if config.upcycle_noise is not None:
+            pretrained = upcycle.with_noise(pretrained, layers, config.upcycle_noise, config.seed)
+            after.load_state_dict(after.state_dict() | pretrained)
+            loss = upcycle.compare(before, after, samples).loss_after
+            report += f"\nwith noise {config.upcycle_noise:g}: loss {loss:.4f}"
         if world.is_main:
-            print(*lines, sep="\n", file=sys.stderr)
+            print(report, file=sys.stderr)
     weights |= pretrained
     sharded.load_full(lambda name, _shape: weights[name])
 
@@ -91,32 +104,7 @@ def load_pretrained(config: Config) -> tuple[ModelConfig, dict[str, Tensor]]:
     return config.model.model_copy(update={"blocks": theirs.blocks}), weights
 
 
-def _upcycle(
-    config: Config, theirs: ModelConfig, dense: dict[str, Tensor], initial: dict[str, Tensor], samples: list[Batch]
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the weights of the run's model and a report. Raises UserError if they compute something else."""
-    layers = upcycle.upcycled_layers(theirs, config.model)
-    weights = upcycle.upcycle_weights(dense, theirs, config.model, initial)
-    # float64: in float32, rounding alone changes the logits of a model like GPT-2 by 1e-3.
-    device = samples[0].tokens_BT.device
-    before, after = (GPT(model, dtype=torch.float64).to(device) for model in (theirs, config.model))
-    before.load_state_dict(before.state_dict() | dense)
-    after.load_state_dict(after.state_dict() | weights)
-    change = upcycle.compare(before, after, samples)
-    lines = [f"upcycled {config.init_from}: {upcycle.describe(layers)}; {change}"]
-    if not change.is_exact:
-        raise UserError(
-            f"{lines[0]}: more than rounding explains ({upcycle.MAX_LOGIT_CHANGE:g}); the run does not start"
-        )
-    if config.upcycle_noise is not None:
-        weights = upcycle.with_noise(weights, layers, config.upcycle_noise, config.seed)
-        after.load_state_dict(after.state_dict() | weights)
-        loss = upcycle.compare(before, after, samples).loss_after
-        lines.append(f"with noise {config.upcycle_noise:g}: loss {loss:.4f}")
-    return weights, lines
-
-
-def _samples(config: Config, dataset: "Dataset", device: torch.device) -> Iterator[Batch]:
+def _samples(config: Config, dataset: Dataset, device: torch.device) -> Iterator[Batch]:
     """Yield samples spread evenly over the validation set, cut to MAX_LENGTH tokens."""
     n_positions = config.model.n_positions
     end_of_text = dataset.tokenizer.end_of_text if config.model.isolate_documents else None

@@ -95,9 +95,8 @@ def upcycled_layers(theirs: ModelConfig, ours: ModelConfig) -> dict[int, tuple[M
 
 def describe(layers: dict[int, tuple[MoEConfig, int]]) -> str:
     """Return a phrase such as "12 layers of 8 experts, groups of 2 and 1 shared"."""
-    (n_experts, n_routed, n_shared), *others = {
-        (moe.n_experts, n_routed, moe.n_shared): None for moe, n_routed in layers.values()
-    }
+    kinds = dict.fromkeys((moe.n_experts, n_routed, moe.n_shared) for moe, n_routed in layers.values())
+    (n_experts, n_routed, n_shared), *others = kinds
     split = "copies" if n_routed + n_shared == 1 else f"groups of {n_routed}"
     split += f" and {n_shared} shared" if n_shared else ""
     others = ", and others" if others else ""

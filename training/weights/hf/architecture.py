@@ -1,7 +1,6 @@
 """The interface of an architecture of Transformers, and the comparison of two models that decides if it fits."""
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -25,11 +24,12 @@ class Architecture:
     ffns: tuple[type, ...] = (MLPConfig,)  # kinds of feed-forward layers; the last is in at least one layer
     prefix: str = ""  # of every tensor's name but the head's; files saved without a head lack it
     harmless: re.Pattern[str] = re.compile("(?!)")  # stored tensors that are no weights: ignored
-    # Names a limit of Transformers' class that the model exceeds and config.json does not show; None: there is none.
-    limit: Callable[[ModelConfig], str | None] = lambda _config: None
 
     def to_hf(self, config: ModelConfig) -> dict[str, Any]:
-        """Return config.json without the fields that every model has."""
+        """Return config.json without the fields that every model has.
+
+        Raises UserError for a limit of Transformers' class that the model exceeds and config.json does not show.
+        """
         raise NotImplementedError
 
     def from_hf(self, hf: dict[str, Any]) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class Architecture:
             again = ModelConfig.model_validate(self.from_hf(self.to_hf(config)))
         except (UserError, ValidationError) as error:
             return one_line(error)
-        if (reason := first_difference(config, again) or self.limit(config)) is not None:
+        if (reason := first_difference(config, again)) is not None:
             return reason
         placed = {ours for name in self.names(config) for ours in name.ours}
         for i, block in enumerate(layers):

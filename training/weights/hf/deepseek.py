@@ -16,7 +16,7 @@ from training.config import LatentConfig, ModelConfig
 from training.errors import UserError
 from training.weights.hf import llama
 from training.weights.hf.llama import EXPERT_KINDS, LlamaLike, dense_layers
-from training.weights.hf.tables import Field, Name, check_neutral, read
+from training.weights.hf.tables import Field, Name, check_neutral, read, read_fields
 
 EXPERTS = (
     Field("n_routed_experts", "n_experts", int, alias="num_local_experts"),
@@ -25,7 +25,6 @@ EXPERTS = (
     Field("n_shared_experts", "n_shared", int),
     Field("norm_topk_prob", "renormalize", bool),
     Field("routed_scaling_factor", "route_scale", float),
-    llama.ACTIVATION,
 )
 LATENT = (
     Field("kv_lora_rank", "kv_rank", int),
@@ -43,7 +42,6 @@ ROUTING = {
     "topk_method": (None, "noaux_tc"),
     "moe_layer_freq": (None, 1),
 }
-CONSTANTS = {"num_nextn_predict_layers": 0} | {name: values[-1] for name, values in ROUTING.items()}
 
 
 def _read_experts(hf: dict[str, Any], n_layer: int) -> list[bool]:
@@ -51,9 +49,11 @@ def _read_experts(hf: dict[str, Any], n_layer: int) -> list[bool]:
     return [i >= n_dense for i in range(n_layer)]
 
 
-def _single_expert(config: ModelConfig) -> str | None:
-    # Transformers sums the two best scores of a group.
-    return "n_experts: 1" if any(getattr(block.ffn, "n_experts", 2) == 1 for block in config.blocks) else None
+def _written(config: ModelConfig) -> dict[str, Any]:
+    if any(getattr(block.ffn, "n_experts", 2) == 1 for block in config.blocks):
+        raise UserError("n_experts: 1")  # Transformers sums the two best scores of a group
+    constants = {"num_nextn_predict_layers": 0} | {name: values[-1] for name, values in ROUTING.items()}
+    return {"first_k_dense_replace": len(dense_layers(config))} | constants
 
 
 def _check_glm4(hf: dict[str, Any]) -> None:
@@ -63,13 +63,16 @@ def _check_glm4(hf: dict[str, Any]) -> None:
 
 
 def _check_deepseek(hf: dict[str, Any]) -> None:
-    sizes = {field.ours: field.read(hf) for field in LATENT}
-    derived = {  # Transformers computes these, or reads them from the file
+    sizes = read_fields(hf, LATENT)
+    supported = {
+        "rope_interleave": (True,),
+        "rms_norm_eps": (LATENT_EPS,),
+        "num_key_value_heads": (None, hf.get("num_attention_heads")),
+        # Transformers computes these, or reads them from the file.
         "head_dim": (sizes["rope_dim"],),
         "qk_head_dim": (sizes["head_dim"] + sizes["rope_dim"],),
     }
-    same = {"rope_interleave": (True,), "rms_norm_eps": (LATENT_EPS,)}
-    check_neutral(hf, same | derived | {"num_key_value_heads": (None, hf.get("num_attention_heads"))})
+    check_neutral(hf, supported)
 
 
 def _latent_attention(mixer: LatentConfig, theirs: str, ours: str) -> list[Name]:
@@ -89,12 +92,10 @@ def _latent_attention(mixer: LatentConfig, theirs: str, ours: str) -> list[Name]
 _deepseek_like = partial(
     LlamaLike,
     ffns=EXPERT_KINDS,
-    limit=_single_expert,
     neutral=ROUTING | llama.NO_WINDOW,
-    constants=lambda _config: CONSTANTS,
+    written=_written,
     expert_fields=EXPERTS,
     implied_experts={"scoring": "sigmoid", "balance": "bias"},  # as DeepSeek-V3 was trained
-    write_experts=lambda layers: {"first_k_dense_replace": len(dense_layers(layers))},
     read_experts=_read_experts,
     experts=partial(llama.experts, bias="gate.e_score_correction_bias", always_shared=True),
 )
@@ -112,7 +113,7 @@ GLM4_MOE = _deepseek_like(
     | {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "first_k_dense_replace": 1, "norm_topk_prob": True},
     check=_check_glm4,
     attention_fields=(*llama.ATTENTION, Field("use_qk_norm", "qk_norm", bool)),
-    constants=lambda _config: CONSTANTS | {"partial_rotary_factor": 1.0},
+    written=lambda config: _written(config) | {"partial_rotary_factor": 1.0},
 )
 DEEPSEEK_V3 = _deepseek_like(
     class_name="DeepseekV3ForCausalLM",
@@ -123,5 +124,5 @@ DEEPSEEK_V3 = _deepseek_like(
     attention_fields=LATENT,
     implied_attention={"type": "latent"},
     attention=_latent_attention,
-    constants=lambda config: CONSTANTS | {"num_key_value_heads": config.n_head, "rope_interleave": True},
+    written=lambda config: _written(config) | {"num_key_value_heads": config.n_head, "rope_interleave": True},
 )

@@ -8,7 +8,7 @@ consecutive; dense layers may come before and after them.
 from functools import partial
 from typing import Any
 
-from training.config import AttentionConfig, BlockConfig
+from training.config import AttentionConfig, ModelConfig
 from training.errors import UserError
 from training.weights.hf import llama
 from training.weights.hf.llama import EXPERT_KINDS, LlamaLike, dense_layers
@@ -23,9 +23,17 @@ def _check(hf: dict[str, Any]) -> None:
         raise UserError(f"moe_norm_min: {norm_min:g} is not supported, only {MAX_NORM_MIN:g} or less")
 
 
-def _write_experts(layers: list[BlockConfig]) -> dict[str, Any]:
-    moe_layers = sorted(set(range(len(layers))) - set(dense_layers(layers)))
-    return {"moe_layer_start_index": moe_layers[0], "moe_layer_end_index": moe_layers[-1]}
+def _written(config: ModelConfig) -> dict[str, Any]:
+    moe_layers = sorted(set(range(config.n_layer)) - set(dense_layers(config)))
+    return {
+        "moe_layer_start_index": moe_layers[0],
+        "moe_layer_end_index": moe_layers[-1],
+        "use_bias": False,
+        "moe_layer_interval": 1,
+        "moe_norm_min": 1e-20,
+        "num_nextn_predict_layers": 0,
+        "pad_token_id": None,  # the class's 0 would keep token 0's embedding from training
+    }
 
 
 def _read_experts(hf: dict[str, Any], n_layer: int) -> list[bool]:
@@ -56,18 +64,10 @@ ERNIE4_5_MOE = LlamaLike(
         Field("moe_k", "top_k", int, alias="num_experts_per_tok"),
         Field("moe_intermediate_size", "hidden", int),
         Field("moe_num_shared_experts", "n_shared", int),
-        llama.ACTIVATION,
     ),
     implied_experts={"balance": "bias"},  # as ERNIE 4.5 was trained
-    write_experts=_write_experts,
     read_experts=_read_experts,
-    constants=lambda _config: {
-        "use_bias": False,
-        "moe_layer_interval": 1,
-        "moe_norm_min": 1e-20,
-        "num_nextn_predict_layers": 0,
-        "pad_token_id": None,  # the class's 0 would keep token 0's embedding from training
-    },
+    written=_written,
     attention=_attention,
     experts=partial(llama.experts, bias="moe_statics.e_score_correction_bias", bias_index=(None,)),
 )

@@ -32,9 +32,8 @@ WINDOW = Field("sliding_window", "window", int, nullable=True)
 ACTIVATION = Field("hidden_act", "activation", Activation)
 MLP = (Field("intermediate_size", "hidden", int), ACTIVATION)
 
-# Of every architecture here; its own `defaults` and `neutral` come on top.
+# Of every architecture here; its own `defaults` come on top.
 DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
-NEUTRAL = {"attention_bias": (None, False), "mlp_bias": (None, False)}
 FULL, SLIDING = "full_attention", "sliding_attention"
 NO_WINDOW = {"sliding_window": (None,), "layer_types": (None,)}
 EXPERT_KINDS = (MLPConfig, MoEConfig)
@@ -92,9 +91,9 @@ def experts(
     return names
 
 
-def dense_layers(layers: list[BlockConfig]) -> list[int]:
+def dense_layers(config: ModelConfig) -> list[int]:
     """Return the indices of the layers without experts."""
-    return [i for i, block in enumerate(layers) if isinstance(block.ffn, MLPConfig)]
+    return [i for i, block in enumerate(config.layers()) if isinstance(block.ffn, MLPConfig)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +111,9 @@ class LlamaLike(Architecture):
     implied_attention: dict[str, Any] = field(default_factory=dict)  # options of every layer's attention
     expert_fields: tuple[Field, ...] = ()
     implied_experts: dict[str, Any] = field(default_factory=dict)
-    # The fields that say which layers have experts: written for these layers; read as one answer for each of n layers.
-    write_experts: Callable[[list[BlockConfig]], dict[str, Any]] = lambda _layers: {}
+    # Which of n layers have experts, of an architecture that has any.
     read_experts: Callable[[dict[str, Any], int], list[bool]] = lambda _hf, n_layer: [True] * n_layer
-    constants: Callable[[ModelConfig], dict[str, Any]] = lambda _config: {}  # further fields that are written
+    written: Callable[[ModelConfig], dict[str, Any]] = lambda _config: {}  # further fields that are written
     attention: Tensors = attention
     experts: Tensors = experts
     prefix: str = "model."
@@ -136,19 +134,18 @@ class LlamaLike(Architecture):
             "attention_bias": False,
             "attention_dropout": 0.0,
             **write_fields(layers[0].mixer, self.attention_fields),
-            **(write_fields(experts[0], self.expert_fields) if experts else {}),
+            **(write_fields(experts[0], (*self.expert_fields, ACTIVATION)) if experts else {}),
             **self._write_windows(layers),
-            **self.write_experts(layers),
-            **self.constants(config),
+            **self.written(config),
         }
 
     def from_hf(self, hf: dict[str, Any]) -> dict[str, Any]:
         hf = DEFAULTS | self.defaults | hf
         self.check(hf)
-        check_neutral(hf, NEUTRAL | self.neutral)
+        check_neutral(hf, self.neutral)
         mixer = read_fields(hf, self.attention_fields) | self.implied_attention
         mlp = {"type": "mlp", "gated": True} | read_fields(hf, MLP)
-        moe = {"type": "moe", "gated": True} | read_fields(hf, self.expert_fields) | self.implied_experts
+        moe = mlp | {"type": "moe"} | read_fields(hf, self.expert_fields) | self.implied_experts
         n_layer = read(hf, "num_hidden_layers", int)
         windows = self._read_windows(hf, n_layer)
         has_experts = self.read_experts(hf, n_layer) if self.expert_fields else [False] * n_layer
@@ -227,17 +224,13 @@ def read_rope_theta(hf: dict[str, Any], default: float) -> float:
     return next(iter(thetas.values()), default)
 
 
-def _odd_heads(config: ModelConfig) -> str | None:
-    # Transformers 5 refuses them, whatever head_dim is.
-    return f"n_head {config.n_head} does not divide n_embd {config.n_embd}" if config.n_embd % config.n_head else None
+def _written(config: ModelConfig) -> dict[str, Any]:
+    if config.n_embd % config.n_head:  # Transformers 5 refuses this, whatever head_dim is
+        raise UserError(f"n_head {config.n_head} does not divide n_embd {config.n_embd}")
+    return {"mlp_bias": False}
 
 
-LLAMA = LlamaLike(
-    class_name="LlamaForCausalLM",
-    neutral={"sliding_window": (None,)},
-    constants=lambda _config: {"mlp_bias": False},
-    limit=_odd_heads,
-)
+LLAMA = LlamaLike(class_name="LlamaForCausalLM", neutral={"sliding_window": (None,)}, written=_written)
 # Experts in every layer, weighted by a softmax over a token's top-k, and optionally a window.
 MIXTRAL = LlamaLike(
     class_name="MixtralForCausalLM",
@@ -249,9 +242,8 @@ MIXTRAL = LlamaLike(
         Field("num_local_experts", "n_experts", int, alias="num_experts"),
         Field("num_experts_per_tok", "top_k", int),
         Field("intermediate_size", "hidden", int),
-        ACTIVATION,
     ),
     implied_experts={"balance": "switch"},  # as Mixtral was trained; a selection bias would have no place in an export
-    constants=lambda _config: {"router_jitter_noise": 0.0},
+    written=lambda _config: {"router_jitter_noise": 0.0},
     experts=partial(experts, module="block_sparse_moe", matrices={"w3": "up", "w1": "gate", "w2": "down"}),
 )

@@ -23,12 +23,11 @@ KINDS = {kind().type: kind for kind in (*MIXERS, *FEED_FORWARDS)}
 
 def model_config(options: dict[str, Any]) -> ModelConfig:
     """Return the configuration of the network; an export has no pydantic that would do it."""
-
-    def block(values: dict[str, Any]) -> BlockConfig:
-        parts = {name: KINDS[values[name]["type"]](**values[name]) for name in ("mixer", "ffn")}
-        return BlockConfig(**(values | parts))
-
-    return ModelConfig(**(options | {"blocks": tuple(block(values) for values in options["blocks"])}))
+    blocks = [
+        values | {name: KINDS[values[name]["type"]](**values[name]) for name in ("mixer", "ffn")}
+        for values in options["blocks"]
+    ]
+    return ModelConfig(**(options | {"blocks": tuple(BlockConfig(**block) for block in blocks)}))
 
 
 class TrainingGPTConfig(PretrainedConfig):

@@ -6,18 +6,18 @@ may have it and others not. In Qwen3-MoE all layers have it or none; some layers
 
 from typing import Any
 
-from training.config import BlockConfig
+from training.config import ModelConfig
 from training.errors import UserError
-from training.weights.hf.llama import ACTIVATION, EXPERT_KINDS, LlamaLike, dense_layers
+from training.weights.hf.llama import EXPERT_KINDS, LlamaLike, dense_layers
 from training.weights.hf.tables import Field, read
 
 N_EXPERTS = Field("num_experts", "n_experts", int, alias="num_local_experts")
 
 
-def _write_experts(layers: list[BlockConfig]) -> dict[str, Any]:
+def _written(config: ModelConfig) -> dict[str, Any]:
     # Transformers 4 reads num_experts alone, Transformers 5 either.
-    n_experts = next(block.ffn.n_experts for block in layers if block.ffn.type == "moe")
-    return {"num_local_experts": n_experts, "decoder_sparse_step": 1, "mlp_only_layers": dense_layers(layers)}
+    n_experts = next(block.ffn.n_experts for block in config.blocks if block.ffn.type == "moe")
+    return {"num_local_experts": n_experts, "decoder_sparse_step": 1, "mlp_only_layers": dense_layers(config)}
 
 
 def _read_experts(hf: dict[str, Any], n_layer: int) -> list[bool]:
@@ -45,9 +45,8 @@ QWEN3_MOE = LlamaLike(
         Field("num_experts_per_tok", "top_k", int),
         Field("moe_intermediate_size", "hidden", int),
         Field("norm_topk_prob", "renormalize", bool),
-        ACTIVATION,
     ),
     implied_experts={"balance": "switch"},  # as Qwen3 was trained; a selection bias would have no place in an export
-    write_experts=_write_experts,
+    written=_written,
     read_experts=_read_experts,
 )

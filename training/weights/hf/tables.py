@@ -37,6 +37,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (None, 1.0),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
+    "attention_bias": (None, False),
+    "mlp_bias": (None, False),
 }
 
 
