@@ -9,7 +9,7 @@ The experts pay off if their run reaches a lower loss than the twin after the sa
 import sys
 from pathlib import Path
 
-from training.config import Config, MLPConfig, MoEConfig
+from training.config import Config, FeedForward, MLPConfig, MoEConfig
 from training.errors import UserError, command
 from training.files import write_atomically
 from training.options import cli
@@ -42,13 +42,12 @@ def twin(config: Config) -> Config:
         raise UserError("model.blocks: no layer has experts (ffn: {type: moe}), so the run has no dense twin")
     model = config.model
     blocks = tuple(block.model_copy(update={"ffn": _dense(block.ffn, model.n_embd)}) for block in model.blocks)
-    return config.model_copy(
-        update={"name": f"{config.name}-dense", "model": model.model_copy(update={"blocks": blocks})}
-    )
+    dense = model.model_copy(update={"blocks": blocks})
+    return config.model_copy(update={"name": f"{config.name}-dense", "model": dense})
 
 
-def _dense(ffn: MLPConfig | MoEConfig, n_embd: int) -> MLPConfig:
-    if isinstance(ffn, MLPConfig):
+def _dense(ffn: FeedForward, n_embd: int) -> FeedForward:
+    if not isinstance(ffn, MoEConfig):
         return ffn
     hidden = (ffn.top_k + ffn.n_shared) * (ffn.hidden or 4 * n_embd)
     return MLPConfig(hidden=hidden, activation=ffn.activation, gated=ffn.gated)

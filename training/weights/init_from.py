@@ -68,7 +68,7 @@ def load_weights(sharded: ShardedModel, config: Config, dataset: Dataset, world:
         # float64: in float32, rounding alone changes the logits of a model like GPT-2 by 1e-3.
         before, after = (GPT(model, dtype=torch.float64).to(device) for model in (theirs, config.model))
         before.load_state_dict(before.state_dict() | pretrained)
-        pretrained = upcycle.upcycle_weights(pretrained, theirs, config.model, weights)
+        pretrained = upcycle.upcycle_weights(pretrained, layers, weights)
         after.load_state_dict(after.state_dict() | pretrained)
         change = upcycle.compare(before, after, samples)
         report = f"upcycled {config.init_from}: {upcycle.describe(layers)}; {change}"

@@ -1,7 +1,6 @@
-"""Writing and reading of models as folders in Hugging Face's layout.
+"""Models as folders in Hugging Face's layout, written and read by the tables of an architecture (`architecture.py`).
 
-Each architecture of Transformers is an object (`architecture.py`) with tables of fields and of tensors (`tables.py`),
-which both writing and reading use. A model that fits none of them keeps our names (`custom.py`).
+A model that fits no architecture of Transformers keeps our names (`custom.py`).
 """
 
 from training.weights.hf.model_folder import ARCHITECTURES, read_config, read_weights, to_saved_dtype, write_model

@@ -1,9 +1,8 @@
 """A model that no architecture of Transformers expresses: our options, our tensor names, and the code that runs it.
 
-Its folder holds this package's own source of the network, without this package: `modeling.py` and all that it imports,
-directly or through others. So an export runs the code that was trained, and a mechanism added to the network needs no
-code for exports. `from training.x.y import` becomes `from .x_y import`: Transformers copies a folder's files into one
-package, which has no folders.
+Its folder holds this package's own source: `modeling.py` and all that it imports, directly or through others. So an
+export runs the code that was trained, and a new mechanism needs no code for exports. `from training.x.y import` becomes
+`from .x_y import`: Transformers copies a folder's files into one package, which has no folders.
 """
 
 import re
@@ -41,7 +40,6 @@ from typing import Any, Union
 
 
 def option(default: Any, doc: str, **limits: Any) -> Any:  # noqa: ARG001
-    """Return the default of an option."""
     return default
 
 
@@ -52,16 +50,13 @@ class Section:
         dataclass(frozen=True)(cls)
 
     def model_copy(self, *, update: dict[str, Any]) -> "Section":
-        """Return a copy with other values."""
         return replace(self, **update)
 
     def model_dump(self, **_: Any) -> dict[str, Any]:
-        """Return the options as dictionaries."""
         return asdict(self)
 
 
 def one_of(*variants: type) -> Any:
-    """Return the type of an option that is one of these."""
     return Union[variants]
 '''
 
@@ -110,13 +105,11 @@ def modeling_files() -> dict[str, str]:
     for module in modules:  # the loop appends to it
         text = texts[module] = _source(module)
         modules += dict.fromkeys(name for _, name in re.findall(IMPORT, text) if name not in modules)
-    names = sorted(map(_file_name, texts.keys() - {ENTRY}))
-    lists = {
-        "names": "".join(f'\n    "{name}",' for name in names) + "\n",
-        "imports": "".join(f"\nfrom .{name} import __name__ as _{name}" for name in names),
-    }
+    others = sorted(map(_file_name, texts.keys() - {ENTRY}))
+    names = "".join(f'\n    "{name}",' for name in others) + "\n"
+    imports = "".join(f"\nfrom .{name} import __name__ as _{name}" for name in others)
     docstring, end, code = texts[ENTRY].partition('\n"""\n')
-    texts[ENTRY] = docstring + end + ALL_FILES.format(**lists) + code
+    texts[ENTRY] = docstring + end + ALL_FILES.format(names=names, imports=imports) + code
     return {
         f"{_file_name(module)}.py": re.sub(IMPORT, lambda match: f"{match[1]}from .{_file_name(match[2])} import", text)
         for module, text in texts.items()

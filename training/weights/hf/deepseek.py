@@ -4,9 +4,8 @@ Each expert's score is a sigmoid in float32. A bias is added to it to choose exp
 weights are optionally divided by their sum + 1e-20, and multiplied by `routed_scaling_factor`. `training/model/moe.py`
 computes the same for one group of experts. The first `first_k_dense_replace` layers are dense.
 
-dots1: grouped queries with QK-norm, a window in some or all layers. glm4_moe: grouped queries, with or without
-QK-norm. deepseek_v3: latent attention, whose latent vectors are normalized with an epsilon of 1e-6 whatever
-config.json says.
+dots1: grouped queries with QK-norm, a window in some or all layers. glm4_moe: grouped queries, with or without QK-norm.
+deepseek_v3: latent attention, whose vectors are normalized with an epsilon of 1e-6 whatever config.json says.
 """
 
 from functools import partial
@@ -18,14 +17,6 @@ from training.weights.hf import llama
 from training.weights.hf.llama import EXPERT_KINDS, LlamaLike, dense_layers
 from training.weights.hf.tables import Field, Name, check_neutral, read, read_fields
 
-EXPERTS = (
-    Field("n_routed_experts", "n_experts", int, alias="num_local_experts"),
-    Field("num_experts_per_tok", "top_k", int),
-    Field("moe_intermediate_size", "hidden", int),
-    Field("n_shared_experts", "n_shared", int),
-    Field("norm_topk_prob", "renormalize", bool),
-    Field("routed_scaling_factor", "route_scale", float),
-)
 LATENT = (
     Field("kv_lora_rank", "kv_rank", int),
     Field("qk_nope_head_dim", "head_dim", int),
@@ -33,7 +24,6 @@ LATENT = (
     Field("v_head_dim", "value_dim", int),
     Field("q_lora_rank", "q_rank", int, nullable=True),
 )
-LATENT_EPS = 1e-6
 # Transformers does not read the last three; DeepSeek-V3's own code and other programs do.
 ROUTING = {
     "n_group": (1,),
@@ -42,11 +32,6 @@ ROUTING = {
     "topk_method": (None, "noaux_tc"),
     "moe_layer_freq": (None, 1),
 }
-
-
-def _read_experts(hf: dict[str, Any], n_layer: int) -> list[bool]:
-    n_dense = read(hf, "first_k_dense_replace", int)
-    return [i >= n_dense for i in range(n_layer)]
 
 
 def _written(config: ModelConfig) -> dict[str, Any]:
@@ -64,15 +49,10 @@ def _check_glm4(hf: dict[str, Any]) -> None:
 
 def _check_deepseek(hf: dict[str, Any]) -> None:
     sizes = read_fields(hf, LATENT)
-    supported = {
-        "rope_interleave": (True,),
-        "rms_norm_eps": (LATENT_EPS,),
-        "num_key_value_heads": (None, hf.get("num_attention_heads")),
-        # Transformers computes these, or reads them from the file.
-        "head_dim": (sizes["rope_dim"],),
-        "qk_head_dim": (sizes["head_dim"] + sizes["rope_dim"],),
-    }
-    check_neutral(hf, supported)
+    # Transformers computes these two, or reads them from the file.
+    derived = {"head_dim": (sizes["rope_dim"],), "qk_head_dim": (sizes["head_dim"] + sizes["rope_dim"],)}
+    same = {"rope_interleave": (True,), "rms_norm_eps": (1e-6,)}
+    check_neutral(hf, same | derived | {"num_key_value_heads": (None, hf.get("num_attention_heads"))})
 
 
 def _latent_attention(mixer: LatentConfig, theirs: str, ours: str) -> list[Name]:
@@ -94,9 +74,16 @@ _deepseek_like = partial(
     ffns=EXPERT_KINDS,
     neutral=ROUTING | llama.NO_WINDOW,
     written=_written,
-    expert_fields=EXPERTS,
+    expert_fields=(
+        Field("n_routed_experts", "n_experts", int, alias="num_local_experts"),
+        Field("num_experts_per_tok", "top_k", int),
+        Field("moe_intermediate_size", "hidden", int),
+        Field("n_shared_experts", "n_shared", int),
+        Field("norm_topk_prob", "renormalize", bool),
+        Field("routed_scaling_factor", "route_scale", float),
+    ),
     implied_experts={"scoring": "sigmoid", "balance": "bias"},  # as DeepSeek-V3 was trained
-    read_experts=_read_experts,
+    read_experts=lambda hf, n_layer: [i >= read(hf, "first_k_dense_replace", int) for i in range(n_layer)],
     experts=partial(llama.experts, bias="gate.e_score_correction_bias", always_shared=True),
 )
 

@@ -14,12 +14,7 @@ MODEL = (
 )
 MLP = (Field("n_inner", "hidden", int, nullable=True), Field("activation_function", "activation", Activation))
 # GPT2Config's values for fields that older files leave out.
-DEFAULTS = {
-    "n_inner": None,
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "tie_word_embeddings": True,
-}
+DEFAULTS = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
 NEUTRAL = {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (None, False)}
 
 NORMS = {"ln_1": ("norm_1",), "ln_2": ("norm_2",)}

@@ -70,10 +70,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path, architecture: Architecture, config: ModelConfig) -> dict[str, Tensor]:
-    """Return our tensors in float32: all that the architecture has a place for.
-
-    Raises UserError if one is missing, unknown, of another shape or not finite.
-    """
+    """Return our tensors, float32. Raises UserError if one is missing, unknown, of another shape or not finite."""
     with torch.device("meta"):
         meta = GPT(config).state_dict()
     names = architecture.names(config)
@@ -112,12 +109,11 @@ def _weight_files(folder: Path) -> list[Path]:
             if shard.parent != folder or not shard.is_file():
                 raise UserError(f"{shard}: not there, though {INDEX} names it")
         return shards
-    pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-    hint = (
-        "; pickled weights are not read; convert them to safetensors with Transformers: "
-        f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained('elsewhere')"
-    )
-    raise UserError(f"{folder}: no {SINGLE} and no {INDEX}" + (hint if pickled else ""))
+    problem = f"{folder}: no {SINGLE} and no {INDEX}"
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        convert = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained('elsewhere')"
+        problem += f"; pickled weights are not read; convert them to safetensors with Transformers: {convert}"
+    raise UserError(problem)
 
 
 class _StoredTensor(NamedTuple):
@@ -133,7 +129,6 @@ class _StoredTensor(NamedTuple):
             raise UserError(f"{self.folder}: {self.name} has shape {stored}; {CONFIG} needs {shape}")
 
     def read(self) -> Tensor:
-        """Return the values in float32."""
         values = self.file.get_tensor(self.name)
         if values.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise UserError(f"{self.folder}: {self.name} is {values.dtype}; quantized weights are not supported")

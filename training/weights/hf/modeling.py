@@ -62,7 +62,6 @@ class TrainingGPTForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = TrainingGPTConfig
     base_model_prefix = "gpt"
-    main_input_name = "input_ids"
     _is_stateful = True  # our own cache cannot drop tokens
 
     def __init__(self, config: TrainingGPTConfig):
@@ -103,13 +102,8 @@ class TrainingGPTForCausalLM(PreTrainedModel, GenerationMixin):
         **_: Any,
     ) -> dict[str, Any]:
         n_read = 0 if past_key_values is None else past_key_values.get_seq_length()
-        return {
-            "input_ids": input_ids[:, n_read:],
-            "past_key_values": past_key_values,
-            "attention_mask": attention_mask,
-            "use_cache": use_cache,
-            "logits_to_keep": 1,
-        }
+        passed = {"past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": use_cache}
+        return {"input_ids": input_ids[:, n_read:], "logits_to_keep": 1, **passed}
 
     def forward(
         self,
@@ -144,9 +138,8 @@ class TrainingGPTForCausalLM(PreTrainedModel, GenerationMixin):
         elif past_key_values is None and n_padding_B is not None and bool(n_padding_B.any()):
             documents = left_padded(n_padding_B, 0, input_ids.shape[1])
         logits_BTV = self.gpt.logits(input_ids, past_key_values, documents, n_last=logits_to_keep or None)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits_BTV, labels, self.gpt.config.vocab_size, **loss_options)
+        n_vocab = self.gpt.config.vocab_size
+        loss = None if labels is None else self.loss_function(logits_BTV, labels, n_vocab, **loss_options)
         output = CausalLMOutputWithPast(loss=loss, logits=logits_BTV, past_key_values=past_key_values)
         return output if return_dict is not False else output.to_tuple()
 
