@@ -34,7 +34,9 @@ class Rank:
 
     number: int
     process: ProcessId | None = None  # None until the rank has joined
-    activities: dict[str, Activity] = field(default_factory=dict)  # by thread
+    activities: dict[str, Activity] = field(
+        default_factory=lambda: {LOOP: Activity(), BACKGROUND: Activity("the background")}
+    )
     has_ended: bool = False  # True if it announced its end
     heartbeat: float = -1.0  # time of its latest heartbeat, by its own clock
     last_heartbeat: float = 0.0  # time when that arrived, by our clock
@@ -46,7 +48,7 @@ class Rank:
 
     def current_activity(self) -> Activity:
         """Return the activity of a thread that is in a collective; without one, that of the loop."""
-        waiting = (activity for activity in list(self.activities.values()) if activity.collective)
+        waiting = (activity for activity in self.activities.values() if activity.collective)
         return next(waiting, self.activities[LOOP])
 
 
@@ -80,16 +82,14 @@ def diagnose(
             return Verdict(f"{rank.text()} {silent} {read_at - rank.last_heartbeat:.0f} s, {during}", 1, (rank.number,))
     if any(read_at - rank.last_heartbeat > FRESH_S for rank in running):
         return None
-    for thread in list(me.activities):  # its threads add to this dict meanwhile
-        if verdict := _stuck(me, thread, [rank for rank in others if thread in rank.activities], now, limit, read_at):
-            return verdict
-    return None
+    verdicts = (_stuck(me, thread, others, now, limit, read_at) for thread in me.activities)
+    return next(filter(None, verdicts), None)
 
 
 def _stuck(me: Rank, thread: str, others: Sequence[Rank], now: float, limit: float, read_at: float) -> Verdict | None:
     """Return a verdict if this rank and all others made no progress in a thread for longer than `limit`."""
     mine, theirs = me.activities[thread], {rank.number: rank.activities[thread] for rank in others}
-    if not (others and (mine.collective or mine.kind == "collective")):
+    if not (mine.collective or mine.kind == "collective"):
         return None
     if now - mine.changed_at <= limit or any(read_at - activity.changed_at <= limit for activity in theirs.values()):
         return None

@@ -33,7 +33,7 @@ class MeshShape(NamedTuple):
     def local_rows(self, n: int, rank: int, is_expert: bool) -> range:
         """Return the contiguous rows, of n, that a rank holds of a parameter. Same split as FSDP2."""
         rows, n_shards, index = range(n), self.shard, rank % self.shard
-        if is_expert and self.expert > 1:
+        if is_expert:
             size = n // self.expert
             first = rank % self.expert * size
             rows, n_shards, index = range(first, first + size), max(1, self.shard // self.expert), index // self.expert
@@ -80,19 +80,16 @@ class MeshGroups(NamedTuple):
 def build_groups(mesh: MeshShape, device: torch.device) -> MeshGroups:
     """Create the process groups. Collective."""
     replicate, shard, expert = mesh
-    if not mesh.has_collectives:
-        return MeshGroups()
+    fsdp_axes = ("replicate", "shard") if replicate > 1 else "shard"
     fsdp = None
     if shard > 1:
-        root = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
-        fsdp = root if replicate > 1 else root["shard"]
+        fsdp = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))[fsdp_axes]
     if expert == 1:
         return MeshGroups(fsdp, fsdp)
-    if shard == 1:
-        split = init_device_mesh(device.type, (replicate // expert, expert), mesh_dim_names=("same", "expert"))
-        same = split.get_group("same") if replicate > expert else None
-        return MeshGroups(expert=split.get_group("expert"), same_experts=same)
-    sizes, names = (replicate, shard // expert, expert), ("replicate", "shard", "expert")
-    split = init_device_mesh(device.type, sizes, mesh_dim_names=names)
-    expert_shard = split["replicate", "shard"] if replicate > 1 else split["shard"]
-    return MeshGroups(fsdp, expert_shard, split.get_group("expert"))
+    n_shards = max(1, shard // expert)  # of each expert
+    sizes = replicate * shard // (n_shards * expert), n_shards, expert
+    split = init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard", "expert"))
+    if shard > 1:
+        return MeshGroups(fsdp, split[fsdp_axes], split.get_group("expert"))
+    same = split.get_group("replicate") if replicate > expert else None
+    return MeshGroups(expert=split.get_group("expert"), same_experts=same)

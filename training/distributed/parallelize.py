@@ -22,8 +22,8 @@ def parallelize(model: nn.Module, config: ParallelConfig, world: World, dtype: t
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     if mesh.expert > 1:
-        for moe in (block.ffn for block in model.blocks if hasattr(block.ffn, "experts")):
-            split_experts(moe.experts, groups.expert)
+        for experts in (block.ffn.experts for block in model.blocks if hasattr(block.ffn, "experts")):
+            split_experts(experts, groups.expert)
     if mesh.shard > 1:
         _fully_shard(model, groups, dtype)
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -47,19 +47,16 @@ def _fully_shard(model: nn.Module, groups: MeshGroups, dtype: torch.dtype) -> No
         from torch.distributed._composable.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
         if groups.shard.device_type == "cpu":
-            problem = f"PyTorch {torch.__version__} shards on CUDA only; use 2.6 or newer"
-            raise UserError(f"parallel.mesh.shard: {problem}") from None
-    policy = MixedPrecisionPolicy(
-        param_dtype=None if dtype == torch.float32 else dtype,
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,
-    )
+            text = f"parallel.mesh.shard: PyTorch {torch.__version__} shards on CUDA only; use 2.6 or newer"
+            raise UserError(text) from None
+    cast = None if dtype == torch.float32 else dtype
+    policy = MixedPrecisionPolicy(param_dtype=cast, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
-        moe = block.ffn if hasattr(block.ffn, "experts") else None
-        if moe is not None and policy.param_dtype is not None:
-            fully_shard(moe.router, mesh=groups.shard)
-        if moe is not None and groups.expert is not None:
-            fully_shard(moe.experts, mesh=groups.expert_shard, mp_policy=policy)
+        has_experts = hasattr(block.ffn, "experts")
+        if has_experts and cast is not None:
+            fully_shard(block.ffn.router, mesh=groups.shard)
+        if has_experts and groups.expert is not None:
+            fully_shard(block.ffn.experts, mesh=groups.expert_shard, mp_policy=policy)
         fully_shard(block, mesh=groups.shard, mp_policy=policy)
     fully_shard(model, mesh=groups.shard)
     for method in (model.logits, model.routed_experts):  # entry points other than `forward`

@@ -4,25 +4,12 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from training.distributed.monitor import first_line
-from training.errors import UserError, exit_unless_first_local_rank
-
-
-@contextmanager
-def report_once_per_host() -> Iterator[None]:
-    """Report a UserError only on the first local rank: before the rendezvous, all ranks raise the same one."""
-    try:
-        yield
-    except UserError:
-        exit_unless_first_local_rank()
-        raise
+from training.errors import UserError, library_error
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -35,12 +22,10 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def _int_variable(name: str, default: int | None) -> int:
-    text = os.environ.get(name)
-    if text is None and default is not None:
-        return default
+    text = os.environ.get(name, default)
     try:
-        return int(text or "")
-    except ValueError:
+        return int(text)
+    except (TypeError, ValueError):
         wrong = "is not set" if text is None else f"is not a number: {text!r}"
         raise UserError(f"{name} {wrong}; start with torchrun, which sets RANK, LOCAL_RANK and WORLD_SIZE") from None
 
@@ -69,7 +54,7 @@ def rendezvous(rank: int, size: int, timeout_s: float) -> dist.Store:
         return next(dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=timeout_s)))[0]
     except (RuntimeError, ValueError) as error:
         failure = f"rank {rank} could not connect to {address}:{port} (MASTER_ADDR, MASTER_PORT) within {timeout_s:g} s"
-        raise UserError(f"{failure}: {first_line(str(error))}") from None
+        raise UserError(f"{failure}: {library_error(error)}") from None
 
 
 def agree_on_start_id(store: dist.Store, rank: int, size: int, timeout_s: float) -> str:
@@ -92,8 +77,8 @@ def agree_on_start_id(store: dist.Store, rank: int, size: int, timeout_s: float)
                 store.set(f"start/{numbers[0]}/{rank}", "")
                 return numbers[0]
         time.sleep(0.02)
-    missing = [n for n in range(1, size) if not store.check([f"start/{number}/{n}"])] if rank == 0 else [0]
-    count = f" ({len(missing)} ranks are missing)" if len(missing) > 1 else ""
+    missing = [0] if rank else [n for n in range(1, size) if not store.check([f"start/{number}/{n}"])]
+    count = f" ({len(missing)} ranks are missing)" if missing[1:] else ""
     raise UserError(f"rank {missing[0]} did not join within {timeout_s:g} s{count}")
 
 

@@ -5,9 +5,8 @@ as torchrun starts the ranks (rendezvous.py); without one, World has one process
 monitor shares each rank's activity with the others, and reports a rank that dies or hangs (monitor.py).
 """
 
-import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
 
 from training.config import ParallelConfig
 from training.distributed.diagnosis import BACKGROUND, LOOP, ActivityKind
@@ -65,17 +65,12 @@ class World:
         """Sum the tensors over all ranks, or those of a group, in place, in buckets of BUCKET bytes. Collective."""
         if self.size == 1:
             return
-        by_type: dict[tuple, list[Tensor]] = {}
-        for tensor in tensors:
-            by_type.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-        for bucket in (bucket for same_type in by_type.values() for bucket in _buckets(same_type)):
-            is_single = len(bucket) == 1 and bucket[0].is_contiguous()
-            flat = bucket[0] if is_single else torch.cat([tensor.flatten() for tensor in bucket])
+        for bucket in _take_tensors(tensors, BUCKET):
+            flat = _flatten_dense_tensors(bucket)  # a view of a tensor that fills a bucket by itself
             with self.in_collective(name):
                 dist.all_reduce(flat, group=group)
-            if not is_single:
-                for tensor, total in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-                    tensor.copy_(total.view_as(tensor))
+            for tensor, total in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
+                tensor.copy_(total)
 
     def sum_int(self, value: int) -> int:
         """Return the sum of an integer over all ranks, on the host. Collective."""
@@ -92,21 +87,13 @@ class World:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return largest.tolist()
 
-    def gather_bytes(self, data: bytes, background: bool = False) -> list[bytes]:
-        """Return the bytes of every rank on every rank. `background`: as in `in_collective`. Collective."""
-        if self.size == 1:
-            return [data]
-        group = self.background if background else None
-        length = torch.tensor([len(data)])
-        lengths = [torch.empty_like(length) for _ in range(self.size)]
-        with self.in_collective("an all-gather", background):
-            dist.all_gather(lengths, length, group=group)
-        longest = max(1, *(int(n) for n in lengths))
-        padded = torch.frombuffer(bytearray(data.ljust(longest)), dtype=torch.uint8)
-        gathered = [torch.empty_like(padded) for _ in range(self.size)]
-        with self.in_collective("an all-gather", background):
-            dist.all_gather(gathered, padded, group=group)
-        return [bytes(each[: int(n)].numpy()) for each, n in zip(gathered, lengths, strict=True)]
+    def gather(self, value: Any, background: bool = False) -> list[Any]:
+        """Return the values of all ranks, on every rank. `background`: as in `in_collective`. Collective."""
+        values = [value] * self.size
+        if self.size > 1:
+            with self.in_collective("an all-gather", background):
+                dist.all_gather_object(values, value, group=self.background if background else None)
+        return values
 
     def broadcast_tensor(self, tensor: Tensor) -> Tensor:
         """Overwrite the tensor with the main rank's and return it. Collective."""
@@ -115,8 +102,8 @@ class World:
         return tensor
 
     def broadcast(self, value: Any) -> Any:
-        """Return the main rank's JSON value on every rank. Collective."""
-        return json.loads(self.gather_bytes(json.dumps(value if self.is_main else None).encode())[0])
+        """Return the main rank's value on every rank. Collective."""
+        return self.gather(value if self.is_main else None)[0]
 
     def close(self, _type: Any = None, error: BaseException | None = None, _traceback: Any = None) -> None:
         """End this rank; an exit callback for `ExitStack.push`.
@@ -124,8 +111,7 @@ class World:
         After an error, the other ranks end too. Raises SystemExit instead if another rank reports an error.
         """
         if self.monitor is not None and error is not None and not isinstance(error, SystemExit):
-            outcome = self.monitor.fail(error)
-            if outcome is not error:
+            if (outcome := self.monitor.fail(error)) is not error:
                 raise outcome from None
         elif self.monitor is not None:
             self.monitor.finish()
@@ -142,18 +128,6 @@ def all_to_all_rows(
     return y_SC
 
 
-def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield the tensors in order, in lists of at most BUCKET bytes; a larger tensor is a list of its own."""
-    bucket, n_bytes = [], 0
-    for tensor in tensors:
-        if bucket and n_bytes + tensor.nbytes > BUCKET:
-            yield bucket
-            bucket, n_bytes = [], 0
-        bucket.append(tensor)
-        n_bytes += tensor.nbytes
-    yield bucket
-
-
 def join_world(device: torch.device, config: ParallelConfig) -> World:
     """Join the ranks that a launcher started, or return a World of one process.
 
@@ -161,7 +135,7 @@ def join_world(device: torch.device, config: ParallelConfig) -> World:
     existing process group (Ray Train) is used and not destroyed. Raises UserError if the launcher's variables are
     wrong or a rank does not join within `timeout_s`.
     """
-    is_external = dist.is_available() and dist.is_initialized()
+    is_external = dist.is_initialized()
     rank, size = (dist.get_rank(), dist.get_world_size()) if is_external else rank_and_size()
     if size == 1:
         return World(0, 1, device, has_external_group=is_external)

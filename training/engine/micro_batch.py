@@ -217,7 +217,7 @@ class MicroBatch:
 def _hardware_key(config: Config, model: ShardedModel) -> str:
     """Return a text of the devices, mesh and options that decide which micro-batch fits. Collective."""
     world, mesh = model.world, model.mesh
-    names = {name.decode() for name in world.gather_bytes(devices.device_name(world.device).encode())}
+    names = set(world.gather(devices.device_name(world.device)))
     return (
         f"{' and '.join(sorted(names))}, {mesh.replicate} x {mesh.shard} x {mesh.expert}, "
         f"micro_batch {config.micro_batch}, recompute {config.parallel.recompute}"
