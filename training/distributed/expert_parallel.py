@@ -1,10 +1,7 @@
 """Expert parallelism: each rank holds some experts of a layer; all-to-alls send tokens to their experts and back.
 
-Shapes as in kernels/experts.py: N tokens, K experts per token, R = N x K rows sorted by expert, so that the rows for
-one rank are contiguous; S rows received from all ranks; P ranks.
+Shapes as in kernels/experts.py. R = N x K rows are sorted by expert, so also by rank; S rows are received; P ranks.
 """
-
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,24 +27,11 @@ def split_experts(experts: nn.Module, group: dist.ProcessGroup) -> None:
         received_PE = torch.empty_like(sent_PE)
         dist.all_to_all_single(received_PE, sent_PE, group=group)
         sent_P, received_P = torch.stack([sent_PE.sum(1), received_PE.sum(1)]).tolist()
-        x_SC = _Exchange.apply(group, sent_P, received_P, permute(x_NC, dispatch))
+        x_SC = all_to_all_rows(permute(x_NC, dispatch), sent_P, received_P, group)
         local_E = torch.arange(received_PE.shape[1], device=x_NC.device).repeat(size)
         expert_S1 = local_E.repeat_interleave(received_PE.flatten(), output_size=sum(received_P))[:, None]
         one_S1 = weight_NK.new_ones(len(x_SC), 1)
         y_SC = local_forward(x_SC, expert_S1, one_S1, sort_by_expert(expert_S1, received_PE.shape[1]))
-        return unpermute(_Exchange.apply(group, received_P, sent_P, y_SC), weight_NK, dispatch)
+        return unpermute(all_to_all_rows(y_SC, received_P, sent_P, group), weight_NK, dispatch)
 
     experts.forward = forward  # set on the instance: a wrapper module would rename parameters
-
-
-class _Exchange(torch.autograd.Function):
-    """An all-to-all of rows; the backward sends their gradients back."""
-
-    @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup, sent_P: list[int], received_P: list[int], x_RC: Tensor) -> Tensor:
-        ctx.group, ctx.sent_P, ctx.received_P = group, sent_P, received_P
-        return all_to_all_rows(x_RC, sent_P, received_P, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad_SC: Tensor):
-        return None, None, None, all_to_all_rows(grad_SC, ctx.received_P, ctx.sent_P, ctx.group)

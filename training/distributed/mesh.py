@@ -35,10 +35,10 @@ class MeshShape(NamedTuple):
         rows, n_shards, index = range(n), self.shard, rank % self.shard
         if is_expert:
             size = n // self.expert
-            first = rank % self.expert * size
-            rows, n_shards, index = range(first, first + size), max(1, self.shard // self.expert), index // self.expert
+            rows = rows[rank % self.expert * size :][:size]
+            n_shards, index = max(1, self.shard // self.expert), index // self.expert
         size = -(-len(rows) // n_shards)
-        return rows[min(index * size, len(rows)) : min((index + 1) * size, len(rows))]
+        return rows[index * size : (index + 1) * size]
 
 
 def check_mesh(config: Config, n_ranks: int) -> None:
@@ -62,9 +62,8 @@ def mesh_shape(config: MeshConfig, n_ranks: int, model: ModelConfig) -> MeshShap
     counts = [block.ffn.n_experts for block in model.blocks if block.ffn.type == "moe"]
     if config.expert > 1 and not counts:
         raise UserError(f"parallel.mesh.expert: {config.expert}, but the model has no experts; remove the option")
-    for n_experts in counts:
-        if n_experts % config.expert:
-            raise UserError(f"parallel.mesh.expert: {config.expert} does not divide n_experts {n_experts}")
+    if uneven := [n_experts for n_experts in counts if n_experts % config.expert]:
+        raise UserError(f"parallel.mesh.expert: {config.expert} does not divide n_experts {uneven[0]}")
     return MeshShape(replicate, config.shard, config.expert)
 
 

@@ -1,11 +1,7 @@
 """Monitor of the ranks: if one dies, hangs or fails, all others exit soon after, and one of them prints the reason.
 
-Every half second (more than 50 ranks: every size / 100 seconds) each rank writes a heartbeat to the ranks' store, with
-its process and the activities of its threads, and reads the others' heartbeats. From these, and from the processes of
-its own host, it decides which rank is lost (diagnosis.py). The first verdict in the store counts: its author prints it,
-the others read it and exit silently.
-
-The clock stops while this process is stopped, so ranks that are stopped and continued together report nobody.
+Each rank writes heartbeats to the ranks' store and reads the others'. From these, and from the processes of its host,
+it decides which rank is lost (diagnosis.py). The first verdict in the store counts: its author prints it.
 """
 
 import json
@@ -21,8 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from training.distributed.diagnosis import LOOP, Activity, ActivityKind, Rank, Verdict, diagnose
-from training.distributed.process_id import ProcessId, current_process
+from training.distributed.diagnosis import LOOP, ActivityKind, Rank, Verdict, current_process, diagnose
 from training.errors import UserError, library_error
 
 RESTART_HINT = "run the same command again to resume from the latest checkpoint"
@@ -32,20 +27,17 @@ CONNECTION_ERRORS = ("onnection", "Broken pipe", "imed out", "NCCL", "gloo")  # 
 
 
 class Monitor:
-    """Heartbeats of this rank; ends this process when another rank is lost.
-
-    `store` must be a connection of its own, because a connection answers one request at a time; `store_owner` names
-    its server in errors.
-    """
+    """Heartbeats of this rank; ends this process when another rank is lost."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float, store_owner: str):
+        """Start the threads. `store` is a connection of our own, as each answers one request at a time."""
         self.store, self.limit, self.store_owner = store, timeout_s, store_owner
-        self.period = max(0.5, size / 100)  # of heartbeats; limits each rank to reading 100 per second
+        self.period = max(0.5, size / 100)  # seconds between heartbeats; a rank reads at most 100 per second
         self.ranks = [Rank(number) for number in range(size)]
         self.me = self.ranks[rank]
         self.me.process = current_process()
         self.others = [each for each in self.ranks if each is not self.me]
-        self.now = 0.0  # seconds; stops while this process is stopped
+        self.now = 0.0  # seconds; stops while this process is: ranks that are stopped together report nobody
         self.request_at: float | None = None  # time of the pending request to the store
         self.read_at = -1.0  # time of the latest answered request
         self.store_lost_at: float | None = None
@@ -152,14 +144,7 @@ class Monitor:
             joined = [r for r in self.others if r.process or self.store.check([f"heartbeat/{r.number}"])]
             heartbeats = self.store.multi_get([f"heartbeat/{rank.number}" for rank in joined]) if joined else []
             for rank, heartbeat in zip(joined, map(json.loads, heartbeats), strict=True):
-                if heartbeat["heartbeat"] != rank.heartbeat:
-                    rank.heartbeat, rank.last_heartbeat = heartbeat["heartbeat"], request_at
-                rank.process = ProcessId(**heartbeat["process"])
-                for thread, fields in heartbeat["activities"].items():
-                    activity = Activity(**fields | {"changed_at": request_at})
-                    if activity != rank.activities[thread]:
-                        rank.activities[thread] = activity
-                rank.has_ended = heartbeat["has_ended"]
+                rank.update(heartbeat, request_at)
             if self.store.check(["verdict"]):
                 self.verdict = Verdict(**json.loads(self.store.get("verdict")))
             self.read_at, self.request_at = request_at, None

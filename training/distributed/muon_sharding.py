@@ -6,6 +6,7 @@ Shapes: X matrices of M x N; R rows; P ranks.
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -21,22 +22,15 @@ class Transfer(NamedTuple):
     rows_P: list[int]  # number of rows for each peer
 
 
+@dataclass
 class MatrixGather:
     """A function that applies an operation to the full matrices of row-sharded parameters."""
 
-    def __init__(
-        self,
-        shapes: dict[nn.Parameter, torch.Size],
-        rows_of_rank: dict[nn.Parameter, list[range]],
-        world: World,
-        n_shards: int,
-    ):
-        """Store full shapes and, for each rank, its rows of the first dimension.
-
-        Each group of `n_shards` consecutive ranks holds every row once, except rows of experts on other ranks.
-        """
-        self.shapes, self.rows_of_rank, self.world, self.n_shards = shapes, rows_of_rank, world, n_shards
-        self._schedules: dict[tuple[int, ...], tuple[int, list[Transfer]]] = {}
+    shapes: dict[nn.Parameter, torch.Size]  # of the full parameters
+    rows_of_rank: dict[nn.Parameter, list[range]]  # the rows of the first dimension that each rank holds
+    world: World
+    n_shards: int  # each group of this many consecutive ranks holds every row once, except rows of other ranks' experts
+    _schedules: dict[tuple[int, ...], tuple[int, list[Transfer]]] = field(default_factory=dict, init=False)
 
     def __call__(
         self, parameters: list[nn.Parameter], tensors: list[Tensor], function: Callable[[Tensor], Tensor]

@@ -14,8 +14,8 @@ from training.errors import UserError
 def parallelize(model: nn.Module, config: ParallelConfig, world: World, dtype: torch.dtype) -> ShardedModel:
     """Distribute the model over the ranks of `config.mesh`; `dtype` is the compute dtype. Collective.
 
-    A model on the meta device gets uninitialized memory on the rank's device, for this rank's part only. Compile with
-    `ShardedModel.compile` afterwards, once the micro-batch is known. Raises UserError if the mesh does not fit.
+    A model on the meta device gets uninitialized memory on the rank's device, for this rank's part only. Raises
+    UserError if the mesh does not fit.
     """
     mesh = mesh_shape(config.mesh, world.size, model.config)
     groups = build_groups(mesh, world.device)
