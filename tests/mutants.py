@@ -67,7 +67,7 @@ DEFECTS = [
            "// (self.mesh.expert if tensor.is_expert else 1)", "", RANKS),
     Defect("hybrid sharding never sums its copies", "distributed/sharded_model.py",
            "self.model.set_requires_all_reduce(is_last)", "self.model.set_requires_all_reduce(False)", RANKS),
-    Defect("results of rows sent to the wrong ranks", "distributed/expert_parallel.py",
+    Defect("results of rows sent to the wrong ranks", "distributed/parallelize.py",
            "y_SC, received_P, sent_P, group", "y_SC, sent_P, received_P, group", RANKS),
     Defect("a stack's matrix taken from the wrong place", "distributed/muon_sharding.py",
            "first + rows.start * stride", "first + rows.start", RANKS),

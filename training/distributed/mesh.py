@@ -1,7 +1,6 @@
 """The device mesh, and the rows of each parameter that a rank holds.
 
-rank = replica x shard + index within the shard group. A rank holds part rank % expert of the experts, so that a
-layer's experts are split over neighboring ranks.
+rank = replica x shard + index within the shard group. It holds part rank % expert of each layer's experts.
 """
 
 from typing import NamedTuple

@@ -130,9 +130,8 @@ class Monitor:
 
     def _heartbeat(self) -> None:
         try:
-            while not self.closed.is_set():
+            while not self.closed.wait(self.period):
                 self.exchange_heartbeats()
-                self.closed.wait(self.period)
         except RuntimeError:
             self.store_lost_at = self.now
 

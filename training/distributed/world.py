@@ -21,6 +21,7 @@ from training.distributed.diagnosis import BACKGROUND, LOOP, ActivityKind
 from training.distributed.monitor import Monitor
 from training.errors import UserError, library_error
 
+Group = dist.ProcessGroup | None  # None: all ranks
 BUCKET = 2**26  # bytes per all-reduce: larger buckets take more memory, smaller ones more calls
 
 
@@ -31,7 +32,7 @@ class World:
     rank: int
     size: int
     device: torch.device
-    background: dist.ProcessGroup | None = None  # for the background thread; None with one process
+    background: Group = None  # for the background thread; None with one process
     monitor: Monitor | None = field(default=None, repr=False)  # None with one process
     has_external_group: bool = False  # the process group is someone else's (Ray Train): do not destroy it
 
@@ -53,9 +54,7 @@ class World:
         """Mark a collective for the monitor. `background`: the calling thread is the background thread."""
         return self.monitor.in_collective(name, BACKGROUND if background else LOOP) if self.monitor else nullcontext()
 
-    def all_reduce_(
-        self, tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None, name: str = "an all-reduce"
-    ) -> None:
+    def all_reduce_(self, tensors: Iterable[Tensor], group: Group = None, name: str = "an all-reduce") -> None:
         """Sum the tensors over all ranks, or those of a group, in place, in buckets of BUCKET bytes. Collective."""
         if self.size == 1:
             return
@@ -112,9 +111,7 @@ class World:
             dist.destroy_process_group()
 
 
-def all_to_all_rows(
-    x_RC: Tensor, sent_P: list[int], received_P: list[int], group: dist.ProcessGroup | None = None
-) -> Tensor:
+def all_to_all_rows(x_RC: Tensor, sent_P: list[int], received_P: list[int], group: Group = None) -> Tensor:
     """Send x_RC in parts of sent_P[p] rows to each rank p; return the received rows, ordered by rank.
 
     Differentiable: the backward sends the gradients back. Collective.
@@ -201,9 +198,8 @@ def _rendezvous(rank: int, size: int, timeout_s: float) -> dist.Store:
 def agree_on_start_id(store: dist.Store, rank: int, size: int, timeout_s: float) -> str:
     """Return an id that is the same on all ranks and new in every start. (torchrun keeps its store across restarts.)
 
-    Each rank writes a random number. Rank 0 publishes the list of all numbers; its own, the first, is the id. A rank
-    that finds its number in the list confirms. Without it the list is from an earlier start, and the rank waits for
-    the next list. Raises UserError if a rank does not join within `timeout_s`.
+    Each rank writes a random number. Rank 0 publishes the list; its own, the first, is the id. A rank that finds its
+    number there confirms; else the list is from an earlier start. Raises UserError if a rank is late by `timeout_s`.
     """
     number, keys, deadline = secrets.token_hex(8), [f"start/{n}" for n in range(size)], time.monotonic() + timeout_s
     store.set(keys[rank], number)
