@@ -247,7 +247,7 @@ def _gathered_bytes(model: GPT, mesh: MeshShape, dtype: torch.dtype) -> int:
 
 
 def _split_experts(experts: Experts, n_ranks: int, n_senders: int) -> None:
-    """Keep one rank's experts; the tokens of `n_senders` ranks arrive, as in distributed/expert_parallel.py."""
+    """Keep one rank's experts; the tokens of `n_senders` ranks arrive, as in distributed/parallelize.py."""
     compute = experts.forward
     for name, parameter in experts.named_parameters():
         setattr(experts, name, nn.Parameter(parameter.detach().chunk(n_ranks)[0].clone()))
