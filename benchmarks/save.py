@@ -49,7 +49,7 @@ def main() -> None:
         for writer in writers.values():
             start = time.perf_counter()
             writer.preallocate(shards)
-            writer.close()
+            writer.wait()
             allocation = time.perf_counter() - start
         for step in range(SAVES):
             for kind, writer in writers.items():

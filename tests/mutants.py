@@ -123,10 +123,10 @@ DEFECTS = [
     Defect("written in place", "checkpoint/write.py", 'partial = self.folder / f".{target.name}.tmp"',
            "partial = target", "tests/test_crashes.py -k operations", "state.json"),
     Defect("what is old goes before the new one is there", "checkpoint/write.py",
-           "                _publish(partial, target, manifest, state)\n                try:\n"
-           "                    prune(self.folder, self.config.keep, best_step)\n",
-           "                prune(self.folder, self.config.keep, best_step)\n                try:\n"
-           "                    _publish(partial, target, manifest, state)\n",
+           "            rename_durable(partial, target)\n            try:\n"
+           "                prune(self.folder, self.config.keep, best_step)\n",
+           "            prune(self.folder, self.config.keep, best_step)\n            try:\n"
+           "                rename_durable(partial, target)\n",
            "tests/test_crashes.py -k operations", "nothing is removed before the new checkpoint is durable"),
     Defect("the best is not kept", "engine/state.py", "if state.best and self.config.checkpoint.keep_best else",
            "if False else", "tests/test_loop.py -k best_evaluation"),
@@ -146,12 +146,12 @@ DEFECTS = [
            "if False:", SAVES),
     Defect("no copy before the save", "checkpoint/write.py",
            "self._buffer(kind, name, tensor).copy_(tensor, non_blocking=True)", "tensor", SAVES),
-    Defect("no fsync of files", "checkpoint/tensor_file.py", "        os.fsync(file.fileno())\n", "", SAVES),
+    Defect("no fsync of files", "checkpoint/write.py", "        os.fsync(file.fileno())\n", "", SAVES),
     Defect("no fsync of the folder", "files.py", "    source.rename(target)\n    fsync_path(target.parent)\n",
            "    source.rename(target)\n", SAVES),
     Defect("a failed save is not looked for", "engine/due.py", "self.checkpoints.has_failed)", "False)",
            "tests/test_runs.py -k save_that"),
-    Defect("rows read past their part", "checkpoint/read.py", "min(last, stop)", "last", SAVES),
+    Defect("rows read past their part", "checkpoint/read.py", "min(last, stop) - start", "last - start", SAVES),
     Defect("rows are not dropped at a restart", "logging/jsonl.py", 'if row["step"] <= run.start_step', "if True",
            "tests/test_runs.py -k rows_after"),
     Defect("TensorBoard shows steps twice", "logging/tensorboard.py", "purge_step = run.start_step",

@@ -1,5 +1,6 @@
 """Find, verify and read checkpoints: all tensors, or only the rows that a rank needs."""
 
+import hashlib
 import itertools
 import json
 import re
@@ -12,7 +13,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from training.checkpoint.tensor_file import file_entry
 from training.errors import UserError
 from training.files import rename_durable
 
@@ -86,13 +86,11 @@ def _read_rows(
     if not shape:
         return files[locations[0].file].get_tensor(name)
     first, last = rows or (0, shape[0])
-    parts = []
-    for file, start, stop in locations:
-        low, high = max(first, start), min(last, stop)
-        if low < high:
-            parts.append(files[file].get_slice(name)[low - start : high - start])
-    if not parts:
-        return files[locations[0].file].get_slice(name)[:0]
+    parts = [
+        files[file].get_slice(name)[max(first, start) - start : min(last, stop) - start]
+        for file, start, stop in locations
+        if max(first, start) < min(last, stop)
+    ] or [files[locations[0].file].get_slice(name)[:0]]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -139,6 +137,12 @@ def corruption(path: Path) -> str | None:
     except MALFORMED:
         return f"{path / MANIFEST}: damaged: not a checkpoint's manifest"
     return None
+
+
+def file_entry(path: Path) -> dict[str, str | int]:
+    """Hash a file; return its entry in a manifest, "bytes" being its size."""
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell()}
 
 
 def is_complete(path: Path) -> bool:
