@@ -31,9 +31,13 @@ def command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | No
     def wrapper(argv: list[str] | None = None) -> int:
         try:
             return main(argv)
-        except (UserError, OSError) as error:
-            print(f"error: {one_line(error)}", file=sys.stderr)
-            return getattr(error, "status", 2)
+        except UserError as error:
+            print("error:", *str(error).split(), file=sys.stderr)
+            return error.status
+        except OSError as error:
+            reason = str(error).split() if error.filename is None else [f"{error.filename}: {error.strerror}"]
+            print("error:", *reason, file=sys.stderr)
+            return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
@@ -49,13 +53,6 @@ def exit_unless_first_local_rank() -> None:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(EXIT_DELAY_S)
         raise SystemExit(2)
-
-
-def one_line(error: UserError | OSError) -> str:
-    """Return the error on one line; for an OSError the file and the reason."""
-    if isinstance(error, UserError) or error.filename is None:
-        return " ".join(str(error).split())
-    return f"{error.filename}: {error.strerror}"
 
 
 def library_error(error: BaseException) -> str:

@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from training.checkpoint.read import KINDS, MANIFEST, Location, is_complete, list_checkpoints
+from training.checkpoint.read import KINDS, MANIFEST, is_complete, list_checkpoints
 from training.config import CheckpointConfig
 from training.errors import UserError, library_error
 from training.files import fsync_path, mkdir_durable, remove, rename_durable
@@ -45,11 +45,6 @@ class TensorShard(NamedTuple):
     start: int  # first row
     shape: torch.Size  # of the full tensor
     is_owner: bool  # True on the one rank that writes these rows
-
-    @property
-    def n_bytes(self) -> int:
-        """Size of the full tensor."""
-        return self.shape.numel() * self.tensor.element_size()
 
 
 class WriterGroup(NamedTuple):
@@ -145,7 +140,7 @@ class CheckpointWriter:
         """Write from the thread in three steps; if one fails on any rank, the save ends on all of them."""
         target = self.folder / f"step-{state['step']:08d}"
         partial = self.folder / f".{target.name}.tmp"
-        n_bytes = sum(shard.n_bytes for by_name in shards.values() for shard in by_name.values())
+        n_bytes = sum(s.shape.numel() * s.tensor.element_size() for kind in KINDS for s in shards[kind].values())
         one_file = n_bytes <= self.config.one_file_gib * 2**30
         is_main = self.group.rank == 0
 
@@ -211,7 +206,7 @@ class CheckpointWriter:
             file = f"{kind}-{self.group.rank + 1:05d}-of-{self.group.size:05d}.safetensors"
             tensors = {name: shard.tensor for name, shard in own.items()}
             entries[file] = write_tensors(partial / file, tensors, tensors.values())
-        rows = {name: Location(file, s.start, s.start + (len(s.tensor) if s.shape else 1)) for name, s in own.items()}
+        rows = {name: (file, s.start, s.start + (len(s.tensor) if s.shape else 1)) for name, s in own.items()}
         return {"rows": rows, "files": entries}
 
 
