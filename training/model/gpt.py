@@ -30,7 +30,7 @@ from training.model.cache import Cache, LayerCache
 from training.model.differential import DifferentialAttention
 from training.model.gated import GatedAttention
 from training.model.latent import LatentAttention
-from training.model.layers import FeedForwardContext, Linear, build_norm
+from training.model.layers import Embedding, FeedForwardContext, Linear, build_norm
 from training.model.mlp import MLP
 from training.model.moe import MoE, Routing, finish_step
 
@@ -98,8 +98,8 @@ class GPT(nn.Module):
         super().__init__()
         kernels = kernels or Kernels()
         self.config, self.dtype = config, dtype
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd) if config.position == "learned" else None
+        self.wte = Embedding(config.vocab_size, config.n_embd)
+        self.wpe = Embedding(config.n_positions, config.n_embd) if config.position == "learned" else None
         self.blocks = nn.ModuleList(Block(block, config, kernels) for block in config.layers())
         self.norm_f = build_norm(config)
         self.head = None if config.tie_head else Linear(config.n_embd, config.vocab_size, bias=False)

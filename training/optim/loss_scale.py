@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class LossScale:
     """The factor of an fp16 loss (arXiv:1710.03740): halved on overflow, doubled after 2000 good steps."""
 
-    scale: float = 2.0**16
-    good_steps: int = 0  # since the last overflow
+    scale: float
+    good_steps: int  # since the last overflow
 
     def update(self, finite: bool) -> None:
         """Adapt the scale after a step; `finite`: loss and gradient have no NaN or Inf."""
