@@ -21,7 +21,7 @@ from training.kernels.table import TABLES
 from training.model import GPT, kernel_requirements
 from training.model.stats import ModelStats, initial_value, model_stats
 from training.optim.optimizer import LossScale, Optimizer
-from training.planning.disk import check_disk_space
+from training.planning.report import disk_shortage
 from training.weights.init_from import load_weights
 
 
@@ -80,8 +80,8 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
     else:
         model.load_full(lambda name, shape: initial_value(name, shape, config.model, config.seed))
     if world.is_main:
-        if state.step < config.steps:
-            check_disk_space(stats, config, fresh=resume == "never")
+        if state.step < config.steps and (problem := disk_shortage(stats, config, fresh=resume == "never")):
+            raise UserError(problem)
         prepare_run_dir(config, resume, point)
     micro_batch = MicroBatch(config, model, state, dataset.tokenizer)
     micro_batch.choose(optimizer)

@@ -24,7 +24,7 @@ from training.errors import RestartNeeded, UserError
 from training.files import write_atomically
 from training.model.moe import MoE
 from training.optim.optimizer import Optimizer
-from training.planning.batch_split import HEADROOM, equal_parts, max_samples_per_rank
+from training.planning.memory import HEADROOM, equal_parts, max_samples_per_rank
 
 FILE = "micro_batch.json"  # in the run's folder, read at the restart after an out-of-memory error
 Metrics = dict[str, Tensor]
