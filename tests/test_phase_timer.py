@@ -16,8 +16,7 @@ from training.config import Config
 from training.data.loader import Samples
 from training.distributed.world import World
 from training.logging.jsonl import read_rows
-from training.logging.phase_timer import PhaseTimer
-from training.logging.phases import PHASES, PRODUCTIVE, as_text, phase_seconds
+from training.logging.phases import PHASES, PRODUCTIVE, PhaseTimer, as_text, phase_seconds
 from training.logging.rows import RunLog
 from training.train import train
 
@@ -93,8 +92,7 @@ def test_each_phase_has_its_duration():
 
 
 def test_startup_is_one_phase_until_finish_startup():
-    timer = PhaseTimer(torch.device("cpu"))
-    timer.set_start(time.perf_counter() - 10)
+    timer = PhaseTimer(torch.device("cpu"), time.perf_counter() - 10)
     for phase in ("data", "compute", "optimizer", "evaluation"):
         timer.enter(phase)
         time.sleep(0.005)

@@ -9,7 +9,7 @@ from training.engine.build import Setup
 from training.errors import UserError
 from training.files import mkdir_durable, write_atomically
 from training.logging import jsonl
-from training.logging.phase_timer import PhaseTimer
+from training.logging.phases import PhaseTimer
 from training.logging.rows import RunLog
 from training.logging.sinks import RunInfo, open_sinks
 from training.model.metrics import step_metrics
@@ -23,8 +23,7 @@ def open_log(setup: Setup, dataset: Dataset, started: float) -> RunLog:
     `started` is the `time.perf_counter` at the start of the process. Raises UserError if the folder cannot be written.
     """
     config, state, world = setup.config, setup.state, setup.model.world
-    timer = PhaseTimer(world.device)
-    timer.set_start(started)
+    timer = PhaseTimer(world.device, started)
     timer.load_state_dict(state.phases)
     log = RunLog(
         config=config,

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from training.distributed.diagnosis import ActivityKind
 from training.distributed.world import World
-from training.logging.phase_timer import PhaseTimer
+from training.logging.phases import PhaseTimer
 
 
 class Phases:

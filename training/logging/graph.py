@@ -7,6 +7,7 @@ Views are left out, and a module with one operation is a single node.
 
 from collections import Counter
 from contextlib import ExitStack
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class Recorder(TorchFunctionMode):
         self.nodes: list[NodeDef] = []
         self.names: Counter[str] = Counter()
         self.module_names = {module: name for name, module in model.named_modules()}
-        self.scopes: list[tuple[str, str]] = []  # (name in the model, name in the graph)
+        self.scopes: list[str] = []  # of the modules that run: "", "blocks.0/", "blocks.0/mixer/"
         self.producer: dict[int, str] = {}
         self.weights = {storage_id(parameter) for parameter in model.parameters()}
         self.alive: list[Tensor] = []  # keeps every storage, so that no address is reused
@@ -55,8 +56,7 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         output = function(*args, **(kwargs or {}))
-        name = getattr(function, "__name__", "operation")
-        inputs = tensors_in((args, kwargs))
+        name, inputs = getattr(function, "__name__", "operation"), tensors_in((args, kwargs))
         in_place = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__")
         written = inputs[:1] if name == "__setitem__" else tensors_in(output)
         viewed = set() if in_place else {storage_id(tensor) for tensor in inputs}
@@ -67,16 +67,15 @@ class Recorder(TorchFunctionMode):
 
     def enter_module(self, module: nn.Module, _args: tuple) -> None:
         """Make the module a scope of the graph until `leave_module`."""
-        outer, scope = self.scopes[-1] if self.scopes else ("", "")
-        name = self.module_names[module]
-        self.scopes.append((name, f"{scope}{name.removeprefix(f'{outer}.')}/" if name else ""))
+        outer, name = self.scopes[-1] if self.scopes else "", self.module_names[module]
+        self.scopes.append(f"{outer}{name.removeprefix(outer.replace('/', '.'))}/" if name else "")
 
     def leave_module(self, _module: nn.Module, _args: tuple, _output: Any) -> None:
         self.scopes.pop()
 
     def add(self, name: str, operation: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """Add a node in the current scope and make it the producer of the outputs."""
-        name = (self.scopes[-1][1] if self.scopes else "") + name
+        name = (self.scopes[-1] if self.scopes else "") + name
         self.names[name] += 1
         name = name if self.names[name] == 1 else f"{name}_{self.names[name] - 1}"
         sources = dict.fromkeys(self.producer[storage_id(t)] for t in inputs if storage_id(t) in self.producer)
@@ -116,5 +115,4 @@ def shorten_names(nodes: list[NodeDef]) -> list[NodeDef]:
 
 def scopes_of(name: str) -> list[str]:
     """Return the scopes of a node from the outermost: ["a", "a/b"] for "a/b/c"."""
-    parts = name.split("/")
-    return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
+    return list(accumulate(name.split("/")[:-1], "{}/{}".format))

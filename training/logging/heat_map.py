@@ -29,8 +29,8 @@ def draw_heat_map(load: dict[int, list[float]]) -> np.ndarray:
     for row, (layer, load_E) in enumerate(load.items()):
         top = TOP + row * CELL
         draw.text((LEFT - 6, top + CELL / 2), layer_name(layer), fill=INK, anchor="rm")
-        colors = [_color(share * len(load_E)) for share in load_E] + [NO_EXPERT] * (n_experts - len(load_E))
-        for expert, fill in enumerate(colors):
+        for expert in range(n_experts):
+            fill = _color(load_E[expert] * len(load_E)) if expert < len(load_E) else NO_EXPERT
             left = LEFT + expert * CELL
             draw.rectangle((left, top, left + CELL - 2, top + CELL - 2), fill=fill)
     return np.asarray(image)

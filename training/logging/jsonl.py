@@ -69,22 +69,18 @@ def read_text(path: Path) -> str:
 
 def _parse(path: Path, text: str) -> list[tuple[str, dict]]:
     """Return every complete line with its row. A line is complete if it ends in a newline."""
-    *lines, _incomplete = text.split("\n")
     parsed = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
             row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or not _is_row(row):
+            times = [value for name, value in row.items() if name.startswith("time_")]
+            is_row = type(row["step"]) is int and all(type(value) in (int, float) for value in times)
+        except (ValueError, AttributeError, KeyError):  # no JSON, not an object, or without a step
+            is_row = False
+        if not is_row:
             raise UserError(f"{path} line {number} is not a row of metrics: remove the line and start again")
         parsed.append((line, row))
     return parsed
-
-
-def _is_row(row: dict) -> bool:
-    times = [value for name, value in row.items() if name.startswith("time_")]
-    return type(row.get("step")) is int and all(type(value) in (int, float) for value in times)
 
 
 def nan_to_null(value: Any) -> Any:

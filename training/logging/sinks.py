@@ -3,10 +3,9 @@
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from training.config import LoggingConfig
 from training.files import write_atomically
@@ -25,8 +24,7 @@ SINKS: dict[str, Callable[[LoggingConfig], bool]] = {
 IN_RUN_JSON = ("name", "header", "facts", "steps", "tokens_per_step", "moe_layers")
 
 
-@dataclass(frozen=True)
-class RunInfo:
+class RunInfo(NamedTuple):
     """Facts about the run that sinks may show."""
 
     dir: Path
@@ -38,7 +36,7 @@ class RunInfo:
     steps: int
     tokens_per_step: int
     moe_layers: list[int]  # indices of the layers with experts
-    facts: dict[str, Any] = field(default_factory=dict)  # plain data for programs: device, world_size, ...
+    facts: dict[str, Any]  # plain data for programs: device, world_size, ...
 
 
 class Sink:
