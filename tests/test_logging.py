@@ -642,7 +642,7 @@ def test_open_sinks_opens_the_configured_sinks_and_tensorboard_has_the_graph(tmp
     assert "step 1/4" in capsys.readouterr().out
     assert json.loads((tmp_path / "run.json").read_text())["header"]["device"] == "cpu"
     assert [type(sink).__name__ for sink in open_sinks(LoggingConfig(tensorboard=False), run_in(tmp_path))] == [
-        "JSONLSink", "PlainConsole"
+        "JSONLSink", "Console"
     ]  # fmt: skip
 
 

@@ -32,9 +32,8 @@ def metric_charts(rows: list[dict], groups: Sequence[str], layer_names: Sequence
     for metric in METRICS:
         if metric.chart is not None and metric.group in groups:
             _, curves = charts.setdefault(metric.chart.title, (metric.chart, []))
-            curves += _metric_curves(metric, rows, layer_names)
-    last = rows[-1]["step"] if rows else 1
-    return [data for spec, curves in charts.values() if (data := chart(spec, last, curves)) is not None]
+            curves += [curve for curve in _metric_curves(metric, rows, layer_names) if curve.points]
+    return [chart(spec, rows[-1]["step"], curves) for spec, curves in charts.values() if curves]
 
 
 def _metric_curves(metric: Metric, rows: list[dict], layer_names: Sequence[str]) -> list[Curve]:
@@ -58,11 +57,8 @@ def _layer_curve(values: list[tuple[int, list[float | None]]], layer: int, names
     return Curve(names[layer], "layer", kept, 100 * layer // max(len(names) - 1, 1))
 
 
-def chart(spec: Chart, last: int, curves: list[Curve]) -> dict | None:
-    """Return the chart over steps 1 to `last` as plain data; None if no curve has a point."""
-    curves = [curve for curve in curves if curve.points]
-    if not curves:
-        return None
+def chart(spec: Chart, last: int, curves: list[Curve]) -> dict:
+    """Return the chart over steps 1 to `last` as plain data."""
     values = [value for curve in curves for _, value in curve.points]
     low, high = value_range(values, spikes=spec.spikes, zero=spec.zero)
     labeled = [curve for curve in curves if curve.label]

@@ -6,16 +6,13 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any
 
 from training.config import LoggingConfig
 from training.logging.format import clock, count, layer_name, number, without_control_chars
 from training.logging.metrics import console_fields, expert_load
 from training.logging.phases import as_text
 from training.logging.sinks import RunInfo, Sink
-
-if TYPE_CHECKING:
-    from rich.console import Group
 
 RECENT_STEPS = 50  # averaged for the ETA
 PATIENCE = 200  # steps until an expert counts as dead, and between two lines about a layer at least
@@ -26,16 +23,18 @@ def open_sink(run: RunInfo, config: LoggingConfig) -> Sink:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a sample may have characters that the terminal's encoding lacks
     is_live = sys.stdout.isatty() and os.environ.get("TERM") not in (None, "dumb", "unknown")
-    return LiveConsole(run) if is_live else PlainConsole(run, config.every)
+    return (LiveConsole if is_live else Console)(run, config.every)
 
 
 class Console(Sink):
-    """Base of both consoles: the order of output. A console defines how to print a step, event, sample and the end."""
+    """A header, a line every `every` steps, the evaluations, samples and dead experts, and a closing summary."""
 
-    def __init__(self, run: RunInfo) -> None:
-        self.run, self.step, self.is_closed = run, run.start_step, False
+    def __init__(self, run: RunInfo, every: int) -> None:
+        self.run, self.every, self.step, self.is_closed = run, every, run.start_step, False
         self.recent_s: deque[float] = deque(maxlen=RECENT_STEPS)
         self.dead_experts = {layer: DeadExpertWatch(layer) for layer in run.moe_layers}
+        with drop_output_nobody_reads():
+            self.print_header()
 
     @property
     def eta(self) -> str:
@@ -69,15 +68,8 @@ class Console(Sink):
     def refresh(self) -> None:
         """Draw the live part, if there is one."""
 
-
-class PlainConsole(Console):
-    """A header, a line every `every` steps, the evaluations, samples and dead experts, and a closing summary."""
-
-    def __init__(self, run: RunInfo, every: int) -> None:
-        super().__init__(run)
-        self.every = every
-        with drop_output_nobody_reads():
-            print(run.name, *aligned(run.header), "", sep="\n")
+    def print_header(self) -> None:
+        print(self.run.name, *aligned(self.run.header), "", sep="\n")
 
     def print_step(self, row: dict) -> None:
         if row["step"] % self.every == 0 or row["step"] == self.run.steps:
@@ -97,20 +89,18 @@ class PlainConsole(Console):
 class LiveConsole(Console):
     """A bar and the newest numbers at the bottom of the terminal; lines that stay are printed above it."""
 
-    def __init__(self, run: RunInfo) -> None:
+    def print_header(self) -> None:
         from rich.console import Console as Terminal
         from rich.live import Live
 
-        super().__init__(run)
         self.row: dict = {}  # the newest
         self.evaluation: list[str] = []  # its first field, from the newest row that has one
         self.terminal = Terminal(highlight=False, emoji=False, markup=False)
         self.live = Live(get_renderable=self.render, console=self.terminal, auto_refresh=False)
-        with drop_output_nobody_reads():
-            self.terminal.print(run.name, style="bold")
-            self._print_table(run.header)
-            self.terminal.print()
-            self.live.start(refresh=True)
+        self.terminal.print(self.run.name, style="bold")
+        self._print_table(self.run.header)
+        self.terminal.print()
+        self.live.start(refresh=True)
 
     def print_step(self, row: dict) -> None:
         self.row = row
@@ -138,7 +128,7 @@ class LiveConsole(Console):
     def refresh(self) -> None:
         self.live.refresh()
 
-    def render(self) -> "Group":
+    def render(self) -> Any:
         """Return two lines for a wide terminal; on a narrow one the numbers take as many as they need."""
         from rich.columns import Columns
         from rich.console import Group
@@ -179,11 +169,10 @@ class DeadExpertWatch:
         """Return the line to print after a step with this load. The loads of all calls are consecutive."""
         from training.model.metrics import dead_expert_threshold  # imports torch
 
-        threshold, n_experts = dead_expert_threshold(len(load_E)), len(load_E)
-        before_E = self.dead_steps_E or [0] * n_experts
+        threshold = dead_expert_threshold(len(load_E))
+        before_E = self.dead_steps_E or [0] * len(load_E)
         self.dead_steps_E = [(n + 1) * (share < threshold) for n, share in zip(before_E, load_E, strict=True)]
         self.quiet = max(self.quiet - 1, 0)
-
         dead = [n for n in self.dead_steps_E if n >= PATIENCE]
         if not dead:
             self.reported = (0, 0)
@@ -192,10 +181,8 @@ class DeadExpertWatch:
         if self.quiet or (len(dead) <= n_reported and min(dead) < 2 * steps_reported):
             return None
         self.reported, self.quiet = (len(dead), min(dead)), PATIENCE
-        return (
-            f"{layer_name(self.layer)}: {len(dead)} of {n_experts} experts received < {100 * threshold:.2g} % "
-            f"of tokens for {min(dead)} steps"
-        )
+        experts = f"{len(dead)} of {len(load_E)} experts"
+        return f"{layer_name(self.layer)}: {experts} received < {100 * threshold:.2g} % of tokens for {min(dead)} steps"
 
 
 def closing(summary: dict) -> dict[str, str]:
@@ -229,7 +216,6 @@ def aligned(facts: dict[str, str]) -> list[str]:
 
 
 def sample_text(sample: dict) -> str:
-    """Return the prompt and its continuation."""
     return without_control_chars(sample["prompt"] + sample["text"].rstrip())
 
 

@@ -1,13 +1,11 @@
-"""The model as a graph for TensorBoard, recorded from one forward pass.
+"""The model as a graph for TensorBoard, recorded from one forward pass: a node is an operation as the source writes it.
 
-`torch.jit.trace`, which `SummaryWriter.add_graph` uses, is deprecated and turns data-dependent routing into hundreds of
-primitive operations. Here a node is an operation as the source writes it, in the scope of the module that calls it.
-Views are left out, and a module with one operation is a single node.
+`torch.jit.trace`, as in `SummaryWriter.add_graph`, turns data-dependent routing into hundreds of primitive operations.
 """
 
 from collections import Counter
 from contextlib import ExitStack
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -23,10 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def trace_graph(model: nn.Module, *inputs: Any) -> GraphDef:
-    """Return the graph of `model(*inputs)`; leaves the weights and the modules' modes unchanged.
-
-    Operations that PyTorch does not dispatch, such as those inside a compiled kernel, are missing.
-    """
+    """Return the graph of `model(*inputs)` and leave the model unchanged. The inside of a compiled kernel is missing."""
     recorder = Recorder(model, inputs)
     with ExitStack() as undo:
         for module in model.modules():
@@ -40,14 +35,14 @@ def trace_graph(model: nn.Module, *inputs: Any) -> GraphDef:
 
 
 class Recorder(TorchFunctionMode):
-    """Records every operation under it as a node. A tensor's producer is the node that last wrote its storage."""
+    """Records every operation under it as a node, without views; a tensor's producer last wrote its storage."""
 
     def __init__(self, model: nn.Module, inputs: tuple) -> None:
         super().__init__()
         self.nodes: list[NodeDef] = []
         self.names: Counter[str] = Counter()
         self.module_names = {module: name for name, module in model.named_modules()}
-        self.scopes: list[str] = []  # of the modules that run: "", "blocks.0/", "blocks.0/mixer/"
+        self.scopes = [""]  # of the modules that run: "", "blocks.0/", "blocks.0/mixer/"
         self.producer: dict[int, str] = {}
         self.weights = {storage_id(parameter) for parameter in model.parameters()}
         self.alive: list[Tensor] = []  # keeps every storage, so that no address is reused
@@ -67,7 +62,7 @@ class Recorder(TorchFunctionMode):
 
     def enter_module(self, module: nn.Module, _args: tuple) -> None:
         """Make the module a scope of the graph until `leave_module`."""
-        outer, name = self.scopes[-1] if self.scopes else "", self.module_names[module]
+        outer, name = self.scopes[-1], self.module_names[module]
         self.scopes.append(f"{outer}{name.removeprefix(outer.replace('/', '.'))}/" if name else "")
 
     def leave_module(self, _module: nn.Module, _args: tuple, _output: Any) -> None:
@@ -75,7 +70,7 @@ class Recorder(TorchFunctionMode):
 
     def add(self, name: str, operation: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """Add a node in the current scope and make it the producer of the outputs."""
-        name = (self.scopes[-1] if self.scopes else "") + name
+        name = self.scopes[-1] + name
         self.names[name] += 1
         name = name if self.names[name] == 1 else f"{name}_{self.names[name] - 1}"
         sources = dict.fromkeys(self.producer[storage_id(t)] for t in inputs if storage_id(t) in self.producer)
@@ -102,17 +97,11 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def shorten_names(nodes: list[NodeDef]) -> list[NodeDef]:
     """Name each node by the outermost scope that contains no other node."""
-    n_nodes = Counter(scope for node in nodes for scope in scopes_of(node.name))
-
-    def short(name: str) -> str:
-        return next((scope for scope in scopes_of(name) if n_nodes[scope] == 1), name)
-
+    # "a/b/c" is in the scopes "a" and "a/b".
+    scopes = {node.name: list(accumulate(node.name.split("/")[:-1], "{}/{}".format)) for node in nodes}
+    n_nodes = Counter(chain.from_iterable(scopes.values()))
+    short = {name: next((scope for scope in scopes[name] if n_nodes[scope] == 1), name) for name in scopes}
     for node in nodes:
-        node.input[:] = [short(name) for name in node.input]
-        node.name = short(node.name)
+        node.input[:] = [short[name] for name in node.input]
+        node.name = short[node.name]
     return nodes
-
-
-def scopes_of(name: str) -> list[str]:
-    """Return the scopes of a node from the outermost: ["a", "a/b"] for "a/b/c"."""
-    return list(accumulate(name.split("/")[:-1], "{}/{}".format))

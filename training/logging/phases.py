@@ -1,12 +1,9 @@
-"""Where the time of a run goes: every moment belongs to one phase of `PHASES`.
+"""Where the main rank's time goes, over all restarts of a run: every moment belongs to one phase of `PHASES`.
 
-The loop calls `PhaseTimer.enter` where one phase ends and the next begins. On CUDA that records an event in the
-device's queue, which is read when rows are fetched: nothing waits inside a step, and a phase lasts as long as it keeps
-the device busy. Reading a batch while the device still computes costs nothing; if the device waits for it, that is
-`data`. Elsewhere the host's clock counts. Collectives inside forward and backward (FSDP2, tokens to experts on other
-ranks) overlap with them and count as `compute`; `communication` is all other waiting for ranks.
-
-Logs and checkpoints have the main rank's times. Their sums cover all restarts of the run.
+On CUDA `PhaseTimer` records events in the device's queue and reads them when rows are fetched: nothing waits inside a
+step, and a phase lasts as long as it keeps the device busy. Reading a batch while the device computes costs nothing; if
+the device waits for it, that is `data`. Elsewhere the host's clock counts. Collectives inside forward and backward
+overlap with them and count as `compute`; `communication` is all other waiting for ranks.
 """
 
 import time
@@ -93,10 +90,7 @@ class PhaseTimer:
         del self._marks[:-1]
 
     def row_times(self, n_steps: int) -> dict[str, float]:
-        """Return a row's `time_data`, ...: seconds per step of each phase over the `n_steps` since the last call.
-
-        They add up to the time that passed: an evaluation or save after a row counts in the next row.
-        """
+        """Return a row's `time_data`, ...: each phase's seconds per step over the `n_steps` since the last call."""
         self.flush()
         elapsed, self._since_row = self._since_row, dict.fromkeys(PHASES, 0.0)
         return {
@@ -126,8 +120,7 @@ class PhaseTimer:
     def add_lost_time(self, rows: Iterable[dict], step: int) -> None:
         """Count the time of the rows past `step`, which are about to be removed, as `redone`.
 
-        Call it after `load_state_dict`. Time lost to an earlier kill is included: the first row after that kill has
-        it as `time_redone`.
+        Call it after `load_state_dict`. Time lost to an earlier kill is in those rows as `time_redone`.
         """
         lost = sum(phase_seconds(row for row in rows if row["step"] > step).values())
         if lost:  # the first of these rows contains the checkpoint's `since_row`, which counts already

@@ -5,13 +5,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from training.config import LoggingConfig
 from training.files import write_atomically
-
-if TYPE_CHECKING:
-    import torch
 
 # Modules of this folder, and if the options enable their sink. Each has `open_sink(run, config) -> Sink`.
 # metrics.jsonl comes first: it is the log of record. The console comes last: it prints once all others are open.
@@ -46,8 +43,8 @@ class Sink:
         """Write the rows of consecutive steps; each row comes once."""
         raise NotImplementedError
 
-    def write_graph(self, model: "torch.nn.Module", *inputs: Any) -> None:
-        """Draw the graph of `model(*inputs)`; a sink that cannot draw ignores it."""
+    def write_graph(self, model: Any, *inputs: Any) -> None:
+        """Draw the graph of `model(*inputs)`, a torch.nn.Module; a sink that cannot draw ignores it."""
 
     def close(self, summary: dict | None) -> None:
         """Close; harmless if repeated. `summary` is the content of summary.json, None if the run was interrupted."""

@@ -27,25 +27,21 @@ class WandbSink(Sink):
         try:
             import wandb
         except ImportError as error:
-            raise UserError(
-                "logging.wandb needs Weights & Biases: pip install wandb, or remove logging.wandb"
-            ) from error
+            reason = "logging.wandb needs Weights & Biases: pip install wandb, or remove logging.wandb"
+            raise UserError(reason) from error
         self.wandb, self.is_closed = wandb, False
         self.histogram_every, self.steps, self.moe_layers = histogram_every, run.steps, run.moe_layers
         self.marker = run.dir / "wandb.json"
         self.state = _load_state(self.marker, run.name)
-        settings = wandb.Settings(silent=True, console="off", finish_timeout=FINISH_TIMEOUT_S)
-        wandb.setup(settings=wandb.Settings(silent=True))
-        self.run = _init(wandb, config, run, id=self.state["id"], settings=settings)
+        self.run = _init(wandb, config, run, self.state["id"])
         self.state["step"] = max(self.state["step"], self.run.step - 1)
 
     def write(self, rows: list[dict]) -> None:
-        new = [row for row in rows if row["step"] > self.state["step"]]
-        for row in new:
-            self.run.log(self._values(row), step=row["step"])
-        if new:
-            self.state["step"] = new[-1]["step"]
-            write_atomically(self.marker, json.dumps(self.state) + "\n")
+        for row in rows:
+            if row["step"] > self.state["step"]:
+                self.run.log(self._values(row), step=row["step"])
+                self.state["step"] = row["step"]
+        write_atomically(self.marker, json.dumps(self.state) + "\n")
 
     def close(self, summary: dict | None) -> None:
         if self.is_closed:
@@ -78,25 +74,22 @@ def _load_state(marker: Path, name: str) -> dict:
     return state
 
 
-def _init(wandb: Any, config: WandbConfig, run: RunInfo, **options: Any) -> Any:
+def _init(wandb: Any, config: WandbConfig, run: RunInfo, run_id: str) -> Any:
     """Start or resume the W&B run, offline if the network does not answer.
 
     Raises UserError if there is no API key or the server refuses it.
     """
-    options |= {"project": config.project, "entity": config.entity, "name": run.name, "resume": "allow"}
+    options = {"project": config.project, "entity": config.entity, "name": run.name, "id": run_id, "resume": "allow"}
     options |= {"dir": str(run.dir), "config": run.config}
+    options["settings"] = wandb.Settings(silent=True, console="off", finish_timeout=FINISH_TIMEOUT_S)
+    wandb.setup(settings=wandb.Settings(silent=True))
     try:
         return wandb.init(mode=config.mode, **options)
     except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
-        raise UserError(
-            f"Weights & Biases: {str(error).splitlines()[0]} Run `wandb login`, set WANDB_API_KEY, "
-            "or pass --logging.wandb.mode offline"
-        ) from error
+        remedy = "Run `wandb login`, set WANDB_API_KEY, or pass --logging.wandb.mode offline"
+        raise UserError(f"Weights & Biases: {str(error).splitlines()[0]} {remedy}") from error
     except wandb.errors.CommError as error:
-        reason, folder = str(error).splitlines()[0], run.dir / "wandb"
-        print(
-            f"Weights & Biases does not answer ({reason}); logging offline to {folder}, upload it with `wandb sync`",
-            file=sys.stderr,
-        )
+        problem = f"does not answer ({str(error).splitlines()[0]}); logging offline to {run.dir / 'wandb'}"
+        print(f"Weights & Biases {problem}, upload it with `wandb sync`", file=sys.stderr)
         wandb.teardown()  # its process still holds the run's id
         return wandb.init(mode="offline", **options)
