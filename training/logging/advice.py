@@ -1,7 +1,4 @@
-"""Advice after a run, from its measurements: was memory enough, where did the time go, did the model learn?
-
-Each question gets lines with a figure and a remedy, or one line that there is nothing to improve.
-"""
+"""Advice after a run, from its measurements: was memory enough, where did the time go, did the model learn?"""
 
 import math
 from collections.abc import Iterator
@@ -59,9 +56,8 @@ def facts_from_rows(rows: list[dict], config: Config, *, memory_gib: float, peak
 
     `memory_gib` is the device's memory, `peak_gib` this process's peak, for a run without rows.
     """
-    norms, mfu = [norm for _, norm in points(rows, "grad_norm")], [share for _, share in points(rows, "mfu")]
-    peak = max((gib for _, gib in points(rows, "memory_gib")), default=peak_gib)
-    clip, last = config.optim.grad_clip, rows[-1] if rows else {}
+    norms, mfu, gib = ([value for _, value in points(rows, key)] for key in ("grad_norm", "mfu", "memory_gib"))
+    clip, last, peak = config.optim.grad_clip, rows[-1] if rows else {}, max(gib, default=peak_gib)
     return Facts(
         config=config,
         mfu=median(mfu) if mfu else None,
@@ -77,7 +73,7 @@ def facts_from_rows(rows: list[dict], config: Config, *, memory_gib: float, peak
 
 
 def advice(facts: Facts) -> list[str]:
-    """Return a line or more on each of memory, speed and learning."""
+    """Return lines with a figure and a remedy on memory, speed and learning, or that there is nothing to improve."""
     figures = {
         memory: f"peak {facts.memory_gib:.1f} GiB, {facts.memory_share:.0%} of the device",
         speed: f"{goodput(facts.seconds) or 0:.0%} of the time went into steps",
@@ -144,13 +140,8 @@ def learning(facts: Facts) -> Iterator[str]:
     if dead:
         remedy = "raise bias_rate or switch_weight of their layers, or use fewer experts"
         yield f"{dead} of {facts.n_experts} experts are dead; {remedy}"
-    if facts.val_losses:
-        yield from validation(facts)
-
-
-def validation(facts: Facts) -> Iterator[str]:
-    """Yield advice if the validation loss is high, rises, or still falls."""
-    curve = facts.val_losses
+    if not (curve := facts.val_losses):
+        return
     (best_step, best), (last_step, last) = min(curve, key=lambda point: point[1]), curve[-1]
     share = last / math.log(facts.vocab_size)
     if share > LIMITS["hardly"]:

@@ -12,8 +12,6 @@ import torch
 from tensorboard.compat.proto.attr_value_pb2 import AttrValue
 from tensorboard.compat.proto.graph_pb2 import GraphDef
 from tensorboard.compat.proto.node_def_pb2 import NodeDef
-from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
-from tensorboard.compat.proto.versions_pb2 import VersionDef
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
@@ -21,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def trace_graph(model: nn.Module, *inputs: Any) -> GraphDef:
-    """Return the graph of `model(*inputs)` and leave the model unchanged. The inside of a compiled kernel is missing."""
+    """Return the graph of `model(*inputs)`, leave the model as it is. The inside of compiled kernels is missing."""
     recorder = Recorder(model, inputs)
     with ExitStack() as undo:
         for module in model.modules():
@@ -31,7 +29,7 @@ def trace_graph(model: nn.Module, *inputs: Any) -> GraphDef:
         undo.callback(register_module_forward_hook(recorder.leave_module).remove)
         with torch.no_grad(), recorder:
             model(*inputs)
-    return GraphDef(node=shorten_names(recorder.nodes), versions=VersionDef(producer=22))
+    return GraphDef(node=shorten_names(recorder.nodes), versions={"producer": 22})
 
 
 class Recorder(TorchFunctionMode):
@@ -75,9 +73,8 @@ class Recorder(TorchFunctionMode):
         name = name if self.names[name] == 1 else f"{name}_{self.names[name] - 1}"
         sources = dict.fromkeys(self.producer[storage_id(t)] for t in inputs if storage_id(t) in self.producer)
         n_parameters = sum(tensor.numel() for tensor in inputs if storage_id(tensor) in self.weights)
-        dims = ([TensorShapeProto.Dim(size=size) for size in tensor.shape] for tensor in outputs)
-        shapes = AttrValue.ListValue(shape=[TensorShapeProto(dim=dim) for dim in dims])
-        attributes = {"_output_shapes": AttrValue(list=shapes)}
+        shapes = [{"dim": [{"size": size} for size in tensor.shape]} for tensor in outputs]
+        attributes = {"_output_shapes": AttrValue(list={"shape": shapes})}
         if n_parameters:
             attributes["parameters"] = AttrValue(i=n_parameters)
         self.nodes.append(NodeDef(name=name, op=operation, input=list(sources), attr=attributes))

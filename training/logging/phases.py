@@ -7,7 +7,6 @@ overlap with them and count as `compute`; `communication` is all other waiting f
 """
 
 import time
-from collections.abc import Iterable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -30,13 +29,9 @@ RARE = ("start", "redone")  # in a row only if they are not 0
 MIN_SHARE = 0.005  # a smaller share rounds to 0 %
 
 
-def phase_seconds(rows: Iterable[dict]) -> dict[str, float]:
+def phase_seconds(rows: list[dict]) -> dict[str, float]:
     """Return the seconds by phase that the rows add up to."""
-    sums = dict.fromkeys(PHASES, 0.0)
-    for row in rows:
-        for phase in PHASES:
-            sums[phase] += row.get(f"time_{phase}") or 0.0
-    return sums
+    return {phase: sum((row.get(f"time_{phase}") or 0.0 for row in rows), 0.0) for phase in PHASES}
 
 
 def goodput(seconds: dict[str, float]) -> float | None:
@@ -112,17 +107,18 @@ class PhaseTimer:
 
     def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
         """Add a checkpoint's sums; {} adds nothing."""
+        seconds, since_row = state.get("seconds", {}), state.get("since_row", {})
         for phase in PHASES:
-            self.seconds[phase] += state.get("seconds", {}).get(phase, 0.0)
-            self._since_row[phase] += state.get("since_row", {}).get(phase, 0.0)
-        self._since_row_at_load = sum(state.get("since_row", {}).values())
+            self.seconds[phase] += seconds.get(phase, 0.0)
+            self._since_row[phase] += since_row.get(phase, 0.0)
+        self._since_row_at_load = sum(since_row.values())
 
-    def add_lost_time(self, rows: Iterable[dict], step: int) -> None:
+    def add_lost_time(self, rows: list[dict], step: int) -> None:
         """Count the time of the rows past `step`, which are about to be removed, as `redone`.
 
         Call it after `load_state_dict`. Time lost to an earlier kill is in those rows as `time_redone`.
         """
-        lost = sum(phase_seconds(row for row in rows if row["step"] > step).values())
+        lost = sum(phase_seconds([row for row in rows if row["step"] > step]).values())
         if lost:  # the first of these rows contains the checkpoint's `since_row`, which counts already
             self._add("redone", max(0.0, lost - self._since_row_at_load))
 

@@ -20,13 +20,34 @@ RECENT_STEPS = 50  # averaged for the expert load at the end
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `run_dir / "report.html"` from the files of a run, finished or not, and return its path.
+    """Write `run_dir / "report.html"` from the files of a run, each of which may be missing, and return its path.
 
-    Reads metrics.jsonl, summary.json, run.json, experts.json and config.yaml, each of which may be missing.
     Raises UserError if one cannot be read or was not written by a run, or if the page cannot be written.
     """
     try:
-        page = _page(run_dir)
+        rows = read_rows(run_dir / "metrics.jsonl")
+        summary, run, experts = (_read_json(run_dir / f"{name}.json") for name in ("summary", "run", "experts"))
+        newest = {key: value for row in rows for key, value in row.items() if value is not None}
+        seconds = summary.get("time") or phase_seconds(rows)
+        evaluations = [row for row in rows if row.get("samples")]
+        page = _template().render(
+            name=run.get("name", run_dir.resolve().name),
+            summary_sentence=summary_sentence(rows, summary, run.get("steps")),
+            progress=rows[-1]["step"] / run["steps"] if rows and run and not summary else None,
+            key_figures=key_figures(rows, newest | summary),
+            charts=metric_charts(rows, ("step", "validation")),
+            routing=routing(rows, newest, run.get("moe_layers")),
+            experts=experts,
+            evaluations=evaluations[:1] + evaluations[1:][-1:],
+            phases=PHASES,
+            seconds=seconds,
+            shares=phase_shares(seconds),
+            goodput=goodput(seconds),
+            advice=[line.partition(": ") for line in summary.get("advice", ())],
+            header=run.get("header", {}),
+            next=summary.get("next", []),
+            config=read_text(run_dir / "config.yaml"),
+        )
     except UserError:
         raise
     except Exception as error:  # files edited by hand can fail in any way
@@ -41,32 +62,6 @@ def update_report(run_dir: Path) -> None:
         write_report(run_dir)
     except UserError as error:
         print(f"{error}; the report is not updated", file=sys.stderr)
-
-
-def _page(run_dir: Path) -> str:
-    rows = read_rows(run_dir / "metrics.jsonl")
-    summary, run, experts = (_read_json(run_dir / f"{name}.json") for name in ("summary", "run", "experts"))
-    newest = {key: value for row in rows for key, value in row.items() if value is not None}
-    seconds = summary.get("time") or phase_seconds(rows)
-    evaluations = [row for row in rows if row.get("samples")]
-    return _template().render(
-        name=run.get("name", run_dir.resolve().name),
-        summary_sentence=summary_sentence(rows, summary, run.get("steps")),
-        progress=rows[-1]["step"] / run["steps"] if rows and run and not summary else None,
-        key_figures=key_figures(rows, newest | summary),
-        charts=metric_charts(rows, ("step", "validation")),
-        routing=routing(rows, newest, run.get("moe_layers")),
-        experts=experts,
-        evaluations=evaluations[:1] + evaluations[1:][-1:],
-        phases=PHASES,
-        seconds=seconds,
-        shares=phase_shares(seconds),
-        goodput=goodput(seconds),
-        advice=[line.partition(": ") for line in summary.get("advice", ())],
-        header=run.get("header", {}),
-        next=summary.get("next", []),
-        config=read_text(run_dir / "config.yaml"),
-    )
 
 
 def summary_sentence(rows: list[dict], summary: dict, steps: int | None) -> str:
@@ -105,13 +100,11 @@ def _figures(rows: list[dict], known: dict, group: str) -> list[tuple[str, str]]
 
 
 def routing(rows: list[dict], newest: dict, moe_layers: list[int] | None) -> dict[str, Any] | None:
-    """Return the figures, heat map and charts of the experts; None for a dense run.
-
-    If `moe_layers` is None, as in a folder without run.json, MoE layers are numbered among themselves.
-    """
+    """Return the figures, heat map and charts of the experts; None for a dense run."""
     table = load_table(rows)
     if not table:
         return None
+    # A folder without run.json does not have the places of MoE layers in the network.
     names = [layer_name(i) for i in moe_layers] if moe_layers else [f"MoE layer {i + 1}" for i in range(len(table))]
     return {
         "figures": _figures(rows, newest, "router"),

@@ -18,7 +18,6 @@ SINKS: dict[str, Callable[[LoggingConfig], bool]] = {
     "wandb": lambda config: config.wandb is not None,
     "console": lambda _: True,
 }
-IN_RUN_JSON = ("name", "header", "facts", "steps", "tokens_per_step", "moe_layers")
 
 
 class RunInfo(NamedTuple):
@@ -51,11 +50,10 @@ class Sink:
 
 
 def open_sinks(config: LoggingConfig, run: RunInfo) -> list[Sink]:
-    """Write run.json and open the sinks that `config` asks for, in the order of `SINKS`.
-
-    Raises UserError if a file cannot be written or Weights & Biases is not set up.
-    """
-    content = {name: getattr(run, name) for name in IN_RUN_JSON}
+    """Write run.json and open the sinks that `config` enables. Raises UserError if one cannot work."""
+    content = {
+        name: getattr(run, name) for name in ("name", "header", "facts", "steps", "tokens_per_step", "moe_layers")
+    }
     write_atomically(run.dir / "run.json", json.dumps(content, indent=2) + "\n")
     sinks: list[Sink] = []
     with ExitStack() as on_error:
