@@ -26,10 +26,10 @@ class TrainingRun:
 
     def step(self) -> None:
         """Train one step as the training loop does; its metrics are fetched every `logging.every` steps."""
-        run = self.setup
-        metrics = train_step(self.config, run.model, run.optimizer, run.loader, run.micro_batch, run.state, self.phase)
-        self.log.add(run.state.step, *metrics, run.state.guard.n_skipped)
-        if run.state.step % self.config.logging.every == 0:
+        state = self.setup.state
+        metrics = train_step(self.setup, self.phase)
+        self.log.add(state.step, *metrics, state.guard.n_skipped)
+        if state.step % self.config.logging.every == 0:
             self.log.fetch()
             self.log.write()
 

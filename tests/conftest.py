@@ -107,8 +107,7 @@ class BuiltRun:
         """Train one step and keep its metrics."""
         from training import engine
 
-        parts = (self.config, self.sharded, self.optimizer, self.setup.loader, self.setup.micro_batch, self.state)
-        metrics = engine.train_step(*parts, self.phase)
+        metrics = engine.train_step(self.setup, self.phase)
         self.log.add(self.state.step, *metrics, self.state.guard.n_skipped)
 
     def rows(self) -> list[dict]:
@@ -137,7 +136,7 @@ class BuiltRun:
 
     def close(self) -> None:
         """Close the log, once nothing is being saved."""
-        self.checkpoints.writer.close()
+        self.checkpoints.close()
         self.log.close()
 
 
@@ -200,13 +199,13 @@ class AtStep:
         self.after: list[tuple[int, Callable]] = []
         original = engine.train_step
 
-        def train_step(config, model, optimizer, loader, micro_batch, state, phase):
-            step = state.step + 1
+        def train_step(setup, phase):
+            step, model = setup.state.step + 1, setup.model.model
             for action in [action for n, action in self.before if n == step]:
-                action(model.model)
-            metrics = original(config, model, optimizer, loader, micro_batch, state, phase)
+                action(model)
+            metrics = original(setup, phase)
             for action in [action for n, action in self.after if n == step]:
-                action(model.model)
+                action(model)
             return metrics
 
         monkeypatch.setattr(engine, "train_step", train_step)

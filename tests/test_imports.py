@@ -1,4 +1,4 @@
-"""Importing a part of the package does not load slow modules that it may never use: they cost over a second of CPU."""
+"""Importing or running a part of the package does not load slow modules that it does not use: over a second of CPU."""
 
 import json
 
@@ -40,3 +40,17 @@ def loaded() -> dict[str, list[str]]:
 @pytest.mark.parametrize("name", MODULES)
 def test_importing_it_loads_no_slow_module(name, loaded):
     assert loaded[name] == []
+
+
+def test_generation_and_evaluation_of_a_dense_model_load_no_slow_module(finished):
+    folder = finished()
+    program = f"""if True:
+        import sys
+        from training import evaluate, generate
+        assert generate.main(["--run", {str(folder)!r}, "--prompt", "import", "--tokens", "3", "--device", "cpu"]) == 0
+        assert evaluate.main(["--run", {str(folder)!r}, "--device", "cpu"]) == 0
+        print([slow for slow in {SLOW} if slow in sys.modules])
+    """
+    done = command("-c", program)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from training import device as devices
 from training.data.loader import Samples
 from training.engine import step
-from training.engine.due import Events
 from training.engine.evaluate import validation_loss
+from training.engine.loop import Events
 from training.engine.step import clip_gradients
 from training.errors import UserError
-from training.optim.loss_scale import LossScale
+from training.optim.optimizer import LossScale
 from training.train import train
 
 CPU = torch.device("cpu")
@@ -172,7 +172,7 @@ def test_the_learning_rate_in_the_log_is_the_one_of_the_step(build_run):
 
 
 def test_the_loss_scale_doubles_after_2000_good_steps_and_halves_after_a_bad_one():
-    scale = LossScale(8.0)
+    scale = LossScale(8.0, good_steps=0)
     for _ in range(1999):
         scale.update(True)
     assert scale.scale == 8

@@ -64,9 +64,9 @@ def around_steps(monkeypatch, around) -> None:
     """Run each step of `train` inside the context `around(state)`."""
     original = engine.train_step
 
-    def train_step(config, model, optimizer, loader, micro_batch, state, phase):
-        with around(state):
-            return original(config, model, optimizer, loader, micro_batch, state, phase)
+    def train_step(setup, phase):
+        with around(setup.state):
+            return original(setup, phase)
 
     monkeypatch.setattr(engine, "train_step", train_step)
 

@@ -5,6 +5,7 @@ import math
 import random
 import shutil
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from conftest import poison_loss, rows, tensors, write_config
 from safetensors.torch import load_file
 
 from training import checkpoint, engine
-from training.engine.guard import MAX_CONSECUTIVE, MIN_WINDOW, WINDOW, StepGuard
+from training.engine.guard import MAX_CONSECUTIVE, MIN_WINDOW, WINDOW
+from training.engine.state import TrainState
 from training.errors import UserError
 from training.logging.report import write_report
 from training.train import train
@@ -172,27 +174,32 @@ def test_a_step_that_is_nan_on_one_rank_is_skipped_by_all(processes, options, bu
 
 
 def test_a_spike_is_skipped_and_a_new_level_is_not_for_long():
-    guard, noise = StepGuard(6.0), random.Random(0)
+    guard, noise = TrainState.new().guard, random.Random(0)
+    reason_to_skip = partial(guard.reason_to_skip, spike_limit=6.0)
     level = 3.0
     for _ in range(MIN_WINDOW):
-        assert guard.reason_to_skip(level + noise.gauss(0, 0.1), 1 + noise.gauss(0, 0.1)) is None
-    assert guard.reason_to_skip(level + 0.3, 1.2) is None
-    assert guard.reason_to_skip(level + 3, 1.0).startswith("loss is 6, after a mean of")
-    assert guard.reason_to_skip(level, 5.0).startswith("grad_norm is 5, after a mean of")
-    assert guard.reason_to_skip(level - 3, 0.1) is None, "better is no spike"
+        assert reason_to_skip(level + noise.gauss(0, 0.1), 1 + noise.gauss(0, 0.1)) is None
+    assert reason_to_skip(level + 0.3, 1.2) is None
+    assert reason_to_skip(level + 3, 1.0).startswith("loss is 6, after a mean of")
+    assert reason_to_skip(level, 5.0).startswith("grad_norm is 5, after a mean of")
+    assert reason_to_skip(level - 3, 0.1) is None, "better is no spike"
     assert guard.n_skipped == 2
-    answers = [guard.reason_to_skip(level + 50, 1.0) for _ in range(MAX_CONSECUTIVE + 1)]
+    answers = [reason_to_skip(level + 50, 1.0) for _ in range(MAX_CONSECUTIVE + 1)]
     assert all(answers[:MAX_CONSECUTIVE]) and answers[MAX_CONSECUTIVE] is None
-    assert guard.reason_to_skip(level + 50, 1.0) is None, "that is the level now"
+    assert reason_to_skip(level + 50, 1.0) is None, "that is the level now"
 
 
-def test_the_window_of_spikes_is_part_of_the_state():
-    guard, again = StepGuard(3.0), StepGuard(3.0)
+@pytest.mark.parametrize("spike_limit", [3.0, None])
+def test_the_window_of_spikes_is_part_of_the_state(tmp_path, spike_limit):
+    state, path = TrainState.new(), tmp_path / "state.json"
     for step in range(2 * WINDOW):
-        guard.reason_to_skip(3 + math.sin(step), 1.0)
-    again.load_json(json.loads(json.dumps(guard.to_json())))
-    assert again == guard
-    assert len(again.losses) == WINDOW
+        state.guard.reason_to_skip(3 + math.sin(step), 1.0, spike_limit)
+    path.write_text(json.dumps(state.to_json()))
+    counts = {"total": 0, "in_a_row": 0, "spikes": 0}
+    assert json.loads(path.read_text())["skips"].keys() == counts.keys() | ({"losses", "norms"} if spike_limit else ())
+    again = TrainState.load(path)
+    assert again == state
+    assert len(again.guard.losses) == (WINDOW if spike_limit else 0)
 
 
 def test_a_run_with_spikes_skipped_resumes_to_the_same_bits(run, config):

@@ -62,7 +62,7 @@ def train(config: Config, world: World, stop_at: int | None = None) -> tuple[dic
             run.train_step()
             rows += run.rows()
             once = dict(seen)  # a batch that was tried again counts once
-            of_ranks = world.gather_bytes(b"".join(once.values()))
+            of_ranks = world.gather(b"".join(once.values()))
             tokens_of_step.append(hashlib.sha256(b"".join(of_ranks)).hexdigest())
     for hook in hooks:
         hook.remove()
@@ -160,10 +160,10 @@ def main_that_hangs(arguments: list[str]) -> int:
     hanging, slow = os.environ["HANG"], os.environ["SLOW_RECORD"].split(":")
     train_step, write = engine.train_step, JSONLSink.write
 
-    def hang(config: Config, model: Any, optimizer: Any, loader: Any, micro_batch: Any, state: Any, phase: Any) -> Any:
-        while f"{model.world.rank}:{state.step + 1}" == hanging:
+    def hang(setup: Any, phase: Any) -> Any:
+        while f"{setup.model.world.rank}:{setup.state.step + 1}" == hanging:
             pass
-        return train_step(config, model, optimizer, loader, micro_batch, state, phase)
+        return train_step(setup, phase)
 
     def write_slowly(self: JSONLSink, rows: list[dict]) -> None:
         if str(rows[-1]["step"]) == slow[0]:
@@ -215,11 +215,11 @@ def main_with_limited_memory(arguments: list[str]) -> int:
         load_tensors(*arguments)
         limit()
 
-    def step(config: Config, model: Any, optimizer: Any, loader: Any, micro_batch: Any, state: Any, phase: Any) -> Any:
-        if state.step == 2:
+    def step(setup: Any, phase: Any) -> Any:
+        if setup.state.step == 2:
             limit()
-            micro_batch.size = 128  # needs more than was used so far, which stays the process's own
-        return train_step(config, model, optimizer, loader, micro_batch, state, phase)
+            setup.micro_batch.size = 128  # needs more than was used so far, which stays the process's own
+        return train_step(setup, phase)
 
     if os.environ["LIMIT_AT"] == "load":
         build.load_tensors = load

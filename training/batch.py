@@ -1,5 +1,6 @@
 """The batch that the loader returns, the engine splits and the model reads."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,29 +25,28 @@ class Batch(NamedTuple):
         return int((self.targets_BT >= 0).sum())
 
     def rows(self, rows: slice) -> "Batch":
-        """Return the samples of a slice, with everything else unchanged."""
-        key_B = None if self.key_B is None else self.key_B[rows]
-        return self._replace(tokens_BT=self.tokens_BT[rows], targets_BT=self.targets_BT[rows], key_B=key_B)
+        """Return the samples of a slice."""
+        return self._map(lambda tensor: tensor[rows])
 
     def dummy(self) -> "Batch":
         """Return one sample of zeros, for a rank that has no samples left while others compute."""
-        zeros_1T = self.tokens_BT.new_zeros(1, self.tokens_BT.shape[1])
-        key_B = None if self.key_B is None else self.key_B.new_zeros(1)
-        return self._replace(tokens_BT=zeros_1T, targets_BT=zeros_1T, key_B=key_B)
+        return self._map(lambda tensor: tensor.new_zeros(1, *tensor.shape[1:]))
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to the device without waiting for it, and locate the documents."""
         located = None
         if self.end_of_text is not None:  # on the host: on the device the count of documents would synchronize
             located = find_documents(self.tokens_BT, self.end_of_text).to(device)
-        key_B = None if self.key_B is None else _to_device(self.key_B, device)
-        tokens_BT, targets_BT = _to_device(self.tokens_BT, device), _to_device(self.targets_BT, device)
-        return self._replace(tokens_BT=tokens_BT, targets_BT=targets_BT, key_B=key_B, documents=located)
 
+        def copy(tensor: Tensor) -> Tensor:
+            if device.type != "cuda":
+                return tensor.to(device)
+            pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            pinned.numpy()[...] = tensor.numpy()  # `copy_` would wake all threads, which takes milliseconds
+            return pinned.to(device, non_blocking=True)
 
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    if device.type != "cuda":
-        return tensor.to(device)
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    pinned.numpy()[...] = tensor.numpy()  # `copy_` would wake all threads, which takes milliseconds
-    return pinned.to(device, non_blocking=True)
+        return self._map(copy)._replace(documents=located)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        key_B = None if self.key_B is None else change(self.key_B)
+        return self._replace(tokens_BT=change(self.tokens_BT), targets_BT=change(self.targets_BT), key_B=key_B)

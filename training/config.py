@@ -51,9 +51,7 @@ class AttentionConfig(MixerConfig):
         unit="heads",
         ge=1,
     )
-    softcap: float | None = option(
-        None, "bound scores smoothly by softcap x tanh(score / softcap); null: no bound", gt=0
-    )
+    softcap: float | None = option(None, "bound scores by softcap x tanh(score / softcap); null: no bound", gt=0)
     qk_norm: bool = option(False, "apply RMSNorm to the queries and keys of each head")
     rope: bool = option(True, "apply RoPE to queries and keys, if model.position is rope")
 
@@ -94,13 +92,9 @@ class LatentConfig(MixerConfig):
     """Multi-head latent attention (MLA, arXiv:2405.04434): keys and values are projections of one short vector."""
 
     type: Literal["latent"] = "latent"
-    kv_rank: int = option(
-        512, "rank of the key and value projections; width of the cached vector", unit="channels", ge=1
-    )
+    kv_rank: int = option(512, "rank of the key and value projections; width of the cache", unit="channels", ge=1)
     q_rank: int | None = option(None, "rank of the query projection; null: full rank", unit="channels", ge=1)
-    rope_dim: int = option(
-        64, "additional width of each head, with RoPE; all heads share one key of this width", unit="channels", ge=2
-    )
+    rope_dim: int = option(64, "width added to each head, with RoPE; one key for all heads", unit="channels", ge=2)
     value_dim: int | None = option(None, "width of a head's values; null: head_dim", unit="channels", ge=1)
 
     def with_explicit_sizes(self, model: "ModelConfig") -> Self:
@@ -149,9 +143,7 @@ class MoEConfig(Section):
     switch_weight: float = option(0.01, "weight of the Switch loss, if balance is switch or both", gt=0)
     z_loss_weight: float = option(1e-3, "weight of the router z-loss (arXiv:2202.08906 eq. 5); 0: none", ge=0)
     capacity_factor: float | None = option(
-        None,
-        "expert capacity in training = this x micro-batch tokens x top_k / n_experts; null: drop no tokens",
-        gt=0,
+        None, "expert capacity in training = this x micro-batch tokens x top_k / n_experts; null: drop no tokens", gt=0
     )
 
     def rules(self) -> Iterator[tuple[str, str]]:
@@ -181,20 +173,14 @@ class ModelConfig(Section):
     vocab_size: int | None = option(
         None, "rows of the embedding; null: the tokenizer's size rounded up to a multiple of 64", unit="tokens", ge=2
     )
-    position: Literal["learned", "rope", "none"] = option(
-        "learned", "positions: learned embedding (GPT-2), rotary embedding or none"
-    )
+    position: Literal["learned", "rope", "none"] = option("learned", "learned (GPT-2) or rotary embedding, or none")
     rope_theta: float = option(10000.0, "base of the rotary frequencies, if position is rope", gt=0)
     norm: Literal["layernorm", "rmsnorm"] = option("layernorm", "normalization before each sub-layer and the head")
     norm_eps: float = option(1e-5, "epsilon of the normalization", gt=0)
     bias: bool = option(True, "biases in linear layers and LayerNorm")
     tie_head: bool = option(True, "use the token embedding as the output projection")
-    logit_softcap: float | None = option(
-        None, "bound logits smoothly by softcap x tanh(logit / softcap); null: no bound", gt=0
-    )
-    isolate_documents: bool = option(
-        False, "documents packed into one sample do not attend to each other; positions restart in each"
-    )
+    logit_softcap: float | None = option(None, "bound logits by softcap x tanh(logit / softcap); null: no bound", gt=0)
+    isolate_documents: bool = option(False, "documents in one sample do not attend to each other; positions restart")
     blocks: Annotated[tuple[BlockConfig, ...], Field(strict=False)] = option(
         (BlockConfig(),), "pattern of blocks, repeated up to n_layer layers", min_length=1
     )
@@ -279,9 +265,7 @@ class FileTokenizer(Section):
     """A tokenizer from disk."""
 
     type: Literal["file"] = "file"
-    path: str = option(
-        ..., "a tokenizer.json, or a folder with tokenizer.json or vocab.json and merges.txt", min_length=1
-    )
+    path: str = option(..., "tokenizer.json, or a folder with it or with vocab.json and merges.txt", min_length=1)
 
 
 class HuggingFaceTokenizer(Section):
@@ -341,9 +325,7 @@ class AdamWConfig(OptimConfig):
     """AdamW for all parameters; weight decay on matrices only (not on biases, norms and embeddings)."""
 
     type: Literal["adamw"] = "adamw"
-    embedding_learning_rate: float | None = option(
-        None, "peak learning rate of embeddings and head; null: learning_rate", gt=0
-    )
+    embedding_learning_rate: float | None = option(None, "peak for embeddings and head; null: learning_rate", gt=0)
     beta1: float = option(0.9, "decay of the gradient's running mean", ge=0, lt=1)
     beta2: float = option(0.95, "decay of the squared gradient's running mean", ge=0, lt=1)
     eps: float = option(1e-8, "added to the denominator", gt=0)
@@ -432,15 +414,9 @@ Schedule = one_of(CosineSchedule, LinearSchedule, WSDSchedule, ConstantSchedule,
 class MeshConfig(Section):
     """The device mesh of replicate x shard processes. docs/distributed.md explains the choice."""
 
-    replicate: int | None = option(
-        None, "copies of the model (HSDP replicas); null: number of processes / shard", unit="copies", ge=1
-    )
-    shard: int = option(
-        1, "processes that share weights, gradients and optimizer state (FSDP2)", unit="processes", ge=1
-    )
-    expert: int = option(
-        1, "processes that share each layer's experts (expert parallelism, all-to-all)", unit="processes", ge=1
-    )
+    replicate: int | None = option(None, "copies of the model (HSDP); null: processes / shard", unit="copies", ge=1)
+    shard: int = option(1, "processes that share weights, gradients and optimizer (FSDP2)", unit="processes", ge=1)
+    expert: int = option(1, "processes that share each layer's experts (all-to-all)", unit="processes", ge=1)
 
     def rules(self) -> Iterator[tuple[str, str]]:
         if self.shard > 1 and self.shard % self.expert:
@@ -452,9 +428,7 @@ class MeshConfig(Section):
 class ParallelConfig(Section):
     """Devices, kernels and parallelism. They change speed and memory; results change only by the order of sums."""
 
-    device: Literal["auto", "cuda", "mps", "cpu"] = option(
-        "auto", "device; auto: the first of cuda, mps and cpu that is available"
-    )
+    device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: the first of these that is available")
     attention: Literal[
         "auto", "flash3", "flash4", "flash2", "cudnn", "flash", "varlen", "flex", "efficient", "sdpa", "reference"
     ] = option("auto", "attention kernel; auto: the first that runs here and equals the reference")
@@ -469,9 +443,7 @@ class ParallelConfig(Section):
         "none", "activation checkpointing: recompute whole blocks (full), or all but matmul outputs (selective)"
     )
     mesh: MeshConfig = option(MeshConfig(), "how processes share weights and experts")
-    timeout_s: float = option(
-        600.0, "maximum wait for another process; then an error names it and ends the run", unit="seconds", gt=0
-    )
+    timeout_s: float = option(600.0, "maximum wait for another process before an error names it", unit="seconds", gt=0)
 
 
 class CheckpointConfig(Section):
@@ -503,9 +475,7 @@ class WandbConfig(Section):
 
     project: str = option("training", "W&B project", min_length=1)
     entity: str | None = option(None, "W&B user or team; null: your default")
-    mode: Literal["online", "offline"] = option(
-        "online", "online: send while training; offline: store on disk for `wandb sync`"
-    )
+    mode: Literal["online", "offline"] = option("online", "send while training, or store on disk for `wandb sync`")
 
 
 class LoggingConfig(Section):
@@ -534,14 +504,10 @@ class Config(Section):
         "auto", "compute dtype of matmuls; auto: bf16 if the device supports it in hardware, else fp32"
     )
     init_from: str | None = option(
-        None,
-        "initial weights and sizes: a finished run, a Hugging Face folder or hub name; null: random",
-        min_length=1,
+        None, "initial weights and sizes: a finished run, a Hugging Face folder or hub name; null: random", min_length=1
     )
     upcycle_noise: float | None = option(
-        None,
-        "upcycling: noise added to new experts, relative to the dense layer's weights; null: none",
-        gt=0,
+        None, "upcycling: noise added to new experts, relative to the dense layer's weights; null: none", gt=0
     )
     skip_spikes: float | None = option(
         None,

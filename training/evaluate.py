@@ -4,14 +4,15 @@ python -m training.evaluate --run runs/quickstart
 python -m training.evaluate --run runs/quickstart --data book.txt notes/
 """
 
-import argparse
 import sys
 
 from training.errors import UserError, command
 from training.options.cli import Parser
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Run the command: print one line of figures over all of the text; `eval.tokens` has no effect."""
     parser = Parser(prog="python -m training.evaluate", description=__doc__)
     parser.add_argument("--run", required=True, help="folder of a run, finished or not, or of one of its checkpoints")
     parser.add_argument("--data", nargs="+", metavar="PATH", help="files, folders or globs; default: the run's own")
@@ -21,18 +22,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.micro_batch < 1:
         parser.error(f"--micro_batch: {args.micro_batch} is less than 1")
-    return args
 
-
-@command
-def main(argv: list[str] | None = None) -> int:
-    """Run the command: print one line of figures."""
-    print(evaluate(parse_arguments(argv)))
-    return 0
-
-
-def evaluate(args: argparse.Namespace) -> str:
-    """Return one line of figures over all of the text; `eval.tokens` has no effect."""
     from training.data import Samples, prepare
     from training.data.dataset import read_split
     from training.distributed.world import World
@@ -40,22 +30,22 @@ def evaluate(args: argparse.Namespace) -> str:
     from training.engine.load_run import load_model
 
     model, run = load_model(args.run, args.device)
-    tokenizer = run.tokenizer
     if args.data:
-        split = read_split(args.data, args.text_column, tokenizer)
+        split = read_split(args.data, args.text_column, run.tokenizer)
     else:
         dataset = prepare(run.config.data, quiet=True)
         if dataset.fingerprint != run.data:
             raise UserError(f"--run {args.run}: its text has changed since it was trained; name other text with --data")
         split = dataset.val
-    end_of_text = tokenizer.end_of_text if model.config.isolate_documents else None
+    end_of_text = run.tokenizer.end_of_text if model.config.isolate_documents else None
     samples = Samples(split, n_positions=model.config.n_positions, seed=None, end_of_text=end_of_text)
     world = World(0, 1, model.wte.weight.device)
-    figures = validation_loss(model, samples, tokenizer, None, args.micro_batch, world)
-    return (
+    figures = validation_loss(model, samples, run.tokenizer, None, args.micro_batch, world)
+    print(
         f"step {run.step}: loss {figures['val_loss']:.4f}, perplexity {figures['val_perplexity']:.2f}, "
         f"{figures['val_bits_per_byte']:.4f} bits/byte over {split.n_tokens:,} tokens, {split.n_bytes:,} bytes"
     )
+    return 0
 
 
 if __name__ == "__main__":

@@ -24,10 +24,8 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.tmp")
     with write_errors_as_user_errors(path):
         try:
-            with partial.open("w", encoding="utf-8", newline="") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            partial.write_text(text, encoding="utf-8", newline="")
+            fsync_path(partial)
             partial.replace(path)
         except OSError:
             partial.unlink(missing_ok=True)
@@ -115,10 +113,9 @@ def remove(path: Path) -> None:
 
 
 def fsync_path(path: Path) -> None:
-    """Flush a file's content, or a folder's entries, to disk. No effect on folders on Windows."""
-    if path.is_file() or os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Flush a file's content, or a folder's entries, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

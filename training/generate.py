@@ -11,25 +11,22 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from training.errors import UserError, command
 from training.options.cli import Parser
 
-if TYPE_CHECKING:
-    from training.model.continuation import Continuation
-
-# The allowed values of each numeric flag, as text and as a predicate.
-LIMITS = {
-    "tokens": ("1 or more", lambda n: n >= 1),
-    "samples": ("1 or more", lambda n: n >= 1),
-    "temperature": ("a number of 0 or more", lambda x: 0 <= x < math.inf),
-    "top_k": ("0 or more", lambda n: n >= 0),
-    "top_p": ("above 0 and at most 1", lambda x: 0 < x <= 1),
-    "min_p": ("from 0 to 1", lambda x: 0 <= x <= 1),
-    "repetition_penalty": ("from 0.01 to 100", lambda x: 0.01 <= x <= 100),
-    "seed": ("0 or more", lambda n: n >= 0),
-    "micro_batch": ("1 or more", lambda n: n >= 1),
+TOP_P_HELP = "sample from the most likely tokens whose probabilities add up to this"
+# The default of each numeric flag, its help, and its allowed values as text and as a predicate.
+NUMBERS = {
+    "samples": (1, "continuations per prompt", "1 or more", lambda n: n >= 1),
+    "tokens": (200, "maximum tokens per continuation", "1 or more", lambda n: n >= 1),
+    "temperature": (0.8, "0: always the most likely token", "a number of 0 or more", lambda x: 0 <= x < math.inf),
+    "top_k": (50, "sample from the k most likely tokens; 0: all", "0 or more", lambda n: n >= 0),
+    "top_p": (1.0, TOP_P_HELP, "above 0 and at most 1", lambda x: 0 < x <= 1),
+    "min_p": (0.0, "minimum probability relative to the top token", "from 0 to 1", lambda x: 0 <= x <= 1),
+    "repetition_penalty": (1.0, "above 1: repeat less", "from 0.01 to 100", lambda x: 0.01 <= x <= 100),
+    "seed": (0, "seed of the samples", "0 or more", lambda n: n >= 0),
+    "micro_batch": (64, "texts per forward; memory and speed only", "1 or more", lambda n: n >= 1),
 }
 
 
@@ -40,25 +37,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--run", required=True, help="folder of a run, finished or not, or of one of its checkpoints")
     add("--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated; '' starts a document")
     add("--prompts", metavar="FILE", help="file with one prompt per line; in a .jsonl, the `prompt` of each object")
-    add("--samples", type=int, default=1, help="continuations per prompt (default %(default)s)")
-    add("--tokens", type=int, default=200, help="maximum tokens per continuation (default %(default)s)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
-    add("--temperature", type=float, default=0.8, help="0: always the most likely token (default %(default)s)")
-    add("--top_k", type=int, default=50, help="sample from the k most likely tokens; 0: all (default %(default)s)")
-    add(
-        "--top_p",
-        type=float,
-        default=1.0,
-        help="sample from the most likely tokens whose probabilities add up to this (default %(default)s)",
-    )
-    add("--min_p", type=float, default=0.0, help="minimum probability relative to the top token (default %(default)s)")
-    add("--repetition_penalty", type=float, default=1.0, help="above 1: repeat less (default %(default)s)")
-    add("--seed", type=int, default=0, help="seed of the samples (default %(default)s)")
-    add("--micro_batch", type=int, default=64, help="texts per forward; memory and speed only (default %(default)s)")
+    for name, (default, text, _, _) in NUMBERS.items():
+        add(f"--{name}", type=type(default), default=default, help=f"{text} (default %(default)s)")
     add("--json", action="store_true", help="write one JSON object per line: prompt, text, finish (end, stop, length)")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     args = parser.parse_args(argv)
-    for name, (allowed, is_allowed) in LIMITS.items():
+    for name, (_, _, allowed, is_allowed) in NUMBERS.items():
         if not is_allowed(getattr(args, name)):
             raise UserError(f"--{name}: {getattr(args, name)} is not {allowed}")
     if "" in args.stop:
@@ -78,13 +63,12 @@ def _valid_utf8(argument: str) -> str:
 def read_prompts(path: Path) -> list[str]:
     """Return the prompts in a file. Raises UserError with its name and line."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if lines[-1] == "":  # after the last newline
-        lines.pop()
-    if not lines:
+    if not text:
         raise UserError(f"--prompts {path}: empty; write a prompt on each line")
+    lines = text.removesuffix("\n").split("\n")
     if path.suffix != ".jsonl":
         return lines
     prompts = []
@@ -112,8 +96,7 @@ def main(argv: list[str] | None = None) -> int:
 def generate(args: argparse.Namespace) -> None:
     """Write each prompt with its continuations to standard output; if there is only one text, token by token."""
     from training.engine.load_run import load_model
-    from training.model.continuation import continue_texts, encode_prompt
-    from training.model.sampling import SamplingParams
+    from training.model.generation import SamplingParams, continue_texts, encode_prompt
 
     model, run = load_model(args.run, args.device)
     prompts, limit = [encode_prompt(run.tokenizer, prompt) for prompt in args.prompt], model.config.n_positions
@@ -141,17 +124,16 @@ def generate(args: argparse.Namespace) -> None:
             on_text=partial(print, end="", flush=True) if is_streamed else None,
         )
         for (prompt, sample), text in zip(batch, texts, strict=True):
-            print("" if is_streamed else format_text(args, prompt, sample, text), flush=True)
-
-
-def format_text(args: argparse.Namespace, prompt: int, sample: int, text: "Continuation") -> str:
-    """Format one continuation: a line of JSON, or a heading with the prompt's and sample's number, and the text."""
-    before = args.prompt[prompt]
-    if args.json:
-        return json.dumps({"prompt": before, "text": text.text, "finish": text.finish_reason})
-    numbers = (("prompt", prompt, len(args.prompt)), ("sample", sample, args.samples))
-    heading = ", ".join(f"{name} {number + 1} of {count}" for name, number, count in numbers if count > 1)
-    return f"--- {heading} ---\n{before}{text.text}\n"
+            before = args.prompt[prompt]
+            if is_streamed:
+                print(flush=True)
+            elif args.json:
+                output = {"prompt": before, "text": text.text, "finish": text.finish_reason}
+                print(json.dumps(output), flush=True)
+            else:
+                numbers = (("prompt", prompt, len(args.prompt)), ("sample", sample, args.samples))
+                heading = ", ".join(f"{name} {number + 1} of {count}" for name, number, count in numbers if count > 1)
+                print(f"--- {heading} ---\n{before}{text.text}\n", flush=True)
 
 
 if __name__ == "__main__":

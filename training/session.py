@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from training.config import Config
+from training.errors import UserError, exit_unless_first_local_rank
 from training.files import RunLock, run_lock
 
 if TYPE_CHECKING:
@@ -39,12 +40,14 @@ def session(config: Config, resume: str) -> Iterator[Session]:
         from training.device import resolve_precision, select_device
         from training.distributed.consistency import check_same_options
         from training.distributed.mesh import check_mesh
-        from training.distributed.rendezvous import report_once_per_host
         from training.distributed.world import join_world
         from training.weights.init_from import resolve_init_from
 
-        with report_once_per_host():
+        try:
             world = join_world(select_device(config.parallel.device), config.parallel)
+        except UserError:  # before the ranks have joined, all of a host raise the same error
+            exit_unless_first_local_rank()
+            raise
         stack.push(world.close)
         if world.is_main and world.size > 1:
             lock = stack.enter_context(run_lock(config.run_dir))

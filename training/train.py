@@ -60,7 +60,7 @@ def train(config: Config, *, resume: str = "auto") -> int:
         log = stack.enter_context(closing(engine.open_log(setup, dataset, started)))
         if config.parallel.compile:
             model.compile()  # after open_log: TensorBoard's graph needs the uncompiled model
-        checkpoints = stack.enter_context(engine.Checkpoints(config, model, optimizer, log))
+        checkpoints = stack.enter_context(closing(engine.Checkpoints(config, model, optimizer, log)))
         events = stack.enter_context(engine.Events(config, run.world, checkpoints))
         stack.enter_context(setup.micro_batch.restart_on_out_of_memory())
         phase = engine.Phases(log.timer, run.world)
@@ -68,7 +68,7 @@ def train(config: Config, *, resume: str = "auto") -> int:
         # 3. Train the model.
         log.start_clock()
         while state.step < config.steps:
-            metrics = engine.train_step(config, model, optimizer, setup.loader, setup.micro_batch, state, phase)
+            metrics = engine.train_step(setup, phase)
             log.add(state.step, *metrics, state.guard.n_skipped)
             checkpoints.preallocate()
             with phase("communication"):

@@ -6,6 +6,7 @@ a last one for all others.
 
 import numpy as np
 
+from training.batch import Batch
 from training.config import EvalConfig, ModelConfig
 from training.data import Samples, Tokenizer
 from training.data.byte_unicode import unicode_to_bytes
@@ -27,18 +28,12 @@ def measure_expert_tokens(
 
     `samples` are the validation text. Leaves the model unchanged.
     """
-    indices = samples.evenly_spaced(min(MAX_TOKENS, config.tokens or MAX_TOKENS))
-    batch = samples.batch(indices)
-    tokens_BT = batch.tokens_BT.numpy()
-    is_text_BT = batch.targets_BT.numpy() >= 0  # the last sample may be padded
-
-    n_tokens = int(is_text_BT.sum())
-    min_count = max(MIN_COUNT, round(n_tokens * MIN_SHARE))
-    ids, count = np.unique(tokens_BT[is_text_BT], return_counts=True)
+    batch = samples.batch(samples.evenly_spaced(min(MAX_TOKENS, config.tokens or MAX_TOKENS)))
+    tokens_N = batch.tokens_BT[batch.targets_BT >= 0].numpy()  # the last sample may be padded
+    min_count = max(MIN_COUNT, round(len(tokens_N) * MIN_SHARE))
+    ids, count = np.unique(tokens_N, return_counts=True)
     frequent = np.argsort(-count, kind="stable")[:MAX_IDS]
     ids_S = np.sort(ids[frequent[count[frequent] >= min_count]])
-    counts = count_routed(model, samples, indices, ids_S, micro_batch)
-
     texts = token_texts(tokenizer, ids_S)
     layers = [
         {
@@ -49,24 +44,21 @@ def measure_expert_tokens(
                 for expert in top_tokens(count_SE)
             ],
         }
-        for layer, count_SE in counts.items()
+        for layer, count_SE in count_routed(model, batch, ids_S, micro_batch).items()
     ]
-    return {"step": step, "n_tokens": n_tokens, "seen_at_least": min_count, "layers": layers}
+    return {"step": step, "n_tokens": len(tokens_N), "seen_at_least": min_count, "layers": layers}
 
 
-def count_routed(
-    model: GPT, samples: Samples, indices: np.ndarray, ids_S: np.ndarray, micro_batch: int
-) -> dict[int, np.ndarray]:
+def count_routed(model: GPT, batch: Batch, ids_S: np.ndarray, micro_batch: int) -> dict[int, np.ndarray]:
     """Return, by MoE layer, int32 (S, E): how often each token id was sent to each expert."""
     counts = {layer: np.zeros((len(ids_S) + 1, n), np.int32) for layer, n in sampled_layers(model.config).items()}
-    device = model.wte.weight.device
-    for first in range(0, len(indices), micro_batch):
-        batch = samples.batch(indices[first : first + micro_batch])
-        tokens_BT, is_text_BT = batch.tokens_BT.numpy(), batch.targets_BT.numpy() >= 0
-        slot_BT = np.where(np.isin(tokens_BT, ids_S), np.searchsorted(ids_S, tokens_BT), len(ids_S))
-        on_device = batch.to(device)
+    for first in range(0, len(batch.tokens_BT), micro_batch):
+        part = batch.rows(slice(first, first + micro_batch))
+        on_device = part.to(model.wte.weight.device)
         routes = model.routed_experts(on_device.tokens_BT, on_device.documents)
-        slot_N1 = slot_BT[is_text_BT][:, None]
+        is_text_BT = part.targets_BT.numpy() >= 0
+        tokens_N1 = part.tokens_BT.numpy()[is_text_BT][:, None]
+        slot_N1 = np.where(np.isin(tokens_N1, ids_S), np.searchsorted(ids_S, tokens_N1), len(ids_S))
         for layer, count_SE in counts.items():
             expert_NK = routes[layer].cpu().numpy()[is_text_BT]
             cell_NK = slot_N1 * count_SE.shape[1] + expert_NK

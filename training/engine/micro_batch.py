@@ -1,4 +1,4 @@
-"""Find the largest micro-batch that fits in memory by trying, and shrink it after an out-of-memory error.
+"""Forward and backward of a micro-batch; its size: the largest that fits in memory, and less after an error.
 
 The micro-batch changes results only by the order of sums. It is the same on all ranks.
 """
@@ -11,38 +11,56 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
 
 from training import device as devices
 from training.batch import Batch
 from training.config import Config
 from training.data import Tokenizer
 from training.distributed.sharded_model import ShardedModel
-from training.engine.gradients import forward_backward
-from training.engine.state import TrainState
+from training.engine.state import KnownMicroBatch, TrainState
 from training.errors import RestartNeeded, UserError
 from training.files import write_atomically
 from training.model.moe import MoE
 from training.optim.optimizer import Optimizer
-from training.planning.batch_split import HEADROOM, equal_parts, max_samples_per_rank
+from training.planning.memory import HEADROOM, equal_parts, max_samples_per_rank
 
 FILE = "micro_batch.json"  # in the run's folder, read at the restart after an out-of-memory error
+Metrics = dict[str, Tensor]
+
+
+def forward_backward(model: ShardedModel, batch: Batch, loss_scale: float) -> Metrics:
+    """Add a micro-batch's gradient to the model and return its metrics.
+
+    A rank that has run out of samples runs a dummy micro-batch with zero loss: FSDP needs every rank in every forward.
+    """
+    is_empty = len(batch.tokens_BT) == 0
+    if is_empty:
+        batch = batch.dummy()
+    loss, metrics = model.model(batch.to(model.world.device))
+    (loss * (0.0 if is_empty else loss_scale)).backward()
+    return {name: torch.zeros_like(value) for name, value in metrics.items()} if is_empty else metrics
 
 
 class MicroBatch:
     """The number of samples in one forward and backward, which `shrink` lowers.
 
     `known` maps a hardware key (devices, mesh, options) to the {"micro_batch", "recompute"} that fits there. It is part
-    of the run's state, so that a restart does not search again.
+    of the run's state, so that a restart does not search again. Making a MicroBatch is collective.
     """
 
     def __init__(self, config: Config, model: ShardedModel, state: TrainState, tokenizer: Tokenizer):
         self.config, self.model, self.state, self.tokenizer = config, model, state, tokenizer
-        self.is_auto = config.micro_batch == "auto"
         self.max_size = max_samples_per_rank(config, model.world.size)
-        self.size = 1 if self.is_auto else min(config.micro_batch, self.max_size)
+        self.size = 1 if config.micro_batch == "auto" else min(config.micro_batch, self.max_size)
         self.n_out_of_memory = 0  # number of errors since the start
-        self.key = _hardware_key(config, model)
-        self.known = state.micro_batches
+        self.known, world, mesh = state.micro_batches, model.world, model.mesh
+        names = set(world.gather(devices.device_name(world.device)))
+        self.key = (
+            f"{' and '.join(sorted(names))}, {mesh.replicate} x {mesh.shard} x {mesh.expert}, "
+            f"micro_batch {config.micro_batch}, recompute {config.parallel.recompute}"
+        )
 
     def choose(self, optimizer: Optimizer) -> None:
         """Set the size: the known one for this hardware, else the configured one, else the largest that fits.
@@ -55,7 +73,7 @@ class MicroBatch:
             self.size = known["micro_batch"]
             if known["recompute"] != self.model.activation_checkpointing:
                 self.model.set_activation_checkpointing(known["recompute"])
-        elif self.is_auto:
+        elif self.config.micro_batch == "auto":
             self.size = self._largest_that_fits(optimizer)
             self._remember()
         devices.reset_peak_memory(world.device)  # the run's peak shall not include the trials'
@@ -70,10 +88,7 @@ class MicroBatch:
         return [slice(min(start, n_samples), min(start + self.size, n_samples)) for start in starts]
 
     def shrink(self) -> None:
-        """Use less memory from now on: halve the micro-batch; at 1, turn on activation checkpointing.
-
-        Raises UserError if both are exhausted.
-        """
+        """Use less memory from now on, as `_shrink` does. Raises UserError if there is nothing left to shrink."""
         self._free_memory()
         devices.release_freed_memory(self.model.world.device)
         self.n_out_of_memory += 1
@@ -82,10 +97,9 @@ class MicroBatch:
             print(f"step {self.state.step + 1}: out of memory; repeating the batch {change}", file=sys.stderr)
 
     def shrink_and_restart(self) -> NoReturn:
-        """Store a smaller micro-batch for the next start and raise RestartNeeded.
+        """Store a smaller micro-batch for the next start and raise RestartNeeded: other ranks may be in a collective.
 
-        For an out-of-memory error while other ranks may be inside a collective. Raises UserError if nothing is left to
-        shrink.
+        Raises UserError if there is nothing left to shrink.
         """
         change = self._shrink()
         known = self._read_file() | {self.key: self.known[self.key]}
@@ -107,16 +121,15 @@ class MicroBatch:
     def _remember(self) -> None:
         self.known[self.key] = {"micro_batch": self.size, "recompute": self.model.activation_checkpointing}
 
-    def _read_file(self) -> dict[str, dict]:
+    def _read_file(self) -> dict[str, KnownMicroBatch]:
         """Return what `shrink_and_restart` of an earlier process stored; {} if the file is missing or malformed."""
         try:
-            stored = json.loads((self.config.run_dir / FILE).read_bytes())
-            return {key: {name: known[name] for name in ("micro_batch", "recompute")} for key, known in stored.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return TypeAdapter(dict[str, KnownMicroBatch]).validate_json((self.config.run_dir / FILE).read_bytes())
+        except (OSError, ValidationError):
             return {}
 
     def _shrink(self) -> str:
-        """Lower the memory use by one step and return the change as text. Raises UserError if none is left."""
+        """Halve the micro-batch or, at 1, turn on activation checkpointing; return the change as text."""
         if self.size > 1:
             self.size = -(-self.size // 2)
             change = f"with micro_batch {self.size}"
@@ -165,13 +178,16 @@ class MicroBatch:
                 bias.copy_(value)
 
     def _peak(self, n_samples: int) -> tuple[int, int]:
-        """Return (peak bytes, peak minus bytes at the start) of one forward and backward: the maximum over ranks.
+        """Return (peak bytes, peak minus bytes at the start) of a forward and backward of random tokens.
 
-        sys.maxsize stands for out of memory. Collective.
+        Both are the maximum over ranks; sys.maxsize stands for out of memory. Collective.
         """
         world = self.model.world
         self._free_memory()
-        batch = self._random_batch(n_samples)
+        generator, shape = torch.Generator().manual_seed(0), (n_samples, self.config.model.n_positions)
+        tokens_BT, targets_BT = (torch.randint(self.tokenizer.vocab_size, shape, generator=generator) for _ in range(2))
+        end_of_text = self.tokenizer.end_of_text if self.config.model.isolate_documents else None
+        batch = Batch(tokens_BT, targets_BT, torch.arange(n_samples), targets_BT.numel(), end_of_text)
         devices.reset_peak_memory(world.device)
         before = devices.peak_memory_bytes(world.device)
         try:
@@ -190,15 +206,7 @@ class MicroBatch:
         self._free_memory()
         return tuple(world.max_int(peak, peak - before))
 
-    def _random_batch(self, n_samples: int) -> Batch:
-        """Return random tokens, the same on every rank and in every trial."""
-        generator, shape = torch.Generator().manual_seed(0), (n_samples, self.config.model.n_positions)
-        tokens_BT, targets_BT = (torch.randint(self.tokenizer.vocab_size, shape, generator=generator) for _ in range(2))
-        end_of_text = self.tokenizer.end_of_text if self.config.model.isolate_documents else None
-        return Batch(tokens_BT, targets_BT, torch.arange(n_samples), targets_BT.numel(), end_of_text)
-
     def _free_memory(self) -> None:
-        """Free the gradients and caches of a step."""
         self.model.zero_grad()
         gc.collect()
         if self.model.world.device.type == "cuda":
@@ -212,13 +220,3 @@ class MicroBatch:
             f"not one sample of {self.config.model.n_positions} tokens fits into {gib:.1f} GiB{needs}; use {recompute}"
             "a smaller model.n_positions, parallel.mesh.shard over more processes, or a smaller model"
         )
-
-
-def _hardware_key(config: Config, model: ShardedModel) -> str:
-    """Return a text of the devices, mesh and options that decide which micro-batch fits. Collective."""
-    world, mesh = model.world, model.mesh
-    names = {name.decode() for name in world.gather_bytes(devices.device_name(world.device).encode())}
-    return (
-        f"{' and '.join(sorted(names))}, {mesh.replicate} x {mesh.shard} x {mesh.expert}, "
-        f"micro_batch {config.micro_batch}, recompute {config.parallel.recompute}"
-    )

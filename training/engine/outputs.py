@@ -1,20 +1,32 @@
-"""Open a run's outputs other than checkpoints: config.yaml, the tokenizer, run.json and the logs."""
+"""A run's outputs other than checkpoints: config.yaml, the logs, the final model, summary.json, the report."""
 
+import json
+import shlex
+import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from training import device as devices
 from training.data import Dataset
 from training.engine.build import Setup
+from training.engine.expert_tokens import measure_expert_tokens
+from training.engine.loop import Phases
 from training.errors import UserError
-from training.files import mkdir_durable, write_atomically
-from training.logging import jsonl
+from training.files import atomic_folder, mkdir_durable, write_atomically
+from training.logging.advice import advice, facts_from_rows
+from training.logging.jsonl import nan_to_null, read_rows
+from training.logging.metrics import summary_values
 from training.logging.phases import PhaseTimer
+from training.logging.report import update_report
 from training.logging.rows import RunLog
 from training.logging.sinks import RunInfo, open_sinks
 from training.model.metrics import step_metrics
 from training.options import cli
 from training.planning.report import describe_batch, describe_model
+from training.weights import hf
 
 
 def open_log(setup: Setup, dataset: Dataset, started: float) -> RunLog:
@@ -25,38 +37,19 @@ def open_log(setup: Setup, dataset: Dataset, started: float) -> RunLog:
     config, state, world = setup.config, setup.state, setup.model.world
     timer = PhaseTimer(world.device, started)
     timer.load_state_dict(state.phases)
-    log = RunLog(
-        config=config,
-        world=world,
-        step_metrics=partial(step_metrics, top_ks=setup.stats.top_ks),
-        flops_per_token=setup.stats.flops_per_token,
-        timer=timer,
-        time_s=state.time_s,
-        last_row=state.last_row,
-    )
+    to_values, flops = partial(step_metrics, top_ks=setup.stats.top_ks), setup.stats.flops_per_token
+    log = RunLog(config, world, to_values, flops, timer, time_s=state.time_s, last_row=state.last_row)
     if not world.is_main:
         return log
-    folder, text = config.run_dir, cli.dump_config(config)
+    folder = config.run_dir
     try:
         mkdir_durable(folder)
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}; choose another --out_dir or --name") from error
-    write_atomically(folder / "config.yaml", text)
+    write_atomically(folder / "config.yaml", cli.dump_config(config))
     dataset.tokenizer.save(folder / "tokenizer")
-    timer.add_lost_time(jsonl.read_rows(folder / "metrics.jsonl"), state.step)
-    info = RunInfo(
-        dir=folder,
-        name=config.name,
-        config=config.model_dump(mode="json"),
-        config_yaml=text,
-        header=header(setup, dataset),
-        start_step=state.step,
-        steps=config.steps,
-        tokens_per_step=config.batch_tokens,
-        moe_layers=[i for i, block in enumerate(config.model.layers()) if block.ffn.type == "moe"],
-        facts=facts(setup),
-    )
-    log.sinks = open_sinks(config.logging, info)
+    timer.add_lost_time(read_rows(folder / "metrics.jsonl"), state.step)
+    log.sinks = open_sinks(config.logging, run_info(setup, dataset))
     if state.step == 0 and not setup.model.mesh.has_collectives:
         batch = setup.loader.samples.batch([0])
         batch = batch._replace(tokens_BT=batch.tokens_BT[:, :32], targets_BT=batch.targets_BT[:, :32])
@@ -65,44 +58,129 @@ def open_log(setup: Setup, dataset: Dataset, started: float) -> RunLog:
     return log
 
 
-def header(setup: Setup, dataset: Dataset) -> dict[str, str]:
-    """Return {label: text} of the lines at the top of the console's log and of the report."""
-    config, model, state, world = setup.config, setup.config.model, setup.state, setup.model.world
+def run_info(setup: Setup, dataset: Dataset) -> RunInfo:
+    """Return what the sinks may show of a run, such as the lines at the top of the console's log and of the report."""
+    config, stats, state, world = setup.config, setup.stats, setup.state, setup.model.world
+    layers, kernels, device = config.model.layers(), setup.kernels.as_text(), devices.device_name(world.device)
     ranks = f", {world.size} processes: {setup.model.mesh}" if world.size > 1 else ""
-    moe = [block.ffn for block in model.layers() if block.ffn.type == "moe"]
-    capacities = dict.fromkeys(f"{ffn.capacity_factor:g}" for ffn in moe if ffn.capacity_factor is not None)
-    kernels = setup.kernels.as_text()
-    lines = {
+    moe = {i: block.ffn for i, block in enumerate(layers) if block.ffn.type == "moe"}
+    factors = [ffn.capacity_factor for ffn in moe.values() if ffn.capacity_factor is not None]
+    capacities = ", ".join(dict.fromkeys(f"{factor:g}" for factor in factors))
+    header = {
         "run": str(config.run_dir),
-        "device": f"{devices.device_name(world.device)}{ranks}, {config.precision}",
+        "device": f"{device}{ranks}, {config.precision}",
         "attention": kernels["attention"],
         "experts": kernels["experts"] if moe else "",
         "loss": kernels["loss"],
-        "capacity": f"{', '.join(capacities)}: drops tokens, so the result depends on micro-batch and ranks"
-        if capacities
-        else "",
-        **describe_model(config, setup.stats),
+        "capacity": capacities and f"{capacities}: drops tokens, so the result depends on micro-batch and ranks",
+        **describe_model(config, stats),
         "data": "; ".join(
             f"{name} {split.n_documents:,} documents, {split.n_tokens:,} tokens, {split.n_bytes / 1e6:.1f} MB"
             for name, split in (("train", dataset.train), ("val", dataset.val))
         ),
         "batch": describe_batch(config, setup.micro_batch.size),
         "steps": f"{config.steps:,}, {config.steps * config.batch_tokens:,} tokens",
-        "initialized from": config.init_from if config.init_from is not None and not state.step else "",
+        "initialized from": "" if state.step else config.init_from,
         "resuming from": f"step {state.step:,}" if state.step else "",
     }
-    return {label: text for label, text in lines.items() if text}
-
-
-def facts(setup: Setup) -> dict[str, Any]:
-    """Return "facts" of run.json: the header's figures for programs."""
-    config, world = setup.config, setup.model.world
-    return {
-        "device": devices.device_name(world.device),
+    facts = {
+        "device": device,
         "precision": config.precision,
         "world_size": world.size,
         "micro_batch": setup.micro_batch.size,
         "tokens_per_step": config.batch_tokens,
-        "n_parameters": setup.stats.n_parameters,
-        "n_active_parameters": setup.stats.n_active_parameters,
+        "n_parameters": stats.n_parameters,
+        "n_active_parameters": stats.n_active_parameters,
     }
+    return RunInfo(
+        dir=config.run_dir,
+        name=config.name,
+        config=state.config,
+        config_yaml=cli.dump_config(config),
+        header={label: text for label, text in header.items() if text},
+        start_step=state.step,
+        steps=config.steps,
+        tokens_per_step=config.batch_tokens,
+        moe_layers=list(moe),
+        facts=facts,
+    )
+
+
+def finish(setup: Setup, dataset: Dataset, log: RunLog, phase: Phases) -> None:
+    """Write the final model, experts.json, summary.json and report.html, and close the log. Collective.
+
+    Raises UserError if the model cannot be written.
+    """
+    config, model, tokenizer, expert_tokens = setup.config, setup.model, dataset.tokenizer, None
+    folder, is_main = config.run_dir, model.world.is_main
+    with phase("checkpoint"):
+        weights = model.full_state_dict()
+    if setup.stats.top_ks and (is_main or model.mesh.has_collectives):
+        with phase("evaluation"):
+            model.reshard()
+            args = (model.model, setup.val_samples, tokenizer, config.eval)
+            expert_tokens = measure_expert_tokens(*args, micro_batch=setup.micro_batch.size, step=setup.state.step)
+    if not is_main:
+        return
+    with phase("checkpoint"):
+        try:
+            with atomic_folder(folder / "model") as unfinished:
+                n_vocab = tokenizer.vocab_size
+                hf.write_model(unfinished, weights, config.model, tokenizer.end_of_text, n_vocab=n_vocab)
+                tokenizer.save(unfinished)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder / 'model'}: the model could not be written: {error}") from error
+        if expert_tokens is not None:
+            write_atomically(folder / "experts.json", json.dumps(expert_tokens) + "\n")
+    summary = summarize(setup, dataset, log)
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    update_report(folder)
+    log.close(summary)
+
+
+def summarize(setup: Setup, dataset: Dataset, log: RunLog) -> dict[str, Any]:
+    """Return the contents of summary.json."""
+    config, state, row, folder = setup.config, setup.state, nan_to_null(log.last_row), str(setup.config.run_dir)
+    micro_batch, device = setup.micro_batch, setup.model.world.device
+    facts = facts_from_rows(
+        read_rows(config.run_dir / "metrics.jsonl"),
+        config,
+        memory_gib=devices.available_memory_bytes(device) / 2**30,
+        peak_gib=devices.peak_memory_gib(device),
+        seconds=log.timer.seconds,
+        on_gpu=device.type != "cpu",
+        micro_batch=micro_batch.size,
+        max_samples_per_rank=micro_batch.max_size,
+        n_out_of_memory=micro_batch.n_out_of_memory,
+        n_skipped=state.guard.n_skipped,
+        vocab_size=dataset.tokenizer.vocab_size,
+    )
+    prompt = (*config.eval.prompts, "The ")[0].rstrip("\n")
+    return {
+        "steps": state.step,
+        "tokens": row["tokens"],
+        "skipped_steps": state.guard.n_skipped,
+        "train_loss": row["loss"],
+        **summary_values(row),
+        "best_val_loss": state.best["val_loss"],
+        "best_step": state.best["step"],
+        "time_s": log.time_s,
+        "tokens_per_s": row["tokens"] / log.time_s,
+        "goodput": log.timer.goodput,
+        "time": {phase: round(seconds, 6) for phase, seconds in log.timer.seconds.items()},
+        "advice": advice(facts),
+        "parameters": setup.stats.n_parameters,
+        "active_parameters": setup.stats.n_active_parameters,
+        "model_dir": f"{folder}/model",
+        "next": [
+            shlex.join([program("python"), "-m", "training.generate", "--run", folder, "--prompt", prompt]),
+            shlex.join([program("python"), "-m", "training.evaluate", "--run", folder]),
+            shlex.join([program("tensorboard"), "--logdir", folder]),
+        ],
+    }
+
+
+def program(name: str) -> str:
+    """Return the shell's name for a program of this environment: .venv/bin/NAME below this folder, else NAME."""
+    path = Path(sys.executable).with_name(name)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else name

@@ -1,11 +1,10 @@
 """The state of a run: `TrainState`, stored in state.json, and `Checkpoints`, which saves it with the tensors."""
 
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 from typing_extensions import TypedDict  # typing's own lacks what pydantic needs before Python 3.12
 
 from training import checkpoint
@@ -16,8 +15,7 @@ from training.engine.guard import StepGuard
 from training.errors import UserError
 from training.logging.jsonl import nan_to_null
 from training.logging.rows import RunLog
-from training.optim.loss_scale import LossScale
-from training.optim.optimizer import Optimizer
+from training.optim.optimizer import LossScale, Optimizer
 
 
 class Best(TypedDict):
@@ -34,46 +32,44 @@ class KnownMicroBatch(TypedDict):
     recompute: str
 
 
-class StoredLossScale(TypedDict):
-    """The fields of `LossScale`."""
+class TrainState(BaseModel):
+    """All of a run that is neither weights nor optimizer state: the contents of state.json, by alias.
 
-    scale: float
-    good_steps: int
+    Older versions did not write the fields with a default.
+    """
 
+    model_config = ConfigDict(strict=True, populate_by_name=True)
 
-class StateFile(BaseModel):
-    """The schema of state.json. Older versions did not write the fields with a default."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-    step: NonNegativeInt
-    time_s: float
+    step: NonNegativeInt  # updates done, skipped ones included
+    time_s: float  # spent training, without evaluations and saves
     best: Best | None
-    last_row: dict[str, Any]
-    loss_scale: StoredLossScale | None
-    skips: dict[str, int | list[float]]
-    data: str
-    config: dict[str, Any]
-    ledger: dict[str, dict[str, float]] = {}
-    kernels: dict[str, str] = {}
-    micro_batch: dict[str, KnownMicroBatch] = {}
-
-
-@dataclass
-class TrainState:
-    """All of a run that is neither weights nor optimizer state."""
-
-    config: dict[str, Any]  # resolved options as plain data
+    last_row: dict[str, Any]  # the newest row of metrics
+    loss_scale: LossScale | None  # fp16 only
+    guard: StepGuard = Field(alias="skips")
     data: str  # fingerprint of text and tokenizer
-    kernels: dict[str, str] = field(default_factory=dict)  # chosen kernel by option
-    step: int = 0  # updates done, skipped ones included
-    best: Best | None = None
-    last_row: dict[str, Any] = field(default_factory=dict)  # the newest row of metrics
-    guard: StepGuard = field(default_factory=StepGuard)
-    loss_scale: LossScale | None = None  # fp16 only
-    micro_batches: dict[str, KnownMicroBatch] = field(default_factory=dict)  # by hardware key
-    time_s: float = 0.0  # spent training, without evaluations and saves
-    phases: dict[str, dict[str, float]] = field(default_factory=dict)  # state of the phase timer
+    config: dict[str, Any]  # resolved options as plain data
+    phases: dict[str, dict[str, float]] = Field({}, alias="ledger")  # state of the phase timer
+    kernels: dict[str, str] = {}  # chosen kernel by option
+    micro_batches: dict[str, KnownMicroBatch] = Field({}, alias="micro_batch")  # by hardware key
+
+    @classmethod
+    def new(cls) -> "TrainState":
+        """Return the state before the first step."""
+        guard = StepGuard(n_skipped=0, consecutive=0, consecutive_spikes=0)
+        return cls(step=0, time_s=0.0, best=None, last_row={}, loss_scale=None, guard=guard, data="", config={})
+
+    @classmethod
+    def load(cls, path: Path) -> "TrainState":
+        """Read the state.json at `path`. Raises UserError for a missing key or a value of another type."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise UserError(f"{path}: not the state of a run; start over with --resume never") from error
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the contents of state.json."""
+        guard = self.guard.model_dump(by_alias=True, exclude_defaults=True)
+        return self.model_dump(by_alias=True) | {"skips": guard}
 
     def update_best(self, val_loss: float, *, is_saved: bool) -> bool:
         """Record the validation loss as `best` if it is the lowest so far; return True if so.
@@ -87,48 +83,6 @@ class TrainState:
         self.best = {"step": self.step, "val_loss": val_loss}
         return True
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the contents of state.json."""
-        return {
-            "step": self.step,
-            "time_s": self.time_s,
-            "best": self.best,
-            "last_row": self.last_row,
-            "loss_scale": self.loss_scale and asdict(self.loss_scale),
-            "skips": self.guard.to_json(),
-            "data": self.data,
-            "config": self.config,
-            "ledger": self.phases,
-            "kernels": self.kernels,
-            "micro_batch": self.micro_batches,
-        }
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any], path: Path, spike_limit: float | None) -> "TrainState":
-        """Build the state from the contents of state.json at `path`; `spike_limit` is that of the StepGuard.
-
-        Raises UserError for a missing key or a value of another type.
-        """
-        guard = StepGuard(spike_limit)
-        try:
-            stored = StateFile.model_validate(content)
-            guard.load_json(stored.skips)
-        except (ValidationError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not the state of a run; start over with --resume never") from error
-        return cls(
-            config=stored.config,
-            data=stored.data,
-            kernels=stored.kernels,
-            step=stored.step,
-            best=stored.best,
-            last_row=stored.last_row,
-            guard=guard,
-            loss_scale=stored.loss_scale and LossScale(**stored.loss_scale),
-            micro_batches=stored.micro_batch,
-            time_s=stored.time_s,
-            phases=stored.ledger,
-        )
-
 
 class Checkpoints:
     """The checkpoints of a run: saved one at a time, in the background unless `checkpoint.background` is false."""
@@ -136,7 +90,7 @@ class Checkpoints:
     def __init__(self, config: Config, model: ShardedModel, optimizer: Optimizer, log: RunLog):
         self.config, self.model, self.optimizer, self.log = config, model, optimizer, log
         world = model.world
-        group = WriterGroup(world.rank, world.size, partial(world.gather_bytes, background=True))
+        group = WriterGroup(world.rank, world.size, partial(world.gather, background=True))
         self.writer = CheckpointWriter(config.run_dir / "checkpoints", group, config.checkpoint)
 
     def preallocate(self) -> None:
@@ -151,21 +105,13 @@ class Checkpoints:
         best = state.best["step"] if state.best and self.config.checkpoint.keep_best else None
         self.writer.save(self._tensors(), state.to_json(), best)
 
-    @property
-    def has_failed(self) -> bool:
-        """True after a save that failed on any rank."""
-        return self.writer.failure is not None
-
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Wait for the save in progress, whether it fails or not."""
-        self.writer.close()
-
     def wait(self) -> None:
         """Wait for the save in progress. Raises UserError if it failed."""
         self.writer.wait()
+
+    def close(self) -> None:
+        """Wait for the save in progress, whether it fails or not."""
+        self.writer.close()
 
     def _tensors(self) -> dict[str, dict[str, TensorShard]]:
         """Return this rank's part of every saved tensor, by kind and name."""
@@ -177,8 +123,8 @@ class Checkpoints:
         optimizer, is_main = {}, self.model.world.is_main
         for key, tensor in self.optimizer.state_dict().items():
             shard = shards[key.rpartition("/")[0]]
-            place = (shard.rows.start, shard.shape, shard.is_owner) if tensor.ndim else (0, tensor.shape, is_main)
-            optimizer[key] = TensorShard(tensor, *place)
+            rows = (shard.rows.start, shard.shape, shard.is_owner) if tensor.ndim else (0, tensor.shape, is_main)
+            optimizer[key] = TensorShard(tensor, *rows)
         return {"model": model, "optimizer": optimizer}
 
 

@@ -12,35 +12,24 @@ from torch import Tensor
 
 from training import device as devices
 from training.batch import Batch
-from training.config import Config
-from training.data.loader import Loader
 from training.distributed.sharded_model import ShardedModel
-from training.distributed.world import World
-from training.engine.gradients import Metrics, add_metrics, forward_backward
-from training.engine.micro_batch import MicroBatch
-from training.engine.phase import Phases
-from training.engine.state import TrainState
-from training.optim.optimizer import Optimizer
+from training.engine.build import Setup
+from training.engine.loop import Phases
+from training.engine.micro_batch import Metrics, forward_backward
 from training.optim.schedule import lr_factor
 
 
-def train_step(
-    config: Config,
-    model: ShardedModel,
-    optimizer: Optimizer,
-    loader: Loader,
-    micro_batch: MicroBatch,
-    state: TrainState,
-    phase: Phases,
-) -> tuple[Metrics, int]:
+def train_step(setup: Setup, phase: Phases) -> tuple[Metrics, int]:
     """Update the weights once; return the global batch's metric sums, on the device, and its n_targets. Collective.
 
     The gradient is that of the summed loss / number of targets of the global batch, however ranks and micro-batches
     split it. After an out-of-memory error the same batch runs again in smaller micro-batches.
     """
+    config, model, loader, state = setup.config, setup.model, setup.loader, setup.state
     world, activity = model.world, f"step {state.step + 1}"
     loss_scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
-    with phase("data", activity, "collective"):
+    world.set_activity(activity, "collective")
+    with phase("data"):
         batch = loader.at(state.step)
     with phase("communication"):
         batch = batch._replace(n_targets=world.sum_int(batch.n_local_targets))
@@ -48,12 +37,12 @@ def train_step(
     sums = None
     while sums is None:
         with phase("compute"):
-            sums = accumulate_gradients(model, batch, micro_batch, loss_scale, activity)
+            sums = accumulate_gradients(setup, batch, loss_scale, activity)
         with phase("communication"):
             (out_of_memory,) = world.max_int(sums is None)
         if out_of_memory:
             sums = None
-            micro_batch.shrink()
+            setup.micro_batch.shrink()
     if state.step + 1 < config.steps:
         with phase("data"):
             loader.prefetch(state.step + 1)  # while a GPU still computes
@@ -62,46 +51,43 @@ def train_step(
 
     with phase("optimizer"):
         grad_norm = model.grad_norm() / loss_scale
-        updated = should_update(sums["loss_sum"] / batch.n_targets, grad_norm, state, world)
+        updated = should_update(setup, sums["loss_sum"] / batch.n_targets, grad_norm)
         if updated:
             clip_gradients(model, grad_norm, config.optim.grad_clip, loss_scale)
-            optimizer.step(lr_factor(config.schedule, state.step, config.steps))
+            setup.optimizer.step(lr_factor(config.schedule, state.step, config.steps))
         model.zero_grad()
         metrics = model.model.finish_step(sums, updated)
     state.step += 1
     return metrics | {"grad_norm": grad_norm}, batch.n_targets
 
 
-def accumulate_gradients(
-    model: ShardedModel, batch: Batch, micro_batch: MicroBatch, loss_scale: float, activity: str
-) -> Metrics | None:
-    """Add this rank's part of the gradient to the model and return its summed metrics.
+def accumulate_gradients(setup: Setup, batch: Batch, loss_scale: float, activity: str) -> Metrics | None:
+    """Add this rank's part of the gradient to the model and return its summed metrics, None if out of memory.
 
-    Returns None if this rank ran out of memory. `batch` is this rank's part of the global batch. Raises RestartNeeded
-    on out of memory if other ranks may be inside a collective.
+    `batch` is this rank's part of the global batch. With collectives in the model, an out-of-memory error is raised.
     """
-    sums: Metrics = {}
+    model, sums = setup.model, {}
     try:
-        slices = micro_batch.slices(len(batch.tokens_BT))
+        slices = setup.micro_batch.slices(len(batch.tokens_BT))
         for number, rows in enumerate(slices, start=1):
             model.set_last_micro_batch(number == len(slices))
             model.world.set_activity(activity, "collective")  # heartbeat for the hang monitor
-            add_metrics(sums, forward_backward(model, batch.rows(rows), loss_scale))
+            for name, value in forward_backward(model, batch.rows(rows), loss_scale).items():
+                sums[name] = sums[name] + value if name in sums else value
     except RuntimeError as error:
-        if not devices.is_out_of_memory(error):
-            raise
-        if model.mesh.has_collectives:
-            micro_batch.shrink_and_restart()
+        if not devices.is_out_of_memory(error) or model.mesh.has_collectives:
+            raise  # other ranks may be inside a collective: `restart_on_out_of_memory` ends the run
         return None
     return sums
 
 
-def should_update(loss: Tensor, grad_norm: Tensor, state: TrainState, world: World) -> bool:
+def should_update(setup: Setup, loss: Tensor, grad_norm: Tensor) -> bool:
     """Return True if every rank should apply this update; False if loss or gradient norm is not finite or spikes.
 
     In fp16 an overflow lowers the loss scale and does not count as skipped until the scale is 1. Synchronizes with the
     device. Collective.
     """
+    state, world = setup.state, setup.model.world
     loss, grad_norm = torch.stack([loss, grad_norm]).tolist()
     is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
     if (loss_scale := state.loss_scale) is not None:
@@ -109,7 +95,7 @@ def should_update(loss: Tensor, grad_norm: Tensor, state: TrainState, world: Wor
         loss_scale.update(is_finite)
         if is_overflow:
             return False
-    reason = state.guard.reason_to_skip(loss, grad_norm)
+    reason = state.guard.reason_to_skip(loss, grad_norm, setup.config.skip_spikes)
     if reason and world.is_main:
         print(f"step {state.step + 1}: {reason}; update skipped", file=sys.stderr)
     return not any(world.max_int(reason is not None))

@@ -55,8 +55,18 @@ def _hash(x: Tensor) -> Tensor:
     return x ^ x >> 16
 
 
+class Embedding(nn.Embedding):
+    """`nn.Embedding` without initial values: a model's come from `stats.init_weights` or a file."""
+
+    def reset_parameters(self) -> None:
+        pass  # PyTorch's initializers load torch._dynamo on the meta device, and take time elsewhere
+
+
 class Linear(nn.Linear):
-    """`nn.Linear` that computes in the dtype of its input."""
+    """`nn.Linear` that computes in the dtype of its input, without initial values."""
+
+    def reset_parameters(self) -> None:
+        pass
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)

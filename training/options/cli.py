@@ -47,9 +47,8 @@ def load_config(path: str | Path | None, overrides: Mapping[str, str] | None = N
     root, problems = (Node({}, "no file"), []) if path is None else read_file(path)
     for name in sorted(overrides or {}, key=lambda name: name.count(".")):  # a section before its options
         option = tuple(name.split("."))
-        if message := _explain_unknown(option) or _override(
-            root, option, read_flag_value(overrides[name], f"--{name}")
-        ):
+        value = read_flag_value(overrides[name], f"--{name}")
+        if message := _explain_unknown(option) or _override(root, option, value):
             problems.append(Problem(f"--{name}", None, option, message))
     config, more = validate(root)
     if problems or more:
@@ -78,9 +77,6 @@ class _Representer(SafeRepresenter):
 
 
 _Representer.add_representer(str, _Representer.represent_str)
-
-
-# --- overrides -------------------------------------------------------------------------------------
 
 
 def _explain_unknown(option: tuple[str, ...]) -> str | None:
@@ -127,9 +123,6 @@ def _default(option: tuple[str, ...], flag: str) -> Node:
     entries = () if field.is_required() else field.default
     plain = [entry.model_dump(exclude_defaults=True) if isinstance(entry, Section) else entry for entry in entries]
     return read_flag_value(json.dumps(plain), flag)  # JSON is YAML
-
-
-# --- the command line ------------------------------------------------------------------------------
 
 
 def parse_command_line(

@@ -103,7 +103,7 @@ def _value_text(value: Any, text: str | None = None) -> str:
 
 
 class ErrorLocation(NamedTuple):
-    """The option that a pydantic error is about, its section, and the type that it allows."""
+    """An option that a pydantic error is about."""
 
     path: OptionPath
     section: type[Section]

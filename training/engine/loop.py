@@ -1,19 +1,44 @@
-"""Decide after each step, from its number, the clock and signals: log, evaluate, save or stop."""
+"""The loop's phases, the events that are due after a step (log, evaluate, save or stop), and its early ends."""
 
+import math
 import os
 import signal
 import threading
 import time
-from types import FrameType, TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import NamedTuple
 
 from training.config import Config
 from training.distributed.world import World
+from training.engine.guard import MAX_CONSECUTIVE
 from training.engine.state import Checkpoints, TrainState
+from training.errors import UserError
+from training.logging.phases import PhaseTimer
+from training.logging.rows import RunLog
 
 # Schedulers send SIGUSR1 before a job's time is over.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 SECOND_SIGNAL_S = 1.0  # terminal and launcher both forward a signal: repeats within 1 s count once, later ones kill
+
+
+class Phases:
+    """The loop's phases: `with phase("data"):` times its block as `data` and the code after it as `idle`."""
+
+    def __init__(self, timer: PhaseTimer, world: World):
+        self.timer, self.world = timer, world
+
+    @contextmanager
+    def __call__(self, name: str, activity: str | None = None) -> Iterator[None]:
+        """Enter the phase `name` of `logging/phases.py`; other ranks' errors name the `activity` if this rank hangs."""
+        if activity is not None:  # untimed: the main rank writes files, which may take long
+            self.world.set_activity(activity, "untimed" if self.world.is_main else "timed")
+        self.timer.enter(name)
+        try:
+            yield
+        finally:
+            self.timer.enter("idle")
 
 
 class Due(NamedTuple):
@@ -26,7 +51,7 @@ class Due(NamedTuple):
 
 
 class Events:
-    """The events after each step. As a context manager it catches stop signals."""
+    """The events after a step, by its number, the clock and signals. As a context manager it catches stop signals."""
 
     def __init__(self, config: Config, world: World, checkpoints: Checkpoints):
         self.config, self.world, self.checkpoints = config, world, checkpoints
@@ -39,9 +64,7 @@ class Events:
             self._handlers = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         return self
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -57,8 +80,9 @@ class Events:
         config, step = self.config, state.step
         is_last, minutes = step == config.steps, config.checkpoint.every_minutes
         is_late = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
-        received, is_late, failed = self.world.max_int(self.signal, is_late, self.checkpoints.has_failed)
-        if failed:
+        has_failed = self.checkpoints.writer.failure is not None
+        received, is_late, has_failed = self.world.max_int(self.signal, is_late, has_failed)
+        if has_failed:
             self.checkpoints.wait()  # raises the failure, on all ranks
         # No periodic save after a non-finite update: the cause may be bad weights, which would replace good ones.
         is_healthy = state.guard.consecutive == 0
@@ -72,3 +96,32 @@ class Events:
 
 def _is_multiple(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
+
+
+def check_finite(state: TrainState, log: RunLog) -> None:
+    """Raise UserError, after writing the rows, if MAX_CONSECUTIVE updates or the validation loss were not finite.
+
+    The state is not saved, because it would replace a good checkpoint.
+    """
+    val_loss = log.last_row.get("val_loss", 0.0)
+    if state.guard.is_stuck:
+        reason = f"the last {MAX_CONSECUTIVE} losses or gradients were NaN or infinite"
+    elif not math.isfinite(val_loss):
+        reason = f"val_loss is {val_loss}"
+    else:
+        return
+    log.write()
+    raise UserError(
+        f"step {state.step}: {reason}, and nothing more is saved; lower the learning rate and start over with --resume "
+        f"never, or with another --name that starts from --resume {log.config.run_dir / 'checkpoints'}/step-N"
+    )
+
+
+def report_stop(number: int, state: TrainState, log: RunLog, resume: str) -> int:
+    """Close the log, print which signal stopped the run and how to resume it; return the exit status."""
+    log.close()
+    if log.world.is_main:
+        command = "the same command" if resume == "auto" else "the same command without --resume"
+        name = signal.Signals(number).name
+        print(f"stopped by {name}, saved after step {state.step}; {command} resumes it", flush=True)
+    return 128 + number
