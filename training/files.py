@@ -64,9 +64,8 @@ class RunLock:
     def check(self) -> None:
         """Raise UserError if the lock file was removed, because another process may train the run now."""
         if not self.lock_file.exists() or self.lock_file.stat().st_ino != self.inode:
-            raise UserError(
-                f"{self.lock_file}: was removed, so another process may be training {self.folder}; start again"
-            )
+            reason = f"another process may be training {self.folder}"
+            raise UserError(f"{self.lock_file}: was removed, so {reason}; start again")
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import json
 import re
 import statistics
 import sys
-from pathlib import Path
 
 from training.config import Config
 from training.errors import UserError, command
@@ -55,7 +54,7 @@ def measured_tokens_per_s(config: Config, device: str, world_size: int) -> float
     """
     from training.logging.jsonl import read_rows
 
-    folder = Path(config.run_dir)
+    folder = config.run_dir
     try:
         facts = json.loads((folder / "run.json").read_text())["facts"]
         is_same_machine = (facts["device"], facts["world_size"]) == (device, world_size)

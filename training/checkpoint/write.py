@@ -60,10 +60,7 @@ Shards = dict[str, dict[str, TensorShard]]  # by kind ("model", "optimizer") and
 
 
 class CheckpointWriter:
-    """A writer of checkpoints to a folder, at most one at a time, in the background.
-
-    All ranks call its methods in the same order.
-    """
+    """Writes checkpoints to a folder, one at a time, in the background. Ranks call its methods in the same order."""
 
     def __init__(self, folder: Path, group: WriterGroup, config: CheckpointConfig):
         self.folder, self.group, self.config = folder, group, config
@@ -79,11 +76,10 @@ class CheckpointWriter:
         self.is_preallocated = True
 
         def allocate() -> None:
+            owned = [(kind, name, s.tensor) for kind in shards for name, s in shards[kind].items() if s.is_owner]
             with suppress(RuntimeError):  # out of memory: the save will report it
-                for kind, by_name in shards.items():
-                    for name, shard in by_name.items():
-                        if shard.is_owner:
-                            self._buffer(kind, name, shard.tensor).zero_()
+                for kind, name, tensor in owned:
+                    self._buffer(kind, name, tensor).zero_()
 
         self._work = self._pool.submit(allocate)
 
