@@ -20,7 +20,7 @@ from common import header
 from training import device as devices
 from training.config import ModelConfig
 from training.model import GPT, init_weights
-from training.model.sampling import SamplingParams, sample
+from training.model.generation import SamplingParams, sample
 from training.weights import hf
 
 N_VOCAB = 50257

@@ -19,9 +19,9 @@ from training.config import BlockConfig, ModelConfig, ParallelConfig
 from training.errors import UserError
 from training.kernels.attention.deterministic import (
     DeterministicBackward,
-    attend_deterministically,
     deterministic_flash,
     deterministic_mode,
+    with_deterministic_backward,
 )
 from training.kernels.attention.masks import Visibility, find_documents
 from training.kernels.attention.sdpa import FP32_MAX_KEYS
@@ -516,13 +516,13 @@ def test_compiled_blocks_compute_the_same_and_are_compiled_once(name, mixers):
 
 @COMPILES
 def test_a_compiled_function_keeps_the_deterministic_backward():
-    modes, options = [], {"scale": None, "softcap": None}
+    modes = []
 
     def spied(q, k, v, mask, **options):
         return Spy.apply(ATTENTION_BACKENDS["sdpa"].attend(q, k, v, mask, **options), modes)
 
     def attend(q, k, v):
-        return 2 * attend_deterministically(spied, None, options, q + 1, k, v)
+        return 2 * with_deterministic_backward(spied)(q + 1, k, v, None, scale=None, softcap=None)
 
     inputs = [random(2, 2, 5, 4, seed=i) for i in range(3)]
     torch._dynamo.reset()

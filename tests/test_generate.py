@@ -18,8 +18,16 @@ from training.config import EvalConfig
 from training.data.tokenizer import build_byte_tokenizer, train_bpe
 from training.engine.evaluate import sample_texts
 from training.generate import main
-from training.model.continuation import Continuation, continue_texts, encode_prompt
-from training.model.sampling import SamplingParams, penalize_repetition, sample, sample_token, token_probabilities
+from training.model.generation import (
+    Continuation,
+    SamplingParams,
+    continue_texts,
+    encode_prompt,
+    penalize_repetition,
+    sample,
+    sample_token,
+    token_probabilities,
+)
 
 KINDS = BLOCKS | WINDOWS
 PROMPTS = [[7, 3, 9, 1, 22, 40, 8], [5], [11, 2, 60], [4, 4, 4, 31, 17, 6, 2, 50, 9, 33, 1, 12]]

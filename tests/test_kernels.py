@@ -15,11 +15,10 @@ from training.kernels.attention import table as attention_table
 from training.kernels.choose import choose_kernels
 from training.kernels.experts import (
     TORCH_EXPERTS,
-    GroupedMatmul,
     _loop_matmul,
     _loop_outer,
+    _Projection,
     _spans,
-    _UpProjection,
     sort_by_expert,
 )
 from training.kernels.interface import AttentionSpec, ExpertsSpec, KernelRequirements, LossSpec
@@ -165,11 +164,10 @@ def test_an_expert_without_tokens_has_a_zero_gradient(name):
 
 
 def test_joined_matrices_give_the_same_and_are_not_kept():
-    grouped = GroupedMatmul(_loop_matmul, _loop_outer)
     generator = torch.Generator().manual_seed(0)
     x, *w = (torch.randn(*shape, generator=generator) for shape in ((20, 8), (4, 12, 8), (4, 12, 8)))
     dispatch, results, kept = sort_by_expert(torch.randint(0, 4, (20, 2), generator=generator), 4), [], []
-    indices = dispatch.token_R, dispatch.inverse_NK, dispatch.offsets_E
+    indices = dispatch.offsets_E, dispatch.token_R, dispatch.inverse_NK
 
     def keep(tensor):
         kept[-1].append(tensor.data_ptr())
@@ -179,7 +177,7 @@ def test_joined_matrices_give_the_same_and_are_not_kept():
         leaves = [each.requires_grad_() for each in (x, *w)]
         kept.append([])
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            y = _UpProjection.apply(grouped, join, *indices, *leaves)
+            y = _Projection.apply(_loop_matmul, _loop_outer, join, *indices, *leaves)
         results.append([*y, *torch.autograd.grad(y, leaves, [each.square() for each in y])])
     assert kept[0] == kept[1] and {each.data_ptr() for each in (x, *w)} <= {*kept[0]}
     for separate, joined in zip(*results, strict=True):

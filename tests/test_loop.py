@@ -15,7 +15,7 @@ from training.engine.evaluate import validation_loss
 from training.engine.loop import Events
 from training.engine.step import clip_gradients
 from training.errors import UserError
-from training.optim.loss_scale import LossScale
+from training.optim.optimizer import LossScale
 from training.train import train
 
 CPU = torch.device("cpu")

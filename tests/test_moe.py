@@ -14,9 +14,9 @@ from training.kernels.interface import Kernels
 from training.model import GPT, init_weights, model_stats
 from training.model.layers import ACTIVATIONS, uniform_from_keys
 from training.model.layers import FeedForwardContext as Context
-from training.model.metrics import dead_expert_threshold, routing_metrics
+from training.model.metrics import dead_expert_threshold, step_metrics
 from training.model.mlp import MLP
-from training.model.moe import MoE, finish_step
+from training.model.moe import MoE
 
 MODEL = ModelConfig(n_embd=16, n_head=2, vocab_size=64, n_layer=2, n_positions=8)
 
@@ -186,7 +186,7 @@ def test_no_split_of_the_batch_changes_a_gradient(options):
 
 def test_the_selection_bias_moves_towards_idle_experts_and_the_load_is_remembered():
     moe = layer(bias_rate=0.01)
-    finish_step([moe], [torch.tensor([10.0, 2.0, 4.0, 0.0])])
+    moe.finish_step(torch.tensor([10.0, 2.0, 4.0, 0.0]))
     torch.testing.assert_close(moe.selection_bias, torch.tensor([-0.01, 0.01, 0.0, 0.01]))
     torch.testing.assert_close(moe.load, torch.tensor([10.0, 2.0, 4.0, 0.0]) / 16)
 
@@ -212,7 +212,7 @@ def test_bias_balancing_evens_out_a_skewed_router():
     x = torch.randn(4, 32, 16, generator=torch.Generator().manual_seed(0)) + 0.5
     loads = []
     for _ in range(150):
-        finish_step([moe], [moe(x, Context(128))[1].count_E])
+        moe.finish_step(moe(x, Context(128))[1].count_E)
         loads.append(moe.load.max().item())
     assert loads[0] > 0.4
     assert loads[-1] < 0.3
@@ -299,7 +299,10 @@ def test_jitter_differs_by_sample_token_channel_layer_and_step_and_is_off_in_eva
 
     moe = layer(jitter=0.3)
     x = torch.randn(1, 200, 16, generator=torch.Generator().manual_seed(2)) + 1
-    ratio = moe._add_jitter(x, Context(1, key_B[:1], is_training=True)) / x
+    router_inputs = []
+    moe.router.register_forward_pre_hook(lambda _, args: router_inputs.append(args[0]))
+    moe(x, Context(1, key_B[:1], is_training=True))
+    ratio = router_inputs[0].view_as(x) / x
     assert ratio.min() == pytest.approx(0.7, abs=0.01) and ratio.max() == pytest.approx(1.3, abs=0.01)
     plain = layer()
     assert torch.equal(moe(x, Context(200))[0], plain(x, Context(200))[0])
@@ -393,7 +396,9 @@ def test_routing_metrics_are_by_layer_and_over_all_layers():
         "z_loss": [[8.0], [16.0]],
         "bias_range": [[0.0], [0.25]],
     }
-    found = routing_metrics(layers, [2, 2])
+    metrics = {f"{name}.{i}": value for name, values in layers.items() for i, value in enumerate(values)}
+    found = step_metrics(metrics | {"loss_sum": [8.0]}, 8, [2, 2])
+    assert found["loss"] == 1
     assert found["expert_load"] == [[0.25] * 4, [1.0, 0.0, 0.0, 0.0]]
     assert found["expert_load_max"] == 4 and found["dead_experts"] == 3
     assert found["expert_entropy"] == 0 and found["router_bias_range"] == 0.25

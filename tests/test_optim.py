@@ -201,11 +201,16 @@ def test_orthogonalize_keeps_directions_and_evens_out_singular_values(shape):
     torch.testing.assert_close(ours, torch.diag_embed(diagonal), rtol=0, atol=1e-3)
 
 
+def build_muon(p, weight_decay=0.0):
+    config = MuonConfig(muon_learning_rate=0.1, momentum=0.9, weight_decay=weight_decay, ns_steps=5)
+    return Muon(config, {"matrix": [p]}, torch.float32, None)
+
+
 @pytest.mark.parametrize(("shape", "scale"), [((8, 4), math.sqrt(2)), ((4, 8), 1.0)], ids=["tall", "wide"])
 def test_muon_is_momentum_orthogonalized_and_scaled(shape, scale):
     p = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
     expected, average = p.detach().clone(), torch.zeros(shape)
-    optimizer = Muon([p], lr=0.1, momentum=0.9, weight_decay=0.2, ns_steps=5, dtype=torch.float32)
+    optimizer = build_muon(p, weight_decay=0.2)
     for t in (1, 2):
         p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(t))
         average = 0.9 * average + 0.1 * p.grad
@@ -218,20 +223,19 @@ def test_muon_is_momentum_orthogonalized_and_scaled(shape, scale):
 
 def test_muon_treats_each_expert_as_a_matrix_of_its_own():
     g = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
-    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "ns_steps": 5, "dtype": torch.float32}
     stacked, single = nn.Parameter(torch.zeros(3, 4, 8)), [nn.Parameter(torch.zeros(4, 8)) for _ in range(3)]
     stacked.grad = g
-    Muon([stacked], **options).step()
+    build_muon(stacked).step()
     for i, p in enumerate(single):
         p.grad = g[i] * (i + 1)  # the scale of a gradient does not matter
-        Muon([p], **options).step()
+        build_muon(p).step()
         torch.testing.assert_close(stacked[i].data, p.data, rtol=1e-4, atol=1e-5)
 
 
 def test_a_zero_gradient_moves_nothing():
     p = nn.Parameter(torch.ones(2, 4, 4))
     p.grad = torch.zeros_like(p)
-    Muon([p], lr=0.1, momentum=0.9, weight_decay=0.0, ns_steps=5, dtype=torch.float32).step()
+    build_muon(p).step()
     assert torch.equal(p.data, torch.ones(2, 4, 4))
 
 

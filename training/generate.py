@@ -96,8 +96,7 @@ def main(argv: list[str] | None = None) -> int:
 def generate(args: argparse.Namespace) -> None:
     """Write each prompt with its continuations to standard output; if there is only one text, token by token."""
     from training.engine.load_run import load_model
-    from training.model.continuation import continue_texts, encode_prompt
-    from training.model.sampling import SamplingParams
+    from training.model.generation import SamplingParams, continue_texts, encode_prompt
 
     model, run = load_model(args.run, args.device)
     prompts, limit = [encode_prompt(run.tokenizer, prompt) for prompt in args.prompt], model.config.n_positions

@@ -52,10 +52,10 @@ class WriterGroup(NamedTuple):
 
     rank: int
     size: int
-    gather_bytes: Callable[[bytes], list[bytes]]  # all ranks' bytes, on every rank; called from the writing thread
+    gather: Callable[[Any], list[Any]]  # all ranks' values, on every rank; called from the writing thread
 
 
-SINGLE = WriterGroup(0, 1, lambda data: [data])
+SINGLE = WriterGroup(0, 1, lambda value: [value])
 Shards = dict[str, dict[str, TensorShard]]  # by kind ("model", "optimizer") and name
 
 
@@ -178,18 +178,19 @@ class CheckpointWriter:
     def _on_all_ranks(self, work: Callable[[], Any]) -> list[Any]:
         """Run `work` on all ranks and return all results. Raises UserError, on all ranks, if any rank fails."""
         try:
-            outcome = {"result": work()}
+            outcome = work()
         except UserError as error:
-            outcome = {"error": str(error)}
+            outcome = error
         except Exception as error:  # of any type: the other ranks wait for the outcome
-            outcome = {"error": getattr(error, "strerror", None) or library_error(error)}
+            outcome = UserError(getattr(error, "strerror", None) or library_error(error))
         try:
-            outcomes = [json.loads(data) for data in self.group.gather_bytes(json.dumps(outcome).encode())]
+            outcomes = self.group.gather(outcome)
         except RuntimeError as error:  # the other ranks cannot be reached
             raise UserError(library_error(error)) from error
-        if errors := [outcome["error"] for outcome in outcomes if "error" in outcome]:
-            raise UserError(errors[0])
-        return [outcome["result"] for outcome in outcomes]
+        for outcome in outcomes:
+            if isinstance(outcome, UserError):
+                raise outcome
+        return outcomes
 
     def _write_shards(self, partial: Path, kind: str, shards: dict[str, TensorShard], one_file: bool) -> dict:
         """Write this rank's rows; return their locations. With `one_file` the main rank's stay in memory."""

@@ -8,8 +8,7 @@ from training.data import Samples, Tokenizer
 from training.distributed.world import World
 from training.engine.build import Setup
 from training.model import GPT
-from training.model.continuation import continue_texts, encode_prompt
-from training.model.sampling import SamplingParams
+from training.model.generation import SamplingParams, continue_texts, encode_prompt
 
 
 def evaluate(setup: Setup, tokenizer: Tokenizer) -> dict[str, float]:

@@ -15,8 +15,7 @@ from training.engine.guard import StepGuard
 from training.errors import UserError
 from training.logging.jsonl import nan_to_null
 from training.logging.rows import RunLog
-from training.optim.loss_scale import LossScale
-from training.optim.optimizer import Optimizer
+from training.optim.optimizer import LossScale, Optimizer
 
 
 class Best(TypedDict):
@@ -91,7 +90,7 @@ class Checkpoints:
     def __init__(self, config: Config, model: ShardedModel, optimizer: Optimizer, log: RunLog):
         self.config, self.model, self.optimizer, self.log = config, model, optimizer, log
         world = model.world
-        group = WriterGroup(world.rank, world.size, partial(world.gather_bytes, background=True))
+        group = WriterGroup(world.rank, world.size, partial(world.gather, background=True))
         self.writer = CheckpointWriter(config.run_dir / "checkpoints", group, config.checkpoint)
 
     def preallocate(self) -> None:

@@ -1,7 +1,8 @@
 """The matmuls of a Mixture-of-Experts layer, including the permutation of tokens to experts and back.
 
 Shapes: N tokens, K experts per token, R = N x K rows (one for each token and each of its experts, sorted by expert),
-E experts, C channels, F hidden channels. Weights are laid out as in `nn.Linear`, one matrix per expert.
+E experts, C channels, F hidden channels. Weights are laid out as in `nn.Linear`, one matrix per expert. No kernel but
+the reference uses atomic additions: each token's rows are summed in order, so the bits repeat from run to run.
 
 >>> topk_ids_NK, weight_NK = torch.tensor([[0, 2], [2, 1]]), torch.full((2, 2), 0.5)
 >>> x_NC, up_EFC, down_ECF = torch.randn(2, 8), torch.randn(3, 16, 8), torch.randn(3, 8, 16)
@@ -9,9 +10,6 @@ E experts, C channels, F hidden channels. Weights are laid out as in `nn.Linear`
 >>> (h_RF,) = kernel.up(x_NC, (up_EFC,), dispatch)
 >>> kernel.down(h_RF.relu(), down_ECF, weight_NK, dispatch).shape
 torch.Size([2, 8])
-
-No kernel but the reference uses atomic additions: each token's rows are summed in order, forward and backward, so
-results are bit-identical from run to run.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,10 +33,8 @@ class Dispatch(NamedTuple):
 def sort_by_expert(topk_ids_NK: Tensor, n_experts: int) -> Dispatch:
     """Sort tokens by expert, and within an expert by token. Does not synchronize with the device."""
     expert_R, order_R = topk_ids_NK.flatten().sort(stable=True)
-    rows = torch.arange(len(order_R), device=order_R.device)
-    inverse_R = torch.empty_like(order_R).scatter_(0, order_R, rows)
-    experts = torch.arange(n_experts, device=order_R.device)
-    offsets_E = torch.searchsorted(expert_R, experts, right=True, out_int32=True)
+    inverse_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+    offsets_E = torch.searchsorted(expert_R, torch.arange(n_experts, device=order_R.device), right=True, out_int32=True)
     return Dispatch(order_R, order_R // topk_ids_NK.shape[1], inverse_R.view_as(topk_ids_NK), expert_R, offsets_E)
 
 
@@ -53,39 +49,30 @@ class ExpertKernel(NamedTuple):
     saved_operators: tuple[str, ...] = ()
 
 
-class GroupedMatmul(NamedTuple):
-    """Matmuls of rows, sorted by expert, with their expert's matrix; I inputs, O outputs."""
+class _Projection(torch.autograd.Function):
+    """Project rows by one or more matrices, after permuting tokens to rows if `token_R` is not None.
 
-    matmul: Callable[[Tensor, Tensor, Tensor], Tensor]  # x_RI, w_EIO, offsets_E -> y_RO
-    outer: Callable[[Tensor, Tensor, Tensor], Tensor]  # y_RO, x_RI, offsets_E -> w_EOI, each expert's y.T x
-
-
-class _UpProjection(torch.autograd.Function):
-    """Permute tokens to rows and project them by one or more matrices.
-
-    Backward permutes again instead of saving the rows. If `join`, up and gate matrices are concatenated for one matmul,
-    and again in backward.
+    Backward permutes again instead of saving the rows. If `join`, the matrices are concatenated for one matmul, and
+    again in backward.
     """
 
     @staticmethod
-    def forward(ctx: Any, grouped: GroupedMatmul, join: bool, token_R, inverse_NK, offsets_E, x_NC: Tensor, *w_EFC):
-        ctx.grouped, ctx.join, ctx.hidden = grouped, join, w_EFC[0].shape[1]
-        ctx.save_for_backward(token_R, inverse_NK, offsets_E, x_NC, *w_EFC)
-        x_RC = x_NC.index_select(0, token_R)
-        return _split(ctx, [grouped.matmul(x_RC, w.mT, offsets_E) for w in _join(ctx, w_EFC)])
+    def forward(ctx: Any, matmul, outer, join: bool, offsets_E, token_R, inverse_NK, x: Tensor, *w_EOI: Tensor):
+        ctx.matmul, ctx.outer, ctx.join, ctx.n_out = matmul, outer, join, w_EOI[0].shape[1]
+        ctx.save_for_backward(offsets_E, token_R, inverse_NK, x, *w_EOI)
+        x_RI = x if token_R is None else x.index_select(0, token_R)
+        return _split(ctx, [matmul(x_RI, w.mT, offsets_E) for w in _join(ctx, w_EOI)])
 
     @staticmethod
-    def backward(ctx: Any, *grad_RF: Tensor):
-        grouped = ctx.grouped
-        token_R, inverse_NK, offsets_E, x_NC, *w_EFC = ctx.saved_tensors
-        x_RC = x_NC.index_select(0, token_R)
-        grad_RF = [grad.contiguous() for grad in _join(ctx, grad_RF)]
-        grad_w = [grouped.outer(grad, x_RC, offsets_E) for grad in grad_RF]
-        grad_x = [
-            _combine(grouped.matmul(grad, w, offsets_E), inverse_NK, None)
-            for grad, w in zip(grad_RF, _join(ctx, w_EFC), strict=True)
-        ]
-        return None, None, None, None, None, sum(grad_x[1:], grad_x[0]), *_split(ctx, grad_w)
+    def backward(ctx: Any, *grad_RO: Tensor):
+        offsets_E, token_R, inverse_NK, x, *w_EOI = ctx.saved_tensors
+        x_RI = x if token_R is None else x.index_select(0, token_R)
+        grad_RO = [grad.contiguous() for grad in _join(ctx, grad_RO)]
+        grad_w = [ctx.outer(grad, x_RI, offsets_E) for grad in grad_RO]
+        pairs = zip(grad_RO, _join(ctx, w_EOI), strict=True)
+        grad_x = (ctx.matmul(grad, w, offsets_E) for grad, w in pairs)  # one at a time in memory
+        grad_x = [grad if token_R is None else _combine(grad, inverse_NK, None) for grad in grad_x]
+        return None, None, None, None, None, None, sum(grad_x[1:], grad_x[0]), *_split(ctx, grad_w)
 
 
 def _join(ctx: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -94,52 +81,19 @@ def _join(ctx: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def _split(ctx: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Undo `_join`."""
-    return tuple(part for each in tensors for part in each.split(ctx.hidden, dim=1))
-
-
-class _DownProjection(torch.autograd.Function):
-    """Project rows by a matrix and sum each token's rows by their weights."""
-
-    @staticmethod
-    def forward(ctx: Any, grouped: GroupedMatmul, order_R, inverse_NK, offsets_E, h_RF, w_ECF, weight_NK):
-        ctx.grouped = grouped
-        y_RC = grouped.matmul(h_RF, w_ECF.mT, offsets_E)
-        ctx.save_for_backward(order_R, inverse_NK, offsets_E, h_RF, w_ECF, weight_NK, y_RC)
-        return _combine(y_RC, inverse_NK, weight_NK)
-
-    @staticmethod
-    def backward(ctx: Any, grad_NC: Tensor):
-        grouped = ctx.grouped
-        order_R, inverse_NK, offsets_E, h_RF, w_ECF, weight_NK, y_RC = ctx.saved_tensors
-        grad_RC, grad_weight = _combine_backward(grad_NC, order_R, inverse_NK, y_RC, weight_NK)
-        grad_h = grouped.matmul(grad_RC, w_ECF, offsets_E)
-        grad_w = grouped.outer(grad_RC, h_RF, offsets_E)
-        return None, None, None, None, grad_h, grad_w, grad_weight
+    return tuple(part for each in tensors for part in each.split(ctx.n_out, dim=1))
 
 
 def _combine(y_RC: Tensor, inverse_NK: Tensor, weight_NK: Tensor | None) -> Tensor:
     """Sum each token's rows, weighted unless `weight_NK` is None."""
-    if weight_NK is not None:
-        weight_NK = weight_NK.to(y_RC.dtype)
+    weight_NK = None if weight_NK is None else weight_NK.to(y_RC.dtype)
     if y_RC.device.type == "cuda":  # several times faster than embedding_bag; compiles to one kernel
         y_NKC = y_RC[inverse_NK]
         return (y_NKC if weight_NK is None else y_NKC.mul_(weight_NK[..., None])).sum(dim=1)
     return F.embedding_bag(inverse_NK, y_RC, per_sample_weights=weight_NK, mode="sum")
 
 
-def _combine_backward(
-    grad_NC: Tensor, order_R: Tensor, inverse_NK: Tensor, y_RC: Tensor, weight_NK: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of y_RC and weight_NK."""
-    grad_RC = grad_NC.index_select(0, order_R // weight_NK.shape[1])
-    grad_weight_R = (grad_RC * y_RC).sum(dim=-1, dtype=weight_NK.dtype)
-    grad_RC *= weight_NK.flatten().index_select(0, order_R).to(grad_RC.dtype)[:, None]
-    return grad_RC, grad_weight_R[inverse_NK]
-
-
 class _Permute(torch.autograd.Function):
-    """x_NC -> x_RC."""
-
     @staticmethod
     def forward(ctx: Any, token_R: Tensor, inverse_NK: Tensor, x_NC: Tensor) -> Tensor:
         ctx.save_for_backward(inverse_NK)
@@ -151,8 +105,6 @@ class _Permute(torch.autograd.Function):
 
 
 class _Unpermute(torch.autograd.Function):
-    """y_RC -> y_NC, by weight."""
-
     @staticmethod
     def forward(ctx: Any, order_R: Tensor, inverse_NK: Tensor, y_RC: Tensor, weight_NK: Tensor) -> Tensor:
         ctx.save_for_backward(order_R, inverse_NK, y_RC, weight_NK)
@@ -160,7 +112,11 @@ class _Unpermute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_NC: Tensor):
-        return None, None, *_combine_backward(grad_NC, *ctx.saved_tensors)
+        order_R, inverse_NK, y_RC, weight_NK = ctx.saved_tensors
+        grad_RC = grad_NC.index_select(0, order_R // weight_NK.shape[1])
+        grad_weight_R = (grad_RC * y_RC).sum(dim=-1, dtype=weight_NK.dtype)
+        grad_RC *= weight_NK.flatten().index_select(0, order_R).to(grad_RC.dtype)[:, None]
+        return None, None, grad_RC, grad_weight_R[inverse_NK]
 
 
 def permute(x_NC: Tensor, dispatch: Dispatch) -> Tensor:
@@ -169,30 +125,28 @@ def permute(x_NC: Tensor, dispatch: Dispatch) -> Tensor:
 
 
 def unpermute(y_RC: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:
-    """Return y_NC, the weighted sum of each token's rows, in the order before `permute`."""
+    """Return y_NC, the weighted sum of each token's rows."""
     return _Unpermute.apply(dispatch.order_R, dispatch.inverse_NK, y_RC, weight_NK)
 
 
-def _build_kernel(grouped: GroupedMatmul, *saved_operators: str) -> ExpertKernel:
+def _build_kernel(matmul: Callable[..., Tensor], outer: Callable[..., Tensor], *saved_operators: str) -> ExpertKernel:
+    """Return the kernel that computes with grouped matmuls of rows (I inputs, O outputs), sorted by expert.
+
+    `matmul` maps x_RI, w_EIO, offsets_E to y_RO, each row times its expert's matrix. `outer` maps y_RO, x_RI, offsets_E
+    to w_EOI, each expert's y.T x.
+    """
+
     def up(x_NC: Tensor, w_EFC: tuple[Tensor, ...], dispatch: Dispatch) -> tuple[Tensor, ...]:
         # One matmul is faster in training on CUDA. In generation, copying the weights for each token would be slower.
         join = x_NC.device.type == "cuda" and len(w_EFC) > 1 and torch.is_grad_enabled()
-        indices = dispatch.token_R, dispatch.inverse_NK, dispatch.offsets_E
-        return _UpProjection.apply(grouped, join, *indices, x_NC, *w_EFC)
+        _, token_R, inverse_NK, _, offsets_E = dispatch
+        return _Projection.apply(matmul, outer, join, offsets_E, token_R, inverse_NK, x_NC, *w_EFC)
 
     def down(h_RF: Tensor, w_ECF: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:
-        indices = dispatch.order_R, dispatch.inverse_NK, dispatch.offsets_E
-        return _DownProjection.apply(grouped, *indices, h_RF, w_ECF, weight_NK)
+        (y_RC,) = _Projection.apply(matmul, outer, False, dispatch.offsets_E, None, None, h_RF, w_ECF)
+        return unpermute(y_RC, weight_NK, dispatch)
 
     return ExpertKernel(up, down, saved_operators)
-
-
-def _grouped_matmul(x_RI: Tensor, w_EIO: Tensor, offsets_E: Tensor) -> Tensor:
-    return F.grouped_mm(x_RI, w_EIO, offs=offsets_E)
-
-
-def _grouped_outer(y_RO: Tensor, x_RI: Tensor, offsets_E: Tensor) -> Tensor:
-    return F.grouped_mm(y_RO.mT, x_RI, offs=offsets_E)
 
 
 _OPS = __name__.replace(".", "_")  # a copy of this file in an export gets its own operator names
@@ -234,21 +188,17 @@ def _spans(x_RI: Tensor, offsets_E: Tensor) -> list[tuple[int, int, int]]:
     count is therefore rounded up to a multiple of 16, or of a larger power of two if that adds at most an eighth.
     """
     ends = offsets_E.tolist()
-    spans = list(zip([0, *ends[:-1]], ends, strict=True))
-    if x_RI.device.type != "cpu" or x_RI.element_size() != 2:
-        return [(start, end, end) for start, end in spans]
-    steps = [1 << max(4, (end - start).bit_length() - 4) for start, end in spans]
-    return [(start, end, start - (start - end) // step * step) for (start, end), step in zip(spans, steps, strict=True)]
+    is_rounded = x_RI.device.type == "cpu" and x_RI.element_size() == 2
+    spans = []
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        step = 1 << max(4, (end - start).bit_length() - 4) if is_rounded else 1
+        spans.append((start, end, start - (start - end) // step * step))
+    return spans
 
 
 def _zero_padded(rows: Tensor, start: int, end: int, rounded: int) -> Tensor:
     """Return rows start..end, followed by zeros up to `rounded`; a view if no zeros are needed."""
-    if rounded == end:
-        return rows[start:end]
-    padded = rows.new_empty(rounded - start, rows.shape[1])
-    padded[: end - start] = rows[start:end]
-    padded[end - start :] = 0
-    return padded
+    return rows[start:end] if rounded == end else F.pad(rows[start:end], (0, 0, 0, rounded - end))
 
 
 def _reference_matmul(x_RI: Tensor, w_EOI: Tensor, expert_R: Tensor) -> Tensor:
@@ -269,25 +219,23 @@ def _reference_down(h_RF: Tensor, w_ECF: Tensor, weight_NK: Tensor, dispatch: Di
     return y_RC.new_zeros(len(weight_NK), y_RC.shape[1]).index_add(0, dispatch.token_R, y_RC * weight_R[:, None])
 
 
-GROUPED = _build_kernel(GroupedMatmul(_grouped_matmul, _grouped_outer), "aten::_grouped_mm")
-LOOP = _build_kernel(GroupedMatmul(_loop_matmul, _loop_outer), f"{_OPS}::loop_matmul")
-REFERENCE = ExpertKernel(_reference_up, _reference_down)
-
-
 def pick_portable(x: Tensor, w_EOI: Tensor) -> ExpertKernel:
-    """Return GROUPED if this version of PyTorch supports it for these tensors, else LOOP."""
+    """Return the grouped kernel if this version of PyTorch supports it for these tensors, else the loop."""
     is_aligned = all(width * x.element_size() % 16 == 0 for width in w_EOI.shape[1:])
     has_dtype = x.device.type == "cpu" or x.dtype == torch.bfloat16
-    return GROUPED if hasattr(F, "grouped_mm") and is_aligned and has_dtype else LOOP
+    return TORCH_EXPERTS["grouped" if hasattr(F, "grouped_mm") and is_aligned and has_dtype else "loop"]
 
 
-def _portable_up(x_NC: Tensor, w_EFC: tuple[Tensor, ...], dispatch: Dispatch) -> tuple[Tensor, ...]:
-    return pick_portable(x_NC, w_EFC[0]).up(x_NC, w_EFC, dispatch)
-
-
-def _portable_down(h_RF: Tensor, w_ECF: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:
-    return pick_portable(h_RF, w_ECF).down(h_RF, w_ECF, weight_NK, dispatch)
-
-
-PORTABLE = ExpertKernel(_portable_up, _portable_down)  # for exported models, which run on any machine
-TORCH_EXPERTS = {"grouped": GROUPED, "loop": LOOP, "reference": REFERENCE}
+TORCH_EXPERTS = {
+    "grouped": _build_kernel(
+        lambda x_RI, w_EIO, offsets_E: F.grouped_mm(x_RI, w_EIO, offs=offsets_E),
+        lambda y_RO, x_RI, offsets_E: F.grouped_mm(y_RO.mT, x_RI, offs=offsets_E),
+        "aten::_grouped_mm",
+    ),
+    "loop": _build_kernel(_loop_matmul, _loop_outer, f"{_OPS}::loop_matmul"),
+    "reference": ExpertKernel(_reference_up, _reference_down),
+}
+PORTABLE = ExpertKernel(  # for exported models, which run on any machine
+    up=lambda x_NC, w_EFC, dispatch: pick_portable(x_NC, w_EFC[0]).up(x_NC, w_EFC, dispatch),
+    down=lambda h_RF, w_ECF, *rest: pick_portable(h_RF, w_ECF).down(h_RF, w_ECF, *rest),
+)

@@ -5,7 +5,7 @@ D width of queries and keys, E width of values.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,26 +56,6 @@ class KernelRequirements(NamedTuple):
     loss: frozenset[LossSpec] = frozenset()
 
 
-class Attend(Protocol):
-    """The signature of every attention kernel: y_BHTE = softmax(scale x q k) v. Kernels omit the annotations.
-
-    `mask` is the result of the back-end's `build_mask`. `scale` multiplies the scores (None: 1/sqrt(D));
-    `softcap` bounds them to softcap x tanh(score / softcap) (arXiv:2408.00118; None: no bound). Query head h uses
-    the keys of head h // (H / G).
-    """
-
-    def __call__(
-        self,
-        q_BHTD: Tensor,
-        k_BGSD: Tensor,
-        v_BGSE: Tensor,
-        mask: Any,
-        *,
-        scale: float | None = None,
-        softcap: float | None = None,
-    ) -> Tensor: ...
-
-
 class Limits(NamedTuple):
     """Limits of an attention back-end on one type of device. The defaults allow everything."""
 
@@ -94,7 +74,10 @@ class AttentionBackend(NamedTuple):
     """One implementation of attention."""
 
     build_mask: Callable[[Visibility], Any]  # called once per forward for all layers that share the mask
-    attend: Attend
+    # (q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) -> y_BHTE = softmax(scale x q k) v. Query head h uses
+    # the keys of head h // (H / G). `scale` multiplies the scores (None: 1/sqrt(D)). `softcap` bounds them to
+    # softcap x tanh(score / softcap) (arXiv:2408.00118; None: no bound).
+    attend: Callable[..., Tensor]
     limits: Mapping[str, Limits] | None = None  # by device type; None: no limits, on any device
     saved_operators: tuple[str, ...] = ()  # as `ExpertKernel.saved_operators`
 

@@ -10,6 +10,7 @@ tensor(9.2103)
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -37,38 +38,26 @@ def reference_loss(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float
     return F.cross_entropy(logits_NV, targets_N, ignore_index=-1, reduction="sum")
 
 
-class TorchLogitsBackward:
-    """`LogitsBackward` in PyTorch operations; on a CPU in blocks that fit in the cache."""
-
-    def __init__(self):
-        self.work_nV: Tensor | None = None  # reused buffer: float32 copy of a block of 16-bit logits
-
-    def __call__(self, logits_NV: Tensor, targets_N: Tensor, softcap: float | None, *, gradient: bool) -> Tensor:
-        size = max(1, BLOCK_ELEMENTS // logits_NV.shape[1]) if logits_NV.device.type in CHUNK_BYTES else len(logits_NV)
-        blocks = zip(logits_NV.split(size), targets_N.split(size), strict=True)
-        return torch.cat([self._block(logits_nV, targets_n, softcap, gradient) for logits_nV, targets_n in blocks])
-
-    def _block(self, logits_NV: Tensor, targets_N: Tensor, softcap: float | None, gradient: bool) -> Tensor:
-        p_NV = logits_NV if logits_NV.dtype == torch.float32 else self._in_float32(logits_NV)
-        target_N1 = targets_N[:, None].clamp(min=0)
+def torch_logits_backward(logits_NV: Tensor, targets_N: Tensor, softcap: float | None, *, gradient: bool) -> Tensor:
+    """Implement `LogitsBackward` in PyTorch operations; on a CPU in blocks that fit in the cache."""
+    size = max(1, BLOCK_ELEMENTS // logits_NV.shape[1]) if logits_NV.device.type in CHUNK_BYTES else len(logits_NV)
+    losses = []
+    for logits_nV, targets_n in zip(logits_NV.split(size), targets_N.split(size), strict=True):
+        p_nV = logits_nV.float()  # the same tensor if it is float32
+        target_n1 = targets_n[:, None].clamp(min=0)
         if softcap is not None:
-            tanh_NV = p_NV.div_(softcap).tanh_().clone()
-            p_NV.mul_(softcap)
-        margin_N1 = p_NV.amax(dim=1, keepdim=True) - p_NV.gather(1, target_N1)
-        torch.softmax(p_NV, 1, out=p_NV)
-        loss_N1 = margin_N1 - p_NV.amax(dim=1, keepdim=True).log()
+            tanh_nV = p_nV.div_(softcap).tanh_().clone()
+            p_nV.mul_(softcap)
+        margin_n1 = p_nV.amax(dim=1, keepdim=True) - p_nV.gather(1, target_n1)
+        torch.softmax(p_nV, 1, out=p_nV)
+        loss_n1 = margin_n1 - p_nV.amax(dim=1, keepdim=True).log()
+        losses.append(loss_n1.squeeze(1) * (targets_n >= 0))
         if gradient:
-            p_NV.scatter_add_(1, target_N1, p_NV.new_full((), -1.0).expand_as(target_N1))
+            p_nV.scatter_add_(1, target_n1, p_nV.new_full((), -1.0).expand_as(target_n1))
             if softcap is not None:
-                p_NV *= 1 - tanh_NV.square_()
-            if p_NV is not logits_NV:
-                logits_NV.copy_(p_NV)
-        return loss_N1.squeeze(1) * (targets_N >= 0)
-
-    def _in_float32(self, logits_NV: Tensor) -> Tensor:
-        if self.work_nV is None:
-            self.work_nV = torch.empty_like(logits_NV, dtype=torch.float32)
-        return self.work_nV[: len(logits_NV)].copy_(logits_NV)
+                p_nV *= 1 - tanh_nV.square_()
+            logits_nV.copy_(p_nV)  # does nothing if it is the same tensor
+    return torch.cat(losses)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -106,11 +95,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None, None, None]:
-        (grad_x_NC, grad_w_VC), ctx.grads = ctx.grads, None  # scaled in place, so backward runs only once
-        for unscaled in (grad_x_NC, grad_w_VC):
-            if unscaled is not None:
-                unscaled *= grad
-        return None, grad_x_NC, grad_w_VC, None, None
+        unscaled, ctx.grads = ctx.grads, None  # scaled in place, so backward runs only once
+        return None, *(None if x is None else x.mul_(grad) for x in unscaled), None, None
 
 
 def _chunk_tokens(x_NC: Tensor, n_vocab: int) -> int:
@@ -138,7 +124,7 @@ def _add_product(sum_IO: Tensor, x_IN: Tensor, y_NO: Tensor, *, first: bool) -> 
 
 
 def chunked_cross_entropy(
-    logits_backward: LogitsBackward, x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None
+    logits_backward: LogitsBackward, x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None = None
 ) -> Tensor:
     """Compute the loss, and in the same pass its gradients, in chunks of tokens."""
     if not torch.is_grad_enabled():  # inside a Function grad mode is always off: tell it by detaching
@@ -146,9 +132,4 @@ def chunked_cross_entropy(
     return _ChunkedCrossEntropy.apply(logits_backward, x_NC, w_VC, targets_N, softcap)
 
 
-def chunked_loss(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None = None) -> Tensor:
-    """Compute the loss in chunks of tokens, in PyTorch operations."""
-    return chunked_cross_entropy(TorchLogitsBackward(), x_NC, w_VC, targets_N, softcap)
-
-
-TORCH_LOSS = {"chunked": chunked_loss, "reference": reference_loss}
+TORCH_LOSS = {"chunked": partial(chunked_cross_entropy, torch_logits_backward), "reference": reference_loss}

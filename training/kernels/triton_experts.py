@@ -4,38 +4,19 @@ Shapes are those of `experts.py`; also I inputs, O outputs, tiles of T rows of o
 (token, k). The grid has the largest possible number of tiles, and each tile finds its expert on the device, so the host
 never waits for row counts. There are no atomic additions: each row is written to its own place, and a token's results
 are summed in order, so the bits repeat. Accumulation is in float32; float32 inputs are not rounded to TF32.
-
-`table.py` imports this file at the first call, because Triton is not installed everywhere.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from training.kernels.experts import Dispatch
-
-
-class TileShape(NamedTuple):
-    """The block of a matmul that one Triton program computes. The defaults are for 16-bit dtypes."""
-
-    side: int = 128  # max rows and columns of the result
-    inner: int = 64  # terms of the sum per step
-    warps: int = 8
-    stages: int = 3  # pipeline stages: 96 KiB of shared memory
-
-    @classmethod
-    def of(cls, x: Tensor) -> "TileShape":
-        """Return the shape for the dtype of x."""
-        return cls() if x.element_size() == 2 else cls(side=64, inner=32, warps=4, stages=2)
-
-
+# By bytes of an element: max rows and columns of the block of a matmul that one program computes, terms of the sum per
+# step, warps, pipeline stages. They need up to 96 KiB of shared memory.
+TILES = {2: (128, 64, 8, 3), 4: (64, 32, 4, 2)}
 GROUP = tl.constexpr(8)  # consecutive programs cover this many tiles x all columns, to reuse operands in the L2 cache
-
-
-# --- kernels ---------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -152,8 +133,7 @@ def _outer_kernel(
     tl.store(to_IO, sum_IO.to(w_EIO.dtype.element_ty), mask=(i[:, None] < n_in) & (o[None, :] < n_out))
 
 
-# --- launches: custom operators, which torch.compile does not trace --------------------------------
-
+# The launches are custom operators, which torch.compile does not trace.
 _OPS = __name__.replace(".", "_")
 
 
@@ -171,19 +151,20 @@ def _matmul(
     """Multiply each row by its expert's matrix, see `_matmul_kernel`. Returns y (R, O) and dot_PR."""
     y, dot_PR = _matmul_shapes(x, w_EIO, offsets_E, from_R, to_R, weight_R, h_RO, base)
     x, h_RO = x.contiguous(), None if h_RO is None else h_RO.contiguous()
-    (n_experts, n_in, n_out), n_rows, shape = w_EIO.shape, len(y), TileShape.of(x)
-    T = min(shape.side, max(16, triton.next_power_of_2(n_rows // n_experts)))
+    (n_experts, n_in, n_out), n_rows = w_EIO.shape, len(y)
+    side, inner, warps, stages = TILES[x.element_size()]
+    T = min(side, max(16, triton.next_power_of_2(n_rows // n_experts)))
     n_tiles = triton.cdiv(n_rows, T) + n_experts  # each expert may have a partial tile
-    _matmul_kernel[(n_tiles * triton.cdiv(n_out, shape.side),)](
+    _matmul_kernel[(n_tiles * triton.cdiv(n_out, side),)](
         *(x, w_EIO, y, offsets_E, from_R, to_R, weight_R, h_RO, None if h_RO is None else dot_PR, base),
         *(n_rows, n_experts, n_in, n_out, *w_EIO.stride()),
-        EVEN=n_in % shape.inner == 0,
+        EVEN=n_in % inner == 0,
         T=T,
-        BLOCK_I=shape.inner,
-        BLOCK_O=shape.side,
+        BLOCK_I=inner,
+        BLOCK_O=side,
         BLOCK_E=triton.next_power_of_2(n_experts),
-        num_warps=shape.warps,
-        num_stages=shape.stages,
+        num_warps=warps,
+        num_stages=stages,
     )
     return y, dot_PR
 
@@ -191,7 +172,7 @@ def _matmul(
 @_matmul.register_fake
 def _matmul_shapes(x, w_EIO, offsets_E, from_R=None, to_R=None, weight_R=None, h_RO=None, base=None):  # noqa: ARG001
     n_rows, n_out = len(x if from_R is None else from_R), w_EIO.shape[2]
-    n_blocks = 0 if h_RO is None else triton.cdiv(n_out, TileShape.of(x).side)
+    n_blocks = 0 if h_RO is None else triton.cdiv(n_out, TILES[x.element_size()][0])
     return x.new_empty(n_rows, n_out), x.new_empty(n_blocks, n_rows, dtype=torch.float32)
 
 
@@ -201,16 +182,16 @@ def _grouped_outer(
 ) -> Tensor:
     """Return each expert's weighted sum of outer products of x and y rows: w_EIO, or w_EOI if `transposed`."""
     w_E__ = _empty_w(x_NI, y_RO, offsets_E, token_R, weight_R, transposed)
-    x_NI, y_RO, shape = x_NI.contiguous(), y_RO.contiguous(), TileShape.of(x_NI)
-    n_in, n_out = x_NI.shape[1], y_RO.shape[1]
-    _outer_kernel[(triton.cdiv(n_in, shape.side) * triton.cdiv(n_out, shape.side), len(offsets_E))](
+    x_NI, y_RO, n_in, n_out = x_NI.contiguous(), y_RO.contiguous(), x_NI.shape[1], y_RO.shape[1]
+    side, inner, warps, stages = TILES[x_NI.element_size()]
+    _outer_kernel[(triton.cdiv(n_in, side) * triton.cdiv(n_out, side), len(offsets_E))](
         *(x_NI, y_RO, w_E__, offsets_E, token_R, weight_R),
         *(n_in, n_out, *(w_E__.mT if transposed else w_E__).stride()),
-        BLOCK_I=shape.side,
-        BLOCK_O=shape.side,
-        T=shape.inner,
-        num_warps=shape.warps,
-        num_stages=shape.stages,
+        BLOCK_I=side,
+        BLOCK_O=side,
+        T=inner,
+        num_warps=warps,
+        num_stages=stages,
     )
     return w_E__
 
@@ -221,17 +202,12 @@ def _empty_w(x_NI, y_RO, offsets_E, token_R, weight_R, transposed):  # noqa: ARG
     return x_NI.new_empty(len(offsets_E), *((n_out, n_in) if transposed else (n_in, n_out)))
 
 
-# --- forward and backward --------------------------------------------------------------------------
-
-
-class _UpProjection(torch.autograd.Function):
-    """Gather tokens into rows and project them by one or more matrices."""
+class UpProjection(torch.autograd.Function):
+    """Implements `ExpertKernel.up`: gather tokens into rows and project them by one or more matrices."""
 
     @staticmethod
-    def forward(
-        ctx: Any, order_R: Tensor, token_R: Tensor, offsets_E: Tensor, top_k: int, x_NC: Tensor, *w_EFC: Tensor
-    ):
-        ctx.top_k = top_k
+    def forward(ctx: Any, order_R, token_R, inverse_NK, _expert_R, offsets_E, x_NC: Tensor, *w_EFC: Tensor):
+        ctx.top_k = inverse_NK.shape[1]
         ctx.save_for_backward(order_R, token_R, offsets_E, x_NC, *w_EFC)
         return tuple(_matmul(x_NC, w.mT, offsets_E, from_R=token_R)[0] for w in w_EFC)
 
@@ -242,18 +218,18 @@ class _UpProjection(torch.autograd.Function):
         for grad, w in zip(grad_RF, w_EFC, strict=True):
             grad_SC, _ = _matmul(grad, w, offsets_E, to_R=order_R, base=grad_SC)
         grad_w = [_grouped_outer(x_NC, grad, offsets_E, token_R, None, True) for grad in grad_RF]
-        return None, None, None, None, _sum_top_k(grad_SC, ctx.top_k), *grad_w
+        return None, None, None, None, None, grad_SC.unflatten(0, (-1, ctx.top_k)).sum(dim=1), *grad_w
 
 
-class _DownProjection(torch.autograd.Function):
-    """Project rows by a matrix and sum each token's rows by their weights."""
+class DownProjection(torch.autograd.Function):
+    """Implements `ExpertKernel.down`: project rows by a matrix and sum each token's rows by their weights."""
 
     @staticmethod
-    def forward(ctx: Any, order_R, token_R, inverse_NK, offsets_E, h_RF, w_ECF, weight_NK):
+    def forward(ctx: Any, order_R, token_R, inverse_NK, _expert_R, offsets_E, h_RF, w_ECF, weight_NK):
         weight_R = weight_NK.flatten().index_select(0, order_R)
         ctx.save_for_backward(token_R, inverse_NK, offsets_E, h_RF, w_ECF, weight_R)
         y_SC, _ = _matmul(h_RF, w_ECF.mT, offsets_E, to_R=order_R, weight_R=weight_R)
-        return _sum_top_k(y_SC, weight_NK.shape[1])
+        return y_SC.unflatten(0, (-1, weight_NK.shape[1])).sum(dim=1)
 
     @staticmethod
     def backward(ctx: Any, grad_NC: Tensor):
@@ -261,21 +237,4 @@ class _DownProjection(torch.autograd.Function):
         # The gradient of a weight is <grad, w h> = <grad w, h>, so w h need not be saved.
         grad_h_RF, dot_PR = _matmul(grad_NC, w_ECF, offsets_E, from_R=token_R, weight_R=weight_R, h_RO=h_RF)
         grad_w_ECF = _grouped_outer(grad_NC, h_RF, offsets_E, token_R, weight_R, False)
-        return None, None, None, None, grad_h_RF, grad_w_ECF, dot_PR.sum(dim=0).to(weight_R.dtype)[inverse_NK]
-
-
-def _sum_top_k(y_SC: Tensor, top_k: int) -> Tensor:
-    """Sum the results of each token's experts."""
-    return y_SC.unflatten(0, (-1, top_k)).sum(dim=1)
-
-
-def up(x_NC: Tensor, w_EFC: tuple[Tensor, ...], dispatch: Dispatch) -> tuple[Tensor, ...]:
-    """Implement `ExpertKernel.up`."""
-    top_k = dispatch.inverse_NK.shape[1]
-    return _UpProjection.apply(dispatch.order_R, dispatch.token_R, dispatch.offsets_E, top_k, x_NC, *w_EFC)
-
-
-def down(h_RF: Tensor, w_ECF: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:
-    """Implement `ExpertKernel.down`."""
-    indices = dispatch.order_R, dispatch.token_R, dispatch.inverse_NK, dispatch.offsets_E
-    return _DownProjection.apply(*indices, h_RF, w_ECF, weight_NK)
+        return None, None, None, None, None, grad_h_RF, grad_w_ECF, dot_PR.sum(dim=0).to(weight_R.dtype)[inverse_NK]

@@ -3,8 +3,6 @@
 Shapes are those of `loss.py`. One program handles one token: it reads the logits for their maximum and the sum of
 their exponentials, then again to overwrite them with the gradient. There are no atomic additions, so the bits repeat.
 Sums are float32.
-
-`table.py` imports this file at the first call, because Triton is not installed everywhere.
 """
 
 import torch
@@ -54,8 +52,7 @@ def triton_logits_backward(logits_NV: Tensor, targets_N: Tensor, softcap: float 
     """Implement `loss.LogitsBackward`."""
     loss_N = torch.empty(len(logits_NV), dtype=torch.float32, device=logits_NV.device)
     block = min(BLOCK, triton.next_power_of_2(logits_NV.shape[1]))
-    grid = (len(logits_NV),)
-    _loss_kernel[grid](
+    _loss_kernel[(len(logits_NV),)](
         logits_NV, targets_N, loss_N, logits_NV.shape[1], softcap, GRADIENT=gradient, BLOCK=block, num_warps=WARPS
     )
     return loss_N

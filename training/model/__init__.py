@@ -1,18 +1,6 @@
 """The network, one file per mechanism; `gpt.GPT` builds it from the configuration's block pattern."""
 
-from training.model.cache import Cache
 from training.model.gpt import FEED_FORWARDS, GPT, MIXERS, kernel_requirements
-from training.model.stats import ModelStats, init_weights, initial_value, model_stats, parameter_kinds
+from training.model.stats import init_weights, initial_value, model_stats
 
-__all__ = [
-    "FEED_FORWARDS",
-    "GPT",
-    "MIXERS",
-    "Cache",
-    "ModelStats",
-    "init_weights",
-    "initial_value",
-    "kernel_requirements",
-    "model_stats",
-    "parameter_kinds",
-]
+__all__ = ["FEED_FORWARDS", "GPT", "MIXERS", "init_weights", "initial_value", "kernel_requirements", "model_stats"]

@@ -35,12 +35,11 @@ class AttentionContexts:
 
     def __init__(self, visibility: Visibility, backend: AttentionBackend, rope_theta: float):
         self.visibility, self.backend = visibility, backend
-        if visibility.documents is None:  # (T,)
-            start = visibility.n_keys - visibility.n_queries
-            position = torch.arange(start, visibility.n_keys, device=visibility.device)
-        else:  # (B, T)
+        start = visibility.n_keys - visibility.n_queries
+        position = torch.arange(start, visibility.n_keys, device=visibility.device)
+        if visibility.documents is not None:
             position = visibility.documents.position_BT
-        self.position = position
+        self.position = position  # (T,), or (B, T) with documents
         # No reference to `self`: a reference cycle would keep the masks alive after the forward pass.
         self.rotation = functools.cache(lambda width: rotary_table(position, width, rope_theta) if width else None)
         self.mask = functools.cache(lambda window: backend.build_mask(visibility._replace(window=window)))
@@ -61,9 +60,8 @@ class Attention(nn.Module):
         sizes = [(model.n_embd, n * spec.head_dim) for n in (spec.n_head, spec.n_kv_head, spec.n_kv_head)]
         sizes.append((spec.n_head * spec.head_dim, model.n_embd))
         self.query, self.key, self.value, self.out = (Linear(*size, bias=model.bias) for size in sizes)
-        self.query_norm, self.key_norm = (
-            RMSNorm(spec.head_dim, model.norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
-        )
+        self.query_norm = RMSNorm(spec.head_dim, model.norm_eps) if config.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(spec.head_dim, model.norm_eps) if config.qk_norm else nn.Identity()
 
     @staticmethod
     def attention_spec(config: AttentionConfig, model: ModelConfig) -> AttentionSpec:
@@ -74,9 +72,16 @@ class Attention(nn.Module):
 
     def forward(self, x_BTC: Tensor, context: AttentionContext, cache: LayerCache | None) -> Tensor:
         """Return y_BTC. `cache` holds the keys and values of earlier tokens; the new ones are appended."""
+        projections = (self.query, self.key, self.value)
+        if torch.is_grad_enabled():  # one matmul
+            weight = torch.cat([p.weight for p in projections]).to(x_BTC.dtype)
+            bias = None if self.query.bias is None else torch.cat([p.bias for p in projections]).to(x_BTC.dtype)
+            qkv = F.linear(x_BTC, weight, bias).split([p.out_features for p in projections], dim=-1)
+        else:  # few tokens: concatenating the weights costs more than three matmuls
+            qkv = [projection(x_BTC) for projection in projections]
         widths = (self.spec.head_dim, self.spec.head_dim, self.spec.value_dim)
         q_BHTD, k_BGSD, v_BGSE = (
-            x.unflatten(-1, (-1, width)).transpose(1, 2) for x, width in zip(self._project(x_BTC), widths, strict=True)
+            x.unflatten(-1, (-1, width)).transpose(1, 2) for x, width in zip(qkv, widths, strict=True)
         )
         q_BHTD, k_BGSD = self.query_norm(q_BHTD), self.key_norm(k_BGSD)
         if context.rotation_2TD is not None:
@@ -86,22 +91,6 @@ class Attention(nn.Module):
         y_BHTE = self.attend(x_BTC, q_BHTD, k_BGSD, v_BGSE, context)
         return self.out(y_BHTE.transpose(1, 2).flatten(2))
 
-    def attend(
-        self,
-        x_BTC: Tensor,  # noqa: ARG002 (subclasses read it)
-        q_BHTD: Tensor,
-        k_BGSD: Tensor,
-        v_BGSE: Tensor,
-        context: AttentionContext,
-    ) -> Tensor:
-        """Return the input of the output projection, (B, H, T, E). `x_BTC` is the layer's input."""
-        return context.attend(q_BHTD, k_BGSD, v_BGSE, self.spec)
-
-    def _project(self, x_BTC: Tensor) -> tuple[Tensor, ...]:
-        """Return query, key and value, heads side by side: one matmul in training, three in generation."""
-        projections = (self.query, self.key, self.value)
-        if not torch.is_grad_enabled():  # few tokens: concatenating the weights costs more than three matmuls
-            return tuple(projection(x_BTC) for projection in projections)
-        weight = torch.cat([p.weight for p in projections]).to(x_BTC.dtype)
-        bias = None if self.query.bias is None else torch.cat([p.bias for p in projections]).to(x_BTC.dtype)
-        return F.linear(x_BTC, weight, bias).split([p.out_features for p in projections], dim=-1)
+    def attend(self, x_BTC: Tensor, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:  # noqa: ARG002
+        """Return the input of the output projection, (B, H, T, E). `x_BTC`, the layer's input, is for subclasses."""
+        return context.attend(q, k, v, self.spec)

@@ -1,7 +1,4 @@
-"""The key-value cache for generation: each layer stores its results for earlier tokens instead of recomputing them.
-
-Shapes: B batch, R selected samples, T new tokens, S all tokens.
-"""
+"""The key-value cache for generation. Shapes: B batch, R selected samples, T new tokens, S all tokens."""
 
 from torch import Tensor
 
@@ -35,7 +32,7 @@ class Cache:
 
     def _set_padding(self, n_padding_B: Tensor | None) -> None:
         self.min_padding = 0 if n_padding_B is None else int(n_padding_B.min())
-        self.n_padding_B = n_padding_B if n_padding_B is not None and bool(n_padding_B.any()) else None
+        self.n_padding_B = None if n_padding_B is None or not n_padding_B.any() else n_padding_B
 
     def select(self, rows_B: Tensor) -> None:
         """Keep these samples, in this order; a sample may be repeated."""
@@ -60,8 +57,3 @@ class Cache:
             layer.buffers = {name: (buffer[..., n:, :], n_all - n) for name, (buffer, n_all) in layer.buffers.items()}
         self.n_tokens -= n
         self._set_padding(None if self.n_padding_B is None else self.n_padding_B - n)
-
-    @property
-    def max_text_tokens(self) -> int:
-        """Length of the longest sample, without padding."""
-        return self.n_tokens - self.min_padding

@@ -36,10 +36,9 @@ class DifferentialAttention(Attention):
     def attend(self, x_BTC: Tensor, q: Tensor, k: Tensor, v_BGSE: Tensor, context: AttentionContext) -> Tensor:
         """Return the normalized difference of both softmaxes' results, (B, H, T, E)."""
         # Two calls: a single call would copy all values, at every generated token.
-        first_BHTE, second_BHTE = (
-            context.attend(q_BHTD, k_BGSD, v_BGSE, self.spec)
-            for q_BHTD, k_BGSD in zip(q.chunk(2, dim=1), k.chunk(2, dim=1), strict=True)
-        )
+        (q_1, q_2), (k_1, k_2) = q.chunk(2, dim=1), k.chunk(2, dim=1)
+        first_BHTE = context.attend(q_1, k_1, v_BGSE, self.spec)
+        second_BHTE = context.attend(q_2, k_2, v_BGSE, self.spec)
         # Round to the compute dtype first: `cast_for_inference` does so too, and must give the same bits.
         a, b = self.exponents.to(x_BTC.dtype).float().exp()
         lambda_ = a - b + self.lambda_init

@@ -4,8 +4,6 @@ Shapes: B batch, T tokens, C channels, V vocabulary, N = B x T tokens.
 Use: `loss, metrics = model(batch)` in training and evaluation, `model.logits(tokens_BT, cache)` in generation.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,7 +30,7 @@ from training.model.gated import GatedAttention
 from training.model.latent import LatentAttention
 from training.model.layers import Embedding, FeedForwardContext, Linear, build_norm
 from training.model.mlp import MLP
-from training.model.moe import MoE, Routing, finish_step
+from training.model.moe import MoE, Routing
 
 MIXERS = {
     AttentionConfig: Attention,
@@ -60,10 +58,6 @@ class Block(nn.Module):
         y_BTC, routing = self.ffn(self.norm_2(x_BTC), context)
         return x_BTC + y_BTC, routing
 
-    def call_eagerly(self, *inputs: Any) -> tuple[Tensor, Routing | None]:
-        """Call the block with its hooks, which FSDP2 needs, but without `torch.compile`."""
-        return self._call_impl(*inputs)
-
 
 class Loss(nn.Module):
     """The head's matmul and cross-entropy; a module, so that hooks and the model graph see it."""
@@ -79,15 +73,13 @@ class Loss(nn.Module):
 
 def kernel_requirements(config: ModelConfig) -> KernelRequirements:
     """Return the features and sizes that the kernels of this model must support."""
-    experts = [block.ffn for block in config.blocks if block.ffn.type == "moe"]
+    width = config.n_embd
+    moes = [block.ffn for block in config.blocks if block.ffn.type == "moe"]
     return KernelRequirements(
         frozenset(MIXERS[type(block.mixer)].attention_spec(block.mixer, config) for block in config.blocks),
-        frozenset(
-            ExpertsSpec(config.n_embd, ffn.hidden or 4 * config.n_embd, ffn.n_experts, ffn.top_k, ffn.gated)
-            for ffn in experts
-        ),
+        frozenset(ExpertsSpec(width, moe.hidden or 4 * width, moe.n_experts, moe.top_k, moe.gated) for moe in moes),
         config.isolate_documents,
-        frozenset({LossSpec(config.n_embd, config.vocab_size, config.logit_softcap)}),
+        frozenset({LossSpec(width, config.vocab_size, config.logit_softcap)}),
     )
 
 
@@ -120,37 +112,29 @@ class GPT(nn.Module):
         """
         is_training = self.training and batch.key_B is not None
         context = FeedForwardContext(batch.n_targets, batch.key_B if is_training else None, is_training)
-        backend = attention or self.attention
-        x_BTC, routings = self._hidden(batch.tokens_BT, batch.documents, context, backend)
+        x_BTC, routings = self._hidden(batch.tokens_BT, batch.documents, context, attention or self.attention)
         loss_sum = self.loss(x_BTC, self._head_weight(), batch.targets_BT)
         loss, metrics = loss_sum / batch.n_targets, {"loss_sum": loss_sum.detach()}
         for i, routing in routings.items():
             loss = loss + routing.aux_loss
-            metrics |= {
-                f"expert_count.{i}": routing.count_E,
-                f"dropped.{i}": routing.n_dropped,
-                f"confidence.{i}": routing.confidence,
-                f"z_loss.{i}": routing.z_loss,
-            }
+            metrics[f"expert_count.{i}"] = routing.count_E
+            metrics[f"dropped.{i}"] = routing.n_dropped
+            metrics[f"confidence.{i}"] = routing.confidence
+            metrics[f"z_loss.{i}"] = routing.z_loss
         return loss, metrics
 
     def logits(
-        self,
-        tokens_BT: Tensor,
-        cache: Cache | None = None,
-        documents: Documents | None = None,
-        n_last: int | None = None,
+        self, tokens_BT: Tensor, cache: Cache | None = None, documents: Documents | None = None, n_last: int = 0
     ) -> Tensor:
-        """Return float32 logits (B, T, V), or those of the last `n_last` tokens only.
+        """Return float32 logits (B, T, V), or those of the last `n_last` tokens only; 0: of all.
 
         `cache`, from `new_cache`, holds the earlier tokens; the new ones are appended. Raises ValueError if the text is
         longer than the context, or if both `cache` and `documents` are set.
         """
         backend = self.attention if cache is None else self.portable_attention
         x_BTC, _ = self._hidden(tokens_BT, documents, FeedForwardContext(), backend, cache)
-        if n_last is not None:
-            x_BTC = x_BTC[:, -n_last:]
-        return apply_softcap(F.linear(x_BTC, self._head_weight().to(self.dtype)).float(), self.config.logit_softcap)
+        logits_BTV = F.linear(x_BTC[:, -n_last:], self._head_weight().to(self.dtype))
+        return apply_softcap(logits_BTV.float(), self.config.logit_softcap)
 
     @torch.no_grad()
     def routed_experts(self, tokens_BT: Tensor, documents: Documents | None = None) -> dict[int, Tensor]:
@@ -170,38 +154,34 @@ class GPT(nn.Module):
         backend: AttentionBackend,
         cache: Cache | None = None,
     ) -> tuple[Tensor, dict[int, Routing]]:
-        """Return the head's input (B, T, C), and the routing of every MoE layer by its index."""
-        visibility = self._visibility(tokens_BT, documents, cache)
+        """Return the head's input (B, T, C), and the routing of every MoE layer by its index. Extends the cache."""
+        n_tokens = n_keys = n_text = tokens_BT.shape[1]
+        if cache is not None:
+            if documents is not None:
+                raise ValueError("isolated documents do not work with a cache: a cache holds one text per sample")
+            cache.n_tokens += n_tokens
+            n_keys, n_text = cache.n_tokens, cache.n_tokens - cache.min_padding
+            if cache.n_padding_B is not None:
+                documents = left_padded(cache.n_padding_B, n_keys - n_tokens, n_keys)
+        if n_text > self.config.n_positions:
+            raise ValueError(f"{n_text} tokens do not fit n_positions {self.config.n_positions}")
+        visibility = Visibility(n_tokens, n_keys, tokens_BT.device, documents=documents, dtype=self.dtype)
         attention = AttentionContexts(visibility, backend, self.config.rope_theta)
+
         x_BTC = self.wte(tokens_BT)
         x_BTC = (x_BTC if self.wpe is None else x_BTC + self.wpe(attention.position)).to(self.dtype)
         routings = {}
         for i, block in enumerate(self.blocks):
-            # With a cache every call has a new length, and a compiled block would recompile.
-            call, layer_cache = (block, None) if cache is None else (block.call_eagerly, cache.layers[i])
+            # With a cache every call has a new length, for which a compiled block would recompile.
+            # `_call_impl` calls the block without `torch.compile`, but with its hooks, which FSDP2 needs.
+            call, layer_cache = (block, None) if cache is None else (block._call_impl, cache.layers[i])
             x_BTC, routing = call(x_BTC, attention.for_mixer(block.mixer), context.for_layer(i), layer_cache)
             if routing is not None:
                 routings[i] = routing
         return self.norm_f(x_BTC), routings
 
-    def _visibility(self, tokens_BT: Tensor, documents: Documents | None, cache: Cache | None) -> Visibility:
-        """Return the keys that the tokens may attend to, and add the tokens to the cache's count."""
-        n_tokens, start = tokens_BT.shape[1], 0
-        if cache is not None:
-            if documents is not None:
-                raise ValueError("isolated documents do not work with a cache: a cache holds one text per sample")
-            start, cache.n_tokens = cache.n_tokens, cache.n_tokens + n_tokens
-            if cache.n_padding_B is not None:
-                documents = left_padded(cache.n_padding_B, start, cache.n_tokens)
-        n_text = n_tokens if cache is None else cache.max_text_tokens
-        if n_text > self.config.n_positions:
-            raise ValueError(f"{n_text} tokens do not fit n_positions {self.config.n_positions}")
-        return Visibility(n_tokens, start + n_tokens, tokens_BT.device, documents=documents, dtype=self.dtype)
-
     def _head_weight(self) -> Tensor:
-        if self.cast_head is not None:
-            return self.cast_head
-        return (self.wte if self.head is None else self.head).weight
+        return (self.head or self.wte).weight if self.cast_head is None else self.cast_head
 
     def cast_for_inference(self) -> "GPT":
         """Cast the weights to `dtype` once instead of on every call; return the model, now untrainable.
@@ -216,16 +196,7 @@ class GPT(nn.Module):
         return self
 
     def finish_step(self, metrics: dict[str, Tensor], updated: bool = True) -> dict[str, Tensor]:
-        """Move the selection biases by the summed metrics of the global batch, unless the update was skipped.
-
-        Returns the metrics and, for every MoE layer i, "bias_range.i".
-        """
-        layers_by_config: dict[MoEConfig, list[int]] = {}
-        for i, block in enumerate(self.blocks):
-            if isinstance(block.ffn, MoE):
-                layers_by_config.setdefault(block.ffn.config, []).append(i)
-        ranges: dict[int, Tensor] = {}
-        for layers in layers_by_config.values():
-            counts = [metrics[f"expert_count.{i}"] for i in layers]
-            ranges |= zip(layers, finish_step([self.blocks[i].ffn for i in layers], counts, updated), strict=True)
-        return metrics | {f"bias_range.{i}": ranges[i] for i in sorted(ranges)}
+        """Balance the experts by the summed metrics of the global batch; return them and "bias_range.i" of layer i."""
+        moes = {i: block.ffn for i, block in enumerate(self.blocks) if isinstance(block.ffn, MoE)}
+        ranges = {f"bias_range.{i}": moe.finish_step(metrics[f"expert_count.{i}"], updated) for i, moe in moes.items()}
+        return metrics | ranges

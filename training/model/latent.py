@@ -27,10 +27,10 @@ class LatentAttention(nn.Module):
         self.spec = spec = self.attention_spec(config, model)
         self.rope_dim = config.rope_dim
         self.rotary_dim = config.rope_dim if model.position == "rope" else 0
-        self.squeeze = nn.Identity()
+        self.squeeze = nn.Sequential()  # empty: the identity
         if config.q_rank is not None:
-            down, norm = Linear(model.n_embd, config.q_rank, bias=False), RMSNorm(config.q_rank, model.norm_eps)
-            self.squeeze = nn.Sequential(down, norm)
+            self.squeeze.append(Linear(model.n_embd, config.q_rank, bias=False))
+            self.squeeze.append(RMSNorm(config.q_rank, model.norm_eps))
         self.query = Linear(config.q_rank or model.n_embd, spec.n_head * spec.head_dim, bias=False)
         self.latent = Linear(model.n_embd, config.kv_rank + config.rope_dim, bias=False)
         self.latent_norm = RMSNorm(config.kv_rank, model.norm_eps)
@@ -55,26 +55,17 @@ class LatentAttention(nn.Module):
             q_BHTP, k_B1SP = rotate(q_BHTP, context.rotation_2TD), rotate(k_B1SP, context.rotation_2TD)
         if cache is not None:
             latent_BSR, k_B1SP = cache.append("latent", latent_BSR), cache.append("key", k_B1SP)
-        attend = self._attend if latent_BSR.shape[1] == x_BTC.shape[1] else self._attend_to_latent
-        return self.out(attend(q_BHTN, q_BHTP, latent_BSR, k_B1SP, context).transpose(1, 2).flatten(2))
-
-    def _attend(
-        self, q_BHTN: Tensor, q_BHTP: Tensor, latent_BSR: Tensor, k_B1SP: Tensor, context: AttentionContext
-    ) -> Tensor:
-        """Return y_BHTE by expanding the latent vectors to the keys and values of every head."""
-        kv = self.key_value(latent_BSR).unflatten(-1, (self.spec.n_head, -1)).transpose(1, 2)
-        k_BHSN, v_BHSE = kv.tensor_split([q_BHTN.shape[-1]], dim=-1)
-        k_BHSD = torch.cat([k_BHSN, k_B1SP.expand(-1, self.spec.n_head, -1, -1)], dim=-1)
-        return context.attend(torch.cat([q_BHTN, q_BHTP], dim=-1), k_BHSD, v_BHSE, self.spec)
-
-    def _attend_to_latent(
-        self, q_BHTN: Tensor, q_BHTP: Tensor, latent_BSR: Tensor, k_B1SP: Tensor, context: AttentionContext
-    ) -> Tensor:
-        """Return the same y_BHTE by attending in the latent space, which is cheaper for few queries."""
-        w_HFR = self.key_value.weight.to(latent_BSR.dtype).unflatten(0, (self.spec.n_head, -1))
-        w_HNR, w_HER = w_HFR.tensor_split([q_BHTN.shape[-1]], dim=1)
-        q = torch.cat([torch.einsum("bhtn,hnr->bhtr", q_BHTN, w_HNR), q_BHTP], dim=-1)
-        k = torch.cat([latent_BSR[:, None], k_B1SP], dim=-1)
-        spec = self.spec._replace(scale=1 / math.sqrt(self.spec.head_dim))
-        y_BHTR = context.attend(q, k, latent_BSR[:, None], spec)
-        return torch.einsum("bhtr,her->bhte", y_BHTR, w_HER)
+        if latent_BSR.shape[1] == x_BTC.shape[1]:  # expand the latent vectors to the keys and values of every head
+            kv = self.key_value(latent_BSR).unflatten(-1, (self.spec.n_head, -1)).transpose(1, 2)
+            k_BHSN, v_BHSE = kv.tensor_split([q_BHTN.shape[-1]], dim=-1)
+            k_BHSD = torch.cat([k_BHSN, k_B1SP.expand(-1, self.spec.n_head, -1, -1)], dim=-1)
+            y_BHTE = context.attend(torch.cat([q_BHTN, q_BHTP], dim=-1), k_BHSD, v_BHSE, self.spec)
+        else:  # the same by attending in the latent space, which is cheaper for the few queries of generation
+            w_HFR = self.key_value.weight.to(latent_BSR.dtype).unflatten(0, (self.spec.n_head, -1))
+            w_HNR, w_HER = w_HFR.tensor_split([q_BHTN.shape[-1]], dim=1)
+            q = torch.cat([torch.einsum("bhtn,hnr->bhtr", q_BHTN, w_HNR), q_BHTP], dim=-1)
+            k = torch.cat([latent_BSR[:, None], k_B1SP], dim=-1)
+            spec = self.spec._replace(scale=1 / math.sqrt(self.spec.head_dim))
+            y_BHTR = context.attend(q, k, latent_BSR[:, None], spec)
+            y_BHTE = torch.einsum("bhtr,her->bhte", y_BHTR, w_HER)
+        return self.out(y_BHTE.transpose(1, 2).flatten(2))

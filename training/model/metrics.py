@@ -5,42 +5,38 @@ from collections.abc import Sequence
 
 
 def step_metrics(metrics: dict[str, Sequence[float]], n_targets: int, top_ks: list[int]) -> dict[str, object]:
-    """Return the loss and the routing figures of one step for the log.
+    """Return the loss and, if there are MoE layers, the routing figures of one step for the log.
 
     `metrics` is the result of `GPT.finish_step` as flat lists on the host; `top_ks` is `ModelStats.top_ks`.
-    """
-    layers: dict[str, list[Sequence[float]]] = {}  # by metric: its values in each MoE layer, in order
-    for name, values in metrics.items():
-        if "." in name:
-            layers.setdefault(name.partition(".")[0], []).append(values)
-    row: dict[str, object] = {"loss": metrics["loss_sum"][0] / n_targets}
-    return row | (routing_metrics(layers, top_ks) if layers else {})
-
-
-def routing_metrics(layers: dict[str, list[Sequence[float]]], top_ks: list[int]) -> dict[str, object]:
-    """Return the routing figures of one step, from the metrics of every MoE layer.
-
     Over all layers: "expert_load_max" (busiest expert over the mean, worst layer), "expert_entropy" (of the load;
     1: even; worst layer), "dead_experts" (number with a load below `dead_expert_threshold`), "router_confidence" and
     "router_z_loss" (mean over tokens and layers), "router_bias_range" (largest), "dropped_share" (of all
     assignments). By layer: "expert_load", and the lists in "router_layers".
     """
+    row: dict[str, object] = {"loss": metrics["loss_sum"][0] / n_targets}
+    layers: dict[str, list[Sequence[float]]] = {}  # by metric: its values in each MoE layer, in order
+    for name, values in metrics.items():
+        if "." in name:
+            layers.setdefault(name.partition(".")[0], []).append(values)
+    if not layers:
+        return row
+
     counts_LE = layers["expert_count"]
     routed_L = [sum(count_E) for count_E in counts_LE]
     load_LE = [[round(count / n, 8) for count in count_E] for count_E, n in zip(counts_LE, routed_L, strict=True)]
     n_tokens_L = [routed / top_k for routed, top_k in zip(routed_L, top_ks, strict=True)]
 
-    def per_token(name: str) -> list[float]:
-        return [value / n for (value,), n in zip(layers[name], n_tokens_L, strict=True)]
+    def divided(name: str, by_L: list[float]) -> list[float]:
+        return [value / n for (value,), n in zip(layers[name], by_L, strict=True)]
 
     by_layer = {
         "entropy": [load_entropy(load_E) for load_E in load_LE],
-        "confidence": per_token("confidence"),
-        "z_loss": per_token("z_loss"),
+        "confidence": divided("confidence", n_tokens_L),
+        "z_loss": divided("z_loss", n_tokens_L),
         "bias_range": [value for (value,) in layers["bias_range"]],
-        "dropped": [value / routed for (value,), routed in zip(layers["dropped"], routed_L, strict=True)],
+        "dropped": divided("dropped", routed_L),
     }
-    return {
+    return row | {
         "expert_load": load_LE,
         "expert_load_max": max(max(load_E) * len(load_E) for load_E in load_LE),
         "expert_entropy": min(by_layer["entropy"]),

@@ -8,7 +8,6 @@ selection bias moves once per update, and the Switch loss uses the fractions of 
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -72,17 +71,23 @@ class MoE(nn.Module):
         self.config = config
         self.router = Linear(model.n_embd, config.n_experts, bias=False)
         self.experts = Experts(config, model, kernels)
-        self.shared = MLP(shared_expert_config(config, model), model, kernels) if config.n_shared else None
+        self.shared = None
+        if config.n_shared:  # one dense layer that computes all shared experts
+            hidden = config.n_shared * (config.hidden or 4 * model.n_embd)
+            shared = MLPConfig(hidden=hidden, activation=config.activation, gated=config.gated)
+            self.shared = MLP(shared, model, kernels)
         # Added to the scores for top-k only, not to the experts' weights (arXiv:2408.15664).
         self.register_buffer("selection_bias", torch.zeros(config.n_experts, dtype=torch.float32))
         # Each expert's share of the previous update's tokens: the fractions of the Switch loss.
-        share = torch.full((config.n_experts,), 1 / config.n_experts, dtype=torch.float32)
-        self.register_buffer("load", share)
+        self.register_buffer("load", torch.full((config.n_experts,), 1 / config.n_experts, dtype=torch.float32))
 
     def forward(self, x_BTC: Tensor, context: FeedForwardContext) -> tuple[Tensor, Routing | None]:
         """Return (y_BTC, Routing); Routing is None if `context.n_targets` is."""
-        config, x_NC = self.config, x_BTC.flatten(0, 1)
-        logits_NE = self.router(self._add_jitter(x_BTC, context).flatten(0, 1).float())
+        config, x_NC, router_input_BTC = self.config, x_BTC.flatten(0, 1), x_BTC.float()
+        if config.jitter and context.is_training:  # noise in 1 +- jitter
+            noise_BTC = uniform_from_keys(context.key_B, *x_BTC.shape[1:])
+            router_input_BTC = router_input_BTC * (1 + config.jitter * (2 * noise_BTC - 1))
+        logits_NE = self.router(router_input_BTC.flatten(0, 1))
         score_NE = logits_NE.softmax(dim=-1) if config.scoring == "softmax" else logits_NE.sigmoid()
         topk_ids_NK = (score_NE + self.selection_bias).topk(config.top_k, dim=-1).indices
         weight_NK = score_NE.gather(1, topk_ids_NK)
@@ -91,9 +96,13 @@ class MoE(nn.Module):
         weight_NK = weight_NK * config.route_scale
 
         dispatch = sort_by_expert(topk_ids_NK, config.n_experts)
+        count_E = dispatch.offsets_E.diff(prepend=dispatch.offsets_E.new_zeros(1))
         n_dropped = logits_NE.new_zeros(())
         if config.capacity_factor is not None and context.is_training:
-            kept_NK = self._within_capacity(dispatch)
+            capacity = math.ceil(config.capacity_factor * topk_ids_NK.numel() / config.n_experts)
+            start_R = (dispatch.offsets_E - count_E)[dispatch.expert_R]  # the row at which each row's expert starts
+            rank_in_expert_R = torch.arange(len(start_R), device=start_R.device) - start_R
+            kept_NK = (rank_in_expert_R < capacity)[dispatch.inverse_NK]  # earlier tokens first: routing stays causal
             weight_NK, n_dropped = weight_NK * kept_NK, (~kept_NK).sum().float()
         y_BTC = self.experts(x_NC, topk_ids_NK, weight_NK, dispatch).view_as(x_BTC)
         if self.shared is not None:
@@ -103,54 +112,19 @@ class MoE(nn.Module):
 
         share_NE = score_NE if config.scoring == "softmax" else score_NE / (score_NE.sum(-1, keepdim=True) + 1e-20)
         z_loss = logits_NE.logsumexp(dim=-1).square().sum()
-        aux_loss = self._aux_loss(z_loss, share_NE, context.n_targets)
-        count_E = dispatch.offsets_E.diff(prepend=dispatch.offsets_E.new_zeros(1)).float()
-        confidence = share_NE.detach().amax(dim=-1).sum()
-        return y_BTC, Routing(topk_ids_NK, count_E, n_dropped, confidence, z_loss.detach(), aux_loss)
-
-    def _add_jitter(self, x_BTC: Tensor, context: FeedForwardContext) -> Tensor:
-        """Return the router's input, in training multiplied by noise in 1 +- jitter."""
-        if not self.config.jitter or not context.is_training:
-            return x_BTC
-        noise_BTC = uniform_from_keys(context.key_B, *x_BTC.shape[1:])
-        return x_BTC.float() * (1 + self.config.jitter * (2 * noise_BTC - 1))
-
-    def _within_capacity(self, dispatch: Dispatch) -> Tensor:
-        """Return bool (N, K): assignments within capacity. Earlier tokens have priority, which keeps routing causal."""
-        n_rows, offsets_E = len(dispatch.order_R), dispatch.offsets_E
-        capacity = math.ceil(self.config.capacity_factor * n_rows / self.config.n_experts)
-        starts_E = offsets_E.roll(1).index_fill(0, offsets_E.new_zeros(1, dtype=torch.int64), 0)
-        rank_in_expert_R = torch.arange(n_rows, device=offsets_E.device) - starts_E[dispatch.expert_R]
-        return (rank_in_expert_R < capacity)[dispatch.inverse_NK]
-
-    def _aux_loss(self, z_loss: Tensor, share_NE: Tensor, n_targets: int) -> Tensor:
-        """Return the layer's term of the training loss: weighted z-loss and Switch loss."""
-        config = self.config
-        aux_loss = config.z_loss_weight / n_targets * z_loss if config.z_loss_weight else z_loss.new_zeros(())
+        aux_loss = config.z_loss_weight / context.n_targets * z_loss if config.z_loss_weight else z_loss.new_zeros(())
         if config.balance in ("switch", "both"):
             # arXiv:2101.03961 eq. 4, with the fractions of the previous update: the same for every micro-batch.
             switch = config.n_experts * (self.load * share_NE.sum(dim=0)).sum()
-            aux_loss = aux_loss + config.switch_weight / n_targets * switch
-        return aux_loss
+            aux_loss = aux_loss + config.switch_weight / context.n_targets * switch
+        confidence = share_NE.detach().amax(dim=-1).sum()
+        return y_BTC, Routing(topk_ids_NK, count_E.float(), n_dropped, confidence, z_loss.detach(), aux_loss)
 
-
-@torch.no_grad()
-def finish_step(moes: Sequence[MoE], counts: list[Tensor], updated: bool = True) -> list[Tensor]:
-    """Update selection biases and loads from the expert counts of the global batch; return the range of each bias.
-
-    No change if the update was skipped. Layers with the same config are batched to avoid launching many tiny kernels.
-    """
-    config, count_LE = moes[0].config, torch.stack(counts)
-    if updated and config.balance in ("bias", "both"):
-        moves_LE = config.bias_rate * (count_LE.mean(dim=1, keepdim=True) - count_LE).sign()
-        torch._foreach_add_([moe.selection_bias for moe in moes], list(moves_LE))
-    if updated:
-        torch._foreach_copy_([moe.load for moe in moes], list(count_LE / count_LE.sum(dim=1, keepdim=True)))
-    bias_LE = torch.stack([moe.selection_bias for moe in moes])
-    return list(bias_LE.amax(dim=1) - bias_LE.amin(dim=1))
-
-
-def shared_expert_config(config: MoEConfig, model: ModelConfig) -> MLPConfig:
-    """Return the config of the dense layer that computes all shared experts."""
-    hidden = config.n_shared * (config.hidden or 4 * model.n_embd)
-    return MLPConfig(hidden=hidden, activation=config.activation, gated=config.gated)
+    @torch.no_grad()
+    def finish_step(self, count_E: Tensor, updated: bool = True) -> Tensor:
+        """Move bias and load by the counts of the global batch, unless it was skipped; return the bias's range."""
+        if updated and self.config.balance in ("bias", "both"):
+            self.selection_bias.add_(self.config.bias_rate * (count_E.mean() - count_E).sign())
+        if updated:
+            self.load.copy_(count_E / count_E.sum())
+        return self.selection_bias.max() - self.selection_bias.min()

@@ -1,27 +1,23 @@
 """Lion (arXiv:2302.06675): the update is the sign of an interpolation between gradient and running mean."""
 
-from typing import Self
-
 import torch
 
 from training.config import LionConfig
-from training.optim.parameters import NamedParameter
+from training.optim.parameters import ParametersByKind
 
 
 class Lion(torch.optim.Optimizer):
     """Lion with decoupled weight decay on matrices and routers only."""
 
-    state_names = ("exp_avg",)  # tensors of the parameter's shape
+    state_names = ("exp_avg",)
     scalar_state_names = ()
 
-    @classmethod
-    def build(cls, config: LionConfig, parameters: list[NamedParameter], **_: object) -> Self:
-        """Build the optimizer of `parameters`."""
-        matrices = [p for _, p, kind in parameters if kind in ("matrix", "router")]
-        others = [p for _, p, kind in parameters if kind not in ("matrix", "router")]
-        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        defaults = {"lr": config.learning_rate, "beta1": config.beta1, "beta2": config.beta2}
-        return cls([group for group in groups if group["params"]], defaults)
+    def __init__(self, config: LionConfig, parameters: ParametersByKind, **_: object):
+        groups = [
+            {"params": parameters["matrix"] + parameters["router"], "weight_decay": config.weight_decay},
+            {"params": parameters["embedding"] + parameters["vector"], "weight_decay": 0.0},
+        ]
+        super().__init__(groups, {"lr": config.learning_rate, "beta1": config.beta1, "beta2": config.beta2})
 
     @torch.no_grad()
     def step(self) -> None:

@@ -1,10 +1,11 @@
-"""The optimizer of a run: one `torch.optim.Optimizer` or several, each for some kinds of parameters.
+"""The optimizer of a run: one `torch.optim.Optimizer` or several, each for some kinds of parameters; loss scaling.
 
-An optimizer class has `build(config, parameters, dtype=, full_shapes=)` and declares the tensors in
+An optimizer class takes `(config, parameters, dtype=, full_shapes=)` and declares the tensors in
 `optimizer.state[parameter]`: `state_names` have the parameter's shape, `scalar_state_names` are scalars.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from training.config import AdamWConfig, LionConfig, MuonConfig, OptimConfig
 from training.optim.adamw import AdamW
 from training.optim.lion import Lion
 from training.optim.muon import Muon
-from training.optim.parameters import PARAMETER_KINDS, FullShapes, NamedParameter, ParameterKind
+from training.optim.parameters import PARAMETER_KINDS, FullShapes, ParameterKind
 
 # By config class: the optimizer class for each kind of parameter. They step in this order.
 OPTIMIZERS: dict[type[OptimConfig], dict[ParameterKind, type]] = {
@@ -39,13 +40,16 @@ class Optimizer:
         full_shapes: FullShapes | None = None,
     ):
         class_of_kind = OPTIMIZERS[type(config)]
-        parameters = [NamedParameter(name, p, kinds[name]) for name, p in named_parameters]
+        names = {p: name for name, p in named_parameters}
+        by_kind = {kind: [p for p, name in names.items() if kinds[name] == kind] for kind in PARAMETER_KINDS}
         self.optimizers = []
         for optimizer_class in dict.fromkeys(class_of_kind.values()):
-            if group := [each for each in parameters if class_of_kind[each.kind] is optimizer_class]:
-                self.optimizers.append(optimizer_class.build(config, group, dtype=dtype, full_shapes=full_shapes))
-        self._names = {each.parameter: each.name for each in parameters}
-        self._peaks = [(group, group["lr"]) for optimizer in self.optimizers for group in optimizer.param_groups]
+            own = {kind: ps if class_of_kind[kind] is optimizer_class else [] for kind, ps in by_kind.items()}
+            if any(own.values()):
+                self.optimizers.append(optimizer_class(config, own, dtype=dtype, full_shapes=full_shapes))
+        groups = [(optimizer, group) for optimizer in self.optimizers for group in optimizer.param_groups]
+        self._peaks = [(group, group["lr"]) for _, group in groups]
+        self._owners = {names[p]: (optimizer, p) for optimizer, group in groups for p in group["params"]}
 
     def step(self, lr_factor: float) -> None:
         """Update every parameter at `lr_factor` times its peak learning rate."""
@@ -56,22 +60,15 @@ class Optimizer:
 
     def allocate_missing_state(self) -> list[Tensor]:
         """Return empty tensors as large as the state that the first step creates; [] after it."""
-        return [
-            torch.empty_like(p)
-            for optimizer in self.optimizers
-            for group in optimizer.param_groups
-            for p in group["params"]
-            for _ in optimizer.state_names
-            if not optimizer.state.get(p)
-        ]
+        missing = [(optimizer, p) for optimizer, p in self._owners.values() if not optimizer.state.get(p)]
+        return [torch.empty_like(p) for optimizer, p in missing for _ in optimizer.state_names]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return every state tensor by "<parameter>/<state name>"."""
         return {
-            f"{self._names[p]}/{state_name}": tensor
-            for optimizer in self.optimizers
-            for p, state in optimizer.state.items()
-            for state_name, tensor in state.items()
+            f"{name}/{state_name}": tensor
+            for name, (optimizer, p) in self._owners.items()
+            for state_name, tensor in optimizer.state.get(p, {}).items()
         }
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
@@ -79,17 +76,16 @@ class Optimizer:
 
         An empty dict is valid: fp16 may have skipped every update so far.
         """
-        owners = {self._names[p]: (opt, p) for opt in self.optimizers for g in opt.param_groups for p in g["params"]}
         expected = {
             f"{name}/{state_name}"
-            for name, (optimizer, _) in owners.items()
+            for name, (optimizer, _) in self._owners.items()
             for state_name in (*optimizer.scalar_state_names, *optimizer.state_names)
         }
         if tensors and (mismatched := sorted(expected ^ tensors.keys())):
             raise KeyError(f"optimizer state {mismatched[0]}")
         for key, tensor in tensors.items():
             name, _, state_name = key.rpartition("/")
-            optimizer, p = owners[name]
+            optimizer, p = self._owners[name]
             optimizer.state[p][state_name] = tensor.to(p.device)  # fused AdamW keeps its step count on the device
 
 
@@ -97,3 +93,19 @@ def state_bytes(config: OptimConfig, shapes: Mapping[str, torch.Size], kinds: Ma
     """Return the bytes of the unsharded float32 optimizer state, without scalars."""
     class_of_kind = OPTIMIZERS[type(config)]
     return 4 * sum(shapes[name].numel() * len(class_of_kind[kind].state_names) for name, kind in kinds.items())
+
+
+@dataclass
+class LossScale:
+    """The factor of an fp16 loss (arXiv:1710.03740): halved on overflow, doubled after 2000 good steps."""
+
+    scale: float
+    good_steps: int  # since the last overflow
+
+    def update(self, finite: bool) -> None:
+        """Adapt the scale after a step; `finite`: loss and gradient have no NaN or Inf."""
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.scale /= 2
+        elif self.good_steps % 2000 == 0:
+            self.scale *= 2

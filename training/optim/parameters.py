@@ -1,4 +1,4 @@
-"""Types that describe parameters to the optimizers: kind, name, full shape."""
+"""Types that describe parameters to the optimizers: kinds, full shapes."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
@@ -10,16 +10,11 @@ from torch import Tensor, nn
 ParameterKind = Literal["matrix", "embedding", "router", "vector"]
 PARAMETER_KINDS: tuple[ParameterKind, ...] = get_args(ParameterKind)
 
+# Of every kind its parameters, or this rank's rows of them. A list may be empty.
+ParametersByKind = dict[ParameterKind, list[nn.Parameter]]
+
 # (parameters, tensors of the same shapes, function on full matrices (X, M, N)) -> results, shaped like the tensors
 ApplyToMatrices = Callable[[list[Tensor], list[Tensor], Callable[[Tensor], Tensor]], list[Tensor]]
-
-
-class NamedParameter(NamedTuple):
-    """A parameter, or this rank's rows of it."""
-
-    name: str
-    parameter: nn.Parameter
-    kind: ParameterKind
 
 
 class FullShapes(NamedTuple):

@@ -22,34 +22,27 @@ def lr_factor(config: ScheduleConfig, step: int, steps: int) -> float:
     return SCHEDULES[type(config)](config, step, steps)
 
 
-def _decay(progress: float, final_ratio: float) -> float:
-    """Interpolate linearly from 1 at progress 0 to `final_ratio` at progress 1."""
-    return 1 - (1 - final_ratio) * progress
-
-
 def cosine(config: CosineSchedule, step: int, steps: int) -> float:
     """Decay from 1 to `final_ratio` along half a cosine."""
     progress = (step - config.warmup_steps) / (steps - config.warmup_steps)
-    return _decay((1 - math.cos(math.pi * progress)) / 2, config.final_ratio)
+    return 1 - (1 - config.final_ratio) * ((1 - math.cos(math.pi * progress)) / 2)
 
 
 def linear(config: LinearSchedule, step: int, steps: int) -> float:
     """Decay linearly from 1 to `final_ratio`."""
-    return _decay((step - config.warmup_steps) / (steps - config.warmup_steps), config.final_ratio)
+    return 1 - (1 - config.final_ratio) * ((step - config.warmup_steps) / (steps - config.warmup_steps))
 
 
 def wsd(config: WSDSchedule, step: int, steps: int) -> float:
     """Return 1, then decay linearly to `final_ratio` over the last `decay_steps`."""
-    return _decay(max(0, step - (steps - config.decay_steps)) / config.decay_steps, config.final_ratio)
+    return 1 - (1 - config.final_ratio) * (max(0, step - (steps - config.decay_steps)) / config.decay_steps)
 
 
 def constant(config: ConstantSchedule, step: int, steps: int) -> float:  # noqa: ARG001 (one signature)
-    """Return 1."""
     return 1.0
 
 
 def inverse_sqrt(config: InverseSqrtSchedule, step: int, steps: int) -> float:  # noqa: ARG001 (one signature)
-    """Return sqrt((warmup_steps + 1) / (step + 1))."""
     return math.sqrt((config.warmup_steps + 1) / (step + 1))
 
 

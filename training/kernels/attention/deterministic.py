@@ -2,14 +2,12 @@
 
 Their backward sums blocks in the order in which they finish, unless PyTorch's deterministic mode is on while it runs
 (`_flash_attention_backward`, `_efficient_attention_backward` in ATen's attention_backward.cu). That mode is global and
-rejects operations unrelated to attention, so only this backward runs in it.
-
-The flash kernel is two custom operators here, so a compiled block stays one graph; other kernels break the graph.
+rejects operations unrelated to attention, so only this backward runs in it. The flash kernel is two custom operators,
+so a compiled block stays one graph; other kernels break the graph.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from typing import Any
 
 import torch
@@ -19,27 +17,16 @@ from torch._compile import _disable_dynamo
 
 
 def with_deterministic_backward(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Wrap an attention kernel (`interface.Attend`) so that its backward is deterministic on CUDA."""
+    """Wrap an attention kernel so that its backward runs in the deterministic mode."""
 
-    @wraps(attend)
-    def attend_anywhere(q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Tensor:
-        if not q.is_cuda:
+    # Untraced, because the mode must be on when the backward runs. `torch.compiler.disable` would import the compiler.
+    @_disable_dynamo
+    def attend_deterministically(q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Tensor:
+        if not torch.is_grad_enabled():
             return attend(q, k, v, mask, **options)
-        return attend_deterministically(attend, mask, options, q, k, v)
+        return DeterministicBackward.apply(lambda *qkv: attend(*qkv, mask, **options), q, k, v)
 
-    return attend_anywhere
-
-
-# The mode must be on when the backward runs, not when it is traced. `torch.compiler.disable` would also work, but it
-# imports PyTorch's compiler.
-@_disable_dynamo
-def attend_deterministically(
-    attend: Callable[..., Tensor], mask: Any, options: dict[str, Any], *inputs: Tensor
-) -> Tensor:
-    """Call `attend` so that its backward runs in the deterministic mode."""
-    if not torch.is_grad_enabled():
-        return attend(*inputs, mask, **options)
-    return DeterministicBackward.apply(lambda *inputs: attend(*inputs, mask, **options), *inputs)
+    return attend_deterministically
 
 
 class DeterministicBackward(torch.autograd.Function):
@@ -55,8 +42,7 @@ class DeterministicBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        leaves, y = ctx.graph
-        ctx.graph = None  # free it now, not at the end of the step's backward
+        (leaves, y), ctx.graph = ctx.graph, None  # free it now, not at the end of the step's backward
         with deterministic_mode():
             grads = iter(torch.autograd.grad(y, [x for x in leaves if x.requires_grad], grad_y))
         return None, *(next(grads) if x.requires_grad else None for x in leaves)
@@ -87,10 +73,9 @@ def _flash_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, log_sum_BHT: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     dropout_state = (torch.empty(shape, dtype=torch.uint64, device=q.device) for shape in (2, ()))  # unused
-    saved, lengths = (q, k, v, y, log_sum_BHT, None, None), (q.shape[2], k.shape[2])
     with deterministic_mode():
         grads = aten._scaled_dot_product_flash_attention_backward.default(
-            grad, *saved, *lengths, 0.0, causal, *dropout_state, scale=scale
+            grad, q, k, v, y, log_sum_BHT, None, None, q.shape[2], k.shape[2], 0.0, causal, *dropout_state, scale=scale
         )
     return tuple(_projection_order(x) for x in grads)
 
@@ -101,8 +86,7 @@ def _projection_order(x_BHTD: Tensor) -> Tensor:
 
 
 def _empty_like(x_BHTD: Tensor) -> Tensor:
-    n_samples, n_heads, n_tokens, width = x_BHTD.shape
-    return x_BHTD.new_empty(n_samples, n_tokens, n_heads, width).transpose(1, 2)
+    return _projection_order(torch.empty_like(x_BHTD))
 
 
 _flash.register_fake(lambda q, *_: (_empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)))
@@ -114,11 +98,10 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*qkv, *output)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None):
-    return *_flash_backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None
-
-
-_flash.register_autograd(_backward, setup_context=_save)
+_flash.register_autograd(
+    lambda ctx, grad, _: (*_flash_backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None),
+    setup_context=_save,
+)
 
 
 @contextmanager

@@ -3,54 +3,40 @@
 It imports PyTorch's compiler, so its imports are inside the functions.
 """
 
-from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from training.kernels.attention.masks import Visibility
+from training.kernels.attention.masks import Visibility, is_visible
 
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
+_compile = cache(torch.compile)
 
 
-def flex_mask(visibility: Visibility) -> "BlockMask":
-    """Return the blocks of 128 x 128 scores that are not fully masked. Evaluates the full mask."""
+def flex_mask(visibility: Visibility) -> Any:
+    """Return a `BlockMask`: the blocks of 128 x 128 scores that are not fully masked. Evaluates the full mask."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     assert visibility.n_queries == visibility.n_keys
-    window, documents = visibility.window, visibility.documents
-    index_BS = None if documents is None else documents.index_BS
+    window, n_tokens = visibility.window, visibility.n_queries
+    index_BS = visibility.documents and visibility.documents.index_BS
 
-    def is_visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001 (one signature)
-        visible = key <= query
-        if window is not None:
-            visible = visible & (key > query - window)
-        if index_BS is not None:
-            visible = visible & (index_BS[b, query] == index_BS[b, key])
-        return visible
+    def mask(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001 (one signature)
+        return is_visible(window, index_BS, sample, query, key)
 
     n_samples = None if index_BS is None else len(index_BS)
-    n_tokens = visibility.n_queries
-    return create_block_mask(is_visible, n_samples, None, n_tokens, n_tokens, device=visibility.device)
+    return create_block_mask(mask, n_samples, None, n_tokens, n_tokens, device=visibility.device)
 
 
 def flex_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) -> Tensor:
     """Run FlexAttention, compiled at the first call. It has no backward on a CPU."""
     from torch.nn.attention import flex_attention as flex
 
-    def soft_cap(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001
+    def soft_cap(score: Tensor, sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001
         return softcap * torch.tanh(score / softcap)
 
-    attend = flex.flex_attention if torch.compiler.is_compiling() else _compiled()
+    # uncompiled it stores all scores
+    attend = flex.flex_attention if torch.compiler.is_compiling() else _compile(flex.flex_attention)
     options = {"score_mod": None if softcap is None else soft_cap, "block_mask": mask, "scale": scale}
     return attend(q_BHTD, k_BGSD, v_BGSE, **options, enable_gqa=q_BHTD.shape[1] != k_BGSD.shape[1])
-
-
-@cache
-def _compiled() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention as uncompiled  # uncompiled it stores all scores
-
-    return torch.compile(uncompiled)

@@ -41,7 +41,6 @@ def find_documents(tokens_BT: Tensor, end_of_text: int) -> Documents:
     """Return the documents: one starts at the start of each sample and at each end-of-text token."""
     starts_BT = tokens_BT == end_of_text
     index_BT = starts_BT.cumsum(1)
-    starts_BT = starts_BT.clone()
     starts_BT[:, 0] = True
     position_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
     start_BT = torch.where(starts_BT, position_T, 0).cummax(1).values
@@ -57,14 +56,20 @@ def left_padded(n_padding_B: Tensor, start: int, n_keys: int) -> Documents:
     return Documents((position_BS >= 0).long(), position_BS[:, start:].clamp(min=0))
 
 
+def is_visible(window: int | None, index_BS: Tensor | None, sample: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Return True where the query sees the key. `sample`, `query` and `key` are indices whose shapes broadcast."""
+    visible = key <= query
+    if window is not None:
+        visible = visible & (key > query - window)
+    if index_BS is not None:
+        visible = visible & (index_BS[sample, query] == index_BS[sample, key])
+    return visible
+
+
 def boolean_mask(visibility: Visibility) -> Tensor:
-    """Return the mask as bool (1 or B, 1, T, S): True where the query may see the key."""
+    """Return the mask as bool (1 or B, 1, T, S): True where the query sees the key."""
     key_S = torch.arange(visibility.n_keys, device=visibility.device)
-    query_T1 = key_S[visibility.n_keys - visibility.n_queries :, None]
-    mask = (key_S <= query_T1)[None, None]
-    if visibility.window is not None:
-        mask = mask & (key_S > query_T1 - visibility.window)
-    if visibility.documents is not None:
-        index_BS = visibility.documents.index_BS
-        mask = mask & (index_BS[:, None, -visibility.n_queries :, None] == index_BS[:, None, None, :])
-    return mask
+    query_11T1 = key_S[visibility.n_keys - visibility.n_queries :].view(1, 1, -1, 1)
+    index_BS = visibility.documents and visibility.documents.index_BS
+    sample_B111 = torch.arange(1 if index_BS is None else len(index_BS), device=visibility.device).view(-1, 1, 1, 1)
+    return is_visible(visibility.window, index_BS, sample_B111, query_11T1, key_S)

@@ -1,4 +1,4 @@
-"""Attention, written as its formula. The signature is `interface.Attend`."""
+"""Attention, written as its formula."""
 
 import math
 

@@ -1,9 +1,8 @@
-"""PyTorch's scaled_dot_product_attention: with the kernel that PyTorch picks, or with a fixed kernel.
-
-The signature of the kernels is `interface.Attend`.
-"""
+"""PyTorch's scaled_dot_product_attention: with the kernel that PyTorch picks, or with a fixed kernel."""
 
 import math
+from collections.abc import Callable
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -52,18 +51,31 @@ def sdpa_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) ->
     return F.scaled_dot_product_attention(q_BHTD, k_BGSD, v_BGSE, **options, enable_gqa=n_per_group > 1)
 
 
-def flash_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) -> Tensor:
-    """Run PyTorch's flash kernel (arXiv:2307.08691); on CUDA it supports no mask. It requires D = E."""
-    dtype = q_BHTD.dtype
-    q_BHTD, k_BGSD, v_BGSD = (x.to(_flash_dtype(dtype, x.device, k_BGSD.shape[2])) for x in (q_BHTD, k_BGSD, v_BGSE))
-    q_BHTD, k_BGSD, v_BGSD, scale = pad_to_one_width(q_BHTD, k_BGSD, v_BGSD, scale)
+def with_one_width(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Wrap a kernel that requires D = E: pad queries and keys, or values, with zeros."""
+
+    @wraps(attend)
+    def attend_padded(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) -> Tensor:
+        width, value_width = q_BHTD.shape[-1], v_BGSE.shape[-1]
+        if width != value_width:
+            scale = 1 / math.sqrt(width) if scale is None else scale
+            q_BHTD, k_BGSD = (F.pad(x, (0, max(0, value_width - width))) for x in (q_BHTD, k_BGSD))
+            v_BGSE = F.pad(v_BGSE, (0, max(0, width - value_width)))
+        return attend(q_BHTD, k_BGSD, v_BGSE, mask, scale=scale, softcap=softcap)[..., :value_width]
+
+    return attend_padded
+
+
+@with_one_width
+def flash_attention(q_BHTD, k_BGSD, v_BGSD, mask, *, scale=None, softcap=None) -> Tensor:
+    """Run PyTorch's flash kernel (arXiv:2307.08691); on CUDA it supports no mask."""
     if q_BHTD.is_cuda:
         assert mask is None and softcap is None
-        y_BHTD = deterministic_flash(q_BHTD, k_BGSD, v_BGSD, scale)
-    else:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            y_BHTD = sdpa_attention(q_BHTD, k_BGSD, v_BGSD, mask, scale=scale, softcap=softcap)
-    return y_BHTD[..., : v_BGSE.shape[-1]].to(dtype)
+        return deterministic_flash(q_BHTD, k_BGSD, v_BGSD, scale)
+    dtype = q_BHTD.dtype
+    qkv = (x.to(_flash_dtype(dtype, x.device, k_BGSD.shape[2])) for x in (q_BHTD, k_BGSD, v_BGSD))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return sdpa_attention(*qkv, mask, scale=scale, softcap=softcap).to(dtype)
 
 
 def cudnn_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=None) -> Tensor:
@@ -78,15 +90,3 @@ def efficient_attention(q_BHTD, k_BGSD, v_BGSE, mask, *, scale=None, softcap=Non
     k_BHSD, v_BHSE = (x if n_per_group == 1 else x.repeat_interleave(n_per_group, 1) for x in (k_BGSD, v_BGSE))
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
         return sdpa_attention(q_BHTD, k_BHSD, v_BHSE, mask, scale=scale, softcap=softcap)
-
-
-def pad_to_one_width(
-    q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float | None
-) -> tuple[Tensor, Tensor, Tensor, float | None]:
-    """Pad queries and keys, or values, with zeros to D = E. Returns them and the scale for the unpadded D."""
-    width, value_width = q_BHTD.shape[-1], v_BGSE.shape[-1]
-    if width == value_width:
-        return q_BHTD, k_BGSD, v_BGSE, scale
-    padded_width = max(width, value_width)
-    q, k = (F.pad(x, (0, padded_width - width)) for x in (q_BHTD, k_BGSD))
-    return q, k, F.pad(v_BGSE, (0, padded_width - value_width)), 1 / math.sqrt(width) if scale is None else scale

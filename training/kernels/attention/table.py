@@ -10,11 +10,6 @@ A back-end builds a mask once per forward, for all layers that share it, and the
 >>> q_BHTD, k_BGSD, v_BGSE = torch.randn(1, 4, 4, 8), torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8)
 >>> backend.attend(q_BHTD, k_BGSD, v_BGSE, backend.build_mask(visibility), scale=0.3).shape
 torch.Size([1, 4, 4, 8])
-
-`Limits` state what a back-end supports, so that it can be rejected with a reason before it runs:
-
->>> reason_unsupported("flash", AttentionSpec(4, 2, 8, 8, softcap=15.0), False, DeviceInfo("cpu"), torch.float32)
-'does not support a soft-cap'
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -23,20 +18,10 @@ from typing import NamedTuple
 import torch
 from torch.torch_version import TorchVersion
 
+from training.kernels.attention import flex, packed, sdpa
 from training.kernels.attention.deterministic import with_deterministic_backward
-from training.kernels.attention.flash_attn import flash2_attention, flash3_attention, flash4_attention, varlen_mask
-from training.kernels.attention.flex import flex_attention, flex_mask
 from training.kernels.attention.masks import boolean_mask
 from training.kernels.attention.reference import reference_attention
-from training.kernels.attention.sdpa import (
-    cudnn_attention,
-    efficient_attention,
-    flash_attention,
-    flash_mask,
-    sdpa_attention,
-    sdpa_mask,
-)
-from training.kernels.attention.varlen import varlen_attention
 from training.kernels.interface import HALF_DTYPES, AttentionBackend, AttentionSpec, Limits
 
 AMPERE_OR_LATER = range(8, 20)
@@ -60,29 +45,33 @@ FLASH4 = FLASH3._replace(softcap=False, capability=range(9, 12), package=("flash
 # elsewhere. Then PyTorch's: its copies of flash2 (flash; varlen for documents and windows), flex, and the kernels that
 # read a mask.
 ATTENTION_BACKENDS = {
-    "flash3": AttentionBackend(varlen_mask, flash3_attention, {"cuda": FLASH3}, ("flash_attn_3::fwd",)),
-    "flash4": AttentionBackend(varlen_mask, flash4_attention, {"cuda": FLASH4}),
-    "flash2": AttentionBackend(varlen_mask, flash2_attention, {"cuda": FLASH2}, ("flash_attn::_flash_attn_forward",)),
+    "flash3": AttentionBackend(packed.varlen_mask, packed.flash3_attention, {"cuda": FLASH3}, ("flash_attn_3::fwd",)),
+    "flash4": AttentionBackend(packed.varlen_mask, packed.flash4_attention, {"cuda": FLASH4}),
+    "flash2": AttentionBackend(
+        packed.varlen_mask, packed.flash2_attention, {"cuda": FLASH2}, ("flash_attn::_flash_attn_forward",)
+    ),
     "cudnn": AttentionBackend(
-        sdpa_mask, cudnn_attention, {"cuda": CUDNN}, ("aten::_scaled_dot_product_cudnn_attention",)
+        sdpa.sdpa_mask, sdpa.cudnn_attention, {"cuda": CUDNN}, ("aten::_scaled_dot_product_cudnn_attention",)
     ),
     "flash": AttentionBackend(
-        flash_mask,
-        flash_attention,
+        sdpa.flash_mask,
+        sdpa.flash_attention,
         {"cuda": CAUSAL_ONLY, "cpu": NO_SOFTCAP},
         ("training_kernels_attention_deterministic::flash", "aten::_scaled_dot_product_flash_attention_for_cpu"),
     ),
-    "varlen": AttentionBackend(varlen_mask, with_deterministic_backward(varlen_attention), {"cuda": VARLEN}),
-    "flex": AttentionBackend(flex_mask, flex_attention, {"cuda": FLEX}),
+    "varlen": AttentionBackend(
+        packed.varlen_mask, with_deterministic_backward(packed.varlen_attention), {"cuda": VARLEN}
+    ),
+    "flex": AttentionBackend(flex.flex_mask, flex.flex_attention, {"cuda": FLEX}),
     "efficient": AttentionBackend(
-        sdpa_mask,
-        with_deterministic_backward(efficient_attention),
+        sdpa.sdpa_mask,
+        with_deterministic_backward(sdpa.efficient_attention),
         {"cuda": NO_SOFTCAP._replace(head_dim_multiple=8)},
         ("aten::_scaled_dot_product_efficient_attention",),
     ),
     "sdpa": AttentionBackend(
-        sdpa_mask,
-        sdpa_attention,
+        sdpa.sdpa_mask,
+        sdpa.sdpa_attention,
         {"cuda": NO_SOFTCAP._replace(deterministic=False), "cpu": NO_SOFTCAP, "mps": NO_SOFTCAP},
         ("aten::_scaled_dot_product_flash_attention",),
     ),
@@ -99,17 +88,15 @@ class DeviceInfo(NamedTuple):
 
 def device_info(device: torch.device) -> DeviceInfo:
     """Return the `DeviceInfo` of a device of this machine."""
-    capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
-    return DeviceInfo(device.type, capability)
+    return DeviceInfo(device.type, torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None)
 
 
 def limits_on(name: str, device: DeviceInfo) -> Limits | None:
     """Return the limits of a back-end on such a device; None if it does not run there."""
     by_type = ATTENTION_BACKENDS[name].limits
     limits = Limits() if by_type is None else by_type.get(device.type)
-    if limits is None or limits.capability is None or device.capability in limits.capability:
-        return limits
-    return None
+    has_capability = limits is None or limits.capability is None or device.capability in limits.capability
+    return limits if has_capability else None
 
 
 def auto_candidates(device: DeviceInfo) -> list[str]:
@@ -138,11 +125,9 @@ def reason_unsupported(
     }
     if feature := next((feature for feature, is_unsupported in unsupported.items() if is_unsupported), None):
         return f"does not support {feature}"
-    return None if limits.package is None else reason_missing(*limits.package)
-
-
-def reason_missing(package: str, oldest: str) -> str | None:
-    """Return the problem if a package is missing or too old, else None."""
+    if limits.package is None:
+        return None
+    package, oldest = limits.package
     try:
         installed = TorchVersion(version(package))
     except PackageNotFoundError:
