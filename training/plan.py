@@ -27,8 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else argv
     config, flags = cli.parse_command_line(args, prog="python -m training.plan", doc=__doc__, flags=FLAGS)
     world_size = int(_number("--world", flags["--world"] or "1", "a number of ranks, 1 or more", "[1-9][0-9]{0,6}"))
-    mfu = flags["--mfu"]
-    if mfu is not None:
+    if (mfu := flags["--mfu"]) is not None:
         mfu = _number("--mfu", mfu, "above 0 and at most 1", r"0?\.[0-9]*[1-9][0-9]*|1(\.0*)?")
 
     from training.planning.report import build_plan, find_device, report_lines

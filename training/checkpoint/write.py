@@ -237,9 +237,8 @@ def _collect(partial: Path, kind: str, shards: dict[str, TensorShard], by_rank: 
 def write_tensors(path: Path, tensors: dict[str, Tensor], pieces: Iterable[Tensor]) -> dict[str, str | int]:
     """Write a safetensors file (github.com/huggingface/safetensors) durably; return its manifest entry.
 
-    `tensors` give names, dtypes and shapes, `pieces` the values, in rows from the first tensor to the last.
-    `safetensors.torch.save_file` needs all of them in memory and a second pass for the hash, and hides the system's
-    error if the disk is full.
+    `tensors` give names, dtypes and shapes, `pieces` the values in the same order. `safetensors.torch.save_file` needs
+    all of them in memory and a second pass for the hash, and hides the system's error if the disk is full.
     """
     header, stop = {}, 0
     for name, tensor in tensors.items():

@@ -50,16 +50,12 @@ class RunPlan(NamedTuple):
     config: Config  # resolved
     device: TargetDevice
     world_size: int
+    n_tokens: int  # of all steps
     train_tokens: list[int]  # of each stream of the prepared data; [] if there are none
     stats: ModelStats
     micro_batch: int
     largest_micro_batch: int  # that fits; 0: not one sample does
     memory: MemoryEstimate
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of the whole run."""
-        return self.config.steps * self.config.batch_tokens
 
 
 def find_device(name: str | None, config: Config) -> TargetDevice:
@@ -98,8 +94,10 @@ def build_plan(config: Config, device: TargetDevice, world_size: int) -> RunPlan
     else:
         micro_batch = min(config.micro_batch, per_rank)
     memory = estimate(config, micro_batch, world_size, device.type)
-    n_tokens = [stream.n_tokens for stream in manifest.streams if stream.split == "train"] if manifest else []
-    return RunPlan(config, device, world_size, n_tokens, model_stats(model), micro_batch, largest, memory)
+    n_tokens = config.steps * config.batch_tokens
+    train_tokens = [stream.n_tokens for stream in manifest.streams if stream.split == "train"] if manifest else []
+    stats = model_stats(model)
+    return RunPlan(config, device, world_size, n_tokens, train_tokens, stats, micro_batch, largest, memory)
 
 
 def _vocab_size(config: Config, manifest: Manifest | None) -> int:
@@ -261,8 +259,7 @@ def disk_shortage(stats: ModelStats, config: Config, *, fresh: bool = False) -> 
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     needed = n_checkpoints(config) * checkpoint_bytes(stats, config) + 4 * stats.n_parameters
     needed -= 0 if fresh else sum(path.stat().st_size for path in folder.glob("step-*/*"))
-    free = shutil.disk_usage(existing).free
-    if free >= needed:
+    if (free := shutil.disk_usage(existing).free) >= needed:
         return None
     has, need = (f"{n / 2**30:,.1f} GiB" if n >= 2**30 else f"{n / 2**20:.2f} MiB" for n in (free, needed))
     problem = f"{existing} has {has} free, and checkpoints and the model need {need}"
