@@ -62,8 +62,8 @@ def train(config: Config, world: World, stop_at: int | None = None) -> tuple[dic
             run.train_step()
             rows += run.rows()
             once = dict(seen)  # a batch that was tried again counts once
-            of_ranks = world.gather(b"".join(once.values()))
-            tokens_of_step.append(hashlib.sha256(b"".join(of_ranks)).hexdigest())
+            of_ranks = world.gather(b"".join(once.values()).hex())
+            tokens_of_step.append(hashlib.sha256(bytes.fromhex("".join(of_ranks))).hexdigest())
     for hook in hooks:
         hook.remove()
     run.save()

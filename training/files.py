@@ -109,7 +109,9 @@ def remove(path: Path) -> None:
 
 
 def fsync_path(path: Path) -> None:
-    """Flush a file's content, or a folder's entries, to disk."""
+    """Flush a file's content, or a folder's entries, to disk. No effect on Windows, which opens no folders."""
+    if os.name != "posix":
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -81,12 +81,17 @@ class World:
         return largest.tolist()
 
     def gather(self, value: Any, background: bool = False) -> list[Any]:
-        """Return the values of all ranks, on every rank. `background`: as in `in_collective`. Collective."""
-        values = [value] * self.size
-        if self.size > 1:
-            with self.in_collective("an all-gather", background):
-                dist.all_gather_object(values, value, group=self.background if background else None)
-        return values
+        """Return the JSON values of all ranks, on every rank. `background`: as in `in_collective`. Collective."""
+        if self.size == 1:
+            return [value]
+        group, data = self.background if background else None, json.dumps(value).encode()
+        length = torch.tensor(len(data))
+        with self.in_collective("an all-gather", background):
+            dist.all_reduce(length, dist.ReduceOp.MAX, group)
+            padded = torch.frombuffer(bytearray(data.ljust(int(length))), dtype=torch.uint8)  # JSON may end in spaces
+            gathered = [torch.empty_like(padded) for _ in range(self.size)]
+            dist.all_gather(gathered, padded, group)
+        return [json.loads(bytes(each.numpy())) for each in gathered]
 
     def broadcast_tensor(self, tensor: Tensor) -> Tensor:
         """Overwrite the tensor with the main rank's and return it. Collective."""
