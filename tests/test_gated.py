@@ -34,6 +34,8 @@ def test_outputs_and_all_gradients_equal_the_formula():
         {"n_embd": 32, "n_head": 4, "n_positions": 8, "blocks": [{"mixer": {"type": "gated", "n_kv_head": 2}}]}
     )
     mixer = GatedAttention(model.blocks[0].mixer, model)
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
     x_BTC = torch.randn(2, 8, 32, requires_grad=True)
     visibility = Visibility(8, 8, x_BTC.device)
     context = AttentionContexts(visibility, ATTENTION_BACKENDS["reference"], model.rope_theta).for_mixer(mixer)
