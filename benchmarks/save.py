@@ -37,7 +37,7 @@ def shards_of(model: GPT) -> dict[str, dict[str, TensorShard]]:
 def main() -> None:
     print(header(torch.device("cpu")))
     shards = shards_of(init_weights(GPT(ModelConfig(vocab_size=50304)), 0))
-    n_bytes = sum(shard.n_bytes for by_name in shards.values() for shard in by_name.values())
+    n_bytes = sum(shard.tensor.nbytes for by_name in shards.values() for shard in by_name.values())
     print(f"GPT-2 124M with AdamW's state: {n_bytes / 2**30:.2f} GiB, {SAVES} saves of each kind, in turn")
     folder = Path(tempfile.mkdtemp(dir="."))
     writers = {
@@ -49,7 +49,7 @@ def main() -> None:
         for writer in writers.values():
             start = time.perf_counter()
             writer.preallocate(shards)
-            writer.close()
+            writer.wait()
             allocation = time.perf_counter() - start
         for step in range(SAVES):
             for kind, writer in writers.items():

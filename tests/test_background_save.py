@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ from training.checkpoint import (
     tensor_shapes,
     write,
 )
-from training.checkpoint.tensor_file import TensorPieces, write_tensors
+from training.checkpoint.write import write_tensors
 from training.config import CheckpointConfig
 from training.errors import UserError
 
@@ -48,7 +50,7 @@ def test_safetensors_reads_the_files(tmp_path):
         for shape in ((), (3,), (5, 7), (0, 4), (2, 3, 2))
     }
     tensors["strided"] = torch.arange(12.0).view(3, 4).T
-    write_tensors(tmp_path / "a", {name: TensorPieces(t.dtype, t.shape, [t]) for name, t in tensors.items()})
+    write_tensors(tmp_path / "a", tensors, tensors.values())
     loaded = load_file(tmp_path / "a")
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -88,10 +90,11 @@ def test_a_failed_save_raises_at_the_next_wait_and_keeps_the_checkpoint_before(t
     writer.wait()
     folder.rename(elsewhere).with_name("checkpoints").write_text("a file where the folder should be")
     writer.save(shards(2), {"step": 2}, None)
-    writer.close()
-    assert "step-00000002: the checkpoint could not be saved" in str(writer.failure)
-    with pytest.raises(UserError, match="could not be saved"):
+    while writer.failure is None:
+        time.sleep(0.01)
+    with pytest.raises(UserError, match="step-00000002: the checkpoint could not be saved"):
         writer.wait()
+    assert writer.failure is None
     folder.unlink()
     elsewhere.rename(folder)
     assert latest(folder, pytest.fail).name == "step-00000001"
@@ -167,16 +170,16 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def writer_groups(size: int) -> list[WriterGroup]:
     """Return the groups of `size` ranks that are threads of this process."""
-    messages, barrier = [b""] * size, threading.Barrier(size, timeout=20)
+    values, barrier = [None] * size, threading.Barrier(size, timeout=20)
 
-    def gather(rank: int, data: bytes) -> list[bytes]:
-        messages[rank] = data
+    def gather(rank: int, value: Any) -> list[Any]:
+        values[rank] = value
         barrier.wait()
-        gathered = list(messages)
+        gathered = list(values)
         barrier.wait()
         return gathered
 
-    return [WriterGroup(rank, size, lambda data, rank=rank: gather(rank, data)) for rank in range(size)]
+    return [WriterGroup(rank, size, lambda value, rank=rank: gather(rank, value)) for rank in range(size)]
 
 
 def rows_of(rank: int, size: int, n: int = 10) -> tuple[int, int]:
@@ -231,10 +234,10 @@ def test_any_number_of_ranks_reads_what_another_number_wrote(tmp_path, size, one
 def test_a_save_fails_on_all_ranks_if_one_cannot_write(tmp_path, monkeypatch):
     save_by(2, tmp_path, 0)
 
-    def full_on_rank_1(path, tensors):
+    def full_on_rank_1(path, *tensors):
         if path.name.endswith("-00002-of-00002.safetensors"):
             raise OSError(28, "No space left on device")
-        return write_tensors(path, tensors)
+        return write_tensors(path, *tensors)
 
     monkeypatch.setattr(write, "write_tensors", full_on_rank_1)
     for writer in save_by(2, tmp_path, 0, step=2):

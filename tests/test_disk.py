@@ -12,7 +12,7 @@ from training import checkpoint
 from training.errors import UserError
 from training.model import GPT
 from training.model.stats import model_stats
-from training.planning.disk import checkpoint_bytes, disk_shortage, n_checkpoints
+from training.planning.report import checkpoint_bytes, disk_shortage, n_checkpoints
 from training.train import train
 
 PAGE = 4096

@@ -15,7 +15,7 @@ from trajectory import train
 from training.checkpoint import corruption
 from training.config import Config, MeshConfig, ModelConfig
 from training.distributed.mesh import MeshShape, mesh_shape
-from training.distributed.recompute import SAVED_OPERATORS
+from training.distributed.sharded_model import SAVED_OPERATORS
 from training.distributed.world import World
 from training.errors import UserError
 

@@ -18,7 +18,7 @@ from training.config import ModelConfig
 from training.errors import UserError
 from training.model import GPT, init_weights
 from training.weights import export_check, hf
-from training.weights.hf import bundle
+from training.weights.hf import custom
 
 SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 48, "vocab_size": 320}
 MODERN = {"position": "rope", "norm": "rmsnorm", "bias": False, "tie_head": False}
@@ -122,7 +122,7 @@ def test_this_package_opens_its_models_by_registration_without_remote_code(expor
 
 def test_the_python_files_are_sound_and_need_torch_and_transformers_only(exports):
     files = {path.name: path.read_text() for path in (exports / "gpt2-moe").glob("*.py")}
-    assert files == bundle.modeling_files()
+    assert files == custom.modeling_files()
     imported = set(re.findall(r"^ *(?:from|import) (\w+)", "".join(files.values()), re.MULTILINE))
     assert imported - set(sys.stdlib_module_names) == {"torch", "transformers"}
     checked = command(
@@ -135,7 +135,7 @@ def test_the_python_files_are_sound_and_need_torch_and_transformers_only(exports
 def modeling(tmp_path_factory):
     """The modeling file of an export, imported."""
     folder = tmp_path_factory.mktemp("modeling")
-    for name, text in bundle.modeling_files().items():
+    for name, text in custom.modeling_files().items():
         (folder / name).write_text(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder.parent)

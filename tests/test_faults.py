@@ -14,10 +14,8 @@ from conftest import write_config
 from launched import Forked, Launched, rows_in, train, wait_for_rows
 
 from training.config import ParallelConfig
-from training.distributed.diagnosis import LOOP, Activity, Rank, diagnose
-from training.distributed.process_id import ProcessId, current_process
-from training.distributed.rendezvous import agree_on_start_id
-from training.distributed.world import join_world
+from training.distributed.diagnosis import LOOP, Activity, ProcessId, Rank, current_process, diagnose
+from training.distributed.world import agree_on_start_id, join_world
 from training.errors import UserError
 
 LIMIT = 6.0  # parallel.timeout_s; long enough for four processes to start on two busy cores

@@ -16,9 +16,9 @@ from training.config import ModelConfig
 from training.errors import UserError
 from training.model import GPT, init_weights
 from training.weights import hf
-from training.weights.hf import gpt2, write
-from training.weights.hf.fields import ACTIVATIONS
-from training.weights.hf.layers import BALANCING, computed_options, first_difference, pattern
+from training.weights.hf import gpt2, llama, model_folder
+from training.weights.hf.architecture import BALANCING, computed_options, first_difference, pattern
+from training.weights.hf.tables import ACTIVATIONS
 
 V4 = Path(sys.prefix, "transformers-4")  # the Makefile installs Transformers 4.57 there
 
@@ -396,7 +396,7 @@ def test_every_tensor_has_exactly_one_place_in_the_table_of_names(name):
 
 
 def test_a_large_model_is_written_in_several_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(model_folder, "SHARD_BYTES", 20_000)
     model = build(CASES["qwen3_moe"][1])
     hf.write_model(tmp_path, model.state_dict(), model.config, end_of_text=5)
     assert (tmp_path / "model.safetensors.index.json").exists()
@@ -611,7 +611,7 @@ def test_what_two_architectures_express_is_the_same_in_both(tmp_path, monkeypatc
     transformers = pytest.importorskip("transformers")
     (other,) = ALSO[name]
     others = {kind: one for kind, one in hf.ARCHITECTURES.items() if kind != CASES[name][0]}
-    monkeypatch.setattr(write, "ARCHITECTURES", others)
+    monkeypatch.setattr(model_folder, "ARCHITECTURES", others)
     model = build(CASES[name][1])
     assert hf.write_model(tmp_path, model.state_dict(), model.config, end_of_text=5) == other
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -737,7 +737,7 @@ def test_defaults_of_missing_fields_are_those_of_transformers(request, version):
     opened = request.getfixturevalue(f"opened_by_{version}")
     for name in (next(name for name, case in CASES.items() if case[0] == model_type) for model_type in THEIRS):
         architecture, expected = hf.ARCHITECTURES[CASES[name][0]], opened[name]["defaults"]
-        defaults = gpt2.DEFAULTS if CASES[name][0] == "gpt2" else architecture.defaults
+        defaults = gpt2.DEFAULTS if CASES[name][0] == "gpt2" else llama.DEFAULTS | architecture.defaults
         for field, value in defaults.items():
             if field == "sliding_window" and "use_sliding_window" in defaults:  # shown as null while that is false
                 continue

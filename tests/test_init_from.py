@@ -18,6 +18,7 @@ from training.config import ModelConfig
 from training.errors import UserError
 from training.model import GPT, init_weights
 from training.weights import hf, init_from
+from training.weights.hf import model_folder
 
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": 259}
 ROTARY = SMALL | {"position": "rope", "norm": "rmsnorm", "bias": False}
@@ -370,4 +371,4 @@ def test_prepare_checks_init_from_before_it_tokenizes(options, tmp_path, capsys)
 
 
 def test_every_architecture_is_tested():
-    assert MODELS.keys() == hf.READABLE.keys()
+    assert MODELS.keys() == model_folder.READABLE.keys()

@@ -23,9 +23,7 @@ from training.optim.optimizer import Optimizer
 from training.options import cli
 from training.plan import main, measured_tokens_per_s
 from training.planning import report
-from training.planning.disk import checkpoint_bytes
-from training.planning.memory import estimate, largest_micro_batch
-from training.planning.storage_tracker import StorageTracker
+from training.planning.memory import StorageTracker, estimate, largest_micro_batch
 
 MOE = {"type": "moe", "n_experts": 4, "top_k": 2, "hidden": 64}
 SIZES = {"n_layer": 3, "n_head": 2, "n_embd": 32, "n_positions": 64, "vocab_size": 512}
@@ -178,7 +176,9 @@ def test_prepared_data_give_the_epochs_and_a_started_run_its_speed(run, config, 
     assert measured_tokens_per_s(plan.config, here.name, 2) is None
     files = [folder / "checkpoints" / "step-00000004" / f"{kind}.safetensors" for kind in ("model", "optimizer")]
     sizes = [path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], "little") for path in files]  # no header
-    assert checkpoint_bytes(plan.stats, plan.config) == pytest.approx(sum(sizes), abs=300)  # buffers and step counters
+    assert report.checkpoint_bytes(plan.stats, plan.config) == pytest.approx(
+        sum(sizes), abs=300
+    )  # buffers and step counters
     record = json.loads((folder / "run.json").read_text())
     del record["facts"]
     (folder / "run.json").write_text(json.dumps(record))

@@ -55,7 +55,7 @@ def upcycled(model: dict, mlp: dict, moe: dict, every: int = 1) -> tuple[GPT, GP
     ours = ModelConfig.model_validate(SIZES | model | {"blocks": [{"ffn": mlp}] * (every - 1) + [{"ffn": moe}]})
     dense = perturbed(init_weights(GPT(theirs, dtype=torch.float64), 0))
     experts = init_weights(GPT(ours, dtype=torch.float64), 1)
-    weights = upcycle.upcycle_weights(dense.state_dict(), theirs, ours, experts.state_dict())
+    weights = upcycle.upcycle_weights(dense.state_dict(), upcycle.upcycled_layers(theirs, ours), experts.state_dict())
     experts.load_state_dict(experts.state_dict() | weights)
     return dense, experts
 

@@ -62,7 +62,7 @@ def train(config: Config, world: World, stop_at: int | None = None) -> tuple[dic
             run.train_step()
             rows += run.rows()
             once = dict(seen)  # a batch that was tried again counts once
-            of_ranks = world.gather_bytes(b"".join(once.values()))
+            of_ranks = world.gather(b"".join(once.values()))
             tokens_of_step.append(hashlib.sha256(b"".join(of_ranks)).hexdigest())
     for hook in hooks:
         hook.remove()

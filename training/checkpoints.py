@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from training.errors import UserError, command
+from training.files import run_lock
 from training.options.cli import Parser
 
 
@@ -22,44 +23,32 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("--keep", type=int, default=2, help="number of newest checkpoints that prune keeps (default 2)")
     args = parser.parse_args(argv)
-    from training.checkpoint import list_checkpoints
+    from training import checkpoint
 
     folder = args.run / "checkpoints"
-    if not list_checkpoints(folder):
+    if not checkpoint.list_checkpoints(folder):
         raise UserError(f"{args.run}: no run with a checkpoint is here; give a run's folder, such as runs/quickstart")
     if args.action == "prune":
-        prune(args.run, folder, args.keep)
-    return report(folder, verify=args.action == "verify")
-
-
-def report(folder: Path, *, verify: bool) -> int:
-    """Print one line per checkpoint. Return 1 if one is damaged, else 0; without `verify` only sizes are checked."""
-    from training.checkpoint import corruption, is_complete, list_checkpoints
-
+        if args.keep < 1:
+            raise UserError(f"--keep: {args.keep} would leave no checkpoint; give 1 or more")
+        with run_lock(args.run):
+            newest = checkpoint.latest(folder, lambda problem: print(f"{problem}; the damaged one is kept"))
+            best = checkpoint.read_state(newest).get("best")
+            checkpoint.remove_leftovers(folder)
+            checkpoint.prune(folder, args.keep, best and best["step"], lambda path: not checkpoint.corruption(path))
     n_damaged = 0
-    for step, path in list_checkpoints(folder):
+    for step, path in checkpoint.list_checkpoints(folder):
         try:
             mib = sum(file.stat().st_size for file in path.iterdir()) / 2**20
         except FileNotFoundError:  # the training process has just pruned it, or it is a dangling link
             continue
-        problem = corruption(path) if verify else None if is_complete(path) else f"{path}: damaged"
+        if args.action == "verify":
+            problem, intact = checkpoint.corruption(path), "intact"
+        else:  # only sizes are checked
+            problem, intact = None if checkpoint.is_complete(path) else f"{path}: damaged", path
         n_damaged += problem is not None
-        print(f"step {step:>10,}  {mib:>10,.1f} MiB  {problem or ('intact' if verify else path)}")
+        print(f"step {step:>10,}  {mib:>10,.1f} MiB  {problem or intact}")
     return 1 if n_damaged else 0
-
-
-def prune(run: Path, folder: Path, keep: int) -> None:
-    """Remove old checkpoints. Raises UserError if `keep` is below 1 or the run is being trained."""
-    from training import checkpoint
-    from training.files import run_lock
-
-    if keep < 1:
-        raise UserError(f"--keep: {keep} would leave no checkpoint; give 1 or more")
-    with run_lock(run):
-        newest = checkpoint.latest(folder, lambda problem: print(f"{problem}; the damaged one is kept"))
-        best = checkpoint.read_state(newest).get("best")
-        checkpoint.remove_leftovers(folder)
-        checkpoint.prune(folder, keep, best and best["step"], lambda path: checkpoint.corruption(path) is None)
 
 
 if __name__ == "__main__":

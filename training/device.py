@@ -55,7 +55,7 @@ def has_bf16_units(device: torch.device) -> bool:
     """Return True if the device has bf16 matrix units; without them a CPU is several times slower in bf16 than fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and "amx_bf16" in _cpu_fields().get("flags", "")
+    return device.type == "cpu" and "amx_bf16" in _cpu_field("flags")
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -71,7 +71,7 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
         return f"MPS ({platform.processor() or platform.machine()})"
-    name = _cpu_fields().get("model name") or platform.processor() or platform.machine()
+    name = _cpu_field("model name") or platform.processor() or platform.machine()
     threads = torch.get_num_threads()
     return f"CPU, {threads} thread{'s' if threads > 1 else ''} ({name})"
 
@@ -112,10 +112,9 @@ def available_memory_bytes(device: torch.device) -> int:
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Make glibc keep freed memory for reuse, for the rest of the process; no effect on other devices.
+    """Make glibc keep freed memory for reuse, so that resident memory stays at its peak until `reset_peak_memory`.
 
-    By default glibc unmaps large tensors that are freed, and the kernel zeroes the pages of the next ones: up to a
-    third of a step. With this, resident memory stays at its peak until `reset_peak_memory` (mallopt(3)).
+    By default glibc unmaps large tensors, and the kernel zeroes the pages of the next ones: up to a third of a step.
     """
     if (c_library := _glibc(device)) is not None:
         c_library.mallopt(-4, 0)  # M_MMAP_MAX: allocate every tensor on the heap
@@ -161,10 +160,8 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
-def _cpu_fields() -> dict[str, str]:
-    """Return the fields of the first processor in /proc/cpuinfo; {} if there is none."""
+def _cpu_field(name: str) -> str:
+    """Return a field of the first processor in /proc/cpuinfo; "" if there is none."""
     path = Path("/proc/cpuinfo")
-    if not path.exists():
-        return {}
-    first = path.read_text().split("\n\n")[0]
-    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    match = re.search(rf"^{name}\s*: (.*)", path.read_text(), re.MULTILINE) if path.exists() else None
+    return match[1].strip() if match else ""

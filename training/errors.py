@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 
-EXIT_DELAY_S = 5.0  # time for the first local rank to print its error before the launcher ends all ranks
+EXIT_DELAY_S = 5.0  # the first local rank prints its error before the launcher ends all ranks, as soon as one exits
 
 
 class UserError(Exception):
@@ -22,17 +22,17 @@ class RestartNeeded(UserError):
 
 
 def command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
-    """Wrap a command's `main(argv)`: print its error as one line on stderr and return the exit status.
-
-    UserError: its `status`; OSError: 2; Ctrl-C: 130.
-    """
+    """Wrap a command's `main(argv)`: print its error as one line on stderr and return the exit status."""
 
     @functools.wraps(main)
     def wrapper(argv: list[str] | None = None) -> int:
         try:
             return main(argv)
         except (UserError, OSError) as error:
-            print(f"error: {one_line(error)}", file=sys.stderr)
+            reason = " ".join(str(error).split())
+            if isinstance(error, OSError) and error.filename is not None:
+                reason = f"{error.filename}: {error.strerror}"
+            print(f"error: {reason}", file=sys.stderr)
             return getattr(error, "status", 2)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -42,20 +42,10 @@ def command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | No
 
 
 def exit_unless_first_local_rank() -> None:
-    """Exit with status 2 on all local ranks but the first, so that an error that every rank finds is printed once.
-
-    They exit `EXIT_DELAY_S` later, because a launcher ends all ranks as soon as one of them exits.
-    """
+    """Exit with status 2 on all local ranks but the first, so that an error that every rank finds is printed once."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(EXIT_DELAY_S)
         raise SystemExit(2)
-
-
-def one_line(error: UserError | OSError) -> str:
-    """Return the error on one line; for an OSError the file and the reason."""
-    if isinstance(error, UserError) or error.filename is None:
-        return " ".join(str(error).split())
-    return f"{error.filename}: {error.strerror}"
 
 
 def library_error(error: BaseException) -> str:

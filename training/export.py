@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from training.errors import UserError, command
+from training.files import atomic_folder
 from training.options.cli import Parser
 
 
@@ -33,28 +34,34 @@ def export(run: str, out: str | None, dtype_name: str) -> list[str]:
     target = Path(out) if out is not None else Path(run, "export")
     if target.exists():
         raise UserError(f"{target}: already exists; choose another --out")
+    from safetensors import SafetensorError
+
     from training.device import DTYPES
     from training.engine.load_run import load_run
+    from training.model import GPT
     from training.weights import hf
-    from training.weights.export_check import write_checked
+    from training.weights.export_check import check_export
 
-    loaded = load_run(run)
-    weights, config = loaded.weights, loaded.config.model
-    model_type, opened = write_checked(target, weights, config, loaded.tokenizer, DTYPES[dtype_name])
-    is_custom = model_type not in hf.ARCHITECTURES
-    lines = [
-        f"{target}: {model_type}, {dtype_name}, step {loaded.step}",
-        f"opened by Transformers {opened.version} as {opened.class_name}: "
-        f"logits differ by {opened.max_difference:.1e}, {opened.n_tokens} greedy tokens are the same",
-    ]
-    if is_custom:
+    loaded, dtype = load_run(run), DTYPES[dtype_name]
+    weights, config, tokenizer = loaded.weights, loaded.config.model, loaded.tokenizer
+    rounded, n_vocab = GPT(config), tokenizer.vocab_size
+    rounded.load_state_dict(hf.to_saved_dtype(weights, dtype))
+    try:
+        with atomic_folder(target) as partial:
+            model_type = hf.write_model(partial, weights, config, tokenizer.end_of_text, n_vocab=n_vocab, dtype=dtype)
+            tokenizer.save(partial)
+            opened = check_export(partial, rounded, n_vocab)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{target}: the model could not be written: {error}") from error
+    lines, trust = [f"{target}: {model_type}, {dtype_name}, step {loaded.step}", opened], ""
+    if model_type not in hf.ARCHITECTURES:
         reasons: dict[str | None, list[str]] = {}
         for name, architecture in hf.ARCHITECTURES.items():
             reasons.setdefault(architecture.reason_unsupported(config, weights), []).append(name)
         unsupported = "; ".join(f"{reason} ({', '.join(names)})" for reason, names in reasons.items())
+        trust = ", trust_remote_code=True"
         lines.append(f"with its own Python files; not supported in Transformers: {unsupported}")
-        lines.append(f"AutoTokenizer.from_pretrained({str(target)!r}, trust_remote_code=True)")
-    trust = ", trust_remote_code=True" if is_custom else ""
+        lines.append(f"AutoTokenizer.from_pretrained({str(target)!r}{trust})")
     return [*lines, f"AutoModelForCausalLM.from_pretrained({str(target)!r}{trust})"]
 
 

@@ -9,25 +9,25 @@ The experts pay off if their run reaches a lower loss than the twin after the sa
 import sys
 from pathlib import Path
 
-from training.config import BlockConfig, Config, MLPConfig, MoEConfig
+from training.config import Config, FeedForward, MLPConfig, MoEConfig
 from training.errors import UserError, command
 from training.files import write_atomically
 from training.options import cli
-
-FLAGS = {"--out": "file to write the twin to (default: print it)"}
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Exit status: 0 done, 2 wrong input."""
     args = sys.argv[1:] if argv is None else argv
-    config, flags = cli.parse_command_line(args, prog="python -m training.twin", doc=__doc__, flags=FLAGS)
-    text, summary = cli.dump_config(twin(config)), describe_twin(config)
-    if flags["--out"] is None:
-        print(f"# {summary}", text, sep="\n", end="")
+    out_flag = {"--out": "file to write the twin to (default: print it)"}
+    config, flags = cli.parse_command_line(args, prog="python -m training.twin", doc=__doc__, flags=out_flag)
+    dense, summary = twin(config), describe_twin(config)
+    text = f"# {summary}\n{cli.dump_config(dense)}"
+    if (out := flags["--out"]) is None:
+        print(text, end="")
     else:
-        write_atomically(Path(flags["--out"]), f"# {summary}\n{text}")
-        print(f"{flags['--out']}: {summary}")
+        write_atomically(Path(out), text)
+        print(f"{out}: {summary}")
     return 0
 
 
@@ -40,24 +40,23 @@ def twin(config: Config) -> Config:
         raise UserError("init_from: a twin starts from its own initial weights; leave it out")
     if not any(isinstance(block.ffn, MoEConfig) for block in config.model.blocks):
         raise UserError("model.blocks: no layer has experts (ffn: {type: moe}), so the run has no dense twin")
-    blocks = tuple(dense_block(block, config.model.n_embd) for block in config.model.blocks)
-    model = config.model.model_copy(update={"blocks": blocks})
-    return config.model_copy(update={"name": f"{config.name}-dense", "model": model})
+    model = config.model
+    blocks = tuple(block.model_copy(update={"ffn": _dense(block.ffn, model.n_embd)}) for block in model.blocks)
+    dense = model.model_copy(update={"blocks": blocks})
+    return config.model_copy(update={"name": f"{config.name}-dense", "model": dense})
 
 
-def dense_block(block: BlockConfig, n_embd: int) -> BlockConfig:
-    """Return the block with a dense layer in place of its experts."""
-    moe = block.ffn
-    if not isinstance(moe, MoEConfig):
-        return block
-    hidden = (moe.top_k + moe.n_shared) * (moe.hidden or 4 * n_embd)
-    return block.model_copy(update={"ffn": MLPConfig(hidden=hidden, activation=moe.activation, gated=moe.gated)})
+def _dense(ffn: FeedForward, n_embd: int) -> FeedForward:
+    if not isinstance(ffn, MoEConfig):
+        return ffn
+    hidden = (ffn.top_k + ffn.n_shared) * (ffn.hidden or 4 * n_embd)
+    return MLPConfig(hidden=hidden, activation=ffn.activation, gated=ffn.gated)
 
 
 def describe_twin(config: Config) -> str:
     """Return one line about the dense layers that replace the experts of `config`."""
     layers = [block.ffn for block in config.model.layers() if isinstance(block.ffn, MoEConfig)]
-    moe, hidden = layers[0], dense_block(BlockConfig(ffn=layers[0]), config.model.n_embd).ffn.hidden
+    moe, hidden = layers[0], _dense(layers[0], config.model.n_embd).hidden
     router = moe.n_experts / (hidden * (3 if moe.gated else 2))
     example = "" if all(other == moe for other in layers) else "such as "
     return (

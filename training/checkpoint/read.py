@@ -1,5 +1,6 @@
 """Find, verify and read checkpoints: all tensors, or only the rows that a rank needs."""
 
+import hashlib
 import itertools
 import json
 import re
@@ -12,12 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from training.checkpoint.tensor_file import file_entry
 from training.errors import UserError
 from training.files import rename_durable
 
 MANIFEST = "manifest.json"
 KINDS = ("model", "optimizer")  # of tensors; each has its own files
+Location = tuple[str, int, int]  # file, first row and last row + 1 of a part of a tensor; a scalar is one row
 MALFORMED = (ValueError, KeyError, TypeError, RecursionError)  # raised by JSON that this package did not write
 
 
@@ -29,19 +30,8 @@ class Checkpoint(NamedTuple):
     state: dict  # JSON, with "step"
 
 
-class Location(NamedTuple):
-    """The file that holds rows `start` .. `stop` - 1 of a tensor. A scalar is one row."""
-
-    file: str
-    start: int
-    stop: int
-
-
 def load(path: Path, *, verify: bool = True) -> Checkpoint:
-    """Read a checkpoint. Use `verify=False` only for one that is known to be intact.
-
-    Raises UserError that names the file that is missing or differs from the manifest.
-    """
+    """Read a checkpoint. Raises UserError that names a missing or damaged file; `verify=False` does not look."""
     if verify and (problem := corruption(path)):
         raise UserError(problem)
     return Checkpoint(read_tensors(path, "model"), read_tensors(path, "optimizer"), read_state(path))
@@ -64,7 +54,7 @@ def read_tensors(path: Path, kind: str, rows: dict[str, tuple[int, int] | None] 
     """
     index = _index(path, kind)
     rows = dict.fromkeys(index) if rows is None else rows
-    names = dict.fromkeys(location.file for _, locations in index.values() for location in locations)
+    names = dict.fromkeys(file for _, locations in index.values() for file, _, _ in locations)
     with ExitStack() as open_files:
         files = {name: open_files.enter_context(_open(path / name)) for name in names}
         try:
@@ -84,15 +74,13 @@ def _read_rows(
     files: dict, name: str, shape: torch.Size, locations: list[Location], rows: tuple[int, int] | None
 ) -> Tensor:
     if not shape:
-        return files[locations[0].file].get_tensor(name)
+        return files[locations[0][0]].get_tensor(name)
     first, last = rows or (0, shape[0])
-    parts = []
-    for file, start, stop in locations:
-        low, high = max(first, start), min(last, stop)
-        if low < high:
-            parts.append(files[file].get_slice(name)[low - start : high - start])
-    if not parts:
-        return files[locations[0].file].get_slice(name)[:0]
+    parts = [
+        files[file].get_slice(name)[max(first, start) - start : min(last, stop) - start]
+        for file, start, stop in locations
+        if max(first, start) < min(last, stop)
+    ] or [files[locations[0][0]].get_slice(name)[:0]]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -108,13 +96,13 @@ def _index(path: Path, kind: str) -> dict[str, tuple[torch.Size, list[Location]]
     file = f"{kind}.safetensors"
     with _open(path / file) as opened:
         shapes = {name: torch.Size(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    return {name: (shape, [Location(file, 0, shape[0] if shape else 1)]) for name, shape in shapes.items()}
+    return {name: (shape, [(file, 0, shape[0] if shape else 1)]) for name, shape in shapes.items()}
 
 
 def _locations(listed: Set[str], shape: list[int], parts: list) -> tuple[torch.Size, list[Location]]:
     """Parse an index entry. Raises ValueError for a file that the manifest does not list."""
-    locations = [Location(file, int(start), int(stop)) for file, start, stop in parts]
-    if not locations or {location.file for location in locations} - listed:
+    locations = [(file, int(start), int(stop)) for file, start, stop in parts]
+    if not locations or {file for file, _, _ in locations} - listed:
         raise ValueError
     return torch.Size(shape), locations
 
@@ -141,6 +129,12 @@ def corruption(path: Path) -> str | None:
     return None
 
 
+def file_entry(path: Path) -> dict[str, str | int]:
+    """Hash a file; return its entry in a manifest, "bytes" being its size."""
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell()}
+
+
 def is_complete(path: Path) -> bool:
     """Return True if all files of a checkpoint have the sizes in its manifest. Reads no tensor."""
     try:
@@ -163,8 +157,7 @@ def latest(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """
     checkpoints = list_checkpoints(folder)
     for _, path in reversed(checkpoints):
-        problem = corruption(path)
-        if problem is None:
+        if (problem := corruption(path)) is None:
             return path
         warn(f"{problem}; falling back to the checkpoint before it")
     if checkpoints:

@@ -4,10 +4,13 @@ Order of operations, each durable before the next: tensor files, state.json, man
 removal of older checkpoints. After a crash at any point the newest complete checkpoint is still there.
 """
 
+import hashlib
+import itertools
 import json
+import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from operator import itemgetter
@@ -18,11 +21,21 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from training.checkpoint.read import KINDS, MANIFEST, Location, is_complete, list_checkpoints
-from training.checkpoint.tensor_file import TensorPieces, write_bytes, write_tensors
+from training.checkpoint.read import KINDS, MANIFEST, is_complete, list_checkpoints
 from training.config import CheckpointConfig
-from training.errors import UserError
+from training.errors import UserError, library_error
 from training.files import fsync_path, mkdir_durable, remove, rename_durable
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class TensorShard(NamedTuple):
@@ -33,43 +46,29 @@ class TensorShard(NamedTuple):
     shape: torch.Size  # of the full tensor
     is_owner: bool  # True on the one rank that writes these rows
 
-    @property
-    def n_bytes(self) -> int:
-        """Size of the full tensor."""
-        return self.shape.numel() * self.tensor.element_size()
-
-    @property
-    def stop(self) -> int:
-        """Last row + 1."""
-        return self.start + (len(self.tensor) if self.shape else 1)
-
 
 class WriterGroup(NamedTuple):
     """The ranks that write a checkpoint together."""
 
     rank: int
     size: int
-    gather_bytes: Callable[[bytes], list[bytes]]  # all ranks' bytes, on every rank; called from the writing thread
+    gather: Callable[[Any], list[Any]]  # all ranks' values, on every rank; called from the writing thread
 
 
-SINGLE = WriterGroup(0, 1, lambda data: [data])
+SINGLE = WriterGroup(0, 1, lambda value: [value])
 Shards = dict[str, dict[str, TensorShard]]  # by kind ("model", "optimizer") and name
 
 
 class CheckpointWriter:
-    """A writer of checkpoints to a folder, at most one at a time, in the background.
-
-    All ranks call its methods in the same order. `failure` is the error of the last save, the same on all ranks.
-    """
+    """Writes checkpoints to a folder, one at a time, in the background. Ranks call its methods in the same order."""
 
     def __init__(self, folder: Path, group: WriterGroup, config: CheckpointConfig):
         self.folder, self.group, self.config = folder, group, config
-        self.failure: UserError | None = None
         self.is_preallocated = False
         # One thread for all saves, started while memory is free: Python hangs if a thread cannot start.
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._work: Future | None = None
-        self._buffers: dict[tuple[str, str], Tensor] = {}  # reused by every save
+        self._buffers: dict[tuple, Tensor] = {}
 
     def preallocate(self, shards: Shards) -> None:
         """Allocate the host buffers in the background: the first write to new pages takes longer than a copy."""
@@ -77,13 +76,12 @@ class CheckpointWriter:
         self.is_preallocated = True
 
         def allocate() -> None:
+            owned = [(kind, name, s.tensor) for kind in shards for name, s in shards[kind].items() if s.is_owner]
             with suppress(RuntimeError):  # out of memory: the save will report it
-                for kind, by_name in shards.items():
-                    for name, shard in by_name.items():
-                        if shard.is_owner:
-                            self._buffer(kind, name, shard.tensor).zero_()
+                for kind, name, tensor in owned:
+                    self._buffer(kind, name, tensor).zero_()
 
-        self._start(allocate)
+        self._work = self._pool.submit(allocate)
 
     def save(self, shards: Shards, state: dict, best_step: int | None) -> None:
         """Start saving `folder`/step-N, unless it exists, then removing all but the `keep` newest and the best.
@@ -93,87 +91,106 @@ class CheckpointWriter:
         """
         self.wait()
         copies = {kind: self._copy(kind, by_name) for kind, by_name in shards.items()}
-        self._start(self._write, copies, state, best_step)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self._work = self._pool.submit(self._write, copies, state, best_step)
         if not self.config.background:
             self.wait()
 
+    @property
+    def failure(self) -> BaseException | None:
+        """The error of the last save, the same on all ranks; None until it has failed, and after `wait` raised it."""
+        return self._work.exception() if self._work is not None and self._work.done() else None
+
     def wait(self) -> None:
         """Wait for the save in progress. Raises UserError if the last save failed."""
-        if self._work is not None:
-            self._work.result()
-        if self.failure is not None:
-            failure, self.failure = self.failure, None
-            raise failure
+        work, self._work = self._work, None
+        if work is not None:
+            work.result()
 
     def close(self) -> None:
-        """Wait for the save in progress and end the thread."""
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
-
-    def _start(self, work: Callable, *args: Any) -> None:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
-        self._work = self._pool.submit(work, *args)
+        """Wait for the save in progress, whether it fails or not, and end the thread."""
+        self._pool.shutdown()
 
     def _copy(self, kind: str, shards: dict[str, TensorShard]) -> dict[str, TensorShard]:
         """Copy the shards that this rank writes to host memory; keep only shape and dtype of the others."""
-        copies, on_device = {}, False
+        copies = {}
         for name, shard in sorted(shards.items()):  # sorted: the order of creation must not change the file
             tensor = shard.tensor.detach()
-            if not shard.is_owner:
-                copies[name] = shard._replace(tensor=tensor.new_empty(0, device="cpu"))
-                continue
-            on_device |= tensor.device.type == "cuda"
-            copies[name] = shard._replace(tensor=self._buffer(kind, name, tensor).copy_(tensor, non_blocking=True))
-        if on_device:
-            torch.cuda.synchronize()
+            if shard.is_owner:
+                copy = self._buffer(kind, name, tensor).copy_(tensor, non_blocking=True)
+            else:
+                copy = tensor.new_empty(0, device="cpu")
+            copies[name] = shard._replace(tensor=copy)
         return copies
 
     def _buffer(self, kind: str, name: str, tensor: Tensor) -> Tensor:
-        """Return host memory for a copy of the tensor: the previous save's buffer if it fits."""
-        buffer = self._buffers.get((kind, name))
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+        """Return host memory for a copy of the tensor, the same for every save."""
+        key = kind, name, tensor.shape, tensor.dtype
+        if key not in self._buffers:
             pinned = tensor.device.type == "cuda"
-            buffer = self._buffers[kind, name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-        return buffer
+            self._buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        return self._buffers[key]
 
     def _write(self, shards: Shards, state: dict, best_step: int | None) -> None:
-        """Write from the thread in three steps; after each, every rank knows if all ranks succeeded."""
+        """Write from the thread in three steps; if one fails on any rank, the save ends on all of them."""
         target = self.folder / f"step-{state['step']:08d}"
         partial = self.folder / f".{target.name}.tmp"
-        n_bytes = sum(shard.n_bytes for by_name in shards.values() for shard in by_name.values())
+        n_bytes = sum(s.shape.numel() * s.tensor.element_size() for kind in KINDS for s in shards[kind].values())
         one_file = n_bytes <= self.config.one_file_gib * 2**30
         is_main = self.group.rank == 0
 
-        def create_folder() -> dict:
+        def create_folder() -> bool:
             if is_main and not target.exists():
                 mkdir_durable(self.folder)
                 remove_leftovers(self.folder)
                 partial.mkdir()
-            return {"exists": target.exists()}
+            return target.exists()
 
         def write_shards() -> dict:
             return {kind: self._write_shards(partial, kind, shards[kind], one_file) for kind in KINDS}
 
-        def publish() -> dict:
-            if is_main:
-                manifest = {}
-                for kind in KINDS:
-                    manifest |= _collect(partial, kind, shards[kind], [files[kind] for files in by_rank], one_file)
-                _publish(partial, target, manifest, state)
-                try:
-                    prune(self.folder, self.config.keep, best_step)
-                except OSError as error:  # harmless: one checkpoint too many
-                    print(f"{error.filename}: {error.strerror}; an old checkpoint stays", file=sys.stderr)
-            return {}
+        def publish() -> None:
+            if not is_main:
+                return
+            manifest = {}
+            for kind in KINDS:
+                manifest |= _collect(partial, kind, shards[kind], [files[kind] for files in by_rank], one_file)
+            manifest["state.json"] = write_bytes(partial / "state.json", [json.dumps(state, indent=1).encode()])
+            write_bytes(partial / MANIFEST, [json.dumps(manifest, indent=1).encode()])
+            fsync_path(partial)
+            rename_durable(partial, target)
+            try:
+                prune(self.folder, self.config.keep, best_step)
+            except OSError as error:  # harmless: one checkpoint too many
+                print(f"{error.filename}: {error.strerror}; an old checkpoint stays", file=sys.stderr)
 
-        folders = self._on_all_ranks(create_folder, target)
-        if folders is None or folders[0]["exists"]:
-            return
-        by_rank = self._on_all_ranks(write_shards, target)
-        if (by_rank is None or self._on_all_ranks(publish, target) is None) and is_main:
-            shutil.rmtree(partial, ignore_errors=True)
+        try:
+            if self._on_all_ranks(create_folder)[0]:
+                return
+            by_rank = self._on_all_ranks(write_shards)
+            self._on_all_ranks(publish)
+        except UserError as error:
+            if is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(f"{target}: the checkpoint could not be saved: {error}") from error
+
+    def _on_all_ranks(self, work: Callable[[], Any]) -> list[Any]:
+        """Run `work` on all ranks and return all results. Raises UserError, on all ranks, if any rank fails."""
+        try:
+            outcome = work()
+        except UserError as error:
+            outcome = error
+        except Exception as error:  # of any type: the other ranks wait for the outcome
+            outcome = UserError(getattr(error, "strerror", None) or library_error(error))
+        try:
+            outcomes = self.group.gather(outcome)
+        except RuntimeError as error:  # the other ranks cannot be reached
+            raise UserError(library_error(error)) from error
+        for outcome in outcomes:
+            if isinstance(outcome, UserError):
+                raise outcome
+        return outcomes
 
     def _write_shards(self, partial: Path, kind: str, shards: dict[str, TensorShard], one_file: bool) -> dict:
         """Write this rank's rows; return their locations. With `one_file` the main rank's stay in memory."""
@@ -184,32 +201,10 @@ class CheckpointWriter:
         file, entries = None, {}
         if own and not (one_file and self.group.rank == 0):
             file = f"{kind}-{self.group.rank + 1:05d}-of-{self.group.size:05d}.safetensors"
-            tensors = {name: TensorPieces(s.tensor.dtype, s.tensor.shape, [s.tensor]) for name, s in own.items()}
-            entries[file] = write_tensors(partial / file, tensors)
-        return {"rows": {name: Location(file, s.start, s.stop) for name, s in own.items()}, "files": entries}
-
-    def _on_all_ranks(self, work: Callable[[], dict], target: Path) -> list[dict] | None:
-        """Run `work` on all ranks and return all results; if any rank fails, set `failure` and return None."""
-        try:
-            outcome = {"result": work()}
-        except Exception as error:  # of any type: the other ranks wait for the outcome
-            outcome = {"error": _reason(error)}
-        try:
-            outcomes = [json.loads(data) for data in self.group.gather_bytes(json.dumps(outcome).encode())]
-        except RuntimeError as error:  # the other ranks cannot be reached
-            outcomes = [{"error": _reason(error)}]
-        errors = [outcome["error"] for outcome in outcomes if "error" in outcome]
-        if errors:
-            self.failure = UserError(f"{target}: the checkpoint could not be saved: {errors[0]}")
-            return None
-        return [outcome["result"] for outcome in outcomes]
-
-
-def _reason(error: Exception) -> str:
-    """Return the error on one line."""
-    if isinstance(error, UserError):
-        return str(error)
-    return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+            tensors = {name: shard.tensor for name, shard in own.items()}
+            entries[file] = write_tensors(partial / file, tensors, tensors.values())
+        rows = {name: (file, s.start, s.start + (len(s.tensor) if s.shape else 1)) for name, s in own.items()}
+        return {"rows": rows, "files": entries}
 
 
 def _collect(partial: Path, kind: str, shards: dict[str, TensorShard], by_rank: list[dict], one_file: bool) -> dict:
@@ -222,31 +217,50 @@ def _collect(partial: Path, kind: str, shards: dict[str, TensorShard], by_rank: 
         index = {name: {"shape": list(shard.shape), "parts": rows[name]} for name, shard in shards.items()}
         file = f"{kind}.safetensors.index.json"
         return entries | {file: write_bytes(partial / file, [json.dumps(index).encode()])}
-    tensors = {
-        name: TensorPieces(shard.tensor.dtype, shard.shape, _pieces(partial, name, shard, rows[name]))
-        for name, shard in shards.items()
-    }
-    joined = {f"{kind}.safetensors": write_tensors(partial / f"{kind}.safetensors", tensors)}
+
+    def pieces() -> Iterator[Tensor]:
+        for name, shard in shards.items():
+            for file, _, _ in rows[name]:
+                if file is None:  # in this rank's memory
+                    yield shard.tensor
+                else:
+                    with safe_open(partial / file, framework="pt") as opened:
+                        yield opened.get_tensor(name)
+
+    headers = {name: s.tensor.new_empty(s.shape, device="meta") for name, s in shards.items()}
+    joined = {f"{kind}.safetensors": write_tensors(partial / f"{kind}.safetensors", headers, pieces())}
     for file in entries:
         (partial / file).unlink()
     return joined
 
 
-def _pieces(partial: Path, name: str, shard: TensorShard, rows: list[tuple[str | None, int, int]]) -> Iterator[Tensor]:
-    for file, _, _ in rows:
-        if file is None:  # in this rank's memory
-            yield shard.tensor
-        else:
-            with safe_open(partial / file, framework="pt") as opened:
-                yield opened.get_tensor(name)
+def write_tensors(path: Path, tensors: dict[str, Tensor], pieces: Iterable[Tensor]) -> dict[str, str | int]:
+    """Write a safetensors file (github.com/huggingface/safetensors) durably; return its manifest entry.
+
+    `tensors` give names, dtypes and shapes, `pieces` the values in the same order. `safetensors.torch.save_file` needs
+    all of them in memory and a second pass for the hash, and hides the system's error if the disk is full.
+    """
+    header, stop = {}, 0
+    for name, tensor in tensors.items():
+        start, stop = stop, stop + tensor.nbytes
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    arrays = (piece.contiguous().reshape(-1).view(torch.uint8).numpy() for piece in pieces if piece.numel())
+    return write_bytes(path, itertools.chain([len(text).to_bytes(8, "little"), text], map(memoryview, arrays)))
 
 
-def _publish(partial: Path, target: Path, manifest: dict[str, dict], state: dict) -> None:
-    """Write state.json, then the manifest, then rename the folder, each durable before the next."""
-    manifest["state.json"] = write_bytes(partial / "state.json", [json.dumps(state, indent=1).encode()])
-    write_bytes(partial / MANIFEST, [json.dumps(manifest, indent=1).encode()])
-    fsync_path(partial)
-    rename_durable(partial, target)
+def write_bytes(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, str | int]:
+    """Write the chunks durably; return the file's manifest entry, as `file_entry`."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"sha256": digest.hexdigest(), "bytes": size}
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from functools import cache
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,13 @@ N_LISTED = 3  # max differences named in the error
 
 def check_same_options(world: World, config: Config, resume: str, precision: str) -> None:
     """Raise UserError if ranks differ in options, code, PyTorch version or resolved precision. Collective."""
+    source = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    for path in sorted(package.rglob("*.py")):
+        source.update(str(path.relative_to(package)).encode() + path.read_bytes())
     options = dict(flatten_options(config.model_dump(mode="json", exclude={"data": PER_HOST})))
-    options |= {"precision": precision, "--resume": resume}
-    _check_same(world, options | {"torch": torch.__version__, "the code of training": _source_hash()})
+    versions = {"torch": torch.__version__, "the code of training": source.hexdigest()[:12]}
+    _check_same(world, options | {"precision": precision, "--resume": resume} | versions)
 
 
 def check_same_data(world: World, fingerprint: str) -> None:
@@ -30,32 +33,20 @@ def check_same_data(world: World, fingerprint: str) -> None:
     _check_same(world, {"data": fingerprint[:12]})
 
 
-def _check_same(world: World, values: Mapping[str, Any]) -> None:
-    """Raise UserError if ranks have different JSON values. Sends hashes first, and the values only if these differ."""
-    text = json.dumps(values, sort_keys=True)
-    if len(set(world.gather_bytes(hashlib.sha256(text.encode()).digest()))) == 1:
-        return
-    values_of_rank = [json.loads(each) for each in world.gather_bytes(text.encode())]
+def _check_same(world: World, values: dict[str, Any]) -> None:
     differences = []
+    values_of_rank = world.gather(values)
     for name in sorted(set().union(*values_of_rank)):
-        ranks_by_value: dict[str, list[int]] = {}
+        ranks_by_value = defaultdict(list)
         for rank, rank_values in enumerate(values_of_rank):
-            ranks_by_value.setdefault(json.dumps(rank_values.get(name)), []).append(rank)
+            ranks_by_value[json.dumps(rank_values.get(name))].append(rank)
         if len(ranks_by_value) > 1:
             listed = (f"{value} on {_ranks_text(*ranks)}" for value, ranks in ranks_by_value.items())
             differences.append(f"{name}: {', '.join(listed)}")
-    more = f"; and {len(differences) - N_LISTED} more" if len(differences) > N_LISTED else ""
-    raise UserError(
-        f"the ranks differ: {'; '.join(differences[:N_LISTED])}{more}; start all of them with the same inputs"
-    )
-
-
-@cache
-def _source_hash() -> str:
-    package = Path(__file__).parents[1]
-    files = sorted(package.rglob("*.py"))
-    text = b"".join(str(path.relative_to(package)).encode() + path.read_bytes() for path in files)
-    return hashlib.sha256(text).hexdigest()[:12]
+    if differences:
+        more = f"; and {len(differences) - N_LISTED} more" if len(differences) > N_LISTED else ""
+        text = "; ".join(differences[:N_LISTED]) + more
+        raise UserError(f"the ranks differ: {text}; start all of them with the same inputs")
 
 
 def _ranks_text(first: int, *others: int) -> str:

@@ -1,7 +1,6 @@
 """The device mesh, and the rows of each parameter that a rank holds.
 
-rank = replica x shard + index within the shard group. A rank holds part rank % expert of the experts, so that a
-layer's experts are split over neighboring ranks.
+rank = replica x shard + index within the shard group. It holds part rank % expert of each layer's experts.
 """
 
 from typing import NamedTuple
@@ -33,12 +32,12 @@ class MeshShape(NamedTuple):
     def local_rows(self, n: int, rank: int, is_expert: bool) -> range:
         """Return the contiguous rows, of n, that a rank holds of a parameter. Same split as FSDP2."""
         rows, n_shards, index = range(n), self.shard, rank % self.shard
-        if is_expert and self.expert > 1:
+        if is_expert:
             size = n // self.expert
-            first = rank % self.expert * size
-            rows, n_shards, index = range(first, first + size), max(1, self.shard // self.expert), index // self.expert
+            rows = rows[rank % self.expert * size :][:size]
+            n_shards, index = max(1, self.shard // self.expert), index // self.expert
         size = -(-len(rows) // n_shards)
-        return rows[min(index * size, len(rows)) : min((index + 1) * size, len(rows))]
+        return rows[index * size : (index + 1) * size]
 
 
 def check_mesh(config: Config, n_ranks: int) -> None:
@@ -62,9 +61,8 @@ def mesh_shape(config: MeshConfig, n_ranks: int, model: ModelConfig) -> MeshShap
     counts = [block.ffn.n_experts for block in model.blocks if block.ffn.type == "moe"]
     if config.expert > 1 and not counts:
         raise UserError(f"parallel.mesh.expert: {config.expert}, but the model has no experts; remove the option")
-    for n_experts in counts:
-        if n_experts % config.expert:
-            raise UserError(f"parallel.mesh.expert: {config.expert} does not divide n_experts {n_experts}")
+    if uneven := [n_experts for n_experts in counts if n_experts % config.expert]:
+        raise UserError(f"parallel.mesh.expert: {config.expert} does not divide n_experts {uneven[0]}")
     return MeshShape(replicate, config.shard, config.expert)
 
 
@@ -80,19 +78,16 @@ class MeshGroups(NamedTuple):
 def build_groups(mesh: MeshShape, device: torch.device) -> MeshGroups:
     """Create the process groups. Collective."""
     replicate, shard, expert = mesh
-    if not mesh.has_collectives:
-        return MeshGroups()
+    fsdp_axes = ("replicate", "shard") if replicate > 1 else "shard"
     fsdp = None
     if shard > 1:
-        root = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
-        fsdp = root if replicate > 1 else root["shard"]
+        fsdp = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))[fsdp_axes]
     if expert == 1:
         return MeshGroups(fsdp, fsdp)
-    if shard == 1:
-        split = init_device_mesh(device.type, (replicate // expert, expert), mesh_dim_names=("same", "expert"))
-        same = split.get_group("same") if replicate > expert else None
-        return MeshGroups(expert=split.get_group("expert"), same_experts=same)
-    sizes, names = (replicate, shard // expert, expert), ("replicate", "shard", "expert")
-    split = init_device_mesh(device.type, sizes, mesh_dim_names=names)
-    expert_shard = split["replicate", "shard"] if replicate > 1 else split["shard"]
-    return MeshGroups(fsdp, expert_shard, split.get_group("expert"))
+    n_shards = max(1, shard // expert)  # of each expert
+    sizes = replicate * shard // (n_shards * expert), n_shards, expert
+    split = init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard", "expert"))
+    if shard > 1:
+        return MeshGroups(fsdp, split[fsdp_axes], split.get_group("expert"))
+    same = split.get_group("replicate") if replicate > expert else None
+    return MeshGroups(expert=split.get_group("expert"), same_experts=same)

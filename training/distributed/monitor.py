@@ -1,11 +1,7 @@
 """Monitor of the ranks: if one dies, hangs or fails, all others exit soon after, and one of them prints the reason.
 
-Every half second (more than 50 ranks: every size / 100 seconds) each rank writes a heartbeat to the ranks' store, with
-its process and the activities of its threads, and reads the others' heartbeats. From these, and from the processes of
-its own host, it decides which rank is lost (diagnosis.py). The first verdict in the store counts: its author prints it,
-the others read it and exit silently.
-
-The clock stops while this process is stopped, so ranks that are stopped and continued together report nobody.
+Each rank writes heartbeats to the ranks' store and reads the others'. From these, and from the processes of its host,
+it decides which rank is lost (diagnosis.py). The first verdict in the store counts: its author prints it.
 """
 
 import json
@@ -17,14 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch.distributed as dist
 
-from training.distributed.diagnosis import LOOP, Activity, ActivityKind, Rank, Verdict, diagnose
-from training.distributed.process_id import ProcessId, current_process
-from training.errors import UserError
+from training.distributed.diagnosis import LOOP, ActivityKind, Rank, Verdict, current_process, diagnose
+from training.errors import UserError, library_error
 
 RESTART_HINT = "run the same command again to resume from the latest checkpoint"
 WATCH_S = 0.2  # interval of checks
@@ -33,20 +27,17 @@ CONNECTION_ERRORS = ("onnection", "Broken pipe", "imed out", "NCCL", "gloo")  # 
 
 
 class Monitor:
-    """Heartbeats of this rank; ends this process when another rank is lost.
-
-    `store` must be a connection of its own, because a connection answers one request at a time; `store_owner` names
-    its server in errors.
-    """
+    """Heartbeats of this rank; ends this process when another rank is lost."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float, store_owner: str):
+        """Start the threads. `store` is a connection of our own, as each answers one request at a time."""
         self.store, self.limit, self.store_owner = store, timeout_s, store_owner
-        self.period = max(0.5, size / 100)  # of heartbeats; limits each rank to reading 100 per second
+        self.period = max(0.5, size / 100)  # seconds between heartbeats; a rank reads at most 100 per second
         self.ranks = [Rank(number) for number in range(size)]
         self.me = self.ranks[rank]
-        self.me.process, self.me.activities[LOOP] = current_process(), Activity()
+        self.me.process = current_process()
         self.others = [each for each in self.ranks if each is not self.me]
-        self.now = 0.0  # seconds; stops while this process is stopped
+        self.now = 0.0  # seconds; stops while this process is: ranks that are stopped together report nobody
         self.request_at: float | None = None  # time of the pending request to the store
         self.read_at = -1.0  # time of the latest answered request
         self.store_lost_at: float | None = None
@@ -70,9 +61,9 @@ class Monitor:
     @contextmanager
     def in_collective(self, name: str, thread: str) -> Iterator[None]:
         """Mark a collective of a thread. If a rank is lost during it, the process exits."""
-        activity = self.me.activities.setdefault(thread, Activity(name=f"the {thread}"))
-        n_collectives = activity.n_collectives + 1
-        activity.collective, activity.n_collectives, activity.changed_at = name, n_collectives, self.now
+        activity = self.me.activities[thread]
+        activity.n_collectives += 1
+        activity.collective, activity.changed_at = name, self.now
         try:
             yield
         except RuntimeError as error:
@@ -104,24 +95,25 @@ class Monitor:
         self._handle_connection_error(error)
         text, keys = f"{type(error).__name__}: {error}", [f"error/{rank.number}" for rank in self.others]
         self._query(lambda: self.store.set(f"error/{self.me.number}", text))
-        status = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
         self.close()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it after the first exit
+        status = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
         verdict = self._agree_on(Verdict("", status, reporter=self.me.number))
         if verdict.reporter != self.me.number:
-            self._query(lambda: self.store.set(f"left/{self.me.number}", ""))
+            self._leave(verdict)
             return SystemExit(verdict.status)
         deadline = time.monotonic() + 1.0
         while not (all_failed := self._query(lambda: self.store.check(keys))) and time.monotonic() < deadline:
             time.sleep(0.05)
         texts = self._query(lambda: self.store.multi_get(keys)) if all_failed else None
-        self._wait_for_exits(verdict)
-        is_same_error = texts is not None and all(each == text.encode() for each in texts)
+        self._leave(verdict)
+        is_same_error = texts == [text.encode()] * len(keys)
         if isinstance(error, UserError) and not is_same_error and self.me.number:
             return UserError(f"{self.me.text()}: {error}")  # rank 0's errors are printed without a name
         if not isinstance(error, UserError | KeyboardInterrupt):
-            print_error(f"{self.me.text()} failed in {self.me.current_activity().text()} with {first_line(text)}")
+            where = f"{self.me.text()} failed in {self.me.current_activity().text()}"
+            print(f"error: {where} with {library_error(error)}", file=sys.stderr, flush=True)
         return error
 
     def _handle_connection_error(self, error: BaseException) -> None:
@@ -129,7 +121,7 @@ class Monitor:
         if isinstance(error, RuntimeError) and any(word in str(error) for word in CONNECTION_ERRORS):
             where, self.has_broken_connection = self.me.current_activity().text(), True
             time.sleep(GRACE_S + self.period)
-            self._end_run(Verdict(f"{self.me.text()} lost its connection in {where}: {first_line(str(error))}", 1))
+            self._end_run(Verdict(f"{self.me.text()} lost its connection in {where}: {library_error(error)}", 1))
 
     def _on_sigterm(self, _number: int, _frame: object) -> None:
         self.sigterm_at = self.now  # may be a launcher's reaction to a dead rank: first find that rank
@@ -138,36 +130,23 @@ class Monitor:
 
     def _heartbeat(self) -> None:
         try:
-            while not self.closed.is_set():
+            while not self.closed.wait(self.period):
                 self.exchange_heartbeats()
-                self.closed.wait(self.period)
         except RuntimeError:
             self.store_lost_at = self.now
 
     def exchange_heartbeats(self) -> None:
         """Write this rank's state to the store; read the states of the others, and the verdict if any."""
         with self.store_lock:
-            self.request_at = request_at = self.now
-            activities = {thread: asdict(activity) for thread, activity in dict(self.me.activities).items()}
-            mine = {"time": request_at, "has_ended": self.me.has_ended, "process": asdict(self.me.process)}
-            self.store.set(f"heartbeat/{self.me.number}", json.dumps(mine | {"activities": activities}))
+            self.request_at = self.me.heartbeat = request_at = self.now
+            self.store.set(f"heartbeat/{self.me.number}", json.dumps(asdict(self.me)))
             joined = [r for r in self.others if r.process or self.store.check([f"heartbeat/{r.number}"])]
             heartbeats = self.store.multi_get([f"heartbeat/{rank.number}" for rank in joined]) if joined else []
-            for rank, heartbeat in zip(joined, heartbeats, strict=True):
-                self._update(rank, json.loads(heartbeat), request_at)
+            for rank, heartbeat in zip(joined, map(json.loads, heartbeats), strict=True):
+                rank.update(heartbeat, request_at)
             if self.store.check(["verdict"]):
                 self.verdict = Verdict(**json.loads(self.store.get("verdict")))
             self.read_at, self.request_at = request_at, None
-
-    def _update(self, rank: Rank, heartbeat: dict[str, Any], request_at: float) -> None:
-        if heartbeat["time"] != rank.heartbeat:
-            rank.last_heartbeat = request_at
-        rank.heartbeat, rank.process = heartbeat["time"], ProcessId(**heartbeat["process"])
-        for thread, fields in heartbeat["activities"].items():
-            activity = Activity(**fields | {"changed_at": request_at})
-            if rank.activities.get(thread) != activity:
-                rank.activities[thread] = activity
-        rank.has_ended = heartbeat["has_ended"]
 
     def _watch(self) -> None:
         """Check for lost ranks until this rank or the run ends."""
@@ -177,57 +156,51 @@ class Monitor:
             if self.verdict is not None:
                 if self.verdict.status == 2:
                     self.closed.wait(0.7)  # give the loop time to raise the same error
-                with self.end_lock:
-                    self._exit(self.verdict)
+                self._end_run(self.verdict)
             for rank in self.others:
                 if rank.missing_since is None and rank.process is not None and rank.process.is_dead():
                     rank.missing_since = self.now
-            if verdict := self._diagnose_store() or self._diagnose_ranks():
+            is_urgent = self.has_broken_connection or self.sigterm_at is not None
+            silence = min(2 * self.period + 1, self.limit) if is_urgent else self.limit
+            times = self.now, self.limit, silence, self.read_at
+            if verdict := self._diagnose_store() or diagnose(self.me, self.others, *times):
                 self._end_run(verdict)
             if self.sigterm_at is not None and self.now - self.sigterm_at > GRACE_S:
                 self.me.has_ended = True
                 self._query(self.exchange_heartbeats)
                 os._exit(128 + signal.SIGTERM)
 
-    def _diagnose_ranks(self) -> Verdict | None:
-        is_urgent = self.has_broken_connection or self.sigterm_at is not None
-        silence = min(2 * self.period + 1, self.limit) if is_urgent else self.limit
-        return diagnose(self.me, self.others, self.now, self.limit, silence, self.read_at)
-
     def _diagnose_store(self) -> Verdict | None:
         """Return a verdict if the store is gone or does not answer. It also names ranks of other hosts."""
+        if self.store_lost_at is not None and self.now - self.store_lost_at > 1 and not self.ranks[0].has_ended:
+            problem = "has ended"
+        elif self.request_at is not None and self.now - self.request_at > self.limit:
+            self.store_lost_at = self.now  # no further requests
+            problem = f"has not answered for {self.now - self.request_at:.0f} s"
+        else:
+            return None
         remote = [r.text() for r in self.others if r.process and not r.process.is_local() and not r.has_ended]
         more = f" and {len(remote) - 1} more are" if remote[1:] else " is"
         unreachable = f"; {remote[0]}{more} out of reach" if remote else ""
         during = f"while {self.me.text()} was in {self.me.current_activity().text()}{unreachable}"
-        if self.store_lost_at is not None and self.now - self.store_lost_at > 1 and not self.ranks[0].has_ended:
-            return Verdict(f"{self.store_owner} has ended, {during}", 1)
-        if self.request_at is not None and self.now - self.request_at > self.limit:
-            self.store_lost_at = self.now  # no further requests
-            return Verdict(f"{self.store_owner} has not answered for {self.now - self.request_at:.0f} s, {during}", 1)
-        return None
+        return Verdict(f"{self.store_owner} {problem}, {during}", 1)
 
     # --- the end of the run ------------------------------------------------------------------------
 
     def _end_run(self, verdict: Verdict) -> None:
         """End this process; print the verdict if this rank is the reporter."""
         with self.end_lock:
-            verdict = self._agree_on(replace(verdict, reporter=self.me.number))
+            if self.closed.is_set():  # the loop is ending the process
+                return
+            verdict = self.verdict or self._agree_on(replace(verdict, reporter=self.me.number))
             if verdict.reporter == self.me.number:
-                print_error(f"{verdict.message}; {RESTART_HINT}")
-            self._exit(verdict)
-
-    def _exit(self, verdict: Verdict) -> None:
-        if self.closed.is_set():  # the loop is ending the process
-            return
-        for number in verdict.lost:
-            if (process := self.ranks[number].process) is not None:
-                process.kill()
-        self._query(lambda: self.store.set(f"left/{self.me.number}", ""))
-        if self.me.number in (0, verdict.reporter):
-            self._wait_for_exits(verdict)
-        sys.stdout.flush()
-        os._exit(verdict.status)
+                print(f"error: {verdict.message}; {RESTART_HINT}", file=sys.stderr, flush=True)
+            for number in verdict.lost:
+                if (process := self.ranks[number].process) is not None:
+                    process.kill()
+            self._leave(verdict)
+            sys.stdout.flush()
+            os._exit(verdict.status)
 
     def _agree_on(self, mine: Verdict) -> Verdict:
         """Return the first verdict in the store. If the store is lost, the lowest running rank of each host reports."""
@@ -237,8 +210,11 @@ class Monitor:
         running = [r.number for r in self.ranks if r.process and r.process.is_running() and r.number not in mine.lost]
         return replace(mine, reporter=min(running, default=mine.reporter))
 
-    def _wait_for_exits(self, verdict: Verdict) -> None:
-        """Wait until the others have read the verdict, because this process may hold the store."""
+    def _leave(self, verdict: Verdict) -> None:
+        """Announce the exit. The reporter, and rank 0, which may hold the store, wait until the others have left."""
+        self._query(lambda: self.store.set(f"left/{self.me.number}", ""))
+        if self.me.number not in (0, verdict.reporter):
+            return
         keys = [f"left/{r.number}" for r in self.others if not r.has_ended and r.number not in verdict.lost]
         deadline = time.monotonic() + (1.5 if self.store_lost_at is None else 0.5)
         while keys and time.monotonic() < deadline and not self._query(lambda: self.store.check(keys)):
@@ -246,24 +222,14 @@ class Monitor:
 
     def _query(self, request: Callable[[], Any]) -> Any:
         """Return the store's answer, or None after one second without an answer."""
-        answers: SimpleQueue = SimpleQueue()
+        answers = []
 
         def send() -> None:
             with suppress(RuntimeError):
-                answers.put(request())
+                answers.append(request())
 
         if self.store_lost_at is None:
-            threading.Thread(target=send, daemon=True).start()
-            with suppress(Empty):
-                return answers.get(timeout=1.0)
-        return None
-
-
-def first_line(text: str) -> str:
-    """Return the first line of an error, without the stack trace that C++ appends."""
-    return text.strip().partition("\n")[0]
-
-
-def print_error(message: str) -> None:
-    """Print a one-line error."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+            thread = threading.Thread(target=send, daemon=True)
+            thread.start()
+            thread.join(1.0)
+        return answers[0] if answers else None

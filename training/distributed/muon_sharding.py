@@ -4,22 +4,15 @@ A call runs two all-to-alls: one sends all rows to the owners of the matrices, o
 Shapes: X matrices of M x N; R rows; P ranks.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from training.distributed.world import World, all_to_all_rows
-
-
-class RowBlock(NamedTuple):
-    """Contiguous rows of a matrix that one rank holds."""
-
-    matrix: int  # index of the matrix within the call
-    rank: int
-    rows: range  # of the matrix
-    start: int  # index of the first row among all rows that the rank holds
 
 
 class Transfer(NamedTuple):
@@ -29,32 +22,15 @@ class Transfer(NamedTuple):
     rows_P: list[int]  # number of rows for each peer
 
 
-class Schedule(NamedTuple):
-    """This rank's transfers in the two all-to-alls of a call."""
-
-    n_owned: int  # number of matrices that this rank owns
-    send: Transfer  # rows to the owners
-    receive: Transfer
-    send_back: Transfer  # results to every rank that holds the rows
-    receive_back: Transfer
-
-
+@dataclass
 class MatrixGather:
     """A function that applies an operation to the full matrices of row-sharded parameters."""
 
-    def __init__(
-        self,
-        shapes: dict[nn.Parameter, torch.Size],
-        rows_of_rank: dict[nn.Parameter, list[range]],
-        world: World,
-        n_shards: int,
-    ):
-        """Store full shapes and, for each rank, its rows of the first dimension.
-
-        Each group of `n_shards` consecutive ranks holds every row once, except rows of experts on other ranks.
-        """
-        self.shapes, self.rows_of_rank, self.world, self.n_shards = shapes, rows_of_rank, world, n_shards
-        self._schedules: dict[tuple[int, ...], Schedule] = {}
+    shapes: dict[nn.Parameter, torch.Size]  # of the full parameters
+    rows_of_rank: dict[nn.Parameter, list[range]]  # the rows of the first dimension that each rank holds
+    world: World
+    n_shards: int  # each group of this many consecutive ranks holds every row once, except rows of other ranks' experts
+    _schedules: dict[tuple[int, ...], tuple[int, list[Transfer]]] = field(default_factory=dict, init=False)
 
     def __call__(
         self, parameters: list[nn.Parameter], tensors: list[Tensor], function: Callable[[Tensor], Tensor]
@@ -66,7 +42,7 @@ class MatrixGather:
         key = tuple(map(id, parameters))
         if key not in self._schedules:
             self._schedules[key] = self._schedule(parameters)
-        n_owned, send, receive, send_back, receive_back = self._schedules[key]
+        n_owned, (send, receive, send_back, receive_back) = self._schedules[key]
         shape = n_owned, *self.shapes[parameters[0]][-2:]
 
         flat = [tensor.reshape(-1, shape[-1]) for tensor in tensors]
@@ -80,51 +56,46 @@ class MatrixGather:
         results = results_RN.split([len(rows) for rows in flat])
         return [result.view_as(tensor) for result, tensor in zip(results, tensors, strict=True)]
 
-    def _schedule(self, parameters: list[nn.Parameter]) -> Schedule:
-        """Assign each matrix to one of the ranks that hold its rows, round-robin, and list the transfers."""
-        me, n_rows, blocks = self.world.rank, self.shapes[parameters[0]][-2], list(self._row_blocks(parameters))
-        by_matrix: dict[int, list[RowBlock]] = {}
-        for block in blocks:
-            by_matrix.setdefault(block.matrix, []).append(block)
-        owner = {matrix: holders[matrix % len(holders)].rank for matrix, holders in by_matrix.items()}
-        owned = {matrix: n for n, matrix in enumerate(matrix for matrix in by_matrix if owner[matrix] == me)}
+    def _schedule(self, parameters: list[nn.Parameter]) -> tuple[int, list[Transfer]]:
+        """Assign each matrix to one of the ranks that hold its rows, round-robin.
+
+        Return the number of matrices that this rank owns, and its transfers: rows to the owners, the same received,
+        results back to every rank that holds the rows, the same received.
+        """
+        me, n_ranks, n_rows = self.world.rank, self.world.size, self.shapes[parameters[0]][-2]
+        holders = defaultdict(list)
+        for rank in range(n_ranks):
+            for matrix in (self._held_rows(parameters, rank) // n_rows).unique().tolist():
+                holders[matrix].append(rank)
+        owner_X = torch.tensor([holders[matrix][matrix % len(holders[matrix])] for matrix in range(len(holders))])
+        position_X = (owner_X == me).cumsum(0) - 1  # of an owned matrix among the owned ones
+
+        owner_R = owner_X[self._held_rows(parameters, me) // n_rows]
+        as_holder_P = owner_R.argsort(stable=True).split(owner_R.bincount(minlength=n_ranks).tolist())
+        as_owner_P = []
+        for rank in range(n_ranks):
+            row_R = self._held_rows(parameters, rank)
+            row_R = row_R[owner_X[row_R // n_rows] == me]
+            as_owner_P.append(position_X[row_R // n_rows] * n_rows + row_R % n_rows)
+
+        def transfer(index_P: Sequence[Tensor], peers: range) -> Transfer:
+            index_R = torch.cat([index_P[peer] for peer in peers])
+            rows_P = [len(index_P[rank]) if rank in peers else 0 for rank in range(n_ranks)]
+            return Transfer(index_R.to(self.world.device), rows_P)
+
         # The owner's shard group holds each row once, so only its ranks send.
-        needed = [block for block in blocks if block.rank // self.n_shards == owner[block.matrix] // self.n_shards]
+        first = me - me % self.n_shards
+        group, everyone = range(first, first + self.n_shards), range(n_ranks)
+        pairs = (as_holder_P, group), (as_owner_P, group), (as_owner_P, everyone), (as_holder_P, everyone)
+        return int((owner_X == me).sum()), [transfer(*pair) for pair in pairs]
 
-        def as_holder(candidates: list[RowBlock]) -> Transfer:
-            mine = [block for block in candidates if block.rank == me]
-            return self._transfer((owner[block.matrix], block.start, len(block.rows)) for block in mine)
-
-        def as_owner(candidates: list[RowBlock]) -> Transfer:
-            mine = [block for block in candidates if block.matrix in owned]
-            starts = (owned[block.matrix] * n_rows + block.rows.start for block in mine)
-            return self._transfer(
-                (block.rank, start, len(block.rows)) for block, start in zip(mine, starts, strict=True)
-            )
-
-        return Schedule(len(owned), as_holder(needed), as_owner(needed), as_owner(blocks), as_holder(blocks))
-
-    def _transfer(self, spans: Iterable[tuple[int, int, int]]) -> Transfer:
-        """Build a transfer from spans (peer, first row, number of rows)."""
-        index_R, rows_P = [], [0] * self.world.size
-        for peer, start, n_rows in sorted(spans, key=lambda span: span[0]):
-            index_R += range(start, start + n_rows)
-            rows_P[peer] += n_rows
-        return Transfer(torch.tensor(index_R, dtype=torch.int64, device=self.world.device), rows_P)
-
-    def _row_blocks(self, parameters: list[nn.Parameter]) -> Iterator[RowBlock]:
-        """Yield the blocks of all ranks, matrix by matrix. A parameter is a matrix (M, N) or a stack (E, M, N)."""
-        matrix, n_held = 0, [0] * self.world.size
-        for shape, ranges in ((self.shapes[parameter], self.rows_of_rank[parameter]) for parameter in parameters):
-            if len(shape) == 2:
-                yield from (RowBlock(matrix, rank, rows, n_held[rank]) for rank, rows in enumerate(ranges) if rows)
-                matrix += 1
-            for index in range(shape[0]) if len(shape) == 3 else ():
-                for rank, stack in enumerate(ranges):
-                    if index in stack:
-                        start = n_held[rank] + (index - stack.start) * shape[1]
-                        yield RowBlock(matrix, rank, range(shape[1]), start)
-                matrix += 1
-            n_held = [
-                n + len(rows) * (shape[1] if len(shape) == 3 else 1) for n, rows in zip(n_held, ranges, strict=True)
-            ]
+    def _held_rows(self, parameters: list[nn.Parameter], rank: int) -> Tensor:
+        """Return the rows that a rank holds, numbered through all matrices: row i belongs to matrix i // M."""
+        held, first = [], 0
+        for parameter in parameters:
+            shape, rows = self.shapes[parameter], self.rows_of_rank[parameter][rank]
+            stride = shape[1:-1].numel()  # a parameter is a matrix (M, N) or a stack (E, M, N)
+            start = first + rows.start * stride
+            held.append(torch.arange(start, start + len(rows) * stride))
+            first += shape[0] * stride
+        return torch.cat(held)

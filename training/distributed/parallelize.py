@@ -1,29 +1,29 @@
 """Apply expert parallelism, FSDP2 and activation checkpointing to a model, in place. Parameter names do not change."""
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from training.config import ParallelConfig
-from training.distributed.expert_parallel import split_experts
 from training.distributed.mesh import MeshGroups, build_groups, mesh_shape
 from training.distributed.sharded_model import ShardedModel
-from training.distributed.world import World
+from training.distributed.world import World, all_to_all_rows
 from training.errors import UserError
+from training.kernels.experts import Dispatch, permute, sort_by_expert, unpermute
 
 
 def parallelize(model: nn.Module, config: ParallelConfig, world: World, dtype: torch.dtype) -> ShardedModel:
     """Distribute the model over the ranks of `config.mesh`; `dtype` is the compute dtype. Collective.
 
     A model on the meta device gets uninitialized memory on the rank's device, for this rank's part only. Compile with
-    `ShardedModel.compile` afterwards, once the micro-batch is known. Raises UserError if the mesh does not fit.
+    `ShardedModel.compile` once the micro-batch is known. Raises UserError if the mesh does not fit.
     """
     mesh = mesh_shape(config.mesh, world.size, model.config)
     groups = build_groups(mesh, world.device)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-
     if mesh.expert > 1:
-        for moe in (block.ffn for block in model.blocks if hasattr(block.ffn, "experts")):
-            split_experts(moe.experts, groups.expert)
+        for experts in (block.ffn.experts for block in model.blocks if hasattr(block.ffn, "experts")):
+            _split_experts(experts, groups.expert)
     if mesh.shard > 1:
         _fully_shard(model, groups, dtype)
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -32,6 +32,33 @@ def parallelize(model: nn.Module, config: ParallelConfig, world: World, dtype: t
     if config.recompute != "none":
         sharded.set_activation_checkpointing(config.recompute)
     return sharded
+
+
+def _split_experts(experts: nn.Module, group: dist.ProcessGroup) -> None:
+    """Keep only this rank's experts of a layer, in place; its forward becomes a collective that uses all experts.
+
+    The forward synchronizes with the device once, to read the row counts on the host. Shapes as in kernels/experts.py;
+    P ranks. The R = N x K rows to send are sorted by expert, so also by rank; S rows are received.
+    """
+    size, rank, local_forward = group.size(), group.rank(), experts.forward
+    for name, parameter in experts.named_parameters():
+        setattr(experts, name, nn.Parameter(parameter.detach().chunk(size)[rank].clone()))
+
+    @torch.compiler.disable  # the number of received rows changes every step
+    def forward(x_NC: Tensor, topk_ids_NK: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:  # noqa: ARG001
+        offsets_E = dispatch.offsets_E.long()
+        sent_PE = offsets_E.diff(prepend=offsets_E.new_zeros(1)).view(size, -1)
+        received_PE = torch.empty_like(sent_PE)
+        dist.all_to_all_single(received_PE, sent_PE, group=group)
+        sent_P, received_P = torch.stack([sent_PE.sum(1), received_PE.sum(1)]).tolist()
+        x_SC = all_to_all_rows(permute(x_NC, dispatch), sent_P, received_P, group)
+        local_E = torch.arange(received_PE.shape[1], device=x_NC.device).repeat(size)
+        expert_S1 = local_E.repeat_interleave(received_PE.flatten(), output_size=sum(received_P))[:, None]
+        one_S1 = weight_NK.new_ones(len(x_SC), 1)
+        y_SC = local_forward(x_SC, expert_S1, one_S1, sort_by_expert(expert_S1, received_PE.shape[1]))
+        return unpermute(all_to_all_rows(y_SC, received_P, sent_P, group), weight_NK, dispatch)
+
+    experts.forward = forward  # set on the instance: a wrapper module would rename parameters
 
 
 def _fully_shard(model: nn.Module, groups: MeshGroups, dtype: torch.dtype) -> None:
@@ -47,19 +74,16 @@ def _fully_shard(model: nn.Module, groups: MeshGroups, dtype: torch.dtype) -> No
         from torch.distributed._composable.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
         if groups.shard.device_type == "cpu":
-            problem = f"PyTorch {torch.__version__} shards on CUDA only; use 2.6 or newer"
-            raise UserError(f"parallel.mesh.shard: {problem}") from None
-    policy = MixedPrecisionPolicy(
-        param_dtype=None if dtype == torch.float32 else dtype,
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,
-    )
+            text = f"parallel.mesh.shard: PyTorch {torch.__version__} shards on CUDA only; use 2.6 or newer"
+            raise UserError(text) from None
+    cast = None if dtype == torch.float32 else dtype
+    policy = MixedPrecisionPolicy(param_dtype=cast, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
-        moe = block.ffn if hasattr(block.ffn, "experts") else None
-        if moe is not None and policy.param_dtype is not None:
-            fully_shard(moe.router, mesh=groups.shard)
-        if moe is not None and groups.expert is not None:
-            fully_shard(moe.experts, mesh=groups.expert_shard, mp_policy=policy)
+        has_experts = hasattr(block.ffn, "experts")
+        if has_experts and cast is not None:
+            fully_shard(block.ffn.router, mesh=groups.shard)
+        if has_experts and groups.expert is not None:
+            fully_shard(block.ffn.experts, mesh=groups.expert_shard, mp_policy=policy)
         fully_shard(block, mesh=groups.shard, mp_policy=policy)
     fully_shard(model, mesh=groups.shard)
     for method in (model.logits, model.routed_experts):  # entry points other than `forward`

@@ -1,16 +1,22 @@
 """A model distributed over ranks: local rows of each tensor, gradient sums, loading and gathering."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from training.distributed.mesh import MeshGroups, MeshShape
 from training.distributed.muon_sharding import MatrixGather
-from training.distributed.recompute import with_recompute
 from training.distributed.world import World
+from training.kernels.table import saved_operators
+from training.optim.parameters import FullShapes
+
+# "selective" activation checkpointing saves the results of matmuls and kernels, which take most of the time.
+SAVED_OPERATORS = {"aten::mm", "aten::addmm", "aten::bmm"} | saved_operators()
 
 
 class ShardedTensor(NamedTuple):
@@ -22,7 +28,7 @@ class ShardedTensor(NamedTuple):
     shape: torch.Size  # of the full tensor
     rows: range  # of this rank
     rows_of_rank: list[range]
-    is_expert: bool
+    is_expert: bool  # True if it belongs to experts that the mesh splits
     is_owner: bool  # True on the lowest rank that holds these rows: it saves them
 
     def local_rows(self) -> Tensor:
@@ -45,10 +51,8 @@ class ShardedModel:
 
     def _tensors(self, shapes: dict[str, torch.Size]) -> Iterator[ShardedTensor]:
         n_ranks = self.world.size
-        expert_layers = [block.ffn.experts for block in self.model.blocks if hasattr(block.ffn, "experts")]
-        experts = {id(parameter) for layer in expert_layers for parameter in layer.parameters()}
         for name, parameter in self.model.named_parameters():
-            is_expert = id(parameter) in experts
+            is_expert = self.mesh.expert > 1 and ".ffn.experts." in name
             rows_of_rank = [self.mesh.local_rows(shapes[name][0], rank, is_expert) for rank in range(n_ranks)]
             rows = rows_of_rank[self.world.rank]
             is_owner = rows_of_rank.index(rows) == self.world.rank
@@ -62,19 +66,18 @@ class ShardedModel:
         """Return (name, this rank's rows) of each parameter, for the optimizer."""
         return [(tensor.name, tensor.local) for tensor in self._parameters]
 
-    def full_shapes(self) -> dict[nn.Parameter, torch.Size]:
-        """Return the full shape of each local parameter."""
-        return {tensor.local: tensor.shape for tensor in self._parameters}
-
-    def matrix_gather(self) -> MatrixGather:
-        """Return the function that applies an operation to full matrices, for Muon."""
+    def full_shapes(self) -> FullShapes:
+        """Return the full shape of each local parameter, and the function that gathers full matrices for Muon."""
+        shapes = {tensor.local: tensor.shape for tensor in self._parameters}
         rows = {tensor.local: tensor.rows_of_rank for tensor in self._parameters}
-        return MatrixGather(self.full_shapes(), rows, self.world, self.mesh.shard)
+        return FullShapes(shapes, MatrixGather(shapes, rows, self.world, self.mesh.shard))
 
     def sum_gradients(self, metrics: Iterable[Tensor]) -> None:
         """Sum gradients and `metrics` over all ranks, in place; set `grad` of the local parameters. Collective."""
-        if self.mesh.shard > 1:
+        if self.mesh.has_collectives:
             self.world.all_reduce_(metrics, name="the all-reduce of metrics")
+            metrics = []
+        if self.mesh.shard > 1:
             for tensor in self._parameters:
                 # FSDP2 averages instead of summing, and may have reallocated the rows since the last step.
                 n_copies = self.mesh.replicate * self.mesh.shard // (self.mesh.expert if tensor.is_expert else 1)
@@ -83,13 +86,8 @@ class ShardedModel:
                 tensor.local.grad = None if grad is None else _local(grad).mul_(n_copies)
             return
         with_grad = [tensor for tensor in self._parameters if tensor.local.grad is not None]
-        if self.mesh.expert == 1:
-            gradients = [tensor.local.grad for tensor in with_grad]
-            self.world.all_reduce_([*gradients, *metrics], name="the all-reduce of gradients")
-            return
-        self.world.all_reduce_(metrics, name="the all-reduce of metrics")
         replicated = [tensor.local.grad for tensor in with_grad if not tensor.is_expert]
-        self.world.all_reduce_(replicated, name="the all-reduce of gradients")
+        self.world.all_reduce_([*replicated, *metrics], name="the all-reduce of gradients")
         if self.groups.same_experts is not None:
             experts = [tensor.local.grad for tensor in with_grad if tensor.is_expert]
             self.world.all_reduce_(experts, self.groups.same_experts, "the all-reduce of experts' gradients")
@@ -137,11 +135,18 @@ class ShardedModel:
         return full
 
     def set_activation_checkpointing(self, mode: str) -> None:
-        """Enable activation checkpointing of all blocks; `mode` is "selective" or "full"."""
+        """Recompute each block's forward in its backward (arXiv:1604.06174).
+
+        "full" saves only the block's inputs; "selective" also saves the results of SAVED_OPERATORS.
+        """
         self.activation_checkpointing = mode
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # no global random state
+        if mode == "selective":
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, _recompute_policy)
         for block, forward in zip(self.model.blocks, self._block_forwards, strict=True):
             # Set on the instance: a wrapper module would rename parameters, and FSDP's hooks must stay outside.
-            block.forward = with_recompute(forward, mode)
+            # A function, because torch.compile would silently skip a functools.partial.
+            block.forward = lambda *inputs, forward=forward: checkpoint(forward, *inputs, **options)
 
     def compile(self) -> None:
         """Compile each block with torch.compile, in place."""
@@ -167,14 +172,16 @@ class ShardedModel:
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:
-    """Return norms whose root sum of squares is the total L2 norm.
-
-    On a CPU each norm is over rows first: one float32 sum of 2e7 squares was wrong by 1e-3.
-    """
-    if tensors[0].device.type == "cpu":
+    """Return norms whose root sum of squares is the total L2 norm."""
+    if tensors[0].device.type == "cpu":  # by rows first: one float32 sum of 2e7 squares was wrong by 1e-3
         tensors = [torch.linalg.vector_norm(tensor, dim=-1) for tensor in tensors]
     return torch.stack(torch._foreach_norm(tensors))
 
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _recompute_policy(_context: object, operator: Any, *_args: object, **_kwargs: object) -> CheckpointPolicy:
+    is_saved = operator.name().partition(".")[0] in SAVED_OPERATORS
+    return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,13 +1,10 @@
-"""The ranks of one run and their collectives.
-
-Each rank computes its part of the global batch; sums over ranks give the result of a single process. A launcher such
-as torchrun starts the ranks (rendezvous.py); without one, World has one process and its collectives do nothing. The
-monitor shares each rank's activity with the others, and reports a rank that dies or hangs (monitor.py).
-"""
+"""The ranks of one run: how they join, and their collectives, which do nothing in a run of one process."""
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+import secrets
+import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -16,13 +13,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
+from torch.distributed.nn.functional import all_to_all_single
 
 from training.config import ParallelConfig
 from training.distributed.diagnosis import BACKGROUND, LOOP, ActivityKind
 from training.distributed.monitor import Monitor
-from training.distributed.rendezvous import agree_on_start_id, local_device, rank_and_size, reconnect, rendezvous
-from training.errors import UserError
+from training.errors import UserError, library_error
 
+Group = dist.ProcessGroup | None  # None: all ranks
 BUCKET = 2**26  # bytes per all-reduce: larger buckets take more memory, smaller ones more calls
 
 
@@ -33,7 +32,7 @@ class World:
     rank: int
     size: int
     device: torch.device
-    background: dist.ProcessGroup | None = None  # for the background thread; None with one process
+    background: Group = None  # for the background thread; None with one process
     monitor: Monitor | None = field(default=None, repr=False)  # None with one process
     has_external_group: bool = False  # the process group is someone else's (Ray Train): do not destroy it
 
@@ -47,11 +46,7 @@ class World:
         return range(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
     def set_activity(self, name: str, kind: ActivityKind = "timed") -> None:
-        """Publish what this rank does now. `name` is a noun such as "step 5", for errors about lost ranks.
-
-        timed: other ranks wait at most `parallel.timeout_s`. collective: timed, and contains collectives outside of
-        World (FSDP). untimed: others wait as long as it takes.
-        """
+        """Publish what this rank does now; `name`, a noun such as "step 5", is for errors about lost ranks."""
         if self.monitor is not None:
             self.monitor.set_activity(name, kind)
 
@@ -59,23 +54,16 @@ class World:
         """Mark a collective for the monitor. `background`: the calling thread is the background thread."""
         return self.monitor.in_collective(name, BACKGROUND if background else LOOP) if self.monitor else nullcontext()
 
-    def all_reduce_(
-        self, tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None, name: str = "an all-reduce"
-    ) -> None:
+    def all_reduce_(self, tensors: Iterable[Tensor], group: Group = None, name: str = "an all-reduce") -> None:
         """Sum the tensors over all ranks, or those of a group, in place, in buckets of BUCKET bytes. Collective."""
         if self.size == 1:
             return
-        by_type: dict[tuple, list[Tensor]] = {}
-        for tensor in tensors:
-            by_type.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-        for bucket in (bucket for same_type in by_type.values() for bucket in _buckets(same_type)):
-            is_single = len(bucket) == 1 and bucket[0].is_contiguous()
-            flat = bucket[0] if is_single else torch.cat([tensor.flatten() for tensor in bucket])
+        for bucket in _take_tensors(tensors, BUCKET):
+            flat = _flatten_dense_tensors(bucket)  # a view of a tensor that fills a bucket by itself
             with self.in_collective(name):
                 dist.all_reduce(flat, group=group)
-            if not is_single:
-                for tensor, total in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-                    tensor.copy_(total.view_as(tensor))
+            for tensor, total in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
+                tensor.copy_(total)
 
     def sum_int(self, value: int) -> int:
         """Return the sum of an integer over all ranks, on the host. Collective."""
@@ -92,21 +80,13 @@ class World:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return largest.tolist()
 
-    def gather_bytes(self, data: bytes, background: bool = False) -> list[bytes]:
-        """Return the bytes of every rank on every rank. `background`: as in `in_collective`. Collective."""
-        if self.size == 1:
-            return [data]
-        group = self.background if background else None
-        length = torch.tensor([len(data)])
-        lengths = [torch.empty_like(length) for _ in range(self.size)]
-        with self.in_collective("an all-gather", background):
-            dist.all_gather(lengths, length, group=group)
-        longest = max(1, *(int(n) for n in lengths))
-        padded = torch.frombuffer(bytearray(data.ljust(longest)), dtype=torch.uint8)
-        gathered = [torch.empty_like(padded) for _ in range(self.size)]
-        with self.in_collective("an all-gather", background):
-            dist.all_gather(gathered, padded, group=group)
-        return [bytes(each[: int(n)].numpy()) for each, n in zip(gathered, lengths, strict=True)]
+    def gather(self, value: Any, background: bool = False) -> list[Any]:
+        """Return the values of all ranks, on every rank. `background`: as in `in_collective`. Collective."""
+        values = [value] * self.size
+        if self.size > 1:
+            with self.in_collective("an all-gather", background):
+                dist.all_gather_object(values, value, group=self.background if background else None)
+        return values
 
     def broadcast_tensor(self, tensor: Tensor) -> Tensor:
         """Overwrite the tensor with the main rank's and return it. Collective."""
@@ -115,43 +95,29 @@ class World:
         return tensor
 
     def broadcast(self, value: Any) -> Any:
-        """Return the main rank's JSON value on every rank. Collective."""
-        return json.loads(self.gather_bytes(json.dumps(value if self.is_main else None).encode())[0])
+        """Return the main rank's value on every rank. Collective."""
+        return self.gather(value if self.is_main else None)[0]
 
     def close(self, _type: Any = None, error: BaseException | None = None, _traceback: Any = None) -> None:
-        """End this rank; an exit callback for `ExitStack.push`.
+        """End this rank, and after an error the others; an exit callback for `ExitStack.push`.
 
-        After an error, the other ranks end too. Raises SystemExit instead if another rank reports an error.
+        Raises SystemExit if another rank reports an error.
         """
-        if self.monitor is not None and error is not None and not isinstance(error, SystemExit):
-            outcome = self.monitor.fail(error)
-            if outcome is not error:
-                raise outcome from None
-        elif self.monitor is not None:
+        if self.monitor is not None and (error is None or isinstance(error, SystemExit)):
             self.monitor.finish()
+        elif self.monitor is not None and (outcome := self.monitor.fail(error)) is not error:
+            raise outcome from None
         if self.size > 1 and not self.has_external_group:
             dist.destroy_process_group()
 
 
-def all_to_all_rows(
-    x_RC: Tensor, sent_P: list[int], received_P: list[int], group: dist.ProcessGroup | None = None
-) -> Tensor:
-    """Send x_RC in parts of sent_P[p] rows to each rank p; return the received rows, ordered by rank. Collective."""
+def all_to_all_rows(x_RC: Tensor, sent_P: list[int], received_P: list[int], group: Group = None) -> Tensor:
+    """Send x_RC in parts of sent_P[p] rows to each rank p; return the received rows, ordered by rank.
+
+    Differentiable: the backward sends the gradients back. Collective.
+    """
     y_SC = x_RC.new_empty(sum(received_P), x_RC.shape[1])
-    dist.all_to_all_single(y_SC, x_RC.contiguous(), received_P, sent_P, group=group)
-    return y_SC
-
-
-def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield the tensors in order, in lists of at most BUCKET bytes; a larger tensor is a list of its own."""
-    bucket, n_bytes = [], 0
-    for tensor in tensors:
-        if bucket and n_bytes + tensor.nbytes > BUCKET:
-            yield bucket
-            bucket, n_bytes = [], 0
-        bucket.append(tensor)
-        n_bytes += tensor.nbytes
-    yield bucket
+    return all_to_all_single(y_SC, x_RC.contiguous(), received_P, sent_P, group)
 
 
 def join_world(device: torch.device, config: ParallelConfig) -> World:
@@ -161,21 +127,19 @@ def join_world(device: torch.device, config: ParallelConfig) -> World:
     existing process group (Ray Train) is used and not destroyed. Raises UserError if the launcher's variables are
     wrong or a rank does not join within `timeout_s`.
     """
-    is_external = dist.is_available() and dist.is_initialized()
-    rank, size = (dist.get_rank(), dist.get_world_size()) if is_external else rank_and_size()
+    is_external = dist.is_initialized()
+    rank, size = (dist.get_rank(), dist.get_world_size()) if is_external else _rank_and_size()
     if size == 1:
         return World(0, 1, device, has_external_group=is_external)
-    device, timeout_s = local_device(device), config.timeout_s
+    device, timeout_s = _local_device(device), config.timeout_s
     if is_external and "gloo" not in str(dist.get_backend_config()):
         raise UserError("the existing process group has no gloo for host tensors; use backend cpu:gloo,cuda:nccl")
-    store = dist.distributed_c10d._get_default_store() if is_external else rendezvous(rank, size, timeout_s)
+    store = dist.distributed_c10d._get_default_store() if is_external else _rendezvous(rank, size, timeout_s)
     start_id = agree_on_start_id(store, rank, size, timeout_s)
-    own_store, store_owner = reconnect(store, timeout_s)
+    own_store, store_owner = _reconnect(store, timeout_s)
     monitor = Monitor(dist.PrefixStore(f"monitor/{start_id}", own_store), rank, size, timeout_s, store_owner)
-    # NCCL's own error handling would abort the process. Its timeout is longer than the monitor's, which can name the
-    # missing rank.
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-    limit = timedelta(seconds=2 * timeout_s + 60)
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # it would abort the process
+    limit = timedelta(seconds=2 * timeout_s + 60)  # longer than the monitor's, which can name the missing rank
     with monitor.in_collective("the creation of the process group", LOOP):
         if not is_external:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -184,3 +148,85 @@ def join_world(device: torch.device, config: ParallelConfig) -> World:
         background = dist.new_group(backend="gloo", timeout=limit)
     monitor.exchange_heartbeats()
     return World(rank, size, device, background, monitor, is_external)
+
+
+def _rank_and_size() -> tuple[int, int]:
+    """Return (RANK, WORLD_SIZE); (0, 1) without a launcher. Raises UserError if they are wrong."""
+    size = _int_variable("WORLD_SIZE", 1)
+    rank = _int_variable("RANK", 0 if size == 1 else None)
+    if not 0 <= rank < size:
+        raise UserError(f"RANK {rank} does not fit WORLD_SIZE {size}; start with torchrun, which sets both")
+    return rank, size
+
+
+def _int_variable(name: str, default: int | None) -> int:
+    text = os.environ.get(name, default)
+    try:
+        return int(text)
+    except (TypeError, ValueError):
+        wrong = "is not set" if text is None else f"is not a number: {text!r}"
+        raise UserError(f"{name} {wrong}; start with torchrun, which sets RANK, LOCAL_RANK and WORLD_SIZE") from None
+
+
+def _local_device(device: torch.device) -> torch.device:
+    """Return this process's device on its host. Raises UserError if the host has more processes than GPUs."""
+    if device.type != "cuda":
+        return device
+    local_rank, n_gpus = _int_variable("LOCAL_RANK", None), torch.cuda.device_count()
+    if max(local_rank + 1, _int_variable("LOCAL_WORLD_SIZE", 1)) > n_gpus:
+        raise UserError(
+            f"LOCAL_RANK {local_rank} has no GPU: this host has {n_gpus}; start at most {n_gpus} processes on it "
+            "(--nproc-per-node), or make all GPUs visible to each of them (CUDA_VISIBLE_DEVICES)"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _rendezvous(rank: int, size: int, timeout_s: float) -> dist.Store:
+    """Return the store at MASTER_ADDR:MASTER_PORT. Raises UserError if it, or a rank, is missing after `timeout_s`."""
+    address, port = os.environ.get("MASTER_ADDR"), _int_variable("MASTER_PORT", None)
+    if not address:
+        raise UserError("MASTER_ADDR is not set; start with torchrun, which sets it")
+    try:
+        return next(dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=timeout_s)))[0]
+    except (RuntimeError, ValueError) as error:
+        failure = f"rank {rank} could not connect to {address}:{port} (MASTER_ADDR, MASTER_PORT) within {timeout_s:g} s"
+        raise UserError(f"{failure}: {library_error(error)}") from None
+
+
+def agree_on_start_id(store: dist.Store, rank: int, size: int, timeout_s: float) -> str:
+    """Return an id that is the same on all ranks and new in every start. (torchrun keeps its store across restarts.)
+
+    Each rank writes a random number. Rank 0 publishes the list; its own, the first, is the id. A rank that finds its
+    number there confirms; else the list is from an earlier start. Raises UserError if a rank is late by `timeout_s`.
+    """
+    number, keys, deadline = secrets.token_hex(8), [f"start/{n}" for n in range(size)], time.monotonic() + timeout_s
+    store.set(keys[rank], number)
+    while time.monotonic() < deadline:
+        if rank == 0 and store.check(keys):
+            store.set("start", json.dumps([each.decode() for each in store.multi_get(keys)]))
+            if store.check([f"start/{number}/{n}" for n in range(1, size)]):
+                return number
+        elif rank and store.check(["start"]):
+            numbers = json.loads(store.get("start"))
+            if numbers[rank : rank + 1] == [number]:
+                store.set(f"start/{numbers[0]}/{rank}", "")
+                return numbers[0]
+        time.sleep(0.02)
+    missing = [0] if rank else [n for n in range(1, size) if not store.check([f"start/{number}/{n}"])]
+    count = f" ({len(missing)} ranks are missing)" if missing[1:] else ""
+    raise UserError(f"rank {missing[0]} did not join within {timeout_s:g} s{count}")
+
+
+def _reconnect(store: dist.Store, timeout_s: float) -> tuple[dist.Store, str]:
+    """Return (a second connection to the store's server, the server's name for error messages)."""
+    inner = store
+    while isinstance(inner, dist.PrefixStore):
+        inner = inner.underlying_store
+    if not isinstance(inner, dist.TCPStore):
+        return store, "the store of the process group"
+    limit = timedelta(seconds=timeout_s)
+    connection = dist.TCPStore(inner.host, inner.port, is_master=False, wait_for_workers=False, timeout=limit)
+    owner = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+    return connection, f"{owner}, which holds the ranks' store at {inner.host}:{inner.port},"

@@ -21,8 +21,7 @@ from training.kernels.table import TABLES
 from training.model import GPT, kernel_requirements
 from training.model.stats import ModelStats, initial_value, model_stats
 from training.optim.optimizer import LossScale, Optimizer
-from training.optim.parameters import FullShapes
-from training.planning.disk import check_disk_space
+from training.planning.report import disk_shortage
 from training.weights.init_from import load_weights
 
 
@@ -66,7 +65,7 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
     with torch.device("meta"):
         network = GPT(config.model, kernels.kernels, dtype)
     model = parallelize(network, config.parallel, world, dtype)
-    full_shapes = FullShapes(model.full_shapes(), model.matrix_gather()) if world.size > 1 else None
+    full_shapes = model.full_shapes() if world.size > 1 else None
     optimizer = Optimizer(config.optim, model.local_parameters(), stats.kinds, dtype, full_shapes)
     end_of_text = dataset.tokenizer.end_of_text if config.model.isolate_documents else None
     common = {"n_positions": config.model.n_positions, "end_of_text": end_of_text}
@@ -81,8 +80,8 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
     else:
         model.load_full(lambda name, shape: initial_value(name, shape, config.model, config.seed))
     if world.is_main:
-        if state.step < config.steps:
-            check_disk_space(stats, config, fresh=resume == "never")
+        if state.step < config.steps and (problem := disk_shortage(stats, config, fresh=resume == "never")):
+            raise UserError(problem)
         prepare_run_dir(config, resume, point)
     micro_batch = MicroBatch(config, model, state, dataset.tokenizer)
     micro_batch.choose(optimizer)

@@ -24,7 +24,7 @@ from training.errors import RestartNeeded, UserError
 from training.files import write_atomically
 from training.model.moe import MoE
 from training.optim.optimizer import Optimizer
-from training.planning.batch_split import HEADROOM, equal_parts, max_samples_per_rank
+from training.planning.memory import HEADROOM, equal_parts, max_samples_per_rank
 
 FILE = "micro_batch.json"  # in the run's folder, read at the restart after an out-of-memory error
 Metrics = dict[str, Tensor]
@@ -56,7 +56,7 @@ class MicroBatch:
         self.size = 1 if config.micro_batch == "auto" else min(config.micro_batch, self.max_size)
         self.n_out_of_memory = 0  # number of errors since the start
         self.known, world, mesh = state.micro_batches, model.world, model.mesh
-        names = {name.decode() for name in world.gather_bytes(devices.device_name(world.device).encode())}
+        names = set(world.gather(devices.device_name(world.device)))
         self.key = (
             f"{' and '.join(sorted(names))}, {mesh.replicate} x {mesh.shard} x {mesh.expert}, "
             f"micro_batch {config.micro_batch}, recompute {config.parallel.recompute}"

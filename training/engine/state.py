@@ -90,7 +90,7 @@ class Checkpoints:
     def __init__(self, config: Config, model: ShardedModel, optimizer: Optimizer, log: RunLog):
         self.config, self.model, self.optimizer, self.log = config, model, optimizer, log
         world = model.world
-        group = WriterGroup(world.rank, world.size, partial(world.gather_bytes, background=True))
+        group = WriterGroup(world.rank, world.size, partial(world.gather, background=True))
         self.writer = CheckpointWriter(config.run_dir / "checkpoints", group, config.checkpoint)
 
     def preallocate(self) -> None:

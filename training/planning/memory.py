@@ -1,17 +1,14 @@
-"""Estimate the memory of a run on one device, without allocating it.
+"""Estimate the memory of a run on one device, without allocating it (docs/planning.md).
 
     estimate(config, micro_batch=8, world_size=4, device_type="cuda").total   # bytes at the peak
 
-The real model and the real optimizer take two steps on fake tensors, which have shapes but no numbers. `StorageTracker`
-counts every storage from its creation to its end; the peak is the moment with the most bytes. For other ranks, sharded
-tensors count by their share, a formula gives the weights that FSDP2 gathers, and a stand-in for the all-to-all creates
-the rows that arrive.
-
-Fake tensors are CPU tensors, because autograd rejects CUDA ones on a machine without a GPU. So attention runs the CPU's
-flash kernel, which keeps the same tensors for backward as the GPU's; for a GPU it runs without masks. Workspaces of
-libraries are not counted.
+The real model and optimizer take two steps on fake tensors, which have shapes but no numbers. These are CPU tensors,
+because autograd rejects CUDA ones on a machine without a GPU. So attention runs the CPU's flash kernel, which keeps the
+same tensors for backward as the GPU's; for a GPU it runs without masks.
 """
 
+import math
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from training.batch import Batch
 from training.config import Config, MeshConfig
@@ -38,9 +37,9 @@ from training.model import GPT, layers
 from training.model.moe import Experts
 from training.model.stats import parameter_kinds
 from training.optim.optimizer import Optimizer
-from training.planning.batch_split import max_samples_per_rank
-from training.planning.storage_tracker import StorageTracker
 
+HEADROOM = 0.9  # share of the memory that a step may use; fragmentation and other programs need the rest
+CPU_TOKENS = 8192  # per micro-batch on a CPU: more is slower (docs/log.md) and takes memory from other programs
 PROCESS_BYTES = 430 * 2**20  # Python, torch and other libraries: resident size of a run with a tiny model on a CPU
 # glibc keeps freed memory (`device.keep_freed_memory`), in pieces that may be too small for the next tensor. `estimate`
 # adds this share of activations and logits; it is fitted to the runs of benchmarks/plan_memory.py.
@@ -62,14 +61,22 @@ class MemoryEstimate(NamedTuple):
     process: int  # interpreter and libraries; 0 on a GPU
     in_step: bool  # True: the peak is in the optimizer step; False: in forward and backward
 
-    def parts(self) -> dict[str, int]:
-        """Return the bytes by purpose."""
-        return dict(zip(self._fields[:-1], self[:-1], strict=True))
-
     @property
     def total(self) -> int:
         """Bytes of all purposes together."""
         return sum(self[:-1])
+
+
+def max_samples_per_rank(config: Config, world_size: int) -> int:
+    """Return the samples of one step on the rank that has the most of them."""
+    return math.ceil(config.batch_tokens // config.model.n_positions / world_size)
+
+
+def equal_parts(n_samples: int, fits: int, config: Config, device_type: str) -> int:
+    """Return the micro-batch, at most `fits`, that splits a rank's samples into the fewest equal parts."""
+    if device_type == "cpu":
+        fits = min(fits, max(1, CPU_TOKENS // config.model.n_positions))
+    return math.ceil(n_samples / math.ceil(n_samples / fits))
 
 
 def estimate(config: Config, micro_batch: int, world_size: int = 1, device_type: str = "cpu") -> MemoryEstimate:
@@ -78,10 +85,10 @@ def estimate(config: Config, micro_batch: int, world_size: int = 1, device_type:
     `precision` and `model.vocab_size` must be resolved. Raises UserError if the mesh does not fit `world_size`.
     """
     mesh = mesh_shape(config.parallel.mesh, world_size, config.model)
-    even, in_step = _peak(config, micro_batch, world_size, device_type, mesh, worst_routing=False)
+    even, in_step = _peak(config, micro_batch, mesh, device_type, n_senders=1)
     peak = even
-    if mesh.expert > 1:
-        peak, in_step = _peak(config, micro_batch, world_size, device_type, mesh, worst_routing=True)
+    if mesh.expert > 1:  # the worst routing
+        peak, in_step = _peak(config, micro_batch, mesh, device_type, n_senders=mesh.expert)
     on_cpu = device_type == "cpu"
     return MemoryEstimate(
         weights=peak["weights"],
@@ -120,12 +127,12 @@ def largest_micro_batch(config: Config, limit: float, world_size: int = 1, devic
 
 
 def _peak(
-    config: Config, micro_batch: int, world_size: int, device_type: str, mesh: MeshShape, *, worst_routing: bool
+    config: Config, micro_batch: int, mesh: MeshShape, device_type: str, n_senders: int
 ) -> tuple[Counter[str], bool]:
     """Return bytes by kind at the peak of the second step, and whether the peak was in the optimizer step."""
-    per_rank = max_samples_per_rank(config, world_size)
+    per_rank = max_samples_per_rank(config, mesh.replicate * mesh.shard)
     with FakeTensorMode(), _without_cpu_paths(device_type), StorageTracker(mesh.shard > 1) as tracker:
-        step = _FakeStep(config, mesh, world_size > 1 and mesh.shard == 1, device_type, worst_routing, tracker)
+        step = _FakeStep(config, mesh, device_type, n_senders, tracker)
         step.create_gradients()
         step.optimizer_step()  # creates the optimizer state
         tracker.peak.clear()
@@ -139,10 +146,7 @@ def _peak(
 
 @contextmanager
 def _without_cpu_paths(device_type: str) -> Iterator[None]:
-    """Disable the kernels' CPU code paths if the device is not a CPU, because fake tensors are CPU tensors.
-
-    Replaces constants of the kernels' modules, so that no layer needs an argument for this estimate.
-    """
+    """Disable the kernels' CPU code paths, through constants of their modules, if the device is not a CPU."""
     before = loss.CHUNK_BYTES, sdpa.FP32_MAX_KEYS, layers.RMSNORM_CPU_DTYPES
     if device_type != "cpu":
         loss.CHUNK_BYTES, sdpa.FP32_MAX_KEYS, layers.RMSNORM_CPU_DTYPES = {}, 0, ()
@@ -152,25 +156,79 @@ def _without_cpu_paths(device_type: str) -> Iterator[None]:
         loss.CHUNK_BYTES, sdpa.FP32_MAX_KEYS, layers.RMSNORM_CPU_DTYPES = before
 
 
+class StorageTracker(TorchDispatchMode):
+    """Counts the bytes of all storages that operations create, by kind, until they are freed."""
+
+    def __init__(self, is_sharded: bool = False):
+        super().__init__()
+        self.kind = "activations"  # of new storages
+        self.is_sharded = is_sharded  # by FSDP2
+        self.live: dict[int, tuple[str, int]] = {}  # by id of a storage: kind, and bytes on this rank
+        self.now: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in self.live:
+                self.count(tensor, *self._kind_and_share(func, args))
+        return out
+
+    def count(self, tensor: Tensor, kind: str, share: float = 1.0) -> None:
+        """Count a tensor's storage, of which this rank has a share, as `kind` from now on."""
+        storage = tensor.untyped_storage()
+        key, n_bytes = id(storage), round(storage.nbytes() * share)
+        if key in self.live:
+            self._drop(key)
+        else:
+            weakref.finalize(storage, self._drop, key)
+        self.live[key] = kind, n_bytes
+        self.now[kind] += n_bytes
+        if self.now.total() > self.peak.total():
+            self.peak = self.now.copy()
+
+    def _drop(self, key: int) -> None:
+        kind, n_bytes = self.live.pop(key)
+        self.now[kind] -= n_bytes
+
+    def _kind_and_share(self, func: Any, args: tuple) -> tuple[str, float]:
+        """Return (kind, share) for an operation's result. If all its inputs are weights, the result is a cast of them.
+
+        Under FSDP2 a cast of weights takes no memory of its own: it gathers them in the compute dtype.
+        """
+        inputs = [self.live.get(id(x.untyped_storage())) for x in tree_leaves(args) if isinstance(x, Tensor)]
+        kinds = {storage and storage[0] for storage in inputs}
+        if self.kind != "activations" or not kinds or not kinds <= {"weights", "casts"}:
+            return self.kind, 1.0
+        is_gathered = self.is_sharded and kinds == {"weights"} and func is torch.ops.aten._to_copy.default
+        return "casts", 0.0 if is_gathered else 1.0
+
+
 class _FakeStep:
     """A training step of one rank on fake tensors. Sharded tensors count by this rank's share."""
 
-    def __init__(
-        self, config: Config, mesh: MeshShape, is_replicated: bool, device_type: str, worst_routing: bool, tracker
-    ):
+    def __init__(self, config: Config, mesh: MeshShape, device_type: str, n_senders: int, tracker: StorageTracker):
         dtype = DTYPES[config.precision]
-        self.tracker, self.is_replicated = tracker, is_replicated
+        self.tracker, self.is_replicated = tracker, mesh.shard == 1 and mesh.replicate > 1
         self.model = model = GPT(config.model, _kernels(config, device_type), dtype)
-        if mesh.expert > 1:
-            for experts in (module for module in model.modules() if isinstance(module, Experts)):
-                _split_experts(experts, mesh.expert, mesh.expert if worst_routing else 1)
+        for module in model.modules():
+            if mesh.expert > 1 and isinstance(module, Experts):
+                _split_experts(module, mesh.expert, n_senders)
         one_device = config.parallel.model_copy(update={"mesh": MeshConfig()})
         self.sharded = parallelize(model, one_device, World(0, 1, torch.device("cpu")), dtype)
-        self.shares = {parameter: _share(name, mesh) for name, parameter in model.named_parameters()}
+        expert_share = 1 / max(1, mesh.shard // mesh.expert)  # experts are already split over `expert` ranks
+        self.shares = {
+            parameter: expert_share if ".experts." in name else 1 / mesh.shard
+            for name, parameter in model.named_parameters()
+        }
         for tensor in [*model.parameters(), *model.buffers()]:
             tracker.count(tensor, "weights", self.shares.get(tensor, 1.0))
-        self.gathered = torch.empty(_gathered_bytes(model, mesh, dtype), dtype=torch.int8)
-        tracker.count(self.gathered, "casts")
+        if mesh.shard > 1:
+            # FSDP2 gathers weights. Embeddings, head and last norm: float32, from forward to backward. Blocks: the
+            # weights of two and the gradients of one in the compute dtype, and two reduce-scatters in float32.
+            blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+            rest = sum(p.numel() for p in model.parameters()) - sum(blocks)
+            tracker.now["casts"] += 4 * rest + max(blocks) * (3 * dtype.itemsize + 2 * 4)
         self.optimizer = Optimizer(config.optim, self.sharded.local_parameters(), parameter_kinds(model), dtype)
         model.loss.register_forward_pre_hook(lambda *_: setattr(tracker, "kind", "logits"))
         model.loss.register_forward_hook(lambda *_: setattr(tracker, "kind", "activations"))
@@ -181,13 +239,11 @@ class _FakeStep:
         self.tracker.count(parameter.grad, "gradients", self.shares[parameter])
 
     def create_gradients(self) -> None:
-        """Create the gradients that a backward pass leaves behind."""
         for parameter in self.shares:
             parameter.grad = torch.empty_like(parameter)
             self._count_gradient(parameter)
 
     def forward_backward(self, micro_batch: int) -> None:
-        """Compute the gradients of a micro-batch."""
         tokens_BT = torch.zeros(micro_batch, self.model.config.n_positions, dtype=torch.int64)
         documents = Documents(tokens_BT, tokens_BT) if self.model.config.isolate_documents else None
         key_B = torch.zeros(micro_batch, dtype=torch.int64)
@@ -228,48 +284,17 @@ def _kernels(config: Config, device_type: str) -> Kernels:
     return Kernels(attention, experts, in_place)  # as Triton's, which needs no memory beside the logits
 
 
-def _share(name: str, mesh: MeshShape) -> float:
-    """Return this rank's share of a parameter; experts are already split over `expert` ranks."""
-    return 1 / max(1, mesh.shard // mesh.expert if ".experts." in name else mesh.shard)
-
-
-def _gathered_bytes(model: GPT, mesh: MeshShape, dtype: torch.dtype) -> int:
-    """Return the bytes of unsharded weights and gradients that FSDP2 holds at once.
-
-    Embeddings, head and last norm: float32, from forward to backward. Blocks: the weights of two and the gradients of
-    one in the compute dtype, and the gradients of two in float32, during their reduce-scatter.
-    """
-    if mesh.shard == 1:
-        return 0
-    blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
-    rest = sum(p.numel() for p in model.parameters()) - sum(blocks)
-    return 4 * rest + max(blocks) * (3 * dtype.itemsize + 2 * 4)
-
-
 def _split_experts(experts: Experts, n_ranks: int, n_senders: int) -> None:
-    """Keep one rank's experts; the tokens of `n_senders` ranks arrive, as in distributed/expert_parallel.py."""
+    """Keep one rank's experts; rows of `n_senders` ranks arrive. Copies take as much memory as the all-to-all."""
     compute = experts.forward
     for name, parameter in experts.named_parameters():
         setattr(experts, name, nn.Parameter(parameter.detach().chunk(n_ranks)[0].clone()))
 
     def forward(x_NC: Tensor, topk_ids_NK: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:  # noqa: ARG001
         x_RC = permute(x_NC, dispatch)
-        x_SC = _Exchange.apply(x_RC, len(x_RC) * n_senders)
+        x_SC = x_RC.repeat(n_senders, 1)
         expert_S1 = torch.zeros(len(x_SC), 1, dtype=torch.int64)
         y_SC = compute(x_SC, expert_S1, weight_NK.new_ones(len(x_SC), 1), sort_by_expert(expert_S1, len(experts.up)))
-        return unpermute(_Exchange.apply(y_SC, len(x_RC)), weight_NK, dispatch)
+        return unpermute(y_SC.narrow(0, 0, len(x_RC)).clone(), weight_NK, dispatch)
 
     experts.forward = forward  # as expert parallelism does, so that the router runs unchanged
-
-
-class _Exchange(torch.autograd.Function):
-    """Stand-in for the all-to-all: R rows leave, n_rows arrive."""
-
-    @staticmethod
-    def forward(ctx: Any, x_RC: Tensor, n_rows: int) -> Tensor:
-        ctx.n_rows = len(x_RC)
-        return x_RC.new_empty(n_rows, x_RC.shape[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad_SC: Tensor) -> tuple[Tensor, None]:
-        return grad_SC.new_empty(ctx.n_rows, grad_SC.shape[1]), None

@@ -1,6 +1,7 @@
-"""The plan of a run: its needs, computed from its options, as lines of text."""
+"""The plan of a run: its memory, time, data and disk space, computed from its options, as lines of text."""
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,23 +14,24 @@ from training.data.shards import Manifest, read_manifest
 from training.data.tokenizer import build_tokenizer
 from training.errors import UserError
 from training.model.stats import ModelStats, model_stats
-from training.planning.batch_split import HEADROOM, equal_parts, max_samples_per_rank
-from training.planning.disk import checkpoint_bytes, disk_shortage, n_checkpoints
-from training.planning.memory import MemoryEstimate, estimate, largest_micro_batch
+from training.optim.optimizer import state_bytes
+from training.planning.memory import (
+    HEADROOM,
+    MemoryEstimate,
+    equal_parts,
+    estimate,
+    largest_micro_batch,
+    max_samples_per_rank,
+)
 
 DEFAULT_MFU = 0.4
 NO_BF16 = {"V100", "T4"}  # no bf16 matrix units
 MAX_EPOCHS = 4  # up to here repeated text is nearly as good as new text (arXiv:2305.16264)
 # About 20 is best for a given amount of compute (arXiv:2203.15556); up to 500 is usual for models that serve a lot.
-TOKENS_PER_PARAMETER = (5, 500)
-VOCAB_SIZES = {  # of tokenizers known by name, with the end-of-text token
-    "gpt2": 50257,
-    "openai-community/gpt2": 50257,
-    "r50k_base": 50257,
-    "p50k_base": 50281,
-    "cl100k_base": 100277,
-    "o200k_base": 200019,
-}
+MIN_TOKENS_PER_PARAMETER, MAX_TOKENS_PER_PARAMETER = 5, 500
+# Of tokenizers known by name, with the end-of-text token.
+VOCAB_SIZES = dict.fromkeys(("gpt2", "openai-community/gpt2", "r50k_base"), 50257)
+VOCAB_SIZES |= {"p50k_base": 50281, "cl100k_base": 100277, "o200k_base": 200019}
 
 
 class TargetDevice(NamedTuple):
@@ -48,68 +50,54 @@ class RunPlan(NamedTuple):
     config: Config  # resolved
     device: TargetDevice
     world_size: int
-    manifest: Manifest | None  # of the prepared data
+    n_tokens: int  # of all steps
+    train_tokens: list[int]  # of each stream of the prepared data; [] if there are none
     stats: ModelStats
     micro_batch: int
     largest_micro_batch: int  # that fits; 0: not one sample does
     memory: MemoryEstimate
-
-    @property
-    def n_samples(self) -> int:
-        """Samples per step."""
-        return self.config.batch_tokens // self.config.model.n_positions
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of the whole run."""
-        return self.config.steps * self.config.batch_tokens
 
 
 def find_device(name: str | None, config: Config) -> TargetDevice:
     """Return the device with that name; None: the one of this machine. Raises UserError for an unknown name."""
     if name is None or name.lower() == "cpu":
         here = devices.select_device(config.parallel.device if name is None else "cpu")
-        peak = devices.peak_flops(here, "bf16")
-        has_bf16 = devices.has_bf16_units(here)
-        return TargetDevice(devices.device_name(here), here.type, devices.available_memory_bytes(here), peak, has_bf16)
-    known = {_letters(key): key for key in devices.GPUS}
-    if (key := known.get(_letters(name))) is None:
-        raise UserError(f"--device: {name!r} is none of cpu, {', '.join(devices.GPUS)}")
-    gpu = devices.GPUS[key]
-    return TargetDevice(key, "cuda", round(gpu.memory_gib * 2**30), gpu.peak_flops, key not in NO_BF16)
+        memory, peak = devices.available_memory_bytes(here), devices.peak_flops(here, "bf16")
+        return TargetDevice(devices.device_name(here), here.type, memory, peak, devices.has_bf16_units(here))
+    for key, gpu in devices.GPUS.items():
+        if _letters(key) == _letters(name):
+            return TargetDevice(key, "cuda", round(gpu.memory_gib * 2**30), gpu.peak_flops, key not in NO_BF16)
+    raise UserError(f"--device: {name!r} is none of cpu, {', '.join(devices.GPUS)}")
 
 
 def _letters(name: str) -> str:
-    return "".join(re.findall("[a-z0-9]+", name.lower()))
+    return re.sub("[^a-z0-9]", "", name.lower())
 
 
 def build_plan(config: Config, device: TargetDevice, world_size: int) -> RunPlan:
     """Look for prepared data and estimate memory. Raises UserError for options that the run would reject."""
-    manifest = find_prepared_data(config)
-    precision = config.precision if config.precision != "auto" else "bf16" if device.has_bf16 else "fp32"
-    model = config.model.model_copy(update={"vocab_size": config.model.vocab_size or _vocab_size(config, manifest)})
-    config = config.model_copy(update={"precision": precision, "model": model}).with_explicit_sizes()
-    n_samples = config.batch_tokens // model.n_positions
-    if n_samples < world_size:
-        raise UserError(
-            f"--world: {world_size} ranks are more than the {n_samples} samples of batch_tokens "
-            f"{config.batch_tokens}; raise batch_tokens"
-        )
-    per_rank = max_samples_per_rank(config, world_size)
-    largest = largest_micro_batch(config, HEADROOM * device.n_bytes, world_size, device.type)
-    micro_batch = config.micro_batch
-    if micro_batch == "auto":
-        micro_batch = equal_parts(per_rank, max(1, largest), config, device.type)
-    micro_batch = min(micro_batch, per_rank)
-    memory = estimate(config, micro_batch, world_size, device.type)
-    return RunPlan(config, device, world_size, manifest, model_stats(model), micro_batch, largest, memory)
-
-
-def find_prepared_data(config: Config) -> Manifest | None:
-    """Return the manifest of the prepared data, None if there are none. Raises UserError if a source is missing."""
     cache = Path(config.data.cache_dir).expanduser()
     folder = cache / Corpus(config.data).cache_key(FileHashes(cache / "digests.json"))
-    return read_manifest(folder) if folder.is_dir() else None
+    manifest = read_manifest(folder) if folder.is_dir() else None
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if device.has_bf16 else "fp32"
+    model = config.model.model_copy(update={"vocab_size": config.model.vocab_size or _vocab_size(config, manifest)})
+    config = config.model_copy(update={"precision": precision, "model": model}).with_explicit_sizes()
+    if (n_samples := config.batch_tokens // model.n_positions) < world_size:
+        problem = f"{world_size} ranks are more than the {n_samples} samples of batch_tokens {config.batch_tokens}"
+        raise UserError(f"--world: {problem}; raise batch_tokens")
+    per_rank = max_samples_per_rank(config, world_size)
+    largest = largest_micro_batch(config, HEADROOM * device.n_bytes, world_size, device.type)
+    if config.micro_batch == "auto":
+        micro_batch = equal_parts(per_rank, max(1, largest), config, device.type)
+    else:
+        micro_batch = min(config.micro_batch, per_rank)
+    memory = estimate(config, micro_batch, world_size, device.type)
+    n_tokens = config.steps * config.batch_tokens
+    train_tokens = [stream.n_tokens for stream in manifest.streams if stream.split == "train"] if manifest else []
+    stats = model_stats(model)
+    return RunPlan(config, device, world_size, n_tokens, train_tokens, stats, micro_batch, largest, memory)
 
 
 def _vocab_size(config: Config, manifest: Manifest | None) -> int:
@@ -122,10 +110,8 @@ def _vocab_size(config: Config, manifest: Manifest | None) -> int:
     else:
         size = tokenizer.vocab_size if tokenizer.type == "bpe" else VOCAB_SIZES.get(tokenizer.name)
     if size is None:
-        raise UserError(
-            f"model.vocab_size: unknown until the tokenizer {tokenizer.name} is loaded: run python -m training.prepare "
-            "first, or set --model.vocab_size"
-        )
+        remedy = "run python -m training.prepare first, or set --model.vocab_size"
+        raise UserError(f"model.vocab_size: unknown until the tokenizer {tokenizer.name} is loaded: {remedy}")
     return -(-size // 64) * 64
 
 
@@ -148,18 +134,18 @@ def describe_batch(config: Config, micro_batch: int, n_ranks: int = 1) -> str:
     """Return the line "batch" of a plan and of a run's header."""
     n_samples = config.batch_tokens // config.model.n_positions
     per_rank = f", {-(-n_samples // n_ranks)} per rank" if n_ranks > 1 else ""
-    return (
-        f"{config.batch_tokens:,} tokens = {n_samples:,} samples x {config.model.n_positions}{per_rank}, "
-        f"micro-batch {micro_batch}"
-    )
+    samples = f"{n_samples:,} samples x {config.model.n_positions}{per_rank}"
+    return f"{config.batch_tokens:,} tokens = {samples}, micro-batch {micro_batch}"
 
 
 def report_lines(plan: RunPlan, mfu: float | None, measured: float | None) -> list[str]:
     """Return the report. `mfu`: FLOPs utilization, None: unknown; `measured`: tokens/s of this run on this machine."""
-    config, device = plan.config, plan.device
+    config, device, memory = plan.config, plan.device, plan.memory
     ranks = f"{plan.world_size} x {device.name}" if plan.world_size > 1 else device.name
     flops, active = plan.stats.flops_per_token, plan.stats.n_active_parameters
     gib = checkpoint_bytes(plan.stats, config) / 2**30
+    per_rank = max_samples_per_rank(config, plan.world_size)
+    fits = f"{plan.largest_micro_batch} of a rank's {per_rank} samples fit at once"
     figures = {
         "plan": f"{config.name} on {ranks}, {config.precision}",
         **describe_model(config, plan.stats),
@@ -171,33 +157,31 @@ def report_lines(plan: RunPlan, mfu: float | None, measured: float | None) -> li
         "data": _data(plan),
         "checkpoints": f"{gib:,.2f} GiB each, at most {n_checkpoints(config)} on disk at a time",
         "time": _time(plan, mfu, measured),
-        "memory": _largest_micro_batch(plan),
+        "memory": {0: "not one sample fits", per_rank: "all samples fit at once"}.get(plan.largest_micro_batch, fits),
     }
-    peak = "the optimizer step" if plan.memory.in_step else "forward and backward"
-    parts = {name.replace("_", " "): n_bytes for name, n_bytes in plan.memory.parts().items() if n_bytes}
+    peak = "the optimizer step" if memory.in_step else "forward and backward"
+    parts = {name.replace("_", " "): n_bytes for name, n_bytes in memory._asdict().items() if name != "in_step"}
     return [
         *(f"{label:<13}{text}" for label, text in figures.items()),
         "",
         f"peak memory per device, in {peak}, GiB",
-        *(f"  {name:<14}{n_bytes / 2**30:>9.2f}" for name, n_bytes in parts.items()),
-        f"  {'in all':<14}{plan.memory.total / 2**30:>9.2f} of {device.n_bytes / 2**30:.1f}",
+        *(f"  {name:<14}{n_bytes / 2**30:>9.2f}" for name, n_bytes in parts.items() if n_bytes),
+        f"  {'in all':<14}{memory.total / 2**30:>9.2f} of {device.n_bytes / 2**30:.1f}",
         *(f"warning: {text}" for text in warnings(plan)),
     ]
 
 
 def _data(plan: RunPlan) -> str:
-    if plan.manifest is None:
+    if not plan.train_tokens:
         return "not prepared here, so epochs are unknown; python -m training.prepare counts them"
-    n_tokens = sum(record.n_tokens for record in plan.manifest.streams if record.split == "train")
-    source = " (the source that is read most)" if len(plan.manifest.streams) > 2 else ""
-    return f"{n_tokens:,} training tokens, {epochs(plan):.3g} epochs{source}"
+    source = " (the source that is read most)" if len(plan.train_tokens) > 1 else ""
+    return f"{sum(plan.train_tokens):,} training tokens, {epochs(plan):.3g} epochs{source}"
 
 
 def epochs(plan: RunPlan) -> float:
     """Return the number of epochs; with weighted sources, of the source that is read most."""
-    streams = [record.n_tokens for record in plan.manifest.streams if record.split == "train"]
-    weights = [source.weight or 1.0 for source in plan.config.data.sources] if len(streams) > 1 else [1.0]
-    return max(plan.n_tokens * weight / sum(weights) / n for n, weight in zip(streams, weights, strict=True))
+    weights = [source.weight for source in plan.config.data.sources if source.weight] or [1.0]
+    return max(plan.n_tokens * weight / sum(weights) / n for n, weight in zip(plan.train_tokens, weights, strict=True))
 
 
 def _time(plan: RunPlan, mfu: float | None, measured: float | None) -> str:
@@ -205,10 +189,10 @@ def _time(plan: RunPlan, mfu: float | None, measured: float | None) -> str:
     if mfu is None and measured:
         return f"{duration_text(plan.n_tokens / measured)}, at {measured:,.0f} tokens/s as this run was measured here"
     peak = plan.device.peak_flops if plan.config.precision != "fp32" else None
-    if peak is None:
-        if mfu is not None:
-            raise UserError(f"--mfu: no peak is known of {plan.device.name} in {plan.config.precision}; leave it out")
+    if peak is None and mfu is None:
         return "unknown: no peak is known of this device; train some steps here, then plan again"
+    if peak is None:
+        raise UserError(f"--mfu: no peak is known of {plan.device.name} in {plan.config.precision}; leave it out")
     speed = (mfu or DEFAULT_MFU) * peak * plan.world_size / plan.stats.flops_per_token
     how = f"{mfu or DEFAULT_MFU:.0%} of {peak / 1e12:,.0f} TFLOP/s" + ("" if mfu else ", assumed; set it with --mfu")
     how += "; communication is not counted" if plan.world_size > 1 else ""
@@ -227,43 +211,56 @@ def _rounded(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _largest_micro_batch(plan: RunPlan) -> str:
-    per_rank = max_samples_per_rank(plan.config, plan.world_size)
-    if plan.largest_micro_batch == 0:
-        return "not one sample fits"
-    if plan.largest_micro_batch < per_rank:
-        return f"{plan.largest_micro_batch} of a rank's {per_rank} samples fit at once"
-    return "all samples fit at once"
-
-
 def warnings(plan: RunPlan) -> Iterator[str]:
     """Yield likely mistakes, each with what to change."""
     config, device = plan.config, plan.device
-    per_rank = plan.n_samples // plan.world_size
+    n_samples = config.batch_tokens // config.model.n_positions
     if not plan.largest_micro_batch:
-        yield (
-            f"not one sample fits into {device.n_bytes / 2**30:.1f} GiB: use parallel.recompute: full, "
-            "parallel.mesh.shard over more devices, a smaller model.n_positions, or a smaller model"
-        )
+        remedy = "parallel.recompute: full, parallel.mesh.shard over more devices, a smaller model.n_positions"
+        yield f"not one sample fits into {device.n_bytes / 2**30:.1f} GiB: use {remedy}, or a smaller model"
     elif plan.micro_batch > plan.largest_micro_batch:
         yield f"micro_batch {plan.micro_batch} does not fit: use auto, or {plan.largest_micro_batch}"
-    if plan.n_samples % plan.world_size:
-        yield f"{plan.n_samples} samples do not divide among {plan.world_size} ranks: some wait at each step"
-    elif per_rank % plan.micro_batch:
-        yield (
-            f"a rank's {per_rank} samples are no multiple of micro_batch {plan.micro_batch}: the last micro-batch of a "
-            "step is smaller"
-        )
+    if n_samples % plan.world_size:
+        yield f"{n_samples} samples do not divide among {plan.world_size} ranks: some wait at each step"
+    elif (per_rank := n_samples // plan.world_size) % plan.micro_batch:
+        multiple = f"no multiple of micro_batch {plan.micro_batch}"
+        yield f"a rank's {per_rank} samples are {multiple}: the last micro-batch of a step is smaller"
     if config.precision == "bf16" and not device.has_bf16:
         other = "fp16" if device.type == "cuda" else "fp32"
         yield f"{device.name} has no matrix units for bf16: use precision {other}"
-    if plan.manifest is not None and (n_epochs := epochs(plan)) > MAX_EPOCHS:
+    if plan.train_tokens and (n_epochs := epochs(plan)) > MAX_EPOCHS:
         yield f"{n_epochs:.3g} epochs: beyond {MAX_EPOCHS} the model learns little; use more text or fewer steps"
     ratio = plan.n_tokens / plan.stats.n_active_parameters
-    low, high = TOKENS_PER_PARAMETER
-    if not low <= ratio <= high:
-        size, remedy = ("smaller", "; or raise steps") if ratio < low else ("larger", "")
-        per_parameter = f"{_rounded(ratio)} tokens per parameter; about 20 are best"
-        yield f"{per_parameter}: a {size} model learns more in that time{remedy}"
+    best = f"{_rounded(ratio)} tokens per parameter; about 20 are best"
+    if ratio < MIN_TOKENS_PER_PARAMETER:
+        yield f"{best}: a smaller model learns more in that time; or raise steps"
+    elif ratio > MAX_TOKENS_PER_PARAMETER:
+        yield f"{best}: a larger model learns more in that time"
     if problem := disk_shortage(plan.stats, config):
         yield problem
+
+
+def checkpoint_bytes(stats: ModelStats, config: Config) -> int:
+    """Return the size of a checkpoint: float32 weights and optimizer state."""
+    return 4 * stats.n_parameters + state_bytes(config.optim, stats.shapes, stats.kinds)
+
+
+def n_checkpoints(config: Config) -> int:
+    """Return the largest number of checkpoints on disk at once, which is reached while one is written."""
+    return config.checkpoint.keep + config.checkpoint.keep_best + 1
+
+
+def disk_shortage(stats: ModelStats, config: Config, *, fresh: bool = False) -> str | None:
+    """Return an error line if checkpoints and the final model do not fit on the disk, else None.
+
+    A resumed run replaces its checkpoints: their space counts as free. A `fresh` run moves them aside and keeps them.
+    """
+    folder = (config.run_dir / "checkpoints").absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    needed = n_checkpoints(config) * checkpoint_bytes(stats, config) + 4 * stats.n_parameters
+    needed -= 0 if fresh else sum(path.stat().st_size for path in folder.glob("step-*/*"))
+    if (free := shutil.disk_usage(existing).free) >= needed:
+        return None
+    has, need = (f"{n / 2**30:,.1f} GiB" if n >= 2**30 else f"{n / 2**20:.2f} MiB" for n in (free, needed))
+    problem = f"{existing} has {has} free, and checkpoints and the model need {need}"
+    return f"{problem}: lower checkpoint.keep, or choose another out_dir"

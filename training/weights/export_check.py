@@ -1,58 +1,25 @@
-"""Write an export, and compare what Transformers computes from it with the trained model."""
+"""Compare what Transformers computes from an export with the trained model."""
 
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from training.config import ModelConfig
-from training.data import Tokenizer
 from training.errors import UserError
-from training.files import atomic_folder
 from training.model import GPT
-from training.weights import hf
 
 MAX_TOKENS = 2048  # upper limit of the comparison, if a window is wider
 TOLERANCE = 1e-4  # of logits, relative to the largest one if that is above 1
 
 
-class OpenedExport(NamedTuple):
-    """The result of opening an export in a new process."""
-
-    class_name: str  # in Transformers
-    version: str  # of Transformers
-    max_difference: float  # between logits
-    n_tokens: int  # of the greedy continuation
-
-
-def write_checked(
-    target: Path, weights: dict[str, Tensor], config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype
-) -> tuple[str, OpenedExport]:
-    """Write and check an export; return its `model_type` and how it opened.
-
-    Raises UserError, and leaves no folder, if it cannot be written or computes something else.
-    """
-    rounded = GPT(config)
-    rounded.load_state_dict(hf.to_saved_dtype(weights, dtype))
-    n_vocab = tokenizer.vocab_size
-    try:
-        with atomic_folder(target) as partial:
-            model_type = hf.write_model(partial, weights, config, tokenizer.end_of_text, n_vocab=n_vocab, dtype=dtype)
-            tokenizer.save(partial)
-            return model_type, check_export(partial, rounded, n_vocab)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{target}: the model could not be written: {error}") from error
-
-
-def check_export(folder: Path, model: GPT, n_vocab: int) -> OpenedExport:
-    """Open the folder in a new process and compare it with `model`, in float32. Raises UserError if they differ."""
+def check_export(folder: Path, model: GPT, n_vocab: int) -> str:
+    """Return a line about the folder, opened in a new process. Raises UserError if `model` computes something else."""
     widest = max(block.mixer.window or 0 for block in model.config.blocks)
     n_tokens = min(model.config.n_positions, max(128, min(widest + 16, MAX_TOKENS)))
     tokens_BT = torch.randint(n_vocab, (1, n_tokens), generator=torch.Generator().manual_seed(0))
@@ -71,14 +38,16 @@ def check_export(folder: Path, model: GPT, n_vocab: int) -> OpenedExport:
     if outputs["logits"].shape != logits_BTV.shape:
         raise UserError(f"the export gives logits {tuple(outputs['logits'].shape)}, not {tuple(logits_BTV.shape)}")
     difference = float((outputs["logits"] - logits_BTV).abs().max())
-    differs = "the export is not the trained model: {}; nothing was written"
     if not difference <= TOLERANCE * max(1.0, float(logits_BTV.abs().max())):
-        raise UserError(differs.format(f"logits differ by {difference:.1e}"))
-    if outputs["continuation"].tolist() != continuation:
-        raise UserError(differs.format("its greedy continuation differs"))
-    if int(metadata["n_vocab"]) != n_vocab:
-        raise UserError(differs.format(f"its tokenizer has {metadata['n_vocab']} tokens, not {n_vocab}"))
-    return OpenedExport(metadata["model"], metadata["version"], difference, n_new)
+        problem = f"logits differ by {difference:.1e}"
+    elif outputs["continuation"].tolist() != continuation:
+        problem = "its greedy continuation differs"
+    elif int(metadata["n_vocab"]) != n_vocab:
+        problem = f"its tokenizer has {metadata['n_vocab']} tokens, not {n_vocab}"
+    else:
+        opened = f"opened by Transformers {metadata['version']} as {metadata['model']}"
+        return f"{opened}: logits differ by {difference:.1e}, {n_new} greedy tokens are the same"
+    raise UserError(f"the export is not the trained model: {problem}; nothing was written")
 
 
 def greedy(model: GPT, prompt_1T: Tensor, n_new: int, n_vocab: int) -> list[int]:
@@ -93,13 +62,8 @@ def greedy(model: GPT, prompt_1T: Tensor, n_new: int, n_vocab: int) -> list[int]
 def _open(folder: Path, probe: Path, modules: Path) -> None:
     """Run open_export.py, offline. Raises UserError with its last line if it fails."""
     offline = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(modules), "TRANSFORMERS_VERBOSITY": "error"}
-    result = subprocess.run(
-        [sys.executable, "-P", str(Path(__file__).with_name("open_export.py")), str(folder), str(probe)],
-        env=os.environ | offline,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-P", str(Path(__file__).with_name("open_export.py")), str(folder), str(probe)]
+    result = subprocess.run(command, env=os.environ | offline, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise UserError(f"Transformers does not open the export: {reason}; nothing was written")

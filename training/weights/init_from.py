@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -17,17 +17,15 @@ from torch import Tensor
 
 from training.batch import Batch
 from training.config import Config, ModelConfig
+from training.data import Dataset
 from training.data.loader import Samples
+from training.distributed.parallelize import ShardedModel
+from training.distributed.world import World
 from training.errors import UserError, library_error
 from training.model import GPT, initial_value, model_stats
 from training.options import cli
 from training.weights import hf, upcycle
-from training.weights.hf.layers import BALANCING, pattern
-
-if TYPE_CHECKING:
-    from training.data import Dataset
-    from training.distributed.parallelize import ShardedModel
-    from training.distributed.world import World
+from training.weights.hf.architecture import BALANCING, pattern
 
 # Limits for checking an upcycled model: samples, tokens in all, tokens of a sample (float64 scores need memory).
 MAX_SAMPLES, MAX_TOKENS, MAX_LENGTH = 16, 4096, 2048
@@ -42,21 +40,21 @@ def resolve_init_from(config: Config, *, fresh: bool = False) -> Config:
     """
     if config.init_from is None:
         return config
-    run_model = None if fresh else _model_of_run(config)
-    if run_model is None:
+    file = config.run_dir / "config.yaml"
+    if not fresh and file.is_file() and (saved := cli.load_config(file)).init_from == config.init_from:
+        model = _merge(config.model, saved.model, str(config.run_dir))
+    else:
         _, theirs = hf.read_config(_folder(config, ["*.json"]))
         model = _merge(config.model, theirs, config.init_from)
         if config.upcycle_noise is not None and not upcycle.upcycled_layers(theirs, model):
             raise UserError(f"upcycle_noise: no layer that is dense in {config.init_from} becomes experts")
-    else:
-        model = _merge(config.model, run_model, f"{config.run_dir}")
     try:
         return Config.model_validate(config.model_dump() | {"model": model.model_dump()})
     except ValidationError as error:
         raise UserError(f"init_from {config.init_from}: {hf.one_line(error)}") from None
 
 
-def load_weights(sharded: "ShardedModel", config: Config, dataset: "Dataset", world: "World") -> None:
+def load_weights(sharded: ShardedModel, config: Config, dataset: Dataset, world: World) -> None:
     """Load the weights of `init_from` into a run's model; the main rank reports on layers that become experts.
 
     Raises UserError if the weights cannot be read, or if upcycling changed the model's logits.
@@ -64,11 +62,26 @@ def load_weights(sharded: "ShardedModel", config: Config, dataset: "Dataset", wo
     shapes = model_stats(config.model).shapes
     weights = {name: initial_value(name, shape, config.model, config.seed) for name, shape in shapes.items()}
     theirs, pretrained = load_pretrained(config)
-    if upcycle.upcycled_layers(theirs, config.model):
+    if layers := upcycle.upcycled_layers(theirs, config.model):
         device = torch.device("cpu") if world.device.type == "mps" else world.device  # MPS has no float64
-        pretrained, lines = _upcycle(config, theirs, pretrained, weights, list(_samples(config, dataset, device)))
+        samples = list(_samples(config, dataset, device))
+        # float64: in float32, rounding alone changes the logits of a model like GPT-2 by 1e-3.
+        before, after = (GPT(model, dtype=torch.float64).to(device) for model in (theirs, config.model))
+        before.load_state_dict(before.state_dict() | pretrained)
+        pretrained = upcycle.upcycle_weights(pretrained, layers, weights)
+        after.load_state_dict(after.state_dict() | pretrained)
+        change = upcycle.compare(before, after, samples)
+        report = f"upcycled {config.init_from}: {upcycle.describe(layers)}; {change}"
+        if not change.is_exact:
+            problem = f"more than rounding explains ({upcycle.MAX_LOGIT_CHANGE:g}); the run does not start"
+            raise UserError(f"{report}: {problem}")
+        if config.upcycle_noise is not None:
+            pretrained = upcycle.with_noise(pretrained, layers, config.upcycle_noise, config.seed)
+            after.load_state_dict(after.state_dict() | pretrained)
+            loss = upcycle.compare(before, after, samples).loss_after
+            report += f"\nwith noise {config.upcycle_noise:g}: loss {loss:.4f}"
         if world.is_main:
-            print(*lines, sep="\n", file=sys.stderr)
+            print(report, file=sys.stderr)
     weights |= pretrained
     sharded.load_full(lambda name, _shape: weights[name])
 
@@ -91,74 +104,33 @@ def load_pretrained(config: Config) -> tuple[ModelConfig, dict[str, Tensor]]:
     return config.model.model_copy(update={"blocks": theirs.blocks}), weights
 
 
-def _upcycle(
-    config: Config,
-    theirs: ModelConfig,
-    dense: dict[str, Tensor],
-    initial: dict[str, Tensor],
-    samples: list[Batch],
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the weights of the run's model and a report. Raises UserError if they compute something else."""
-    layers = upcycle.upcycled_layers(theirs, config.model)
-    weights = upcycle.upcycle_weights(dense, theirs, config.model, initial)
-    # float64: in float32, rounding alone changes the logits of a model like GPT-2 by 1e-3.
-    device = samples[0].tokens_BT.device
-    before, after = (GPT(model, dtype=torch.float64).to(device) for model in (theirs, config.model))
-    before.load_state_dict(before.state_dict() | dense)
-    after.load_state_dict(after.state_dict() | weights)
-    change = upcycle.compare(before, after, samples)
-    lines = [f"upcycled {config.init_from}: {upcycle.describe(layers)}; {change}"]
-    if not change.is_exact:
-        raise UserError(
-            f"{lines[0]}: more than rounding explains ({upcycle.MAX_LOGIT_CHANGE:g}); the run does not start"
-        )
-    if config.upcycle_noise is not None:
-        weights = upcycle.with_noise(weights, layers, config.upcycle_noise, config.seed)
-        after.load_state_dict(after.state_dict() | weights)
-        loss = upcycle.compare(before, after, samples).loss_after
-        lines.append(f"with noise {config.upcycle_noise:g}: loss {loss:.4f}")
-    return weights, lines
-
-
-def _samples(config: Config, dataset: "Dataset", device: torch.device) -> Iterator[Batch]:
+def _samples(config: Config, dataset: Dataset, device: torch.device) -> Iterator[Batch]:
     """Yield samples spread evenly over the validation set, cut to MAX_LENGTH tokens."""
-    n_positions, isolated = config.model.n_positions, config.model.isolate_documents
-    end_of_text = dataset.tokenizer.end_of_text if isolated else None
+    n_positions = config.model.n_positions
+    end_of_text = dataset.tokenizer.end_of_text if config.model.isolate_documents else None
     samples = Samples(dataset.val, n_positions=n_positions, seed=None, end_of_text=end_of_text)
     n_tokens = min(n_positions, MAX_LENGTH)
     for index in samples.evenly_spaced(min(MAX_SAMPLES, MAX_TOKENS // n_tokens) * n_positions):
         batch = samples.batch([index])
-        cut = {"tokens_BT": batch.tokens_BT[:, :n_tokens], "targets_BT": batch.targets_BT[:, :n_tokens]}
-        yield batch._replace(**cut).to(device)
-
-
-def _model_of_run(config: Config) -> ModelConfig | None:
-    """Return the model of the run in `config.run_dir`, None if there is none or it has another `init_from`."""
-    file = config.run_dir / "config.yaml"
-    if not file.is_file():
-        return None
-    saved = cli.load_config(file)
-    return saved.model if saved.init_from == config.init_from else None
+        tokens_BT, targets_BT = batch.tokens_BT[:, :n_tokens], batch.targets_BT[:, :n_tokens]
+        yield batch._replace(tokens_BT=tokens_BT, targets_BT=targets_BT).to(device)
 
 
 def _folder(config: Config, patterns: list[str]) -> Path:
-    """Return the local folder, or a run's `model` folder, or the hub's files that match `patterns`, downloaded.
-
-    Raises UserError if there is none.
-    """
+    """Return the local folder, or a run's `model` folder, or the hub's files that match `patterns`, downloaded."""
     name = config.init_from
     folder = Path(name).expanduser()
     if folder.resolve().is_relative_to(config.run_dir.resolve()):
         raise UserError(f"init_from {name}: a run cannot start from itself; choose another --name")
-    if folder.is_dir() and ((folder / "config.json").exists() or not (folder / "config.yaml").exists()):
-        return folder
     if folder.is_dir():
-        if not (folder / "model").is_dir():
-            raise UserError(
-                f"init_from {name}: this run is not finished and has no model; let it finish, or name the folder that "
-                f"`python -m training.export --run {name}` writes"
-            )
-        return folder / "model"
+        if (folder / "config.json").exists() or not (folder / "config.yaml").exists():
+            return folder
+        if (folder / "model").is_dir():
+            return folder / "model"
+        raise UserError(
+            f"init_from {name}: this run is not finished and has no model; let it finish, or name the folder that "
+            f"`python -m training.export --run {name}` writes"
+        )
     if folder.exists() or not HUB_NAME.fullmatch(name):
         raise UserError(f"init_from {name}: no such folder")
     from huggingface_hub import snapshot_download

@@ -10,8 +10,8 @@ Shapes: C channels, F and h hidden channels of the dense layer and of an expert,
 G experts per group, T tokens, V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from math import gcd
 from typing import NamedTuple
 
@@ -27,6 +27,8 @@ from training.model.layers import normal_from_key
 
 MAX_LOGIT_CHANGE = 1e-4  # rounding changes a logit by less
 MAX_TIED_SHARE = 1e-3  # of the tokens; by chance about one in a million ties
+
+Layers = dict[int, tuple[MoEConfig, int]]  # by index: config with explicit sizes, G
 
 
 class Change(NamedTuple):
@@ -52,10 +54,7 @@ class Change(NamedTuple):
 
 
 def resolve_experts(moe: MoEConfig, dense: MLPConfig, n_embd: int, layer: int, where: str) -> MoEConfig:
-    """Return `moe` with the activation of the dense layer; `where` names the dense model in errors.
-
-    Raises UserError if such experts cannot compute what the dense layer computes.
-    """
+    """Return `moe` with the dense layer's activation. Raises UserError if it cannot compute what that computes."""
 
     def error(option: str, problem: str) -> UserError:
         return UserError(f"model.blocks: ffn.{option} of layer {layer} {problem}")
@@ -83,36 +82,33 @@ def resolve_experts(moe: MoEConfig, dense: MLPConfig, n_embd: int, layer: int, w
     return moe.model_copy(update={"activation": dense.activation, "gated": dense.gated})
 
 
-def upcycled_layers(theirs: ModelConfig, ours: ModelConfig) -> dict[int, tuple[MoEConfig, int]]:
-    """Return (config with explicit sizes, G) of each layer that is dense in theirs and has experts in ours."""
-    layers = {}
+def upcycled_layers(theirs: ModelConfig, ours: ModelConfig) -> Layers:
+    """Return the layers that are dense in theirs and have experts in ours."""
     explicit = (config.with_explicit_sizes().layers() for config in (theirs, ours))
-    for i, (dense, moe) in enumerate(zip(*explicit, strict=True)):
-        if dense.ffn.type == "mlp" and moe.ffn.type == "moe":
-            layers[i] = moe.ffn, dense.ffn.hidden // moe.ffn.hidden - moe.ffn.n_shared
-    return layers
-
-
-def describe(layers: dict[int, tuple[MoEConfig, int]]) -> str:
-    """Return a phrase such as "12 layers of 8 experts, groups of 2 and 1 shared"."""
-    (n_experts, n_routed, n_shared), *others = {
-        (moe.n_experts, n_routed, moe.n_shared): None for moe, n_routed in layers.values()
+    return {
+        i: (moe.ffn, dense.ffn.hidden // moe.ffn.hidden - moe.ffn.n_shared)
+        for i, (dense, moe) in enumerate(zip(*explicit, strict=True))
+        if (dense.ffn.type, moe.ffn.type) == ("mlp", "moe")
     }
+
+
+def describe(layers: Layers) -> str:
+    """Return a phrase such as "12 layers of 8 experts, groups of 2 and 1 shared"."""
+    kinds = dict.fromkeys((moe.n_experts, n_routed, moe.n_shared) for moe, n_routed in layers.values())
+    (n_experts, n_routed, n_shared), *others = kinds
     split = "copies" if n_routed + n_shared == 1 else f"groups of {n_routed}"
     split += f" and {n_shared} shared" if n_shared else ""
-    others = ", and others" if others else ""
-    return f"{len(layers)} layer{'s' * (len(layers) > 1)} of {n_experts} experts, {split}{others}"
+    split += ", and others" if others else ""
+    return f"{len(layers)} layer{'s' * (len(layers) > 1)} of {n_experts} experts, {split}"
 
 
-def upcycle_weights(
-    dense: dict[str, Tensor], theirs: ModelConfig, ours: ModelConfig, initial: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def upcycle_weights(dense: dict[str, Tensor], layers: Layers, initial: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the dense model's weights as those of ours; the routers' rows come from `initial`, our initial weights.
 
     Tensors that no dense model has (selection biases, loads) are left out: they start as in any run.
     """
     weights = dict(dense)
-    for i, (moe, n_routed) in upcycled_layers(theirs, ours).items():
+    for i, (moe, n_routed) in layers.items():
         prefix = f"blocks.{i}.ffn."
         layer = {name.removeprefix(prefix): weights.pop(name) for name in dense if name.startswith(prefix)}
         row_EC = initial[f"{prefix}router.weight"].cpu()
@@ -144,7 +140,7 @@ def _split(layer: dict[str, Tensor], moe: MoEConfig, n_routed: int) -> Iterator[
             yield f"shared.{name}", shared
 
 
-def with_noise(weights: dict[str, Tensor], layers: Iterable[int], relative: float, seed: int) -> dict[str, Tensor]:
+def with_noise(weights: dict[str, Tensor], layers: Layers, relative: float, seed: int) -> dict[str, Tensor]:
     """Return the weights with noise on these layers' experts, `relative` to each matrix's standard deviation.
 
     Every matrix has its own generator, keyed by seed and name: the noise is the same on every rank.
@@ -164,33 +160,26 @@ def compare(dense: GPT, upcycled: GPT, samples: Sequence[Batch]) -> Change:
     If two groups' scores are equal to the last bit (about one token in a million), top-k takes a part of each group.
     Such a token and those after it in its sample are left out.
     """
-    sums, changes, n_tied, n_tokens = [0.0, 0.0], [], 0, 0
+    losses, changes, n_tied, n_tokens = [0.0, 0.0], [], 0, 0
     layers = upcycled_layers(dense.config, upcycled.config)
-    for sample in samples:
-        targets_1T = sample.targets_BT
-        with _record_experts(upcycled, layers) as topk_ids:
-            logits = [model.logits(sample.tokens_BT, documents=sample.documents)[0] for model in (dense, upcycled)]
-        for i, logits_TV in enumerate(logits):
-            sums[i] += F.cross_entropy(logits_TV, targets_1T[0], ignore_index=-1, reduction="sum").item()
-        tied_T = torch.zeros_like(targets_1T[0], dtype=torch.bool)
-        for i, (_, n_routed) in layers.items():
-            group_TKG = (topk_ids[i].sort(dim=1).values // n_routed).unflatten(1, (-1, n_routed))
-            tied_T |= (group_TKG != group_TKG[..., :1]).flatten(1).any(1)
-        n_compared = int((tied_T.cumsum(0) == 0).sum())
-        n_tied, n_tokens = n_tied + int(tied_T.sum()), n_tokens + len(tied_T)
-        if n_compared:
-            changes.append((logits[1] - logits[0])[:n_compared].abs().max())
-    n_targets = sum(sample.n_local_targets for sample in samples)
-    max_change = torch.stack(changes).max().item() if changes else 0.0  # NaN if one is NaN
-    return Change(sums[0] / n_targets, sums[1] / n_targets, max_change, n_tied, n_tokens)
-
-
-@contextmanager
-def _record_experts(model: GPT, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
-    """Record every token's experts (N, K) in these layers, during a forward pass."""
-    topk_ids: dict[int, Tensor] = {}
+    topk_ids: dict[int, Tensor] = {}  # by layer: every token's experts (N, K) in the last forward
     with ExitStack() as hooks:
         for i in layers:
-            experts = model.blocks[i].ffn.experts
+            experts = upcycled.blocks[i].ffn.experts
             hooks.enter_context(experts.register_forward_pre_hook(lambda _, args, i=i: topk_ids.update({i: args[1]})))
-        yield topk_ids
+        for sample in samples:
+            targets_T = sample.targets_BT[0]
+            logits = [model.logits(sample.tokens_BT, documents=sample.documents)[0] for model in (dense, upcycled)]
+            for i, logits_TV in enumerate(logits):
+                losses[i] += F.cross_entropy(logits_TV, targets_T, ignore_index=-1, reduction="sum").item()
+            tied_T = torch.zeros_like(targets_T, dtype=torch.bool)
+            for i, (_, n_routed) in layers.items():
+                group_TKG = (topk_ids[i].sort(dim=1).values // n_routed).unflatten(1, (-1, n_routed))
+                tied_T |= (group_TKG != group_TKG[..., :1]).flatten(1).any(1)
+            n_compared = int((tied_T.cumsum(0) == 0).sum())
+            n_tied, n_tokens = n_tied + int(tied_T.sum()), n_tokens + len(tied_T)
+            if n_compared:
+                changes.append((logits[1] - logits[0])[:n_compared].abs().max())
+    n_targets = sum(sample.n_local_targets for sample in samples)
+    max_change = torch.stack(changes).max().item() if changes else 0.0  # NaN if one is NaN
+    return Change(losses[0] / n_targets, losses[1] / n_targets, max_change, n_tied, n_tokens)

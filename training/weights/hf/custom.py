@@ -1,22 +1,85 @@
-"""A model that no architecture of Transformers expresses: our options, our tensor names, and the code that runs it."""
+"""A model that no architecture of Transformers expresses: our options, our tensor names, and the code that runs it.
 
-from dataclasses import dataclass
+Its folder holds this package's own source: `modeling.py` and all that it imports, directly or through others. So an
+export runs the code that was trained, and a new mechanism needs no code for exports. `from training.x.y import` becomes
+`from .x_y import`: Transformers copies a folder's files into one package, which has no folders.
+"""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
-
-import torch
 
 from training.config import ModelConfig
 from training.errors import UserError
-from training.model.gpt import GPT
+from training.model import model_stats
 from training.weights.hf.architecture import Architecture
-from training.weights.hf.names import Name
+from training.weights.hf.tables import Name
 
 MODEL_TYPE = "training_gpt"
-MODELING = f"modeling_{MODEL_TYPE}"  # the file that `bundle.py` writes
+MODELING = f"modeling_{MODEL_TYPE}"
 CLASSES = {"AutoConfig": "TrainingGPTConfig", "AutoModelForCausalLM": "TrainingGPTForCausalLM"}
+ENTRY = "training.weights.hf.modeling"
+IMPORT = r"(?m)^( *)from (training\.[\w.]+) import"
+
+# The modeling file imports all other files itself, because Transformers 4.57 copies only what that file imports. It
+# first drops them from sys.modules, where a folder of the same name, opened earlier, may have left its own.
+ALL_FILES = """
+import sys
+
+for _name in ({names}):
+    sys.modules.pop(f"{{__package__}}.{{_name}}", None)
+{imports}
+"""
+
+# `option`, `Section` and `one_of` without pydantic: the classes of config.py become dataclasses.
+SECTION = '''"""Options as frozen dataclasses."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Union
 
 
-@dataclass(frozen=True, kw_only=True)
+def option(default: Any, doc: str, **limits: Any) -> Any:  # noqa: ARG001
+    return default
+
+
+class Section:
+    """Options of one component."""
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True)(cls)
+
+    def model_copy(self, *, update: dict[str, Any]) -> "Section":
+        return replace(self, **update)
+
+    def model_dump(self, **_: Any) -> dict[str, Any]:
+        return asdict(self)
+
+
+def one_of(*variants: type) -> Any:
+    return Union[variants]
+'''
+
+BACKENDS = '''"""The attention back-ends that run on every machine; the others need packages or GPUs."""
+
+from training.kernels.attention.masks import boolean_mask
+from training.kernels.attention.reference import reference_attention
+from training.kernels.attention.sdpa import sdpa_attention, sdpa_mask
+from training.kernels.interface import AttentionBackend
+
+ATTENTION_BACKENDS = {
+    "sdpa": AttentionBackend(sdpa_mask, sdpa_attention),
+    "reference": AttentionBackend(boolean_mask, reference_attention),
+}
+'''
+
+REPLACED = {
+    ModelConfig.__base__.__module__: SECTION,
+    "training.kernels.attention.table": BACKENDS,
+    "training.kernels.attention.deterministic": '"""Not used here."""\n\ndeterministic_flash = None\n',
+}
+
+
 class CustomArchitecture(Architecture):
     """Our own options, and the classes of the modeling file that open them."""
 
@@ -28,14 +91,42 @@ class CustomArchitecture(Architecture):
         }
 
     def from_hf(self, hf: dict[str, Any]) -> dict[str, Any]:
-        for name in ModelConfig.model_fields:
-            if name not in hf:
-                raise UserError(f"{name} is missing")
+        if missing := [name for name in ModelConfig.model_fields if name not in hf]:
+            raise UserError(f"{missing[0]} is missing")
         return {name: hf[name] for name in ModelConfig.model_fields}
 
     def names(self, config: ModelConfig) -> list[Name]:
-        with torch.device("meta"):
-            return [Name(f"gpt.{name}", (name,)) for name in GPT(config).state_dict()]
+        return [Name(f"gpt.{name}", (name,)) for name in model_stats(config).shapes]
 
 
-CUSTOM = CustomArchitecture()
+def modeling_files() -> dict[str, str]:
+    """Return the text of each Python file by its name."""
+    texts, modules = {}, [ENTRY]
+    for module in modules:  # the loop appends to it
+        text = texts[module] = _source(module)
+        modules += dict.fromkeys(name for _, name in re.findall(IMPORT, text) if name not in modules)
+    others = sorted(map(_file_name, texts.keys() - {ENTRY}))
+    names = "".join(f'\n    "{name}",' for name in others) + "\n"
+    imports = "".join(f"\nfrom .{name} import __name__ as _{name}" for name in others)
+    docstring, end, code = texts[ENTRY].partition('\n"""\n')
+    texts[ENTRY] = docstring + end + ALL_FILES.format(names=names, imports=imports) + code
+    return {
+        f"{_file_name(module)}.py": re.sub(IMPORT, lambda match: f"{match[1]}from .{_file_name(match[2])} import", text)
+        for module, text in texts.items()
+    }
+
+
+def _file_name(module: str) -> str:
+    return MODELING if module == ENTRY else module.removeprefix("training.").replace(".", "_")
+
+
+def _source(module: str) -> str:
+    """Return the source of a module; of config.py, only the network's options, without pydantic's types."""
+    if module in REPLACED:
+        return REPLACED[module]
+    text = Path(find_spec(module).origin).read_text(encoding="utf-8")
+    if module == "training.config":
+        text = re.sub(r"(?m)^from pydantic .*\n", "", text.partition("\n# --- data ---")[0])
+        text = re.sub(r"Annotated\[(.+), Field\(.*?\)\]", r"\1", text)
+        text = text.replace(", Self\n", "\n").replace("-> Self:", '-> "Section":')  # Python 3.10 has no Self
+    return text

@@ -5,15 +5,14 @@ package adds 1e-20 to the sum instead, and exports that number as `moe_norm_min`
 consecutive; dense layers may come before and after them.
 """
 
+from functools import partial
 from typing import Any
 
-from training.config import AttentionConfig, BlockConfig
+from training.config import AttentionConfig, ModelConfig
 from training.errors import UserError
 from training.weights.hf import llama
-from training.weights.hf.experts import EXPERT_KINDS, dense_layers, expert_tensors
-from training.weights.hf.fields import Field, read
-from training.weights.hf.llama import LlamaLike, PerLayer
-from training.weights.hf.names import Name
+from training.weights.hf.llama import EXPERT_KINDS, LlamaLike, dense_layers
+from training.weights.hf.tables import Field, Name, read
 
 # Transformers' default. A token's scores sum to more, unless a large selection bias picks experts with tiny scores.
 MAX_NORM_MIN = 1e-12
@@ -24,9 +23,17 @@ def _check(hf: dict[str, Any]) -> None:
         raise UserError(f"moe_norm_min: {norm_min:g} is not supported, only {MAX_NORM_MIN:g} or less")
 
 
-def _write_experts(layers: list[BlockConfig]) -> dict[str, Any]:
-    moe_layers = sorted(set(range(len(layers))) - set(dense_layers(layers)))
-    return {"moe_layer_start_index": moe_layers[0], "moe_layer_end_index": moe_layers[-1]}
+def _written(config: ModelConfig) -> dict[str, Any]:
+    moe_layers = sorted(set(range(config.n_layer)) - set(dense_layers(config)))
+    return {
+        "moe_layer_start_index": moe_layers[0],
+        "moe_layer_end_index": moe_layers[-1],
+        "use_bias": False,
+        "moe_layer_interval": 1,
+        "moe_norm_min": 1e-20,
+        "num_nextn_predict_layers": 0,
+        "pad_token_id": None,  # the class's 0 would keep token 0's embedding from training
+    }
 
 
 def _read_experts(hf: dict[str, Any], n_layer: int) -> list[bool]:
@@ -46,29 +53,21 @@ def _attention(mixer: AttentionConfig, theirs: str, ours: str) -> list[Name]:
 ERNIE4_5_MOE = LlamaLike(
     class_name="Ernie4_5_MoeForCausalLM",
     ffns=EXPERT_KINDS,
-    defaults=llama.DEFAULTS
-    | {"num_key_value_heads": 4, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "use_bias": False}
+    defaults={"num_key_value_heads": 4, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "use_bias": False}
     | {"moe_num_shared_experts": 2, "moe_norm_min": 1e-12}
     | {"moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1},
     rope_theta=5e5,
-    neutral=llama.NEUTRAL | llama.NO_WINDOW | {"use_bias": (None, False), "moe_layer_interval": (1,)},
+    neutral=llama.NO_WINDOW | {"use_bias": (None, False), "moe_layer_interval": (1,)},
     check=_check,
     expert_fields=(
         Field("moe_num_experts", "n_experts", int, alias="num_experts"),
         Field("moe_k", "top_k", int, alias="num_experts_per_tok"),
         Field("moe_intermediate_size", "hidden", int),
         Field("moe_num_shared_experts", "n_shared", int),
-        llama.ACTIVATION,
     ),
     implied_experts={"balance": "bias"},  # as ERNIE 4.5 was trained
-    experts=PerLayer(_write_experts, _read_experts),
-    constants=lambda _config: {
-        "use_bias": False,
-        "moe_layer_interval": 1,
-        "moe_norm_min": 1e-20,
-        "num_nextn_predict_layers": 0,
-        "pad_token_id": None,  # the class's 0 would keep token 0's embedding from training
-    },
+    read_experts=_read_experts,
+    written=_written,
     attention=_attention,
-    feed_forward=expert_tensors(bias="moe_statics.e_score_correction_bias", bias_index=(None,)),
+    experts=partial(llama.experts, bias="moe_statics.e_score_correction_bias", bias_index=(None,)),
 )

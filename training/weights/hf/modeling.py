@@ -1,6 +1,6 @@
 """The network as a model of Transformers: `AutoModelForCausalLM` opens it, `generate` runs it with its cache.
 
-An export contains this file and all that it imports from this package (`bundle.py`). These files may import only torch
+An export contains this file and all that it imports from this package (`custom.py`). These files may import only torch
 and transformers (4.57 or later).
 """
 
@@ -10,12 +10,24 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from training.config import BlockConfig, ModelConfig
 from training.kernels.attention.masks import Documents, left_padded
 from training.kernels.experts import PORTABLE
 from training.kernels.interface import Kernels
 from training.model.cache import Cache
-from training.model.gpt import GPT
-from training.weights.hf.options import OPTIONS, model_config
+from training.model.gpt import FEED_FORWARDS, GPT, MIXERS
+
+OPTIONS = ModelConfig().model_dump(mode="json")  # every option of the network and its default
+KINDS = {kind().type: kind for kind in (*MIXERS, *FEED_FORWARDS)}
+
+
+def model_config(options: dict[str, Any]) -> ModelConfig:
+    """Return the configuration of the network; an export has no pydantic that would do it."""
+    blocks = [
+        values | {name: KINDS[values[name]["type"]](**values[name]) for name in ("mixer", "ffn")}
+        for values in options["blocks"]
+    ]
+    return ModelConfig(**(options | {"blocks": tuple(BlockConfig(**block) for block in blocks)}))
 
 
 class TrainingGPTConfig(PretrainedConfig):
@@ -35,19 +47,14 @@ class TrainingGPTConfig(PretrainedConfig):
         super().__init__(**{"tie_word_embeddings": False} | options)  # a tied head has no parameter to tie
 
 
-class GenerationCache:
+class GenerationCache(Cache):
     """Our cache, with the methods that `generate` calls."""
 
     is_compileable = False
-
-    def __init__(self, cache: Cache):
-        self.cache = cache
+    reorder_cache = Cache.select
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 (Transformers' signature)
-        return self.cache.n_tokens
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.cache.select(beam_idx)
+        return self.n_tokens
 
 
 class TrainingGPTForCausalLM(PreTrainedModel, GenerationMixin):
@@ -55,7 +62,6 @@ class TrainingGPTForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = TrainingGPTConfig
     base_model_prefix = "gpt"
-    main_input_name = "input_ids"
     _is_stateful = True  # our own cache cannot drop tokens
 
     def __init__(self, config: TrainingGPTConfig):
@@ -96,13 +102,8 @@ class TrainingGPTForCausalLM(PreTrainedModel, GenerationMixin):
         **_: Any,
     ) -> dict[str, Any]:
         n_read = 0 if past_key_values is None else past_key_values.get_seq_length()
-        return {
-            "input_ids": input_ids[:, n_read:],
-            "past_key_values": past_key_values,
-            "attention_mask": attention_mask,
-            "use_cache": use_cache,
-            "logits_to_keep": 1,
-        }
+        passed = {"past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": use_cache}
+        return {"input_ids": input_ids[:, n_read:], "logits_to_keep": 1, **passed}
 
     def forward(
         self,
@@ -130,17 +131,15 @@ class TrainingGPTForCausalLM(PreTrainedModel, GenerationMixin):
         if past_key_values is None and use_cache:
             if n_padding_B is None and position_ids is not None and bool((position_ids[:, 1:] == 0).any()):
                 raise ValueError("packed documents (position_ids that restart at 0) need use_cache=False")
-            past_key_values = GenerationCache(self.gpt.new_cache(n_padding_B))
+            past_key_values = GenerationCache(len(self.gpt.blocks), n_padding_B)
         elif past_key_values is None and position_ids is not None:
             position_BT = position_ids.expand_as(input_ids)
             documents = Documents((position_BT == 0).cumsum(1), position_BT)
         elif past_key_values is None and n_padding_B is not None and bool(n_padding_B.any()):
             documents = left_padded(n_padding_B, 0, input_ids.shape[1])
-        cache = None if past_key_values is None else past_key_values.cache
-        logits_BTV = self.gpt.logits(input_ids, cache, documents, n_last=logits_to_keep or 0)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits_BTV, labels, self.gpt.config.vocab_size, **loss_options)
+        logits_BTV = self.gpt.logits(input_ids, past_key_values, documents, n_last=logits_to_keep)
+        n_vocab = self.gpt.config.vocab_size
+        loss = None if labels is None else self.loss_function(logits_BTV, labels, n_vocab, **loss_options)
         output = CausalLMOutputWithPast(loss=loss, logits=logits_BTV, past_key_values=past_key_values)
         return output if return_dict is not False else output.to_tuple()
 
