@@ -122,7 +122,7 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def finish_step(self, count_E: Tensor, updated: bool = True) -> Tensor:
-        """Move bias and load by the counts of the global batch, unless it was skipped; return the bias's range."""
+        """Move bias and load by the global batch's counts, unless its update was skipped; return the bias's range."""
         if updated and self.config.balance in ("bias", "both"):
             self.selection_bias.add_(self.config.bias_rate * (count_E.mean() - count_E).sign())
         if updated:

@@ -18,7 +18,7 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(g_XMN: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """Make all singular values about 0.7 to 1.2, but for zeros, by `steps` Newton-Schulz iterations in `dtype`."""
+    """Bring nonzero singular values to about 0.7 to 1.2 by `steps` Newton-Schulz iterations in `dtype`."""
     a, b, c = QUINTIC
     norm = g_XMN.norm(dim=(-2, -1), keepdim=True)
     x = (g_XMN / norm.clamp(min=1e-30)).to(dtype)  # divide before the cast: small gradients underflow in fp16
