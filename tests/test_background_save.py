@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -169,16 +170,16 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def writer_groups(size: int) -> list[WriterGroup]:
     """Return the groups of `size` ranks that are threads of this process."""
-    messages, barrier = [b""] * size, threading.Barrier(size, timeout=20)
+    values, barrier = [None] * size, threading.Barrier(size, timeout=20)
 
-    def gather(rank: int, data: bytes) -> list[bytes]:
-        messages[rank] = data
+    def gather(rank: int, value: Any) -> list[Any]:
+        values[rank] = value
         barrier.wait()
-        gathered = list(messages)
+        gathered = list(values)
         barrier.wait()
         return gathered
 
-    return [WriterGroup(rank, size, lambda data, rank=rank: gather(rank, data)) for rank in range(size)]
+    return [WriterGroup(rank, size, lambda value, rank=rank: gather(rank, value)) for rank in range(size)]
 
 
 def rows_of(rank: int, size: int, n: int = 10) -> tuple[int, int]:

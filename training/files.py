@@ -3,7 +3,7 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,23 +55,12 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         raise
 
 
-class RunLock:
-    """The lock of a run's folder. It is lost if the lock file is removed or replaced."""
-
-    def __init__(self, folder: Path, lock_file: Path):
-        self.folder, self.lock_file, self.inode = folder, lock_file, lock_file.stat().st_ino
-
-    def check(self) -> None:
-        """Raise UserError if the lock file was removed, because another process may train the run now."""
-        if not self.lock_file.exists() or self.lock_file.stat().st_ino != self.inode:
-            raise UserError(
-                f"{self.lock_file}: was removed, so another process may be training {self.folder}; start again"
-            )
-
-
 @contextmanager
-def run_lock(folder: Path) -> Iterator[RunLock]:
-    """Lock a run's folder until the block or the process ends. Raises UserError if another process holds the lock."""
+def run_lock(folder: Path) -> Iterator[Callable[[], None]]:
+    """Lock a run's folder until the block or the process ends. Raises UserError if another process holds the lock.
+
+    Yields a function that raises UserError if the lock file was removed: another process may train the run now.
+    """
     from filelock import FileLock, Timeout
 
     real = folder.resolve()  # a folder and links to it share one lock
@@ -84,8 +73,15 @@ def run_lock(folder: Path) -> Iterator[RunLock]:
     except OSError as error:
         option = "--name" if error.errno == errno.ENAMETOOLONG else "--out_dir"
         raise UserError(f"{folder.parent}: {error.strerror or error}; choose another {option}") from error
+    file = Path(lock.lock_file)
+    inode = file.stat().st_ino
+
+    def check_lock() -> None:
+        if not file.exists() or file.stat().st_ino != inode:
+            raise UserError(f"{file}: was removed, so another process may be training {folder}; start again")
+
     try:
-        yield RunLock(folder, Path(lock.lock_file))
+        yield check_lock
     finally:
         lock.release()
 

@@ -9,7 +9,6 @@ import json
 import re
 import statistics
 import sys
-from pathlib import Path
 
 from training.config import Config
 from training.errors import UserError, command
@@ -28,8 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else argv
     config, flags = cli.parse_command_line(args, prog="python -m training.plan", doc=__doc__, flags=FLAGS)
     world_size = int(_number("--world", flags["--world"] or "1", "a number of ranks, 1 or more", "[1-9][0-9]{0,6}"))
-    mfu = flags["--mfu"]
-    if mfu is not None:
+    if (mfu := flags["--mfu"]) is not None:
         mfu = _number("--mfu", mfu, "above 0 and at most 1", r"0?\.[0-9]*[1-9][0-9]*|1(\.0*)?")
 
     from training.planning.report import build_plan, find_device, report_lines
@@ -55,7 +53,7 @@ def measured_tokens_per_s(config: Config, device: str, world_size: int) -> float
     """
     from training.logging.jsonl import read_rows
 
-    folder = Path(config.run_dir)
+    folder = config.run_dir
     try:
         facts = json.loads((folder / "run.json").read_text())["facts"]
         is_same_machine = (facts["device"], facts["world_size"]) == (device, world_size)

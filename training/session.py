@@ -1,13 +1,13 @@
 """Enter a run: lock its folder, join its ranks and check that all of them have the same options."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from training.config import Config
 from training.errors import UserError, exit_unless_first_local_rank
-from training.files import RunLock, run_lock
+from training.files import run_lock
 
 if TYPE_CHECKING:
     from training.distributed.world import World
@@ -18,12 +18,11 @@ class Session(NamedTuple):
 
     config: Config  # with the `model` options that `init_from` sets
     world: "World"
-    lock: RunLock | None  # on the main rank
+    check_lock: Callable[[], None]  # raises UserError on the main rank if the lock file was removed
 
-    def check_lock(self) -> None:
-        """Raise UserError if the lock file was removed: another process may train this run now."""
-        if self.lock is not None:
-            self.lock.check()
+
+def _no_check() -> None:
+    """Do nothing: only the main rank holds the lock."""
 
 
 @contextmanager
@@ -33,9 +32,9 @@ def session(config: Config, resume: str) -> Iterator[Session]:
     Raises UserError if another process trains this run, a rank is missing, or the ranks' options differ.
     """
     with ExitStack() as stack:
-        lock = None
+        check_lock = _no_check
         if os.environ.get("WORLD_SIZE", "1") == "1":  # before the slow imports: a second process fails at once
-            lock = stack.enter_context(run_lock(config.run_dir))
+            check_lock = stack.enter_context(run_lock(config.run_dir))
 
         from training.device import resolve_precision, select_device
         from training.distributed.consistency import check_same_options
@@ -50,9 +49,9 @@ def session(config: Config, resume: str) -> Iterator[Session]:
             raise
         stack.push(world.close)
         if world.is_main and world.size > 1:
-            lock = stack.enter_context(run_lock(config.run_dir))
+            check_lock = stack.enter_context(run_lock(config.run_dir))
         check_same_options(world, config, resume, resolve_precision(config.precision, world.device))
         world.set_activity("the preparation of data", "untimed")
         config = resolve_init_from(config, fresh=resume == "never")
         check_mesh(config, world.size)
-        yield Session(config, world, lock)
+        yield Session(config, world, check_lock)

@@ -4,9 +4,8 @@
     writer.save({"model": shards, "optimizer": shards}, {"step": 120}, best_step=None)   # writes in the background
     model, optimizer, state = load(latest(folder, warn=print))
 
-A checkpoint is a folder `step-00000120` of safetensors and JSON files. It is written under a temporary name; the
-manifest with the SHA-256 of every file is written last; then the folder is renamed. A tensor is in one file, or its
-rows are in one file per rank and an index lists them: any number of ranks can read it. All ranks share a file system.
+A checkpoint is a folder `step-00000120` of safetensors and JSON files; its manifest has their SHA-256. A tensor is in
+one file, or each rank's rows are in one and an index lists them: any number of ranks, on one file system, can read it.
 """
 
 # ruff: noqa: F401 (the public names of the package)

@@ -52,18 +52,15 @@ class WriterGroup(NamedTuple):
 
     rank: int
     size: int
-    gather_bytes: Callable[[bytes], list[bytes]]  # all ranks' bytes, on every rank; called from the writing thread
+    gather: Callable[[Any], list[Any]]  # all ranks' values, on every rank; called from the writing thread
 
 
-SINGLE = WriterGroup(0, 1, lambda data: [data])
+SINGLE = WriterGroup(0, 1, lambda value: [value])
 Shards = dict[str, dict[str, TensorShard]]  # by kind ("model", "optimizer") and name
 
 
 class CheckpointWriter:
-    """A writer of checkpoints to a folder, at most one at a time, in the background.
-
-    All ranks call its methods in the same order.
-    """
+    """Writes checkpoints to a folder, one at a time, in the background. Ranks call its methods in the same order."""
 
     def __init__(self, folder: Path, group: WriterGroup, config: CheckpointConfig):
         self.folder, self.group, self.config = folder, group, config
@@ -79,11 +76,10 @@ class CheckpointWriter:
         self.is_preallocated = True
 
         def allocate() -> None:
+            owned = [(kind, name, s.tensor) for kind in shards for name, s in shards[kind].items() if s.is_owner]
             with suppress(RuntimeError):  # out of memory: the save will report it
-                for kind, by_name in shards.items():
-                    for name, shard in by_name.items():
-                        if shard.is_owner:
-                            self._buffer(kind, name, shard.tensor).zero_()
+                for kind, name, tensor in owned:
+                    self._buffer(kind, name, tensor).zero_()
 
         self._work = self._pool.submit(allocate)
 
@@ -182,18 +178,19 @@ class CheckpointWriter:
     def _on_all_ranks(self, work: Callable[[], Any]) -> list[Any]:
         """Run `work` on all ranks and return all results. Raises UserError, on all ranks, if any rank fails."""
         try:
-            outcome = {"result": work()}
+            outcome = work()
         except UserError as error:
-            outcome = {"error": str(error)}
+            outcome = error
         except Exception as error:  # of any type: the other ranks wait for the outcome
-            outcome = {"error": getattr(error, "strerror", None) or library_error(error)}
+            outcome = UserError(getattr(error, "strerror", None) or library_error(error))
         try:
-            outcomes = [json.loads(data) for data in self.group.gather_bytes(json.dumps(outcome).encode())]
+            outcomes = self.group.gather(outcome)
         except RuntimeError as error:  # the other ranks cannot be reached
             raise UserError(library_error(error)) from error
-        if errors := [outcome["error"] for outcome in outcomes if "error" in outcome]:
-            raise UserError(errors[0])
-        return [outcome["result"] for outcome in outcomes]
+        for outcome in outcomes:
+            if isinstance(outcome, UserError):
+                raise outcome
+        return outcomes
 
     def _write_shards(self, partial: Path, kind: str, shards: dict[str, TensorShard], one_file: bool) -> dict:
         """Write this rank's rows; return their locations. With `one_file` the main rank's stay in memory."""
@@ -240,9 +237,8 @@ def _collect(partial: Path, kind: str, shards: dict[str, TensorShard], by_rank: 
 def write_tensors(path: Path, tensors: dict[str, Tensor], pieces: Iterable[Tensor]) -> dict[str, str | int]:
     """Write a safetensors file (github.com/huggingface/safetensors) durably; return its manifest entry.
 
-    `tensors` give names, dtypes and shapes, `pieces` the values, in rows from the first tensor to the last.
-    `safetensors.torch.save_file` needs all of them in memory and a second pass for the hash, and hides the system's
-    error if the disk is full.
+    `tensors` give names, dtypes and shapes, `pieces` the values in the same order. `safetensors.torch.save_file` needs
+    all of them in memory and a second pass for the hash, and hides the system's error if the disk is full.
     """
     header, stop = {}, 0
     for name, tensor in tensors.items():

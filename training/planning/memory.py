@@ -129,10 +129,7 @@ def largest_micro_batch(config: Config, limit: float, world_size: int = 1, devic
 def _peak(
     config: Config, micro_batch: int, mesh: MeshShape, device_type: str, n_senders: int
 ) -> tuple[Counter[str], bool]:
-    """Return bytes by kind at the peak of the second step, and whether the peak was in the optimizer step.
-
-    `n_senders` ranks send tokens to this rank's experts, if these are split over ranks.
-    """
+    """Return bytes by kind at the peak of the second step, and whether the peak was in the optimizer step."""
     per_rank = max_samples_per_rank(config, mesh.replicate * mesh.shard)
     with FakeTensorMode(), _without_cpu_paths(device_type), StorageTracker(mesh.shard > 1) as tracker:
         step = _FakeStep(config, mesh, device_type, n_senders, tracker)
@@ -242,13 +239,11 @@ class _FakeStep:
         self.tracker.count(parameter.grad, "gradients", self.shares[parameter])
 
     def create_gradients(self) -> None:
-        """Create the gradients that a backward pass leaves behind."""
         for parameter in self.shares:
             parameter.grad = torch.empty_like(parameter)
             self._count_gradient(parameter)
 
     def forward_backward(self, micro_batch: int) -> None:
-        """Compute the gradients of a micro-batch."""
         tokens_BT = torch.zeros(micro_batch, self.model.config.n_positions, dtype=torch.int64)
         documents = Documents(tokens_BT, tokens_BT) if self.model.config.isolate_documents else None
         key_B = torch.zeros(micro_batch, dtype=torch.int64)
@@ -290,10 +285,7 @@ def _kernels(config: Config, device_type: str) -> Kernels:
 
 
 def _split_experts(experts: Experts, n_ranks: int, n_senders: int) -> None:
-    """Keep one rank's experts; the tokens of `n_senders` ranks arrive, as in distributed/parallelize.py.
-
-    Copies take the place of the all-to-all: forward and backward allocate the same rows.
-    """
+    """Keep one rank's experts; rows of `n_senders` ranks arrive. Copies take as much memory as the all-to-all."""
     compute = experts.forward
     for name, parameter in experts.named_parameters():
         setattr(experts, name, nn.Parameter(parameter.detach().chunk(n_ranks)[0].clone()))

@@ -28,7 +28,7 @@ DEFAULT_MFU = 0.4
 NO_BF16 = {"V100", "T4"}  # no bf16 matrix units
 MAX_EPOCHS = 4  # up to here repeated text is nearly as good as new text (arXiv:2305.16264)
 # About 20 is best for a given amount of compute (arXiv:2203.15556); up to 500 is usual for models that serve a lot.
-TOKENS_PER_PARAMETER = (5, 500)
+MIN_TOKENS_PER_PARAMETER, MAX_TOKENS_PER_PARAMETER = 5, 500
 # Of tokenizers known by name, with the end-of-text token.
 VOCAB_SIZES = dict.fromkeys(("gpt2", "openai-community/gpt2", "r50k_base"), 50257)
 VOCAB_SIZES |= {"p50k_base": 50281, "cl100k_base": 100277, "o200k_base": 200019}
@@ -50,16 +50,12 @@ class RunPlan(NamedTuple):
     config: Config  # resolved
     device: TargetDevice
     world_size: int
+    n_tokens: int  # of all steps
     train_tokens: list[int]  # of each stream of the prepared data; [] if there are none
     stats: ModelStats
     micro_batch: int
     largest_micro_batch: int  # that fits; 0: not one sample does
     memory: MemoryEstimate
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of the whole run."""
-        return self.config.steps * self.config.batch_tokens
 
 
 def find_device(name: str | None, config: Config) -> TargetDevice:
@@ -89,10 +85,8 @@ def build_plan(config: Config, device: TargetDevice, world_size: int) -> RunPlan
     model = config.model.model_copy(update={"vocab_size": config.model.vocab_size or _vocab_size(config, manifest)})
     config = config.model_copy(update={"precision": precision, "model": model}).with_explicit_sizes()
     if (n_samples := config.batch_tokens // model.n_positions) < world_size:
-        raise UserError(
-            f"--world: {world_size} ranks are more than the {n_samples} samples of batch_tokens "
-            f"{config.batch_tokens}; raise batch_tokens"
-        )
+        problem = f"{world_size} ranks are more than the {n_samples} samples of batch_tokens {config.batch_tokens}"
+        raise UserError(f"--world: {problem}; raise batch_tokens")
     per_rank = max_samples_per_rank(config, world_size)
     largest = largest_micro_batch(config, HEADROOM * device.n_bytes, world_size, device.type)
     if config.micro_batch == "auto":
@@ -100,8 +94,10 @@ def build_plan(config: Config, device: TargetDevice, world_size: int) -> RunPlan
     else:
         micro_batch = min(config.micro_batch, per_rank)
     memory = estimate(config, micro_batch, world_size, device.type)
-    n_tokens = [stream.n_tokens for stream in manifest.streams if stream.split == "train"] if manifest else []
-    return RunPlan(config, device, world_size, n_tokens, model_stats(model), micro_batch, largest, memory)
+    n_tokens = config.steps * config.batch_tokens
+    train_tokens = [stream.n_tokens for stream in manifest.streams if stream.split == "train"] if manifest else []
+    stats = model_stats(model)
+    return RunPlan(config, device, world_size, n_tokens, train_tokens, stats, micro_batch, largest, memory)
 
 
 def _vocab_size(config: Config, manifest: Manifest | None) -> int:
@@ -114,10 +110,8 @@ def _vocab_size(config: Config, manifest: Manifest | None) -> int:
     else:
         size = tokenizer.vocab_size if tokenizer.type == "bpe" else VOCAB_SIZES.get(tokenizer.name)
     if size is None:
-        raise UserError(
-            f"model.vocab_size: unknown until the tokenizer {tokenizer.name} is loaded: run python -m training.prepare "
-            "first, or set --model.vocab_size"
-        )
+        remedy = "run python -m training.prepare first, or set --model.vocab_size"
+        raise UserError(f"model.vocab_size: unknown until the tokenizer {tokenizer.name} is loaded: {remedy}")
     return -(-size // 64) * 64
 
 
@@ -140,10 +134,8 @@ def describe_batch(config: Config, micro_batch: int, n_ranks: int = 1) -> str:
     """Return the line "batch" of a plan and of a run's header."""
     n_samples = config.batch_tokens // config.model.n_positions
     per_rank = f", {-(-n_samples // n_ranks)} per rank" if n_ranks > 1 else ""
-    return (
-        f"{config.batch_tokens:,} tokens = {n_samples:,} samples x {config.model.n_positions}{per_rank}, "
-        f"micro-batch {micro_batch}"
-    )
+    samples = f"{n_samples:,} samples x {config.model.n_positions}{per_rank}"
+    return f"{config.batch_tokens:,} tokens = {samples}, micro-batch {micro_batch}"
 
 
 def report_lines(plan: RunPlan, mfu: float | None, measured: float | None) -> list[str]:
@@ -197,10 +189,10 @@ def _time(plan: RunPlan, mfu: float | None, measured: float | None) -> str:
     if mfu is None and measured:
         return f"{duration_text(plan.n_tokens / measured)}, at {measured:,.0f} tokens/s as this run was measured here"
     peak = plan.device.peak_flops if plan.config.precision != "fp32" else None
-    if peak is None:
-        if mfu is not None:
-            raise UserError(f"--mfu: no peak is known of {plan.device.name} in {plan.config.precision}; leave it out")
+    if peak is None and mfu is None:
         return "unknown: no peak is known of this device; train some steps here, then plan again"
+    if peak is None:
+        raise UserError(f"--mfu: no peak is known of {plan.device.name} in {plan.config.precision}; leave it out")
     speed = (mfu or DEFAULT_MFU) * peak * plan.world_size / plan.stats.flops_per_token
     how = f"{mfu or DEFAULT_MFU:.0%} of {peak / 1e12:,.0f} TFLOP/s" + ("" if mfu else ", assumed; set it with --mfu")
     how += "; communication is not counted" if plan.world_size > 1 else ""
@@ -224,10 +216,8 @@ def warnings(plan: RunPlan) -> Iterator[str]:
     config, device = plan.config, plan.device
     n_samples = config.batch_tokens // config.model.n_positions
     if not plan.largest_micro_batch:
-        yield (
-            f"not one sample fits into {device.n_bytes / 2**30:.1f} GiB: use parallel.recompute: full, "
-            "parallel.mesh.shard over more devices, a smaller model.n_positions, or a smaller model"
-        )
+        remedy = "parallel.recompute: full, parallel.mesh.shard over more devices, a smaller model.n_positions"
+        yield f"not one sample fits into {device.n_bytes / 2**30:.1f} GiB: use {remedy}, or a smaller model"
     elif plan.micro_batch > plan.largest_micro_batch:
         yield f"micro_batch {plan.micro_batch} does not fit: use auto, or {plan.largest_micro_batch}"
     if n_samples % plan.world_size:
@@ -240,11 +230,11 @@ def warnings(plan: RunPlan) -> Iterator[str]:
         yield f"{device.name} has no matrix units for bf16: use precision {other}"
     if plan.train_tokens and (n_epochs := epochs(plan)) > MAX_EPOCHS:
         yield f"{n_epochs:.3g} epochs: beyond {MAX_EPOCHS} the model learns little; use more text or fewer steps"
-    ratio, (low, high) = plan.n_tokens / plan.stats.n_active_parameters, TOKENS_PER_PARAMETER
+    ratio = plan.n_tokens / plan.stats.n_active_parameters
     best = f"{_rounded(ratio)} tokens per parameter; about 20 are best"
-    if ratio < low:
+    if ratio < MIN_TOKENS_PER_PARAMETER:
         yield f"{best}: a smaller model learns more in that time; or raise steps"
-    elif ratio > high:
+    elif ratio > MAX_TOKENS_PER_PARAMETER:
         yield f"{best}: a larger model learns more in that time"
     if problem := disk_shortage(plan.stats, config):
         yield problem
@@ -269,11 +259,8 @@ def disk_shortage(stats: ModelStats, config: Config, *, fresh: bool = False) -> 
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     needed = n_checkpoints(config) * checkpoint_bytes(stats, config) + 4 * stats.n_parameters
     needed -= 0 if fresh else sum(path.stat().st_size for path in folder.glob("step-*/*"))
-    free = shutil.disk_usage(existing).free
-    if free >= needed:
+    if (free := shutil.disk_usage(existing).free) >= needed:
         return None
-    sizes = [f"{n / 2**30:,.1f} GiB" if n >= 2**30 else f"{n / 2**20:.2f} MiB" for n in (free, needed)]
-    return (
-        f"{existing} has {sizes[0]} free, and checkpoints and the model need {sizes[1]}: lower checkpoint.keep, or "
-        "choose another out_dir"
-    )
+    has, need = (f"{n / 2**30:,.1f} GiB" if n >= 2**30 else f"{n / 2**20:.2f} MiB" for n in (free, needed))
+    problem = f"{existing} has {has} free, and checkpoints and the model need {need}"
+    return f"{problem}: lower checkpoint.keep, or choose another out_dir"
