@@ -52,10 +52,7 @@ class Facts(NamedTuple):
 
 
 def facts_from_rows(rows: list[dict], config: Config, *, memory_gib: float, peak_gib: float, **measured) -> Facts:
-    """Return the facts of a run from its rows; `measured` has the other fields of `Facts`.
-
-    `memory_gib` is the device's memory, `peak_gib` this process's peak, for a run without rows.
-    """
+    """Return a run's facts. `memory_gib` is the device's, `peak_gib` replaces missing rows, `measured` has the rest."""
     norms, mfu, gib = ([value for _, value in points(rows, key)] for key in ("grad_norm", "mfu", "memory_gib"))
     clip, last, peak = config.optim.grad_clip, rows[-1] if rows else {}, max(gib, default=peak_gib)
     return Facts(

@@ -18,10 +18,7 @@ def open_sink(run: RunInfo, _config: LoggingConfig) -> Sink:
 
 
 class JSONLSink(Sink):
-    """Appends rows to `run.dir / "metrics.jsonl"`, after dropping those past `run.start_step`.
-
-    Warns if rows were removed by someone else; a run never stops because of its log.
-    """
+    """Appends rows to `run.dir / "metrics.jsonl"`. Warns if someone removed rows: a run does not stop for its log."""
 
     def __init__(self, run: RunInfo) -> None:
         self.path = run.dir / "metrics.jsonl"
@@ -53,10 +50,7 @@ class JSONLSink(Sink):
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Return the rows of a metrics.jsonl, finished or not; [] if there is no file.
-
-    Raises UserError for a line, other than an unfinished last one, that is not a row.
-    """
+    """Return the rows of metrics.jsonl, [] if there is no file. Raises UserError for a complete line that is no row."""
     rows = []
     for number, line in enumerate(read_text(path).split("\n")[:-1], start=1):
         try:

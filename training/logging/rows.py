@@ -37,10 +37,7 @@ class RunLog:
         self._clock = time.perf_counter()
 
     def add(self, step: int, metrics: dict[str, Tensor], n_targets: int, n_skipped: int) -> None:
-        """Keep the metrics of an update on the device; `step` counts from 1.
-
-        A metric with a key of METRICS goes to the row unchanged; `step_metrics` turns the others into values.
-        """
+        """Keep an update's metrics on the device. `step_metrics` turns loss_sum and those with a "." into values."""
         self.timer.finish_startup()
         self._pending.append((step, metrics, n_targets, n_skipped))
 

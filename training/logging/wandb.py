@@ -67,10 +67,7 @@ class WandbSink(Sink):
 
 
 def _init(wandb: Any, config: WandbConfig, run: RunInfo, run_id: str) -> Any:
-    """Start or resume the W&B run, offline if the network does not answer.
-
-    Raises UserError if there is no API key or the server refuses it.
-    """
+    """Start or resume the W&B run, offline without a network. Raises UserError without a valid API key."""
     options = {"project": config.project, "entity": config.entity, "name": run.name, "id": run_id, "resume": "allow"}
     options |= {"dir": str(run.dir), "config": run.config}
     options["settings"] = wandb.Settings(silent=True, console="off", finish_timeout=FINISH_TIMEOUT_S)
