@@ -3,8 +3,8 @@
     python benchmarks/tokens.py --tokenizer PATH --plot benchmarks/results/tokens_memory.png
 
 The text is Python's standard library. For speed, a part of it is tokenized beside the `tokenizers` library, which
-produces the same ids. For memory, `training.prepare` tokenizes each size, in files of 10 MB, with one process per core;
-the figure is the peak of all processes together, with shared pages counted once (PSS; Linux).
+produces the same ids. For memory, `training.prepare` tokenizes each size, in files of 10 MB, with one thread per core;
+the figure is the peak of the process and its children, with shared pages counted once (PSS; Linux).
 """
 
 import argparse

@@ -13,9 +13,8 @@ from filelock import FileLock
 from training import files
 from training import prepare as command
 from training.config import DataConfig
-from training.data import Samples, prepare, shards, workers
+from training.data import Samples, Tokenizer, build, prepare, shards
 from training.data import dataset as dataset_module
-from training.data.shards import open_split, read_manifest
 from training.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +63,7 @@ def texts(dataset, split: str) -> list[str]:
 
 @pytest.mark.parametrize("n_workers", [1, 2])
 def test_every_document_is_in_one_split_unchanged(folder, n_workers, monkeypatch):
-    monkeypatch.setattr(workers, "REQUEST_CHARS", 1000)
+    monkeypatch.setattr(build, "BATCH_CHARS", 1000)
     dataset = prepare(config_of(folder, workers=n_workers), quiet=True)
     train, val = texts(dataset, "train"), texts(dataset, "val")
     assert sorted(train + val) == sorted(text_of(i) for i in range(200))
@@ -79,7 +78,7 @@ def test_every_document_is_in_one_split_unchanged(folder, n_workers, monkeypatch
 
 
 def test_the_number_of_workers_changes_nothing(folder, monkeypatch):
-    monkeypatch.setattr(workers, "REQUEST_CHARS", 500)
+    monkeypatch.setattr(build, "BATCH_CHARS", 500)
     fingerprints = {
         prepare(config_of(folder, workers=n, cache_dir=str(folder / f"cache{n}")), quiet=True).fingerprint
         for n in (1, 2, 3)
@@ -136,9 +135,9 @@ def test_weighted_sources_are_streams_of_their_own(folder):
 def test_blank_documents_are_left_out_and_counted(folder):
     (folder / "text" / "blank.jsonl").write_text('{"text": " \\n"}\n{"text": ""}\n{"text": "some"}\n')
     (folder / "text" / "empty.txt").touch()
-    report = prepare(config_of(folder), quiet=True).report
-    assert report["blank_documents"] == 3
-    assert report["train"]["documents"] + report["val"]["documents"] == 201
+    dataset = prepare(config_of(folder), quiet=True)
+    assert dataset.report["blank_documents"] == 3
+    assert dataset.train.n_documents + dataset.val.n_documents == 201
 
 
 # --- the cache -------------------------------------------------------------------------------------
@@ -296,8 +295,8 @@ def test_a_dataset_that_another_process_is_building_is_left_alone(folder):
 
 def test_a_dataset_is_flushed_to_disk_before_it_is_renamed(folder, monkeypatch):
     events = []
-    sync, rename = dataset_module.fsync_path, Path.rename
-    for module in (dataset_module, files):
+    sync, rename = files.fsync_path, Path.rename
+    for module in (build, files):
         monkeypatch.setattr(module, "fsync_path", lambda path: (events.append(path.name), sync(path)))
     monkeypatch.setattr(Path, "rename", lambda path, to: (events.append("rename"), rename(path, to)))
     place = Path(prepare(config_of(folder), quiet=True).report["folder"])
@@ -306,22 +305,19 @@ def test_a_dataset_is_flushed_to_disk_before_it_is_renamed(folder, monkeypatch):
     assert after == ["cache"]
 
 
-def test_a_killed_worker_is_reported_in_one_line(folder, monkeypatch):
-    monkeypatch.setattr(workers, "REQUEST_CHARS", 500)
-    monkeypatch.setattr(workers.Worker, "receive", killed_before(workers.Worker.receive))
-    with pytest.raises(UserError, match=r"^a tokenizing process ended with status -9 .*lower data.workers$"):
+def test_an_error_in_a_thread_ends_the_build_and_leaves_nothing(folder, monkeypatch):
+    monkeypatch.setattr(build, "BATCH_CHARS", 500)
+    encode = Tokenizer.encode_batch
+
+    def fail_at_150(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+        if any("number 150:" in text for text in texts):
+            raise MemoryError
+        return encode(tokenizer, texts)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", fail_at_150)
+    with pytest.raises(MemoryError):
         prepare(config_of(folder, workers=2), quiet=True)
     assert datasets_in(folder / "cache") == []
-
-
-def killed_before(method):
-    def receive(worker):
-        worker.process.kill()
-        worker.process.wait()
-        worker.process.stdout.read()
-        return method(worker)
-
-    return receive
 
 
 # --- errors ----------------------------------------------------------------------------------------
@@ -386,29 +382,21 @@ def flip_a_bit(path: Path) -> None:
 
 def test_a_token_beyond_the_vocabulary_in_a_file_too_long_to_hash_is_an_error(folder, monkeypatch):
     monkeypatch.setattr(shards, "HASH_AT_START_BYTES", 0)
-    place = Path(prepare(config_of(folder), quiet=True).report["folder"])
-    path = place / "val-0.tokens"
-    path.write_bytes(b"\xff" * path.stat().st_size)
-    split = open_split(place, read_manifest(place), "val")
+    dataset = prepare(config_of(folder), quiet=True)
+    with (Path(dataset.report["folder"]) / "val-0.tokens").open("r+b") as file:  # the file that is mapped
+        file.write(b"\xff" * 99)
     with pytest.raises(UserError, match=r"token 65535 is not below the vocabulary's 300"):
-        Samples(split, n_positions=8, seed=None).at([0])
+        Samples(dataset.val, n_positions=8, seed=None).at([0])
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
 def test_a_full_disk_is_reported_in_one_line(folder, monkeypatch):
     place = folder / "cache"
-    monkeypatch.setattr(dataset_module, "StreamWriter", FullDisk)
-    with pytest.raises(UserError, match=rf"^{place}: cannot be written: No space left on device$"):
-        prepare(config_of(folder), quiet=True)
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        monkeypatch.setattr(build, "StreamWriter", lambda _tokens, *rest: shards.StreamWriter(full, *rest))
+        with pytest.raises(UserError, match=rf"^{place}: cannot be written: No space left on device$"):
+            prepare(config_of(folder), quiet=True)
     assert datasets_in(place) == []
-
-
-class FullDisk(dataset_module.StreamWriter):
-    """A writer whose tokens go to a device that is always full."""
-
-    def __init__(self, folder: Path, split: str, index: int, tokenizer: object):
-        (folder / f"{split}-{index}.tokens").symlink_to("/dev/full")
-        super().__init__(folder, split, index, tokenizer)
 
 
 def test_a_cache_that_cannot_be_created_is_reported_in_one_line(folder):

@@ -17,9 +17,8 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from training import config
 from training.data import tokenizer as tokenizer_module
-from training.data.byte_unicode import unicode_to_bytes
 from training.data.file_hashes import FileHashes
-from training.data.tiktoken_encode import build_fast_encoder
+from training.data.tiktoken_encode import build_fast_encoder, unicode_to_bytes
 from training.data.tokenizer import (
     END_OF_TEXT,
     PROBE,

@@ -21,8 +21,7 @@ from training.data.dataset import read_split
 from training.data.loader import Samples
 from training.engine import expert_tokens
 from training.engine.expert_tokens import sampled_layers, token_texts, top_tokens
-from training.logging.console import open_sink
-from training.logging.dead_experts import PATIENCE, DeadExpertWatch
+from training.logging.console import PATIENCE, DeadExpertWatch, open_sink
 from training.model import GPT, init_weights
 from training.model.metrics import dead_expert_threshold
 from training.model.moe import MoE
@@ -35,8 +34,8 @@ THREE_DEAD = [0.005, 0.0, 0.009, *[0.1972] * 5]
 
 def reported(loads: list[list[float]], layer: int = 4) -> list[tuple[int, str]]:
     """Return (step, line) of a run with these loads of its one MoE layer."""
-    watch = DeadExpertWatch([layer])
-    return [(step, line) for step, load in enumerate(loads, start=1) for line in watch.update({"expert_load": [load]})]
+    watch = DeadExpertWatch(layer)
+    return [(step, line) for step, load in enumerate(loads, start=1) if (line := watch.update(load))]
 
 
 def test_dead_experts_are_reported_once_and_again_when_it_has_lasted_twice_as_long():
@@ -65,17 +64,6 @@ def test_with_many_experts_the_threshold_is_a_tenth_of_an_even_share():
     assert reported([[0.002, *[0.998 / 63] * 63]] * 200) == []
 
 
-def test_a_layer_has_the_number_of_its_place_in_the_network():
-    watch = DeadExpertWatch([1, 11])
-    lines = [watch.update({"expert_load": [EVEN, THREE_DEAD]}) for _ in range(200)]
-    assert lines[:-1] == [[]] * 199
-    assert lines[-1] == ["layer 12: 3 of 8 experts received < 1 % of tokens for 200 steps"]
-
-
-def test_a_dense_run_has_no_dead_experts():
-    assert DeadExpertWatch([]).update({"loss": 1.0}) == []
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_every_report_is_true_and_reports_are_rare(seed):
     draw, loads, dead_E = random.Random(seed), [], [False] * 8
@@ -93,7 +81,7 @@ def test_every_report_is_true_and_reports_are_rare(seed):
     assert all(later - earlier >= PATIENCE for (earlier, _), (later, _) in pairwise(lines))
 
 
-def test_the_plain_console_reports_dead_experts_once(tmp_path, capsys):
+def test_the_plain_console_reports_dead_experts_once_with_the_place_of_their_layer(tmp_path, capsys):
     sink = open_sink(run_in(tmp_path, steps=250), LoggingConfig(every=100))
     for first in range(1, 250, 10):
         sink.write([row(step, expert_load=[EVEN, THREE_DEAD]) for step in range(first, first + 10)])

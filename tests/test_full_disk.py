@@ -17,8 +17,7 @@ from test_disk import fill, small_disk  # noqa: F401 (a fixture)
 
 from training import prepare as prepare_command
 from training.checkpoint import corruption
-from training.data import dataset as dataset_module
-from training.data import prepare, workers
+from training.data import build, prepare
 from training.errors import UserError
 from training.logging.jsonl import JSONLSink
 from training.logging.tensorboard import TensorBoardSink
@@ -62,7 +61,7 @@ def test_a_full_disk_during_preparation_leaves_nothing(
     config, options, run, small_disk, tmp_path, capsys, monkeypatch, tokenizer, percents  # noqa: F811
 ):  # fmt: skip
     """With space again, the run ends in the same bits as one whose disk was never full."""
-    monkeypatch.setattr(workers, "REQUEST_CHARS", 50_000)  # two workers, though the text is small
+    monkeypatch.setattr(build, "BATCH_CHARS", 50_000)  # several batches, though the text is small
     data = config().data.model_dump() | {"tokenizer": tokenizer, "workers": 1}
     made = Path(prepare(config(data=data).data, quiet=True).report["folder"])
     whole, disk = contents(made), small_disk(8192)
@@ -95,13 +94,13 @@ def clear(folder: Path) -> None:
 @pytest.mark.parametrize("n_bytes", [0, 1, 4095, 100_001])
 def test_shards_torn_inside_a_token_leave_nothing(config, tmp_path, monkeypatch, n_bytes):
     made = config().data.model_copy(update={"cache_dir": str(tmp_path / "cache"), "workers": 1})
-    write_streams = dataset_module.write_streams
+    write_streams = build.write_streams
 
     def limited(*arguments):
         with no_file_beyond(n_bytes):
             return write_streams(*arguments)
 
-    monkeypatch.setattr(dataset_module, "write_streams", limited)
+    monkeypatch.setattr(build, "write_streams", limited)
     with pytest.raises(UserError, match=r"cache: cannot be written: File too large$"):
         prepare(made, quiet=True)
     assert not [each for each in (tmp_path / "cache").iterdir() if each.is_dir()]

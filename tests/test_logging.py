@@ -29,7 +29,7 @@ from training.config import LoggingConfig, WandbConfig
 from training.errors import UserError
 from training.logging import metrics as metrics_module
 from training.logging import report
-from training.logging.console import ETA, open_sink
+from training.logging.console import open_sink
 from training.logging.format import clock, count, share, without_control_chars
 from training.logging.graph import trace_graph
 from training.logging.heat_map import CELL, LEFT, TOP, draw_heat_map
@@ -70,7 +70,7 @@ def run_in(folder: Path, start_step: int = 0, steps: int = 4) -> RunInfo:
     return RunInfo(
         dir=folder, name="tiny", config={"seed": 0, "model": {"n_layer": 2, "blocks": [{"repeat": 1}], "bias": None}},
         config_yaml="seed: 0\nmodel:\n  n_layer: 2\n", header={"device": "cpu", "parameters": "1.0k"},
-        start_step=start_step, steps=steps, tokens_per_step=32, moe_layers=[1, 3],
+        start_step=start_step, steps=steps, tokens_per_step=32, moe_layers=[1, 3], facts={},
     )  # fmt: skip
 
 
@@ -223,12 +223,12 @@ def test_a_sample_cannot_control_the_terminal(text):
     assert all(c == "\n" or c.isprintable() for c in without_control_chars(text))
 
 
-def test_the_eta_follows_the_recent_steps():
-    eta = ETA(steps=1000)
-    assert str(eta) == "unknown"
-    for step in range(1, 101):
-        eta.update(row(step, step_s=60.0 if step <= 50 else 2.0))
-    assert str(eta) == "0:30:00"
+def test_the_eta_follows_the_recent_steps(tmp_path, capsys):
+    sink = open_sink(run_in(tmp_path, steps=1000), LoggingConfig(every=1))
+    sink.write([{"step": 1}])
+    sink.write([row(step, step_s=60.0 if step <= 50 else 2.0) for step in range(1, 101)])
+    etas = re.findall(r"ETA (\S+)", capsys.readouterr().out)
+    assert (etas[0], etas[1], etas[-1]) == ("unknown", "16:39:00", "0:30:00")
 
 
 def test_training_continues_if_the_reader_of_its_output_is_gone(tmp_path):
@@ -642,7 +642,7 @@ def test_open_sinks_opens_the_configured_sinks_and_tensorboard_has_the_graph(tmp
     assert "step 1/4" in capsys.readouterr().out
     assert json.loads((tmp_path / "run.json").read_text())["header"]["device"] == "cpu"
     assert [type(sink).__name__ for sink in open_sinks(LoggingConfig(tensorboard=False), run_in(tmp_path))] == [
-        "JSONLSink", "PlainConsole"
+        "JSONLSink", "Console"
     ]  # fmt: skip
 
 

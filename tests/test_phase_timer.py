@@ -16,8 +16,7 @@ from training.config import Config
 from training.data.loader import Samples
 from training.distributed.world import World
 from training.logging.jsonl import read_rows
-from training.logging.phase_timer import PhaseTimer
-from training.logging.phases import PHASES, PRODUCTIVE, as_text, phase_seconds
+from training.logging.phases import PHASES, PRODUCTIVE, PhaseTimer, as_text, phase_seconds
 from training.logging.rows import RunLog
 from training.train import train
 
@@ -93,8 +92,7 @@ def test_each_phase_has_its_duration():
 
 
 def test_startup_is_one_phase_until_finish_startup():
-    timer = PhaseTimer(torch.device("cpu"))
-    timer.set_start(time.perf_counter() - 10)
+    timer = PhaseTimer(torch.device("cpu"), time.perf_counter() - 10)
     for phase in ("data", "compute", "optimizer", "evaluation"):
         timer.enter(phase)
         time.sleep(0.005)
@@ -277,7 +275,9 @@ def test_steps_after_kill_9_are_counted_as_redone(processes, options, tmp_path, 
     rows = read_rows(folder / "metrics.jsonl")
     newest = max((folder / "checkpoints").glob("step-*"))
     from_step, kept = int(newest.name[5:]), json.loads((newest / "state.json").read_text())["ledger"]
-    lost = sum(phase_seconds(row for row in rows if row["step"] > from_step).values()) - sum(kept["since_row"].values())
+    lost = sum(phase_seconds([row for row in rows if row["step"] > from_step]).values()) - sum(
+        kept["since_row"].values()
+    )
     assert from_step < rows[-1]["step"] and lost > 0
     assert train(Config.model_validate(killed)) == 0
     content = summary(folder)

@@ -35,7 +35,6 @@ PRELOAD = [
     "training.export",
     "training.distributed.consistency",
     "training.logging.console",
-    "training.logging.dead_experts",
     "training.logging.tensorboard",
     "torch.utils.tensorboard",
     "torch.profiler._cupti_monitor",

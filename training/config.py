@@ -303,7 +303,7 @@ class DataConfig(Section):
     )
     tokenizer: TokenizerConfig = option(BPETokenizer(), "how text becomes tokens")
     cache_dir: str = option("data_cache", "folder for token shards, shared by all runs", min_length=1)
-    workers: int | None = option(None, "processes that tokenize; null: one per core", unit="processes", ge=1)
+    workers: int | None = option(None, "threads that tokenize; null: one per core", unit="threads", ge=1)
 
     def rules(self) -> Iterator[tuple[str, str]]:
         for name, sources in (("sources", self.sources), ("val_sources", self.val_sources)):

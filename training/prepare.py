@@ -6,7 +6,6 @@ A run prepares its data at the start, unless this command already has.
 """
 
 import sys
-from typing import Any
 
 from training.errors import command
 from training.options import cli
@@ -23,26 +22,19 @@ def main(argv: list[str] | None = None) -> int:
         from training.weights.init_from import resolve_init_from
 
         resolve_init_from(config)
-    print(summary(prepare(config.data).report))
-    return 0
-
-
-def summary(report: dict[str, Any]) -> str:
-    """Format the report: the counts of each split, then time and folder."""
-    lines = []
-    for split in ("train", "val"):
-        counts = report[split]
-        ratio = counts["bytes"] / counts["tokens"]
-        lines.append(
-            f"{split:<6} {counts['documents']:>12,} documents {counts['tokens']:>16,} tokens"
-            f" {counts['bytes']:>18,} bytes   {ratio:.3f} bytes/token"
+    dataset = prepare(config.data)
+    report, splits = dataset.report, (dataset.train, dataset.val)
+    for split in splits:
+        print(
+            f"{split.name:<6} {split.n_documents:>12,} documents {split.n_tokens:>16,} tokens"
+            f" {split.n_bytes:>18,} bytes   {split.n_bytes / split.n_tokens:.3f} bytes/token"
         )
     if report["blank_documents"]:
-        lines.append(f"       {report['blank_documents']:>12,} blank documents left out")
-    megabytes = (report["train"]["bytes"] + report["val"]["bytes"]) / 1e6
-    rate = "found in the cache" if report["is_cached"] else f"{megabytes / report['seconds']:.1f} MB/s"
-    lines.append(f"vocabulary {report['vocab_size']:,}; {report['seconds']:.2f} s, {rate}; {report['folder']}")
-    return "\n".join(lines)
+        print(f"       {report['blank_documents']:>12,} blank documents left out")
+    speed = sum(split.n_bytes for split in splits) / 1e6 / report["seconds"]
+    rate = "found in the cache" if report["is_cached"] else f"{speed:.1f} MB/s"
+    print(f"vocabulary {dataset.train.vocab_size:,}; {report['seconds']:.2f} s, {rate}; {report['folder']}")
+    return 0
 
 
 if __name__ == "__main__":

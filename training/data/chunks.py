@@ -35,6 +35,10 @@ class Chunk(NamedTuple):
     stream: int
     starts_document: bool
 
+    @property
+    def is_blank_document(self) -> bool:
+        return self.starts_document and not self.text.strip()
+
 
 def to_document(text: str) -> Document:
     """Return a document whose text is in memory."""

@@ -2,14 +2,15 @@
 
 import hashlib
 import json
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from itertools import zip_longest
 
 from training.config import DataConfig
 from training.data.chunks import Chunk
 from training.data.file_hashes import FileHashes
 from training.data.shards import FORMAT_VERSION
 from training.data.sources import FilesReader, Reader, build_reader
+from training.data.text_files import is_text_file
 from training.data.tokenizer import tokenizer_identity
 from training.errors import UserError
 
@@ -29,9 +30,10 @@ class Corpus:
         self.val_readers = [build_reader(source) for source in config.val_sources]
         self.weights = [source.weight for source in config.sources if source.weight]
         self.n_streams = len(self.weights) or 1
-        first = self.train_readers[0]
-        is_single = not self.val_readers and len(self.train_readers) == 1 and isinstance(first, FilesReader)
-        self.single_text_file = first.single_text_file if is_single else None
+        self.single_text_file = None
+        match self.train_readers + self.val_readers:
+            case [FilesReader(paths=paths)] if len(paths) == 1 and is_text_file(*paths):
+                (self.single_text_file,) = paths
 
     def cache_key(self, hashes: FileHashes) -> str:
         """Return a hash of everything that changes the tokens on disk. Of the weights, only their presence does."""
@@ -58,7 +60,8 @@ class Corpus:
 
     def training_text(self) -> Iterator[str]:
         """Yield training text, one chunk of each source in turn, so that any prefix is a fair sample."""
-        return (chunk.text for chunk in round_robin(self.chunks()) if chunk.split == "train")
+        for chunks in zip_longest(*self.chunks()):
+            yield from (chunk.text for chunk in chunks if chunk is not None and chunk.split == "train")
 
 
 def split_documents(reader: Reader, stream: int, val_fraction: float) -> Iterator[Chunk]:
@@ -75,36 +78,22 @@ def split_documents(reader: Reader, stream: int, val_fraction: float) -> Iterato
 def split_text(chunks: Callable[[], Iterator[str]], val_fraction: float) -> Iterator[Chunk]:
     """Split one text: validation starts at the first line after 1 - val_fraction of its characters."""
     border = int(sum(len(text) for text in chunks()) * (1 - val_fraction))
-    is_first, n_read, split = True, 0, "train"
+    n_read, split = 0, "train"
     for text in chunks():
         if split == "train" and n_read + len(text) > border:
             cut = max(0, border - n_read)
             cut = text.find("\n", cut) + 1 or cut
             if text[:cut]:
-                yield Chunk(text[:cut], split, 0, is_first)
+                yield Chunk(text[:cut], split, 0, starts_document=n_read == 0)
             if text[cut:]:
                 yield Chunk(text[cut:], "val", 0, starts_document=True)
                 split = "val"
         else:
-            yield Chunk(text, split, 0, is_first)
-        is_first, n_read = False, n_read + len(text)
+            yield Chunk(text, split, 0, starts_document=n_read == 0)
+        n_read += len(text)
 
 
 def is_held_out(key: str, val_fraction: float) -> bool:
-    """Return True if a document is for validation. The answer depends on the key alone, not on other documents.
-
-    Equal documents go to the same split. A larger fraction holds out the same documents and more.
-    """
+    """Return True if a document is for validation, by its key alone. A larger fraction holds out the same and more."""
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < val_fraction * 2**64
-
-
-def round_robin(iterators: Iterable[Iterator[Chunk]]) -> Iterator[Chunk]:
-    """Yield one item of each iterator in turn until all have ended."""
-    waiting = deque(iterators)
-    while waiting:
-        iterator = waiting.popleft()
-        for item in iterator:
-            yield item
-            waiting.append(iterator)
-            break

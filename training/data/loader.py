@@ -25,23 +25,21 @@ FEISTEL_ROUNDS = 8
 
 
 class Samples:
-    """Samples of a split, by index.
+    """Samples of a split, by index. Raises UserError if a stream is shorter than one window.
 
     With a seed, for training: each epoch is a new permutation of the complete windows; index `n_samples` is the first
     of the second epoch. If sources have weights, each block of 1024 samples has the sources in proportion to their
     weights, in whole samples; rounding does not add up over blocks. Then each source has its own epochs.
-
     Without a seed, for evaluation: every window once, in order; the last may be partly empty, with targets of -1.
 
     `end_of_text` is the token that starts documents; None: documents in a sample are not isolated from each other.
-    Raises UserError if a stream is shorter than one window.
     """
 
     def __init__(self, split: Split, *, n_positions: int, seed: int | None, end_of_text: int | None = None):
         self.split, self.n_positions, self.seed, self.end_of_text = split, n_positions, seed, end_of_text
         self.is_sequential = seed is None
-        count = (lambda n: -(-n // n_positions)) if self.is_sequential else (lambda n: n // n_positions)
-        self.windows = np.array([count(max(len(stream.tokens) - 1, 0)) for stream in split.streams])
+        n_targets = np.array([max(len(stream.tokens) - 1, 0) for stream in split.streams])
+        self.windows = (n_targets + (n_positions - 1 if self.is_sequential else 0)) // n_positions
         for stream, windows in zip(split.streams, self.windows, strict=True):
             if not windows:
                 raise UserError(
@@ -99,10 +97,7 @@ class Samples:
 
 
 class Loader:
-    """One rank's part of every step's global batch of `batch_samples` samples.
-
-    `local_range` are the rank's samples within the global batch.
-    """
+    """One rank's part, `local_range`, of every step's global batch of `batch_samples` samples."""
 
     def __init__(self, samples: Samples, batch_samples: int, local_range: range):
         self.samples, self.batch_samples, self.local_range = samples, batch_samples, local_range
@@ -144,9 +139,7 @@ class Mixture:
         before, after = self.n_drawn(block), self.n_drawn(block + 1)
         ends = np.cumsum(after - before, axis=1)
         source = (index[:, None] >= ends).sum(1)
-        row = np.arange(len(indices))
-        start = ends[row, source] - (after - before)[row, source]
-        return source, before[row, source] + index - start
+        return source, index + (after - ends)[np.arange(len(index)), source]
 
 
 def permutation_key(seed: int, stream: np.ndarray | int, epoch: np.ndarray) -> np.ndarray:

@@ -11,12 +11,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 from pydantic import Field, ValidationError
 
 from training.config import Section
+from training.data.chunks import Chunk
 from training.data.file_hashes import FileHashes
 from training.data.tokenizer import Tokenizer
 from training.errors import UserError
@@ -24,6 +25,7 @@ from training.errors import UserError
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 HASH_AT_START_BYTES = 2**28  # files up to this size are hashed at every start
+COUNTS = ("n_documents", "n_tokens", "n_bytes")
 
 
 class StreamRecord(Section):
@@ -84,47 +86,31 @@ class Split:
 
 
 class StreamWriter:
-    """Writes one stream from start to end."""
+    """Writes the documents of one stream to two binary files: tokens, and where each document starts."""
 
-    def __init__(self, folder: Path, split: str, index: int, tokenizer: Tokenizer):
-        self.split, self.tokenizer = split, tokenizer
+    def __init__(self, tokens: BinaryIO, documents: BinaryIO, tokenizer: Tokenizer):
+        self.tokens, self.documents, self.tokenizer = tokens, documents, tokenizer
         self.n_documents = self.n_tokens = self.n_bytes = 0
         self.sha256 = hashlib.sha256()
-        self.tokens = (folder / f"{split}-{index}.tokens").open("wb")
-        self.documents = (folder / f"{split}-{index}.documents").open("wb")
 
-    def __enter__(self) -> "StreamWriter":
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        with self.tokens, self.documents:
-            pass
-
-    def start_document(self) -> None:
-        """Record where a document starts, and write its end-of-text token."""
-        self.documents.write(np.array([self.n_tokens], "<u8").tobytes())
-        self.n_documents += 1
-        self._write(np.array([self.tokenizer.end_of_text]))
-
-    def add(self, ids: np.ndarray, n_bytes: int) -> None:
-        """Write tokens of the current document, which encode `n_bytes` of text."""
+    def add(self, chunk: Chunk, ids: np.ndarray) -> None:
+        """Write the tokens of a chunk. An end-of-text token comes before each document."""
         if (ids == self.tokenizer.end_of_text).any():
             raise UserError("data.tokenizer: it gave an end-of-text token for ordinary text, so it cannot be used")
-        self._write(ids)
-        self.n_bytes += n_bytes
-
-    def _write(self, ids: np.ndarray) -> None:
+        if chunk.starts_document:
+            self.documents.write(np.array([self.n_tokens], "<u8").tobytes())
+            self.n_documents += 1
+            ids = np.append(self.tokenizer.end_of_text, ids)
         data = ids.astype(self.tokenizer.dtype).tobytes()
         self.tokens.write(data)
         self.sha256.update(data)
         self.n_tokens += len(ids)
+        self.n_bytes += len(chunk.text.encode())
 
-    def finish(self) -> StreamRecord:
-        """Flush the files and return the stream's record for the manifest."""
-        self.tokens.flush()
-        self.documents.flush()
-        counts = {name: getattr(self, name) for name in ("n_documents", "n_tokens", "n_bytes")}
-        return StreamRecord(split=self.split, sha256=self.sha256.hexdigest(), **counts)
+    def record(self, split: str) -> StreamRecord:
+        """Return the stream's record for the manifest."""
+        counts = {name: getattr(self, name) for name in COUNTS}
+        return StreamRecord(split=split, sha256=self.sha256.hexdigest(), **counts)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -138,35 +124,26 @@ def read_manifest(folder: Path) -> Manifest:
         raise _damaged(path, error.errors()[0]["msg"]) from None
 
 
-def open_split(folder: Path, manifest: Manifest, name: str, weights: Sequence[float] | None = None) -> Split:
-    """Map the streams of one split. Raises UserError if a file is not as long as the manifest says."""
+def open_split(folder: Path, manifest: Manifest, name: str, hashes: FileHashes, weights: Sequence[float] = ()) -> Split:
+    """Map the streams of one split. Raises UserError if they are not the ones that were written.
+
+    Tokens are hashed each time in files up to HASH_AT_START_BYTES, else only after a file's size or times have changed.
+    """
     records = [record for record in manifest.streams if record.split == name]
     streams = []
     for i, record in enumerate(records):
         path = folder / f"{name}-{i}.tokens"
         tokens, mapped = _map_file(path, manifest.dtype, record.n_tokens)
         documents, _ = _map_file(path.with_suffix(".documents"), "<u8", record.n_documents)
-        streams.append(Stream(path, tokens, documents, mapped))
-    counts = {
-        count: sum(getattr(record, count) for record in records) for count in ("n_documents", "n_tokens", "n_bytes")
-    }
-    weights = tuple(weights) if weights else None
-    return Split(name, tuple(streams), weights, manifest.vocab_size, **counts)
-
-
-def check_hashes(split: Split, manifest: Manifest, hashes: FileHashes) -> None:
-    """Raise UserError if the tokens are not the ones that were written.
-
-    Files up to HASH_AT_START_BYTES are hashed each time, longer ones only after their size or times have changed.
-    """
-    records = (record for record in manifest.streams if record.split == split.name)
-    for stream, record in zip(split.streams, records, strict=True):
-        is_short = stream.tokens.nbytes <= HASH_AT_START_BYTES
-        sha256 = hashlib.sha256(stream.tokens.data).hexdigest() if is_short else hashes.sha256(stream.path)
+        is_short = tokens.nbytes <= HASH_AT_START_BYTES
+        sha256 = hashlib.sha256(tokens.data).hexdigest() if is_short else hashes.sha256(path)
         if sha256 != record.sha256:
-            raise _damaged(stream.path, "its SHA-256 is not the one in the manifest")
-        if is_short and (largest := stream.tokens.max(initial=0)) >= split.vocab_size:
-            raise _damaged(stream.path, f"token {largest} is not below the vocabulary's {split.vocab_size}")
+            raise _damaged(path, "its SHA-256 is not the one in the manifest")
+        if is_short and (largest := tokens.max(initial=0)) >= manifest.vocab_size:
+            raise _damaged(path, f"token {largest} is not below the vocabulary's {manifest.vocab_size}")
+        streams.append(Stream(path, tokens, documents, mapped))
+    counts = {count: sum(getattr(record, count) for record in records) for count in COUNTS}
+    return Split(name, tuple(streams), tuple(weights) or None, manifest.vocab_size, **counts)
 
 
 def _map_file(path: Path, dtype: str, length: int) -> tuple[np.ndarray, mmap.mmap | None]:
@@ -178,7 +155,7 @@ def _map_file(path: Path, dtype: str, length: int) -> tuple[np.ndarray, mmap.mma
             if size != expected:
                 raise _damaged(path, f"{size} bytes long, not {expected}")
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if length else None
-        return np.empty(0, dtype) if mapped is None else np.frombuffer(mapped, dtype), mapped
+        return np.frombuffer(mapped or b"", dtype), mapped
     except OSError as error:
         raise _damaged(path, error.strerror) from None
 

@@ -20,9 +20,6 @@ SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages"})
 MAX_LINE_BYTES = 2**26  # of .jsonl, because a whole line is in memory
 
 
-# --- finding ---------------------------------------------------------------------------------------
-
-
 def walk(folder: Path, skip: frozenset[str] = SKIPPED_FOLDERS) -> Iterator[Path]:
     """Yield every file below a folder, sorted by path, without hidden files and folders and those named in `skip`."""
     for parent, folders, names in os.walk(folder):
@@ -50,11 +47,14 @@ def find_files(patterns: Iterable[str]) -> dict[Path, bool]:
             if format_of(path) not in FORMATS:
                 raise UserError(f"{path}: no usable file: its name does not end in {EXTENSIONS}")
             files[path] = True
-            continue
-        matches = sorted(search(path))
-        if not matches:
-            raise UserError(f"{pattern}: {_why_nothing(path)}")
-        files.update((match, False) for match in matches if match not in files)
+        elif matches := sorted(search(path)):
+            files |= {match: False for match in matches if match not in files}
+        elif path.is_dir():
+            raise UserError(f"{pattern}: no usable file in this folder: no name ends in {EXTENSIONS}")
+        elif glob.has_magic(str(path)):
+            raise UserError(f"{pattern}: the glob matches no usable file (names that end in {EXTENSIONS})")
+        else:
+            raise UserError(f"{pattern}: no such file or folder")
     return files
 
 
@@ -65,40 +65,25 @@ def search(path: Path) -> Iterator[Path]:
         yield from (file for file in (walk(match) if match.is_dir() else [match]) if format_of(file) in FORMATS)
 
 
-def _why_nothing(path: Path) -> str:
-    if path.is_dir():
-        return f"no usable file in this folder: no name ends in {EXTENSIONS}"
-    if not glob.has_magic(str(path)):
-        return "no such file or folder"
-    return f"the glob matches no usable file (names that end in {EXTENSIONS})"
-
-
-# --- opening ---------------------------------------------------------------------------------------
-
-
-def _open_zstd(path: Path) -> BinaryIO:
+def _open_zstd(path: Path, _mode: str) -> BinaryIO:
     import pyarrow
 
     return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
 
 
-OPENERS = {"": lambda path: path.open("rb"), ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
 
 
 @contextmanager
 def open_decompressed(path: Path) -> Iterator[BinaryIO]:
     """Open a file's decompressed bytes. Raises UserError, also while they are read, if it cannot be read to its end."""
-    suffix = path.suffix.lower()
     try:
-        with OPENERS[suffix if suffix in OPENERS else ""](path) as file:
+        with OPENERS.get(path.suffix.lower(), Path.open)(path, "rb") as file:
             yield file
     except EOFError:
         raise UserError(f"{path}: cut short: the compressed data end in the middle") from None
     except (OSError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-
-
-# --- reading ---------------------------------------------------------------------------------------
 
 
 def read_text(path: Path, _column: str) -> Iterator[Document]:
@@ -172,7 +157,7 @@ def to_text(value: Any, column: str, where: str) -> str:
 
 
 FORMATS = {".txt": read_text, ".md": read_text, ".py": read_text, ".jsonl": read_jsonl, ".parquet": read_parquet}
-EXTENSIONS = ", ".join(FORMATS) + " (each but .parquet also with " + ", ".join(filter(None, OPENERS)) + ")"
+EXTENSIONS = ", ".join(FORMATS) + " (each but .parquet also with " + ", ".join(OPENERS) + ")"
 
 
 def read_documents(path: Path, column: str) -> Iterator[Document]:
@@ -182,4 +167,4 @@ def read_documents(path: Path, column: str) -> Iterator[Document]:
 
 def is_text_file(path: Path) -> bool:
     """Return True if the file is one document, not rows of documents."""
-    return FORMATS.get(format_of(path)) is read_text
+    return FORMATS[format_of(path)] is read_text

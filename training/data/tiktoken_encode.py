@@ -8,28 +8,45 @@ never occur: their text alone would be encoded as these two. `build_fast_encoder
 
 import json
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
+import tiktoken
 import tokenizers
-
-from training.data.byte_unicode import unicode_to_bytes
 
 # GPT-2's pattern as tiktoken writes it: possessive, so that the engine does not backtrack.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
-BYTE_OF = unicode_to_bytes()
 AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix", "unk_token")
 SWITCHES = ("dropout", "ignore_merges", "byte_fallback")
 
 Encoder = Callable[[str], np.ndarray]  # text to token ids
 
 
+def unicode_to_bytes() -> dict[str, int]:
+    """Return the byte that each character of a token stands for (the inverse of GPT-2's `bytes_to_unicode`)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = (byte for byte in range(256) if byte not in printable)
+    shifted = {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return {shifted.get(byte, chr(byte)): byte for byte in range(256)}
+
+
+BYTE_OF = unicode_to_bytes()
+
+
 def build_fast_encoder(inner: tokenizers.Tokenizer) -> Encoder | None:
     """Return an encoder that gives the tokens of `inner`, and no special tokens; None if the engine would differ."""
     spec = json.loads(inner.to_str())
-    model = spec["model"]
-    if not _is_plain(spec) or not BYTE_OF.keys() <= model["vocab"].keys():
+    model, pre_tokenizer = spec["model"], spec["pre_tokenizer"] or {}
+    is_plain = (  # byte-level BPE with GPT-2's pattern and nothing else
+        model["type"] == "BPE"
+        and not any(model.get(name) for name in AFFIXES + SWITCHES)
+        and spec["normalizer"] is None
+        and pre_tokenizer.get("type") == "ByteLevel"
+        and pre_tokenizer["use_regex"]
+        and not pre_tokenizer["add_prefix_space"]
+        and all(token["special"] for token in spec["added_tokens"])
+    )
+    if not is_plain or not BYTE_OF.keys() <= model["vocab"].keys():
         return None
     ids = [model["vocab"][letter] for letter in BYTE_OF]  # in the order of bytes
     if not model["merges"]:
@@ -40,26 +57,7 @@ def build_fast_encoder(inner: tokenizers.Tokenizer) -> Encoder | None:
         return None
     if any([token.value for token in inner.model.tokenize(text)] != [text] for text in merged):
         return None
-    return _tiktoken_encoder([*BYTE_OF, *merged], np.array(ids + [model["vocab"][text] for text in merged]))
-
-
-def _is_plain(spec: dict[str, Any]) -> bool:
-    """Return True for byte-level BPE with GPT-2's pattern and nothing else."""
-    model, pre_tokenizer = spec["model"], spec["pre_tokenizer"] or {}
-    return (
-        model["type"] == "BPE"
-        and not any(model.get(name) for name in AFFIXES + SWITCHES)
-        and spec["normalizer"] is None
-        and pre_tokenizer.get("type") == "ByteLevel"
-        and pre_tokenizer["use_regex"]
-        and not pre_tokenizer["add_prefix_space"]
-        and all(token["special"] for token in spec["added_tokens"])
-    )
-
-
-def _tiktoken_encoder(tokens: list[str], id_of_rank: np.ndarray) -> Encoder:
-    import tiktoken
-
-    ranks = {bytes(BYTE_OF[letter] for letter in token): rank for rank, token in enumerate(tokens)}
+    ranks = {bytes(BYTE_OF[letter] for letter in token): rank for rank, token in enumerate([*BYTE_OF, *merged])}
+    id_of_rank = np.array(ids + [model["vocab"][token] for token in merged])
     encoding = tiktoken.Encoding("fast", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
     return lambda text: id_of_rank[encoding.encode_to_numpy(text)]

@@ -8,33 +8,28 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import tiktoken
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from training.config import BPETokenizer, ByteTokenizer, FileTokenizer, HuggingFaceTokenizer, Section, TiktokenTokenizer
-from training.data.byte_unicode import unicode_to_bytes
 from training.data.file_hashes import FileHashes
-from training.data.tiktoken_encode import Encoder, build_fast_encoder
+from training.data.tiktoken_encode import Encoder, build_fast_encoder, unicode_to_bytes
 from training.errors import UserError, library_error
 from training.files import mkdir_durable, write_atomically
 
-if TYPE_CHECKING:
-    import tiktoken
-
 END_OF_TEXT = "<|endoftext|>"
 PROBE = "Def F(x):\r\n\treturn  x  # naïve 日本語 🙂 1234567 don't <|endoftext|>\n\n\n"
-FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
 class Tokenizer:
-    """A lossless byte-level tokenizer: a `tokenizers.Tokenizer` with an end-of-text token.
+    """A lossless byte-level tokenizer: a `tokenizers.Tokenizer` with an end-of-text token, added last if it lacks one.
 
-    `<|endoftext|>` within text is encoded as ordinary characters. If the tokenizer lacks that token, it is
-    added after the last one. Raises UserError if text does not survive a round trip or the tokens do not add up to its
-    bytes, as with WordPiece or SentencePiece.
+    `<|endoftext|>` within text is encoded as ordinary characters. Raises UserError if text does not survive a round
+    trip or the tokens do not add up to its bytes, as with WordPiece or SentencePiece.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, name: str):
@@ -81,8 +76,7 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which Transformers' `AutoTokenizer` opens."""
-        folder = Path(folder)
-        mkdir_durable(folder)
+        mkdir_durable(folder := Path(folder))
         # Not `inner.save`, which raises a bare Exception if the disk is full.
         write_atomically(folder / "tokenizer.json", self.inner.to_str(pretty=True))
         config = {
@@ -146,14 +140,7 @@ def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
     return inner
 
 
-# --- the tokenizer of a config ------------------------------------------------------------------------
-
-
-def _bpe(config: BPETokenizer, texts: Iterable[str]) -> Tokenizer:
-    return train_bpe(_up_to(texts, config.max_bytes), config.vocab_size)
-
-
-def _up_to(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
+def up_to(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
     """Yield texts until they have `max_bytes` in all."""
     for text in texts:
         yield text
@@ -172,9 +159,9 @@ def tokenizer_files(config: FileTokenizer) -> list[Path]:
     path = Path(config.path).expanduser()
     if path.is_file():
         return [path]
-    for names in FILES:
-        if all((path / name).is_file() for name in names):
-            return [path / name for name in names]
+    for files in ([path / "tokenizer.json"], [path / "vocab.json", path / "merges.txt"]):
+        if all(file.is_file() for file in files):
+            return files
     raise UserError(f"{path}: no tokenizer.json here, and no vocab.json with merges.txt")
 
 
@@ -182,14 +169,12 @@ def _huggingface(config: HuggingFaceTokenizer, _texts: Iterable[str]) -> Tokeniz
     try:
         inner = tokenizers.Tokenizer.from_pretrained(config.name)
     except Exception as error:
-        where = f"tokenizer {config.name!r} from the Hugging Face hub"
-        raise UserError(f"{where} cannot be loaded: {library_error(error)}") from None
+        reason = library_error(error)
+        raise UserError(f"tokenizer {config.name!r} from the Hugging Face hub cannot be loaded: {reason}") from None
     return Tokenizer(inner, config.name)
 
 
 def _tiktoken(config: TiktokenTokenizer, _texts: Iterable[str]) -> Tokenizer:
-    import tiktoken
-
     try:
         encoding = tiktoken.get_encoding(config.name)
     except Exception as error:  # the network's errors, and ValueError for an unknown name
@@ -197,7 +182,7 @@ def _tiktoken(config: TiktokenTokenizer, _texts: Iterable[str]) -> Tokenizer:
     return from_tiktoken(encoding)
 
 
-def from_tiktoken(encoding: "tiktoken.Encoding") -> Tokenizer:
+def from_tiktoken(encoding: tiktoken.Encoding) -> Tokenizer:
     """Convert an encoding to a `tokenizers.Tokenizer`. Raises UserError if it would not give the same tokens.
 
     tiktoken stores ranks instead of merges: a token's merges are the pairs of tokens that make it up, best ranks
@@ -206,23 +191,21 @@ def from_tiktoken(encoding: "tiktoken.Encoding") -> Tokenizer:
     """
     letters = {byte: letter for letter, byte in unicode_to_bytes().items()}
     ranks = encoding._mergeable_ranks
-    vocab = {"".join(letters[b] for b in token): rank for token, rank in ranks.items()}
+    text_of = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    vocab = {text_of[token]: rank for token, rank in ranks.items()}
     if END_OF_TEXT in encoding.special_tokens_set:
         vocab[END_OF_TEXT] = encoding.eot_token
-    pairs = [
-        (ranks[token], ranks[token[:i]], ranks[token[i:]], token[:i], token[i:])
+    pairs = sorted(
+        (ranks[token], ranks[token[:i]], ranks[token[i:]], text_of[token[:i]], text_of[token[i:]])
         for token in ranks
         for i in range(1, len(token))
         if token[:i] in ranks and token[i:] in ranks
-    ]
-    merges = [
-        ("".join(letters[b] for b in left), "".join(letters[b] for b in right)) for *_, left, right in sorted(pairs)
-    ]
-    inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
+    )
+    merges = [(left, right) for *_, left, right in pairs]
+    inner = _byte_level(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     pattern = re.sub(r"([?*+}])\+", r"\1", encoding._pat_str).replace("$", r"\z")
     split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     inner.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    inner.decoder = decoders.ByteLevel()
     tokenizer = Tokenizer(inner, encoding.name)
     if tokenizer.encode(PROBE).tolist() != encoding.encode_ordinary(PROBE):
         raise UserError(f"tiktoken encoding {encoding.name!r} cannot be converted: it gives other tokens")
@@ -230,7 +213,7 @@ def from_tiktoken(encoding: "tiktoken.Encoding") -> Tokenizer:
 
 
 TOKENIZERS: dict[type[Section], Callable[[Any, Iterable[str]], Tokenizer]] = {
-    BPETokenizer: _bpe,
+    BPETokenizer: lambda config, texts: train_bpe(up_to(texts, config.max_bytes), config.vocab_size),
     ByteTokenizer: lambda _config, _texts: build_byte_tokenizer(),
     FileTokenizer: _file,
     HuggingFaceTokenizer: _huggingface,

@@ -9,7 +9,7 @@ import numpy as np
 from training.batch import Batch
 from training.config import EvalConfig, ModelConfig
 from training.data import Samples, Tokenizer
-from training.data.byte_unicode import unicode_to_bytes
+from training.data.tiktoken_encode import unicode_to_bytes
 from training.model import GPT
 
 MAX_TOKENS = 65_536  # of the validation text to read, at most `eval.tokens`

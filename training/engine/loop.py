@@ -15,7 +15,7 @@ from training.distributed.world import World
 from training.engine.guard import MAX_CONSECUTIVE
 from training.engine.state import Checkpoints, TrainState
 from training.errors import UserError
-from training.logging.phase_timer import PhaseTimer
+from training.logging.phases import PhaseTimer
 from training.logging.rows import RunLog
 
 # Schedulers send SIGUSR1 before a job's time is over.

@@ -19,7 +19,7 @@ from training.files import atomic_folder, mkdir_durable, write_atomically
 from training.logging.advice import advice, facts_from_rows
 from training.logging.jsonl import nan_to_null, read_rows
 from training.logging.metrics import summary_values
-from training.logging.phase_timer import PhaseTimer
+from training.logging.phases import PhaseTimer
 from training.logging.report import update_report
 from training.logging.rows import RunLog
 from training.logging.sinks import RunInfo, open_sinks
@@ -35,8 +35,7 @@ def open_log(setup: Setup, dataset: Dataset, started: float) -> RunLog:
     `started` is the `time.perf_counter` at the start of the process. Raises UserError if the folder cannot be written.
     """
     config, state, world = setup.config, setup.state, setup.model.world
-    timer = PhaseTimer(world.device)
-    timer.set_start(started)
+    timer = PhaseTimer(world.device, started)
     timer.load_state_dict(state.phases)
     to_values, flops = partial(step_metrics, top_ks=setup.stats.top_ks), setup.stats.flops_per_token
     log = RunLog(config, world, to_values, flops, timer, time_s=state.time_s, last_row=state.last_row)

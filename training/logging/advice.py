@@ -1,8 +1,4 @@
-"""Advice after a run, from its measurements: was memory enough, where did the time go, did the model learn?
-
-Each question gets lines with a figure and a remedy, or one line that there is nothing to improve. `LIMITS` has all
-thresholds.
-"""
+"""Advice after a run, from its measurements: was memory enough, where did the time go, did the model learn?"""
 
 import math
 from collections.abc import Iterator
@@ -13,32 +9,24 @@ from training.config import Config
 from training.logging.charts import Point, points
 from training.logging.phases import goodput
 
-
-class Limit(NamedTuple):
-    """A threshold beyond which a figure is worth a line, and the reason for it."""
-
-    value: float
-    reason: str
-
-
-LIMITS = {
+LIMITS = {  # thresholds beyond which a figure is worth a line, and their reasons
     # shares of all time
-    "data": Limit(0.05, "batches come from memory maps: a disk that keeps up costs under 1 %"),
-    "communication": Limit(0.20, "gradients travel once a step; a larger batch hides or outweighs it"),
-    "evaluation": Limit(0.10, "a curve of validation loss is as readable from half as many evaluations"),
-    "checkpoint": Limit(0.05, "a save in the background stops the loop for a copy in memory only"),
-    "idle": Limit(0.10, "rows and logs take milliseconds: they matter only if steps are as short"),
-    "redone": Limit(0.05, "a save costs the loop little: saving more often costs less than this"),
-    "start": Limit(0.30, "start-up is paid once per start; more than this is a run too short to judge its speed"),
+    "data": 0.05,  # batches come from memory maps: a disk that keeps up costs under 1 %
+    "communication": 0.20,  # gradients travel once a step; a larger batch hides or outweighs it
+    "evaluation": 0.10,  # a curve of validation loss is as readable from half as many evaluations
+    "checkpoint": 0.05,  # a save in the background stops the loop for a copy in memory only
+    "idle": 0.10,  # rows and logs take milliseconds: they matter only if steps are as short
+    "redone": 0.05,  # a save costs the loop little: saving more often costs less than this
+    "start": 0.30,  # start-up is paid once per start; more than this is a run too short to judge its speed
     # the device
-    "mfu": Limit(0.30, "large dense models reach 0.4 to 0.55, small ones and experts 0.3"),
-    "memory_full": Limit(0.92, "auto leaves a tenth for fragmentation; less risks running out of memory"),
-    "memory_empty": Limit(0.50, "if half is free, a micro-batch of twice the size fits"),
+    "mfu": 0.30,  # large dense models reach 0.4 to 0.55, small ones and experts 0.3
+    "memory_full": 0.92,  # auto leaves a tenth for fragmentation; less risks running out of memory
+    "memory_empty": 0.50,  # if half is free, a micro-batch of twice the size fits
     # learning
-    "clipped": Limit(0.50, "clipping is for outliers; if it hits half the steps, it sets the learning rate"),
-    "overfit": Limit(0.01, "validation loss over its best; noise between evaluations is a few thousandths"),
-    "hardly": Limit(0.75, "of ln(vocabulary): token frequencies alone reach about 0.7"),
-    "falling": Limit(0.03, "fall over the last fifth of the run; the end of the schedule alone gives 1 to 2 %"),
+    "clipped": 0.50,  # clipping is for outliers; if it hits half the steps, it sets the learning rate
+    "overfit": 0.01,  # validation loss over its best; noise between evaluations is a few thousandths
+    "hardly": 0.75,  # of ln(vocabulary): token frequencies alone reach about 0.7
+    "falling": 0.03,  # fall over the last fifth of the run; the end of the schedule alone gives 1 to 2 %
 }
 
 
@@ -68,9 +56,8 @@ def facts_from_rows(rows: list[dict], config: Config, *, memory_gib: float, peak
 
     `memory_gib` is the device's memory, `peak_gib` this process's peak, for a run without rows.
     """
-    norms, mfu = [norm for _, norm in points(rows, "grad_norm")], [share for _, share in points(rows, "mfu")]
-    peak = max((gib for _, gib in points(rows, "memory_gib")), default=peak_gib)
-    clip, last = config.optim.grad_clip, rows[-1] if rows else {}
+    norms, mfu, gib = ([value for _, value in points(rows, key)] for key in ("grad_norm", "mfu", "memory_gib"))
+    clip, last, peak = config.optim.grad_clip, rows[-1] if rows else {}, max(gib, default=peak_gib)
     return Facts(
         config=config,
         mfu=median(mfu) if mfu else None,
@@ -86,19 +73,16 @@ def facts_from_rows(rows: list[dict], config: Config, *, memory_gib: float, peak
 
 
 def advice(facts: Facts) -> list[str]:
-    """Return a line or more on each of memory, speed and learning."""
-    topics = {
-        "memory": (memory, f"peak {facts.memory_gib:.1f} GiB, {facts.memory_share:.0%} of the device"),
-        "speed": (speed, f"{goodput(facts.seconds) or 0:.0%} of the time went into steps"),
-        "learning": (
-            learning,
-            f"validation loss ended near its lowest, {facts.clipped_share:.0%} of the steps were clipped",
-        ),
+    """Return lines with a figure and a remedy on memory, speed and learning, or that there is nothing to improve."""
+    figures = {
+        memory: f"peak {facts.memory_gib:.1f} GiB, {facts.memory_share:.0%} of the device",
+        speed: f"{goodput(facts.seconds) or 0:.0%} of the time went into steps",
+        learning: f"validation loss ended near its lowest, {facts.clipped_share:.0%} of the steps were clipped",
     }
     lines = []
-    for topic, (problems, figure) in topics.items():
-        texts = list(problems(facts)) or [f"{figure}: nothing to improve"]
-        lines += [f"{topic}: {text}".replace("%", " %") for text in texts]
+    for topic, figure in figures.items():
+        texts = list(topic(facts)) or [f"{figure}: nothing to improve"]
+        lines += [f"{topic.__name__}: {text}".replace("%", " %") for text in texts]
     return lines
 
 
@@ -109,11 +93,11 @@ def memory(facts: Facts) -> Iterator[str]:
     if facts.n_out_of_memory:
         times = "once" if facts.n_out_of_memory == 1 else f"{facts.n_out_of_memory} times"
         yield f"ran out {times}; --micro_batch {n} starts with the size that fit, and {less} makes room for more"
-    elif used > LIMITS["memory_full"].value:
+    elif used > LIMITS["memory_full"]:
         smaller = f"--micro_batch {n // 2}" if n > 1 else less
         yield f"{used:.0%} was in use at the peak; {smaller} leaves a margin"
-    elif facts.on_gpu and used < LIMITS["memory_empty"].value and facts.config.micro_batch != "auto":
-        fits = min(facts.max_samples_per_rank, int(n * LIMITS["memory_full"].value / used))
+    elif facts.on_gpu and used < LIMITS["memory_empty"] and facts.config.micro_batch != "auto":
+        fits = min(facts.max_samples_per_rank, int(n * LIMITS["memory_full"] / used))
         if fits > n:
             yield f"{used:.0%} was in use at the peak; micro_batch: auto finds {fits} samples or more"
 
@@ -135,9 +119,9 @@ def speed(facts: Facts) -> Iterator[str]:
     }
     for phase, remedy in remedies.items():
         share = facts.seconds[phase] / total if total else 0.0
-        if share > LIMITS[phase].value:
+        if share > LIMITS[phase]:
             yield f"{share:.0%} of the time {remedy}"
-    if facts.mfu is not None and facts.mfu < LIMITS["mfu"].value:
+    if facts.mfu is not None and facts.mfu < LIMITS["mfu"]:
         options = [] if config.parallel.compile else ["parallel.compile"]
         options += ["a larger micro_batch"] * (facts.micro_batch < facts.max_samples_per_rank)
         yield f"MFU is {facts.mfu:.0%}; " + (f"try {' or '.join(options)}" if options else "a wider model raises it")
@@ -145,49 +129,34 @@ def speed(facts: Facts) -> Iterator[str]:
 
 def learning(facts: Facts) -> Iterator[str]:
     """Yield advice about a loss that may be higher than it could be."""
-    if facts.clipped_share > LIMITS["clipped"].value:
-        yield (
-            f"{facts.clipped_share:.0%} of the steps were clipped to optim.grad_clip "
-            f"{facts.config.optim.grad_clip:g}; lower optim.learning_rate or raise schedule.warmup_steps"
-        )
-    if facts.n_skipped:
-        yield (
-            f"{facts.n_skipped} step{'s were' if facts.n_skipped > 1 else ' was'} skipped because the loss or gradient "
-            "was not finite or spiked; lower optim.learning_rate, or check the text there"
-        )
-    if facts.dead_experts:
-        yield (
-            f"{facts.dead_experts} of {facts.n_experts} experts are dead; raise bias_rate or switch_weight of "
-            "their layers, or use fewer experts"
-        )
-    if facts.val_losses:
-        yield from _validation(facts)
-
-
-def _validation(facts: Facts) -> Iterator[str]:
-    curve = facts.val_losses
+    clipped, skipped, dead = facts.clipped_share, facts.n_skipped, facts.dead_experts
+    if clipped > LIMITS["clipped"]:
+        remedy = "lower optim.learning_rate or raise schedule.warmup_steps"
+        yield f"{clipped:.0%} of the steps were clipped to optim.grad_clip {facts.config.optim.grad_clip:g}; {remedy}"
+    if skipped:
+        reason = "skipped because the loss or gradient was not finite or spiked"
+        remedy = "lower optim.learning_rate, or check the text there"
+        yield f"{skipped} step{'s were' if skipped > 1 else ' was'} {reason}; {remedy}"
+    if dead:
+        remedy = "raise bias_rate or switch_weight of their layers, or use fewer experts"
+        yield f"{dead} of {facts.n_experts} experts are dead; {remedy}"
+    if not (curve := facts.val_losses):
+        return
     (best_step, best), (last_step, last) = min(curve, key=lambda point: point[1]), curve[-1]
     share = last / math.log(facts.vocab_size)
-    if share > LIMITS["hardly"].value:
-        yield (
-            f"validation loss {last:.2f} is {share:.0%} of ln(vocabulary), the loss of random guessing; train longer, "
-            "raise optim.learning_rate, or check the text"
-        )
-    elif last > best * (1 + LIMITS["overfit"].value):
+    if share > LIMITS["hardly"]:
+        remedy = "train longer, raise optim.learning_rate, or check the text"
+        yield f"validation loss {last:.2f} is {share:.0%} of ln(vocabulary), the loss of random guessing; {remedy}"
+    elif last > best * (1 + LIMITS["overfit"]):
+        after = [loss for step, loss in facts.losses if step > best_step]
+        before = [loss for step, loss in facts.losses if step <= best_step][-len(after) :]
         rose = f"validation loss was lowest at step {best_step}, {best:.2f}, and rose to {last:.2f} while training loss"
-        if is_falling(facts.losses, best_step):
+        if after and before and fmean(after) < fmean(before):
             yield f"{rose} fell: it overfits; use more text, fewer steps or more optim.weight_decay"
         else:
             yield f"{rose} rose too: it is unstable; lower optim.learning_rate"
     elif before := [point for point in curve if point[0] <= 0.8 * last_step]:
         step, loss = before[-1]
         fall = 1 - last / loss
-        if fall * 0.2 * last_step / (last_step - step) > LIMITS["falling"].value:
+        if fall * 0.2 * last_step / (last_step - step) > LIMITS["falling"]:
             yield f"validation loss fell by another {fall:.1%} after step {step}; more steps would lower it further"
-
-
-def is_falling(losses: list[Point], step: int) -> bool:
-    """Return True if the mean loss after `step` is below that of as many steps before it."""
-    after = [loss for at, loss in losses if at > step]
-    before = [loss for at, loss in losses if at <= step][-len(after) :]
-    return bool(after and before) and fmean(after) < fmean(before)

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
+from operator import itemgetter
+from typing import NamedTuple
 
 from training.logging.metrics import METRICS, Chart, Metric
 
@@ -13,10 +14,10 @@ READINGS = 200  # steps along each axis at which the pointer can show values
 LAYER_POINTS = 400  # of a layer's curve, about; its first 400 are all kept, for the logarithmic axis
 
 Point = tuple[int, float]  # step, value
+Axis = Callable[[float], float]  # step or value to position
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(NamedTuple):
     """A line of a chart. Without a label it is in neither the legend nor the pointer's values."""
 
     label: str
@@ -27,85 +28,76 @@ class Curve:
 
 def metric_charts(rows: list[dict], groups: Sequence[str], layer_names: Sequence[str] = ()) -> list[dict]:
     """Return the charts of these groups of METRICS, without those that have no numbers to show."""
-    specs: dict[str, Chart] = {}
-    curves: dict[str, list[Curve]] = {}
+    charts: dict[str, tuple[Chart, list[Curve]]] = {}
     for metric in METRICS:
         if metric.chart is not None and metric.group in groups:
-            specs.setdefault(metric.chart.title, metric.chart)
-            curves.setdefault(metric.chart.title, []).extend(_metric_curves(metric, rows, layer_names))
-    last = rows[-1]["step"] if rows else 1
-    charts = [chart(spec, last, curves[title]) for title, spec in specs.items()]
-    return [each for each in charts if each is not None]
+            _, curves = charts.setdefault(metric.chart.title, (metric.chart, []))
+            curves += [curve for curve in _metric_curves(metric, rows, layer_names) if curve.points]
+    return [chart(spec, rows[-1]["step"], curves) for spec, curves in charts.values() if curves]
 
 
 def _metric_curves(metric: Metric, rows: list[dict], layer_names: Sequence[str]) -> list[Curve]:
+    spec = metric.chart
     if metric.of_layer is not None:
-        return _layer_curves([(row["step"], metric.layers(row)) for row in rows], layer_names)
-    raw, style = points(rows, metric.key), metric.chart.style
-    if metric.chart.hide_zeros and not any(value for _, value in raw):
+        values = [(row["step"], metric.layers(row)) for row in rows]
+        return [_layer_curve(values, layer, layer_names) for layer in range(len(layer_names))]
+    raw = points(rows, metric.key)
+    if spec.hide_zeros and not any(value for _, value in raw):
         return []
-    if style != "noisy":
-        return [Curve(metric.chart.label, style, raw)]
-    return [Curve("", "raw", raw), Curve(metric.chart.label, "train", list(smooth(raw, len(rows) // 100)))]
+    if spec.style != "noisy":
+        return [Curve(spec.label, spec.style, raw)]
+    return [Curve("", "raw", raw), Curve(spec.label, "train", list(smooth(raw, len(rows) // 100)))]
 
 
-def _layer_curves(values: list[tuple[int, list[float | None]]], names: Sequence[str]) -> list[Curve]:
-    """Return a smoothed curve for each MoE layer."""
-    curves = []
-    for layer, name in enumerate(names):
-        raw = [(step, layers[layer]) for step, layers in values if layers and layers[layer] is not None]
-        stride, smoothed = max(len(raw) // LAYER_POINTS, 1), smooth(raw, len(raw) // 200)
-        kept = [point for i, point in enumerate(smoothed) if i < LAYER_POINTS or (len(raw) - 1 - i) % stride == 0]
-        curves.append(Curve(name, "layer", kept, 100 * layer // max(len(names) - 1, 1)))
-    return curves
+def _layer_curve(values: list[tuple[int, list[float | None]]], layer: int, names: Sequence[str]) -> Curve:
+    """Return a MoE layer's smoothed curve."""
+    raw = [(step, layers[layer]) for step, layers in values if layers and layers[layer] is not None]
+    stride, smoothed = max(len(raw) // LAYER_POINTS, 1), smooth(raw, len(raw) // 200)
+    kept = [point for i, point in enumerate(smoothed) if i < LAYER_POINTS or (len(raw) - 1 - i) % stride == 0]
+    return Curve(names[layer], "layer", kept, 100 * layer // max(len(names) - 1, 1))
 
 
-def chart(spec: Chart, last: int, curves: list[Curve]) -> dict | None:
-    """Return the chart over steps 1 to `last` as plain data; None if no curve has a point."""
-    curves = [curve for curve in curves if curve.points]
-    if not curves:
-        return None
+def chart(spec: Chart, last: int, curves: list[Curve]) -> dict:
+    """Return the chart over steps 1 to `last` as plain data."""
     values = [value for curve in curves for _, value in curve.points]
     low, high = value_range(values, spikes=spec.spikes, zero=spec.zero)
+    labeled = [curve for curve in curves if curve.label]
+    axes: dict[str, tuple[Axis, list[float]]] = {  # step to position, 0 to 1; ticks
+        "linear": (lambda step: step / last, ticks_between(0, last, 5)),
+        "log": (lambda step: math.log(step) / math.log(max(last, 2)), [10**n for n in range(len(str(last)))]),
+    }
 
     def y(value: float) -> float:
         return HEIGHT * (1 - (value - low) / (high - low))
 
-    def scale(name: str, x: Callable[[float], float], ticks: list[float]) -> dict:
-        return {
-            "name": name,
-            "x_ticks": [{"at": 100 * x(tick), "text": tick_text(tick)} for tick in ticks if tick == int(tick)],
-            "paths": [{"kind": curve.kind, "shade": curve.shade, "d": path(curve.points, x, y)} for curve in curves],
-        }
-
-    linear, logarithmic = axes(last)
     return {
         "title": spec.title,
         "unit": spec.unit,
-        "legend": [curve for curve in curves if curve.label],
+        "legend": labeled,
         "y_ticks": [{"at": 100 * y(tick) / HEIGHT, "text": tick_text(tick)} for tick in ticks_between(low, high, 6)],
-        "scales": [scale("linear", linear, ticks_between(0, last, 5)), scale("log", logarithmic, decades(last))],
-        "readings": {"last": last, "curves": [readings(curve, linear, logarithmic) for curve in curves if curve.label]},
+        "scales": [
+            {
+                "name": name,
+                "x_ticks": [{"at": 100 * x(tick), "text": tick_text(tick)} for tick in ticks if tick == int(tick)],
+                "paths": [{"kind": c.kind, "shade": c.shade, "d": path(c.points, x, y)} for c in curves],
+            }
+            for name, (x, ticks) in axes.items()
+        ],
+        "readings": {"last": last, "curves": [readings(curve, *(x for x, _ in axes.values())) for curve in labeled]},
     }
-
-
-def axes(last: int) -> tuple[Callable[[float], float], Callable[[float], float]]:
-    """Return functions from a step to its position, 0 to 1, on a linear axis from 0 and a logarithmic axis from 1."""
-    return (lambda step: step / last), (lambda step: math.log(step) / math.log(max(last, 2)))
 
 
 def value_range(values: list[float], *, spikes: bool, zero: bool) -> tuple[float, float]:
     """Return (low, high) with a margin around the values, low < high. `spikes` and `zero` need values of 0 or more."""
     ordered = sorted(values)
-    low, high = ordered[0], ordered[-1]
+    low, high = 0.0 if zero else ordered[0], ordered[-1]
     if spikes:
         high = min(high, 1.5 * ordered[int(0.98 * (len(ordered) - 1))])
-    low = 0.0 if zero else low
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     return (low if zero else low - margin), high + margin
 
 
-def path(points: list[Point], x: Callable[[float], float], y: Callable[[float], float]) -> str:
+def path(points: list[Point], x: Axis, y: Axis) -> str:
     """Return the SVG path of the points; a lone point becomes a short dash."""
     corners = [(WIDTH * x(step), y(value)) for step, value in thin(points, x)]
     if len(corners) == 1:
@@ -113,19 +105,16 @@ def path(points: list[Point], x: Callable[[float], float], y: Callable[[float], 
     return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in corners)
 
 
-def thin(points: list[Point], x: Callable[[float], float]) -> list[Point]:
+def thin(points: list[Point], x: Axis) -> list[Point]:
     """Return at most 2 * COLUMNS points that draw the same picture: each column's lowest and highest, in order."""
-    columns: dict[int, list[Point]] = {}
-    for point in points:
-        columns.setdefault(min(int(x(point[0]) * COLUMNS), COLUMNS - 1), []).append(point)
     extremes = []
-    for column in columns.values():
-        lowest, highest = min(column, key=lambda p: p[1]), max(column, key=lambda p: p[1])
-        extremes += sorted({lowest, highest})
+    for _, group in groupby(points, lambda point: min(int(x(point[0]) * COLUMNS), COLUMNS - 1)):
+        column = list(group)
+        extremes += sorted({min(column, key=itemgetter(1)), max(column, key=itemgetter(1))})
     return extremes
 
 
-def readings(curve: Curve, *axes: Callable[[float], float]) -> dict:
+def readings(curve: Curve, *axes: Axis) -> dict:
     """Return the curve at up to READINGS steps spread evenly over each axis, for the pointer."""
     nearby: set[Point] = set()  # one point at each position of the pointer
     for x in axes:
@@ -141,11 +130,6 @@ def ticks_between(low: float, high: float, about: int) -> list[float]:
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(index * step, 12) for index in range(first, last + 1)]
-
-
-def decades(last: int) -> list[float]:
-    """Return 1, 10, 100, ... up to the last step."""
-    return [float(10**power) for power in range(len(str(last)))]
 
 
 def points(rows: list[dict], key: str) -> list[Point]:

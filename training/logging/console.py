@@ -6,19 +6,16 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any
 
 from training.config import LoggingConfig
-from training.logging.dead_experts import DeadExpertWatch
-from training.logging.format import clock, count, number, without_control_chars
-from training.logging.metrics import console_fields
+from training.logging.format import clock, count, layer_name, number, without_control_chars
+from training.logging.metrics import console_fields, expert_load
 from training.logging.phases import as_text
 from training.logging.sinks import RunInfo, Sink
 
-if TYPE_CHECKING:
-    from rich.console import Group
-
 RECENT_STEPS = 50  # averaged for the ETA
+PATIENCE = 200  # steps until an expert counts as dead, and between two lines about a layer at least
 
 
 def open_sink(run: RunInfo, config: LoggingConfig) -> Sink:
@@ -26,23 +23,36 @@ def open_sink(run: RunInfo, config: LoggingConfig) -> Sink:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a sample may have characters that the terminal's encoding lacks
     is_live = sys.stdout.isatty() and os.environ.get("TERM") not in (None, "dumb", "unknown")
-    return LiveConsole(run) if is_live else PlainConsole(run, config.every)
+    return (LiveConsole if is_live else Console)(run, config.every)
 
 
 class Console(Sink):
-    """Base of both consoles: the order of output. A console defines how to print a step, event, sample and the end."""
+    """A header, a line every `every` steps, the evaluations, samples and dead experts, and a closing summary."""
 
-    def __init__(self, run: RunInfo) -> None:
-        self.run, self.eta, self.is_closed = run, ETA(run.steps), False
-        self.dead_experts = DeadExpertWatch(run.moe_layers)
+    def __init__(self, run: RunInfo, every: int) -> None:
+        self.run, self.every, self.step, self.is_closed = run, every, run.start_step, False
+        self.recent_s: deque[float] = deque(maxlen=RECENT_STEPS)
+        self.dead_experts = {layer: DeadExpertWatch(layer) for layer in run.moe_layers}
+        with drop_output_nobody_reads():
+            self.print_header()
+
+    @property
+    def eta(self) -> str:
+        """The time left, from the mean duration of the last steps."""
+        if not self.recent_s:
+            return "unknown"
+        return clock((self.run.steps - self.step) * sum(self.recent_s) / len(self.recent_s))
 
     def write(self, rows: list[dict]) -> None:
         with drop_output_nobody_reads():
             for row in rows:
-                self.eta.update(row)
+                self.step = row["step"]
+                if "step_s" in row:
+                    self.recent_s.append(row["step_s"])
                 self.print_step(row)
-                for line in self.dead_experts.update(row):
-                    self.print_event(row, line, "yellow")
+                for layer, load_E in expert_load(row, self.run.moe_layers).items():
+                    if line := self.dead_experts[layer].update(load_E):
+                        self.print_event(row, line, "yellow")
                 if fields := console_fields(row, "validation"):
                     self.print_event(row, "  ".join(fields), "green")
                 for sample in row.get("samples") or ():
@@ -58,15 +68,8 @@ class Console(Sink):
     def refresh(self) -> None:
         """Draw the live part, if there is one."""
 
-
-class PlainConsole(Console):
-    """A header, a line every `every` steps, the evaluations, samples and dead experts, and a closing summary."""
-
-    def __init__(self, run: RunInfo, every: int) -> None:
-        super().__init__(run)
-        self.every = every
-        with drop_output_nobody_reads():
-            print(run.name, *aligned(run.header), "", sep="\n")
+    def print_header(self) -> None:
+        print(self.run.name, *aligned(self.run.header), "", sep="\n")
 
     def print_step(self, row: dict) -> None:
         if row["step"] % self.every == 0 or row["step"] == self.run.steps:
@@ -86,20 +89,18 @@ class PlainConsole(Console):
 class LiveConsole(Console):
     """A bar and the newest numbers at the bottom of the terminal; lines that stay are printed above it."""
 
-    def __init__(self, run: RunInfo) -> None:
+    def print_header(self) -> None:
         from rich.console import Console as Terminal
         from rich.live import Live
 
-        super().__init__(run)
-        self.row: dict | None = None
+        self.row: dict = {}  # the newest
         self.evaluation: list[str] = []  # its first field, from the newest row that has one
         self.terminal = Terminal(highlight=False, emoji=False, markup=False)
         self.live = Live(get_renderable=self.render, console=self.terminal, auto_refresh=False)
-        with drop_output_nobody_reads():
-            self.terminal.print(run.name, style="bold")
-            self._print_table(run.header)
-            self.terminal.print()
-            self.live.start(refresh=True)
+        self.terminal.print(self.run.name, style="bold")
+        self._print_table(self.run.header)
+        self.terminal.print()
+        self.live.start(refresh=True)
 
     def print_step(self, row: dict) -> None:
         self.row = row
@@ -127,7 +128,7 @@ class LiveConsole(Console):
     def refresh(self) -> None:
         self.live.refresh()
 
-    def render(self) -> "Group":
+    def render(self) -> Any:
         """Return two lines for a wide terminal; on a narrow one the numbers take as many as they need."""
         from rich.columns import Columns
         from rich.console import Group
@@ -135,12 +136,11 @@ class LiveConsole(Console):
         from rich.table import Table
         from rich.text import Text
 
-        step = self.row["step"] if self.row else self.run.start_step
         bar = Table.grid(expand=True, padding=(0, 1))
         for ratio in (None, 1, None):
             bar.add_column(ratio=ratio, no_wrap=True)
-        bar.add_row(f"step {step}/{self.run.steps}", ProgressBar(self.run.steps, step), f"ETA {self.eta}")
-        if self.row is None:
+        bar.add_row(f"step {self.step}/{self.run.steps}", ProgressBar(self.run.steps, self.step), f"ETA {self.eta}")
+        if not self.row:
             return Group(bar, Text("waiting for the first step", style="dim"))
         fields = console_fields(self.row, "step")
         fields[1:1] = self.evaluation
@@ -156,21 +156,33 @@ class LiveConsole(Console):
         self.terminal.print(table)
 
 
-class ETA:
-    """The time left, from the mean duration of the last steps."""
+class DeadExpertWatch:
+    """A watch over one layer's load. It reports when experts die, when more die, and each time the duration doubled."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps, self.step, self.recent = steps, 0, deque(maxlen=RECENT_STEPS)
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+        self.dead_steps_E: list[int] = []  # consecutive steps below the threshold, of this process
+        self.reported = (0, 0)  # experts and steps in the last line; (0, 0): all have recovered since
+        self.quiet = 0  # steps until another line may come
 
-    def update(self, row: dict) -> None:
-        self.step = row["step"]
-        if "step_s" in row:
-            self.recent.append(row["step_s"])
+    def update(self, load_E: list[float]) -> str | None:
+        """Return the line to print after a step with this load. The loads of all calls are consecutive."""
+        from training.model.metrics import dead_expert_threshold  # imports torch
 
-    def __str__(self) -> str:
-        if not self.recent:
-            return "unknown"
-        return clock((self.steps - self.step) * sum(self.recent) / len(self.recent))
+        threshold = dead_expert_threshold(len(load_E))
+        before_E = self.dead_steps_E or [0] * len(load_E)
+        self.dead_steps_E = [(n + 1) * (share < threshold) for n, share in zip(before_E, load_E, strict=True)]
+        self.quiet = max(self.quiet - 1, 0)
+        dead = [n for n in self.dead_steps_E if n >= PATIENCE]
+        if not dead:
+            self.reported = (0, 0)
+            return None
+        n_reported, steps_reported = self.reported
+        if self.quiet or (len(dead) <= n_reported and min(dead) < 2 * steps_reported):
+            return None
+        self.reported, self.quiet = (len(dead), min(dead)), PATIENCE
+        experts = f"{len(dead)} of {len(load_E)} experts"
+        return f"{layer_name(self.layer)}: {experts} received < {100 * threshold:.2g} % of tokens for {min(dead)} steps"
 
 
 def closing(summary: dict) -> dict[str, str]:
@@ -179,9 +191,9 @@ def closing(summary: dict) -> dict[str, str]:
     if summary["val_loss"] is not None:
         fields = [field.removeprefix("val ") for field in console_fields(summary, "validation")]
         validation = f"{', '.join(fields)}; best {number(summary['best_val_loss'])} at step {summary['best_step']}"
+    tokens, speed = count(summary["tokens"]), count(summary["tokens_per_s"])
     facts = {
-        "done": f"{summary['steps']} steps, {count(summary['tokens'])} tokens in {clock(summary['time_s'])}"
-        f" ({count(summary['tokens_per_s'])} tokens/s)",
+        "done": f"{summary['steps']} steps, {tokens} tokens in {clock(summary['time_s'])} ({speed} tokens/s)",
         "training": f"loss {number(summary['train_loss'])}",
         "validation": validation,
         "model": summary["model_dir"],
@@ -204,7 +216,6 @@ def aligned(facts: dict[str, str]) -> list[str]:
 
 
 def sample_text(sample: dict) -> str:
-    """Return the prompt and its continuation."""
     return without_control_chars(sample["prompt"] + sample["text"].rstrip())
 
 

@@ -18,15 +18,13 @@ def count(n: float) -> str:
 def clock(seconds: float) -> str:
     """Return hours, minutes and seconds: 1:02:03."""
     minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}"
+    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
 
 
 def duration_text(seconds: float) -> str:
     """Return a duration in the largest unit of which there are two or more: 2.1 minutes."""
-    size, unit = next(
-        ((size, unit) for size, unit in ((3600, "hour"), (60, "minute")) if seconds >= 2 * size), (1, "second")
-    )
+    units = ((3600, "hour"), (60, "minute"), (1, "second"))
+    size, unit = next((unit for unit in units if seconds >= 2 * unit[0]), units[-1])
     amount = seconds / size
     rounded = f"{amount:.1f}".removesuffix(".0") if amount < 10 else f"{amount:.0f}"
     return f"{rounded} {unit}" if rounded == "1" else f"{rounded} {unit}s"
@@ -49,9 +47,8 @@ def layer_name(layer: int) -> str:
 
 def without_control_chars(text: str) -> str:
     """Return the text without control characters, which a model may write and a terminal would obey."""
-    return "".join(
-        c if c == "\n" or c.isprintable() else "    " if c == "\t" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
+    text = text.replace("\t", "    ")
+    return "".join(c if c == "\n" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def token_text(text: str) -> str:

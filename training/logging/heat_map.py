@@ -17,10 +17,7 @@ def should_draw(row: dict, every: int, last: int) -> bool:
 
 
 def draw_heat_map(load: dict[int, list[float]]) -> np.ndarray:
-    """Return uint8 (TOP + layers x CELL, LEFT + experts x CELL, 3): layers downwards, experts to the right.
-
-    `load` has each expert's share of its layer's assignments, by the layer's index.
-    """
+    """Return uint8 (TOP + layers x CELL, LEFT + experts x CELL, 3) of each expert's share, by the layer's index."""
     n_experts = max(map(len, load.values()))
     image = Image.new("RGB", (LEFT + n_experts * CELL, TOP + len(load) * CELL), PAPER)
     draw = ImageDraw.Draw(image)
@@ -29,8 +26,8 @@ def draw_heat_map(load: dict[int, list[float]]) -> np.ndarray:
     for row, (layer, load_E) in enumerate(load.items()):
         top = TOP + row * CELL
         draw.text((LEFT - 6, top + CELL / 2), layer_name(layer), fill=INK, anchor="rm")
-        colors = [_color(share * len(load_E)) for share in load_E] + [NO_EXPERT] * (n_experts - len(load_E))
-        for expert, fill in enumerate(colors):
+        for expert in range(n_experts):
+            fill = _color(load_E[expert] * len(load_E)) if expert < len(load_E) else NO_EXPERT
             left = LEFT + expert * CELL
             draw.rectangle((left, top, left + CELL - 2, top + CELL - 2), fill=fill)
     return np.asarray(image)

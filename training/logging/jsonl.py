@@ -25,12 +25,13 @@ class JSONLSink(Sink):
 
     def __init__(self, run: RunInfo) -> None:
         self.path = run.dir / "metrics.jsonl"
-        text = read_text(self.path)
-        rows = [(line, row["step"]) for line, row in _parse(self.path, text) if row["step"] <= run.start_step]
-        kept = "".join(f"{line}\n" for line, _ in rows)
-        if kept != text or not self.path.exists():
-            write_atomically(self.path, kept)
-        steps, has_checkpoints = [step for _, step in rows], (run.dir / "checkpoints").exists()
+        text, rows = read_text(self.path), read_rows(self.path)
+        lines = zip(text.split("\n"), rows, strict=False)  # the last line is empty or unfinished
+        kept = [(f"{line}\n", row["step"]) for line, row in lines if row["step"] <= run.start_step]
+        new_text = "".join(line for line, _ in kept)
+        if new_text != text or not self.path.exists():
+            write_atomically(self.path, new_text)
+        steps, has_checkpoints = [step for _, step in kept], (run.dir / "checkpoints").exists()
         first = run.start_step + 1 - len(steps)  # rows may begin at the checkpoint of another run
         if steps != list(range(first, run.start_step + 1)) or (has_checkpoints and run.start_step and not steps):
             self._warn(f"not every step up to {run.start_step} has exactly one row")
@@ -56,7 +57,18 @@ def read_rows(path: Path) -> list[dict]:
 
     Raises UserError for a line, other than an unfinished last one, that is not a row.
     """
-    return [row for _, row in _parse(path, read_text(path))]
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+            times = [value for name, value in row.items() if name.startswith("time_")]
+            is_row = type(row["step"]) is int and all(type(value) in (int, float) for value in times)
+        except (ValueError, AttributeError, KeyError):  # no JSON, not an object, or without a step
+            is_row = False
+        if not is_row:
+            raise UserError(f"{path} line {number} is not a row of metrics: remove the line and start again")
+        rows.append(row)
+    return rows
 
 
 def read_text(path: Path) -> str:
@@ -65,26 +77,6 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _parse(path: Path, text: str) -> list[tuple[str, dict]]:
-    """Return every complete line with its row. A line is complete if it ends in a newline."""
-    *lines, _incomplete = text.split("\n")
-    parsed = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or not _is_row(row):
-            raise UserError(f"{path} line {number} is not a row of metrics: remove the line and start again")
-        parsed.append((line, row))
-    return parsed
-
-
-def _is_row(row: dict) -> bool:
-    times = [value for name, value in row.items() if name.startswith("time_")]
-    return type(row.get("step")) is int and all(type(value) in (int, float) for value in times)
 
 
 def nan_to_null(value: Any) -> Any:

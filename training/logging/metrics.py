@@ -1,17 +1,11 @@
-"""Every metric of a run, in one table: `METRICS`.
+"""Every metric of a run, in one table: `python -m training.logging.metrics` prints it for training/README.md.
 
-A row of metrics.jsonl is a dict of plain data about one update; row k is the state after k updates. This table defines
-the keys of a row, the tags in TensorBoard and W&B, the fields of the console, the charts and figures of the report, and
-the metrics of summary.json. This module prints it for training/README.md:
-
-    python -m training.logging.metrics
-
-A key that a row lacks is left out everywhere. Layers count from 0 in data and from 1 in what people read.
+A row of metrics.jsonl is a dict of plain data; row k is the state after k updates. A key that a row lacks is left out
+everywhere. Layers count from 0 in data and from 1 in what people read.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from training.logging.format import count, number, share
 from training.logging.phases import PHASES
@@ -19,8 +13,7 @@ from training.logging.phases import PHASES
 LOAD_IMAGE = "router/load_layers_x_experts"  # tag of the expert load's heat map
 
 
-@dataclass(frozen=True)
-class Chart:
+class Chart(NamedTuple):
     """A curve of the report. Metrics whose charts have one title share a chart; the first describes its axes."""
 
     title: str
@@ -32,8 +25,7 @@ class Chart:
     hide_zeros: bool = False  # no chart if every value is 0
 
 
-@dataclass(frozen=True)
-class Figure:
+class Figure(NamedTuple):
     """A large number of the report."""
 
     label: str
@@ -44,8 +36,7 @@ class Figure:
         return number(value, self.text) if isinstance(self.text, str) else self.text(value, row)
 
 
-@dataclass(frozen=True)
-class Metric:
+class Metric(NamedTuple):
     """A key of a row, and where its value is shown."""
 
     key: str  # "router_layers.z_loss" stands for row["router_layers"]["z_loss"]

@@ -20,13 +20,34 @@ RECENT_STEPS = 50  # averaged for the expert load at the end
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `run_dir / "report.html"` from the files of a run, finished or not, and return its path.
+    """Write `run_dir / "report.html"` from the files of a run, each of which may be missing, and return its path.
 
-    Reads metrics.jsonl, summary.json, run.json, experts.json and config.yaml, each of which may be missing.
     Raises UserError if one cannot be read or was not written by a run, or if the page cannot be written.
     """
     try:
-        page = _page(run_dir)
+        rows = read_rows(run_dir / "metrics.jsonl")
+        summary, run, experts = (_read_json(run_dir / f"{name}.json") for name in ("summary", "run", "experts"))
+        newest = {key: value for row in rows for key, value in row.items() if value is not None}
+        seconds = summary.get("time") or phase_seconds(rows)
+        evaluations = [row for row in rows if row.get("samples")]
+        page = _template().render(
+            name=run.get("name", run_dir.resolve().name),
+            summary_sentence=summary_sentence(rows, summary, run.get("steps")),
+            progress=rows[-1]["step"] / run["steps"] if rows and run and not summary else None,
+            key_figures=key_figures(rows, newest | summary),
+            charts=metric_charts(rows, ("step", "validation")),
+            routing=routing(rows, newest, run.get("moe_layers")),
+            experts=experts,
+            evaluations=evaluations[:1] + evaluations[1:][-1:],
+            phases=PHASES,
+            seconds=seconds,
+            shares=phase_shares(seconds),
+            goodput=goodput(seconds),
+            advice=[line.partition(": ") for line in summary.get("advice", ())],
+            header=run.get("header", {}),
+            next=summary.get("next", []),
+            config=read_text(run_dir / "config.yaml"),
+        )
     except UserError:
         raise
     except Exception as error:  # files edited by hand can fail in any way
@@ -43,52 +64,24 @@ def update_report(run_dir: Path) -> None:
         print(f"{error}; the report is not updated", file=sys.stderr)
 
 
-def _page(run_dir: Path) -> str:
-    rows, summary = read_rows(run_dir / "metrics.jsonl"), _read_json(run_dir / "summary.json")
-    run = _read_json(run_dir / "run.json")
-    seconds = summary.get("time") or phase_seconds(rows)
-    evaluations = [row for row in rows if row.get("samples")]
-    return _template().render(
-        name=run.get("name", run_dir.resolve().name),
-        summary_sentence=summary_sentence(rows, summary, run.get("steps")),
-        progress=rows[-1]["step"] / run["steps"] if rows and run and not summary else None,
-        key_figures=key_figures(rows, summary),
-        charts=metric_charts(rows, ("step", "validation")),
-        routing=routing(rows, run.get("moe_layers")),
-        experts=_read_json(run_dir / "experts.json"),
-        evaluations=evaluations[:1] + evaluations[1:][-1:],
-        phases=PHASES,
-        seconds=seconds,
-        shares=phase_shares(seconds),
-        goodput=goodput(seconds),
-        advice=[line.partition(": ") for line in summary.get("advice", ())],
-        header=run.get("header", {}),
-        next=summary.get("next", []),
-        config=read_text(run_dir / "config.yaml"),
-    )
-
-
 def summary_sentence(rows: list[dict], summary: dict, steps: int | None) -> str:
     """Return the run in two sentences."""
     if not rows:
         return "Waiting for the first step."
     last = rows[-1]
-    text = f"In {duration_text(last.get('time_s', 0))} this model read {count(last.get('tokens', 0))} tokens"
-    if not summary and steps:
-        text += f" so far, in {last['step']:,} of {steps:,} steps"
-    if len(rows) > 1:
-        text += f". Its loss went from {number(rows[0].get('loss'), '.2f')} to {number(last.get('loss'), '.2f')}"
-    else:
-        text += f". Its loss is {number(last.get('loss'), '.2f')}"
+    first_loss, last_loss = (number(row.get("loss"), ".2f") for row in (rows[0], last))
+    so_far = f" so far, in {last['step']:,} of {steps:,} steps" if steps and not summary else ""
+    loss = f"went from {first_loss} to {last_loss}" if len(rows) > 1 else f"is {last_loss}"
     bits = [value for _, value in points(rows, "val_bits_per_byte")]
-    return text + (f", and it needs {bits[-1]:.2f} bits for a byte of text it has never seen." if bits else ".")
+    unseen = f", and it needs {bits[-1]:.2f} bits for a byte of text it has never seen" if bits else ""
+    time, tokens = duration_text(last.get("time_s", 0)), count(last.get("tokens", 0))
+    return f"In {time} this model read {tokens} tokens{so_far}. Its loss {loss}{unseen}."
 
 
-def key_figures(rows: list[dict], summary: dict) -> list[tuple[str, str]]:
+def key_figures(rows: list[dict], known: dict) -> list[tuple[str, str]]:
     """Return the large numbers at the top as (text, label)."""
     if not rows:
         return []
-    known = _newest_values(rows) | summary
     figures = [*_figures(rows, known, "validation"), *_figures(rows, known, "step")]
     if "parameters" in known:
         figures.append((count(known["parameters"]), "parameters"))
@@ -106,21 +99,15 @@ def _figures(rows: list[dict], known: dict, group: str) -> list[tuple[str, str]]
     ]
 
 
-def _newest_values(rows: list[dict]) -> dict[str, Any]:
-    return {key: value for row in rows for key, value in row.items() if value is not None}
-
-
-def routing(rows: list[dict], moe_layers: list[int] | None) -> dict[str, Any] | None:
-    """Return the figures, heat map and charts of the experts; None for a dense run.
-
-    If `moe_layers` is None, as in a folder without run.json, MoE layers are numbered among themselves.
-    """
+def routing(rows: list[dict], newest: dict, moe_layers: list[int] | None) -> dict[str, Any] | None:
+    """Return the figures, heat map and charts of the experts; None for a dense run."""
     table = load_table(rows)
     if not table:
         return None
+    # A folder without run.json does not have the places of MoE layers in the network.
     names = [layer_name(i) for i in moe_layers] if moe_layers else [f"MoE layer {i + 1}" for i in range(len(table))]
     return {
-        "figures": _figures(rows, _newest_values(rows), "router"),
+        "figures": _figures(rows, newest, "router"),
         "layers": [{"name": name, "cells": cells} for name, cells in zip(names, table, strict=True)],
         "n_experts": max(map(len, table)),
         "even": " or ".join(f"{100 / n:.1f} %" for n in sorted({len(cells) for cells in table})),
@@ -131,27 +118,24 @@ def routing(rows: list[dict], moe_layers: list[int] | None) -> dict[str, Any] | 
 def load_table(rows: list[dict]) -> list[list[dict]]:
     """Return the expert load at the end, a list per MoE layer: each share as text, and per cent over or under even."""
     loads = [row["expert_load"] for row in rows[-RECENT_STEPS:] if row.get("expert_load")]
-    table = []
-    for layer in zip(*loads, strict=True):
-        shares = [sum(expert) / len(layer) for expert in zip(*layer, strict=True)]
-        over = [100 * (share * len(shares) - 1) for share in shares]
-        table.append(
-            [
-                {"text": f"{100 * share:.1f}", "kind": "over" if by > 0 else "under", "by": min(round(abs(by)), 100)}
-                for share, by in zip(shares, over, strict=True)
-            ]
-        )
-    return table
+    return [
+        [_load_cell(sum(expert) / len(layer), len(layer[0])) for expert in zip(*layer, strict=True)]
+        for layer in zip(*loads, strict=True)
+    ]
+
+
+def _load_cell(share: float, n_experts: int) -> dict:
+    over = 100 * (share * n_experts - 1)
+    return {"text": f"{100 * share:.1f}", "kind": "over" if over > 0 else "under", "by": min(round(abs(over)), 100)}
 
 
 @cache
 def _template() -> Any:
-    folder = FileSystemLoader(Path(__file__).parent)
+    loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
-        loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    filters = (duration_text, layer_name, token_text, without_control_chars)
-    environment.filters |= {function.__name__: function for function in filters}
+    environment.filters |= {f.__name__: f for f in (duration_text, layer_name, token_text, without_control_chars)}
     return environment.get_template("report.html.j2")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from training import device as devices
 from training.config import Config
 from training.distributed.world import World
-from training.logging.phase_timer import PhaseTimer
+from training.logging.phases import PhaseTimer
 from training.logging.sinks import Sink
 from training.optim.schedule import lr_factor
 
@@ -29,7 +29,7 @@ class RunLog:
     time_s: float = 0.0  # seconds of training over all restarts, without evaluations and saves
     rows: list[dict] = field(default_factory=list)  # fetched, not written yet
     last_row: dict = field(default_factory=dict)  # the newest fetched row
-    _pending: list[tuple[int, dict[str, Tensor], int, int]] = field(default_factory=list)
+    _pending: list[tuple[int, dict[str, Tensor], int, int]] = field(default_factory=list)  # arguments of `add`
     _clock: float = 0.0
 
     def start_clock(self) -> None:
@@ -44,23 +44,22 @@ class RunLog:
         self.timer.finish_startup()
         self._pending.append((step, metrics, n_targets, n_skipped))
 
-    def fetch(self) -> list[dict]:
-        """Move the pending updates to `rows` and return their rows; times are means. Synchronizes with the device."""
+    def fetch(self) -> None:
+        """Turn the pending updates into `rows`, in one transfer; times are means. Synchronizes with the device."""
         if not self._pending:
-            return []
+            return
         self.timer.enter("compute")  # the transfer waits for the device to finish its updates
-        fetched = _fetch([metrics for _, metrics, _, _ in self._pending])
+        tensors = [value for _, metrics, _, _ in self._pending for value in metrics.values()]
+        numbers = iter(torch.cat([value.flatten().float() for value in tensors]).tolist())
         self.timer.enter("idle")
-        now, phase_times = time.perf_counter(), self.timer.row_times(len(fetched))
-        step_s, self._clock = (now - self._clock) / len(fetched), now
-        rows = [
-            self._row(step, values, n_targets, n_skipped, step_s) | phase_times
-            for (step, _, n_targets, n_skipped), values in zip(self._pending, fetched, strict=True)
-        ]
+        now, n_steps = time.perf_counter(), len(self._pending)
+        step_s, self._clock = (now - self._clock) / n_steps, now
+        phase_times = self.timer.row_times(n_steps)
+        for step, metrics, n_targets, n_skipped in self._pending:
+            values = {name: [next(numbers) for _ in range(value.numel())] for name, value in metrics.items()}
+            self.rows.append(self._row(step, values, n_targets, n_skipped, step_s) | phase_times)
         self._pending.clear()
-        self.rows += rows
-        self.last_row = rows[-1]
-        return rows
+        self.last_row = self.rows[-1]
 
     def write(self) -> None:
         """Hand the fetched rows to all sinks."""
@@ -92,10 +91,3 @@ class RunLog:
             "step_s": step_s,
             "time_s": self.time_s,
         }
-
-
-def _fetch(updates: list[dict[str, Tensor]]) -> list[dict[str, list[float]]]:
-    """Return the updates' tensors as flat lists of numbers, in one transfer."""
-    flat = torch.cat([value.flatten().float() for metrics in updates for value in metrics.values()]).tolist()
-    numbers = iter(flat)
-    return [{name: [next(numbers) for _ in range(value.numel())] for name, value in u.items()} for u in updates]

@@ -3,16 +3,12 @@
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from training.config import LoggingConfig
 from training.files import write_atomically
-
-if TYPE_CHECKING:
-    import torch
 
 # Modules of this folder, and if the options enable their sink. Each has `open_sink(run, config) -> Sink`.
 # metrics.jsonl comes first: it is the log of record. The console comes last: it prints once all others are open.
@@ -22,11 +18,9 @@ SINKS: dict[str, Callable[[LoggingConfig], bool]] = {
     "wandb": lambda config: config.wandb is not None,
     "console": lambda _: True,
 }
-IN_RUN_JSON = ("name", "header", "facts", "steps", "tokens_per_step", "moe_layers")
 
 
-@dataclass(frozen=True)
-class RunInfo:
+class RunInfo(NamedTuple):
     """Facts about the run that sinks may show."""
 
     dir: Path
@@ -38,7 +32,7 @@ class RunInfo:
     steps: int
     tokens_per_step: int
     moe_layers: list[int]  # indices of the layers with experts
-    facts: dict[str, Any] = field(default_factory=dict)  # plain data for programs: device, world_size, ...
+    facts: dict[str, Any]  # plain data for programs: device, world_size, ...
 
 
 class Sink:
@@ -48,19 +42,18 @@ class Sink:
         """Write the rows of consecutive steps; each row comes once."""
         raise NotImplementedError
 
-    def write_graph(self, model: "torch.nn.Module", *inputs: Any) -> None:
-        """Draw the graph of `model(*inputs)`; a sink that cannot draw ignores it."""
+    def write_graph(self, model: Any, *inputs: Any) -> None:
+        """Draw the graph of `model(*inputs)`, a torch.nn.Module; a sink that cannot draw ignores it."""
 
     def close(self, summary: dict | None) -> None:
         """Close; harmless if repeated. `summary` is the content of summary.json, None if the run was interrupted."""
 
 
 def open_sinks(config: LoggingConfig, run: RunInfo) -> list[Sink]:
-    """Write run.json and open the sinks that `config` asks for, in the order of `SINKS`.
-
-    Raises UserError if a file cannot be written or Weights & Biases is not set up.
-    """
-    content = {name: getattr(run, name) for name in IN_RUN_JSON}
+    """Write run.json and open the sinks that `config` enables. Raises UserError if one cannot work."""
+    content = {
+        name: getattr(run, name) for name in ("name", "header", "facts", "steps", "tokens_per_step", "moe_layers")
+    }
     write_atomically(run.dir / "run.json", json.dumps(content, indent=2) + "\n")
     sinks: list[Sink] = []
     with ExitStack() as on_error:

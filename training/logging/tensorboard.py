@@ -2,15 +2,17 @@
 
 import json
 import os
+import re
 import socket
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
+from torch import nn
 from torch.utils.tensorboard.summary import histogram, hparams, image, text
 
 from training.config import LoggingConfig
@@ -20,9 +22,6 @@ from training.logging.graph import trace_graph
 from training.logging.heat_map import draw_heat_map, should_draw
 from training.logging.metrics import LOAD_IMAGE, expert_load, layer_tag, scalars
 from training.logging.sinks import RunInfo, Sink
-
-if TYPE_CHECKING:
-    import torch
 
 LOAD_BINS = [0.0, *np.geomspace(1e-4, 1.1, 99)]  # edges, of an expert's share; each is 10 % above the last
 
@@ -38,7 +37,9 @@ class TensorBoardSink(Sink):
         self.histogram_every, self.steps, self.moe_layers = histogram_every, run.steps, run.moe_layers
         self.path = run.dir / "tensorboard"
         purge_step = run.start_step + 1
-        header = "\n".join(f"| {label} | {_cell(fact)} |" for label, fact in run.header.items())
+        # without line breaks and with Markdown's markup characters escaped
+        cells = [re.sub(r"[]\\`*_{}[<>()#+\-.!|]", r"\\\g<0>", fact.replace("\n", " ")) for fact in run.header.values()]
+        header = "\n".join(f"| {label} | {cell} |" for label, cell in zip(run.header, cells, strict=True))
         _, start, self.end = hparams(flat(run.config), {})
         # torch's SummaryWriter writes in a thread, which prints a traceback if the disk is full.
         name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
@@ -59,13 +60,16 @@ class TensorBoardSink(Sink):
             values = [Summary.Value(tag=tag, simple_value=v) for tag, v in scalars(row, self.moe_layers).items()]
             summaries = [Summary(value=values)]
             if should_draw(row, self.histogram_every, self.steps):
-                summaries += _expert_load(expert_load(row, self.moe_layers))
+                load = expert_load(row, self.moe_layers)
+                summaries.append(image(LOAD_IMAGE, draw_heat_map(load), dataformats="HWC"))
+                for layer, load_E in load.items():
+                    summaries.append(histogram(layer_tag("router_layers/load", layer), np.asarray(load_E), LOAD_BINS))
             if row.get("samples"):
                 texts = (without_control_chars(sample["prompt"] + sample["text"]) for sample in row["samples"])
                 summaries.append(text("samples", "\n\n---\n".join(map(_code_block, texts))))
             self._write(*(Event(step=row["step"], summary=summary) for summary in summaries))
 
-    def write_graph(self, model: "torch.nn.Module", *inputs: Any) -> None:
+    def write_graph(self, model: nn.Module, *inputs: Any) -> None:
         """Show the graph of `model(*inputs)` in the Graphs tab."""
         self._write(Event(graph_def=trace_graph(model, *inputs).SerializeToString()))
 
@@ -95,19 +99,6 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return options
 
 
-def _expert_load(load: dict[int, list[float]]) -> list[Summary]:
-    histograms = [
-        histogram(layer_tag("router_layers/load", layer), np.asarray(load_E), LOAD_BINS)
-        for layer, load_E in load.items()
-    ]
-    return [image(LOAD_IMAGE, draw_heat_map(load), dataformats="HWC"), *histograms]
-
-
 def _code_block(text: str) -> str:
     """Return Markdown that shows the text as it is."""
     return "\n".join(f"    {line}" for line in ("\n" + text).split("\n"))
-
-
-def _cell(text: str) -> str:
-    """Return the text on one line, with Markdown's markup characters escaped."""
-    return "".join(f"\\{c}" if c in "\\`*_{}[]<>()#+-.!|" else " " if c == "\n" else c for c in text)

@@ -3,7 +3,6 @@
 import json
 import sys
 import uuid
-from pathlib import Path
 from typing import Any
 
 from training.config import LoggingConfig, WandbConfig
@@ -27,25 +26,36 @@ class WandbSink(Sink):
         try:
             import wandb
         except ImportError as error:
-            raise UserError(
-                "logging.wandb needs Weights & Biases: pip install wandb, or remove logging.wandb"
-            ) from error
+            reason = "logging.wandb needs Weights & Biases: pip install wandb, or remove logging.wandb"
+            raise UserError(reason) from error
         self.wandb, self.is_closed = wandb, False
         self.histogram_every, self.steps, self.moe_layers = histogram_every, run.steps, run.moe_layers
         self.marker = run.dir / "wandb.json"
-        self.state = _load_state(self.marker, run.name)
-        settings = wandb.Settings(silent=True, console="off", finish_timeout=FINISH_TIMEOUT_S)
-        wandb.setup(settings=wandb.Settings(silent=True))
-        self.run = _init(wandb, config, run, id=self.state["id"], settings=settings)
+        # The W&B run's id, which is random as a folder's name may be used again, and the last step logged.
+        self.state = {"id": f"{run.name[:32]}-{uuid.uuid4().hex[:8]}", "step": 0}
+        if self.marker.exists():
+            try:
+                state = json.loads(self.marker.read_bytes())
+                self.state = {"id": str(state["id"]), "step": int(state["step"])}
+            except (ValueError, KeyError, TypeError):
+                print(f"{self.marker}: no valid W&B run id; starting a new W&B run", file=sys.stderr)
+        write_atomically(self.marker, json.dumps(self.state) + "\n")
+        self.run = _init(wandb, config, run, self.state["id"])
         self.state["step"] = max(self.state["step"], self.run.step - 1)
 
     def write(self, rows: list[dict]) -> None:
-        new = [row for row in rows if row["step"] > self.state["step"]]
-        for row in new:
-            self.run.log(self._values(row), step=row["step"])
-        if new:
-            self.state["step"] = new[-1]["step"]
-            write_atomically(self.marker, json.dumps(self.state) + "\n")
+        for row in rows:
+            if row["step"] <= self.state["step"]:
+                continue
+            values: dict[str, Any] = dict(scalars(row, self.moe_layers))
+            if should_draw(row, self.histogram_every, self.steps):
+                values[LOAD_IMAGE] = self.wandb.Image(draw_heat_map(expert_load(row, self.moe_layers)))
+            if row.get("samples"):
+                data = [[row["step"], sample["prompt"], sample["text"]] for sample in row["samples"]]
+                values["samples"] = self.wandb.Table(columns=["step", "prompt", "text"], data=data)
+            self.run.log(values, step=row["step"])
+            self.state["step"] = row["step"]
+        write_atomically(self.marker, json.dumps(self.state) + "\n")
 
     def close(self, summary: dict | None) -> None:
         if self.is_closed:
@@ -55,48 +65,23 @@ class WandbSink(Sink):
             self.run.summary.update({key: value for key, value in summary.items() if key != "next"})
         self.run.finish(exit_code=0 if summary is not None else 1)
 
-    def _values(self, row: dict) -> dict[str, Any]:
-        values: dict[str, Any] = dict(scalars(row, self.moe_layers))
-        if should_draw(row, self.histogram_every, self.steps):
-            values[LOAD_IMAGE] = self.wandb.Image(draw_heat_map(expert_load(row, self.moe_layers)))
-        if row.get("samples"):
-            data = [[row["step"], sample["prompt"], sample["text"]] for sample in row["samples"]]
-            values["samples"] = self.wandb.Table(columns=["step", "prompt", "text"], data=data)
-        return values
 
-
-def _load_state(marker: Path, name: str) -> dict:
-    """Return the W&B run's id and the last step logged. A new id is random, as a folder's name may be used again."""
-    if marker.exists():
-        try:
-            state = json.loads(marker.read_bytes())
-            return {"id": str(state["id"]), "step": int(state["step"])}
-        except (ValueError, KeyError, TypeError):
-            print(f"{marker}: no valid W&B run id; starting a new W&B run", file=sys.stderr)
-    state = {"id": f"{name[:32]}-{uuid.uuid4().hex[:8]}", "step": 0}
-    write_atomically(marker, json.dumps(state) + "\n")
-    return state
-
-
-def _init(wandb: Any, config: WandbConfig, run: RunInfo, **options: Any) -> Any:
+def _init(wandb: Any, config: WandbConfig, run: RunInfo, run_id: str) -> Any:
     """Start or resume the W&B run, offline if the network does not answer.
 
     Raises UserError if there is no API key or the server refuses it.
     """
-    options |= {"project": config.project, "entity": config.entity, "name": run.name, "resume": "allow"}
+    options = {"project": config.project, "entity": config.entity, "name": run.name, "id": run_id, "resume": "allow"}
     options |= {"dir": str(run.dir), "config": run.config}
+    options["settings"] = wandb.Settings(silent=True, console="off", finish_timeout=FINISH_TIMEOUT_S)
+    wandb.setup(settings=wandb.Settings(silent=True))
     try:
         return wandb.init(mode=config.mode, **options)
     except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
-        raise UserError(
-            f"Weights & Biases: {str(error).splitlines()[0]} Run `wandb login`, set WANDB_API_KEY, "
-            "or pass --logging.wandb.mode offline"
-        ) from error
+        remedy = "Run `wandb login`, set WANDB_API_KEY, or pass --logging.wandb.mode offline"
+        raise UserError(f"Weights & Biases: {str(error).splitlines()[0]} {remedy}") from error
     except wandb.errors.CommError as error:
-        reason, folder = str(error).splitlines()[0], run.dir / "wandb"
-        print(
-            f"Weights & Biases does not answer ({reason}); logging offline to {folder}, upload it with `wandb sync`",
-            file=sys.stderr,
-        )
+        problem = f"does not answer ({str(error).splitlines()[0]}); logging offline to {run.dir / 'wandb'}"
+        print(f"Weights & Biases {problem}, upload it with `wandb sync`", file=sys.stderr)
         wandb.teardown()  # its process still holds the run's id
         return wandb.init(mode="offline", **options)
