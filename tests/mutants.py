@@ -153,7 +153,7 @@ DEFECTS = [
            "    source.rename(target)\n", SAVES),
     Defect("a failed save is not looked for", "engine/loop.py", "self.checkpoints.writer.failure is not None", "False",
            "tests/test_runs.py -k save_that"),
-    Defect("rows read past their part", "checkpoint/read.py", "min(last, stop) - start", "last - start", SAVES),
+    Defect("rows before a rank's part are read", "checkpoint/read.py", "[max(first, start) - start :", "[0 :", SAVES),
     Defect("rows are not dropped at a restart", "logging/jsonl.py", 'if row["step"] <= run.start_step', "if True",
            "tests/test_runs.py -k rows_after"),
     Defect("TensorBoard shows steps twice", "logging/tensorboard.py", "purge_step = run.start_step",
