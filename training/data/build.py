@@ -35,10 +35,8 @@ def write_dataset(corpus: Corpus, folder: Path, key: str, quiet: bool) -> None:
     with ExitStack() as files, progress("tokenizing", quiet) as advance:
         writers = {}
         for split, i in [*(("train", i) for i in range(corpus.n_streams)), ("val", 0)]:
-            tokens, starts = (
-                files.enter_context((folder / f"{split}-{i}.{kind}").open("wb")) for kind in ("tokens", "documents")
-            )
-            writers[split, i] = StreamWriter(tokens, starts, tokenizer)
+            paths = (folder / f"{split}-{i}.{kind}" for kind in ("tokens", "documents"))
+            writers[split, i] = StreamWriter(*(files.enter_context(path.open("wb")) for path in paths), tokenizer)
         n_blank = write_streams(corpus, tokenizer, writers, advance)
     records = [writer.record(split) for (split, _), writer in writers.items()]
     check_splits(corpus, records)

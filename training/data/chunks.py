@@ -18,13 +18,10 @@ WORD_START = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
 
 
 class Document(NamedTuple):
-    """One document. Read its chunks before asking for the next document.
-
-    `key` decides whether the document is held out for validation; None: its first chunk decides.
-    """
+    """One document. Read its chunks before asking for the next document."""
 
     chunks: Iterator[str]
-    key: str | None = None
+    key: str | None = None  # decides whether the document is held out for validation; None: its first chunk does
 
 
 class Chunk(NamedTuple):

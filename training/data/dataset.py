@@ -54,11 +54,9 @@ def prepare(config: DataConfig, *, quiet: bool = False) -> Dataset:
         cache.mkdir(parents=True, exist_ok=True)
         hashes = FileHashes(cache / "digests.json")
         folder = cache / corpus.cache_key(hashes)
-        is_cached = folder.exists()
-        if not is_cached:
+        if not (is_cached := folder.exists()):
             with lock_dataset(folder, quiet):
                 if not folder.exists():
-                    remove_leftovers(cache)
                     build_dataset(corpus, folder, hashes, quiet)
         dataset = open_dataset(folder, corpus.weights, hashes)
         hashes.save()
@@ -79,15 +77,11 @@ def lock_dataset(folder: Path, quiet: bool) -> AbstractContextManager:
         return lock.acquire(poll_interval=0.1)
 
 
-def remove_leftovers(cache: Path) -> None:
-    """Remove the folders of killed builds; keep those that another process is building."""
-    for partial in cache.glob("*.partial"):
-        with suppress(Timeout), FileLock(partial.with_suffix(".lock"), timeout=0):
-            shutil.rmtree(partial)
-
-
 def build_dataset(corpus: Corpus, folder: Path, hashes: FileHashes, quiet: bool) -> None:
     """Write a dataset under a temporary name and rename it. The caller holds its lock."""
+    for leftover in folder.parent.glob("*.partial"):  # of killed builds; the locks of others are held
+        with suppress(Timeout), FileLock(leftover.with_suffix(".lock"), timeout=0):
+            shutil.rmtree(leftover)
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()

@@ -31,7 +31,6 @@ class Samples:
     of the second epoch. If sources have weights, each block of 1024 samples has the sources in proportion to their
     weights, in whole samples; rounding does not add up over blocks. Then each source has its own epochs.
     Without a seed, for evaluation: every window once, in order; the last may be partly empty, with targets of -1.
-
     `end_of_text` is the token that starts documents; None: documents in a sample are not isolated from each other.
     """
 

@@ -25,15 +25,11 @@ def check_same_options(world: World, config: Config, resume: str, precision: str
         source.update(str(path.relative_to(package)).encode() + path.read_bytes())
     options = dict(flatten_options(config.model_dump(mode="json", exclude={"data": PER_HOST})))
     versions = {"torch": torch.__version__, "the code of training": source.hexdigest()[:12]}
-    _check_same(world, options | {"precision": precision, "--resume": resume} | versions)
+    check_same(world, options | {"precision": precision, "--resume": resume} | versions)
 
 
-def check_same_data(world: World, fingerprint: str) -> None:
-    """Raise UserError if ranks have different text or tokenizers. Collective."""
-    _check_same(world, {"data": fingerprint[:12]})
-
-
-def _check_same(world: World, values: dict[str, Any]) -> None:
+def check_same(world: World, values: dict[str, Any]) -> None:
+    """Raise UserError if ranks differ in the JSON values. Collective."""
     differences = []
     values_of_rank = world.gather(values)
     for name in sorted(set().union(*values_of_rank)):

@@ -1,5 +1,7 @@
 """Apply expert parallelism, FSDP2 and activation checkpointing to a model, in place. Parameter names do not change."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -51,14 +53,27 @@ def _split_experts(experts: nn.Module, group: dist.ProcessGroup) -> None:
         received_PE = torch.empty_like(sent_PE)
         dist.all_to_all_single(received_PE, sent_PE, group=group)
         sent_P, received_P = torch.stack([sent_PE.sum(1), received_PE.sum(1)]).tolist()
-        x_SC = all_to_all_rows(permute(x_NC, dispatch), sent_P, received_P, group)
+        x_SC = _Exchange.apply(permute(x_NC, dispatch), sent_P, received_P, group)
         local_E = torch.arange(received_PE.shape[1], device=x_NC.device).repeat(size)
         expert_S1 = local_E.repeat_interleave(received_PE.flatten(), output_size=sum(received_P))[:, None]
         one_S1 = weight_NK.new_ones(len(x_SC), 1)
         y_SC = local_forward(x_SC, expert_S1, one_S1, sort_by_expert(expert_S1, received_PE.shape[1]))
-        return unpermute(all_to_all_rows(y_SC, received_P, sent_P, group), weight_NK, dispatch)
+        return unpermute(_Exchange.apply(y_SC, received_P, sent_P, group), weight_NK, dispatch)
 
     experts.forward = forward  # set on the instance: a wrapper module would rename parameters
+
+
+class _Exchange(torch.autograd.Function):
+    """An all-to-all of rows; the backward sends their gradients back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RC: Tensor, sent_P: list[int], received_P: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.way_back = received_P, sent_P, group
+        return all_to_all_rows(x_RC, sent_P, received_P, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad_SC: Tensor):
+        return all_to_all_rows(grad_SC, *ctx.way_back), None, None, None
 
 
 def _fully_shard(model: nn.Module, groups: MeshGroups, dtype: torch.dtype) -> None:

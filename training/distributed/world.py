@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
-from torch.distributed.nn.functional import all_to_all_single
 
 from training.config import ParallelConfig
 from training.distributed.diagnosis import BACKGROUND, LOOP, ActivityKind
@@ -117,12 +116,10 @@ class World:
 
 
 def all_to_all_rows(x_RC: Tensor, sent_P: list[int], received_P: list[int], group: Group = None) -> Tensor:
-    """Send x_RC in parts of sent_P[p] rows to each rank p; return the received rows, ordered by rank.
-
-    Differentiable: the backward sends the gradients back. Collective.
-    """
+    """Send x_RC in parts of sent_P[p] rows to each rank p; return the received rows, ordered by rank. Collective."""
     y_SC = x_RC.new_empty(sum(received_P), x_RC.shape[1])
-    return all_to_all_single(y_SC, x_RC.contiguous(), received_P, sent_P, group)
+    dist.all_to_all_single(y_SC, x_RC.contiguous(), received_P, sent_P, group=group)
+    return y_SC
 
 
 def join_world(device: torch.device, config: ParallelConfig) -> World:
@@ -231,7 +228,6 @@ def _reconnect(store: dist.Store, timeout_s: float) -> tuple[dist.Store, str]:
         inner = inner.underlying_store
     if not isinstance(inner, dist.TCPStore):
         return store, "the store of the process group"
-    limit = timedelta(seconds=timeout_s)
-    connection = dist.TCPStore(inner.host, inner.port, is_master=False, wait_for_workers=False, timeout=limit)
+    connection = dist.TCPStore(inner.host, inner.port, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
     owner = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
     return connection, f"{owner}, which holds the ranks' store at {inner.host}:{inner.port},"

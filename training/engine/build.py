@@ -8,7 +8,7 @@ import torch
 from training import device as devices
 from training.config import Config
 from training.data import Dataset, Loader, Samples
-from training.distributed.consistency import check_same_data
+from training.distributed.consistency import check_same
 from training.distributed.parallelize import parallelize
 from training.distributed.sharded_model import ShardedModel
 from training.distributed.world import World
@@ -45,7 +45,7 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
     Raises UserError if the folder holds another run, the checkpoint does not fit, or memory or disk are too small.
     """
     world.set_activity("the start of the run", "untimed")
-    check_same_data(world, dataset.fingerprint)
+    check_same(world, {"data": dataset.fingerprint[:12]})
     if config.parallel.recompute == "none":  # with recomputation, memory matters more than time
         devices.keep_freed_memory(world.device)
     # torch.compile suggests TF32 for the router's float32 matmuls; we want full precision.
