@@ -10,11 +10,11 @@ implementations maps each variant to its code.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 
-from training.section import Section, one_of, option
+from training.section import ListOf, Section, one_of, option
 
 # --- model -----------------------------------------------------------------------------------------
 
@@ -26,10 +26,7 @@ class MixerConfig(Section):
 
     head_dim: int | None = option(None, "width of a head; null: n_embd / n_head", unit="channels", ge=1)
     window: int | None = option(
-        None,
-        "sliding-window length in tokens, including the token itself; null: full causal attention",
-        unit="tokens",
-        ge=1,
+        None, "sliding-window length, including the token itself; null: full causal attention", unit="tokens", ge=1
     )
 
     def with_explicit_sizes(self, model: "ModelConfig") -> Self:
@@ -46,10 +43,7 @@ class AttentionConfig(MixerConfig):
 
     type: Literal["attention"] = "attention"
     n_kv_head: int | None = option(
-        None,
-        "heads of keys and values, each shared by n_head / n_kv_head queries; null: n_head; 1: multi-query",
-        unit="heads",
-        ge=1,
+        None, "heads of keys and values; n_head / n_kv_head queries share each; null: n_head", unit="heads", ge=1
     )
     softcap: float | None = option(None, "bound scores by softcap x tanh(score / softcap); null: no bound", gt=0)
     qk_norm: bool = option(False, "apply RMSNorm to the queries and keys of each head")
@@ -131,10 +125,7 @@ class MoEConfig(Section):
     renormalize: bool = option(True, "scale the weights of a token's experts to sum to one")
     route_scale: float = option(1.0, "factor on the weights of a token's experts, applied after renormalize", gt=0)
     jitter: float = option(
-        0.0,
-        "in training, multiply the router's inputs by uniform noise in 1 +- jitter (arXiv:2101.03961); 0: none",
-        ge=0,
-        lt=1,
+        0.0, "in training, multiply the router's inputs by noise in 1 +- jitter (arXiv:2101.03961); 0: none", ge=0, lt=1
     )
     balance: Literal["bias", "switch", "both", "none"] = option(
         "bias", "load balancing: selection bias (arXiv:2408.15664), Switch loss (arXiv:2101.03961), both or none"
@@ -181,9 +172,7 @@ class ModelConfig(Section):
     tie_head: bool = option(True, "use the token embedding as the output projection")
     logit_softcap: float | None = option(None, "bound logits by softcap x tanh(logit / softcap); null: no bound", gt=0)
     isolate_documents: bool = option(False, "documents in one sample do not attend to each other; positions restart")
-    blocks: Annotated[tuple[BlockConfig, ...], Field(strict=False)] = option(
-        (BlockConfig(),), "pattern of blocks, repeated up to n_layer layers", min_length=1
-    )
+    blocks: ListOf[BlockConfig] = option((BlockConfig(),), "blocks, repeated up to n_layer layers", min_length=1)
 
     def rules(self) -> Iterator[tuple[str, str]]:
         if self.n_embd % self.n_head and any(block.mixer.head_dim is None for block in self.blocks):
@@ -228,9 +217,7 @@ class FilesSource(Section):
     """Local files: .txt .md .py are one document, .jsonl .parquet one per row; may be .gz .bz2 .xz .zst."""
 
     type: Literal["files"] = "files"
-    paths: Annotated[tuple[str, ...], Field(strict=False)] = option(
-        ..., "files, folders (with all files below them) or globs", min_length=1
-    )
+    paths: ListOf[str] = option(..., "files, folders (with all files below them) or globs", min_length=1)
     text_column: str = option("text", "column of .jsonl and .parquet files that holds the text")
     weight: float | None = option(None, WEIGHT_DOC, gt=0)
 
@@ -289,17 +276,10 @@ TokenizerConfig = one_of(BPETokenizer, ByteTokenizer, FileTokenizer, HuggingFace
 class DataConfig(Section):
     """Text, tokenizer and held-out split. Text is tokenized once, into memory-mapped shards in `cache_dir`."""
 
-    sources: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = option(
-        ..., "training text, such as [{paths: [my.txt]}] or [{type: stdlib}]", min_length=1
-    )
-    val_sources: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = option(
-        (), "validation text; empty: documents held out of `sources`"
-    )
+    sources: ListOf[SourceConfig] = option(..., "text, such as [{paths: [my.txt]}] or [{type: stdlib}]", min_length=1)
+    val_sources: ListOf[SourceConfig] = option((), "validation text; empty: documents held out of `sources`")
     val_fraction: float = option(
-        0.02,
-        "share of documents to hold out, chosen by hash (of a single text file: its end); unused with val_sources",
-        gt=0,
-        lt=1,
+        0.02, "share of documents to hold out by hash (of one text file: its end); unused with val_sources", gt=0, lt=1
     )
     tokenizer: TokenizerConfig = option(BPETokenizer(), "how text becomes tokens")
     cache_dir: str = option("data_cache", "folder for token shards, shared by all runs", min_length=1)
@@ -454,9 +434,7 @@ class CheckpointConfig(Section):
     keep: int = option(2, "number of newest checkpoints to keep", unit="checkpoints", ge=1)
     keep_best: bool = option(True, "also save and keep the checkpoint with the lowest validation loss")
     background: bool = option(True, "write in the background from a copy in memory, while training continues")
-    one_file_gib: float = option(
-        8.0, "up to this size, model and optimizer are one file each; above it, one per process", unit="GiB", ge=0
-    )
+    one_file_gib: float = option(8.0, "largest model or optimizer in one file; else one per process", unit="GiB", ge=0)
 
 
 class EvalConfig(Section):
@@ -464,7 +442,7 @@ class EvalConfig(Section):
 
     every: int | None = option(200, "evaluate every N steps and at the end; null: at the end only", unit="steps", ge=1)
     tokens: int | None = option(1_000_000, "validation tokens to evaluate on; null: all", unit="tokens", ge=1)
-    prompts: Annotated[tuple[str, ...], Field(strict=False)] = option((), "prompts to continue at each evaluation")
+    prompts: ListOf[str] = option((), "prompts to continue at each evaluation")
     sample_tokens: int = option(64, "length of each continuation", unit="tokens", ge=1)
     temperature: float = option(0.8, "sampling temperature; 0: greedy", ge=0)
     top_k: int | None = option(50, "sample from the N likeliest tokens; null: from all", unit="tokens", ge=1)
@@ -483,9 +461,7 @@ class LoggingConfig(Section):
 
     every: int = option(10, "print a console line and fetch metrics from the device every N steps", unit="steps", ge=1)
     tensorboard: bool = option(True, "write TensorBoard events")
-    histogram_every: int = option(
-        100, "send images and histograms of expert load to TensorBoard and W&B every N steps", unit="steps", ge=1
-    )
+    histogram_every: int = option(100, "send images and histograms of expert load every N steps", unit="steps", ge=1)
     wandb: WandbConfig | None = option(None, "log to Weights & Biases; null: off")
 
 

@@ -109,9 +109,7 @@ def remove(path: Path) -> None:
 
 
 def fsync_path(path: Path) -> None:
-    """Flush a file's content, or a folder's entries, to disk. No effect on Windows, which opens no folders."""
-    if os.name != "posix":
-        return
+    """Flush a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,10 +1,13 @@
-"""The building blocks of `config.py`: `option`, `Section`, `one_of`."""
+"""The building blocks of `config.py`: `option`, `Section`, `one_of`, `ListOf`."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, TypeVar, Union
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
+
+T = TypeVar("T")
+ListOf = Annotated[tuple[T, ...], Field(strict=False)]  # a list in YAML; a tuple, which is frozen, in the config
 
 
 def option(default: Any, doc: str, *, unit: str | None = None, **limits: Any) -> Any:

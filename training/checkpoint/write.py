@@ -52,7 +52,7 @@ class WriterGroup(NamedTuple):
 
     rank: int
     size: int
-    gather: Callable[[Any], list[Any]]  # all ranks' values, on every rank; called from the writing thread
+    gather: Callable[[Any], list[Any]]  # all ranks' JSON values, on every rank; called from the writing thread
 
 
 SINGLE = WriterGroup(0, 1, lambda value: [value])
@@ -177,20 +177,21 @@ class CheckpointWriter:
 
     def _on_all_ranks(self, work: Callable[[], Any]) -> list[Any]:
         """Run `work` on all ranks and return all results. Raises UserError, on all ranks, if any rank fails."""
+        result = failure = None
         try:
-            outcome = work()
+            result = work()
         except UserError as error:
-            outcome = error
+            failure = str(error)
         except Exception as error:  # of any type: the other ranks wait for the outcome
-            outcome = UserError(getattr(error, "strerror", None) or library_error(error))
+            failure = getattr(error, "strerror", None) or library_error(error)
         try:
-            outcomes = self.group.gather(outcome)
+            outcomes = self.group.gather((result, failure))
         except RuntimeError as error:  # the other ranks cannot be reached
             raise UserError(library_error(error)) from error
-        for outcome in outcomes:
-            if isinstance(outcome, UserError):
-                raise outcome
-        return outcomes
+        for _, failure in outcomes:
+            if failure is not None:
+                raise UserError(failure)
+        return [result for result, _ in outcomes]
 
     def _write_shards(self, partial: Path, kind: str, shards: dict[str, TensorShard], one_file: bool) -> dict:
         """Write this rank's rows; return their locations. With `one_file` the main rank's stay in memory."""

@@ -32,11 +32,14 @@ for _name in ({names}):
 {imports}
 """
 
-# `option`, `Section` and `one_of` without pydantic: the classes of config.py become dataclasses.
+# `section.py` without pydantic: the classes of config.py become dataclasses.
 SECTION = '''"""Options as frozen dataclasses."""
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Union
+from typing import Any, TypeVar, Union
+
+T = TypeVar("T")
+ListOf = tuple[T, ...]
 
 
 def option(default: Any, doc: str, **limits: Any) -> Any:  # noqa: ARG001
@@ -127,6 +130,5 @@ def _source(module: str) -> str:
     text = Path(find_spec(module).origin).read_text(encoding="utf-8")
     if module == "training.config":
         text = re.sub(r"(?m)^from pydantic .*\n", "", text.partition("\n# --- data ---")[0])
-        text = re.sub(r"Annotated\[(.+), Field\(.*?\)\]", r"\1", text)
         text = text.replace(", Self\n", "\n").replace("-> Self:", '-> "Section":')  # Python 3.10 has no Self
     return text
