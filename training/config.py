@@ -367,10 +367,7 @@ class WSDSchedule(CosineSchedule):
     def step_rules(self, steps: int) -> Iterator[tuple[str, str]]:
         yield from super().step_rules(steps)
         if self.warmup_steps < steps < self.warmup_steps + self.decay_steps:
-            yield (
-                "decay_steps",
-                f"warm-up {self.warmup_steps} and decay {self.decay_steps} are longer than steps {steps}",
-            )
+            yield "decay_steps", f"warm-up {self.warmup_steps} and decay {self.decay_steps} are more than steps {steps}"
 
 
 class ConstantSchedule(ScheduleConfig):
@@ -512,8 +509,7 @@ class Config(Section):
     def rules(self) -> Iterator[tuple[str, str]]:
         is_inherited = self.init_from is not None and "n_positions" not in self.model.model_fields_set
         if not is_inherited and self.batch_tokens % self.model.n_positions:
-            problem = f"{self.batch_tokens} is not a multiple of model.n_positions {self.model.n_positions}"
-            yield "batch_tokens", problem
+            yield "batch_tokens", f"{self.batch_tokens} is not a multiple of model.n_positions {self.model.n_positions}"
         if self.upcycle_noise is not None and self.init_from is None:
             yield "upcycle_noise", "needs init_from, whose dense layers become experts"
         for name, problem in self.schedule.step_rules(self.steps):

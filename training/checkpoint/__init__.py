@@ -8,8 +8,6 @@ A checkpoint is a folder `step-00000120` of safetensors and JSON files; its mani
 one file, or each rank's rows are in one and an index lists them: any number of ranks, on one file system, can read it.
 """
 
-# ruff: noqa: F401 (the public names of the package)
-
 from training.checkpoint.read import (
     MANIFEST,
     Checkpoint,

@@ -4,5 +4,3 @@ from training.data.dataset import Dataset, prepare
 from training.data.loader import Loader, Samples
 from training.data.shards import Split
 from training.data.tokenizer import Tokenizer
-
-__all__ = ["Dataset", "Loader", "Samples", "Split", "Tokenizer", "prepare"]

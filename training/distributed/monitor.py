@@ -51,8 +51,6 @@ class Monitor:
         for thread in (self._heartbeat, self._watch):
             threading.Thread(target=thread, name=f"monitor{thread.__name__}", daemon=True).start()
 
-    # --- called by the threads of this rank --------------------------------------------------------
-
     def set_activity(self, name: str, kind: ActivityKind) -> None:
         """Set the activity of the loop."""
         activity = self.me.activities[LOOP]
@@ -126,8 +124,6 @@ class Monitor:
     def _on_sigterm(self, _number: int, _frame: object) -> None:
         self.sigterm_at = self.now  # may be a launcher's reaction to a dead rank: first find that rank
 
-    # --- threads that observe the others -----------------------------------------------------------
-
     def _heartbeat(self) -> None:
         try:
             while not self.closed.wait(self.period):
@@ -184,8 +180,6 @@ class Monitor:
         unreachable = f"; {remote[0]}{more} out of reach" if remote else ""
         during = f"while {self.me.text()} was in {self.me.current_activity().text()}{unreachable}"
         return Verdict(f"{self.store_owner} {problem}, {during}", 1)
-
-    # --- the end of the run ------------------------------------------------------------------------
 
     def _end_run(self, verdict: Verdict) -> None:
         """End this process; print the verdict if this rank is the reporter."""

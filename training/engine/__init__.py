@@ -1,7 +1,5 @@
 """The parts of the training loop in `train.py`. Importing this package imports torch."""
 
-# ruff: noqa: F401 (the public names of the package)
-
 from training.engine.build import build
 from training.engine.evaluate import evaluate, sample_texts
 from training.engine.loop import Events, Phases, check_finite, report_stop

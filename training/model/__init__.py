@@ -2,5 +2,3 @@
 
 from training.model.gpt import FEED_FORWARDS, GPT, MIXERS, kernel_requirements
 from training.model.stats import init_weights, initial_value, model_stats
-
-__all__ = ["FEED_FORWARDS", "GPT", "MIXERS", "init_weights", "initial_value", "kernel_requirements", "model_stats"]

@@ -47,8 +47,12 @@ def load_config(path: str | Path | None, overrides: Mapping[str, str] | None = N
     root, problems = (Node({}, "no file"), []) if path is None else read_file(path)
     for name in sorted(overrides or {}, key=lambda name: name.count(".")):  # a section before its options
         option = tuple(name.split("."))
-        value = read_flag_value(overrides[name], f"--{name}")
-        if message := _explain_unknown(option) or _override(root, option, value):
+        heads = (option[:n] for n in range(1, len(option) + 1))
+        if unknown := next((head for head in heads if not find_option(head)), None):
+            message = explain_unknown(unknown, sections_at(unknown[:-1]), option[len(unknown) :])
+        else:
+            message = _override(root, option, read_flag_value(overrides[name], f"--{name}"))
+        if message:
             problems.append(Problem(f"--{name}", None, option, message))
     config, more = validate(root)
     if problems or more:
@@ -77,13 +81,6 @@ class _Representer(SafeRepresenter):
 
 
 _Representer.add_representer(str, _Representer.represent_str)
-
-
-def _explain_unknown(option: tuple[str, ...]) -> str | None:
-    for n in range(1, len(option) + 1):
-        if not find_option(option[:n]):
-            return explain_unknown(option[:n], sections_at(option[: n - 1]), option[n:])
-    return None
 
 
 def _override(root: Node, option: tuple[str, ...], value: Node) -> str | None:

@@ -146,6 +146,10 @@ def report_lines(plan: RunPlan, mfu: float | None, measured: float | None) -> li
     gib = checkpoint_bytes(plan.stats, config) / 2**30
     per_rank = max_samples_per_rank(config, plan.world_size)
     fits = f"{plan.largest_micro_batch} of a rank's {per_rank} samples fit at once"
+    data = "not prepared here, so epochs are unknown; python -m training.prepare counts them"
+    if plan.train_tokens:
+        source = " (the source that is read most)" if len(plan.train_tokens) > 1 else ""
+        data = f"{sum(plan.train_tokens):,} training tokens, {epochs(plan):.3g} epochs{source}"
     figures = {
         "plan": f"{config.name} on {ranks}, {config.precision}",
         **describe_model(config, plan.stats),
@@ -154,7 +158,7 @@ def report_lines(plan: RunPlan, mfu: float | None, measured: float | None) -> li
         + (" (chosen)" if config.micro_batch == "auto" else ""),
         "steps": f"{config.steps:,} = {plan.n_tokens:,} tokens, {_rounded(plan.n_tokens / active)} per "
         + ("active parameter" if active < plan.stats.n_parameters else "parameter"),
-        "data": _data(plan),
+        "data": data,
         "checkpoints": f"{gib:,.2f} GiB each, at most {n_checkpoints(config)} on disk at a time",
         "time": _time(plan, mfu, measured),
         "memory": {0: "not one sample fits", per_rank: "all samples fit at once"}.get(plan.largest_micro_batch, fits),
@@ -169,13 +173,6 @@ def report_lines(plan: RunPlan, mfu: float | None, measured: float | None) -> li
         f"  {'in all':<14}{memory.total / 2**30:>9.2f} of {device.n_bytes / 2**30:.1f}",
         *(f"warning: {text}" for text in warnings(plan)),
     ]
-
-
-def _data(plan: RunPlan) -> str:
-    if not plan.train_tokens:
-        return "not prepared here, so epochs are unknown; python -m training.prepare counts them"
-    source = " (the source that is read most)" if len(plan.train_tokens) > 1 else ""
-    return f"{sum(plan.train_tokens):,} training tokens, {epochs(plan):.3g} epochs{source}"
 
 
 def epochs(plan: RunPlan) -> float:
@@ -201,10 +198,9 @@ def _time(plan: RunPlan, mfu: float | None, measured: float | None) -> str:
 
 def duration_text(seconds: float) -> str:
     """Return a duration in days, hours, minutes or seconds."""
-    for unit, minimum, size in (("days", 2 * 86400, 86400), ("hours", 3600, 3600), ("minutes", 60, 60)):
-        if seconds >= minimum:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:,.1f} seconds"
+    units = (("days", 2 * 86400, 86400), ("hours", 3600, 3600), ("minutes", 60, 60), ("seconds", 0, 1))
+    unit, size = next((unit, size) for unit, minimum, size in units if seconds >= minimum)
+    return f"{seconds / size:,.1f} {unit}"
 
 
 def _rounded(value: float) -> str:

@@ -5,5 +5,3 @@ A model that fits no architecture of Transformers keeps our names (`custom.py`).
 
 from training.weights.hf.model_folder import ARCHITECTURES, read_config, read_weights, to_saved_dtype, write_model
 from training.weights.hf.tables import one_line
-
-__all__ = ["ARCHITECTURES", "one_line", "read_config", "read_weights", "to_saved_dtype", "write_model"]
