@@ -159,9 +159,9 @@ def run(config):
     """Train the small run with some options changed; returns its folder."""
 
     def go(resume="auto", **changes) -> Path:
-        made = config(**changes)
-        assert train(made, resume=resume) == 0
-        return made.run_dir
+        changed_config = config(**changes)
+        assert train(changed_config, resume=resume) == 0
+        return changed_config.run_dir
 
     return go
 
@@ -266,7 +266,7 @@ def processes(tmp_path_factory):
     server.close()
 
 
-class Called(NamedTuple):
+class CommandResult(NamedTuple):
     """The outcome of a command, as `subprocess.CompletedProcess` names it."""
 
     returncode: int
@@ -278,13 +278,13 @@ class Called(NamedTuple):
 def call(capsys):
     """Call a command of the package in this process: call("generate", "--run", ...)."""
 
-    def go(name: str, *arguments: str) -> Called:
+    def go(name: str, *arguments: str) -> CommandResult:
         capsys.readouterr()
         try:
             status = importlib.import_module(f"training.{name}").main(list(arguments))
         except SystemExit as end:
             status = end.code
-        return Called(status or 0, *capsys.readouterr())
+        return CommandResult(status or 0, *capsys.readouterr())
 
     return go
 
@@ -336,7 +336,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     return folder / f"step-{checkpoint.state['step']:08d}"
 
 
-def goes_on_with(kernel: str, run, folder: Path, capsys) -> None:
+def check_resumes_with(kernel: str, run, folder: Path, capsys) -> None:
     """Assert that the run of eight steps, resumed from step 6, ends in the same bits and names this kernel."""
     before = tensors(folder, 8)
     shutil.rmtree(folder / "checkpoints" / "step-00000008")

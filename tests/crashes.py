@@ -43,7 +43,7 @@ class Operations:
         self.names: list[tuple[str, str]] = []
         self.opened = io.open
         for name in OPERATIONS:
-            setattr(os, name, self.counted(name, getattr(os, name)))
+            setattr(os, name, self.count_calls(name, getattr(os, name)))
         io.open = builtins.open = self.open
 
     def due(self, name: str, path: object) -> bool:
@@ -51,26 +51,26 @@ class Operations:
         self.names.append((name, str(path)))
         return next(self.count) == self.kill_at
 
-    def counted(self, name: str, does: Callable) -> Callable:
-        def operation(*arguments: Any, **named: Any) -> Any:
+    def count_calls(self, name: str, does: Callable) -> Callable:
+        def operation(*arguments: Any, **options: Any) -> Any:
             path = arguments[0]
             if isinstance(path, int) and name == "fsync":
                 path = Path(f"/proc/self/fd/{path}").readlink()
             if self.due(name, path):
                 os.kill(os.getpid(), signal.SIGKILL)
-            return does(*arguments, **named)
+            return does(*arguments, **options)
 
         return operation
 
-    def open(self, file: Any, mode: str = "r", *arguments: Any, **named: Any) -> Any:
+    def open(self, file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
         writes = any(letter in mode for letter in "wax+")
         if writes and self.due("open", file):
             os.kill(os.getpid(), signal.SIGKILL)
-        opened = self.opened(file, mode, *arguments, **named)
-        return Written(opened, self) if writes else opened
+        opened = self.opened(file, mode, *arguments, **options)
+        return CountedFile(opened, self) if writes else opened
 
 
-class Written:
+class CountedFile:
     """A file whose writes are counted."""
 
     def __init__(self, file: Any, operations: Operations):
@@ -87,7 +87,7 @@ class Written:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.file, name)
 
-    def __enter__(self) -> "Written":
+    def __enter__(self) -> "CountedFile":
         self.file.__enter__()
         return self
 
@@ -98,7 +98,7 @@ class Written:
         return iter(self.file)
 
 
-def forked(work: Callable[[], int]) -> int:
+def run_in_fork(work: Callable[[], int]) -> int:
     """Call `work` in a fork, which prints only errors; returns its exit status, negative for a signal."""
     sys.stdout.flush()
     child = os.fork()
@@ -130,11 +130,11 @@ def digest(config: Config) -> dict[str, str]:
     folder = Path(config.out_dir, config.name)
     last = max((folder / "checkpoints").glob("step-*"))
     state = json.loads((last / "state.json").read_text())
-    kept = {key: value for key, value in state.items() if key not in ("time_s", "ledger", "last_row")}
+    content = {key: value for key, value in state.items() if key not in ("time_s", "ledger", "last_row")}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    kept |= {"rows": [{key: value for key, value in row.items() if key not in TIME_FIELDS} for row in rows]}
-    kept["config"] = {key: value for key, value in kept["config"].items() if key != "name"}
-    hashes = {"state and rows": hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()}
+    content |= {"rows": [{key: value for key, value in row.items() if key not in TIME_FIELDS} for row in rows]}
+    content["config"] = {key: value for key, value in content["config"].items() if key != "name"}
+    hashes = {"state and rows": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
     hashes["last"] = last.name
     for path in [*last.glob("*.safetensors"), *(folder / "model").glob("*.safetensors")]:
         hashes[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -177,12 +177,12 @@ def trial(
     report = Path(config.out_dir, "trial.json")
     shutil.rmtree(Path(config.out_dir, config.name), ignore_errors=True)
     for k in kills:
-        status = forked(lambda k=k: train(config, k, torn, report))
+        status = run_in_fork(lambda k=k: train(config, k, torn, report))
         if status == 0 and kills == [k]:
             return f"not killed at operation {k}; did not {missing(config, operations, report)}"
         if status != -signal.SIGKILL:
             return f"ended with {status} before operation {k}"
-    if status := forked(lambda: train(config)):
+    if status := run_in_fork(lambda: train(config)):
         return f"resumed, and ended with {status}"
     if wrong := leftovers(config):
         return f"left {wrong}"
@@ -213,7 +213,7 @@ def main(arguments: list[str]) -> int:
     report = args.folder / "operations.json"
     Path(config.out_dir).mkdir()  # it exists in every trial, so that all do as many operations
     began = time.perf_counter()
-    assert forked(lambda: train(reference, report=report)) == 0
+    assert run_in_fork(lambda: train(reference, report=report)) == 0
     alone_s = time.perf_counter() - began
     (operations, modules), expected = json.loads(report.read_text()), digest(reference)
     for module in modules:  # so that no trial imports them; a computation here would start threads

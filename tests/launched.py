@@ -13,7 +13,7 @@ from warm import Launch
 TRAIN = ["-m", "training.train"]
 
 
-class Launched:
+class TorchrunRanks:
     """`torchrun ARGUMENTS` in a process of its own."""
 
     def __init__(self, logs: Path, *arguments: str, prefix: tuple[str, ...] = (), **variables: str):
@@ -67,7 +67,7 @@ class Launched:
         return line
 
 
-class Forked(Launched):
+class ForkedRanks(TorchrunRanks):
     """The command on the ranks of one host, without torchrun and without imports."""
 
     def __init__(self, launch: Launch):
@@ -106,10 +106,10 @@ def ranks_of(logs: Path) -> dict[int, int]:
     return ranks
 
 
-def train(logs: Path, config: Path, ranks: int = 2, **variables: str) -> Launched:
+def train(logs: Path, config: Path, ranks: int = 2, **variables: str) -> TorchrunRanks:
     """Start the command on one host by torchrun."""
     where = ["--standalone", "--nproc-per-node", str(ranks)]
-    return Launched(logs, *where, *TRAIN, "--config", str(config), **variables)
+    return TorchrunRanks(logs, *where, *TRAIN, "--config", str(config), **variables)
 
 
 def rows_in(folder: Path) -> int:
@@ -118,7 +118,7 @@ def rows_in(folder: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def wait_for_rows(folder: Path, at_least: int, *launched: Launched) -> None:
+def wait_for_rows(folder: Path, at_least: int, *launched: TorchrunRanks) -> None:
     """Wait until the run has written this many rows."""
     for _ in range(3000):
         if rows_in(folder) >= at_least:

@@ -138,8 +138,8 @@ def of_tree(tree: Path) -> dict[str, dict]:
 
 def has_commit(commit: str) -> bool:
     """True if the clone holds the commit."""
-    found = subprocess.run(["git", "-C", str(ROOT), "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True)
-    return found.returncode == 0
+    result = subprocess.run(["git", "-C", str(ROOT), "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True)
+    return result.returncode == 0
 
 
 def of_commit(commit: str) -> dict[str, dict]:

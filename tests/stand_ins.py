@@ -27,12 +27,12 @@ def weights(
     place = torch.arange(len(q_NHD))
     document = torch.searchsorted(ends[1:].to(torch.int64), place, right=True)
     ahead = place - place[:, None]  # of each key
-    seen = (document == document[:, None]) & ((left < 0) | (ahead >= -left)) & ((right < 0) | (ahead <= right))
+    visible = (document == document[:, None]) & ((left < 0) | (ahead >= -left)) & ((right < 0) | (ahead <= right))
     k_NHD = k_NGD.repeat_interleave(q_NHD.shape[1] // k_NGD.shape[1], 1)
     scores, slope = torch.einsum("ihd,jhd->hij", q_NHD, k_NHD) * scale, torch.ones(())
     if softcap > 0:
         scores, slope = softcap * torch.tanh(scores / softcap), 1 - torch.tanh(scores / softcap) ** 2
-    return scores.masked_fill(~seen, float("-inf")).softmax(-1), slope
+    return scores.masked_fill(~visible, float("-inf")).softmax(-1), slope
 
 
 @torch.library.custom_op("stand_in::attend", mutates_args=())
@@ -329,8 +329,8 @@ def install_flash(library: torch.library.Library) -> None:
         assert y.shape == q.shape and lse.eq(1).all()
         calls.append({"mode": mode()})
         packed = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (grad, q, k, v))
-        found = attend_backward(*packed, ends_of(len(q), q.shape[2]), -1, 0, scale, 0.0)
-        return tuple(heads_first(x.unflatten(0, (len(q), -1))) for x in found)
+        gradients = attend_backward(*packed, ends_of(len(q), q.shape[2]), -1, 0, scale, 0.0)
+        return tuple(heads_first(x.unflatten(0, (len(q), -1))) for x in gradients)
 
     library.impl("_scaled_dot_product_flash_attention", forward, "CPU")
     library.impl("_scaled_dot_product_flash_attention_backward", backward, "CPU")

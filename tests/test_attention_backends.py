@@ -233,7 +233,7 @@ def test_auto_tries_deterministic_back_ends_that_run_on_the_device():
     assert auto_candidates(DeviceInfo("cuda", 10))[:2] == ["flash4", "flash2"]
 
 
-def test_back_ends_that_need_cuda_are_no_part_of_the_reason_on_a_cpu():
+def test_the_reason_on_a_cpu_omits_back_ends_that_need_cuda():
     assert choose().as_text()["attention"] == "flash (matches the reference)"
 
 
@@ -475,7 +475,7 @@ def step(model, tokens, packed):
     return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
 
 
-def test_the_drawn_graph_does_not_look_into_kernels(run, monkeypatch):
+def test_drawing_the_graph_does_not_trace_into_kernels(run, monkeypatch):
     """FlexAttention cannot be compiled while every operation is recorded."""
     recorders = []
 

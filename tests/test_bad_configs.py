@@ -365,8 +365,8 @@ def accepted(draw: st.DrawFn, options: dict) -> Config:
         node: Any = tree
         for key in at:
             node = node[key] if isinstance(node, list) else node.setdefault(key, {})
-        given = [*VALUES, *((word, word) for word in get_args(field.annotation) if isinstance(word, str))]
-        values = [value for _, value in given if is_valid(field.annotation, field.metadata, value)]
+        candidates = [*VALUES, *((word, word) for word in get_args(field.annotation) if isinstance(word, str))]
+        values = [value for _, value in candidates if is_valid(field.annotation, field.metadata, value)]
         values = [value for value in values if not isinstance(value, int) or value < 10**9]
         if node.get("type") == type_name(section) and values:
             node[name] = draw(st.sampled_from(values))

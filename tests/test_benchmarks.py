@@ -111,7 +111,7 @@ def small(recipe: Path, folder: Path, steps: int) -> Path:
 
 
 @pytest.mark.soak
-def test_around_prints_its_figures_beside_their_bars(output_of, tmp_path):
+def test_around_prints_its_figures_beside_their_limits(output_of, tmp_path):
     config = small(HERE.parent / "configs" / "quickstart.yaml", tmp_path, 8)
     output = output_of("around.py", "--config", config, "--steps", 12, "--every", 5, "--rounds", 1)
     first = ("first step of the cached quickstart", "12 equal blocks, compiled, first step", "again, from the cache")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, environment, write_config
-from launched import TRAIN, Launched, ranks_of, rows_in, wait_for_rows
+from launched import TRAIN, TorchrunRanks, ranks_of, rows_in, wait_for_rows
 from ruamel.yaml import YAML
 
 from training.options import cli
@@ -145,7 +145,7 @@ def test_torchrun_restarts_after_a_rank_is_killed(options, tmp_path):
         logging={"every": 1, "tensorboard": False}, parallel={"timeout_s": 5.0},
     ))  # fmt: skip
     folder, where = tmp_path / "runs/again", ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
-    ranks = Launched(tmp_path / "logs", *where, *TRAIN, "--config", str(path))
+    ranks = TorchrunRanks(tmp_path / "logs", *where, *TRAIN, "--config", str(path))
     try:
         wait_for_rows(folder, 20, ranks)
         ranks.signal(1, signal.SIGKILL)

@@ -46,7 +46,7 @@ def test_blocks_compiled_by_inductor_compute_the_same(run, ffn):
 
 @pytest.mark.usefixtures("by_aot_eager")
 @pytest.mark.parametrize("ffn", FFN)
-def test_equal_blocks_are_compiled_once_and_whole(ffn, build_run):
+def test_equal_blocks_are_compiled_once_without_a_graph_break(ffn, build_run):
     """Training is a program, and so is evaluation, and that of its last samples, which are fewer; Python does none."""
     sizes = {"n_layer": 12, "n_head": 2, "n_embd": 16, "n_positions": 32, "blocks": [{"ffn": FFN[ffn]}]}
     run = build_run(model=sizes, parallel={"compile": True}, eval={"tokens": 32 * 7, "prompts": ["def "]})

@@ -127,8 +127,8 @@ class Victim:
         else:
             self.process = processes.start("training.train:main", *arguments)
 
-    def until(self, seen: Callable[[], bool]) -> None:
-        while not seen():
+    def until(self, is_true: Callable[[], bool]) -> None:
+        while not is_true():
             assert self.process.poll() is None, "it ended before it was killed"
             time.sleep(0.0005)
 
@@ -282,8 +282,8 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(finished, config
         path.write_bytes({"empty": b"", "half": half, "one byte less": data[:-1], "one byte more": data + b"\0"}[harm])
     capsys.readouterr()
     assert train(config(**SMALL)) == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if "falling back" in line]
-    assert len(said) == 1 and str(path.parent) in said[0]
+    messages = [line for line in capsys.readouterr().out.splitlines() if "falling back" in line]
+    assert len(messages) == 1 and str(path.parent) in messages[0]
     assert (tensors(folder, 8), rows(folder)) == before
 
 

@@ -182,7 +182,7 @@ def test_a_token_beyond_the_vocabulary_is_an_error_and_not_a_crash_on_the_device
 # --- a step's batch ----------------------------------------------------------------------------------
 
 
-def test_a_rank_gets_its_part_of_the_steps_batch_with_the_samples_keys():
+def test_a_rank_gets_its_part_of_the_batch_with_the_samples_keys():
     samples = Samples(split_of(331), n_positions=8, seed=5, end_of_text=300)
     indices = 3 * 16 + np.arange(4, 9)
     batch = Loader(samples, 16, range(4, 9)).at(3)
@@ -209,7 +209,7 @@ def test_a_prefetched_batch_is_read_once_and_belongs_to_its_step(monkeypatch):
     assert loader.at(0).tokens_BT.tolist() == expected[0]
 
 
-def test_an_error_while_prefetching_is_raised_by_the_step_that_needs_the_batch_if_it_lasts(monkeypatch):
+def test_a_lasting_prefetch_error_is_raised_by_the_step_that_needs_the_batch(monkeypatch):
     loader = Loader(Samples(split_of(331), n_positions=8, seed=5), 4, range(4))
     with monkeypatch.context() as patch:
         patch.setattr(Samples, "at", failing)

@@ -38,7 +38,7 @@ def reported(loads: list[list[float]], layer: int = 4) -> list[tuple[int, str]]:
     return [(step, line) for step, load in enumerate(loads, start=1) if (line := watch.update(load))]
 
 
-def test_dead_experts_are_reported_once_and_again_when_it_has_lasted_twice_as_long():
+def test_dead_experts_are_reported_again_after_twice_as_many_steps():
     assert reported([EVEN] * 50 + [THREE_DEAD] * 1000) == [
         (250, "layer 5: 3 of 8 experts received < 1 % of tokens for 200 steps"),
         (450, "layer 5: 3 of 8 experts received < 1 % of tokens for 400 steps"),

@@ -288,7 +288,7 @@ def test_wrong_arguments_are_one_line(command_name, arguments, capsys):
     assert re.fullmatch(r"error: [^\n]+\n", capsys.readouterr().err)
 
 
-def test_a_selection_bias_without_a_place_is_the_reason():
+def test_a_selection_bias_that_the_architecture_cannot_store_is_the_reason():
     model = perturbed({**MODERN, "blocks": [{"mixer": {"qk_norm": True}, "ffn": GATED_MOE | {"balance": "none"}}]})
     reason = hf.ARCHITECTURES["qwen3_moe"].reason_unsupported(model.config, model.state_dict())
     assert reason == "values of blocks.0.ffn.selection_bias"

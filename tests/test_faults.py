@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import write_config
-from launched import Forked, Launched, rows_in, train, wait_for_rows
+from launched import ForkedRanks, TorchrunRanks, rows_in, train, wait_for_rows
 
 from training.config import ParallelConfig
 from training.distributed.diagnosis import LOOP, Activity, ProcessId, Rank, current_process, diagnose
@@ -43,8 +43,8 @@ def fork(processes):
     """Return a function that starts a target on forked ranks; the end of the test kills them."""
     started = []
 
-    def start(*arguments: str, n_ranks: int = 2, target: str = "training.train:main", **variables: str) -> Forked:
-        started.append(Forked(processes.start(target, *arguments, n_ranks=n_ranks, env=variables)))
+    def start(*arguments: str, n_ranks: int = 2, target: str = "training.train:main", **variables: str) -> ForkedRanks:
+        started.append(ForkedRanks(processes.start(target, *arguments, n_ranks=n_ranks, env=variables)))
         return started[-1]
 
     yield start
@@ -168,7 +168,7 @@ def test_an_error_of_all_ranks_of_a_host_is_printed_once(small, tmp_path, argume
         "if os.environ['LOCAL_RANK'] == '0':\n    time.sleep(2)\nsys.exit(main())\n"
     )
     where = ["--standalone", "--nproc-per-node", "2", str(tmp_path / "late.py")]
-    ranks = Launched(tmp_path / "logs", *where, "--config", str(path), *arguments.split())
+    ranks = TorchrunRanks(tmp_path / "logs", *where, "--config", str(path), *arguments.split())
     try:
         ranks.process.wait(40)
     finally:

@@ -63,8 +63,8 @@ def test_a_full_disk_during_preparation_leaves_nothing(
     """With space again, the run ends in the same bits as one whose disk was never full."""
     monkeypatch.setattr(build, "BATCH_CHARS", 50_000)  # several batches, though the text is small
     data = config().data.model_dump() | {"tokenizer": tokenizer, "workers": 1}
-    made = Path(prepare(config(data=data).data, quiet=True).report["folder"])
-    whole, disk = contents(made), small_disk(8192)
+    dataset = Path(prepare(config(data=data).data, quiet=True).report["folder"])
+    whole, disk = contents(dataset), small_disk(8192)
     for percent in percents:
         (disk / "cache").mkdir()
         fill(disk, sum(map(len, whole.values())) * percent // 100)
@@ -78,7 +78,7 @@ def test_a_full_disk_during_preparation_leaves_nothing(
         assert not (tmp_path / "runs/small").exists()
         (disk / "filler").unlink()
         assert prepare_command.main(["--config", str(path)]) == 0
-        assert contents(disk / "cache" / made.name) == whole
+        assert contents(disk / "cache" / dataset.name) == whole
         if percent != percents[-1]:
             clear(disk / "cache")
     assert train_command(["--config", str(path)]) == 0
@@ -93,7 +93,7 @@ def clear(folder: Path) -> None:
 
 @pytest.mark.parametrize("n_bytes", [0, 1, 4095, 100_001])
 def test_shards_torn_inside_a_token_leave_nothing(config, tmp_path, monkeypatch, n_bytes):
-    made = config().data.model_copy(update={"cache_dir": str(tmp_path / "cache"), "workers": 1})
+    data_config = config().data.model_copy(update={"cache_dir": str(tmp_path / "cache"), "workers": 1})
     write_streams = build.write_streams
 
     def limited(*arguments):
@@ -102,10 +102,10 @@ def test_shards_torn_inside_a_token_leave_nothing(config, tmp_path, monkeypatch,
 
     monkeypatch.setattr(build, "write_streams", limited)
     with pytest.raises(UserError, match=r"cache: cannot be written: File too large$"):
-        prepare(made, quiet=True)
+        prepare(data_config, quiet=True)
     assert not [each for each in (tmp_path / "cache").iterdir() if each.is_dir()]
     monkeypatch.undo()
-    assert prepare(made, quiet=True).fingerprint == prepare(config().data, quiet=True).fingerprint
+    assert prepare(data_config, quiet=True).fingerprint == prepare(config().data, quiet=True).fingerprint
 
 
 # --- rows and events -------------------------------------------------------------------------------

@@ -378,9 +378,9 @@ def test_writing_and_reading_changes_no_bit(tmp_path, name):
     hf.write_model(tmp_path, model.state_dict(), model.config, end_of_text=5)
     architecture, config = hf.read_config(tmp_path)
     assert same_model(config, model.config)
-    found = hf.read_weights(tmp_path, architecture, config)
-    assert found.keys() == saved_names(name, model)
-    assert all(torch.equal(found[key], value) for key, value in model.state_dict().items() if key in found)
+    weights = hf.read_weights(tmp_path, architecture, config)
+    assert weights.keys() == saved_names(name, model)
+    assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items() if key in weights)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -402,8 +402,8 @@ def test_a_large_model_is_written_in_several_files(tmp_path, monkeypatch):
     assert (tmp_path / "model.safetensors.index.json").exists()
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
     architecture, config = hf.read_config(tmp_path)
-    found = hf.read_weights(tmp_path, architecture, config)
-    assert all(torch.equal(found[key], value) for key, value in model.named_parameters())
+    weights = hf.read_weights(tmp_path, architecture, config)
+    assert all(torch.equal(weights[key], value) for key, value in model.named_parameters())
 
 
 def test_the_model_of_a_run_opens_with_its_tokenizer(config, tmp_path):
@@ -607,7 +607,7 @@ def test_each_model_has_one_architecture(name):
 
 
 @pytest.mark.parametrize("name", ALSO)
-def test_what_two_architectures_express_is_the_same_in_both(tmp_path, monkeypatch, name):
+def test_a_model_of_two_architectures_is_the_same_in_both(tmp_path, monkeypatch, name):
     transformers = pytest.importorskip("transformers")
     (other,) = ALSO[name]
     others = {kind: one for kind, one in hf.ARCHITECTURES.items() if kind != CASES[name][0]}
@@ -621,9 +621,9 @@ def test_what_two_architectures_express_is_the_same_in_both(tmp_path, monkeypatc
 def test_any_other_model_is_written_under_our_own_names(tmp_path):
     model = build(SIZES | {"blocks": [{"ffn": {"type": "moe", "hidden": 8}}]})
     assert hf.write_model(tmp_path, model.state_dict(), model.config, end_of_text=5) == "training_gpt"
-    found = json.loads((tmp_path / "config.json").read_text())
-    assert found["model_type"] == "training_gpt"
-    again = GPT(ModelConfig.model_validate({k: found[k] for k in ModelConfig.model_fields}, strict=False))
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["model_type"] == "training_gpt"
+    again = GPT(ModelConfig.model_validate({k: fields[k] for k in ModelConfig.model_fields}, strict=False))
     tensors = load_file(tmp_path / "model.safetensors")
     again.load_state_dict({name.removeprefix("gpt."): tensor for name, tensor in tensors.items()})
     x = torch.randint(0, 320, (1, 24), generator=torch.Generator().manual_seed(2))
@@ -657,7 +657,7 @@ def test_fields_are_spelled_for_both_versions(exports):
     assert (written["ernie4_5_moe"]["moe_layer_start_index"], written["ernie4_5_moe"]["moe_layer_end_index"]) == (1, 2)
 
 
-def test_a_selection_bias_that_balance_no_longer_moves_is_not_lost(tmp_path):
+def test_a_selection_bias_that_the_run_does_not_balance_is_not_lost(tmp_path):
     """A run without one may start from weights with one."""
     model = build(CASES["qwen3_moe"][1])
     model.blocks[1].ffn.selection_bias[2] = 0.1
@@ -895,13 +895,13 @@ def test_a_file_of_few_fields_is_completed_by_defaults(tmp_path):
     fields = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     fields |= {"intermediate_size": 40, "max_position_embeddings": 24, "model_type": "llama"}
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    _, found = hf.read_config(tmp_path)
-    assert (found.rope_theta, found.norm_eps, found.tie_head) == (10_000.0, 1e-6, False)
-    assert found.blocks[0].mixer.n_kv_head is None and found.blocks[0].ffn.activation == "silu"
+    _, config = hf.read_config(tmp_path)
+    assert (config.rope_theta, config.norm_eps, config.tie_head) == (10_000.0, 1e-6, False)
+    assert config.blocks[0].mixer.n_kv_head is None and config.blocks[0].ffn.activation == "silu"
     fields = {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 24, "n_ctx": 24, "vocab_size": 300}
     (tmp_path / "config.json").write_text(json.dumps(fields | {"model_type": "gpt2", "resid_pdrop": 0.1}))
-    _, found = hf.read_config(tmp_path)
-    assert same_model(found, ModelConfig.model_validate(SIZES | {"vocab_size": 300}))
+    _, config = hf.read_config(tmp_path)
+    assert same_model(config, ModelConfig.model_validate(SIZES | {"vocab_size": 300}))
 
 
 # --- weights, read ---------------------------------------------------------------------------------
@@ -918,16 +918,16 @@ def test_gpt2s_first_files_are_read(tmp_path):
     old["lm_head.weight"] = old["wte.weight"].clone()
     save_file(old, tmp_path / "model.safetensors")
     architecture, config = hf.read_config(tmp_path)
-    found = hf.read_weights(tmp_path, architecture, config)
-    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    weights = hf.read_weights(tmp_path, architecture, config)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_bf16_weights_are_read_exactly(tmp_path):
     model = build(CASES["llama"][1])
     hf.write_model(tmp_path, model.state_dict(), model.config, end_of_text=5, dtype=torch.bfloat16)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
-    found = hf.read_weights(tmp_path, *hf.read_config(tmp_path))
-    assert all(torch.equal(found[name], tensor.bfloat16().float()) for name, tensor in model.named_parameters())
+    weights = hf.read_weights(tmp_path, *hf.read_config(tmp_path))
+    assert all(torch.equal(weights[name], tensor.bfloat16().float()) for name, tensor in model.named_parameters())
 
 
 def test_a_selection_bias_is_not_rounded(tmp_path):
@@ -935,10 +935,10 @@ def test_a_selection_bias_is_not_rounded(tmp_path):
     transformers = pytest.importorskip("transformers")
     model = build(CASES["dots1"][1])
     hf.write_model(tmp_path, model.state_dict(), model.config, end_of_text=5, dtype=torch.bfloat16)
-    found = hf.read_weights(tmp_path, *hf.read_config(tmp_path))
+    weights = hf.read_weights(tmp_path, *hf.read_config(tmp_path))
     for name, tensor in model.state_dict().items():
         if not name.endswith("ffn.load"):
-            assert torch.equal(found[name], tensor if "selection_bias" in name else tensor.bfloat16().float())
+            assert torch.equal(weights[name], tensor if "selection_bias" in name else tensor.bfloat16().float())
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     bias = theirs.model.layers[2].mlp.gate.e_score_correction_bias
     assert torch.equal(bias, model.blocks[2].ffn.selection_bias)

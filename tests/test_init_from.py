@@ -121,7 +121,7 @@ def test_starting_over_reads_the_folder_again(run, folder):
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("model_options", "words"),
     [
         ({"n_embd": 48}, "model.n_embd: 48 is given, but PATH has 16; leave it out"),
         ({"n_layer": 12}, "model.n_layer: 12 is given, but PATH has 2; leave it out"),
@@ -139,10 +139,10 @@ def test_starting_over_reads_the_folder_again(run, folder):
     ],
     ids=str,
 )
-def test_options_that_contradict_the_folder_are_an_error(config, folder, given, words):
+def test_options_that_contradict_the_folder_are_an_error(config, folder, model_options, words):
     _, path = folder()
     with pytest.raises(UserError) as raised:
-        init_from.resolve_init_from(config(model=given, init_from=str(path)))
+        init_from.resolve_init_from(config(model=model_options, init_from=str(path)))
     assert words.replace("PATH", str(path)) in str(raised.value)
 
 
@@ -157,8 +157,8 @@ def test_options_may_repeat_what_the_folder_has(config, folder):
     blocks = [{"mixer": {"head_dim": 8, "n_kv_head": 2, "window": None}, "ffn": {"hidden": 64}}, {}]
     alone = init_from.resolve_init_from(config(model={}, init_from=str(path)))
     assert alone.model.vocab_size == 259  # null: the folder's number, not the tokenizer's
-    for given in (SMALL, {"blocks": blocks}, {"vocab_size": None}, alone.model.model_dump()):
-        assert init_from.resolve_init_from(config(model=given, init_from=str(path))).model == alone.model
+    for model_options in (SMALL, {"blocks": blocks}, {"vocab_size": None}, alone.model.model_dump()):
+        assert init_from.resolve_init_from(config(model=model_options, init_from=str(path))).model == alone.model
 
 
 def test_a_shorter_context_crops_the_position_embedding(config, folder):
@@ -183,14 +183,14 @@ def test_new_rows_of_the_vocabulary_are_the_mean_of_the_others(config, folder, m
 def test_document_isolation_and_balance_are_the_users_choice(config, folder):
     model, path = folder("qwen3_moe")
     balancing = {"type": "moe", "balance": "both", "bias_rate": 0.5}
-    given = {"isolate_documents": True, "blocks": [{"ffn": balancing}, {}]}
-    resolved = init_from.resolve_init_from(config(model=given, init_from=str(path))).model
+    model_options = {"isolate_documents": True, "blocks": [{"ffn": balancing}, {}]}
+    resolved = init_from.resolve_init_from(config(model=model_options, init_from=str(path))).model
     moe, mlp = (block.ffn for block in resolved.layers())
     assert resolved.isolate_documents and mlp.type == "mlp"
     assert (moe.balance, moe.bias_rate, moe.n_experts) == ("both", 0.5, MOE["n_experts"])
     with torch.no_grad():
         torch.testing.assert_close(
-            loaded(config(model=given, init_from=str(path))).logits(tokens()), model.logits(tokens())
+            loaded(config(model=model_options, init_from=str(path))).logits(tokens()), model.logits(tokens())
         )
 
 

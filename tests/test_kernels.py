@@ -163,7 +163,7 @@ def test_an_expert_without_tokens_has_a_zero_gradient(name):
         assert grad[0].abs().sum() > 0
 
 
-def test_joined_matrices_give_the_same_and_are_not_kept():
+def test_joined_matrices_compute_the_same_and_are_not_saved_for_backward():
     generator = torch.Generator().manual_seed(0)
     x, *w = (torch.randn(*shape, generator=generator) for shape in ((20, 8), (4, 12, 8), (4, 12, 8)))
     dispatch, results, kept = sort_by_expert(torch.randint(0, 4, (20, 2), generator=generator), 4), [], []

@@ -89,7 +89,7 @@ def test_after_a_micro_batch_of_one_comes_activation_checkpointing_and_then_an_e
         run.train_step()
 
 
-def test_another_error_is_not_taken_for_out_of_memory(build_run):
+def test_another_error_does_not_count_as_out_of_memory(build_run):
     run = build_run()
     run.model.register_forward_pre_hook(lambda *_: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
@@ -206,7 +206,7 @@ def test_out_of_memory_after_the_weights_are_loaded_is_one_line_and_checkpoints_
 
 
 @needs_linux
-def test_when_the_system_gives_no_more_memory_the_micro_batch_shrinks(processes, options, run, tmp_path):
+def test_the_micro_batch_shrinks_if_the_system_limits_memory(processes, options, run, tmp_path):
     """The system's own limit, from step 3; saves, rows and the final model fit into it."""
     wide = {"n_layer": 2, "n_head": 2, "n_embd": 64, "n_positions": 128, "blocks": [{"ffn": {"type": "moe"}}, {}]}
     changes = {"model": wide, "batch_tokens": 2**14, "micro_batch": 32, "steps": 4, "checkpoint": {"every": 2}}

@@ -103,7 +103,7 @@ def test_startup_is_one_phase_until_finish_startup():
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
-def test_the_phases_add_up_to_the_wall_clock_and_a_slow_disk_is_data(timed, monkeypatch, device):
+def test_the_phases_add_up_to_the_wall_clock_and_a_slow_disk_counts_as_data(timed, monkeypatch, device):
     """`timed` compares the sum with the wall clock."""
     at, durations = Samples.at, []
 
@@ -137,7 +137,7 @@ def test_a_fast_disk_costs_no_data_time(timed):
     assert seconds["data"] < 0.3 * seconds["compute"]
 
 
-def test_waiting_for_another_rank_is_communication(timed, monkeypatch):
+def test_waiting_for_another_rank_counts_as_communication(timed, monkeypatch):
     for name in ("sum_int", "max_int"):
         agree = getattr(World, name)
 
@@ -151,7 +151,7 @@ def test_waiting_for_another_rank_is_communication(timed, monkeypatch):
     assert seconds["data"] < 0.03
 
 
-class NothingFetched(TorchDispatchMode):
+class NoComputedNumberIsRead(TorchDispatchMode):
     """Fails on anything that waits for the device: reading a number that it computed."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -160,9 +160,9 @@ class NothingFetched(TorchDispatchMode):
 
 
 def test_a_step_reads_no_computed_number(config, monkeypatch):
-    around_steps(monkeypatch, lambda state: NothingFetched() if state.step else nullcontext())
+    around_steps(monkeypatch, lambda state: NoComputedNumberIsRead() if state.step else nullcontext())
     assert train(config(steps=3)) == 0
-    with pytest.raises(AssertionError), NothingFetched():
+    with pytest.raises(AssertionError), NoComputedNumberIsRead():
         torch.ones(()).item()
 
 
@@ -191,7 +191,7 @@ def test_a_step_synchronizes_with_the_gpu_only_to_decide_on_the_update(config, m
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
-def test_reading_a_batch_while_the_gpu_computes_is_compute():
+def test_reading_a_batch_while_the_gpu_computes_counts_as_compute():
     """On a GPU the host runs ahead: 0.2 s of reading beside 0.4 s of computing cost nothing."""
     timer, big = PhaseTimer(DEVICE), torch.randn(8192, 8192, device=DEVICE)
     big @ big

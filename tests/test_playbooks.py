@@ -41,15 +41,15 @@ class Block(NamedTuple):
 
 def blocks(page: Path) -> list[Block]:
     """The page's new files and changes."""
-    found = []
+    changes = []
     for fence in re.findall(r"^ *```(?:python|diff)\n.*?\n *```$", page.read_text(), flags=re.DOTALL | re.MULTILINE):
         language, first, *lines, _ = textwrap.dedent(fence).split("\n")
         text = "".join(f"{line}\n" for line in lines)
         if language == "```diff":
-            found.append(Block(first.removeprefix("--- "), text, is_new=False))
+            changes.append(Block(first.removeprefix("--- "), text, is_new=False))
         elif first.startswith("# training/"):
-            found.append(Block(first.removeprefix("# "), text, is_new=True))
-    return found
+            changes.append(Block(first.removeprefix("# "), text, is_new=True))
+    return changes
 
 
 def copy_with(pages: list[Path], folder: Path) -> Path:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT, command, environment, goes_on_with
+from conftest import ROOT, check_resumes_with, command, environment
 from safetensors.torch import load_file, save_file
 
 from training.config import ParallelConfig
@@ -151,12 +151,12 @@ def compile_for_gpus(path: str) -> None:
     """Save facts about the kernels of a forward and a backward, compiled for two kinds of GPU."""
     from training.kernels import triton_experts
 
-    kernels, found = (triton_experts._matmul_kernel, triton_experts._outer_kernel), {}
+    kernels, facts = (triton_experts._matmul_kernel, triton_experts._outer_kernel), {}
     for kind, capability in (("bf16", 90), ("fp32", 80)):
-        case, launches = Case(256, 2, 4, 64, 128, gated=kind == "bf16"), found.setdefault(kind, [])
+        case, launches = Case(256, 2, 4, 64, 128, gated=kind == "bf16"), facts.setdefault(kind, [])
         triton_experts._matmul_kernel, triton_experts._outer_kernel = (Launch(k, capability, launches) for k in kernels)
         outcome(EXPERT_KERNELS["triton"], case, case.inputs(DTYPES[kind]))
-    Path(path).write_text(json.dumps(found))
+    Path(path).write_text(json.dumps(facts))
 
 
 def other_process(part: str, path, file: str = __file__, **variables: str) -> subprocess.Popen:
@@ -182,19 +182,19 @@ def processes(tmp_path_factory):
     """Both processes, which run at the same time."""
     folder = tmp_path_factory.mktemp("triton")
     return {
-        "interpret": other_process("interpret", folder / "found.safetensors", TRITON_INTERPRET="1"),
-        "compile": other_process("compile", folder / "found.json", TRITON_CACHE_DIR=str(folder)),
+        "interpret": other_process("interpret", folder / "results.safetensors", TRITON_INTERPRET="1"),
+        "compile": other_process("compile", folder / "results.json", TRITON_CACHE_DIR=str(folder)),
     }
 
 
 @pytest.fixture(scope="module")
 def interpreted(processes):
     """Tensors by (case, dtype, which run) and name."""
-    found = {}
+    tensors = {}
     for key, value in load_file(file_of(processes["interpret"])).items():
         *key, name = key.split("/")
-        found.setdefault(tuple(key), {})[name] = value
-    return found
+        tensors.setdefault(tuple(key), {})[name] = value
+    return tensors
 
 
 # --- tests -----------------------------------------------------------------------------------------
@@ -204,10 +204,10 @@ def interpreted(processes):
 def test_results_and_all_gradients_equal_the_reference(interpreted, name, kind):
     case, dtype = CASES[name], DTYPES[kind]
     expected = outcome(TORCH_EXPERTS["reference"], case, [x.float() for x in case.inputs(dtype)])
-    found = interpreted[name, kind, "once"]
-    assert found.keys() == expected.keys()
+    tensors = interpreted[name, kind, "once"]
+    assert tensors.keys() == expected.keys()
     for key, theirs in expected.items():
-        ours = found[key]
+        ours = tensors[key]
         assert ours.dtype == (torch.float32 if key == "weight" else dtype)
         if dtype == torch.float32:
             atol = 1e-6 * theirs.abs().max().item()
@@ -217,9 +217,9 @@ def test_results_and_all_gradients_equal_the_reference(interpreted, name, kind):
 
 def test_an_expert_without_tokens_has_a_zero_gradient(interpreted):
     for kind in ("fp32", "bf16"):
-        found = interpreted["empty experts", kind, "once"]
+        tensors = interpreted["empty experts", kind, "once"]
         for matrix in ("up", "gate", "down"):
-            assert found[matrix].flatten(1).abs().sum(1).bool().tolist() == [e in (1, 4) for e in range(6)]
+            assert tensors[matrix].flatten(1).abs().sum(1).bool().tolist() == [e in (1, 4) for e in range(6)]
 
 
 @pytest.mark.parametrize("which", ["again", "compiled"])
@@ -229,13 +229,13 @@ def test_the_bits_repeat(interpreted, which):
 
 
 def test_kernels_compile_for_gpus(processes):
-    found = json.loads(Path(file_of(processes["compile"])).read_text())
-    assert {kind: len(launches) for kind, launches in found.items()} == {"bf16": 9, "fp32": 6}
-    for launch in (*found["bf16"], *found["fp32"]):
+    facts = json.loads(Path(file_of(processes["compile"])).read_text())
+    assert {kind: len(launches) for kind, launches in facts.items()} == {"bf16": 9, "fp32": 6}
+    for launch in (*facts["bf16"], *facts["fp32"]):
         assert launch["shared"] <= 99 * 1024  # the minimum of devices of capability 8 or more
         assert not launch["atom"]
-    assert all(launch["wgmma"] for launch in found["bf16"])
-    assert not any(launch["tf32"] for launch in found["fp32"])  # TF32 has 10 bits of mantissa
+    assert all(launch["wgmma"] for launch in facts["bf16"])
+    assert not any(launch["tf32"] for launch in facts["fp32"])  # TF32 has 10 bits of mantissa
 
 
 # --- the choice ------------------------------------------------------------------------------------
@@ -328,7 +328,7 @@ def test_a_resumed_run_keeps_its_kernel_even_if_another_is_faster_now(run, monke
     assert "experts     loop (fastest: loop " in capsys.readouterr().out
     monkeypatch.setitem(EXPERT_KERNELS, "grouped", plain)
     monkeypatch.setitem(EXPERT_KERNELS, "loop", slowed(EXPERT_KERNELS["loop"]))
-    goes_on_with("experts loop", run, folder, capsys)
+    check_resumes_with("experts loop", run, folder, capsys)
 
 
 if __name__ == "__main__":

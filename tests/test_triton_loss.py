@@ -85,25 +85,25 @@ def interpret(path: str) -> None:
 
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     loss.CHUNK_BYTES, ours = {"cpu": CHUNK_BYTES}, partial(chunked_cross_entropy, triton_logits_backward)
-    found = {run: outcome(ours, CASES[run[0]], CASES[run[0]].inputs(DTYPES[run[1]])) for run in RUN}
+    outcomes = {run: outcome(ours, CASES[run[0]], CASES[run[0]].inputs(DTYPES[run[1]])) for run in RUN}
     name = "blocks and a part"
-    found[name, "again"] = outcome(ours, CASES[name], CASES[name].inputs(torch.float32))
-    found[name, "alone"] = outcome(ours, CASES[name], CASES[name].inputs(torch.float32), gradient=False)
-    save_file({"/".join((*key, name)): x.contiguous() for key, of in found.items() for name, x in of.items()}, path)
+    outcomes[name, "again"] = outcome(ours, CASES[name], CASES[name].inputs(torch.float32))
+    outcomes[name, "alone"] = outcome(ours, CASES[name], CASES[name].inputs(torch.float32), gradient=False)
+    save_file({"/".join((*key, name)): x.contiguous() for key, of in outcomes.items() for name, x in of.items()}, path)
 
 
 def compile_for_gpus(path: str) -> None:
     """Save facts about the kernel, compiled for two kinds of GPU, with and without soft-cap and gradient."""
     from training.kernels import triton_loss
 
-    kernel, found = triton_loss._loss_kernel, []
+    kernel, facts = triton_loss._loss_kernel, []
     for kind, capability in (("bf16", 90), ("fp32", 80)):
-        triton_loss._loss_kernel = Launch(kernel, capability, found)
+        triton_loss._loss_kernel = Launch(kernel, capability, facts)
         for softcap in (None, 15.0):
             x, w, targets = Case(8, 50304).inputs(DTYPES[kind])
             for gradient in (False, True):
                 triton_loss.triton_logits_backward(x @ w.T, targets, softcap, gradient=gradient)
-    Path(path).write_text(json.dumps(found))
+    Path(path).write_text(json.dumps(facts))
 
 
 @pytest.fixture(scope="module")
@@ -111,19 +111,19 @@ def processes(tmp_path_factory):
     """Both processes, which run at the same time."""
     folder = tmp_path_factory.mktemp("triton")
     return {
-        "interpret": other_process("interpret", folder / "found.safetensors", __file__, TRITON_INTERPRET="1"),
-        "compile": other_process("compile", folder / "found.json", __file__, TRITON_CACHE_DIR=str(folder)),
+        "interpret": other_process("interpret", folder / "results.safetensors", __file__, TRITON_INTERPRET="1"),
+        "compile": other_process("compile", folder / "results.json", __file__, TRITON_CACHE_DIR=str(folder)),
     }
 
 
 @pytest.fixture(scope="module")
 def interpreted(processes):
     """Tensors by (case, dtype or which run) and name."""
-    found = {}
+    tensors = {}
     for key, value in load_file(file_of(processes["interpret"])).items():
         case, kind, name = key.split("/")
-        found.setdefault((case, kind), {})[name] = value
-    return found
+        tensors.setdefault((case, kind), {})[name] = value
+    return tensors
 
 
 # --- tests -----------------------------------------------------------------------------------------
@@ -148,9 +148,9 @@ def test_the_bits_repeat_with_and_without_gradients(interpreted):
 
 
 def test_the_kernel_compiles_for_gpus(processes):
-    found = json.loads(Path(file_of(processes["compile"])).read_text())
-    assert len(found) == 8
-    for launch in found:
+    facts = json.loads(Path(file_of(processes["compile"])).read_text())
+    assert len(facts) == 8
+    for launch in facts:
         assert launch["shared"] <= 99 * 1024
         assert not launch["atom"]
 

@@ -147,23 +147,23 @@ def summary(folder) -> dict:
 )
 def test_a_run_starts_from_a_dense_run_with_experts(run, dense, capsys, ffn, words):
     capsys.readouterr()
-    left = run(**from_folder(dense, ffn, optim=STILL))
+    run_dir = run(**from_folder(dense, ffn, optim=STILL))
     folder, split, before, after, change = LINE.fullmatch(capsys.readouterr().err).groups()
     assert (folder, split, before) == (str(dense), words, after)
     assert float(change) < 1e-5
-    assert summary(left)["val_loss"] == pytest.approx(summary(dense)["val_loss"], abs=1e-5)
-    assert summary(left)["parameters"] > summary(dense)["parameters"]
+    assert summary(run_dir)["val_loss"] == pytest.approx(summary(dense)["val_loss"], abs=1e-5)
+    assert summary(run_dir)["parameters"] > summary(dense)["parameters"]
 
 
 def test_only_dense_layers_of_the_folder_become_experts(run, dense, capsys):
     still = {"init_from": str(dense), "optim": STILL}
     first = run(name="first", model={"blocks": [{"ffn": COPIES}, {}]}, **still)
     capsys.readouterr()
-    left = run(name="then", model={"blocks": [{}, {"ffn": FINE}]}, init_from=str(first), optim=STILL)
+    run_dir = run(name="then", model={"blocks": [{}, {"ffn": FINE}]}, init_from=str(first), optim=STILL)
     assert "1 layer of 4 experts, groups of 2;" in capsys.readouterr().err
-    config = hf.read_config(left / "model")[1]
+    config = hf.read_config(run_dir / "model")[1]
     assert [block.ffn.hidden for block in config.layers()] == [64, 32]
-    assert summary(left)["val_loss"] == pytest.approx(summary(first)["val_loss"], abs=1e-5)
+    assert summary(run_dir)["val_loss"] == pytest.approx(summary(first)["val_loss"], abs=1e-5)
 
 
 def test_a_gpt2_of_transformers_becomes_experts(run, tmp_path):
@@ -173,10 +173,10 @@ def test_a_gpt2_of_transformers_becomes_experts(run, tmp_path):
     torch.manual_seed(0)
     theirs = GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.2)).eval()
     theirs.save_pretrained(tmp_path / "gpt2")
-    left = run(**from_folder(tmp_path / "gpt2", optim=STILL, steps=3))
-    architecture, config = hf.read_config(left / "model")
+    run_dir = run(**from_folder(tmp_path / "gpt2", optim=STILL, steps=3))
+    architecture, config = hf.read_config(run_dir / "model")
     ours = GPT(config)
-    ours.load_state_dict(hf.read_weights(left / "model", architecture, config))
+    ours.load_state_dict(hf.read_weights(run_dir / "model", architecture, config))
     with torch.no_grad():
         torch.testing.assert_close(ours.logits(tokens()), theirs(tokens()).logits, rtol=0, atol=1e-4)
 
@@ -198,9 +198,9 @@ def test_the_printed_loss_is_that_of_an_evaluation(run, options, dense, tmp_path
     data = options()["data"] | {"sources": [{"type": "files", "paths": [str(tmp_path / "short.jsonl")]}]}
     for isolated in (False, True):
         model = {"isolate_documents": isolated, "blocks": [{"ffn": FINE}]}
-        left = run(name=f"isolated-{isolated}", model=model, init_from=str(dense), optim=STILL, steps=3, data=data)
+        run_dir = run(name=f"isolated-{isolated}", model=model, init_from=str(dense), optim=STILL, steps=3, data=data)
         before = float(LINE.search(capsys.readouterr().err)[3])
-        assert before == pytest.approx(summary(left)["val_loss"], abs=1e-4)  # the same 16 samples
+        assert before == pytest.approx(summary(run_dir)["val_loss"], abs=1e-4)  # the same 16 samples
 
 
 def test_long_samples_are_cut_for_the_comparison(run, dense, monkeypatch):
@@ -228,8 +228,8 @@ def test_two_starts_are_bit_identical_and_resuming_needs_no_folder(run, dense, c
 
 
 def test_copies_diverge_in_training(run, dense):
-    left = run(**from_folder(dense, COPIES))
-    weights = load_file(left / "checkpoints/step-00000008/model.safetensors")
+    run_dir = run(**from_folder(dense, COPIES))
+    weights = load_file(run_dir / "checkpoints/step-00000008/model.safetensors")
     for layer in (0, 1):
         first, *others = weights[f"blocks.{layer}.ffn.experts.up"]
         assert all((other - first).norm() > 1e-3 * first.norm() for other in others)
@@ -381,10 +381,10 @@ def test_noise_without_an_upcycled_layer_is_an_error(config, options, tmp_path, 
     assert "upcycle_noise: needs init_from" in capsys.readouterr().err
 
 
-def test_an_export_of_experts_made_of_swiglu_opens_as_what_transformers_has(run):
+def test_an_export_of_experts_from_swiglu_opens_as_an_architecture_of_transformers(run):
     mixer = {"qk_norm": True}
     sizes = SIZES | {"position": "rope", "norm": "rmsnorm", "bias": False, "blocks": [{"mixer": mixer, "ffn": SWIGLU}]}
     first = run(name="first", model=sizes, steps=3)
     ffn = FINE | {"hidden": 24, "balance": "switch"}
-    left = run(name="then", **from_folder(first, ffn), steps=3)
-    assert json.loads((left / "model/config.json").read_text())["model_type"] == "qwen3_moe"
+    run_dir = run(name="then", **from_folder(first, ffn), steps=3)
+    assert json.loads((run_dir / "model/config.json").read_text())["model_type"] == "qwen3_moe"

@@ -43,7 +43,7 @@ PRELOAD = [
 ]
 
 
-class Ended(NamedTuple):
+class Result(NamedTuple):
     """The outcome of a launch: exit status of each rank, negative for a signal; their outputs, one after the other."""
 
     statuses: list[int]
@@ -84,10 +84,10 @@ class Launch:
         ended = sorted(self.folder.glob("status-*"))
         return int(ended[0].read_text()) if ended else None
 
-    def wait(self, timeout_s: float = 240) -> Ended:
+    def wait(self, timeout_s: float = 240) -> Result:
         """Wait until every rank has ended."""
         statuses = [int(self._read(f"status-{rank}", timeout_s)) for rank in range(self.n_ranks)]
-        return Ended(statuses, self.output("out"), self.output("err"))
+        return Result(statuses, self.output("out"), self.output("err"))
 
     def signal(self, number: signal.Signals, rank: int = 0) -> None:
         """Send a signal to one rank."""
@@ -135,7 +135,7 @@ class Server:
         self.process.stdin.flush()
         return Launch(folder, n_ranks, self.process)
 
-    def run(self, target: str, *arguments: str, n_ranks: int = 1, env: dict[str, str | None] | None = None) -> Ended:
+    def run(self, target: str, *arguments: str, n_ranks: int = 1, env: dict[str, str | None] | None = None) -> Result:
         """`start` and wait."""
         return self.start(target, *arguments, n_ranks=n_ranks, env=env).wait()
 
