@@ -2,10 +2,10 @@
 
     main([FOLDER, CONFIG.yaml, "--few", "--torn", "--chains", "N"])     in a process of its own (`warm.py`)
 
-Every trial is a fork, so that it costs no imports. The fork counts the files opened, written, synced, renamed and
-removed, and the folders made, and kills itself at the k-th operation (--torn: after half of a write). The next fork
-resumes undisturbed. Prints JSON: the operations of a run, and the errors by k. --few takes the first and the last of
-consecutive writes to a file, and only every tenth operation outside the second save.
+Every trial is a fork, which saves the imports. The fork counts its file operations (open, write, fsync, rename,
+remove, mkdir) and kills itself at the k-th (--torn: after half of a write). The next fork resumes and is not killed.
+Prints JSON: the operations of a run, and the errors by k. --few kills only at the first and the last of consecutive
+writes to a file, and at every tenth operation outside the second save.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Operations:
         io.open = builtins.open = self.open
 
     def due(self, name: str, path: object) -> bool:
-        """Count an operation; returns True if the process is to be killed at it."""
+        """Count an operation; returns True if the process must die at it."""
         self.names.append((name, str(path)))
         return next(self.count) == self.kill_at
 
@@ -115,7 +115,7 @@ def run_in_fork(work: Callable[[], int]) -> int:
 
 
 def train(config: Config, kill_at: int | None = None, torn: bool = False, report: Path | None = None) -> int:
-    """Train in this process, a fork; the operations and the imported modules are written to `report`."""
+    """Train in this process, a fork; write the operations and the imported modules to `report`."""
     from training.train import train as go
 
     operations = Operations(kill_at, torn)
@@ -144,7 +144,7 @@ def digest(config: Config) -> dict[str, str]:
 
 
 def tensorboard_losses(folder: Path) -> str:
-    """The losses that TensorBoard shows, by step."""
+    """Return the losses that TensorBoard shows, by step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     seen = EventAccumulator(str(folder)).Reload()
@@ -161,7 +161,7 @@ def leftovers(config: Config) -> list[str]:
 
 
 def missing(config: Config, operations: list[list[str]], report: Path) -> list[str]:
-    """List the reference's operations that another run did not do."""
+    """List the operations of the reference run that another run lacks."""
     done, _ = json.loads(report.read_text())
     named = Counter((name, path.replace(f"/{config.name}", "/reference")) for name, path in done)
     return [f"{name} {path}" for name, path in (Counter(map(tuple, operations)) - named).elements()]
@@ -172,7 +172,7 @@ def trial(
 ) -> str | None:
     """Kill a run at these operations, each counted from its own start, then resume it; returns an error or None.
 
-    The order of two threads' operations varies, so the k-th is not always the same; their number does not vary.
+    Two threads interleave, so the k-th operation varies; the number of operations does not.
     """
     report = Path(config.out_dir, "trial.json")
     shutil.rmtree(Path(config.out_dir, config.name), ignore_errors=True)
@@ -211,7 +211,7 @@ def main(arguments: list[str]) -> int:
     prepare(config.data, quiet=True)
     reference = config.model_copy(update={"name": "reference"})
     report = args.folder / "operations.json"
-    Path(config.out_dir).mkdir()  # it exists in every trial, so that all do as many operations
+    Path(config.out_dir).mkdir()  # exists in every trial, so that each has the same number of operations
     began = time.perf_counter()
     assert run_in_fork(lambda: train(reference, report=report)) == 0
     alone_s = time.perf_counter() - began
@@ -233,7 +233,7 @@ def main(arguments: list[str]) -> int:
 
 
 def points(operations: list[tuple[str, str]], *, few: bool, torn: bool) -> list[int]:
-    """Number the operations to kill at, from 1; `torn`: the writes only."""
+    """Return the numbers of the operations to kill at, from 1; `torn`: only writes."""
     names = [tuple(operation) for operation in operations]
     ks = [k for k, (name, _) in enumerate(names, start=1) if name == "write" or not torn]
     if not few:

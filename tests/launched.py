@@ -1,4 +1,4 @@
-"""Ranks of a run, each with its own log, watched from outside: started by torchrun, or as forks of a warm server."""
+"""Start the ranks of a run, by torchrun or as forks of a warm server, and watch them from outside."""
 
 import os
 import signal
@@ -27,15 +27,15 @@ class TorchrunRanks:
             )
 
     def pids(self) -> dict[int, int]:
-        """The process of each rank that runs."""
+        """Return the process ID of each running rank."""
         return ranks_of(self.logs)
 
     def running(self) -> bool:
-        """True while the launcher or a rank runs."""
+        """Return True while the launcher or a rank runs."""
         return self.process.poll() is None or bool(self.pids())
 
     def kill(self) -> None:
-        """Kill all processes that are left, in a `finally`."""
+        """Kill all remaining processes; for a `finally`."""
         for pid in [*self.pids().values(), self.process.pid]:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -44,7 +44,7 @@ class TorchrunRanks:
         self.process.wait()
 
     def errors(self) -> str:
-        """The ranks' stderr, one after the other."""
+        """Return the ranks' stderr, concatenated."""
         return "".join(path.read_text() for path in sorted(self.logs.rglob("stderr.log")))
 
     def signal(self, rank: int, number: signal.Signals) -> None:
@@ -60,7 +60,7 @@ class TorchrunRanks:
         return time.monotonic() - began
 
     def line(self) -> str:
-        """The one line that says why the run ended; asserts that no rank printed more."""
+        """Return the run's only error line; fails if there are more, or a traceback."""
         errors = self.errors()
         assert "Traceback" not in errors and "frame #" not in errors, errors
         (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
@@ -68,7 +68,7 @@ class TorchrunRanks:
 
 
 class ForkedRanks(TorchrunRanks):
-    """The command on the ranks of one host, without torchrun and without imports."""
+    """The command on the ranks of one host, as forks of the warm server."""
 
     def __init__(self, launch: Launch):
         self.launch = launch
@@ -94,7 +94,7 @@ class ForkedRanks(TorchrunRanks):
 
 
 def ranks_of(logs: Path) -> dict[int, int]:
-    """The processes with a rank and this TEST_LAUNCH in their environment."""
+    """Return the process ID of each rank, by RANK and this TEST_LAUNCH in its environment."""
     mine, ranks = f"TEST_LAUNCH={logs}", {}
     for path in Path("/proc").glob("[0-9]*"):
         try:

@@ -84,7 +84,7 @@ SPECS = {
     "everything": AttentionSpec(4, 2, 8, 6, window=7, softcap=1.5, scale=0.5),
 }
 HERE = [name for name in ATTENTION_BACKENDS if limits_on(name, DeviceInfo("cpu")) is not None]
-STAND_INS = ["flash2", "flash3", "flash4", "varlen"]  # run here on stand-ins for what they call
+STAND_INS = ["flash2", "flash3", "flash4", "varlen"]  # run here on stand-ins for the functions they call
 
 
 def requirements(spec=SPECS["multi-head"], packed=False):
@@ -374,7 +374,7 @@ def test_documents_start_at_end_of_text_tokens_and_at_samples():
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_flex_follows_the_mask_and_caps_scores(spec, packed):
-    """Its uncompiled forward, which is all that runs on a CPU."""
+    """A CPU runs only its uncompiled forward."""
     tokens, backend = torch.ones(2, 150, dtype=torch.int64), ATTENTION_BACKENDS["flex"]
     tokens[0, [40, 41, 130]] = tokens[1, 99] = 0
     visibility = Visibility(150, 150, CPU, spec.window, find_documents(tokens, 0) if packed else None)
@@ -426,7 +426,7 @@ def test_the_deterministic_mode_is_on_for_the_backward_of_attention_and_nothing_
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_flash_on_cuda_is_an_operator_with_a_deterministic_backward(compiled, n_kv_head, width):
-    projections = random(2, 6, 4 + 2 * n_kv_head, width)  # views of one product, as in the model
+    projections = random(2, 6, 4 + 2 * n_kv_head, width)  # views of one projection, as in the model
     before, reference = mode(), ATTENTION_BACKENDS["reference"]
     mask = reference.build_mask(Visibility(6, 6, CPU))
 
@@ -532,7 +532,7 @@ def test_a_compiled_function_keeps_the_deterministic_backward():
 
 @pytest.mark.parametrize("window", [None, 50])
 def test_on_a_cpu_few_keys_are_attended_to_in_float32(window):
-    """Up to 192 keys, with half of the error; the result and the gradients have the dtype of the inputs."""
+    """Up to 192 keys, where it halves the error; the result and the gradients have the dtype of the inputs."""
     errors = {}
     for n_tokens in (FP32_MAX_KEYS, FP32_MAX_KEYS + 1):
         generator = torch.Generator().manual_seed(0)

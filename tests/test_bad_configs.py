@@ -29,7 +29,7 @@ from training.train import FLAGS, train
 
 # --- planted mistakes ------------------------------------------------------------------------------
 
-# As written, and as YAML 1.2 reads it.
+# (text, its value in YAML 1.2)
 VALUES = [
     ("x y", "x y"), ("3", 3), ("-7", -7), ("0", 0), ("2.5", 2.5), ("1e-4", 1e-4), ("010", 10), ("no", "no"),
     ("12:30:45", "12:30:45"), ("true", True), ("null", None), ("[]", []), ("[1, 2]", [1, 2]), ("{a: 1}", {"a": 1}),
@@ -44,7 +44,7 @@ BOUNDS = {
 
 
 def is_valid(annotation: Any, limits: list, value: Any) -> bool:
-    """Return True if an option may have a value; slow, and without pydantic."""
+    """Return True if an option may have a value; independent of pydantic, and slow."""
     if get_origin(annotation) is Annotated and not sections(annotation):
         annotation, *more = get_args(annotation)
         limits = [*limits, *(part for one in more for part in getattr(one, "metadata", [one]))]
@@ -107,7 +107,7 @@ def mistakes(draw: st.DrawFn) -> Mistake:
     if kind == "value":
         text, value = draw(st.sampled_from(VALUES))
         assume(not is_valid(field.annotation, field.metadata, value))
-        assume(not (is_list(field.annotation) and value == [1, 2]))  # its entries are wrong, a line each
+        assume(not (is_list(field.annotation) and value == [1, 2]))  # each wrong entry has its own line
         assume(not (sections(field.annotation) and isinstance(value, dict)))
         by_flag = by_flag and "str" not in repr(field.annotation) and not sections(field.annotation)
         return Mistake(section, (*at, name), text, f"{shown(text, value)} is not ", by_flag)
@@ -173,7 +173,7 @@ def dotted(at: OptionPath) -> str:
 def errors_of(*argv: str) -> list[str]:
     """Run the train command, which must exit with status 2 in time and create nothing. Returns its error lines."""
     before, took = set(Path().iterdir()), math.inf
-    for _ in range(3):  # again if this process's garbage collection came between
+    for _ in range(3):  # retry: a garbage collection may cost a second
         start, out, err = time.process_time(), io.StringIO(), io.StringIO()
         with pytest.raises(SystemExit) as stop, redirect_stdout(out), redirect_stderr(err):
             cli.parse_command_line(list(argv), prog="train", doc="Train.", flags=FLAGS)
@@ -329,7 +329,7 @@ def test_a_wrong_command_line_is_one_line_before_torch_is_imported(tmp_path, lin
 
 # --- accepted configs run --------------------------------------------------------------------------
 
-# Options that stay as they are: sizes stay small, and nothing outside this machine is used.
+# Options to leave unchanged, so that sizes stay small and nothing outside this machine is used.
 LEFT = {
     "n_layer",
     "n_head",
@@ -372,7 +372,7 @@ def accepted(draw: st.DrawFn, options: dict) -> Config:
             node[name] = draw(st.sampled_from(values))
     try:
         return Config.model_validate(tree)
-    except ValidationError:  # a rule between options
+    except ValidationError:  # it violates a rule between options
         return assume(False)
 
 

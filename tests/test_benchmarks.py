@@ -13,7 +13,7 @@ HERE = Path(__file__).parent.parent / "benchmarks"
 
 @pytest.fixture
 def output_of(processes):
-    """Run a benchmark, as a fork that spares the imports; returns its output."""
+    """Run a benchmark as a fork, which saves the imports; return its output."""
 
     def run(name: str, *arguments: object) -> str:
         done = processes.start(str(HERE / name), *map(str, arguments)).wait(timeout_s=300)
@@ -76,7 +76,7 @@ def test_cuda_sh_runs_on_a_cpu_at_toy_size(tmp_path):
     tests, output, experts = ((tmp_path / f"cuda-{name}.txt").read_text() for name in ("tests", "steps", "experts"))
     assert "skipped" in tests and "failed" not in tests
     (missing,) = (line for line in output.splitlines() if "not here" in line)
-    assert "this, compiled, loss triton" in missing  # which is for CUDA
+    assert "this, compiled, loss triton" in missing  # needs CUDA
     assert "ceilings: a product of 256^3" in output and "MoE / twin: " in output
     assert "samples fit at a time" in output and "in kernels" in output
     for name in ("triton", "chunked", "reference"):

@@ -37,7 +37,7 @@ def test_verify_finds_a_flipped_bit_and_names_the_file(trained, capsys):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    assert main(["list", str(trained)]) == 0, "its size is right"
+    assert main(["list", str(trained)]) == 0, "list compares sizes only"
     assert main(["verify", str(trained)]) == 1
     lines = capsys.readouterr().out.splitlines()[5:]
     assert [str(file) in line for line in lines] == [False, False, True, False, False]

@@ -380,7 +380,7 @@ def test_the_process_ends_at_once_without_torch_or_files(write, tmp_path, argv):
     done = subprocess.run(
         [sys.executable, "-c", COMMAND, *argv], capture_output=True, text=True, timeout=20, check=False
     )
-    assert time.perf_counter() - start < 2  # 0.2 s where nothing else runs
+    assert time.perf_counter() - start < 2  # 0.2 s on an idle machine
     assert set(tmp_path.rglob("*")) == before
     assert (done.returncode, done.stderr.count("\n")) == ((2, 4) if "x" in argv else (0, 0))
     assert all(line.startswith("error: ") for line in done.stderr.splitlines())

@@ -58,7 +58,7 @@ def texts(dataset, split: str) -> list[str]:
     return [dataset.tokenizer.decode(ids[1:]) for ids in np.split(stream.tokens, stream.documents[1:].astype(int))]
 
 
-# --- what is on disk -------------------------------------------------------------------------------
+# --- files on disk ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_workers", [1, 2])
@@ -389,7 +389,7 @@ def test_a_token_beyond_the_vocabulary_in_a_file_too_long_to_hash_is_an_error(fo
         Samples(dataset.val, n_positions=8, seed=None).at([0])
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_reported_in_one_line(folder, monkeypatch):
     place = folder / "cache"
     with Path("/dev/full").open("wb", buffering=0) as full:

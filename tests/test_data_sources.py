@@ -45,7 +45,7 @@ def test_every_source_has_a_reader():
     assert variants == set(READERS)
 
 
-# --- what is read ----------------------------------------------------------------------------------
+# --- documents -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".md", ".py"])

@@ -84,7 +84,7 @@ def test_the_fast_encoder_gives_gpt2s_tokens():
     check_same_tokens(tokenizer, Path(subprocess.__file__).read_text() + " ".join(words) + "aaaa" * 5000 + " " * 5000)
 
 
-PAIRS = [("b", "c"), ("a", "b"), ("ab", "c")]  # of "abc" the first joins b and c: "abc" does not come about
+PAIRS = [("b", "c"), ("a", "b"), ("ab", "c")]  # the first merge of "abc" joins b and c, so "abc" is never a token
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_the_end_of_text_token_is_the_last_and_never_encoded_from_text():
 
 
 def test_training_learns_the_same_in_another_process():
-    """Hash order, threads and seeds of the process have no influence."""
+    """Hash order, threads and seeds of the process have no effect."""
     program = (
         "import sys, hashlib; from training.data.tokenizer import train_bpe;"
         "print(hashlib.sha256(train_bpe([sys.stdin.read()] * 3, 400).inner.to_str().encode()).hexdigest())"

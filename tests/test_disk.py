@@ -52,7 +52,7 @@ def test_the_disk_needs_room_for_the_model_and_all_missing_checkpoints(config, s
     stats = model_stats(run_config.model.model_copy(update={"vocab_size": 320}))
     a_save, weights = checkpoint_bytes(stats, run_config), 4 * stats.n_parameters
     whole = n_checkpoints(run_config) * a_save + weights
-    assert n_checkpoints(run_config) == run_config.checkpoint.keep + 2, "the best, and the one being written"
+    assert n_checkpoints(run_config) == run_config.checkpoint.keep + 2, "the best checkpoint, and the one in progress"
     assert a_save == 3 * weights > 2 * PAGE
     for room, fits in ((whole, True), (whole - weights // 2, False)):
         fill(disk, room + PAGE)
@@ -67,7 +67,7 @@ def test_the_disk_needs_room_for_the_model_and_all_missing_checkpoints(config, s
 
 
 def test_a_disk_of_the_required_size_is_enough(config, small_disk):
-    """Beside 256 KiB for logs and file names."""
+    """The disk also has 256 KiB for logs and file names."""
     disk = small_disk(4096)
     run_config = config(out_dir=str(disk / "runs"), checkpoint={"every": 1, "keep": 3})
     stats = model_stats(run_config.model.model_copy(update={"vocab_size": 320}))
@@ -119,7 +119,7 @@ def test_a_full_disk_during_a_save_loses_nothing(config, run, small_disk, at_ste
 
 
 def fill(disk, room: int) -> None:
-    """Fill the disk but for `room` bytes, or up to a page more."""
+    """Fill the disk, leaving `room` bytes or up to a page more."""
     (disk / "filler").unlink(missing_ok=True)
     stat = os.statvfs(disk)
     (disk / "filler").write_bytes(b"x" * max(0, stat.f_bavail * stat.f_frsize - room))

@@ -19,7 +19,7 @@ from training.distributed.sharded_model import SAVED_OPERATORS
 from training.distributed.world import World
 from training.errors import UserError
 
-STEPS, MANY = 10, 30  # of `make test`; of the soak
+STEPS, MANY = 10, 30  # in `make test`; in soak tests
 MOE = {
     "n_embd": 32,
     "n_positions": 32,
@@ -29,7 +29,7 @@ MOE = {
         {"ffn": {"type": "moe", "n_experts": 4, "hidden": 16, "scoring": "sigmoid", "n_shared": 1, "gated": True}},
     ],
 }
-# Samples that ranks do not share evenly; three rows more than a multiple of four, which FSDP2 cuts unevenly.
+# Sample counts that do not divide evenly by the ranks, and vocabularies that FSDP2 shards unevenly.
 MODELS = {
     "moe": {"batch_tokens": 10 * 32, "optim": {"type": "muon"}, "model": MOE | {"n_layer": 2, "n_head": 2}},
     "dense": {
@@ -37,7 +37,7 @@ MODELS = {
         "model": {"n_layer": 6, "n_head": 2, "n_embd": 22, "n_positions": 16, "vocab_size": 259, "tie_head": False},
     },
 }
-# (model, micro-batch, mesh) by the number of ranks; "others" run in the soak only.
+# (model, micro-batch, mesh) by the number of ranks; "others" run in soak tests only.
 RANKS = {
     "2": [("moe", 1, {}), ("moe", 8, {"shard": 2}), ("moe", 2, {"expert": 2}), ("moe", 4, {"shard": 2, "expert": 2}),
           ("dense", 2, {}), ("dense", 4, {"shard": 2})],
@@ -49,7 +49,7 @@ FEW_AND_MANY = [STEPS, pytest.param(MANY, marks=pytest.mark.soak)]
 
 
 def changes_of(kind: str, name: str, micro_batch: int, mesh: dict, steps: int = STEPS, **more) -> dict:
-    """Changes of the small run's options."""
+    """Return changes of the small run's options."""
     parallel = {"device": "cpu", "mesh": mesh} | more.pop("parallel", {})
     common = {
         "name": name,
@@ -57,20 +57,20 @@ def changes_of(kind: str, name: str, micro_batch: int, mesh: dict, steps: int = 
         "micro_batch": micro_batch,
         "parallel": parallel,
         "logging": {"tensorboard": False},
-        "eval": {"tokens": 7 * 32},  # windows that ranks do not share evenly
+        "eval": {"tokens": 7 * 32},  # does not divide evenly by the ranks
     }
     return MODELS[kind] | common | more
 
 
 @pytest.fixture(scope="module")
 def references() -> dict:
-    """Results of one process by (model, steps); filled by the first test that asks."""
+    """Results of one process by (model, steps); filled on first use."""
     return {}
 
 
 @pytest.fixture
 def of_one(references, config):
-    """The result of one process, computed once per model and number of steps."""
+    """Return a function that returns the result of one process, computed once per model and number of steps."""
 
     def get(kind: str, steps: int) -> tuple[dict, dict[str, torch.Tensor]]:
         if (kind, steps) not in references:
@@ -87,7 +87,7 @@ def train_alone(config: Config, stop_at: int | None = None) -> tuple[dict, dict[
 
 @pytest.fixture
 def train_on_ranks(processes, options, tmp_path):
-    """Train one run after another on the same ranks; returns each one's result, and what the ranks printed."""
+    """Train one run after another on the same ranks; returns each run's result, and the output of the ranks."""
 
     def go(n_ranks: int, runs: list[dict], *, status: int = 0, **variables: str) -> tuple[list[tuple], str]:
         paths = [write_config(tmp_path / f"{i}.yaml", options(**changes)) for i, changes in enumerate(runs)]
@@ -105,7 +105,7 @@ def train_on_ranks(processes, options, tmp_path):
 
 
 def assert_same(ours: tuple[dict, dict], theirs: tuple[dict, dict], label: str, n_before: int = 0) -> None:
-    """Assert equality up to the order of sums; `ours` may be of a run that was resumed after `n_before` steps."""
+    """Assert equality up to the order of sums; `ours` may belong to a run resumed after `n_before` steps."""
     (outcome, weights), (their_outcome, their_weights) = ours, theirs
     steps = their_outcome["steps"]
     assert outcome["tokens"] == their_outcome["tokens"][n_before:], label
@@ -165,7 +165,7 @@ DENSE_LEGS = [(4, 0.3, 8, {"shard": 4}), (2, 0.7, 2, {}), (1, 1.0, 4, {})]
     ],
 )
 def test_a_run_may_move_between_layouts(kind, legs, steps, train_on_ranks, config, of_one, tmp_path):
-    """Each leg resumes the checkpoint of the one before, on other ranks."""
+    """Each leg resumes the checkpoint of the previous leg in another layout."""
     outcome = {"steps": [], "tokens": []}
     for n_ranks, share, micro_batch, mesh in legs:
         files = {"one_file_gib": 0 if n_ranks == 2 else 8}
@@ -200,7 +200,7 @@ def test_a_rank_out_of_memory_inside_a_collective_ends_the_run_which_resumes_wit
 
 
 def test_ranks_on_different_processors_agree_on_the_known_micro_batch(train_on_ranks, tmp_path):
-    """A run that began on two alike resumes on two that are not: both ranks try again which micro-batch fits."""
+    """The resumed run has two different processors, so both ranks search again for a micro-batch that fits."""
     changes = changes_of("dense", "unlike", "auto", {}, steps=4)
     train_on_ranks(2, [changes], STOP_AT="2")
     train_on_ranks(2, [changes], THREADS="1,2")
@@ -209,7 +209,7 @@ def test_ranks_on_different_processors_agree_on_the_known_micro_batch(train_on_r
 
 
 class OperatorCounter(TorchDispatchMode):
-    """Counts the operators that selective recomputation keeps, where they run."""
+    """Counts calls of the operators whose results selective checkpointing saves."""
 
     def __init__(self):
         super().__init__()
@@ -222,7 +222,7 @@ class OperatorCounter(TorchDispatchMode):
 
 
 def test_selective_checkpointing_repeats_neither_matmuls_nor_attention(build_run):
-    """The operators of a forward and backward are counted as they run."""
+    """Count the operators of a forward and a backward."""
     counts = {}
     for recompute in ("none", "selective", "full"):
         run = build_run(**changes_of("moe", recompute, 4, {}, parallel={"recompute": recompute}))
@@ -295,7 +295,7 @@ def test_a_mesh_that_can_never_fit_is_an_error_of_the_options():
 
 
 def test_the_saved_operators_of_our_kernels_are_defined():
-    """A renamed kernel file or operator would silently be recomputed."""
+    """Selective checkpointing would silently recompute a renamed operator."""
     package = Path(__file__).parent.parent / "training"
     for operator in (name for name in SAVED_OPERATORS if name.startswith("training_")):
         namespace, _, name = operator.partition("::")

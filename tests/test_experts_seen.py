@@ -76,7 +76,7 @@ def test_every_report_is_true_and_reports_are_rare(seed):
         n, steps = map(int, re.fullmatch(r"layer 5: (\d) of 8 .* for (\d+) steps", line).groups())
         assert steps >= PATIENCE
         before = np.array(loads[:step])
-        assert (before[-steps:] < dead_expert_threshold(8)).all(axis=0).sum() == n  # exactly these for that long
+        assert (before[-steps:] < dead_expert_threshold(8)).all(axis=0).sum() == n  # no other expert was dead as long
         assert (before[-PATIENCE:] < dead_expert_threshold(8)).all(axis=0).sum() == n
     assert all(later - earlier >= PATIENCE for (earlier, _), (later, _) in pairwise(lines))
 
@@ -155,7 +155,7 @@ def count_assignments(model: GPT, samples: Samples) -> dict[int, Counter]:
 
 
 def preferred_by(expert: int, counts: Counter, top_k: int, n_ids: int) -> list[tuple[int, float, int]]:
-    """Return (token, lift, times sent here) by definition: share of the token's assignments over that of all tokens."""
+    """Return (token, lift, times sent here) by definition; lift: share of the token's assignments over that of all."""
     of_token, of_expert = Counter(), Counter()
     for (token, to), n in counts.items():
         of_token[token] += n

@@ -1,4 +1,4 @@
-"""Exports: written, opened by Transformers alone, compared; and the Python files of a custom architecture."""
+"""Transformers alone opens every export, with equal logits; custom architectures bring their Python files."""
 
 import importlib
 import json
@@ -133,7 +133,7 @@ def test_the_python_files_are_sound_and_need_torch_and_transformers_only(exports
 
 @pytest.fixture(scope="module")
 def modeling(tmp_path_factory):
-    """The modeling file of an export, imported."""
+    """Import the modeling file of an export."""
     folder = tmp_path_factory.mktemp("modeling")
     for name, text in custom.modeling_files().items():
         (folder / name).write_text(text)
@@ -255,7 +255,7 @@ def test_a_greedy_continuation_that_differs_is_noticed(trained, tmp_path, monkey
 
 
 def test_a_wide_window_is_compared_to_its_end(tmp_path, monkeypatch):
-    """Logits of a window that is one token too wide differ only after its width."""
+    """A window that is one token too wide changes only the logits beyond its width."""
     mixer = {"qk_norm": True, "window": 150}
     blocks = [{"mixer": mixer, "ffn": {"gated": True, "activation": "silu"}}]
     model = perturbed({**MODERN, "n_positions": 200, "blocks": blocks})
@@ -268,7 +268,7 @@ def test_a_wide_window_is_compared_to_its_end(tmp_path, monkeypatch):
 
 
 def open_in_process(folder, probe, _modules):
-    """Do what open_export.py does, without a tokenizer."""
+    """Run open_export.py's work in this process, without a tokenizer."""
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 

@@ -20,7 +20,7 @@ from training.errors import UserError
 
 LIMIT = 6.0  # parallel.timeout_s; long enough for four processes to start on two busy cores
 EXIT_S = 3.0  # seconds in which all ranks end, after the limit or a death
-POLL_S = 0.5  # seconds until a test notices
+POLL_S = 0.5  # seconds until a test notices the end
 RESTART_HINT = "run the same command again to resume from the latest checkpoint"
 
 
@@ -161,7 +161,7 @@ def test_ranks_with_different_options_or_data_end_before_the_run_starts(options,
 
 @pytest.mark.parametrize("arguments", ["--parallel.device mps", pytest.param("--steps none", marks=pytest.mark.soak)])
 def test_an_error_of_all_ranks_of_a_host_is_printed_once(small, tmp_path, arguments):
-    """Local rank 0 prints it, though it finds the error last here, and the launcher does not end it before."""
+    """Local rank 0 prints it, although it finds the error last; the launcher does not kill it earlier."""
     path, _ = small()
     (tmp_path / "late.py").write_text(
         "import os, sys, time\nfrom training.train import main\n"

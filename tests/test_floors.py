@@ -35,7 +35,7 @@ def module_of(path: Path) -> str:
 
 @cache
 def imported(path: Path) -> frozenset[str]:
-    """Every module that a file imports, anywhere in it; `from a import b` gives a and a.b."""
+    """Return every module that a file imports, at any line; `from a import b` gives a and a.b."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -91,7 +91,7 @@ def test_functions_fit_a_screen_and_files_a_reader():
     too_long = []
     for path in FILES:
         text = path.read_text()
-        if text.count("\n") > MAX_FILE_LINES and path != PACKAGE / "config.py":  # a list of options, to look up
+        if text.count("\n") > MAX_FILE_LINES and path != PACKAGE / "config.py":  # a reference list of options
             too_long.append(f"{path.relative_to(ROOT)}: {text.count(chr(10))} lines")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= MAX_FUNCTION_LINES:

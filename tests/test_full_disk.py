@@ -40,7 +40,7 @@ def stopped(main, path: Path, capsys) -> str:
 
 @contextmanager
 def no_file_beyond(n_bytes: int):
-    """Fail writes beyond `n_bytes` of a file, to the byte."""
+    """Let each file take exactly `n_bytes`; further writes fail."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
     try:

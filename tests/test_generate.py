@@ -59,7 +59,7 @@ def slow(model, prompt, n_tokens, *, n_vocab, seed, params):
 
 
 def slow_sample_token(logits, text, uniform, params):
-    """Draw one token by the definitions: a dict of allowed tokens that shrinks."""
+    """Draw one token by the definitions: each option removes tokens from a dict of allowed ones."""
     for token in set(text):
         logits[token] *= params.repetition_penalty if logits[token] < 0 else 1 / params.repetition_penalty
     if params.temperature == 0:
@@ -251,7 +251,7 @@ BPE = train_bpe(["the then a naïve naïve café 日本語 日本 🙂🙂 \n\n"
 
 
 def grow(tokenizer, ids, stops=()):
-    """Return (the finished continuation, what `on_text` received) of tokens, until it ends."""
+    """Add tokens to a continuation until it ends; return it and the texts that `on_text` received."""
     shown = []
     text = Continuation(tokenizer, stops, shown.append)
     for token in ids:

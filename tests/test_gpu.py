@@ -262,7 +262,7 @@ def test_a_compiled_layer_of_experts_is_one_graph_and_computes_the_same(name):
     inputs, topk_ids_NK = routed_inputs(1024, 8, torch.bfloat16)
     torch._dynamo.reset()
     compiled = torch.compile(experts_layer, fullgraph=True)
-    for turn in range(3):  # other counts of rows
+    for turn in range(3):  # with different row counts
         shifted_NK = torch.where(topk_ids_NK < 2 * turn, 7 - topk_ids_NK, topk_ids_NK)
         expected = experts_outcome(name, inputs, shifted_NK)
         for ours, theirs in zip(experts_outcome(name, inputs, shifted_NK, compiled), expected, strict=True):

@@ -35,11 +35,11 @@ SIX_HEADS = ROTARY | {"n_layer": 4, "n_head": 6, "rope_theta": 700.0, "norm_eps"
 
 
 def blocks(mixer: dict, *ffns: dict, **others) -> dict:
-    """Options of a model whose blocks have this mixer and these feed-forward layers."""
+    """Return options of a model whose blocks have this mixer and these feed-forward layers."""
     return {"blocks": [{"mixer": mixer, "ffn": ffn} for ffn in ffns]} | others
 
 
-# name: (model_type that it is written as, options of the model)
+# name: (model_type of its export, options of the model)
 CASES: dict[str, tuple[str, dict]] = {
     "gpt2, 12 layers": ("gpt2", SIZES | {"n_layer": 12}),
     "gpt2, untied": ("gpt2", SIZES | {"tie_head": False}),
@@ -99,8 +99,8 @@ CASES: dict[str, tuple[str, dict]] = {
         ),
     ),
 }
-BIASED = {"ernie4_5_moe", "dots1", "glm4_moe", "deepseek_v3"}  # have a place for a selection bias
-ALSO = {  # other architectures that express the case
+BIASED = {"ernie4_5_moe", "dots1", "glm4_moe", "deepseek_v3"}  # these can store a selection bias
+ALSO = {  # further architectures for the same model
     "mixtral": ["ernie4_5_moe"],
     "dots1": ["glm4_moe"],
     "dots1, no shared experts": ["glm4_moe"],
@@ -150,7 +150,7 @@ def greedy(model: GPT, x_BT: Tensor, n: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory) -> dict[str, Path]:
-    """Folders of every case's model, without padding rows; beside each a file with its inputs and logits."""
+    """Export every case's model without padding rows, with a file of inputs and logits beside each folder."""
     root, folders = tmp_path_factory.mktemp("exports"), {}
     for n, (name, (_, options)) in enumerate(CASES.items()):
         model, folders[name] = build(options), root / f"case-{n}"
@@ -163,7 +163,7 @@ def exports(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def opened_by_4(exports) -> dict[str, dict]:
-    """Results of Transformers 4.57 on the exports."""
+    """Open the exports with Transformers 4.57."""
     if not V4.is_dir():
         pytest.skip(f"no Transformers 4.57 in {V4}; the Makefile installs it")
     done = subprocess.run(
@@ -176,7 +176,7 @@ def opened_by_4(exports) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def opened_by_5(exports) -> dict[str, dict]:
-    """Results of the installed Transformers."""
+    """Open the exports with the installed Transformers."""
     pytest.importorskip("transformers")
     from open_exports import open_export
 
@@ -196,7 +196,7 @@ def test_an_export_opens_with_equal_logits_in_both_versions(request, exports, na
     assert opened["difference"] < 1e-4
     with torch.no_grad():
         assert opened["generated"] == greedy(model, tokens(1)[:, :4], 12)  # with their cache
-    # What Transformers saves is read back bit for bit.
+    # This package reads the copy that Transformers saved, bit for bit.
     again = exports[name].with_suffix(".again")
     architecture, config = hf.read_config(again)
     weights = hf.read_weights(again, architecture, config)
@@ -206,7 +206,7 @@ def test_an_export_opens_with_equal_logits_in_both_versions(request, exports, na
 
 
 def same_model(one: ModelConfig, other: ModelConfig) -> bool:
-    """True if two configurations compute the same; a file does not say how experts are balanced."""
+    """Return True if two configurations compute the same; a file does not say how experts are balanced."""
     return first_difference(one, other) is first_difference(other, one) is None
 
 
@@ -431,7 +431,7 @@ def test_the_model_of_a_run_opens_with_its_tokenizer(config, tmp_path):
     assert done.stdout == text + tokenizer.decode(theirs) + "\n"
 
 
-# --- which model is written as what ----------------------------------------------------------------
+# --- the choice of an architecture ------------------------------------------------------------------
 
 GPT2_UNSUPPORTED = [
     ({"blocks": [{"ffn": {"type": "moe"}}]}, "ffn.type: moe"),
@@ -472,7 +472,7 @@ ALL_ROTARY = [
     ({}, None),
 ]
 DENSE = [*ALL_ROTARY, ({"ffn": MOE}, "ffn.type: moe"), ({"second": {"ffn": {"hidden": 8}}}, "ffn.hidden: 8")]
-ROUTED = [  # architectures with experts; the first layer of experts is the one that is written
+ROUTED = [  # changes of the architectures with experts, and the reason for each
     *ALL_ROTARY,
     ({"ffn": None}, "no layer has experts"),
     ({"an expert": {"ffn": {"top_k": 1}}}, "ffn.top_k: 2|ffn.top_k: 3"),
@@ -542,7 +542,7 @@ UNSUPPORTED = {
         ({"norm_eps": 1e-5}, "rms_norm_eps: 1e-05 is not supported, only 1e-06"),
     ],
 }
-# "d": a dense layer, "e": a layer of experts, with these options beside MOE's.
+# "d": a dense layer, "e": a layer of experts with the options of MOE and these.
 LAYOUTS = {
     **dict.fromkeys(("llama", "qwen3"), ("dddd", {})),
     "qwen3_moe": ("eedd", {}),
@@ -586,7 +586,7 @@ def test_the_first_option_that_an_architecture_does_not_have_is_named():
 
 
 def test_every_option_that_changes_a_logit_is_compared():
-    """An option that `computed_options` leaves out would be lost on the way out."""
+    """An option that `computed_options` leaves out would be lost in the export."""
     mixers = [{"type": "attention"}, {"type": "latent"}, {"type": "differential"}]
     ffns = [{"type": "mlp"}, {"type": "moe"}, {"type": "mlp"}]
     layers = [{"mixer": mixer, "ffn": ffn} for mixer, ffn in zip(mixers, ffns, strict=True)]
@@ -658,7 +658,7 @@ def test_fields_are_spelled_for_both_versions(exports):
 
 
 def test_a_selection_bias_that_the_run_does_not_balance_is_not_lost(tmp_path):
-    """A run without one may start from weights with one."""
+    """A run without bias balancing may start from weights with a selection bias."""
     model = build(CASES["qwen3_moe"][1])
     model.blocks[1].ffn.selection_bias[2] = 0.1
     assert hf.write_model(tmp_path, model.state_dict(), model.config, end_of_text=5) == "training_gpt"
@@ -707,8 +707,8 @@ class Recording(dict):
         return merged
 
 
-# Fields that change no logit: of generation, initial values, dropout (there is none here), other heads, and of how the
-# same is computed.
+# Fields that change no logit: generation, initial values, dropout (this package has none), other heads, and the choice
+# between equal implementations.
 HARMLESS = {
     *("model_type", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "pretraining_tp"),
     *("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "reorder_and_upcast_attn"),

@@ -1,4 +1,4 @@
-"""Two hosts, network namespaces with their own addresses and host names; one is cut off during a run."""
+"""Two hosts (network namespaces with their own addresses and host names), one of which is cut off during a run."""
 
 import os
 import re

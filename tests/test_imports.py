@@ -1,4 +1,4 @@
-"""Importing or running a part of the package does not load slow modules that it does not use: over a second of CPU."""
+"""Importing or running a part of the package loads no unused module that costs over a second of CPU."""
 
 import json
 
@@ -31,7 +31,7 @@ PROGRAM = f"""if True:
 
 @pytest.fixture(scope="module")
 def loaded() -> dict[str, list[str]]:
-    """The slow modules that are loaded after importing each module."""
+    """Return the slow modules that are loaded after importing each module."""
     done = command("-c", PROGRAM)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -39,7 +39,7 @@ STILL = {"type": "adamw", "learning_rate": 1e-30}  # changes no float32 weight
 
 @pytest.fixture
 def folder(tmp_path):
-    """Write a model to a folder; return both."""
+    """Return a function that writes a model to a folder and returns both."""
 
     def make(model_type: str = "gpt2", **changes) -> tuple[GPT, Path]:
         config = ModelConfig.model_validate(MODELS[model_type] | changes)
@@ -319,7 +319,7 @@ def test_a_folder_that_cannot_be_used_is_one_line_and_status_2(options, folder, 
     flaw, words = FLAWS[name]
     _, path = folder()
     file = write_config(tmp_path / "one.yaml", options(init_from=str(path)))
-    text = file.read_text()  # without the model section, which would contradict some of the flaws
+    text = file.read_text()  # without the model section, which would contradict some of the folders
     start = text.index("\nmodel:")
     file.write_text(text[:start] + text[text.index("\ndata:", start) :])
     flaw(path)

@@ -96,7 +96,7 @@ def test_a_short_context_does_not_reject_a_kernel(n_positions, dtype):
 
 
 def test_on_a_cpu_experts_in_sixteen_bits_go_one_by_one():
-    """The loop alone rounds row counts up there. A resumed run keeps its kernel."""
+    """Only the loop rounds row counts up on a CPU. A resumed run keeps its kernel."""
     requirements = KernelRequirements(frozenset({AttentionSpec(3, 3, 8, 8)}), frozenset({ExpertsSpec(32, 64)}), False)
 
     def experts(dtype, previous):
@@ -153,7 +153,7 @@ def test_layers_with_different_windows_have_different_masks():
 
 
 def test_sdpa_masks_have_the_dtype_of_the_queries():
-    """From a mask of bool, PyTorch would make and keep such a copy in each layer."""
+    """PyTorch would convert a bool mask in each layer and keep every copy."""
     build_mask = ATTENTION_BACKENDS["sdpa"].build_mask
     mask = build_mask(Visibility(6, 6, CPU, 2, dtype=torch.bfloat16))
     assert mask.dtype == torch.bfloat16

@@ -443,7 +443,7 @@ def test_the_heat_map_names_each_layer_beside_its_row_and_each_expert_above_its_
 
 
 class Double(torch.autograd.Function):
-    """Work inside an autograd function, as a kernel has it."""
+    """An autograd function that does the work itself, like a kernel."""
 
     @staticmethod
     def forward(_ctx, x):

@@ -1,4 +1,4 @@
-"""What a step, an evaluation and a save compute, against the same written down a second time."""
+"""Steps, evaluations and saves equal a second, plain implementation."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from training.optim.optimizer import LossScale
 from training.train import train
 
 CPU = torch.device("cpu")
-# Auxiliary losses as large as the cross-entropy: what forgets or doubles them shows.
+# Auxiliary losses as large as the cross-entropy, so that a test fails if one is missing or counted twice.
 MOE = {"type": "moe", "n_experts": 4, "hidden": 32, "balance": "both", "z_loss_weight": 1.0, "switch_weight": 2.0}
 MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "blocks": [{"ffn": MOE}, {}]}
 
@@ -31,20 +31,20 @@ def build_run(build_run):
 
 
 def perturb(model) -> None:
-    """Weights large enough that no two windows have the same loss."""
+    """Make weights so large that no two windows have the same loss."""
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
         p.data += 0.2 * torch.randn(p.shape, generator=generator)
 
 
 def cross_entropy(model, tokens, targets) -> torch.Tensor:
-    """The sum over the targets, in nats."""
+    """Return the sum over the targets, in nats."""
     logits = model.logits(torch.from_numpy(tokens))
     return F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(targets).flatten(), ignore_index=-1, reduction="sum")
 
 
 def test_the_norm_of_a_large_gradient_is_exact(build_run):
-    """One sum of all squares in float32 is off by a thousandth, on a CPU."""
+    """On a CPU, a single float32 sum of all squares is off by a thousandth."""
     run = build_run(model=MODEL | {"vocab_size": 65536, "n_embd": 128})
     for _, parameter in run.sharded.local_parameters():
         parameter.grad = 1e-3 * torch.randn_like(parameter)
@@ -102,7 +102,7 @@ def test_a_step_follows_the_gradient_of_the_reference_loss_on_its_own_batch(buil
 
 
 def reference_loss(model, tokens, targets) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cross-entropy as a sum, z-loss and Switch loss as weighted means) of a whole batch."""
+    """Return (cross-entropy as a sum, z-loss and Switch loss as weighted means) of a whole batch."""
     seen, moe = [], model.blocks[0].ffn
     hook = moe.router.register_forward_hook(lambda *called: seen.append(called[-1]))
     nats = cross_entropy(model, tokens, targets)
@@ -114,11 +114,11 @@ def reference_loss(model, tokens, targets) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_a_step_completes_if_the_next_batch_cannot_be_read(build_run, monkeypatch):
-    """It is read ahead, and the step that needs it reads it again, to tell."""
+    """The loader prefetches it; the step that needs it reads it again and raises there."""
     run, at = build_run(), Samples.at
 
     def damaged(self, indices):
-        if 8 in indices:  # the second step's first
+        if 8 in indices:  # the first sample of step 2
             raise UserError("damaged")
         return at(self, indices)
 

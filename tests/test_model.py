@@ -217,7 +217,7 @@ def test_more_tokens_than_positions_raise_an_error_with_both_numbers():
         build().logits(tokens(length=13))
 
 
-@pytest.mark.filterwarnings("ignore")  # of compilers
+@pytest.mark.filterwarnings("ignore")  # compilers warn
 @pytest.mark.parametrize("position", [torch.arange(6), torch.arange(12).view(2, 6) % 5], ids=["one for all", "each"])
 def test_a_compiled_rotation_equals_the_eager_one_forward_and_backward(position):
     table = rotary_table(position, 8, 100.0)
@@ -263,7 +263,7 @@ def test_bfloat16_is_close_to_float32(block, style):
 @pytest.mark.parametrize("eps", [1e-5, 0.5])
 @pytest.mark.parametrize("shape", [(5, 8), (2, 3, 7, 64)], ids=str)
 def test_rmsnorm_equals_pytorchs(shape, eps, dtype):
-    """Also in float64, which takes the other code path, and for a strided view, as heads are."""
+    """In float64 too, which has its own code path, and for strided views, as heads are."""
     generator = torch.Generator().manual_seed(0)
     norm = RMSNorm(shape[-1], eps)
     norm.weight.data = torch.randn(shape[-1], generator=generator).to(dtype).float()

@@ -326,7 +326,7 @@ def test_activation_checkpointing_counts_no_token_twice_and_draws_the_same_noise
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore")  # of compilers
+@pytest.mark.filterwarnings("ignore")  # compilers warn
 @pytest.mark.parametrize(("kernel", "dtype"), [("loop", torch.float32), GROUPED_BF16], ids=str)
 @pytest.mark.parametrize("ffn", [{}, EVERYTHING], ids=["default", "everything"])
 def test_a_block_compiles_without_a_graph_break_and_computes_the_same(ffn, kernel, dtype):

@@ -197,7 +197,7 @@ def test_code_in_a_data_sets_folder_never_runs(processes, options, tmp_path):
 
 
 BUILTINS = {"eval", "exec", "compile", "__import__"}
-BANNED = {  # and all that is in them
+BANNED = {  # including everything inside them
     "builtins", "cloudpickle", "dill", "joblib", "marshal", "pickle", "_pickle", "runpy", "shelve",
     "os.exec*", "os.popen", "os.posix_spawn*", "os.spawn*", "os.startfile", "os.system", "tempfile.mktemp",
     "np.load", "numpy.load", "*.read_pickle", "yaml.load*", "yaml.full_load*", "yaml.unsafe_load*",
@@ -211,7 +211,7 @@ ALLOWED = {"weights/open_export.py": {"trust_remote_code=own_code"}}
 
 
 def dangers(source: str) -> set[tuple[int, str]]:
-    """Return (line, full name) of all that could run what a file holds, whatever it was imported as."""
+    """Return (line, full name) of each call that could execute a file's content, under any import name."""
     tree, dangerous = ast.parse(source), set()
     names = dict(imported for node in ast.walk(tree) for imported in imports(node))
     for node in ast.walk(tree):
@@ -226,7 +226,7 @@ def dangers(source: str) -> set[tuple[int, str]]:
 
 
 def imports(node: ast.AST) -> list[tuple[str, str]]:
-    """Return (local name, full name) of what a statement imports."""
+    """Return (local name, full name) of each import of a statement."""
     if isinstance(node, ast.Import):
         return [(a.asname, a.name) if a.asname else (a.name.split(".")[0],) * 2 for a in node.names]
     if isinstance(node, ast.ImportFrom):
@@ -251,7 +251,7 @@ def banned(full: str) -> bool:
 
 
 def true_options(node: ast.AST) -> list[tuple[str, ast.expr]]:
-    """Return the options of a call or a dict that must be False and are not that word."""
+    """Return the options of a call or a dict that must be the literal False and are not."""
     values = []
     if isinstance(node, ast.Call):
         values = [(word.arg, word.value) for word in node.keywords]

@@ -147,12 +147,12 @@ def test_waiting_for_another_rank_counts_as_communication(timed, monkeypatch):
 
         monkeypatch.setattr(World, name, straggle)
     seconds = timed(torch.device("cpu"), eval={"every": None, "tokens": 64}, steps=5).timer.seconds
-    assert seconds["communication"] > 4 * 3 * 0.03  # targets, memory and events of each step
+    assert seconds["communication"] > 4 * 3 * 0.03  # three exchanges per step: targets, memory, events
     assert seconds["data"] < 0.03
 
 
 class NoComputedNumberIsRead(TorchDispatchMode):
-    """Fails on anything that waits for the device: reading a number that it computed."""
+    """Fails if the host reads a computed number, which would wait for the device."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func is not torch.ops.aten._local_scalar_dense.default or not args[0].is_floating_point()
@@ -192,7 +192,7 @@ def test_a_step_synchronizes_with_the_gpu_only_to_decide_on_the_update(config, m
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
 def test_reading_a_batch_while_the_gpu_computes_counts_as_compute():
-    """On a GPU the host runs ahead: 0.2 s of reading beside 0.4 s of computing cost nothing."""
+    """The host runs ahead of the GPU: 0.2 s of reading during 0.4 s of computing cost nothing."""
     timer, big = PhaseTimer(DEVICE), torch.randn(8192, 8192, device=DEVICE)
     big @ big
     timer.finish_startup()

@@ -112,7 +112,7 @@ def test_a_mesh_divides_memory_and_the_worst_routing_sends_all_tokens_to_one_ran
     assert sharded.casts > whole.casts and sharded.routing == 0
     split = estimate(config_of(model, **batch, parallel={"mesh": {"expert": 4}}), 8, world_size=4)
     assert split.weights == whole.weights - 4 * n_experts * 3 // 4
-    n_rows = 8 * 64 * 2  # sent by a rank; each layer keeps those of three other ranks: hidden twice, and output
+    n_rows = 8 * 64 * 2  # that a rank sends; each layer keeps the rows of three other ranks: hidden twice, and output
     assert split.routing > 3 * n_rows * 3 * 4 * (2 * 64 + 128)
     both = estimate(config_of(model, **batch, parallel={"mesh": {"shard": 4, "expert": 2}}), 8, world_size=4)
     assert both.weights == sharded.weights

@@ -1,4 +1,4 @@
-"""Resuming a run's folder: never silently from nothing, never twice at once, never as another run."""
+"""A start never silently discards a run, never trains it twice at once, and never continues it as another run."""
 
 import json
 import time

@@ -176,7 +176,7 @@ def seal(path: Path, state: str) -> None:
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount")
 def test_a_folder_that_cannot_be_changed_is_an_error_of_one_line(finished, call, options, tmp_path):
     folder = finished(**OFTEN)
     path = str(write_config(tmp_path / "one.yaml", options(**OFTEN)))

@@ -1,4 +1,4 @@
-"""Steps that are not finite, or spikes: not taken, by no rank, and nothing of them stays."""
+"""All ranks skip an update with NaN, Inf or a spike, and nothing of it stays."""
 
 import json
 import math
@@ -64,7 +64,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(build_run, spo
 
 
 def test_a_skipped_step_does_not_affect_the_other_steps(build_run):
-    """The third batch teaches nothing: the run is that of the others, at their own rates."""
+    """A run that skips step 3 equals one without it, with the same learning rates in the other steps."""
     run, other = build_run(name="run"), build_run(name="other")
     for step in range(4):
         hook = poison_loss(run.model, math.nan) if step == 2 else None
@@ -86,7 +86,7 @@ def test_ten_skipped_steps_in_a_row_end_the_run_with_their_rows_and_no_checkpoin
         train(config(steps=40, checkpoint={"every": 3}, eval={"every": None, "tokens": 64}))
     folder = tmp_path / "runs/small"
     assert [step for step, _ in checkpoint.list_checkpoints(folder / "checkpoints")] == [3], (
-        "nothing is saved meanwhile"
+        "no checkpoint of skipped steps"
     )
     for _, path in checkpoint.list_checkpoints(folder / "checkpoints"):
         loaded = checkpoint.load(path)
@@ -139,7 +139,7 @@ def test_a_resumed_run_keeps_every_count_and_both_windows(build_run):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_an_evaluation_that_alone_is_not_finite_ends_the_run_and_is_not_saved(config, tmp_path, monkeypatch, value):
-    """Every step's loss is a number; the validation's is none."""
+    """Every training loss is finite; the validation loss is not."""
     evaluate = engine.evaluate
 
     def spoiled(setup, tokenizer):
@@ -182,11 +182,11 @@ def test_a_spike_is_skipped_and_a_new_level_is_soon_accepted():
     assert reason_to_skip(level + 0.3, 1.2) is None
     assert reason_to_skip(level + 3, 1.0).startswith("loss is 6, after a mean of")
     assert reason_to_skip(level, 5.0).startswith("grad_norm is 5, after a mean of")
-    assert reason_to_skip(level - 3, 0.1) is None, "better is no spike"
+    assert reason_to_skip(level - 3, 0.1) is None, "a lower loss is no spike"
     assert guard.n_skipped == 2
     reasons = [reason_to_skip(level + 50, 1.0) for _ in range(MAX_CONSECUTIVE + 1)]
     assert all(reasons[:MAX_CONSECUTIVE]) and reasons[MAX_CONSECUTIVE] is None
-    assert reason_to_skip(level + 50, 1.0) is None, "that is the level now"
+    assert reason_to_skip(level + 50, 1.0) is None, "the new level is no spike"
 
 
 @pytest.mark.parametrize("spike_limit", [3.0, None])

@@ -1,6 +1,6 @@
 """The experts' Triton kernels: run by the interpreter on a CPU, compiled for GPUs, chosen by time.
 
-Run as a program, this file is a process of its tests: `interpret` or `compile`, and the file for the results.
+The tests also run this file as a program, `interpret FILE` or `compile FILE`, which writes its results to FILE.
 """
 
 import json
@@ -88,14 +88,14 @@ def experts_layer(kernel, topk_ids_NK, gated, x_NC, up, gate, down, weight_NK):
 
 
 def interpret(path: str) -> None:
-    """Save the outcomes of all cases, of one of them twice, and once more compiled."""
+    """Save the outcomes of all cases, and of one of them a second time and compiled."""
     from triton import language as tl
     from triton.runtime.interpreter import InterpreterBuilder
 
     multiply = InterpreterBuilder.create_dot
 
     def multiply_numbers(self, a, b, *rest):
-        """Convert bf16 first: the interpreter stores its bits as integers, and would multiply those."""
+        """Convert bf16 first: the interpreter stores its bits as integers, and would multiply the integers."""
         a, b = (self.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
         return multiply(self, a, b, *rest)
 
@@ -179,7 +179,7 @@ def file_of(process: subprocess.Popen) -> str:
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """Both processes, which run at the same time."""
+    """Start both processes, which run at the same time."""
     folder = tmp_path_factory.mktemp("triton")
     return {
         "interpret": other_process("interpret", folder / "results.safetensors", TRITON_INTERPRET="1"),
@@ -189,7 +189,7 @@ def processes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def interpreted(processes):
-    """Tensors by (case, dtype, which run) and name."""
+    """Return tensors by (case, dtype, run) and name."""
     tensors = {}
     for key, value in load_file(file_of(processes["interpret"])).items():
         *key, name = key.split("/")

@@ -1,6 +1,6 @@
 """The loss in Triton: run by the interpreter on a CPU, compiled for GPUs, chosen.
 
-Run as a program, this file is a process of its tests: `interpret` or `compile`, and the file for the results.
+The tests also run this file as a program, `interpret FILE` or `compile FILE`, which writes its results to FILE.
 """
 
 import json
@@ -28,12 +28,12 @@ TOLERANCE = {"fp32": 1e-6, "bf16": 1e-2, "fp16": 2e-3}
 
 
 class Case(NamedTuple):
-    """Tokens, some of which are not counted, and a vocabulary."""
+    """Tokens, some without a target, and a vocabulary."""
 
     n_tokens: int
     n_vocab: int
     softcap: float | None = None
-    factor: float = 1.0  # that the logits are multiplied by
+    factor: float = 1.0  # of the logits
 
     def inputs(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -108,7 +108,7 @@ def compile_for_gpus(path: str) -> None:
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """Both processes, which run at the same time."""
+    """Start both processes, which run at the same time."""
     folder = tmp_path_factory.mktemp("triton")
     return {
         "interpret": other_process("interpret", folder / "results.safetensors", __file__, TRITON_INTERPRET="1"),
@@ -118,7 +118,7 @@ def processes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def interpreted(processes):
-    """Tensors by (case, dtype or which run) and name."""
+    """Return tensors by (case, dtype or run) and name."""
     tensors = {}
     for key, value in load_file(file_of(processes["interpret"])).items():
         case, kind, name = key.split("/")

@@ -1,4 +1,4 @@
-"""Upcycling: a dense model as a Mixture of Experts computes the same, however it is split, and trains from there."""
+"""An upcycled Mixture of Experts computes the same as its dense model, however it is split, and can be trained."""
 
 import json
 import re
@@ -115,7 +115,7 @@ def test_tokens_that_get_parts_of_groups_are_counted_and_not_compared():
     assert 0 < change.n_tied < change.n_tokens == 128
     assert change.max_logit_change < 1e-6
     assert (dense.logits(tokens(4)) - experts.logits(tokens(4))).abs().max() > 0.1
-    assert not change.is_exact  # too many for chance
+    assert not change.is_exact  # more ties than chance explains
     assert change._replace(n_tied=1, n_tokens=4096).is_exact
 
 
@@ -182,7 +182,7 @@ def test_a_gpt2_of_transformers_becomes_experts(run, tmp_path):
 
 
 def test_large_activations_are_no_error(run, tmp_path, capsys):
-    """GPT-2 has a channel of thousands beside others of 1; float32 logits would differ by 5e-4."""
+    """GPT-2 has a channel with values of thousands among others of 1; float32 logits would differ by 5e-4."""
     config = ModelConfig.model_validate(SIZES)
     model = perturbed(init_weights(GPT(config), 0))
     model.blocks[0].ffn.down.weight.data[3] *= 1e3
