@@ -162,7 +162,7 @@ def test_packages_get_views_document_lengths_and_a_request_for_a_deterministic_b
 
 
 @pytest.fixture
-def installed(monkeypatch, tmp_path):
+def install_package(monkeypatch, tmp_path):
     """Return a function that installs the metadata of a package."""
 
     def install(package, version):
@@ -180,14 +180,14 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("name", "kind"), TABLE)
-def test_every_limit_of_the_table_is_a_reason_before_anything_runs(name, kind, installed):
+def test_every_limit_of_the_table_is_a_reason_before_anything_runs(name, kind, install_package):
     here = DeviceInfo(kind, 9 if kind == "cuda" else None)
     can = limits_on(name, here)
     width, documents = can.max_head_dim or 64, can.documents
     spec = AttentionSpec(2, 1, width, width, 8 if can.window else None, 5.0 if can.softcap else None)
     if can.package is not None and can.package[0] != "torch":
         assert reason_unsupported(name, spec, documents, here, can.dtypes[0]) == f"{can.package[0]} is not installed"
-        installed(*can.package)
+        install_package(*can.package)
     assert all(reason_unsupported(name, spec, documents, here, dtype) is None for dtype in can.dtypes)
 
     def reason(spec=spec, documents=documents, here=here, dtype=can.dtypes[0]):
@@ -217,9 +217,9 @@ def test_every_limit_of_the_table_is_a_reason_before_anything_runs(name, kind, i
 @pytest.mark.parametrize(
     "name", [name for name in ATTENTION_BACKENDS if (can := limits_on(name, HOPPER)) and can.package]
 )
-def test_a_package_that_is_too_old_is_named_with_the_version_that_works(name, installed):
+def test_a_package_that_is_too_old_is_named_with_the_version_that_works(name, install_package):
     package, oldest = limits_on(name, HOPPER).package
-    installed(package, "0.9.1")
+    install_package(package, "0.9.1")
     reason = reason_unsupported(name, AttentionSpec(2, 2, 64, 64), False, HOPPER, torch.bfloat16)
     assert reason == f"{package} 0.9.1 is too old: {oldest} or later is needed"
 

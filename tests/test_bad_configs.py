@@ -82,7 +82,7 @@ class Mistake(NamedTuple):
     by_flag: bool
 
 
-def shown(text: str, value: Any) -> str:
+def as_shown(text: str, value: Any) -> str:
     """Return a value as errors show it."""
     if isinstance(value, list | dict):
         return ("a section" if isinstance(value, dict) else "a list") if value else text
@@ -110,7 +110,7 @@ def mistakes(draw: st.DrawFn) -> Mistake:
         assume(not (is_list(field.annotation) and value == [1, 2]))  # each wrong entry has its own line
         assume(not (sections(field.annotation) and isinstance(value, dict)))
         by_flag = by_flag and "str" not in repr(field.annotation) and not sections(field.annotation)
-        return Mistake(section, (*at, name), text, f"{shown(text, value)} is not ", by_flag)
+        return Mistake(section, (*at, name), text, f"{as_shown(text, value)} is not ", by_flag)
     if kind == "misspelt":
         n = draw(st.integers(0, len(name) - 1))
         edited = {name[:n] + name[n + 1 :], name[:n] + name[n] + name[n:], name[:n] + name[n:].swapcase()}
@@ -353,7 +353,7 @@ CHANGED = [
 
 
 @st.composite
-def accepted(draw: st.DrawFn, options: dict) -> Config:
+def accepted_configs(draw: st.DrawFn, options: dict) -> Config:
     """Draw a small run with up to eight other options set to valid values."""
     tree = options | {"steps": 1, "schedule": {"type": "constant", "warmup_steps": 0}, "precision": "fp32"}
     model = tree["model"] = options["model"] | {"blocks": [{"mixer": {}, "ffn": {}}]}
@@ -381,7 +381,7 @@ def test_an_accepted_config_trains_a_finite_step(options, tmp_path, n):
     @settings(FUZZ, max_examples=n)
     @given(data=st.data())
     def runs(data: st.DataObject) -> None:
-        config = data.draw(accepted(options(out_dir=str(tmp_path / f"{time.monotonic_ns()}"))))
+        config = data.draw(accepted_configs(options(out_dir=str(tmp_path / f"{time.monotonic_ns()}"))))
         assert train(config) == 0, config
         (row,) = rows(Path(config.out_dir, config.name))
         assert math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])

@@ -30,7 +30,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def stopped(main, path: Path, capsys) -> str:
+def error_line(main, path: Path, capsys) -> str:
     """Run the command on the full disk; return its one error line."""
     assert main(["--config", str(path)]) == 2
     error = capsys.readouterr().err
@@ -70,7 +70,7 @@ def test_a_full_disk_during_preparation_leaves_nothing(
         fill(disk, sum(map(len, whole.values())) * percent // 100)
         here = data | {"cache_dir": str(disk / "cache"), "workers": 2 if percent == 50 else 1}
         path = write_config(tmp_path / "run.yaml", options(data=here))
-        line = stopped(train_command if percent == 50 else prepare_command.main, path, capsys)
+        line = error_line(train_command if percent == 50 else prepare_command.main, path, capsys)
         assert re.fullmatch(
             rf"error: (cannot write )?{disk}/cache\S*: (cannot be written: )?No space left on device", line
         )
@@ -145,7 +145,7 @@ def test_rows_that_do_not_fit_on_the_disk_are_one_line_and_are_written_after_a_r
 
         with monkeypatch.context() as patch:
             patch.setattr(kind, "write", limited)
-            assert stopped(train_command, path, capsys) == f"error: cannot write {folder / place}: File too large"
+            assert error_line(train_command, path, capsys) == f"error: cannot write {folder / place}: File too large"
         assert_torn_rows_are_ignored(folder, through)
         assert train_command(["--config", str(path)]) == 0
         assert rows(folder) == rows(through)

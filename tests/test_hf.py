@@ -111,7 +111,7 @@ N_VOCAB = 300
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
 
 
-def perturbed(model: GPT) -> GPT:
+def add_noise(model: GPT) -> GPT:
     """Add noise, so that no bias is 0 and no norm is 1: trivial values would hide mistakes."""
     generator = torch.Generator().manual_seed(1)
     biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
@@ -122,7 +122,7 @@ def perturbed(model: GPT) -> GPT:
 
 def build(options: dict) -> GPT:
     """Return a model with noise in it; selection biases that `balance` moves decide many choices."""
-    model = perturbed(init_weights(GPT(ModelConfig.model_validate(options)), 0))
+    model = add_noise(init_weights(GPT(ModelConfig.model_validate(options)), 0))
     generator = torch.Generator().manual_seed(4)
     for block, layer in zip(model.blocks, model.config.layers(), strict=True):
         if getattr(layer.ffn, "balance", None) in ("bias", "both"):
@@ -364,7 +364,7 @@ def test_a_model_of_transformers_is_read_with_equal_logits_and_gradients(tmp_pat
     config = getattr(transformers, name)(vocab_size=N_VOCAB, **fields)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        theirs = perturbed(transformers.AutoModelForCausalLM.from_config(config)).eval()
+        theirs = add_noise(transformers.AutoModelForCausalLM.from_config(config)).eval()
     theirs.save_pretrained(tmp_path / "it")
     architecture, config = hf.read_config(tmp_path / "it")
     ours = GPT(config)

@@ -30,7 +30,7 @@ PROGRAM = f"""if True:
 
 
 @pytest.fixture(scope="module")
-def loaded() -> dict[str, list[str]]:
+def slow_modules() -> dict[str, list[str]]:
     """Return the slow modules that are loaded after importing each module."""
     done = command("-c", PROGRAM)
     assert done.returncode == 0, done.stderr
@@ -38,8 +38,8 @@ def loaded() -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_importing_it_loads_no_slow_module(name, loaded):
-    assert loaded[name] == []
+def test_importing_it_loads_no_slow_module(name, slow_modules):
+    assert slow_modules[name] == []
 
 
 def test_generation_and_evaluation_of_a_dense_model_load_no_slow_module(finished):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, environment, rows, tensors, write_config
 from safetensors.torch import load_file, save_file
-from test_hf import BALANCED, BIASED, GATED, GROUPED, LATENT, MOE, NORMED, SIGMOID, perturbed
+from test_hf import BALANCED, BIASED, GATED, GROUPED, LATENT, MOE, NORMED, SIGMOID, add_noise
 from test_restart import flip_a_bit
 
 from training import train
@@ -43,7 +43,7 @@ def folder(tmp_path):
 
     def make(model_type: str = "gpt2", **changes) -> tuple[GPT, Path]:
         config = ModelConfig.model_validate(MODELS[model_type] | changes)
-        model, path = perturbed(init_weights(GPT(config), 0)), tmp_path / "pretrained"
+        model, path = add_noise(init_weights(GPT(config), 0)), tmp_path / "pretrained"
         for name, buffer in model.named_buffers():
             if model_type in BIASED | {"training_gpt"} and name.endswith("selection_bias"):
                 buffer += torch.linspace(-0.1, 0.1, len(buffer))
@@ -53,7 +53,7 @@ def folder(tmp_path):
     return make
 
 
-def loaded(config) -> GPT:
+def initial_model(config) -> GPT:
     """Return the model that a run with these options starts from."""
     config = init_from.resolve_init_from(config)
     model = GPT(config.model)
@@ -163,7 +163,7 @@ def test_options_may_repeat_what_the_folder_has(config, folder):
 
 def test_a_shorter_context_crops_the_position_embedding(config, folder):
     model, path = folder()
-    short = loaded(config(model={"n_positions": 16}, init_from=str(path)))
+    short = initial_model(config(model={"n_positions": 16}, init_from=str(path)))
     assert short.wpe.weight.shape == (16, 16)
     assert torch.equal(short.logits(tokens()), model.logits(tokens()))
 
@@ -172,11 +172,11 @@ def test_a_shorter_context_crops_the_position_embedding(config, folder):
 def test_new_rows_of_the_vocabulary_are_the_mean_of_the_others(config, folder, model_type):
     model, path = folder(model_type)
     options = config(model={"vocab_size": 300}, init_from=str(path))
-    wide = loaded(options)
+    wide = initial_model(options)
     torch.testing.assert_close(wide.logits(tokens())[..., :259], model.logits(tokens()), rtol=0, atol=1e-6)
     for table in filter(None, (wide.wte, wide.head)):
         torch.testing.assert_close(table.weight[259:], table.weight[:259].mean(0).expand(41, -1))
-    again = loaded(options)
+    again = initial_model(options)
     assert all(torch.equal(one, other) for one, other in zip(wide.parameters(), again.parameters(), strict=True))
 
 
@@ -190,7 +190,7 @@ def test_document_isolation_and_balance_are_the_users_choice(config, folder):
     assert (moe.balance, moe.bias_rate, moe.n_experts) == ("both", 0.5, MOE["n_experts"])
     with torch.no_grad():
         torch.testing.assert_close(
-            loaded(config(model=model_options, init_from=str(path))).logits(tokens()), model.logits(tokens())
+            initial_model(config(model=model_options, init_from=str(path))).logits(tokens()), model.logits(tokens())
         )
 
 
@@ -230,16 +230,16 @@ def tensor(path: Path, name: str, value: torch.Tensor | None) -> None:
     save_file(tensors | ({} if value is None else {name: value}), path / "model.safetensors")
 
 
-def pickled(path: Path) -> None:
+def write_pickle(path: Path) -> None:
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
 
 
-def sharded(path: Path, **index) -> None:
+def write_index(path: Path, **index) -> None:
     (path / "model.safetensors").rename(path / "model-00001-of-00001.safetensors")
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def truncated(path: Path) -> None:
+def truncate(path: Path) -> None:
     data = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes(data[: len(data) // 2])
 
@@ -260,19 +260,19 @@ FLAWS = {
     "unknown type": (lambda p: change(p, model_type="mamba"), "model_type 'mamba' is not supported; supported: "),
     "odd type": (lambda p: change(p, model_type=["gpt2"]), "model_type ['gpt2'] is not supported; supported: "),
     "pickled": (
-        pickled,
+        write_pickle,
         "PATH: no model.safetensors and no model.safetensors.index.json; pickled weights are",
     ),
-    "no index": (lambda p: sharded(p), "PATH/model.safetensors.index.json: no weight_map from tensors to files"),
+    "no index": (lambda p: write_index(p), "PATH/model.safetensors.index.json: no weight_map from tensors to files"),
     "missing shard": (
-        lambda p: sharded(p, weight_map={"x": "model-00002-of-00002.safetensors"}),
+        lambda p: write_index(p, weight_map={"x": "model-00002-of-00002.safetensors"}),
         "PATH/model-00002-of-00002.safetensors: not there, though model.safetensors.index.json names it",
     ),
     "shard elsewhere": (
-        lambda p: sharded(p, weight_map={"x": "../x.safetensors"}),
+        lambda p: write_index(p, weight_map={"x": "../x.safetensors"}),
         "x.safetensors: not there, though model.safetensors.index.json names it",
     ),
-    "truncated": (truncated, "PATH/model.safetensors: damaged, or not safetensors: "),
+    "truncated": (truncate, "PATH/model.safetensors: damaged, or not safetensors: "),
     "empty": (lambda p: (p / "model.safetensors").write_bytes(b""), "PATH/model.safetensors: damaged, or not safe"),
     "missing tensor": (
         lambda p: tensor(p, "transformer.h.1.ln_1.bias", None),

@@ -26,7 +26,7 @@ SLOW_S = 0.05
 
 
 @pytest.fixture
-def timed(config, monkeypatch):
+def train_timed(config, monkeypatch):
     """Train and return the log, after a check that the phases up to the last step add up to the wall clock."""
 
     def go(device=DEVICE, **changes) -> RunLog:
@@ -103,8 +103,8 @@ def test_startup_is_one_phase_until_finish_startup():
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
-def test_the_phases_add_up_to_the_wall_clock_and_a_slow_disk_counts_as_data(timed, monkeypatch, device):
-    """`timed` compares the sum with the wall clock."""
+def test_the_phases_add_up_to_the_wall_clock_and_a_slow_disk_counts_as_data(train_timed, monkeypatch, device):
+    """`train_timed` compares the sum with the wall clock."""
     at, durations = Samples.at, []
 
     def slow(samples, indices):
@@ -117,7 +117,7 @@ def test_the_phases_add_up_to_the_wall_clock_and_a_slow_disk_counts_as_data(time
         return tokens_and_targets
 
     monkeypatch.setattr(Samples, "at", slow)
-    log = timed(torch.device(device))  # evaluations after 4 and 8, saves after 3, 6 and 8
+    log = train_timed(torch.device(device))  # evaluations after 4 and 8, saves after 3, 6 and 8
     seconds, waited = log.timer.seconds, sum(durations[3:])  # start-up reads for the graph and the first two steps
     beside = ("compute",) if device == "cuda" else ()  # a GPU computes meanwhile
     assert 6 * SLOW_S <= waited <= sum(seconds[phase] for phase in ("data", *beside))
@@ -132,12 +132,12 @@ def test_the_phases_add_up_to_the_wall_clock_and_a_slow_disk_counts_as_data(time
     assert any("of the time was spent waiting for data" in line for line in summary(log.config.run_dir)["advice"])
 
 
-def test_a_fast_disk_costs_no_data_time(timed):
-    seconds = timed().timer.seconds
+def test_a_fast_disk_costs_no_data_time(train_timed):
+    seconds = train_timed().timer.seconds
     assert seconds["data"] < 0.3 * seconds["compute"]
 
 
-def test_waiting_for_another_rank_counts_as_communication(timed, monkeypatch):
+def test_waiting_for_another_rank_counts_as_communication(train_timed, monkeypatch):
     for name in ("sum_int", "max_int"):
         agree = getattr(World, name)
 
@@ -146,7 +146,7 @@ def test_waiting_for_another_rank_counts_as_communication(timed, monkeypatch):
             return agree(world, *values)
 
         monkeypatch.setattr(World, name, straggle)
-    seconds = timed(torch.device("cpu"), eval={"every": None, "tokens": 64}, steps=5).timer.seconds
+    seconds = train_timed(torch.device("cpu"), eval={"every": None, "tokens": 64}, steps=5).timer.seconds
     assert seconds["communication"] > 4 * 3 * 0.03  # three exchanges per step: targets, memory, events
     assert seconds["data"] < 0.03
 

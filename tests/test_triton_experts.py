@@ -188,7 +188,7 @@ def processes(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def interpreted(processes):
+def results(processes):
     """Return tensors by (case, dtype, run) and name."""
     tensors = {}
     for key, value in load_file(file_of(processes["interpret"])).items():
@@ -201,10 +201,10 @@ def interpreted(processes):
 
 
 @pytest.mark.parametrize(("name", "kind"), RUN)
-def test_results_and_all_gradients_equal_the_reference(interpreted, name, kind):
+def test_results_and_all_gradients_equal_the_reference(results, name, kind):
     case, dtype = CASES[name], DTYPES[kind]
     expected = outcome(TORCH_EXPERTS["reference"], case, [x.float() for x in case.inputs(dtype)])
-    tensors = interpreted[name, kind, "once"]
+    tensors = results[name, kind, "once"]
     assert tensors.keys() == expected.keys()
     for key, theirs in expected.items():
         ours = tensors[key]
@@ -215,17 +215,17 @@ def test_results_and_all_gradients_equal_the_reference(interpreted, name, kind):
         assert (ours.float() - theirs).norm() <= ROUNDING.get(dtype, 2e-6) * theirs.norm(), key
 
 
-def test_an_expert_without_tokens_has_a_zero_gradient(interpreted):
+def test_an_expert_without_tokens_has_a_zero_gradient(results):
     for kind in ("fp32", "bf16"):
-        tensors = interpreted["empty experts", kind, "once"]
+        tensors = results["empty experts", kind, "once"]
         for matrix in ("up", "gate", "down"):
             assert tensors[matrix].flatten(1).abs().sum(1).bool().tolist() == [e in (1, 4) for e in range(6)]
 
 
 @pytest.mark.parametrize("which", ["again", "compiled"])
-def test_the_bits_repeat(interpreted, which):
-    for key, value in interpreted[*AGAIN, "once"].items():
-        assert torch.equal(value, interpreted[*AGAIN, which][key]), key
+def test_the_bits_repeat(results, which):
+    for key, value in results[*AGAIN, "once"].items():
+        assert torch.equal(value, results[*AGAIN, which][key]), key
 
 
 def test_kernels_compile_for_gpus(processes):
@@ -252,7 +252,7 @@ def choice(previous=None, **options) -> str:
     return chosen.as_text()["experts"]
 
 
-def slowed(kernel):
+def slow_down(kernel):
     def up(*inputs):
         time.sleep(0.02)
         return kernel.up(*inputs)
@@ -261,7 +261,7 @@ def slowed(kernel):
 
 
 @pytest.fixture
-def timed(monkeypatch):
+def timing_on_cpu(monkeypatch):
     """Treat the CPU as if kernels were timed on it."""
     monkeypatch.setattr("training.kernels.choose.TIMED_DEVICE_TYPES", ("cpu",))
     monkeypatch.setattr("training.kernels.trials.TIMED_TOKENS", 64)
@@ -289,25 +289,25 @@ def test_naming_it_on_a_cpu_is_one_line():
         choice(experts="triton")
 
 
-@pytest.mark.usefixtures("timed")
+@pytest.mark.usefixtures("timing_on_cpu")
 def test_the_fastest_of_the_matching_kernels_is_chosen(monkeypatch):
-    monkeypatch.setitem(EXPERT_KERNELS, "grouped", slowed(EXPERT_KERNELS["grouped"]))
+    monkeypatch.setitem(EXPERT_KERNELS, "grouped", slow_down(EXPERT_KERNELS["grouped"]))
     assert choice().startswith("loop (fastest: loop ")
-    monkeypatch.setitem(EXPERT_KERNELS, "loop", slowed(slowed(EXPERT_KERNELS["loop"])))
+    monkeypatch.setitem(EXPERT_KERNELS, "loop", slow_down(slow_down(EXPERT_KERNELS["loop"])))
     assert choice().startswith("grouped (fastest: grouped ")
 
 
-@pytest.mark.usefixtures("timed")
+@pytest.mark.usefixtures("timing_on_cpu")
 def test_a_resumed_run_keeps_the_slower_kernel(monkeypatch):
-    monkeypatch.setitem(EXPERT_KERNELS, "grouped", slowed(EXPERT_KERNELS["grouped"]))
+    monkeypatch.setitem(EXPERT_KERNELS, "grouped", slow_down(EXPERT_KERNELS["grouped"]))
     assert choice({"experts": "grouped"}) == "grouped (matches the reference)"
     assert choice({"experts": "triton"}).startswith("loop (fastest: ")
 
 
-@pytest.mark.usefixtures("timed")
+@pytest.mark.usefixtures("timing_on_cpu")
 def test_kernels_that_are_named_or_wrong_are_not_timed(monkeypatch):
     right = EXPERT_KERNELS["loop"]
-    monkeypatch.setitem(EXPERT_KERNELS, "loop", slowed(right))
+    monkeypatch.setitem(EXPERT_KERNELS, "loop", slow_down(right))
     assert choice(experts="loop") == "loop (requested)"
     monkeypatch.setitem(
         EXPERT_KERNELS, "grouped", right._replace(up=lambda x, w, dispatch: right.up(x, w[::-1], dispatch))
@@ -316,18 +316,18 @@ def test_kernels_that_are_named_or_wrong_are_not_timed(monkeypatch):
 
 
 def test_on_a_cpu_the_order_of_the_table_decides(monkeypatch):
-    monkeypatch.setitem(EXPERT_KERNELS, "grouped", slowed(EXPERT_KERNELS["grouped"]))
+    monkeypatch.setitem(EXPERT_KERNELS, "grouped", slow_down(EXPERT_KERNELS["grouped"]))
     assert choice() == "grouped (matches the reference)"
 
 
-@pytest.mark.usefixtures("timed")
+@pytest.mark.usefixtures("timing_on_cpu")
 def test_a_resumed_run_keeps_its_kernel_even_if_another_is_faster_now(run, monkeypatch, capsys):
     plain = EXPERT_KERNELS["grouped"]
-    monkeypatch.setitem(EXPERT_KERNELS, "grouped", slowed(plain))
+    monkeypatch.setitem(EXPERT_KERNELS, "grouped", slow_down(plain))
     folder = run()
     assert "experts     loop (fastest: loop " in capsys.readouterr().out
     monkeypatch.setitem(EXPERT_KERNELS, "grouped", plain)
-    monkeypatch.setitem(EXPERT_KERNELS, "loop", slowed(EXPERT_KERNELS["loop"]))
+    monkeypatch.setitem(EXPERT_KERNELS, "loop", slow_down(EXPERT_KERNELS["loop"]))
     check_resumes_with("experts loop", run, folder, capsys)
 
 

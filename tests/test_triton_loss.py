@@ -117,7 +117,7 @@ def processes(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def interpreted(processes):
+def results(processes):
     """Return tensors by (case, dtype or run) and name."""
     tensors = {}
     for key, value in load_file(file_of(processes["interpret"])).items():
@@ -130,21 +130,21 @@ def interpreted(processes):
 
 
 @pytest.mark.parametrize(("name", "kind"), RUN)
-def test_the_loss_and_its_gradients_equal_the_reference(interpreted, name, kind, monkeypatch):
+def test_the_loss_and_its_gradients_equal_the_reference(results, name, kind, monkeypatch):
     x, w, targets = CASES[name].inputs(DTYPES[kind])
     monkeypatch.setattr("training.kernels.loss.CHUNK_BYTES", {"cpu": CHUNK_BYTES})
     rounded = outcome(LOSS_KERNELS["chunked"], CASES[name], (x.float(), w.float(), targets))
     for key, exact in outcome(in_float64, CASES[name], (x.double(), w.double(), targets)).items():
-        error = (interpreted[name, kind][key] - exact).norm()
+        error = (results[name, kind][key] - exact).norm()
         float32_error = (rounded[key] - exact).norm()  # some CPUs' products of three rows are ten times less exact
         assert error <= TOLERANCE[kind] * exact.norm() + 2 * float32_error, key
-    assert not interpreted[name, kind]["x"][targets < 0].any()
+    assert not results[name, kind]["x"][targets < 0].any()
 
 
-def test_the_bits_repeat_with_and_without_gradients(interpreted):
-    once = interpreted["blocks and a part", "fp32"]
-    assert all(torch.equal(value, once[key]) for key, value in interpreted["blocks and a part", "again"].items())
-    assert torch.equal(interpreted["blocks and a part", "alone"]["loss"], once["loss"])
+def test_the_bits_repeat_with_and_without_gradients(results):
+    once = results["blocks and a part", "fp32"]
+    assert all(torch.equal(value, once[key]) for key, value in results["blocks and a part", "again"].items())
+    assert torch.equal(results["blocks and a part", "alone"]["loss"], once["loss"])
 
 
 def test_the_kernel_compiles_for_gpus(processes):

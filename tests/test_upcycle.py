@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import rows, tensors
 from safetensors.torch import load_file
-from test_hf import perturbed
+from test_hf import add_noise
 from test_init_from import SMALL, STILL
 from test_restart import flip_a_bit
 
@@ -48,12 +48,12 @@ CASES = {
 }
 
 
-def upcycled(model: dict, mlp: dict, moe: dict, every: int = 1) -> tuple[GPT, GPT]:
+def build_upcycled(model: dict, mlp: dict, moe: dict, every: int = 1) -> tuple[GPT, GPT]:
     """Return a dense float64 model with random weights and biases, and its upcycled model."""
     moe = moe | {name: mlp[name] for name in ("activation", "gated") if name in mlp}
     theirs = ModelConfig.model_validate(SIZES | model | {"blocks": [{"ffn": mlp}]})
     ours = ModelConfig.model_validate(SIZES | model | {"blocks": [{"ffn": mlp}] * (every - 1) + [{"ffn": moe}]})
-    dense = perturbed(init_weights(GPT(theirs, dtype=torch.float64), 0))
+    dense = add_noise(init_weights(GPT(theirs, dtype=torch.float64), 0))
     experts = init_weights(GPT(ours, dtype=torch.float64), 1)
     weights = upcycle.upcycle_weights(dense.state_dict(), upcycle.upcycled_layers(theirs, ours), experts.state_dict())
     experts.load_state_dict(experts.state_dict() | weights)
@@ -74,7 +74,7 @@ def backward(model: GPT) -> torch.Tensor:
 @pytest.mark.parametrize("name", CASES)
 def test_the_function_and_its_gradients_are_the_dense_models(name):
     model, mlp, moe, n_routed = CASES[name]
-    dense, experts = upcycled(model, mlp, moe)
+    dense, experts = build_upcycled(model, mlp, moe)
     logits = backward(dense)
     torch.testing.assert_close(backward(experts), logits, rtol=0, atol=1e-6)
     for one, other in ((dense.wte, experts.wte), (dense.blocks[0].mixer.out, experts.blocks[0].mixer.out)):
@@ -91,13 +91,13 @@ def test_the_function_and_its_gradients_are_the_dense_models(name):
 
 
 def test_experts_may_be_in_every_second_layer():
-    dense, experts = upcycled({}, {}, FINE, every=2)
+    dense, experts = build_upcycled({}, {}, FINE, every=2)
     assert [block.ffn.type for block in experts.config.layers()] == ["mlp", "moe"]
     torch.testing.assert_close(experts.logits(tokens()), dense.logits(tokens()), rtol=0, atol=1e-6)
 
 
 def test_every_group_holds_every_shard_and_has_its_own_router_row():
-    dense, experts = upcycled({}, {}, FINE)
+    dense, experts = build_upcycled({}, {}, FINE)
     ffn = experts.blocks[0].ffn
     for group in (0, 2):
         assert torch.equal(ffn.experts.up[group : group + 2].flatten(0, 1), dense.blocks[0].ffn.up.weight)
@@ -106,7 +106,7 @@ def test_every_group_holds_every_shard_and_has_its_own_router_row():
 
 
 def test_tokens_that_get_parts_of_groups_are_counted_and_not_compared():
-    dense, experts = upcycled({}, {}, FINE | {"n_experts": 6, "scoring": "sigmoid"})
+    dense, experts = build_upcycled({}, {}, FINE | {"n_experts": 6, "scoring": "sigmoid"})
     row_C = torch.randn(16, generator=torch.Generator().manual_seed(0))
     row_C *= 8 / row_C.norm()  # so large that some sigmoids are 1 to the last bit
     experts.blocks[1].ffn.router.weight.data = torch.stack([n * row_C for n in (1, 1, 2, 2, 3, 3)])
@@ -184,7 +184,7 @@ def test_a_gpt2_of_transformers_becomes_experts(run, tmp_path):
 def test_large_activations_are_no_error(run, tmp_path, capsys):
     """GPT-2 has a channel with values of thousands among others of 1; float32 logits would differ by 5e-4."""
     config = ModelConfig.model_validate(SIZES)
-    model = perturbed(init_weights(GPT(config), 0))
+    model = add_noise(init_weights(GPT(config), 0))
     model.blocks[0].ffn.down.weight.data[3] *= 1e3
     model.norm_f.weight.data *= 50
     hf.write_model(tmp_path / "large", model.state_dict(), config, end_of_text=256)
