@@ -1,4 +1,4 @@
-"""Fixtures of tests of whole runs: a small run on real text, interruptions, and commands as processes or calls."""
+"""Fixtures for tests of whole runs: a small run on real text, interruptions, and commands as processes or calls."""
 
 import importlib
 import json
@@ -34,7 +34,7 @@ MOE = {"type": "moe", "n_experts": 4, "hidden": 32}
 TIME_FIELDS = {"tokens_per_s", "mfu", "memory_gib", "step_s", "time_s", *(f"time_{phase}" for phase in PHASES)}
 
 torch.set_num_threads(1)
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job ignores it, and so would its children
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job of a shell ignores SIGINT, as do its children
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -81,9 +81,9 @@ def config(options):
 
 
 class BuiltRun:
-    """A run in this process, trained step by step. With `AtStep` it is the tests' only way into the engine.
+    """A run in this process, trained step by step. Tests reach the engine only through it and `AtStep`.
 
-    `model` is the GPT, `sharded` the model as the engine knows it.
+    `model` is the GPT, `sharded` the ShardedModel around it.
     """
 
     def __init__(self, config: Config, world: "World | None" = None, resume: str = "auto"):
@@ -135,14 +135,14 @@ class BuiltRun:
         self.checkpoints.wait()
 
     def close(self) -> None:
-        """Close the log, once nothing is being saved."""
+        """Wait for the last save and close the log."""
         self.checkpoints.close()
         self.log.close()
 
 
 @pytest.fixture
 def build_run(config):
-    """Build small runs, new or resumed, in this process; they are closed at the end of the test."""
+    """Build small runs, new or resumed, in this process; close them after the test."""
     runs = []
 
     def build(**changes) -> BuiltRun:
@@ -159,22 +159,22 @@ def run(config):
     """Train the small run with some options changed; returns its folder."""
 
     def go(resume="auto", **changes) -> Path:
-        made = config(**changes)
-        assert train(made, resume=resume) == 0
-        return made.run_dir
+        changed_config = config(**changes)
+        assert train(changed_config, resume=resume) == 0
+        return changed_config.run_dir
 
     return go
 
 
 @pytest.fixture(scope="session")
 def finished_runs() -> dict[str, Path]:
-    """Copies of finished runs by their changed options."""
+    """The folders of finished runs, by their changed options."""
     return {}
 
 
 @pytest.fixture
 def finished(config, run, finished_runs, tmp_path_factory):
-    """The folder of a finished run as `run` leaves it; equal ones are trained once per session and copied."""
+    """Return a finished run's folder, as `run` does; equal runs are trained once per session and copied."""
 
     def copy(**changes) -> Path:
         folder, key = config(**changes).run_dir, json.dumps(changes, sort_keys=True)
@@ -211,7 +211,7 @@ class AtStep:
         monkeypatch.setattr(engine, "train_step", train_step)
 
     def __call__(self, step: int, action: Callable[[torch.nn.Module], object]) -> None:
-        """Call `action(model)` right after this step, before signals are looked at and rows are written."""
+        """Call `action(model)` right after this step, before the loop checks for signals and writes rows."""
         self.after.append((step, action))
 
     def before_step(self, step: int, action: Callable[[torch.nn.Module], object]) -> None:
@@ -260,14 +260,14 @@ def at_step(monkeypatch) -> AtStep:
 
 @pytest.fixture(scope="session")
 def processes(tmp_path_factory):
-    """Processes without imports: commands and ranks as forks of a warm server."""
+    """A server (`warm.py`) that runs commands and ranks as forks of itself, which saves their imports."""
     server = warm.Server(tmp_path_factory.mktemp("warm"), environment() | {"PYTHONPATH": str(ROOT)})
     yield server
     server.close()
 
 
-class Called(NamedTuple):
-    """The outcome of a command, as `subprocess.CompletedProcess` names it."""
+class CommandResult(NamedTuple):
+    """The result of a command, with the field names of `subprocess.CompletedProcess`."""
 
     returncode: int
     stdout: str
@@ -278,13 +278,13 @@ class Called(NamedTuple):
 def call(capsys):
     """Call a command of the package in this process: call("generate", "--run", ...)."""
 
-    def go(name: str, *arguments: str) -> Called:
+    def go(name: str, *arguments: str) -> CommandResult:
         capsys.readouterr()
         try:
             status = importlib.import_module(f"training.{name}").main(list(arguments))
         except SystemExit as end:
             status = end.code
-        return Called(status or 0, *capsys.readouterr())
+        return CommandResult(status or 0, *capsys.readouterr())
 
     return go
 
@@ -298,25 +298,25 @@ def command(*arguments: str, env: dict[str, str] | None = None, **kwargs) -> sub
 
 
 def environment() -> dict[str, str]:
-    """The variables of a process that a test starts."""
-    ours = {name: value for name, value in os.environ.items() if name != "TORCH_CPP_LOG_LEVEL"}  # set by `main` here
+    """Return the environment variables for a process that a test starts."""
+    ours = {name: value for name, value in os.environ.items() if name != "TORCH_CPP_LOG_LEVEL"}  # `main` sets it here
     return ours | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
 
 
 def write_config(path: Path, options: dict) -> Path:
-    """A YAML file of the options."""
+    """Write the options to a YAML file; return its path."""
     path.write_text(cli.dump_config(Config.model_validate(options)))
     return path
 
 
 def rows(run: Path) -> list[dict]:
-    """metrics.jsonl without the fields that depend on the clock or the machine."""
+    """Return metrics.jsonl without the fields that depend on the clock or the machine."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in TIME_FIELDS} for line in lines]
 
 
 def tensors(run: Path, step: int) -> dict[str, str]:
-    """The SHA-256 of a checkpoint's tensor files."""
+    """Return the SHA-256 of each tensor file of a checkpoint."""
     manifest = json.loads((run / "checkpoints" / f"step-{step:08d}" / "manifest.json").read_text())
     return {name: entry["sha256"] for name, entry in manifest.items() if name.endswith(".safetensors")}
 
@@ -336,7 +336,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     return folder / f"step-{checkpoint.state['step']:08d}"
 
 
-def goes_on_with(kernel: str, run, folder: Path, capsys) -> None:
+def check_resumes_with(kernel: str, run, folder: Path, capsys) -> None:
     """Assert that the run of eight steps, resumed from step 6, ends in the same bits and names this kernel."""
     before = tensors(folder, 8)
     shutil.rmtree(folder / "checkpoints" / "step-00000008")
@@ -347,7 +347,7 @@ def goes_on_with(kernel: str, run, folder: Path, capsys) -> None:
 
 
 def minimal_value(annotation: Any) -> Any:
-    """Return a valid value of an option: of a section, its required options only."""
+    """Return a valid value of an option; for a section, a mapping with its required options only."""
     if is_list(annotation):
         return [minimal_value(get_args(annotation)[0])]
     if inside := sections(annotation):

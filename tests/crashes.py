@@ -2,10 +2,10 @@
 
     main([FOLDER, CONFIG.yaml, "--few", "--torn", "--chains", "N"])     in a process of its own (`warm.py`)
 
-Every trial is a fork, so that it costs no imports. The fork counts the files opened, written, synced, renamed and
-removed, and the folders made, and kills itself at the k-th operation (--torn: after half of a write). The next fork
-resumes undisturbed. Prints JSON: the operations of a run, and the errors by k. --few takes the first and the last of
-consecutive writes to a file, and only every tenth operation outside the second save.
+Every trial is a fork, which saves the imports. The fork counts its file operations (open, write, fsync, rename,
+remove, mkdir) and kills itself at the k-th (--torn: after half of a write). The next fork resumes and is not killed.
+Prints JSON: the operations of a run, and the errors by k. --few kills only at the first and the last of consecutive
+writes to a file, and at every tenth operation outside the second save.
 """
 
 import argparse
@@ -43,34 +43,34 @@ class Operations:
         self.names: list[tuple[str, str]] = []
         self.opened = io.open
         for name in OPERATIONS:
-            setattr(os, name, self.counted(name, getattr(os, name)))
+            setattr(os, name, self.count_calls(name, getattr(os, name)))
         io.open = builtins.open = self.open
 
     def due(self, name: str, path: object) -> bool:
-        """Count an operation; returns True if the process is to be killed at it."""
+        """Count an operation; returns True if the process must die at it."""
         self.names.append((name, str(path)))
         return next(self.count) == self.kill_at
 
-    def counted(self, name: str, does: Callable) -> Callable:
-        def operation(*arguments: Any, **named: Any) -> Any:
+    def count_calls(self, name: str, does: Callable) -> Callable:
+        def operation(*arguments: Any, **options: Any) -> Any:
             path = arguments[0]
             if isinstance(path, int) and name == "fsync":
                 path = Path(f"/proc/self/fd/{path}").readlink()
             if self.due(name, path):
                 os.kill(os.getpid(), signal.SIGKILL)
-            return does(*arguments, **named)
+            return does(*arguments, **options)
 
         return operation
 
-    def open(self, file: Any, mode: str = "r", *arguments: Any, **named: Any) -> Any:
+    def open(self, file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
         writes = any(letter in mode for letter in "wax+")
         if writes and self.due("open", file):
             os.kill(os.getpid(), signal.SIGKILL)
-        opened = self.opened(file, mode, *arguments, **named)
-        return Written(opened, self) if writes else opened
+        opened = self.opened(file, mode, *arguments, **options)
+        return CountedFile(opened, self) if writes else opened
 
 
-class Written:
+class CountedFile:
     """A file whose writes are counted."""
 
     def __init__(self, file: Any, operations: Operations):
@@ -87,7 +87,7 @@ class Written:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.file, name)
 
-    def __enter__(self) -> "Written":
+    def __enter__(self) -> "CountedFile":
         self.file.__enter__()
         return self
 
@@ -98,7 +98,7 @@ class Written:
         return iter(self.file)
 
 
-def forked(work: Callable[[], int]) -> int:
+def run_in_fork(work: Callable[[], int]) -> int:
     """Call `work` in a fork, which prints only errors; returns its exit status, negative for a signal."""
     sys.stdout.flush()
     child = os.fork()
@@ -115,7 +115,7 @@ def forked(work: Callable[[], int]) -> int:
 
 
 def train(config: Config, kill_at: int | None = None, torn: bool = False, report: Path | None = None) -> int:
-    """Train in this process, a fork; the operations and the imported modules are written to `report`."""
+    """Train in this process, a fork; write the operations and the imported modules to `report`."""
     from training.train import train as go
 
     operations = Operations(kill_at, torn)
@@ -130,11 +130,11 @@ def digest(config: Config) -> dict[str, str]:
     folder = Path(config.out_dir, config.name)
     last = max((folder / "checkpoints").glob("step-*"))
     state = json.loads((last / "state.json").read_text())
-    kept = {key: value for key, value in state.items() if key not in ("time_s", "ledger", "last_row")}
+    content = {key: value for key, value in state.items() if key not in ("time_s", "ledger", "last_row")}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    kept |= {"rows": [{key: value for key, value in row.items() if key not in TIME_FIELDS} for row in rows]}
-    kept["config"] = {key: value for key, value in kept["config"].items() if key != "name"}
-    hashes = {"state and rows": hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()}
+    content |= {"rows": [{key: value for key, value in row.items() if key not in TIME_FIELDS} for row in rows]}
+    content["config"] = {key: value for key, value in content["config"].items() if key != "name"}
+    hashes = {"state and rows": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
     hashes["last"] = last.name
     for path in [*last.glob("*.safetensors"), *(folder / "model").glob("*.safetensors")]:
         hashes[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -144,7 +144,7 @@ def digest(config: Config) -> dict[str, str]:
 
 
 def tensorboard_losses(folder: Path) -> str:
-    """The losses that TensorBoard shows, by step."""
+    """Return the losses that TensorBoard shows, by step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     seen = EventAccumulator(str(folder)).Reload()
@@ -161,7 +161,7 @@ def leftovers(config: Config) -> list[str]:
 
 
 def missing(config: Config, operations: list[list[str]], report: Path) -> list[str]:
-    """List the reference's operations that another run did not do."""
+    """List the operations of the reference run that another run lacks."""
     done, _ = json.loads(report.read_text())
     named = Counter((name, path.replace(f"/{config.name}", "/reference")) for name, path in done)
     return [f"{name} {path}" for name, path in (Counter(map(tuple, operations)) - named).elements()]
@@ -172,17 +172,17 @@ def trial(
 ) -> str | None:
     """Kill a run at these operations, each counted from its own start, then resume it; returns an error or None.
 
-    The order of two threads' operations varies, so the k-th is not always the same; their number does not vary.
+    Two threads interleave, so the k-th operation varies; the number of operations does not.
     """
     report = Path(config.out_dir, "trial.json")
     shutil.rmtree(Path(config.out_dir, config.name), ignore_errors=True)
     for k in kills:
-        status = forked(lambda k=k: train(config, k, torn, report))
+        status = run_in_fork(lambda k=k: train(config, k, torn, report))
         if status == 0 and kills == [k]:
             return f"not killed at operation {k}; did not {missing(config, operations, report)}"
         if status != -signal.SIGKILL:
             return f"ended with {status} before operation {k}"
-    if status := forked(lambda: train(config)):
+    if status := run_in_fork(lambda: train(config)):
         return f"resumed, and ended with {status}"
     if wrong := leftovers(config):
         return f"left {wrong}"
@@ -211,9 +211,9 @@ def main(arguments: list[str]) -> int:
     prepare(config.data, quiet=True)
     reference = config.model_copy(update={"name": "reference"})
     report = args.folder / "operations.json"
-    Path(config.out_dir).mkdir()  # it exists in every trial, so that all do as many operations
+    Path(config.out_dir).mkdir()  # exists in every trial, so that each has the same number of operations
     began = time.perf_counter()
-    assert forked(lambda: train(reference, report=report)) == 0
+    assert run_in_fork(lambda: train(reference, report=report)) == 0
     alone_s = time.perf_counter() - began
     (operations, modules), expected = json.loads(report.read_text()), digest(reference)
     for module in modules:  # so that no trial imports them; a computation here would start threads
@@ -233,7 +233,7 @@ def main(arguments: list[str]) -> int:
 
 
 def points(operations: list[tuple[str, str]], *, few: bool, torn: bool) -> list[int]:
-    """Number the operations to kill at, from 1; `torn`: the writes only."""
+    """Return the numbers of the operations to kill at, from 1; `torn`: only writes."""
     names = [tuple(operation) for operation in operations]
     ks = [k for k, (name, _) in enumerate(names, start=1) if name == "write" or not torn]
     if not few:

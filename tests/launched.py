@@ -1,4 +1,4 @@
-"""Ranks of a run, each with its own log, watched from outside: started by torchrun, or as forks of a warm server."""
+"""Start the ranks of a run, by torchrun or as forks of a warm server, and watch them from outside."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from warm import Launch
 TRAIN = ["-m", "training.train"]
 
 
-class Launched:
+class TorchrunRanks:
     """`torchrun ARGUMENTS` in a process of its own."""
 
     def __init__(self, logs: Path, *arguments: str, prefix: tuple[str, ...] = (), **variables: str):
@@ -27,15 +27,15 @@ class Launched:
             )
 
     def pids(self) -> dict[int, int]:
-        """The process of each rank that runs."""
+        """Return the process ID of each running rank."""
         return ranks_of(self.logs)
 
     def running(self) -> bool:
-        """True while the launcher or a rank runs."""
+        """Return True while the launcher or a rank runs."""
         return self.process.poll() is None or bool(self.pids())
 
     def kill(self) -> None:
-        """Kill all processes that are left, in a `finally`."""
+        """Kill all remaining processes; for a `finally`."""
         for pid in [*self.pids().values(), self.process.pid]:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -44,7 +44,7 @@ class Launched:
         self.process.wait()
 
     def errors(self) -> str:
-        """The ranks' stderr, one after the other."""
+        """Return the ranks' stderr, concatenated."""
         return "".join(path.read_text() for path in sorted(self.logs.rglob("stderr.log")))
 
     def signal(self, rank: int, number: signal.Signals) -> None:
@@ -60,15 +60,15 @@ class Launched:
         return time.monotonic() - began
 
     def line(self) -> str:
-        """The one line that says why the run ended; asserts that no rank printed more."""
+        """Return the run's only error line; fails if there are more, or a traceback."""
         errors = self.errors()
         assert "Traceback" not in errors and "frame #" not in errors, errors
         (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
         return line
 
 
-class Forked(Launched):
-    """The command on the ranks of one host, without torchrun and without imports."""
+class ForkedRanks(TorchrunRanks):
+    """The command on the ranks of one host, as forks of the warm server."""
 
     def __init__(self, launch: Launch):
         self.launch = launch
@@ -94,7 +94,7 @@ class Forked(Launched):
 
 
 def ranks_of(logs: Path) -> dict[int, int]:
-    """The processes with a rank and this TEST_LAUNCH in their environment."""
+    """Return the process ID of each rank, by RANK and this TEST_LAUNCH in its environment."""
     mine, ranks = f"TEST_LAUNCH={logs}", {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -106,10 +106,10 @@ def ranks_of(logs: Path) -> dict[int, int]:
     return ranks
 
 
-def train(logs: Path, config: Path, ranks: int = 2, **variables: str) -> Launched:
+def train(logs: Path, config: Path, ranks: int = 2, **variables: str) -> TorchrunRanks:
     """Start the command on one host by torchrun."""
     where = ["--standalone", "--nproc-per-node", str(ranks)]
-    return Launched(logs, *where, *TRAIN, "--config", str(config), **variables)
+    return TorchrunRanks(logs, *where, *TRAIN, "--config", str(config), **variables)
 
 
 def rows_in(folder: Path) -> int:
@@ -118,7 +118,7 @@ def rows_in(folder: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def wait_for_rows(folder: Path, at_least: int, *launched: Launched) -> None:
+def wait_for_rows(folder: Path, at_least: int, *launched: TorchrunRanks) -> None:
     """Wait until the run has written this many rows."""
     for _ in range(3000):
         if rows_in(folder) >= at_least:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Defect(NamedTuple):
-    """Text of a file, its replacement, the tests that should fail, and, if they could fail otherwise, their message."""
+    """A replacement of text in a file, and the tests that should fail; their output must match `says`."""
 
     name: str
     file: str
@@ -34,18 +34,18 @@ RANKS = "tests/test_distributed.py -k ranks_and_layouts"
 MOVES = "tests/test_distributed.py -k move_between"
 SAVES = "tests/test_checkpoint.py tests/test_background_save.py"
 DEFECTS = [
-    # what is computed
+    # computation
     Defect("loss divided by the local count", "engine/step.py", "n_targets=world.sum_int(batch.n_local_targets)",
            "n_targets=batch.n_local_targets * world.size", RANKS),
     Defect("an empty micro-batch counts", "engine/micro_batch.py", "(0.0 if is_empty else loss_scale)",
            "loss_scale", RANKS),
-    Defect("its metrics count", "engine/micro_batch.py",
+    Defect("an empty micro-batch's metrics count", "engine/micro_batch.py",
            "for name, value in metrics.items()} if is_empty else metrics",
            "for name, value in metrics.items()} if False else metrics", RANKS),
     Defect("evaluation counts samples twice", "engine/evaluate.py", "if len(chunk) == 0:", "if False:", RANKS),
     Defect("bias updated by micro-batch", "model/moe.py", "(count_E.mean() - count_E).sign()",
            "(count_E[:1] - count_E).sign()", "tests/test_loop.py -k balances"),
-    Defect("layers' counts change places", "model/gpt.py", 'metrics[f"expert_count.{i}"], updated)',
+    Defect("layers' counts are swapped", "model/gpt.py", 'metrics[f"expert_count.{i}"], updated)',
            'metrics[f"expert_count.{max(moes) - i}"], updated)', "tests/test_moe.py tests/test_model.py"),
     Defect("a step's batch is read twice", "data/loader.py", "self._prefetched = step, self._read(step)",
            "self._prefetched = step, self._read(step - 1)", "tests/test_loop.py"),
@@ -56,21 +56,21 @@ DEFECTS = [
            "torch.where(first_D, direction, -direction)", "tests/test_model.py -k rotation"),
     Defect("off by one in the window", "data/loader.py", "start = window * self.n_positions",
            "start = window * self.n_positions + (window > 0)", "tests/test_data_loader.py"),
-    Defect("an epoch is not shuffled anew", "data/loader.py", "permutation_key(self.seed, stream, epoch))",
+    Defect("every epoch has the same order", "data/loader.py", "permutation_key(self.seed, stream, epoch))",
            "permutation_key(self.seed, stream, 0 * epoch))", "tests/test_data_loader.py"),
     Defect("schedule off by one", "optim/schedule.py", "return (step + 1) / (config.warmup_steps + 1)",
            "return step / (config.warmup_steps + 1)", "tests/test_optim.py tests/test_loop.py"),
     Defect("clipped by the local norm", "distributed/sharded_model.py",
            'self.world.all_reduce_([sum_of_squares], name="the all-reduce of the gradient norm")', "pass", RANKS),
-    Defect("copies' experts not summed", "distributed/sharded_model.py", "if self.groups.same_experts is not None:",
+    Defect("replicated experts not summed", "distributed/sharded_model.py", "if self.groups.same_experts is not None:",
            "if False:", RANKS),
-    Defect("experts' gradients scaled as others'", "distributed/sharded_model.py",
+    Defect("experts' gradients are scaled like the others", "distributed/sharded_model.py",
            "// (self.mesh.expert if tensor.is_expert else 1)", "", RANKS),
-    Defect("hybrid sharding never sums its copies", "distributed/sharded_model.py",
+    Defect("hybrid sharding never sums its replicas", "distributed/sharded_model.py",
            "self.model.set_requires_all_reduce(is_last)", "self.model.set_requires_all_reduce(False)", RANKS),
-    Defect("gradients of rows sent to the wrong ranks", "distributed/parallelize.py",
+    Defect("gradients of rows go to the wrong ranks", "distributed/parallelize.py",
            "ctx.way_back = received_P, sent_P, group", "ctx.way_back = sent_P, received_P, group", RANKS),
-    Defect("a stack's matrix taken from the wrong place", "distributed/muon_sharding.py",
+    Defect("a stacked matrix is read from the wrong rows", "distributed/muon_sharding.py",
            "first + rows.start * stride", "first + rows.start", RANKS),
     Defect("freed memory is not kept", "device.py", "c_library.mallopt(-4, 0)", "pass",
            "tests/test_micro_batch.py -k page_fault"),
@@ -78,37 +78,37 @@ DEFECTS = [
            "pass\n    if device.type", "tests/test_micro_batch.py -k page_fault"),
     Defect("scarce memory is kept", "device.py", "c_library.mallopt(-4, 65536)", "pass",
            "tests/test_micro_batch.py -k page_fault"),
-    Defect("few keys are nothing else", "kernels/attention/sdpa.py", "and n_keys <= FP32_MAX_KEYS", "and False",
+    Defect("few keys get no float32 attention", "kernels/attention/sdpa.py", "and n_keys <= FP32_MAX_KEYS", "and False",
            "tests/test_attention_backends.py -k few_keys"),
-    Defect("all keys are few", "kernels/attention/sdpa.py", "and n_keys <= FP32_MAX_KEYS", "and True",
+    Defect("many keys get float32 attention", "kernels/attention/sdpa.py", "and n_keys <= FP32_MAX_KEYS", "and True",
            "tests/test_attention_backends.py -k few_keys"),
-    Defect("a CPU's experts are grouped", "kernels/table.py", 'loop_first and name != "loop"', "False",
+    Defect("a CPU runs the grouped experts", "kernels/table.py", 'loop_first and name != "loop"', "False",
            "tests/test_kernel_choice.py -k one_by_one"),
-    Defect("the gradient's norm is one sum", "distributed/sharded_model.py", 'if tensors[0].device.type == "cpu":',
+    Defect("the gradient norm is a float32 sum", "distributed/sharded_model.py", 'if tensors[0].device.type == "cpu":',
            "if False:", "tests/test_loop.py -k large_gradient"),
-    Defect("others' rows count where there are no more", "kernels/experts.py", "(0, 0, 0, rounded - end))",
+    Defect("padding after the last row is not 0", "kernels/experts.py", "(0, 0, 0, rounded - end))",
            "(0, 0, 0, rounded - end), value=1.0)", "tests/test_kernels.py -k sixteen_bits"),
-    Defect("others' rows count in a narrow y", "kernels/experts.py", "if is_last or y_is_narrower else",
+    Defect("other experts' rows leak into a narrow y", "kernels/experts.py", "if is_last or y_is_narrower else",
            "if is_last else", "tests/test_kernels.py -k sixteen_bits"),
-    Defect("others' rows count in a narrow x", "kernels/experts.py", "if is_last or not y_is_narrower else",
+    Defect("other experts' rows leak into a narrow x", "kernels/experts.py", "if is_last or not y_is_narrower else",
            "if is_last else", "tests/test_kernels.py -k sixteen_bits"),
-    Defect("a product is written over the next ones", "kernels/experts.py",
+    Defect("a product overwrites the next ones", "kernels/experts.py",
            "zip(_spans(x_RI, offsets_E), w_EIO.unbind(0),", "zip(_spans(x_RI, offsets_E)[::-1], w_EIO.unbind(0)[::-1],",
            "tests/test_kernels.py -k sixteen_bits"),
     Defect("each block has the first one's targets", "kernels/loss.py", "targets_N.split(size)",
            "[targets_N[: len(x)] for x in logits_NV.split(size)]", "tests/test_kernels.py -k loss"),
-    Defect("all but the first chunk is written over", "kernels/loss.py", "sum_iO += product_iO.float()",
+    Defect("only the last chunk's gradient counts", "kernels/loss.py", "sum_iO += product_iO.float()",
            "sum_iO.copy_(product_iO)", "tests/test_kernels.py -k loss"),
-    Defect("the fast tokenizer takes any merges", "data/tiktoken_encode.py",
+    Defect("the fast tokenizer accepts any merges", "data/tiktoken_encode.py",
            "if any([token.value for token in inner.model.tokenize(text)] != [text] for text in merged):", "if False:",
            "tests/test_data_tokenizer.py -k fast"),
     # memory
-    Defect("a gradient from before an error stays", "engine/micro_batch.py",
+    Defect("a gradient from before an OOM stays", "engine/micro_batch.py",
            "        self._free_memory()\n        devices.release_freed_memory", "        devices.release_freed_memory",
            "tests/test_micro_batch.py"),
     Defect("ranks do not agree on out of memory", "engine/step.py", "(out_of_memory,) = world.max_int(sums is None)",
            "out_of_memory = sums is None", "tests/test_micro_batch.py -k one_rank"),
-    Defect("the trial moves the router", "engine/micro_batch.py", "                bias.copy_(value)",
+    Defect("the trial moves the selection bias", "engine/micro_batch.py", "                bias.copy_(value)",
            "                pass", "tests/test_micro_batch.py"),
     # checkpoints
     Defect("optimizer not restored", "engine/state.py",
@@ -120,9 +120,9 @@ DEFECTS = [
            "if False:", SAVES),
     Defect("another step's checkpoint counts", "checkpoint/read.py", 'step != int(path.name[5:])',
            "False", "tests/test_crashes.py -k another_steps"),
-    Defect("written in place", "checkpoint/write.py", 'partial = self.folder / f".{target.name}.tmp"',
+    Defect("a save is in place", "checkpoint/write.py", 'partial = self.folder / f".{target.name}.tmp"',
            "partial = target", "tests/test_crashes.py -k operations", "state.json"),
-    Defect("what is old goes before the new one is there", "checkpoint/write.py",
+    Defect("old checkpoints go before the new one is there", "checkpoint/write.py",
            "            rename_durable(partial, target)\n            try:\n"
            "                prune(self.folder, self.config.keep, best_step)\n",
            "            prune(self.folder, self.config.keep, best_step)\n            try:\n"
@@ -130,9 +130,9 @@ DEFECTS = [
            "tests/test_crashes.py -k operations", "nothing is removed before the new checkpoint is durable"),
     Defect("the best is not kept", "engine/state.py", "if state.best and self.config.checkpoint.keep_best else",
            "if False else", "tests/test_loop.py -k best_evaluation"),
-    Defect("the best is kept unasked", "engine/state.py", "if state.best and self.config.checkpoint.keep_best else",
+    Defect("best kept without keep_best", "engine/state.py", "if state.best and self.config.checkpoint.keep_best else",
            "if state.best else", "tests/test_disk.py -k best"),
-    Defect("the best is saved unasked", "train.py", "(is_best and config.checkpoint.keep_best)", "is_best",
+    Defect("best saved without keep_best", "train.py", "(is_best and config.checkpoint.keep_best)", "is_best",
            "tests/test_disk.py -k best"),
     Defect("the loss scale starts over", "engine/build.py", "elif state.loss_scale is None:", "else:",
            "tests/test_skips.py -k every_count"),
@@ -142,23 +142,23 @@ DEFECTS = [
            "tests/test_skips.py -k every_count"),
     Defect("the newest folder wins", "checkpoint/read.py", "(problem := corruption(path)) is None:",
            "True:", "tests/test_checkpoint.py"),
-    Defect("what is damaged counts when others go", "checkpoint/write.py", "if is_intact(path)]", "]",
+    Defect("pruning counts damaged checkpoints", "checkpoint/write.py", "if is_intact(path)]", "]",
            "tests/test_checkpoints_command.py"),
-    Defect("what is not finite is saved", "checkpoint/write.py", "if not shard.tensor.isfinite().all():",
+    Defect("NaN and Inf are saved", "checkpoint/write.py", "if not shard.tensor.isfinite().all():",
            "if False:", SAVES),
     Defect("no copy before the save", "checkpoint/write.py",
            "self._buffer(kind, name, tensor).copy_(tensor, non_blocking=True)", "tensor", SAVES),
     Defect("no fsync of files", "checkpoint/write.py", "        os.fsync(file.fileno())\n", "", SAVES),
     Defect("no fsync of the folder", "files.py", "    source.rename(target)\n    fsync_path(target.parent)\n",
            "    source.rename(target)\n", SAVES),
-    Defect("a failed save is not looked for", "engine/loop.py", "self.checkpoints.writer.failure is not None", "False",
+    Defect("a failed save is not noticed", "engine/loop.py", "self.checkpoints.writer.failure is not None", "False",
            "tests/test_runs.py -k save_that"),
     Defect("rows before a rank's part are read", "checkpoint/read.py", "[max(first, start) - start :", "[0 :", SAVES),
     Defect("rows are not dropped at a restart", "logging/jsonl.py", 'if row["step"] <= run.start_step', "if True",
            "tests/test_runs.py -k rows_after"),
     Defect("TensorBoard shows steps twice", "logging/tensorboard.py", "purge_step = run.start_step",
            "purge_step = run.steps", "tests/test_logging.py"),
-    # steps that are not taken
+    # skipped steps
     Defect("a skipped step moves the bias", "engine/step.py", "finish_step(sums, updated)", "finish_step(sums)",
            "tests/test_skips.py"),
     Defect("a skipped step is applied", "engine/step.py", "        if updated:\n            clip",
@@ -192,15 +192,15 @@ DEFECTS = [
     Defect("a second signal is ignored", "engine/loop.py", "            os.kill(os.getpid(), number)\n",
            "            pass\n", "tests/test_signals.py -k second"),
     Defect("no lock", "files.py", "        lock.acquire(timeout=0)\n", "", "tests/test_restart.py -k twenty"),
-    Defect("space is not asked for", "engine/build.py",
+    Defect("free space is not checked", "engine/build.py",
            '(problem := disk_shortage(stats, config, fresh=resume == "never"))', "(problem := None)",
            "tests/test_disk.py"),
     Defect("the model needs no space", "planning/report.py", "checkpoint_bytes(stats, config) + 4 * stats.n_parameters",
            "checkpoint_bytes(stats, config)", "tests/test_disk.py -k room"),
-    Defect("checkpoints that are there do not count", "planning/report.py",
+    Defect("existing checkpoints do not count", "planning/report.py",
            "needed -= 0 if fresh else", "needed -= 0 and",
            "tests/test_disk.py -k room"),
-    Defect("those of a run that is moved aside count", "planning/report.py", "needed -= 0 if fresh else", "needed -=",
+    Defect("a moved run's checkpoints count", "planning/report.py", "needed -= 0 if fresh else", "needed -=",
            "tests/test_disk.py -k room"),
 ]  # fmt: skip
 
@@ -225,7 +225,7 @@ def main(words: list[str]) -> int:
 
 
 def misplaced() -> list[str]:
-    """The defects whose text is not in their file, or whose tests have no such name."""
+    """List the defects whose text is not in their file, or whose tests do not exist."""
     wrong = []
     for defect in DEFECTS:
         if defect.text not in (ROOT / "training" / defect.file).read_text():
@@ -252,7 +252,7 @@ def plant(copy: Path, defect: Defect) -> str:
             return "else"
         return "caught" if done.returncode == 1 else "survived"
     except subprocess.TimeoutExpired:
-        return "caught"  # it hangs
+        return "caught"  # a hang fails too
     finally:
         path.write_text(text)
 

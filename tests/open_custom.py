@@ -23,7 +23,7 @@ for folder in sys.argv[1:]:
 
     with torch.no_grad():
         assert (model(x).logits - expected).abs().max() < 1e-5
-        # The loss is that of every causal model of Transformers: of the next token, for all tokens but the last.
+        # As in every causal model of Transformers, the loss predicts each next token.
         log_p = expected[:, :-1].log_softmax(-1)
         loss = -log_p.gather(2, x[:, 1:, None]).mean()
         assert (model(x, labels=x).loss - loss).abs() < 1e-5
@@ -46,7 +46,7 @@ for folder in sys.argv[1:]:
         assert (half(x).logits - expected).abs().max() < 0.2
         types = {tensor.dtype for name, tensor in half.state_dict().items() if "router" in name}
         assert types == {torch.float32}
-    # Fine-tuned, saved and opened again.
+    # Fine-tune, save and open again.
     model.train()
     model(x, labels=x).loss.backward()
     assert all(p.grad is not None for p in model.parameters())

@@ -28,7 +28,7 @@ def open_export(folder: Path) -> dict:
         "difference": difference.item(),
         "generated": new[0, 4:].tolist(),
         "defaults": (defaults := type(model.config)().to_dict()),
-        # Beyond the fields of every configuration.
+        # The fields that only this architecture has.
         "fields": sorted(defaults.keys() - transformers.PretrainedConfig().to_dict().keys()),
     }
 

@@ -24,7 +24,7 @@ OPTIONS = {
 
 
 def train() -> None:
-    """Train four steps, go back to the second, and print what the run left behind."""
+    """Train four steps, go back to the second, and print facts about the run."""
     import contextlib
 
     import training

@@ -1,4 +1,4 @@
-"""Six short runs, and a digest of everything that they compute: a change of code that keeps it changes no result.
+"""Train six short runs and hash all that they compute, to check that a change of code changes no result.
 
     python tests/same_bits.py record FILE [--at COMMIT]       write the digests of this tree, or of a commit, to FILE
     python tests/same_bits.py compare FILE                    compare this tree with FILE, bit for bit
@@ -34,7 +34,7 @@ SIGMOID_MOE = {"type": "moe", "n_experts": 8, "top_k": 3, "hidden": 16, "scoring
 MODERN = {"position": "rope", "norm": "rmsnorm", "bias": False}
 WINDOW = {"type": "attention", "n_kv_head": 1, "window": 24, "qk_norm": True}
 LATENT = {"type": "latent", "kv_rank": 16, "rope_dim": 8, "head_dim": 16}
-# Per run: what differs from the common options below. "model" and "parallel" are merged, the others replaced.
+# The options of each run; the common ones are below. "model" and "parallel" are merged, the others replaced.
 RUNS = {
     "dense": {},
     "moe": {"model": MODERN | {"blocks": [{"ffn": {**MOE, "balance": "both"}}, {"ffn": SIGMOID_MOE}]},
@@ -48,7 +48,7 @@ RUNS = {
 }  # fmt: skip
 N_RANKS = {"ranks": 2}
 
-Start = Callable[[list[str], int], None]  # train with these arguments on that many ranks
+Start = Callable[[list[str], int], None]  # train with (command-line arguments, number of ranks)
 
 
 def write_inputs(folder: Path) -> dict[str, Path]:
@@ -103,7 +103,7 @@ def train_all(folder: Path, start: Start) -> dict[str, dict]:
 
 
 def digest(run: Path) -> dict:
-    """The rows of a run without times, and a hash of every tensor of its last checkpoint."""
+    """Return the rows of a run without times, and a hash of every tensor of its last checkpoint."""
     from safetensors import safe_open
 
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -131,19 +131,19 @@ def by_command(tree: Path) -> Start:
 
 
 def of_tree(tree: Path) -> dict[str, dict]:
-    """The digests of the package in `tree`."""
+    """Return the digests of the package in `tree`."""
     with tempfile.TemporaryDirectory() as folder:
         return train_all(Path(folder), by_command(tree))
 
 
 def has_commit(commit: str) -> bool:
-    """True if the clone holds the commit."""
-    found = subprocess.run(["git", "-C", str(ROOT), "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True)
-    return found.returncode == 0
+    """Return True if the clone holds the commit."""
+    result = subprocess.run(["git", "-C", str(ROOT), "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True)
+    return result.returncode == 0
 
 
 def of_commit(commit: str) -> dict[str, dict]:
-    """The digests of a commit, checked out into a temporary folder."""
+    """Return the digests of a commit, checked out into a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         archive = subprocess.run(["git", "-C", str(ROOT), "archive", commit], capture_output=True, check=True).stdout
         subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
@@ -151,7 +151,7 @@ def of_commit(commit: str) -> dict[str, dict]:
 
 
 def differences(ours: dict[str, dict], theirs: dict[str, dict]) -> list[str]:
-    """One line for each run that differs: its first different row, and the number of different tensors."""
+    """Return one line for each run that differs: its first different row, and the number of different tensors."""
     lines = []
     for name in theirs:
         if ours.get(name) == theirs[name]:
@@ -165,7 +165,7 @@ def differences(ours: dict[str, dict], theirs: dict[str, dict]) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """The command."""
+    """Run the command above."""
     parser = argparse.ArgumentParser(prog="python tests/same_bits.py", description="Record or compare six short runs.")
     parser.add_argument("action", choices=["record", "compare"])
     parser.add_argument("file", type=Path, nargs="?", help="JSON file of the digests")

@@ -1,9 +1,9 @@
-"""What the flash-attn packages compute, written down: their signatures and their documented semantics, on any device.
+"""Stand-ins for the flash-attn packages: their signatures and their documented semantics, on any device.
 
 Signatures and semantics are those of flash-attn 2.7.4 (`flash_attn/flash_attn_interface.py`), flash-attn-3 3.0.0
 (`hopper/flash_attn_interface.py`) and flash-attn-4 4.0.0b36 (`flash_attn/cute/interface.py`): shapes, order and names
-of arguments, defaults, what "no window" is called, what is returned, what is refused. Like theirs, the computation is
-an operator of its own, which torch.compile does not look into.
+of arguments, defaults, the value for "no window", results and errors. Like theirs, the computation is a custom
+operator, which torch.compile does not trace into.
 
 Shapes: N tokens of all samples, H query heads, G heads of keys and values, D width of queries and keys, E of values.
 """
@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-calls: list[dict] = []  # what the packages were called with
+calls: list[dict] = []  # the arguments of each call of a package
 
 
 def weights(
@@ -26,13 +26,13 @@ def weights(
     """
     place = torch.arange(len(q_NHD))
     document = torch.searchsorted(ends[1:].to(torch.int64), place, right=True)
-    ahead = place - place[:, None]  # of each key
-    seen = (document == document[:, None]) & ((left < 0) | (ahead >= -left)) & ((right < 0) | (ahead <= right))
+    ahead = place - place[:, None]  # key position - query position
+    visible = (document == document[:, None]) & ((left < 0) | (ahead >= -left)) & ((right < 0) | (ahead <= right))
     k_NHD = k_NGD.repeat_interleave(q_NHD.shape[1] // k_NGD.shape[1], 1)
     scores, slope = torch.einsum("ihd,jhd->hij", q_NHD, k_NHD) * scale, torch.ones(())
     if softcap > 0:
         scores, slope = softcap * torch.tanh(scores / softcap), 1 - torch.tanh(scores / softcap) ** 2
-    return scores.masked_fill(~seen, float("-inf")).softmax(-1), slope
+    return scores.masked_fill(~visible, float("-inf")).softmax(-1), slope
 
 
 @torch.library.custom_op("stand_in::attend", mutates_args=())
@@ -79,7 +79,7 @@ attend.register_autograd(backward, setup_context=keep)
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, one_width: bool, **options) -> None:
-    """What the packages refuse."""
+    """Fail on inputs that the packages reject."""
     assert all(x.stride(-1) == 1 for x in (q, k, v)), "the last dimension has to be contiguous"
     assert q.shape[-1] == k.shape[-1] and q.shape[-2] % k.shape[-2] == 0 and k.shape[:-1] == v.shape[:-1]
     assert not one_width or q.shape[-1] == v.shape[-1], "one width only"
@@ -95,7 +95,7 @@ def of_samples(q: Tensor, k: Tensor, v: Tensor, bounds: tuple[int, int], scale: 
 
 
 def ends_of(n_samples: int, n_tokens: int) -> Tensor:
-    """Where samples end that follow one another, 0 first."""
+    """Return 0 and the end of each sample, for samples packed one after another."""
     return torch.arange(0, (n_samples + 1) * n_tokens, n_tokens)
 
 
@@ -109,7 +109,7 @@ def of_documents(
 
 
 def bounds(causal: bool, window_size: tuple, unbounded: int | None) -> tuple[int, int]:
-    """(left, right), -1 for no bound; the packages have one word each for that."""
+    """Return (left, right), -1 for no bound; in the package's window_size that is `unbounded`."""
     assert all(size == unbounded if size is None or size < 0 else True for size in window_size)
     left, right = (-1 if size is None else size for size in window_size)
     return left, 0 if causal else right
@@ -277,7 +277,7 @@ class Four:
 
 
 def install(monkeypatch) -> None:
-    """Put the stand-ins where the packages are imported from."""
+    """Register the stand-ins under the import names of the packages."""
     calls.clear()
     for package in (Two, Three, Four):
         module = ModuleType(package.__doc__.split(";")[0])
@@ -287,12 +287,12 @@ def install(monkeypatch) -> None:
 
 
 def mode() -> tuple[int, bool]:
-    """PyTorch's deterministic mode, and whether new memory is filled in it."""
+    """Return PyTorch's deterministic mode, and True if it fills new memory."""
     return torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
 
 
 def install_in_torch() -> torch.library.Library:
-    """The operators that torch's own `varlen_attn` calls, on a CPU. They are there while the library is kept."""
+    """Register CPU operators for torch's own `varlen_attn`, for as long as the returned library is referenced."""
     calls.clear()
     library = torch.library.Library("aten", "IMPL")
 
@@ -312,9 +312,9 @@ def install_in_torch() -> torch.library.Library:
 
 
 def install_flash(library: torch.library.Library) -> None:
-    """The operators of torch's flash kernel on CUDA: (B, H, T, D), heads may share keys, widths are multiples of 8."""
+    """Register CPU operators for torch's flash kernel: (B, H, T, D); heads may share keys; D % 8 == 0."""
 
-    def heads_first(x):  # in another order than the operator's own, which callers cannot rely on
+    def heads_first(x):  # other strides than the operator's: callers cannot rely on them
         return x.transpose(1, 2).contiguous()
 
     def forward(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
@@ -329,8 +329,8 @@ def install_flash(library: torch.library.Library) -> None:
         assert y.shape == q.shape and lse.eq(1).all()
         calls.append({"mode": mode()})
         packed = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (grad, q, k, v))
-        found = attend_backward(*packed, ends_of(len(q), q.shape[2]), -1, 0, scale, 0.0)
-        return tuple(heads_first(x.unflatten(0, (len(q), -1))) for x in found)
+        gradients = attend_backward(*packed, ends_of(len(q), q.shape[2]), -1, 0, scale, 0.0)
+        return tuple(heads_first(x.unflatten(0, (len(q), -1))) for x in gradients)
 
     library.impl("_scaled_dot_product_flash_attention", forward, "CPU")
     library.impl("_scaled_dot_product_flash_attention_backward", backward, "CPU")

@@ -84,7 +84,7 @@ SPECS = {
     "everything": AttentionSpec(4, 2, 8, 6, window=7, softcap=1.5, scale=0.5),
 }
 HERE = [name for name in ATTENTION_BACKENDS if limits_on(name, DeviceInfo("cpu")) is not None]
-STAND_INS = ["flash2", "flash3", "flash4", "varlen"]  # run here on stand-ins for what they call
+STAND_INS = ["flash2", "flash3", "flash4", "varlen"]  # run here on stand-ins for the functions they call
 
 
 def requirements(spec=SPECS["multi-head"], packed=False):
@@ -162,7 +162,7 @@ def test_packages_get_views_document_lengths_and_a_request_for_a_deterministic_b
 
 
 @pytest.fixture
-def installed(monkeypatch, tmp_path):
+def install_package(monkeypatch, tmp_path):
     """Return a function that installs the metadata of a package."""
 
     def install(package, version):
@@ -180,14 +180,14 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("name", "kind"), TABLE)
-def test_every_limit_of_the_table_is_a_reason_before_anything_runs(name, kind, installed):
+def test_every_limit_of_the_table_is_a_reason_before_anything_runs(name, kind, install_package):
     here = DeviceInfo(kind, 9 if kind == "cuda" else None)
     can = limits_on(name, here)
     width, documents = can.max_head_dim or 64, can.documents
     spec = AttentionSpec(2, 1, width, width, 8 if can.window else None, 5.0 if can.softcap else None)
     if can.package is not None and can.package[0] != "torch":
         assert reason_unsupported(name, spec, documents, here, can.dtypes[0]) == f"{can.package[0]} is not installed"
-        installed(*can.package)
+        install_package(*can.package)
     assert all(reason_unsupported(name, spec, documents, here, dtype) is None for dtype in can.dtypes)
 
     def reason(spec=spec, documents=documents, here=here, dtype=can.dtypes[0]):
@@ -217,9 +217,9 @@ def test_every_limit_of_the_table_is_a_reason_before_anything_runs(name, kind, i
 @pytest.mark.parametrize(
     "name", [name for name in ATTENTION_BACKENDS if (can := limits_on(name, HOPPER)) and can.package]
 )
-def test_a_package_that_is_too_old_is_named_with_the_version_that_works(name, installed):
+def test_a_package_that_is_too_old_is_named_with_the_version_that_works(name, install_package):
     package, oldest = limits_on(name, HOPPER).package
-    installed(package, "0.9.1")
+    install_package(package, "0.9.1")
     reason = reason_unsupported(name, AttentionSpec(2, 2, 64, 64), False, HOPPER, torch.bfloat16)
     assert reason == f"{package} 0.9.1 is too old: {oldest} or later is needed"
 
@@ -233,7 +233,7 @@ def test_auto_tries_deterministic_back_ends_that_run_on_the_device():
     assert auto_candidates(DeviceInfo("cuda", 10))[:2] == ["flash4", "flash2"]
 
 
-def test_back_ends_that_need_cuda_are_no_part_of_the_reason_on_a_cpu():
+def test_the_reason_on_a_cpu_omits_back_ends_that_need_cuda():
     assert choose().as_text()["attention"] == "flash (matches the reference)"
 
 
@@ -374,7 +374,7 @@ def test_documents_start_at_end_of_text_tokens_and_at_samples():
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_flex_follows_the_mask_and_caps_scores(spec, packed):
-    """Its uncompiled forward, which is all that runs on a CPU."""
+    """A CPU runs only its uncompiled forward."""
     tokens, backend = torch.ones(2, 150, dtype=torch.int64), ATTENTION_BACKENDS["flex"]
     tokens[0, [40, 41, 130]] = tokens[1, 99] = 0
     visibility = Visibility(150, 150, CPU, spec.window, find_documents(tokens, 0) if packed else None)
@@ -426,7 +426,7 @@ def test_the_deterministic_mode_is_on_for_the_backward_of_attention_and_nothing_
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_flash_on_cuda_is_an_operator_with_a_deterministic_backward(compiled, n_kv_head, width):
-    projections = random(2, 6, 4 + 2 * n_kv_head, width)  # views of one product, as in the model
+    projections = random(2, 6, 4 + 2 * n_kv_head, width)  # views of one projection, as in the model
     before, reference = mode(), ATTENTION_BACKENDS["reference"]
     mask = reference.build_mask(Visibility(6, 6, CPU))
 
@@ -475,7 +475,7 @@ def step(model, tokens, packed):
     return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
 
 
-def test_the_drawn_graph_does_not_look_into_kernels(run, monkeypatch):
+def test_drawing_the_graph_does_not_trace_into_kernels(run, monkeypatch):
     """FlexAttention cannot be compiled while every operation is recorded."""
     recorders = []
 
@@ -532,7 +532,7 @@ def test_a_compiled_function_keeps_the_deterministic_backward():
 
 @pytest.mark.parametrize("window", [None, 50])
 def test_on_a_cpu_few_keys_are_attended_to_in_float32(window):
-    """Up to 192 keys, with half of the error; the result and the gradients have the dtype of the inputs."""
+    """Up to 192 keys, where it halves the error; the result and the gradients have the dtype of the inputs."""
     errors = {}
     for n_tokens in (FP32_MAX_KEYS, FP32_MAX_KEYS + 1):
         generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Background saves: they hold the tensors as they were at the call, one save at a time, by all ranks or by none."""
+"""Background saves hold the tensors of the time of the call, run one at a time, and succeed on all ranks or none."""
 
 import json
 import signal
@@ -187,7 +187,7 @@ def rows_of(rank: int, size: int, n: int = 10) -> tuple[int, int]:
 
 
 def save_by(size: int, folder, one_file_gib: float, step: int = 1) -> list[CheckpointWriter]:
-    """Each rank saves its rows; the first rank also saves the tensor that all have."""
+    """Save the rows of each rank; the first rank also saves the tensor that all ranks have."""
     whole, scalar = torch.arange(30.0).view(10, 3), torch.tensor(7.0)
     writers = [
         CheckpointWriter(folder, group, CheckpointConfig(one_file_gib=one_file_gib)) for group in writer_groups(size)

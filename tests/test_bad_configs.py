@@ -29,7 +29,7 @@ from training.train import FLAGS, train
 
 # --- planted mistakes ------------------------------------------------------------------------------
 
-# As written, and as YAML 1.2 reads it.
+# (text, its value in YAML 1.2)
 VALUES = [
     ("x y", "x y"), ("3", 3), ("-7", -7), ("0", 0), ("2.5", 2.5), ("1e-4", 1e-4), ("010", 10), ("no", "no"),
     ("12:30:45", "12:30:45"), ("true", True), ("null", None), ("[]", []), ("[1, 2]", [1, 2]), ("{a: 1}", {"a": 1}),
@@ -44,7 +44,7 @@ BOUNDS = {
 
 
 def is_valid(annotation: Any, limits: list, value: Any) -> bool:
-    """Return True if an option may have a value; slow, and without pydantic."""
+    """Return True if an option may have a value; independent of pydantic, and slow."""
     if get_origin(annotation) is Annotated and not sections(annotation):
         annotation, *more = get_args(annotation)
         limits = [*limits, *(part for one in more for part in getattr(one, "metadata", [one]))]
@@ -82,7 +82,7 @@ class Mistake(NamedTuple):
     by_flag: bool
 
 
-def shown(text: str, value: Any) -> str:
+def as_shown(text: str, value: Any) -> str:
     """Return a value as errors show it."""
     if isinstance(value, list | dict):
         return ("a section" if isinstance(value, dict) else "a list") if value else text
@@ -107,10 +107,10 @@ def mistakes(draw: st.DrawFn) -> Mistake:
     if kind == "value":
         text, value = draw(st.sampled_from(VALUES))
         assume(not is_valid(field.annotation, field.metadata, value))
-        assume(not (is_list(field.annotation) and value == [1, 2]))  # its entries are wrong, a line each
+        assume(not (is_list(field.annotation) and value == [1, 2]))  # each wrong entry has its own line
         assume(not (sections(field.annotation) and isinstance(value, dict)))
         by_flag = by_flag and "str" not in repr(field.annotation) and not sections(field.annotation)
-        return Mistake(section, (*at, name), text, f"{shown(text, value)} is not ", by_flag)
+        return Mistake(section, (*at, name), text, f"{as_shown(text, value)} is not ", by_flag)
     if kind == "misspelt":
         n = draw(st.integers(0, len(name) - 1))
         edited = {name[:n] + name[n + 1 :], name[:n] + name[n] + name[n:], name[:n] + name[n:].swapcase()}
@@ -173,7 +173,7 @@ def dotted(at: OptionPath) -> str:
 def errors_of(*argv: str) -> list[str]:
     """Run the train command, which must exit with status 2 in time and create nothing. Returns its error lines."""
     before, took = set(Path().iterdir()), math.inf
-    for _ in range(3):  # again if this process's garbage collection came between
+    for _ in range(3):  # retry: a garbage collection may cost a second
         start, out, err = time.process_time(), io.StringIO(), io.StringIO()
         with pytest.raises(SystemExit) as stop, redirect_stdout(out), redirect_stderr(err):
             cli.parse_command_line(list(argv), prog="train", doc="Train.", flags=FLAGS)
@@ -329,7 +329,7 @@ def test_a_wrong_command_line_is_one_line_before_torch_is_imported(tmp_path, lin
 
 # --- accepted configs run --------------------------------------------------------------------------
 
-# Options that stay as they are: sizes stay small, and nothing outside this machine is used.
+# Options to leave unchanged, so that sizes stay small and nothing outside this machine is used.
 LEFT = {
     "n_layer",
     "n_head",
@@ -353,7 +353,7 @@ CHANGED = [
 
 
 @st.composite
-def accepted(draw: st.DrawFn, options: dict) -> Config:
+def accepted_configs(draw: st.DrawFn, options: dict) -> Config:
     """Draw a small run with up to eight other options set to valid values."""
     tree = options | {"steps": 1, "schedule": {"type": "constant", "warmup_steps": 0}, "precision": "fp32"}
     model = tree["model"] = options["model"] | {"blocks": [{"mixer": {}, "ffn": {}}]}
@@ -365,14 +365,14 @@ def accepted(draw: st.DrawFn, options: dict) -> Config:
         node: Any = tree
         for key in at:
             node = node[key] if isinstance(node, list) else node.setdefault(key, {})
-        given = [*VALUES, *((word, word) for word in get_args(field.annotation) if isinstance(word, str))]
-        values = [value for _, value in given if is_valid(field.annotation, field.metadata, value)]
+        candidates = [*VALUES, *((word, word) for word in get_args(field.annotation) if isinstance(word, str))]
+        values = [value for _, value in candidates if is_valid(field.annotation, field.metadata, value)]
         values = [value for value in values if not isinstance(value, int) or value < 10**9]
         if node.get("type") == type_name(section) and values:
             node[name] = draw(st.sampled_from(values))
     try:
         return Config.model_validate(tree)
-    except ValidationError:  # a rule between options
+    except ValidationError:  # it violates a rule between options
         return assume(False)
 
 
@@ -381,7 +381,7 @@ def test_an_accepted_config_trains_a_finite_step(options, tmp_path, n):
     @settings(FUZZ, max_examples=n)
     @given(data=st.data())
     def runs(data: st.DataObject) -> None:
-        config = data.draw(accepted(options(out_dir=str(tmp_path / f"{time.monotonic_ns()}"))))
+        config = data.draw(accepted_configs(options(out_dir=str(tmp_path / f"{time.monotonic_ns()}"))))
         assert train(config) == 0, config
         (row,) = rows(Path(config.out_dir, config.name))
         assert math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])

@@ -13,7 +13,7 @@ HERE = Path(__file__).parent.parent / "benchmarks"
 
 @pytest.fixture
 def output_of(processes):
-    """Run a benchmark, as a fork that spares the imports; returns its output."""
+    """Run a benchmark as a fork, which saves the imports; return its output."""
 
     def run(name: str, *arguments: object) -> str:
         done = processes.start(str(HERE / name), *map(str, arguments)).wait(timeout_s=300)
@@ -58,6 +58,7 @@ def test_moe_vs_dense_trains_a_moe_and_its_twin_in_turns(output_of, tmp_path):
 TINY = ("--n_layer", 2, "--n_embd", 32, "--n_head", 2, "--n_positions", 32, "--samples", 4, "--vocab_size", 512)
 
 
+@pytest.mark.soak
 def test_step_compares_with_transformers_and_a_moe_with_its_twin(output_of):
     arguments = (*TINY, "--precision", "fp32", "--rounds", 1, "--device", "cpu", "--uncompiled")
     output = output_of("step.py", *arguments, "--only", "moe", "--no_memory")
@@ -76,7 +77,7 @@ def test_cuda_sh_runs_on_a_cpu_at_toy_size(tmp_path):
     tests, output, experts = ((tmp_path / f"cuda-{name}.txt").read_text() for name in ("tests", "steps", "experts"))
     assert "skipped" in tests and "failed" not in tests
     (missing,) = (line for line in output.splitlines() if "not here" in line)
-    assert "this, compiled, loss triton" in missing  # which is for CUDA
+    assert "this, compiled, loss triton" in missing  # needs CUDA
     assert "ceilings: a product of 256^3" in output and "MoE / twin: " in output
     assert "samples fit at a time" in output and "in kernels" in output
     for name in ("triton", "chunked", "reference"):
@@ -111,7 +112,7 @@ def small(recipe: Path, folder: Path, steps: int) -> Path:
 
 
 @pytest.mark.soak
-def test_around_prints_its_figures_beside_their_bars(output_of, tmp_path):
+def test_around_prints_its_figures_beside_their_limits(output_of, tmp_path):
     config = small(HERE.parent / "configs" / "quickstart.yaml", tmp_path, 8)
     output = output_of("around.py", "--config", config, "--steps", 12, "--every", 5, "--rounds", 1)
     first = ("first step of the cached quickstart", "12 equal blocks, compiled, first step", "again, from the cache")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, environment, write_config
-from launched import TRAIN, Launched, ranks_of, rows_in, wait_for_rows
+from launched import TRAIN, TorchrunRanks, ranks_of, rows_in, wait_for_rows
 from ruamel.yaml import YAML
 
 from training.options import cli
@@ -19,7 +19,7 @@ RECIPES = ROOT / "recipes"
 PAGE = (ROOT / "docs/clusters.md").read_text()
 
 
-def parsed(name: str) -> list[dict]:
+def read_yaml(name: str) -> list[dict]:
     return list(YAML(typ="safe").load_all((RECIPES / name).read_text()))
 
 
@@ -37,7 +37,7 @@ def check_command(words: list[str]) -> None:
 def commands(text: str) -> list[list[str]]:
     """Return the torchrun commands of a shell script, with values for the variables that the launcher sets."""
     text = re.sub(r'"\$\(.*\)"', "10.0.0.1", text.replace("\\\n", " ")).replace("my.yaml", "configs/quickstart.yaml")
-    text = text.replace('"$CONFIG"', parsed("skypilot.yaml")[0]["envs"]["CONFIG"])
+    text = text.replace('"$CONFIG"', read_yaml("skypilot.yaml")[0]["envs"]["CONFIG"])
     text = re.sub(r'"\$SKYPILOT_\w+"', "1", text)
     lines = [shlex.split(line, comments=True) for line in text.splitlines() if "torchrun " in line]
     return [words[words.index("exec") + 1 :] if "exec" in words else words for words in lines]
@@ -47,8 +47,8 @@ def commands(text: str) -> list[list[str]]:
 def test_every_torchrun_command_parses(monkeypatch):
     monkeypatch.chdir(ROOT)
     (block,) = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
-    (sky,) = parsed("skypilot.yaml")
-    *_, job = parsed("kubernetes.yaml")
+    (sky,) = read_yaml("skypilot.yaml")
+    *_, job = read_yaml("kubernetes.yaml")
     trainer = job["spec"]["trainer"]
     torchrun_commands = [*commands(block), *commands(sky["run"]), trainer["command"] + trainer["args"]]
     assert len(torchrun_commands) == 5
@@ -58,7 +58,7 @@ def test_every_torchrun_command_parses(monkeypatch):
 
 
 def test_the_kubernetes_job_names_its_runtime_and_volumes():
-    runtime, job = parsed("kubernetes.yaml")
+    runtime, job = read_yaml("kubernetes.yaml")
     assert job["spec"]["runtimeRef"] == {
         "apiGroup": runtime["apiVersion"].split("/")[0],
         "kind": runtime["kind"],
@@ -145,7 +145,7 @@ def test_torchrun_restarts_after_a_rank_is_killed(options, tmp_path):
         logging={"every": 1, "tensorboard": False}, parallel={"timeout_s": 5.0},
     ))  # fmt: skip
     folder, where = tmp_path / "runs/again", ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
-    ranks = Launched(tmp_path / "logs", *where, *TRAIN, "--config", str(path))
+    ranks = TorchrunRanks(tmp_path / "logs", *where, *TRAIN, "--config", str(path))
     try:
         wait_for_rows(folder, 20, ranks)
         ranks.signal(1, signal.SIGKILL)

@@ -1,6 +1,6 @@
 """Files of commit 68a78e2 still open: a configuration, a token cache, a run's checkpoint, an export.
 
-`tests/fixtures/68a78e2/make.py` made them.
+`tests/fixtures/68a78e2/make.py` wrote them.
 """
 
 import json
@@ -22,14 +22,14 @@ EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
 
 @pytest.fixture
 def old(tmp_path, monkeypatch) -> Path:
-    """A copy of the files, which is the working directory."""
+    """Copy the files and make the copy the working directory."""
     folder = shutil.copytree(FIXTURE, tmp_path / "old")
     monkeypatch.chdir(folder)
     return folder
 
 
 def cache_files(folder: Path) -> dict[str, int]:
-    """The files of the token shards, and the time of their last change."""
+    """Return the files of the token shards and the time of their last change."""
     return {
         str(path.relative_to(folder)): path.stat().st_mtime_ns
         for path in (folder / "cache").rglob("*")

@@ -10,7 +10,7 @@ FFN = {"dense": {}, "experts": {"type": "moe", "n_experts": 4, "hidden": 24}}
 
 
 def n_programs() -> int:
-    """Return the number of programs that were compiled so far; the trials of kernels are among them."""
+    """Return the number of compiled programs so far, including the trials of kernels."""
     return counters["stats"]["unique_graphs"]
 
 
@@ -46,8 +46,8 @@ def test_blocks_compiled_by_inductor_compute_the_same(run, ffn):
 
 @pytest.mark.usefixtures("by_aot_eager")
 @pytest.mark.parametrize("ffn", FFN)
-def test_equal_blocks_are_compiled_once_and_whole(ffn, build_run):
-    """Training is a program, and so is evaluation, and that of its last samples, which are fewer; Python does none."""
+def test_equal_blocks_are_compiled_once_without_a_graph_break(ffn, build_run):
+    """One program each for training, evaluation, and the smaller last batch of an evaluation; none runs in Python."""
     sizes = {"n_layer": 12, "n_head": 2, "n_embd": 16, "n_positions": 32, "blocks": [{"ffn": FFN[ffn]}]}
     run = build_run(model=sizes, parallel={"compile": True}, eval={"tokens": 32 * 7, "prompts": ["def "]})
     torch._dynamo.reset()
@@ -59,6 +59,6 @@ def test_equal_blocks_are_compiled_once_and_whole(ffn, build_run):
         run.sample()
         programs.append(n_programs())
     assert programs == [programs[0]] * 4 and 2 <= programs[0] <= 3
-    # A finalizer of an earlier test may be a frame without a program, so frames are compared with one another.
+    # An earlier test's finalizer may be a frame without a program, so compare the counts of frames.
     assert counters["frames"]["ok"] == counters["frames"]["total"]
     assert not counters["graph_break"] and not counters["recompile_limit"]

@@ -57,11 +57,11 @@ def test_every_count_has_a_unit(field):
 
 @pytest.mark.parametrize("section", dict.fromkeys(group.section for group in all_groups()))
 def test_every_default_is_valid(section):
-    given = {name: field.default for name, field in section.model_fields.items() if not field.is_required()}
+    defaults = {name: field.default for name, field in section.model_fields.items() if not field.is_required()}
     least = minimal_value(section) | {
         name: minimal_value(f.annotation) for name, f in section.model_fields.items() if f.is_required()
     }
-    assert section.model_validate(least | given) == section.model_validate(least)
+    assert section.model_validate(least | defaults) == section.model_validate(least)
     assert section.__doc__
 
 

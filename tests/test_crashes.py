@@ -1,4 +1,4 @@
-"""A run that is killed at any operation, any number of times, ends in the bits of one that was not."""
+"""A run killed at any operation, any number of times, ends in the same bits as one that was never killed."""
 
 import json
 import os
@@ -64,7 +64,7 @@ WRITES = ("open", "write", "fsync")
 
 
 def check_order(operations: list[tuple[str, str]]) -> None:
-    """Assert for four saves: files synced, then the manifest, the folder, the rename, its parent; then old ones go."""
+    """Assert the order of four saves: sync files, manifest, folder; rename; sync the parent; prune."""
     names = [(name, path.rpartition("/checkpoints")[2]) for name, path in operations if "/checkpoints" in path]
     places = {operation: [i for i, other in enumerate(names) if other == operation] for operation in set(names)}
     for step in (2, 4, 6, 8):
@@ -111,9 +111,9 @@ def test_a_run_killed_at_every_file_operation(kills, more, background):
 
 
 class Victim:
-    """A training process that is killed by the signs of its run seen from outside.
+    """A training process to kill when its files show that a moment has come.
 
-    At start-up it is a real command; at the other moments a fork, which spares the imports.
+    For "at start-up" it is a real command; for the other moments a fork, which saves the imports.
     """
 
     def __init__(self, processes, config: Path, folder: Path, moment: str):
@@ -127,13 +127,13 @@ class Victim:
         else:
             self.process = processes.start("training.train:main", *arguments)
 
-    def until(self, seen: Callable[[], bool]) -> None:
-        while not seen():
+    def until(self, is_true: Callable[[], bool]) -> None:
+        while not is_true():
             assert self.process.poll() is None, "it ended before it was killed"
             time.sleep(0.0005)
 
     def kill(self, draw: random.Random) -> bool:
-        """Kill it at its moment; returns True if the files that it left show that the moment was met."""
+        """Kill it at its moment; return True if its files show that the kill came in time."""
         if self.moment == "at start-up":
             time.sleep(draw.uniform(0.2, 1.0))
         else:
@@ -165,10 +165,10 @@ class Victim:
         return any(name.endswith(".tmp") for name in self.names())
 
     def too_many(self) -> bool:
-        return sum(name.startswith("step-") for name in self.names()) > 2 + 1  # two are kept, and the best
+        return sum(name.startswith("step-") for name in self.names()) > 2 + 1  # the two newest and the best are kept
 
     def evaluating(self) -> bool:
-        """True if the row of an evaluation's step is due and does not come."""
+        """Return True if an evaluation delays the next row."""
         n_rows = rows_in(self.folder)
         if n_rows % EVAL_EVERY != EVAL_EVERY - 1:
             return False
@@ -198,7 +198,7 @@ def test_kills_of_a_training_process_lose_nothing(processes, options, run, tmp_p
     path, draw = write_config(tmp_path / "killed.yaml", options(name="killed", **long)), random.Random(1)
     folder, seen = tmp_path / "runs/killed", []
     for moment in draw.sample(moments, len(moments)):
-        while not Victim(processes, path, folder, moment).kill(draw):  # the save was quicker than the signal
+        while not Victim(processes, path, folder, moment).kill(draw):  # retry if the save was faster than the signal
             continue
         seen.append(moment)
         latest(folder / "checkpoints", pytest.fail)
@@ -222,7 +222,7 @@ def test_a_run_stopped_at_every_kind_of_step_and_past_the_end_of_the_text(run, c
     short = SMALL | {"steps": 40, "schedule": {"warmup_steps": 4}, "checkpoint": {"every": 100}, "data": data}
     through = run(name="through", **short)
     n_samples = train_windows(config(**short))
-    assert n_samples < 40 * 4 / 2, "the text is read twice and more"
+    assert n_samples < 40 * 4 / 2, "the run reads the text more than twice"
     epoch = n_samples // 4
     steps = {"first": 1, "warm-up": 3, "evaluation": 4, "end of text": epoch, "new epoch": epoch + 1,
              "before the last": 39}  # fmt: skip
@@ -241,7 +241,7 @@ def test_a_run_stopped_at_every_kind_of_step_and_past_the_end_of_the_text(run, c
 
 
 def train_windows(config: Config) -> int:
-    """The number of samples in the training split."""
+    """Return the number of samples in the training split."""
     return Samples(prepare(config.data, quiet=True).train, n_positions=32, seed=0).n_samples
 
 
@@ -282,8 +282,8 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(finished, config
         path.write_bytes({"empty": b"", "half": half, "one byte less": data[:-1], "one byte more": data + b"\0"}[harm])
     capsys.readouterr()
     assert train(config(**SMALL)) == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if "falling back" in line]
-    assert len(said) == 1 and str(path.parent) in said[0]
+    messages = [line for line in capsys.readouterr().out.splitlines() if "falling back" in line]
+    assert len(messages) == 1 and str(path.parent) in messages[0]
     assert (tensors(folder, 8), rows(folder)) == before
 
 

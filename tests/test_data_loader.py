@@ -1,4 +1,4 @@
-"""Samples are a pure function of (seed, epoch, sample index), samples of (seed, step)."""
+"""Samples are a pure function of (seed, epoch, sample index), batches of (seed, step)."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def test_an_epoch_holds_every_window_once(n, seed, epoch):
 @given(value=st.integers(0, 2**62 - 1), half=st.integers(4, 31), seed=st.integers(0, 2**32 - 1))
 @settings(deadline=None)
 def test_the_feistel_network_is_invertible(value, half, seed):
-    """The inverse, written with Python's own integers, returns the number: a bijection at any size."""
+    """An inverse in Python integers recovers the number, so the network is a bijection of any size."""
     value %= 4**half
 
     def mix(z):
@@ -96,7 +96,7 @@ def test_a_sample_is_consecutive_tokens_and_the_target_is_the_next():
 @given(data=st.data())
 @settings(max_examples=30, deadline=None)
 def test_samples_do_not_depend_on_how_they_are_divided(data):
-    """Any division of the samples among ranks, micro-samples and restarts gives the same rows."""
+    """Any division of the samples among ranks, micro-batches and restarts gives the same rows."""
     weights = data.draw(st.sampled_from([None, (0.7, 0.3)]))
     split = split_of(330, 550, weights=weights) if weights else split_of(330)
     samples = Samples(split, n_positions=8, seed=data.draw(st.integers(0, 99)))
@@ -182,7 +182,7 @@ def test_a_token_beyond_the_vocabulary_is_an_error_and_not_a_crash_on_the_device
 # --- a step's batch ----------------------------------------------------------------------------------
 
 
-def test_a_rank_gets_its_part_of_the_steps_batch_with_the_samples_keys():
+def test_a_rank_gets_its_part_of_the_batch_with_the_samples_keys():
     samples = Samples(split_of(331), n_positions=8, seed=5, end_of_text=300)
     indices = 3 * 16 + np.arange(4, 9)
     batch = Loader(samples, 16, range(4, 9)).at(3)
@@ -209,7 +209,7 @@ def test_a_prefetched_batch_is_read_once_and_belongs_to_its_step(monkeypatch):
     assert loader.at(0).tokens_BT.tolist() == expected[0]
 
 
-def test_an_error_while_prefetching_is_raised_by_the_step_that_needs_the_batch_if_it_lasts(monkeypatch):
+def test_a_lasting_prefetch_error_is_raised_by_the_step_that_needs_the_batch(monkeypatch):
     loader = Loader(Samples(split_of(331), n_positions=8, seed=5), 4, range(4))
     with monkeypatch.context() as patch:
         patch.setattr(Samples, "at", failing)

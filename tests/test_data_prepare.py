@@ -58,7 +58,7 @@ def texts(dataset, split: str) -> list[str]:
     return [dataset.tokenizer.decode(ids[1:]) for ids in np.split(stream.tokens, stream.documents[1:].astype(int))]
 
 
-# --- what is on disk -------------------------------------------------------------------------------
+# --- files on disk ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_workers", [1, 2])
@@ -239,7 +239,7 @@ def run(folder: Path, program: str, **options: object) -> list[str]:
 
 
 @pytest.mark.skipif(not hasattr(sys, "addaudithook") or sys.platform == "win32", reason="needs fork")
-def test_a_kill_at_any_operation_leaves_nothing_that_counts(folder):
+def test_a_kill_at_any_operation_leaves_no_incomplete_dataset(folder):
     program = """
         k, killed = 0, True
         while killed:
@@ -247,8 +247,8 @@ def test_a_kill_at_any_operation_leaves_nothing_that_counts(folder):
             _, status = os.waitpid(child(kill_at=k), 0)
             killed = os.WIFSIGNALED(status)
             assert os.waitpid(child(), 0)[1] == 0
-            left = [name for name in os.listdir(config.cache_dir) if "." not in name or "partial" in name]
-            assert len(left) == 1 and "partial" not in left[0], left
+            leftovers = [name for name in os.listdir(config.cache_dir) if "." not in name or "partial" in name]
+            assert len(leftovers) == 1 and "partial" not in leftovers[0], leftovers
             os.system(f"rm -r {config.cache_dir}")
         print(k)
     """
@@ -269,12 +269,12 @@ def test_processes_that_prepare_at_once_build_one_dataset(folder):
 
 
 def test_files_of_another_killed_build_are_removed(folder):
-    left = folder / "cache" / "0123456789abcdef.partial"
-    left.mkdir(parents=True)
-    (left / "train-0.tokens").write_text("half")
+    partial = folder / "cache" / "0123456789abcdef.partial"
+    partial.mkdir(parents=True)
+    (partial / "train-0.tokens").write_text("half")
     prepare(config_of(folder), quiet=True)
     assert len(datasets_in(folder / "cache")) == 1
-    assert not left.exists()
+    assert not partial.exists()
 
 
 def test_files_of_an_earlier_killed_build_of_the_same_data_are_removed(folder):
@@ -390,7 +390,7 @@ def test_a_token_beyond_the_vocabulary_in_a_file_too_long_to_hash_is_an_error(fo
         Samples(dataset.val, n_positions=8, seed=None).at([0])
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_reported_in_one_line(folder, monkeypatch):
     place = folder / "cache"
     with Path("/dev/full").open("wb", buffering=0) as full:

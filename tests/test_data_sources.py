@@ -45,7 +45,7 @@ def test_every_source_has_a_reader():
     assert variants == set(READERS)
 
 
-# --- what is read ----------------------------------------------------------------------------------
+# --- documents -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".md", ".py"])
@@ -276,7 +276,7 @@ def test_characters_across_blocks_are_decoded(tmp_path, monkeypatch):
 # --- held out --------------------------------------------------------------------------------------
 
 
-def test_a_larger_fraction_keeps_all_that_a_smaller_one_held_out():
+def test_a_larger_fraction_holds_out_all_that_a_smaller_one_does():
     keys = [str(i) for i in range(5000)]
     smaller = {key for key in keys if is_held_out(key, 0.02)}
     larger = {key for key in keys if is_held_out(key, 0.1)}

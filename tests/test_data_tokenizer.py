@@ -72,7 +72,7 @@ def test_the_fast_encoder_gives_the_same_tokens(text):
         check_same_tokens(tokenizer, text)
 
 
-def test_the_fast_encoder_classifies_all_characters_alike():
+def test_the_fast_encoder_splits_around_every_character_like_the_tokenizer():
     points = [chr(point) for point in [*range(0xD800), *range(0xE000, 0x18000), *range(0x1D000, 0x20000)]]
     check_same_tokens(BPE, "".join(f"a{c}{c}1 {c} \n" for c in points))
 
@@ -84,7 +84,7 @@ def test_the_fast_encoder_gives_gpt2s_tokens():
     check_same_tokens(tokenizer, Path(subprocess.__file__).read_text() + " ".join(words) + "aaaa" * 5000 + " " * 5000)
 
 
-PAIRS = [("b", "c"), ("a", "b"), ("ab", "c")]  # of "abc" the first joins b and c: "abc" does not come about
+PAIRS = [("b", "c"), ("a", "b"), ("ab", "c")]  # the first merge of "abc" joins b and c, so "abc" is never a token
 
 
 @pytest.mark.parametrize(
@@ -116,17 +116,17 @@ PAIRS = [("b", "c"), ("a", "b"), ("ab", "c")]  # of "abc" the first joins b and 
         ({"added_tokens": [{"special": False}]}, "whole words"),
     ],
 )
-def test_there_is_no_fast_encoder_for_tokenizers_that_it_would_change(change, why):
-    described = json.loads(BPE.inner.to_str())
+def test_a_tokenizer_with_features_that_the_fast_encoder_lacks_has_none(change, why):
+    description = json.loads(BPE.inner.to_str())
     for name, value in change.items():
         if name == "added_tokens":
-            described[name].append(described[name][0] | {"id": 400, "content": "whole", "special": False})
+            description[name].append(description[name][0] | {"id": 400, "content": "whole", "special": False})
         elif isinstance(value, dict) and name == "model":
-            vocab = unicode_to_bytes() if "vocab" in value else described["model"]["vocab"]
-            described["model"] |= value | {"vocab": vocab | value.get("vocab", {})}
+            vocab = unicode_to_bytes() if "vocab" in value else description["model"]["vocab"]
+            description["model"] |= value | {"vocab": vocab | value.get("vocab", {})}
         else:
-            described[name] = value
-    assert build_fast_encoder(tokenizers.Tokenizer.from_str(json.dumps(described))) is None, why
+            description[name] = value
+    assert build_fast_encoder(tokenizers.Tokenizer.from_str(json.dumps(description))) is None, why
 
 
 def test_token_i_of_the_byte_tokenizer_is_byte_i():
@@ -147,7 +147,7 @@ def test_the_end_of_text_token_is_the_last_and_never_encoded_from_text():
 
 
 def test_training_learns_the_same_in_another_process():
-    """Hash order, threads and seeds of the process have no influence."""
+    """Hash order, threads and seeds of the process have no effect."""
     program = (
         "import sys, hashlib; from training.data.tokenizer import train_bpe;"
         "print(hashlib.sha256(train_bpe([sys.stdin.read()] * 3, 400).inner.to_str().encode()).hexdigest())"

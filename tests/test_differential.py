@@ -37,7 +37,7 @@ def layer(options) -> tuple[DifferentialAttention, ModelConfig]:
     return mixer, model
 
 
-def rotated(x_D: Tensor, position: int) -> Tensor:
+def rotate(x_D: Tensor, position: int) -> Tensor:
     """Rotate each pair (i, i + D/2), as a complex number, by position x 10000^(-2i/D)."""
     half = len(x_D) // 2
     pairs = torch.complex(x_D[:half], x_D[half:])
@@ -46,7 +46,7 @@ def rotated(x_D: Tensor, position: int) -> Tensor:
     return torch.cat([pairs.real, pairs.imag])
 
 
-def normalized(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def normalize(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / (x.square().mean() + eps).sqrt() * weight
 
 
@@ -62,8 +62,8 @@ def by_query(mixer: DifferentialAttention, model: ModelConfig, x_BTC: Tensor) ->
         """Return the query or key of one head of n, of the first (0) or second (1) softmax."""
         start = (softmax * n + head) * half
         z = projection.weight[start : start + half] @ token + projection.bias[start : start + half]
-        z = normalized(z, norm.weight, model.norm_eps) if config.qk_norm else z
-        return rotated(z, position) if config.rope else z
+        z = normalize(z, norm.weight, model.norm_eps) if config.qk_norm else z
+        return rotate(z, position) if config.rope else z
 
     def result(sample: Tensor, t: int, h: int) -> Tensor:
         """Return the result of head h for query t."""
@@ -80,7 +80,7 @@ def by_query(mixer: DifferentialAttention, model: ModelConfig, x_BTC: Tensor) ->
                 scores = [config.softcap * (score / config.softcap).tanh() for score in scores]
             total = sum(score.exp() for score in scores)
             y = y + sign * sum(score.exp() / total * v for score, v in zip(scores, values, strict=True))
-        return normalized(y, mixer.head_norm.weight, model.norm_eps) * (1 - config.lambda_init)
+        return normalize(y, mixer.head_norm.weight, model.norm_eps) * (1 - config.lambda_init)
 
     rows = [
         mixer.out.weight @ torch.cat([result(sample, t, h) for h in range(n_head)]) + mixer.out.bias

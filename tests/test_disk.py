@@ -46,34 +46,34 @@ def test_a_run_that_does_not_fit_on_the_disk_ends_before_the_first_step(config, 
     assert train(config(out_dir=str(disk / "runs"), checkpoint={"keep": 1, "keep_best": False})) == 0
 
 
-def test_the_disk_needs_room_for_all_checkpoints_and_the_model_less_existing_ones(config, small_disk):
+def test_the_disk_needs_room_for_the_model_and_all_missing_checkpoints(config, small_disk):
     disk = small_disk(4096)
-    made = config(out_dir=str(disk / "runs"))
-    stats = model_stats(made.model.model_copy(update={"vocab_size": 320}))
-    a_save, weights = checkpoint_bytes(stats, made), 4 * stats.n_parameters
-    whole = n_checkpoints(made) * a_save + weights
-    assert n_checkpoints(made) == made.checkpoint.keep + 2, "the best, and the one being written"
+    run_config = config(out_dir=str(disk / "runs"))
+    stats = model_stats(run_config.model.model_copy(update={"vocab_size": 320}))
+    a_save, weights = checkpoint_bytes(stats, run_config), 4 * stats.n_parameters
+    whole = n_checkpoints(run_config) * a_save + weights
+    assert n_checkpoints(run_config) == run_config.checkpoint.keep + 2, "the best checkpoint, and the one in progress"
     assert a_save == 3 * weights > 2 * PAGE
     for room, fits in ((whole, True), (whole - weights // 2, False)):
         fill(disk, room + PAGE)
-        assert (disk_shortage(stats, made) is None) == fits, room
+        assert (disk_shortage(stats, run_config) is None) == fits, room
     (disk / "filler").unlink()
     existing = disk / "runs/small/checkpoints/step-00000003"
     existing.mkdir(parents=True)
     (existing / "model.safetensors").write_bytes(bytes(a_save))
     fill(disk, whole - a_save + PAGE)
-    assert disk_shortage(stats, made) is None
-    assert "lower checkpoint.keep" in disk_shortage(stats, made, fresh=True), "the old run keeps its checkpoints"
+    assert disk_shortage(stats, run_config) is None
+    assert "lower checkpoint.keep" in disk_shortage(stats, run_config, fresh=True), "the old run keeps its checkpoints"
 
 
 def test_a_disk_of_the_required_size_is_enough(config, small_disk):
-    """Beside 256 KiB for logs and file names."""
+    """The disk also has 256 KiB for logs and file names."""
     disk = small_disk(4096)
-    made = config(out_dir=str(disk / "runs"), checkpoint={"every": 1, "keep": 3})
-    stats = model_stats(made.model.model_copy(update={"vocab_size": 320}))
+    run_config = config(out_dir=str(disk / "runs"), checkpoint={"every": 1, "keep": 3})
+    stats = model_stats(run_config.model.model_copy(update={"vocab_size": 320}))
     weights = 4 * stats.n_parameters
-    fill(disk, n_checkpoints(made) * checkpoint_bytes(stats, made) + weights + 2**18)
-    assert train(made) == 0
+    fill(disk, n_checkpoints(run_config) * checkpoint_bytes(stats, run_config) + weights + 2**18)
+    assert train(run_config) == 0
 
 
 def test_without_keep_best_the_best_checkpoint_is_neither_saved_nor_kept(run):
@@ -119,7 +119,7 @@ def test_a_full_disk_during_a_save_loses_nothing(config, run, small_disk, at_ste
 
 
 def fill(disk, room: int) -> None:
-    """Fill the disk but for `room` bytes, or up to a page more."""
+    """Fill the disk, leaving `room` bytes or up to a page more."""
     (disk / "filler").unlink(missing_ok=True)
     stat = os.statvfs(disk)
     (disk / "filler").write_bytes(b"x" * max(0, stat.f_bavail * stat.f_frsize - room))

@@ -19,7 +19,7 @@ from training.distributed.sharded_model import SAVED_OPERATORS
 from training.distributed.world import World
 from training.errors import UserError
 
-STEPS, MANY = 10, 30  # of `make test`; of the soak
+STEPS, MANY = 10, 30  # in `make test`; in soak tests
 MOE = {
     "n_embd": 32,
     "n_positions": 32,
@@ -29,7 +29,7 @@ MOE = {
         {"ffn": {"type": "moe", "n_experts": 4, "hidden": 16, "scoring": "sigmoid", "n_shared": 1, "gated": True}},
     ],
 }
-# Samples that ranks do not share evenly; three rows more than a multiple of four, which FSDP2 cuts unevenly.
+# Sample counts that do not divide evenly by the ranks, and vocabularies that FSDP2 shards unevenly.
 MODELS = {
     "moe": {"batch_tokens": 10 * 32, "optim": {"type": "muon"}, "model": MOE | {"n_layer": 2, "n_head": 2}},
     "dense": {
@@ -37,7 +37,7 @@ MODELS = {
         "model": {"n_layer": 6, "n_head": 2, "n_embd": 22, "n_positions": 16, "vocab_size": 259, "tie_head": False},
     },
 }
-# (model, micro-batch, mesh) by the number of ranks; "others" run in the soak only.
+# (model, micro-batch, mesh) by the number of ranks; "others" run in soak tests only.
 RANKS = {
     "2": [("moe", 1, {}), ("moe", 8, {"shard": 2}), ("moe", 2, {"expert": 2}), ("moe", 4, {"shard": 2, "expert": 2}),
           ("dense", 2, {}), ("dense", 4, {"shard": 2})],
@@ -48,8 +48,8 @@ RANKS = {
 FEW_AND_MANY = [STEPS, pytest.param(MANY, marks=pytest.mark.soak)]
 
 
-def changed(kind: str, name: str, micro_batch: int, mesh: dict, steps: int = STEPS, **more) -> dict:
-    """Changes of the small run's options."""
+def changes_of(kind: str, name: str, micro_batch: int, mesh: dict, steps: int = STEPS, **more) -> dict:
+    """Return changes of the small run's options."""
     parallel = {"device": "cpu", "mesh": mesh} | more.pop("parallel", {})
     common = {
         "name": name,
@@ -57,24 +57,24 @@ def changed(kind: str, name: str, micro_batch: int, mesh: dict, steps: int = STE
         "micro_batch": micro_batch,
         "parallel": parallel,
         "logging": {"tensorboard": False},
-        "eval": {"tokens": 7 * 32},  # windows that ranks do not share evenly
+        "eval": {"tokens": 7 * 32},  # does not divide evenly by the ranks
     }
     return MODELS[kind] | common | more
 
 
 @pytest.fixture(scope="module")
 def references() -> dict:
-    """Results of one process by (model, steps); filled by the first test that asks."""
+    """Results of one process by (model, steps); filled on first use."""
     return {}
 
 
 @pytest.fixture
 def of_one(references, config):
-    """The result of one process, computed once per model and number of steps."""
+    """Return a function that returns the result of one process, computed once per model and number of steps."""
 
     def get(kind: str, steps: int) -> tuple[dict, dict[str, torch.Tensor]]:
         if (kind, steps) not in references:
-            references[kind, steps] = train_alone(config(**changed(kind, f"{kind}-alone", 4, {}, steps)))
+            references[kind, steps] = train_alone(config(**changes_of(kind, f"{kind}-alone", 4, {}, steps)))
         return references[kind, steps]
 
     return get
@@ -87,7 +87,7 @@ def train_alone(config: Config, stop_at: int | None = None) -> tuple[dict, dict[
 
 @pytest.fixture
 def train_on_ranks(processes, options, tmp_path):
-    """Train one run after another on the same ranks; returns each one's result, and what the ranks printed."""
+    """Train one run after another on the same ranks; returns each run's result, and the output of the ranks."""
 
     def go(n_ranks: int, runs: list[dict], *, status: int = 0, **variables: str) -> tuple[list[tuple], str]:
         paths = [write_config(tmp_path / f"{i}.yaml", options(**changes)) for i, changes in enumerate(runs)]
@@ -105,7 +105,7 @@ def train_on_ranks(processes, options, tmp_path):
 
 
 def assert_same(ours: tuple[dict, dict], theirs: tuple[dict, dict], label: str, n_before: int = 0) -> None:
-    """Assert equality up to the order of sums; `ours` may be of a run that was resumed after `n_before` steps."""
+    """Assert equality up to the order of sums; `ours` may belong to a run resumed after `n_before` steps."""
     (outcome, weights), (their_outcome, their_weights) = ours, theirs
     steps = their_outcome["steps"]
     assert outcome["tokens"] == their_outcome["tokens"][n_before:], label
@@ -123,7 +123,7 @@ def assert_same(ours: tuple[dict, dict], theirs: tuple[dict, dict], label: str, 
 @pytest.mark.parametrize("micro_batch", [1, 2, 8])
 @pytest.mark.parametrize("kind", MODELS)
 def test_results_do_not_depend_on_the_micro_batch(kind, micro_batch, steps, config, of_one):
-    ours = train_alone(config(**changed(kind, "cut", micro_batch, {}, steps)))
+    ours = train_alone(config(**changes_of(kind, "cut", micro_batch, {}, steps)))
     assert_same(ours, of_one(kind, steps), f"micro-batch {micro_batch}")
 
 
@@ -131,7 +131,7 @@ def test_results_do_not_depend_on_the_micro_batch(kind, micro_batch, steps, conf
 @pytest.mark.parametrize("ranks", ["2", "4", pytest.param("4, others", marks=pytest.mark.soak)])
 def test_results_do_not_depend_on_ranks_and_layouts(ranks, steps, train_on_ranks, of_one):
     runs, n_ranks = RANKS[ranks], int(ranks[0])
-    changes = [changed(kind, f"{i}", micro_batch, mesh, steps) for i, (kind, micro_batch, mesh) in enumerate(runs)]
+    changes = [changes_of(kind, f"{i}", micro_batch, mesh, steps) for i, (kind, micro_batch, mesh) in enumerate(runs)]
     outcomes, _ = train_on_ranks(n_ranks, changes)
     for (kind, _, mesh), ours in zip(runs, outcomes, strict=True):
         assert_same(ours, of_one(kind, steps), f"{kind} on {n_ranks} {mesh}")
@@ -143,10 +143,10 @@ def test_a_rank_whose_experts_get_no_token_contributes_zero_gradients(train_on_r
         "steps": 4,
         "model": MOE | {"n_layer": 2, "n_head": 2, "blocks": [{"ffn": {**MOE["blocks"][0]["ffn"], "balance": "none"}}]},
     }
-    alone = train_alone(config(**changed("moe", "starved-alone", 4, {}, **changes)))
+    alone = train_alone(config(**changes_of("moe", "starved-alone", 4, {}, **changes)))
     assert {tuple(load) for step in alone[0]["steps"] for load in step["expert_load"]} == {(0.5, 0.5, 0, 0)}
     meshes = [{"expert": 2}, {"shard": 2, "expert": 2}]
-    runs = [changed("moe", f"starved-{i}", 2, mesh, **changes) for i, mesh in enumerate(meshes)]
+    runs = [changes_of("moe", f"starved-{i}", 2, mesh, **changes) for i, mesh in enumerate(meshes)]
     outcomes, _ = train_on_ranks(2, runs, ALL_TO="0,1")
     for mesh, ours in zip(meshes, outcomes, strict=True):
         assert_same(ours, alone, f"{mesh}")
@@ -165,11 +165,11 @@ DENSE_LEGS = [(4, 0.3, 8, {"shard": 4}), (2, 0.7, 2, {}), (1, 1.0, 4, {})]
     ],
 )
 def test_a_run_may_move_between_layouts(kind, legs, steps, train_on_ranks, config, of_one, tmp_path):
-    """Each leg resumes the checkpoint of the one before, on other ranks."""
+    """Each leg resumes the checkpoint of the previous leg in another layout."""
     outcome = {"steps": [], "tokens": []}
     for n_ranks, share, micro_batch, mesh in legs:
         files = {"one_file_gib": 0 if n_ranks == 2 else 8}
-        changes, stop = changed(kind, "moved", micro_batch, mesh, steps, checkpoint=files), round(share * steps)
+        changes, stop = changes_of(kind, "moved", micro_batch, mesh, steps, checkpoint=files), round(share * steps)
         if n_ranks == 1:
             leg, weights = train_alone(config(**changes), stop)
         else:
@@ -184,7 +184,7 @@ def test_a_run_may_move_between_layouts(kind, legs, steps, train_on_ranks, confi
 def test_a_rank_out_of_memory_inside_a_collective_ends_the_run_which_resumes_with_a_smaller_micro_batch(
     train_on_ranks, config
 ):
-    changes = changed("moe", "ended", 4, {"shard": 2}, steps=6)
+    changes = changes_of("moe", "ended", 4, {"shard": 2}, steps=6)
     train_on_ranks(2, [changes], STOP_AT="2")
     _, output = train_on_ranks(2, [changes], status=1, OUT_OF_MEMORY="1:1")
     (line,) = [line for line in output.splitlines() if "out of memory" in line]
@@ -195,21 +195,21 @@ def test_a_rank_out_of_memory_inside_a_collective_ends_the_run_which_resumes_wit
     )
     [(outcome, weights)], _ = train_on_ranks(2, [changes])
     assert outcome["micro_batch"] == 2
-    alone = train_alone(config(**changed("moe", "alone", 4, {}, steps=6)))
+    alone = train_alone(config(**changes_of("moe", "alone", 4, {}, steps=6)))
     assert_same((outcome, weights), alone, "ended and resumed", n_before=2)
 
 
 def test_ranks_on_different_processors_agree_on_the_known_micro_batch(train_on_ranks, tmp_path):
-    """A run that began on two alike resumes on two that are not: both ranks try again which micro-batch fits."""
-    changes = changed("dense", "unlike", "auto", {}, steps=4)
+    """The resumed run has two different processors, so both ranks search again for a micro-batch that fits."""
+    changes = changes_of("dense", "unlike", "auto", {}, steps=4)
     train_on_ranks(2, [changes], STOP_AT="2")
     train_on_ranks(2, [changes], THREADS="1,2")
     known = json.loads((tmp_path / "runs/unlike/checkpoints/step-00000004/state.json").read_text())["micro_batch"]
     assert sorted("1 thread " in hardware and "2 threads" in hardware for hardware in known) == [False, True]
 
 
-class Counted(TorchDispatchMode):
-    """Counts the operators that selective recomputation keeps, where they run."""
+class OperatorCounter(TorchDispatchMode):
+    """Counts calls of the operators whose results selective checkpointing saves."""
 
     def __init__(self):
         super().__init__()
@@ -221,12 +221,12 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_selective_recomputation_does_not_repeat_products_and_attention(build_run):
-    """The operators of a forward and backward are counted as they run."""
+def test_selective_checkpointing_repeats_neither_matmuls_nor_attention(build_run):
+    """Count the operators of a forward and a backward."""
     counts = {}
     for recompute in ("none", "selective", "full"):
-        run = build_run(**changed("moe", recompute, 4, {}, parallel={"recompute": recompute}))
-        with Counted() as counts[recompute]:
+        run = build_run(**changes_of("moe", recompute, 4, {}, parallel={"recompute": recompute}))
+        with OperatorCounter() as counts[recompute]:
             run.train_step()
     none, selective, full = (counted.counts for counted in counts.values())
     assert selective == none
@@ -236,8 +236,8 @@ def test_selective_recomputation_does_not_repeat_products_and_attention(build_ru
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputation_changes_no_bit(kind, recompute, config, of_one):
-    outcome, weights = train_alone(config(**changed(kind, "again", 4, {}, parallel={"recompute": recompute})))
+def test_activation_checkpointing_changes_no_bit(kind, recompute, config, of_one):
+    outcome, weights = train_alone(config(**changes_of(kind, "again", 4, {}, parallel={"recompute": recompute})))
     theirs, their_weights = of_one(kind, STEPS)
     assert outcome == theirs
     assert all(torch.equal(tensor, their_weights[name]) for name, tensor in weights.items())
@@ -287,7 +287,7 @@ def test_a_dense_model_has_no_experts_to_split():
         mesh_shape(MeshConfig(expert=2), 2, ModelConfig())
 
 
-def test_a_mesh_that_can_never_fit_is_refused_with_the_options():
+def test_a_mesh_that_can_never_fit_is_an_error_of_the_options():
     with pytest.raises(ValueError, match="2 does not divide shard 3"):
         Config.model_validate(
             {"data": {"sources": [{"type": "stdlib"}]}, "parallel": {"mesh": {"shard": 3, "expert": 2}}}
@@ -295,7 +295,7 @@ def test_a_mesh_that_can_never_fit_is_refused_with_the_options():
 
 
 def test_the_saved_operators_of_our_kernels_are_defined():
-    """A renamed kernel file or operator would silently be recomputed."""
+    """Selective checkpointing would silently recompute a renamed operator."""
     package = Path(__file__).parent.parent / "training"
     for operator in (name for name in SAVED_OPERATORS if name.startswith("training_")):
         namespace, _, name = operator.partition("::")

@@ -28,13 +28,13 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_files_that_are_named_are_there(page):
+def test_files_that_a_page_names_exist(page):
     named = re.findall(r"`((?:benchmarks|configs|docs|tests|training)/[\w./]+\.\w+)`", page.read_text())
     missing = [name for name in named if not (ROOT / name).exists() and not (ROOT / "training" / name).exists()]
     assert not missing
 
 
-def test_the_reading_path_is_an_afternoon():
+def test_the_reading_path_has_the_listed_lengths():
     """The lengths in architecture.md are those of the files, within a tenth, and stay under 2,000 lines together."""
     rows = re.findall(
         r"^\| \d+ \| \[(training/[^]]+)\].*?\| (\d+) \|", (ROOT / "docs/architecture.md").read_text(), re.M

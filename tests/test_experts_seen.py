@@ -32,14 +32,14 @@ THREE_DEAD = [0.005, 0.0, 0.009, *[0.1972] * 5]
 # --- the console -----------------------------------------------------------------------------------
 
 
-def reported(loads: list[list[float]], layer: int = 4) -> list[tuple[int, str]]:
+def reports_of(loads: list[list[float]], layer: int = 4) -> list[tuple[int, str]]:
     """Return (step, line) of a run with these loads of its one MoE layer."""
     watch = DeadExpertWatch(layer)
     return [(step, line) for step, load in enumerate(loads, start=1) if (line := watch.update(load))]
 
 
-def test_dead_experts_are_reported_once_and_again_when_it_has_lasted_twice_as_long():
-    assert reported([EVEN] * 50 + [THREE_DEAD] * 1000) == [
+def test_dead_experts_are_reported_again_after_twice_as_many_steps():
+    assert reports_of([EVEN] * 50 + [THREE_DEAD] * 1000) == [
         (250, "layer 5: 3 of 8 experts received < 1 % of tokens for 200 steps"),
         (450, "layer 5: 3 of 8 experts received < 1 % of tokens for 400 steps"),
         (850, "layer 5: 3 of 8 experts received < 1 % of tokens for 800 steps"),
@@ -47,12 +47,12 @@ def test_dead_experts_are_reported_once_and_again_when_it_has_lasted_twice_as_lo
 
 
 def test_one_step_with_tokens_restarts_the_count():
-    assert reported([THREE_DEAD] * 199 + [EVEN] + [THREE_DEAD] * 199) == []
+    assert reports_of([THREE_DEAD] * 199 + [EVEN] + [THREE_DEAD] * 199) == []
 
 
 def test_another_dead_expert_is_reported():
     four = [0.0] * 4 + [0.25] * 4
-    assert reported([THREE_DEAD] * 150 + [four] * 300)[:2] == [
+    assert reports_of([THREE_DEAD] * 150 + [four] * 300)[:2] == [
         (200, "layer 5: 3 of 8 experts received < 1 % of tokens for 200 steps"),
         (400, "layer 5: 4 of 8 experts received < 1 % of tokens for 250 steps"),
     ]
@@ -60,8 +60,8 @@ def test_another_dead_expert_is_reported():
 
 def test_with_many_experts_the_threshold_is_a_tenth_of_an_even_share():
     load = [0.0015, *[0.9985 / 63] * 63]
-    assert reported([load] * 200) == [(200, "layer 5: 1 of 64 experts received < 0.16 % of tokens for 200 steps")]
-    assert reported([[0.002, *[0.998 / 63] * 63]] * 200) == []
+    assert reports_of([load] * 200) == [(200, "layer 5: 1 of 64 experts received < 0.16 % of tokens for 200 steps")]
+    assert reports_of([[0.002, *[0.998 / 63] * 63]] * 200) == []
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -70,13 +70,13 @@ def test_every_report_is_true_and_reports_are_rare(seed):
     for _ in range(3000):
         dead_E = [not dead if draw.random() < 1 / 400 else dead for dead in dead_E]
         loads.append([0.0 if dead else 0.125 for dead in dead_E])
-    lines = reported(loads)
+    lines = reports_of(loads)
     assert lines
     for step, line in lines:
         n, steps = map(int, re.fullmatch(r"layer 5: (\d) of 8 .* for (\d+) steps", line).groups())
         assert steps >= PATIENCE
         before = np.array(loads[:step])
-        assert (before[-steps:] < dead_expert_threshold(8)).all(axis=0).sum() == n  # exactly these for that long
+        assert (before[-steps:] < dead_expert_threshold(8)).all(axis=0).sum() == n  # no other expert was dead as long
         assert (before[-PATIENCE:] < dead_expert_threshold(8)).all(axis=0).sum() == n
     assert all(later - earlier >= PATIENCE for (earlier, _), (later, _) in pairwise(lines))
 
@@ -155,7 +155,7 @@ def count_assignments(model: GPT, samples: Samples) -> dict[int, Counter]:
 
 
 def preferred_by(expert: int, counts: Counter, top_k: int, n_ids: int) -> list[tuple[int, float, int]]:
-    """Return (token, lift, times sent here) by definition: share of the token's assignments over that of all tokens."""
+    """Return (token, lift, times sent here) by definition; lift: share of the token's assignments over that of all."""
     of_token, of_expert = Counter(), Counter()
     for (token, to), n in counts.items():
         of_token[token] += n

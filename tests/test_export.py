@@ -1,4 +1,4 @@
-"""Exports: written, opened by Transformers alone, compared; and the Python files of a custom architecture."""
+"""Transformers alone opens every export, with equal logits; custom architectures bring their Python files."""
 
 import importlib
 import json
@@ -42,7 +42,7 @@ TRANSFORMERS_4 = Path(sys.prefix, "transformers-4")
 OPEN = Path(__file__).with_name("open_custom.py")
 
 
-def perturbed(options) -> GPT:
+def noisy_model(options) -> GPT:
     """Return a model with noise in every tensor."""
     model = init_weights(GPT(ModelConfig.model_validate(SIZES | options)), 0)
     generator = torch.Generator().manual_seed(1)
@@ -57,7 +57,7 @@ def exports(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("exports")
     tokens = torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(2))
     for name, options in CUSTOM.items():
-        model = perturbed(options)
+        model = noisy_model(options)
         assert hf.write_model(place / name, model.state_dict(), model.config, 5) == "training_gpt"
         with torch.no_grad():
             torch.save({"tokens": tokens, "logits": model.logits(tokens)}, place / f"{name}.pt")
@@ -133,7 +133,7 @@ def test_the_python_files_are_sound_and_need_torch_and_transformers_only(exports
 
 @pytest.fixture(scope="module")
 def modeling(tmp_path_factory):
-    """The modeling file of an export, imported."""
+    """Import the modeling file of an export."""
     folder = tmp_path_factory.mktemp("modeling")
     for name, text in custom.modeling_files().items():
         (folder / name).write_text(text)
@@ -168,7 +168,7 @@ def test_experts_of_an_export_run_grouped_and_fall_back_where_that_is_not_possib
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def run_dir(tmp_path_factory):
     """Return the folder of a run of four steps."""
     from training.config import Config
     from training.train import train
@@ -198,27 +198,27 @@ def trained(tmp_path_factory):
     return place / "small"
 
 
-def test_the_command_reports_what_opened_and_does_not_overwrite_it(trained):
-    done = command("-m", "training.export", "--run", str(trained), "--dtype", "bf16")
+def test_the_command_reports_what_opened_and_does_not_overwrite_it(run_dir):
+    done = command("-m", "training.export", "--run", str(run_dir), "--dtype", "bf16")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert lines[0] == f"{trained}/export: qwen3_moe, bf16, step 4"
+    assert lines[0] == f"{run_dir}/export: qwen3_moe, bf16, step 4"
     assert re.fullmatch(r"opened by Transformers .* as Qwen3MoeForCausalLM: logits differ by .*", lines[1])
-    assert json.loads((trained / "export" / "tokenizer_config.json").read_text())["model_input_names"] == [
+    assert json.loads((run_dir / "export" / "tokenizer_config.json").read_text())["model_input_names"] == [
         "input_ids",
         "attention_mask",
     ]
-    assert lines[2] == f"AutoModelForCausalLM.from_pretrained('{trained}/export')"
-    assert json.loads((trained / "export" / "config.json").read_text())["vocab_size"] == 257  # the tokenizer's own
-    before = sorted(path.stat().st_mtime_ns for path in (trained / "export").iterdir())
-    again = command("-m", "training.export", "--run", str(trained))
+    assert lines[2] == f"AutoModelForCausalLM.from_pretrained('{run_dir}/export')"
+    assert json.loads((run_dir / "export" / "config.json").read_text())["vocab_size"] == 257  # the tokenizer's own
+    before = sorted(path.stat().st_mtime_ns for path in (run_dir / "export").iterdir())
+    again = command("-m", "training.export", "--run", str(run_dir))
     assert again.returncode == 2
-    assert again.stderr == f"error: {trained}/export: already exists; choose another --out\n"
-    assert before == sorted(path.stat().st_mtime_ns for path in (trained / "export").iterdir())
+    assert again.stderr == f"error: {run_dir}/export: already exists; choose another --out\n"
+    assert before == sorted(path.stat().st_mtime_ns for path in (run_dir / "export").iterdir())
 
 
 @pytest.mark.parametrize("harm", ["a weight", "the file"])
-def test_an_export_that_is_not_the_trained_model_is_an_error_and_leaves_nothing(trained, tmp_path, monkeypatch, harm):
+def test_an_export_that_is_not_the_trained_model_is_an_error_and_leaves_nothing(run_dir, tmp_path, monkeypatch, harm):
     from safetensors.torch import load_file, save_file
 
     write_model = hf.write_model
@@ -240,25 +240,25 @@ def test_an_export_that_is_not_the_trained_model_is_an_error_and_leaves_nothing(
         "the file": "Transformers does not open the export: ",
     }
     with pytest.raises(UserError, match=messages[harm]):
-        export.export(str(trained), str(tmp_path / "out"), "fp32")
+        export.export(str(run_dir), str(tmp_path / "out"), "fp32")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_greedy_continuation_that_differs_is_noticed(trained, tmp_path, monkeypatch):
-    shutil.copytree(trained / "model", tmp_path / "model")
+def test_a_greedy_continuation_that_differs_is_noticed(run_dir, tmp_path, monkeypatch):
+    shutil.copytree(run_dir / "model", tmp_path / "model")
     from training.engine.load_run import load_model
 
-    model, loaded = load_model(str(trained), "cpu")
+    model, loaded = load_model(str(run_dir), "cpu")
     monkeypatch.setattr(export_check, "greedy", lambda _model, _prompt, n_new, _n_vocab: [0] * n_new)
     with pytest.raises(UserError, match="its greedy continuation differs"):
         export_check.check_export(tmp_path / "model", model, loaded.tokenizer.vocab_size)
 
 
 def test_a_wide_window_is_compared_to_its_end(tmp_path, monkeypatch):
-    """Logits of a window that is one token too wide differ only after its width."""
+    """A window that is one token too wide changes only the logits beyond its width."""
     mixer = {"qk_norm": True, "window": 150}
     blocks = [{"mixer": mixer, "ffn": {"gated": True, "activation": "silu"}}]
-    model = perturbed({**MODERN, "n_positions": 200, "blocks": blocks})
+    model = noisy_model({**MODERN, "n_positions": 200, "blocks": blocks})
     hf.write_model(tmp_path / "model", model.state_dict(), model.config, 5)
     path = tmp_path / "model" / "config.json"
     path.write_text(path.read_text().replace('"sliding_window": 150', '"sliding_window": 151'))
@@ -268,7 +268,7 @@ def test_a_wide_window_is_compared_to_its_end(tmp_path, monkeypatch):
 
 
 def open_in_process(folder, probe, _modules):
-    """Do what open_export.py does, without a tokenizer."""
+    """Run open_export.py's work in this process, without a tokenizer."""
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
@@ -288,8 +288,8 @@ def test_wrong_arguments_are_one_line(command_name, arguments, capsys):
     assert re.fullmatch(r"error: [^\n]+\n", capsys.readouterr().err)
 
 
-def test_a_selection_bias_without_a_place_is_the_reason():
-    model = perturbed({**MODERN, "blocks": [{"mixer": {"qk_norm": True}, "ffn": GATED_MOE | {"balance": "none"}}]})
+def test_a_selection_bias_that_the_architecture_cannot_store_is_the_reason():
+    model = noisy_model({**MODERN, "blocks": [{"mixer": {"qk_norm": True}, "ffn": GATED_MOE | {"balance": "none"}}]})
     reason = hf.ARCHITECTURES["qwen3_moe"].reason_unsupported(model.config, model.state_dict())
     assert reason == "values of blocks.0.ffn.selection_bias"
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import write_config
-from launched import Forked, Launched, rows_in, train, wait_for_rows
+from launched import ForkedRanks, TorchrunRanks, rows_in, train, wait_for_rows
 
 from training.config import ParallelConfig
 from training.distributed.diagnosis import LOOP, Activity, ProcessId, Rank, current_process, diagnose
@@ -20,7 +20,7 @@ from training.errors import UserError
 
 LIMIT = 6.0  # parallel.timeout_s; long enough for four processes to start on two busy cores
 EXIT_S = 3.0  # seconds in which all ranks end, after the limit or a death
-POLL_S = 0.5  # seconds until a test notices
+POLL_S = 0.5  # seconds until a test notices the end
 RESTART_HINT = "run the same command again to resume from the latest checkpoint"
 
 
@@ -43,8 +43,8 @@ def fork(processes):
     """Return a function that starts a target on forked ranks; the end of the test kills them."""
     started = []
 
-    def start(*arguments: str, n_ranks: int = 2, target: str = "training.train:main", **variables: str) -> Forked:
-        started.append(Forked(processes.start(target, *arguments, n_ranks=n_ranks, env=variables)))
+    def start(*arguments: str, n_ranks: int = 2, target: str = "training.train:main", **variables: str) -> ForkedRanks:
+        started.append(ForkedRanks(processes.start(target, *arguments, n_ranks=n_ranks, env=variables)))
         return started[-1]
 
     yield start
@@ -161,14 +161,14 @@ def test_ranks_with_different_options_or_data_end_before_the_run_starts(options,
 
 @pytest.mark.parametrize("arguments", ["--parallel.device mps", pytest.param("--steps none", marks=pytest.mark.soak)])
 def test_an_error_of_all_ranks_of_a_host_is_printed_once(small, tmp_path, arguments):
-    """Local rank 0 prints it, though it finds the error last here, and the launcher does not end it before."""
+    """Local rank 0 prints it, although it finds the error last; the launcher does not kill it earlier."""
     path, _ = small()
     (tmp_path / "late.py").write_text(
         "import os, sys, time\nfrom training.train import main\n"
         "if os.environ['LOCAL_RANK'] == '0':\n    time.sleep(2)\nsys.exit(main())\n"
     )
     where = ["--standalone", "--nproc-per-node", "2", str(tmp_path / "late.py")]
-    ranks = Launched(tmp_path / "logs", *where, "--config", str(path), *arguments.split())
+    ranks = TorchrunRanks(tmp_path / "logs", *where, "--config", str(path), *arguments.split())
     try:
         ranks.process.wait(40)
     finally:

@@ -34,8 +34,8 @@ def module_of(path: Path) -> str:
 
 
 @cache
-def imported(path: Path) -> frozenset[str]:
-    """Every module that a file imports, anywhere in it; `from a import b` gives a and a.b."""
+def imports_of(path: Path) -> frozenset[str]:
+    """Return every module that a file imports, at any line; `from a import b` gives a and a.b."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -53,7 +53,7 @@ def test_a_room_imports_only_rooms_below_it():
         if room not in FLOOR:
             wrong.append(f"{room} is on no floor: add it to FLOORS")
             continue
-        others = {name.split(".")[1] for name in imported(path) if name.startswith("training.")} - {room}
+        others = {name.split(".")[1] for name in imports_of(path) if name.startswith("training.")} - {room}
         limit = FLOOR[room] if room in FLOORS[0] else FLOOR[room] - 1
         wrong += [f"{path.relative_to(ROOT)} imports {other}" for other in others if FLOOR.get(other, 0) > limit]
     assert not wrong, "\n".join(wrong)
@@ -64,7 +64,7 @@ def test_no_modules_import_one_another_in_a_circle():
     packages = {name for name, path in modules.items() if path.name == "__init__.py"}
     # A package's table of contents imports its modules, which may import one another by their full names.
     uses = {
-        name: {other for other in imported(path) if other in modules and other not in packages | {name}}
+        name: {other for other in imports_of(path) if other in modules and other not in packages | {name}}
         for name, path in modules.items()
         if name not in packages
     }
@@ -75,14 +75,14 @@ def test_no_modules_import_one_another_in_a_circle():
 
 
 def test_only_one_room_imports_torch_distributed():
-    users = {room_of(path) for path in FILES if any(name.startswith("torch.distributed") for name in imported(path))}
+    users = {room_of(path) for path in FILES if any(name.startswith("torch.distributed") for name in imports_of(path))}
     assert users == {"distributed"}
 
 
 def test_the_ground_floor_and_the_options_import_no_torch():
     paths = [path for path in FILES if room_of(path) in FLOORS[0] | {"options"}]
     allowed = {"filelock", "pydantic", "pydantic_core", "ruamel", "training"} | set(sys.stdlib_module_names)
-    others = {name.split(".")[0] for path in paths for name in imported(path)} - allowed
+    others = {name.split(".")[0] for path in paths for name in imports_of(path)} - allowed
     assert not others
 
 
@@ -91,7 +91,7 @@ def test_functions_fit_a_screen_and_files_a_reader():
     too_long = []
     for path in FILES:
         text = path.read_text()
-        if text.count("\n") > MAX_FILE_LINES and path != PACKAGE / "config.py":  # a list of options, to look up
+        if text.count("\n") > MAX_FILE_LINES and path != PACKAGE / "config.py":  # a reference list of options
             too_long.append(f"{path.relative_to(ROOT)}: {text.count(chr(10))} lines")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= MAX_FUNCTION_LINES:

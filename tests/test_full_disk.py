@@ -30,7 +30,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def stopped(main, path: Path, capsys) -> str:
+def error_line(main, path: Path, capsys) -> str:
     """Run the command on the full disk; return its one error line."""
     assert main(["--config", str(path)]) == 2
     error = capsys.readouterr().err
@@ -40,7 +40,7 @@ def stopped(main, path: Path, capsys) -> str:
 
 @contextmanager
 def no_file_beyond(n_bytes: int):
-    """Fail writes beyond `n_bytes` of a file, to the byte."""
+    """Let each file take exactly `n_bytes`; further writes fail."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
     try:
@@ -63,14 +63,14 @@ def test_a_full_disk_during_preparation_leaves_nothing(
     """With space again, the run ends in the same bits as one whose disk was never full."""
     monkeypatch.setattr(build, "BATCH_CHARS", 50_000)  # several batches, though the text is small
     data = config().data.model_dump() | {"tokenizer": tokenizer, "workers": 1}
-    made = Path(prepare(config(data=data).data, quiet=True).report["folder"])
-    whole, disk = contents(made), small_disk(8192)
+    dataset = Path(prepare(config(data=data).data, quiet=True).report["folder"])
+    whole, disk = contents(dataset), small_disk(8192)
     for percent in percents:
         (disk / "cache").mkdir()
         fill(disk, sum(map(len, whole.values())) * percent // 100)
         here = data | {"cache_dir": str(disk / "cache"), "workers": 2 if percent == 50 else 1}
         path = write_config(tmp_path / "run.yaml", options(data=here))
-        line = stopped(train_command if percent == 50 else prepare_command.main, path, capsys)
+        line = error_line(train_command if percent == 50 else prepare_command.main, path, capsys)
         assert re.fullmatch(
             rf"error: (cannot write )?{disk}/cache\S*: (cannot be written: )?No space left on device", line
         )
@@ -78,7 +78,7 @@ def test_a_full_disk_during_preparation_leaves_nothing(
         assert not (tmp_path / "runs/small").exists()
         (disk / "filler").unlink()
         assert prepare_command.main(["--config", str(path)]) == 0
-        assert contents(disk / "cache" / made.name) == whole
+        assert contents(disk / "cache" / dataset.name) == whole
         if percent != percents[-1]:
             clear(disk / "cache")
     assert train_command(["--config", str(path)]) == 0
@@ -93,7 +93,7 @@ def clear(folder: Path) -> None:
 
 @pytest.mark.parametrize("n_bytes", [0, 1, 4095, 100_001])
 def test_shards_torn_inside_a_token_leave_nothing(config, tmp_path, monkeypatch, n_bytes):
-    made = config().data.model_copy(update={"cache_dir": str(tmp_path / "cache"), "workers": 1})
+    data_config = config().data.model_copy(update={"cache_dir": str(tmp_path / "cache"), "workers": 1})
     write_streams = build.write_streams
 
     def limited(*arguments):
@@ -102,10 +102,10 @@ def test_shards_torn_inside_a_token_leave_nothing(config, tmp_path, monkeypatch,
 
     monkeypatch.setattr(build, "write_streams", limited)
     with pytest.raises(UserError, match=r"cache: cannot be written: File too large$"):
-        prepare(made, quiet=True)
+        prepare(data_config, quiet=True)
     assert not [each for each in (tmp_path / "cache").iterdir() if each.is_dir()]
     monkeypatch.undo()
-    assert prepare(made, quiet=True).fingerprint == prepare(config().data, quiet=True).fingerprint
+    assert prepare(data_config, quiet=True).fingerprint == prepare(config().data, quiet=True).fingerprint
 
 
 # --- rows and events -------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def test_rows_that_do_not_fit_on_the_disk_are_one_line_and_are_written_after_a_r
 
         with monkeypatch.context() as patch:
             patch.setattr(kind, "write", limited)
-            assert stopped(train_command, path, capsys) == f"error: cannot write {folder / place}: File too large"
+            assert error_line(train_command, path, capsys) == f"error: cannot write {folder / place}: File too large"
         assert_torn_rows_are_ignored(folder, through)
         assert train_command(["--config", str(path)]) == 0
         assert rows(folder) == rows(through)

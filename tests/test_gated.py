@@ -11,7 +11,7 @@ from training.model.gated import GatedAttention
 
 
 def reference(mixer: GatedAttention, x_BTC: torch.Tensor) -> torch.Tensor:
-    """arXiv:2505.06708 eq. 5 with an elementwise gate after the attention (their G1), one head at a time."""
+    """Compute arXiv:2505.06708 eq. 5 with an elementwise gate after the attention (their G1), one head at a time."""
     n_head, width = mixer.spec.n_head, mixer.spec.head_dim
     n_tokens = x_BTC.shape[1]
     mask = torch.ones(n_tokens, n_tokens).tril().bool()

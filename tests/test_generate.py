@@ -59,7 +59,7 @@ def slow(model, prompt, n_tokens, *, n_vocab, seed, params):
 
 
 def slow_sample_token(logits, text, uniform, params):
-    """Draw one token by the definitions: a dict of allowed tokens that shrinks."""
+    """Draw one token by the definitions: each option removes tokens from a dict of allowed ones."""
     for token in set(text):
         logits[token] *= params.repetition_penalty if logits[token] < 0 else 1 / params.repetition_penalty
     if params.temperature == 0:
@@ -108,17 +108,17 @@ def together(model, prompts, lengths, *, n_vocab, seeds, params):
 def test_texts_in_a_batch_with_a_cache_equal_single_texts_without(block, style, params):
     """Prompts have different lengths and end at different times, some beyond the context."""
     model, lengths, seeds = lively(block, style), [15, 4, 17, 9], [3, (0, 1), 3, 5]
-    found = together(model, PROMPTS, lengths, n_vocab=61, seeds=seeds, params=params)
-    for new, prompt, length, seed in zip(found, PROMPTS, lengths, seeds, strict=True):
+    texts = together(model, PROMPTS, lengths, n_vocab=61, seeds=seeds, params=params)
+    for new, prompt, length, seed in zip(texts, PROMPTS, lengths, seeds, strict=True):
         assert new == slow(model, prompt, length, n_vocab=61, seed=seed, params=params)
-    assert len({token for new in found for token in new}) > 5
+    assert len({token for new in texts for token in new}) > 5
 
 
 @pytest.mark.parametrize("n_positions", [1, 2, 3, 5])
 def test_the_smallest_contexts_drop_their_older_half(n_positions):
     model = lively("grouped-query", "modern", n_positions=n_positions)
-    found = together(model, PROMPTS, [9] * 4, n_vocab=64, seeds=range(4), params=SamplingParams())
-    for seed, (new, prompt) in enumerate(zip(found, PROMPTS, strict=True)):
+    texts = together(model, PROMPTS, [9] * 4, n_vocab=64, seeds=range(4), params=SamplingParams())
+    for seed, (new, prompt) in enumerate(zip(texts, PROMPTS, strict=True)):
         assert new == slow(model, prompt, 9, n_vocab=64, seed=seed, params=SamplingParams())
 
 
@@ -142,10 +142,10 @@ def test_a_replaced_row_of_the_cache_equals_a_new_sample(block):
     cache.replace_rows(torch.tensor([0, 2]), read)
     cache.trim()
     assert cache.n_tokens == 6 and cache.n_padding_B.tolist() == [3, 0, 3]
-    found = model.logits(x[:, 10:], cache)
+    logits = model.logits(x[:, 10:], cache)
     for row, start in enumerate([7, 4, 7]):
         alone = model.logits(x[row : row + 1, start:])[0, -4:]
-        torch.testing.assert_close(found[row], alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits[row], alone, rtol=1e-4, atol=1e-5)
 
 
 # --- sampling one token -----------------------------------------------------------------------------
@@ -240,8 +240,8 @@ def test_greedy_texts_match_transformers_generate(tmp_path, penalty):
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False, repetition_penalty=penalty
     )
     params = SamplingParams(temperature=0, repetition_penalty=penalty)
-    (found,) = together(model, prompt.tolist(), [40], n_vocab=64, seeds=[0], params=params)
-    assert found == expected[0, 4:].tolist()
+    (ours,) = together(model, prompt.tolist(), [40], n_vocab=64, seeds=[0], params=params)
+    assert ours == expected[0, 4:].tolist()
 
 
 # --- text ------------------------------------------------------------------------------------------
@@ -250,8 +250,8 @@ BYTES = build_byte_tokenizer()
 BPE = train_bpe(["the then a naïve naïve café 日本語 日本 🙂🙂 \n\n", "ab abc abcd bc" * 3], 300)
 
 
-def grown(tokenizer, ids, stops=()):
-    """Return (the finished continuation, what `on_text` received) of tokens, until it ends."""
+def grow(tokenizer, ids, stops=()):
+    """Add tokens to a continuation until it ends; return it and the texts that `on_text` received."""
     shown = []
     text = Continuation(tokenizer, stops, shown.append)
     for token in ids:
@@ -273,7 +273,7 @@ def cut(text, stops):
 
 @given(ids=st.lists(st.integers(0, 255) | st.sampled_from(list("aé日🙂\ufffd".encode())), max_size=40))
 def test_bytes_are_shown_as_their_text(ids):
-    text, shown = grown(BYTES, ids)
+    text, shown = grow(BYTES, ids)
     assert text.text == "".join(shown) == bytes(ids).decode("utf-8", "replace") == BYTES.decode(ids)
 
 
@@ -288,9 +288,9 @@ def test_bytes_are_shown_as_their_text(ids):
 @example(text="x abcd", others=["abcd", "c"], places=[], tokenizer=BPE)  # one token contains both
 def test_a_text_ends_before_the_stop_string_that_is_complete_first(text, others, places, tokenizer):
     stops = [*others, *filter(None, (text[start : start + length] for start, length in places))]
-    found, shown = grown(tokenizer, tokenizer.encode(text).tolist(), stops)
-    assert (found.text, found.finish_reason) == cut(text, stops)
-    assert "".join(shown) == found.text
+    continuation, shown = grow(tokenizer, tokenizer.encode(text).tolist(), stops)
+    assert (continuation.text, continuation.finish_reason) == cut(text, stops)
+    assert "".join(shown) == continuation.text
 
 
 def test_only_a_possible_beginning_of_a_stop_string_is_held_back():
@@ -379,23 +379,23 @@ def generate(capsys, *argv):
 
 def test_the_command_writes_texts_readably_and_as_json(run, capsys, tmp_path):
     folder, prompts = str(run()), tmp_path / "prompts.jsonl"
-    asked = ("--run", folder, "--samples", "2", "--tokens", "12", "--temperature", "2", "--top_k", "0")
+    arguments = ("--run", folder, "--samples", "2", "--tokens", "12", "--temperature", "2", "--top_k", "0")
     prompts.write_text(json.dumps({"prompt": "a\nb"}) + "\n" + json.dumps({"prompt": "é"}) + "\n")
-    status, out, _ = generate(capsys, *asked, "--prompts", str(prompts), "--json", "--stop", "e", "--stop", " ")
+    status, out, _ = generate(capsys, *arguments, "--prompts", str(prompts), "--json", "--stop", "e", "--stop", " ")
     texts = [json.loads(line) for line in out.splitlines()]
     assert status == 0
     assert [text["prompt"] for text in texts] == ["a\nb", "a\nb", "é", "é"]
     assert {text["finish"] for text in texts} <= {"stop", "length", "end"}
     assert not any({"e", " "} & set(text["text"]) for text in texts)
 
-    _, out, _ = generate(capsys, *asked, "--prompt", "a\nb", "--prompt", "é")
-    _, one_by_one, _ = generate(capsys, *asked, "--prompt", "a\nb", "--prompt", "é", "--micro_batch", "1")
+    _, out, _ = generate(capsys, *arguments, "--prompt", "a\nb", "--prompt", "é")
+    _, one_by_one, _ = generate(capsys, *arguments, "--prompt", "a\nb", "--prompt", "é", "--micro_batch", "1")
     assert out == one_by_one
     assert out.startswith("--- prompt 1 of 2, sample 1 of 2 ---\na\nb")
     headings = [f"--- prompt {p} of 2, sample {s} of 2 ---\n{t}" for p, t in ((1, "a\nb"), (2, "é")) for s in (1, 2)]
     assert [out.count(heading) for heading in headings] == [1] * 4
 
-    _, alone, _ = generate(capsys, *asked, "--samples", "1", "--prompt", "é")
+    _, alone, _ = generate(capsys, *arguments, "--samples", "1", "--prompt", "é")
     assert alone.startswith("é") and f"--- prompt 2 of 2, sample 1 of 2 ---\n{alone}" in out
 
 

@@ -262,7 +262,7 @@ def test_a_compiled_layer_of_experts_is_one_graph_and_computes_the_same(name):
     inputs, topk_ids_NK = routed_inputs(1024, 8, torch.bfloat16)
     torch._dynamo.reset()
     compiled = torch.compile(experts_layer, fullgraph=True)
-    for turn in range(3):  # other counts of rows
+    for turn in range(3):  # with different row counts
         shifted_NK = torch.where(topk_ids_NK < 2 * turn, 7 - topk_ids_NK, topk_ids_NK)
         expected = experts_outcome(name, inputs, shifted_NK)
         for ours, theirs in zip(experts_outcome(name, inputs, shifted_NK, compiled), expected, strict=True):
@@ -310,7 +310,7 @@ def test_two_runs_are_bit_identical(run, options, isolate, experts):
 
 
 @pytest.fixture
-def limited():
+def limit_memory():
     """Return a function that limits PyTorch's allocator to some more bytes, until the end of the test."""
     total = torch.cuda.get_device_properties(CUDA).total_memory
 
@@ -334,14 +334,14 @@ def build_on_cuda(config, **changes):
     return BuiltRun(on_cuda, World(0, 1, CUDA))
 
 
-def test_a_step_that_runs_out_of_memory_is_repeated_in_halves(config, limited):
+def test_a_step_that_runs_out_of_memory_is_repeated_in_halves(config, limit_memory):
     """Logits, log-probabilities and gradients of 64 samples take 3.3 GB each."""
     small, large = (
         build_on_cuda(config, name="small", micro_batch=16),
         build_on_cuda(config, name="large", micro_batch=64),
     )
     small.train_step()
-    limited(2 * 2**30)
+    limit_memory(2 * 2**30)
     large.train_step()
     assert large.setup.micro_batch.n_out_of_memory > 0 and large.setup.micro_batch.size < 64
     for (name, ours), theirs in zip(large.model.named_parameters(), small.model.parameters(), strict=True):
@@ -350,8 +350,8 @@ def test_a_step_that_runs_out_of_memory_is_repeated_in_halves(config, limited):
         run.close()
 
 
-def test_auto_finds_a_micro_batch_that_fits(config, limited):
-    limited(2 * 2**30)
+def test_auto_finds_a_micro_batch_that_fits(config, limit_memory):
+    limit_memory(2 * 2**30)
     run = build_on_cuda(config, name="auto", micro_batch="auto")
     assert 1 < run.setup.micro_batch.size < 64
     run.train_step()

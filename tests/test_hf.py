@@ -35,11 +35,11 @@ SIX_HEADS = ROTARY | {"n_layer": 4, "n_head": 6, "rope_theta": 700.0, "norm_eps"
 
 
 def blocks(mixer: dict, *ffns: dict, **others) -> dict:
-    """Options of a model whose blocks have this mixer and these feed-forward layers."""
+    """Return options of a model whose blocks have this mixer and these feed-forward layers."""
     return {"blocks": [{"mixer": mixer, "ffn": ffn} for ffn in ffns]} | others
 
 
-# name: (model_type that it is written as, options of the model)
+# name: (model_type of its export, options of the model)
 CASES: dict[str, tuple[str, dict]] = {
     "gpt2, 12 layers": ("gpt2", SIZES | {"n_layer": 12}),
     "gpt2, untied": ("gpt2", SIZES | {"tie_head": False}),
@@ -99,8 +99,8 @@ CASES: dict[str, tuple[str, dict]] = {
         ),
     ),
 }
-BIASED = {"ernie4_5_moe", "dots1", "glm4_moe", "deepseek_v3"}  # have a place for a selection bias
-ALSO = {  # other architectures that express the case
+BIASED = {"ernie4_5_moe", "dots1", "glm4_moe", "deepseek_v3"}  # these can store a selection bias
+ALSO = {  # further architectures for the same model
     "mixtral": ["ernie4_5_moe"],
     "dots1": ["glm4_moe"],
     "dots1, no shared experts": ["glm4_moe"],
@@ -111,7 +111,7 @@ N_VOCAB = 300
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
 
 
-def perturbed(model: GPT) -> GPT:
+def add_noise(model: GPT) -> GPT:
     """Add noise, so that no bias is 0 and no norm is 1: trivial values would hide mistakes."""
     generator = torch.Generator().manual_seed(1)
     biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
@@ -122,7 +122,7 @@ def perturbed(model: GPT) -> GPT:
 
 def build(options: dict) -> GPT:
     """Return a model with noise in it; selection biases that `balance` moves decide many choices."""
-    model = perturbed(init_weights(GPT(ModelConfig.model_validate(options)), 0))
+    model = add_noise(init_weights(GPT(ModelConfig.model_validate(options)), 0))
     generator = torch.Generator().manual_seed(4)
     for block, layer in zip(model.blocks, model.config.layers(), strict=True):
         if getattr(layer.ffn, "balance", None) in ("bias", "both"):
@@ -150,7 +150,7 @@ def greedy(model: GPT, x_BT: Tensor, n: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory) -> dict[str, Path]:
-    """Folders of every case's model, without padding rows; beside each a file with its inputs and logits."""
+    """Export every case's model without padding rows, with a file of inputs and logits beside each folder."""
     root, folders = tmp_path_factory.mktemp("exports"), {}
     for n, (name, (_, options)) in enumerate(CASES.items()):
         model, folders[name] = build(options), root / f"case-{n}"
@@ -163,7 +163,7 @@ def exports(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def opened_by_4(exports) -> dict[str, dict]:
-    """Results of Transformers 4.57 on the exports."""
+    """Open the exports with Transformers 4.57."""
     if not V4.is_dir():
         pytest.skip(f"no Transformers 4.57 in {V4}; the Makefile installs it")
     done = subprocess.run(
@@ -176,7 +176,7 @@ def opened_by_4(exports) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def opened_by_5(exports) -> dict[str, dict]:
-    """Results of the installed Transformers."""
+    """Open the exports with the installed Transformers."""
     pytest.importorskip("transformers")
     from open_exports import open_export
 
@@ -196,7 +196,7 @@ def test_an_export_opens_with_equal_logits_in_both_versions(request, exports, na
     assert opened["difference"] < 1e-4
     with torch.no_grad():
         assert opened["generated"] == greedy(model, tokens(1)[:, :4], 12)  # with their cache
-    # What Transformers saves is read back bit for bit.
+    # This package reads the copy that Transformers saved, bit for bit.
     again = exports[name].with_suffix(".again")
     architecture, config = hf.read_config(again)
     weights = hf.read_weights(again, architecture, config)
@@ -206,7 +206,7 @@ def test_an_export_opens_with_equal_logits_in_both_versions(request, exports, na
 
 
 def same_model(one: ModelConfig, other: ModelConfig) -> bool:
-    """True if two configurations compute the same; a file does not say how experts are balanced."""
+    """Return True if two configurations compute the same; a file does not say how experts are balanced."""
     return first_difference(one, other) is first_difference(other, one) is None
 
 
@@ -364,7 +364,7 @@ def test_a_model_of_transformers_is_read_with_equal_logits_and_gradients(tmp_pat
     config = getattr(transformers, name)(vocab_size=N_VOCAB, **fields)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        theirs = perturbed(transformers.AutoModelForCausalLM.from_config(config)).eval()
+        theirs = add_noise(transformers.AutoModelForCausalLM.from_config(config)).eval()
     theirs.save_pretrained(tmp_path / "it")
     architecture, config = hf.read_config(tmp_path / "it")
     ours = GPT(config)
@@ -378,9 +378,9 @@ def test_writing_and_reading_changes_no_bit(tmp_path, name):
     hf.write_model(tmp_path, model.state_dict(), model.config, end_of_text=5)
     architecture, config = hf.read_config(tmp_path)
     assert same_model(config, model.config)
-    found = hf.read_weights(tmp_path, architecture, config)
-    assert found.keys() == saved_names(name, model)
-    assert all(torch.equal(found[key], value) for key, value in model.state_dict().items() if key in found)
+    weights = hf.read_weights(tmp_path, architecture, config)
+    assert weights.keys() == saved_names(name, model)
+    assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items() if key in weights)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -402,8 +402,8 @@ def test_a_large_model_is_written_in_several_files(tmp_path, monkeypatch):
     assert (tmp_path / "model.safetensors.index.json").exists()
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
     architecture, config = hf.read_config(tmp_path)
-    found = hf.read_weights(tmp_path, architecture, config)
-    assert all(torch.equal(found[key], value) for key, value in model.named_parameters())
+    weights = hf.read_weights(tmp_path, architecture, config)
+    assert all(torch.equal(weights[key], value) for key, value in model.named_parameters())
 
 
 def test_the_model_of_a_run_opens_with_its_tokenizer(config, tmp_path):
@@ -431,7 +431,7 @@ def test_the_model_of_a_run_opens_with_its_tokenizer(config, tmp_path):
     assert done.stdout == text + tokenizer.decode(theirs) + "\n"
 
 
-# --- which model is written as what ----------------------------------------------------------------
+# --- the choice of an architecture ------------------------------------------------------------------
 
 GPT2_UNSUPPORTED = [
     ({"blocks": [{"ffn": {"type": "moe"}}]}, "ffn.type: moe"),
@@ -472,7 +472,7 @@ ALL_ROTARY = [
     ({}, None),
 ]
 DENSE = [*ALL_ROTARY, ({"ffn": MOE}, "ffn.type: moe"), ({"second": {"ffn": {"hidden": 8}}}, "ffn.hidden: 8")]
-ROUTED = [  # architectures with experts; the first layer of experts is the one that is written
+ROUTED = [  # changes of the architectures with experts, and the reason for each
     *ALL_ROTARY,
     ({"ffn": None}, "no layer has experts"),
     ({"an expert": {"ffn": {"top_k": 1}}}, "ffn.top_k: 2|ffn.top_k: 3"),
@@ -542,7 +542,7 @@ UNSUPPORTED = {
         ({"norm_eps": 1e-5}, "rms_norm_eps: 1e-05 is not supported, only 1e-06"),
     ],
 }
-# "d": a dense layer, "e": a layer of experts, with these options beside MOE's.
+# "d": a dense layer, "e": a layer of experts with the options of MOE and these.
 LAYOUTS = {
     **dict.fromkeys(("llama", "qwen3"), ("dddd", {})),
     "qwen3_moe": ("eedd", {}),
@@ -586,7 +586,7 @@ def test_the_first_option_that_an_architecture_does_not_have_is_named():
 
 
 def test_every_option_that_changes_a_logit_is_compared():
-    """An option that `computed_options` leaves out would be lost on the way out."""
+    """An option that `computed_options` leaves out would be lost in the export."""
     mixers = [{"type": "attention"}, {"type": "latent"}, {"type": "differential"}]
     ffns = [{"type": "mlp"}, {"type": "moe"}, {"type": "mlp"}]
     layers = [{"mixer": mixer, "ffn": ffn} for mixer, ffn in zip(mixers, ffns, strict=True)]
@@ -607,7 +607,7 @@ def test_each_model_has_one_architecture(name):
 
 
 @pytest.mark.parametrize("name", ALSO)
-def test_what_two_architectures_express_is_the_same_in_both(tmp_path, monkeypatch, name):
+def test_a_model_of_two_architectures_is_the_same_in_both(tmp_path, monkeypatch, name):
     transformers = pytest.importorskip("transformers")
     (other,) = ALSO[name]
     others = {kind: one for kind, one in hf.ARCHITECTURES.items() if kind != CASES[name][0]}
@@ -621,9 +621,9 @@ def test_what_two_architectures_express_is_the_same_in_both(tmp_path, monkeypatc
 def test_any_other_model_is_written_under_our_own_names(tmp_path):
     model = build(SIZES | {"blocks": [{"ffn": {"type": "moe", "hidden": 8}}]})
     assert hf.write_model(tmp_path, model.state_dict(), model.config, end_of_text=5) == "training_gpt"
-    found = json.loads((tmp_path / "config.json").read_text())
-    assert found["model_type"] == "training_gpt"
-    again = GPT(ModelConfig.model_validate({k: found[k] for k in ModelConfig.model_fields}, strict=False))
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["model_type"] == "training_gpt"
+    again = GPT(ModelConfig.model_validate({k: fields[k] for k in ModelConfig.model_fields}, strict=False))
     tensors = load_file(tmp_path / "model.safetensors")
     again.load_state_dict({name.removeprefix("gpt."): tensor for name, tensor in tensors.items()})
     x = torch.randint(0, 320, (1, 24), generator=torch.Generator().manual_seed(2))
@@ -657,8 +657,8 @@ def test_fields_are_spelled_for_both_versions(exports):
     assert (written["ernie4_5_moe"]["moe_layer_start_index"], written["ernie4_5_moe"]["moe_layer_end_index"]) == (1, 2)
 
 
-def test_a_selection_bias_that_balance_no_longer_moves_is_not_lost(tmp_path):
-    """A run without one may start from weights with one."""
+def test_a_selection_bias_that_the_run_does_not_balance_is_not_lost(tmp_path):
+    """A run without bias balancing may start from weights with a selection bias."""
     model = build(CASES["qwen3_moe"][1])
     model.blocks[1].ffn.selection_bias[2] = 0.1
     assert hf.write_model(tmp_path, model.state_dict(), model.config, end_of_text=5) == "training_gpt"
@@ -707,8 +707,8 @@ class Recording(dict):
         return merged
 
 
-# Fields that change no logit: of generation, initial values, dropout (there is none here), other heads, and of how the
-# same is computed.
+# Fields that change no logit: generation, initial values, dropout (this package has none), other heads, and the choice
+# between equal implementations.
 HARMLESS = {
     *("model_type", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "pretraining_tp"),
     *("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "reorder_and_upcast_attn"),
@@ -895,13 +895,13 @@ def test_a_file_of_few_fields_is_completed_by_defaults(tmp_path):
     fields = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     fields |= {"intermediate_size": 40, "max_position_embeddings": 24, "model_type": "llama"}
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    _, found = hf.read_config(tmp_path)
-    assert (found.rope_theta, found.norm_eps, found.tie_head) == (10_000.0, 1e-6, False)
-    assert found.blocks[0].mixer.n_kv_head is None and found.blocks[0].ffn.activation == "silu"
+    _, config = hf.read_config(tmp_path)
+    assert (config.rope_theta, config.norm_eps, config.tie_head) == (10_000.0, 1e-6, False)
+    assert config.blocks[0].mixer.n_kv_head is None and config.blocks[0].ffn.activation == "silu"
     fields = {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 24, "n_ctx": 24, "vocab_size": 300}
     (tmp_path / "config.json").write_text(json.dumps(fields | {"model_type": "gpt2", "resid_pdrop": 0.1}))
-    _, found = hf.read_config(tmp_path)
-    assert same_model(found, ModelConfig.model_validate(SIZES | {"vocab_size": 300}))
+    _, config = hf.read_config(tmp_path)
+    assert same_model(config, ModelConfig.model_validate(SIZES | {"vocab_size": 300}))
 
 
 # --- weights, read ---------------------------------------------------------------------------------
@@ -918,16 +918,16 @@ def test_gpt2s_first_files_are_read(tmp_path):
     old["lm_head.weight"] = old["wte.weight"].clone()
     save_file(old, tmp_path / "model.safetensors")
     architecture, config = hf.read_config(tmp_path)
-    found = hf.read_weights(tmp_path, architecture, config)
-    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    weights = hf.read_weights(tmp_path, architecture, config)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_bf16_weights_are_read_exactly(tmp_path):
     model = build(CASES["llama"][1])
     hf.write_model(tmp_path, model.state_dict(), model.config, end_of_text=5, dtype=torch.bfloat16)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
-    found = hf.read_weights(tmp_path, *hf.read_config(tmp_path))
-    assert all(torch.equal(found[name], tensor.bfloat16().float()) for name, tensor in model.named_parameters())
+    weights = hf.read_weights(tmp_path, *hf.read_config(tmp_path))
+    assert all(torch.equal(weights[name], tensor.bfloat16().float()) for name, tensor in model.named_parameters())
 
 
 def test_a_selection_bias_is_not_rounded(tmp_path):
@@ -935,10 +935,10 @@ def test_a_selection_bias_is_not_rounded(tmp_path):
     transformers = pytest.importorskip("transformers")
     model = build(CASES["dots1"][1])
     hf.write_model(tmp_path, model.state_dict(), model.config, end_of_text=5, dtype=torch.bfloat16)
-    found = hf.read_weights(tmp_path, *hf.read_config(tmp_path))
+    weights = hf.read_weights(tmp_path, *hf.read_config(tmp_path))
     for name, tensor in model.state_dict().items():
         if not name.endswith("ffn.load"):
-            assert torch.equal(found[name], tensor if "selection_bias" in name else tensor.bfloat16().float())
+            assert torch.equal(weights[name], tensor if "selection_bias" in name else tensor.bfloat16().float())
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     bias = theirs.model.layers[2].mlp.gate.e_score_correction_bias
     assert torch.equal(bias, model.blocks[2].ffn.selection_bias)

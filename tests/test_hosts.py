@@ -1,4 +1,4 @@
-"""Two hosts, network namespaces with their own addresses and host names; one is cut off during a run."""
+"""Two hosts (network namespaces with their own addresses and host names), one of which is cut off during a run."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import rows, tensors, write_config
-from launched import TRAIN, Launched, rows_in, train, wait_for_rows
+from launched import TRAIN, TorchrunRanks, rows_in, train, wait_for_rows
 
 LIMIT = 5.0  # s, parallel.timeout_s
 EXIT_S = 3.5  # after the limit; includes 0.5 s until the test notices
@@ -47,10 +47,10 @@ def remove_hosts() -> None:
         subprocess.run(["ip", "netns", "delete", host], capture_output=True)
 
 
-def start(logs: Path, config: Path) -> list[Launched]:
+def start(logs: Path, config: Path) -> list[TorchrunRanks]:
     """Start one rank on each host."""
     return [
-        Launched(
+        TorchrunRanks(
             logs / host, "--nnodes", "2", "--nproc-per-node", "1", "--local-addr", address, "--rdzv-id", "run",
             "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{HOSTS['host-a']}:29400",
             "--rdzv-conf", f"is_host={int(host == 'host-a')}", *TRAIN, "--config", str(config),
@@ -70,7 +70,7 @@ def test_a_host_cut_off_ends_the_run_on_both_and_resuming_gives_the_same_weights
     cut, uncut = tmp_path / "runs/cut", tmp_path / "runs/uncut"
     alone = train(tmp_path / "alone", write_config(tmp_path / "uncut.yaml", values | {"name": "uncut"}))
     try:
-        assert alone.process.wait(60) == 0, alone.said()
+        assert alone.process.wait(60) == 0, alone.errors()
     finally:
         alone.kill()
 
@@ -81,7 +81,7 @@ def test_a_host_cut_off_ends_the_run_on_both_and_resuming_gives_the_same_weights
         began = time.monotonic()
         ip("-n", "host-b", "link", "set", "net0", "down")
         while any(host.pids() for host in both):
-            assert time.monotonic() - began < LIMIT + EXIT_S, [host.said() for host in both]
+            assert time.monotonic() - began < LIMIT + EXIT_S, [host.errors() for host in both]
             time.sleep(0.05)
         seconds = time.monotonic() - began
     finally:
@@ -98,7 +98,7 @@ def test_a_host_cut_off_ends_the_run_on_both_and_resuming_gives_the_same_weights
     ip("-n", "host-b", "link", "set", "net0", "up")
     both = start(tmp_path / "second", path)
     try:
-        assert [host.process.wait(60) for host in both] == [0, 0], [host.said() for host in both]
+        assert [host.process.wait(60) for host in both] == [0, 0], [host.errors() for host in both]
     finally:
         for host in both:
             host.kill()

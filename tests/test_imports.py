@@ -1,4 +1,4 @@
-"""Importing or running a part of the package does not load slow modules that it does not use: over a second of CPU."""
+"""Importing or running a part of the package loads no unused module that costs over a second of CPU."""
 
 import json
 
@@ -30,16 +30,16 @@ PROGRAM = f"""if True:
 
 
 @pytest.fixture(scope="module")
-def loaded() -> dict[str, list[str]]:
-    """The slow modules that are loaded after importing each module."""
+def slow_modules() -> dict[str, list[str]]:
+    """Return the slow modules that are loaded after importing each module."""
     done = command("-c", PROGRAM)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_importing_it_loads_no_slow_module(name, loaded):
-    assert loaded[name] == []
+def test_importing_it_loads_no_slow_module(name, slow_modules):
+    assert slow_modules[name] == []
 
 
 def test_generation_and_evaluation_of_a_dense_model_load_no_slow_module(finished):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, environment, rows, tensors, write_config
 from safetensors.torch import load_file, save_file
-from test_hf import BALANCED, BIASED, GATED, GROUPED, LATENT, MOE, NORMED, SIGMOID, perturbed
+from test_hf import BALANCED, BIASED, GATED, GROUPED, LATENT, MOE, NORMED, SIGMOID, add_noise
 from test_restart import flip_a_bit
 
 from training import train
@@ -39,11 +39,11 @@ STILL = {"type": "adamw", "learning_rate": 1e-30}  # changes no float32 weight
 
 @pytest.fixture
 def folder(tmp_path):
-    """Write a model to a folder; return both."""
+    """Return a function that writes a model to a folder and returns both."""
 
     def make(model_type: str = "gpt2", **changes) -> tuple[GPT, Path]:
         config = ModelConfig.model_validate(MODELS[model_type] | changes)
-        model, path = perturbed(init_weights(GPT(config), 0)), tmp_path / "pretrained"
+        model, path = add_noise(init_weights(GPT(config), 0)), tmp_path / "pretrained"
         for name, buffer in model.named_buffers():
             if model_type in BIASED | {"training_gpt"} and name.endswith("selection_bias"):
                 buffer += torch.linspace(-0.1, 0.1, len(buffer))
@@ -53,7 +53,7 @@ def folder(tmp_path):
     return make
 
 
-def loaded(config) -> GPT:
+def initial_model(config) -> GPT:
     """Return the model that a run with these options starts from."""
     config = init_from.resolve_init_from(config)
     model = GPT(config.model)
@@ -121,7 +121,7 @@ def test_starting_over_reads_the_folder_again(run, folder):
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("model_options", "words"),
     [
         ({"n_embd": 48}, "model.n_embd: 48 is given, but PATH has 16; leave it out"),
         ({"n_layer": 12}, "model.n_layer: 12 is given, but PATH has 2; leave it out"),
@@ -139,10 +139,10 @@ def test_starting_over_reads_the_folder_again(run, folder):
     ],
     ids=str,
 )
-def test_options_that_contradict_the_folder_are_an_error(config, folder, given, words):
+def test_options_that_contradict_the_folder_are_an_error(config, folder, model_options, words):
     _, path = folder()
     with pytest.raises(UserError) as raised:
-        init_from.resolve_init_from(config(model=given, init_from=str(path)))
+        init_from.resolve_init_from(config(model=model_options, init_from=str(path)))
     assert words.replace("PATH", str(path)) in str(raised.value)
 
 
@@ -157,13 +157,13 @@ def test_options_may_repeat_what_the_folder_has(config, folder):
     blocks = [{"mixer": {"head_dim": 8, "n_kv_head": 2, "window": None}, "ffn": {"hidden": 64}}, {}]
     alone = init_from.resolve_init_from(config(model={}, init_from=str(path)))
     assert alone.model.vocab_size == 259  # null: the folder's number, not the tokenizer's
-    for given in (SMALL, {"blocks": blocks}, {"vocab_size": None}, alone.model.model_dump()):
-        assert init_from.resolve_init_from(config(model=given, init_from=str(path))).model == alone.model
+    for model_options in (SMALL, {"blocks": blocks}, {"vocab_size": None}, alone.model.model_dump()):
+        assert init_from.resolve_init_from(config(model=model_options, init_from=str(path))).model == alone.model
 
 
 def test_a_shorter_context_crops_the_position_embedding(config, folder):
     model, path = folder()
-    short = loaded(config(model={"n_positions": 16}, init_from=str(path)))
+    short = initial_model(config(model={"n_positions": 16}, init_from=str(path)))
     assert short.wpe.weight.shape == (16, 16)
     assert torch.equal(short.logits(tokens()), model.logits(tokens()))
 
@@ -172,25 +172,25 @@ def test_a_shorter_context_crops_the_position_embedding(config, folder):
 def test_new_rows_of_the_vocabulary_are_the_mean_of_the_others(config, folder, model_type):
     model, path = folder(model_type)
     options = config(model={"vocab_size": 300}, init_from=str(path))
-    wide = loaded(options)
+    wide = initial_model(options)
     torch.testing.assert_close(wide.logits(tokens())[..., :259], model.logits(tokens()), rtol=0, atol=1e-6)
     for table in filter(None, (wide.wte, wide.head)):
         torch.testing.assert_close(table.weight[259:], table.weight[:259].mean(0).expand(41, -1))
-    again = loaded(options)
+    again = initial_model(options)
     assert all(torch.equal(one, other) for one, other in zip(wide.parameters(), again.parameters(), strict=True))
 
 
 def test_document_isolation_and_balance_are_the_users_choice(config, folder):
     model, path = folder("qwen3_moe")
     balancing = {"type": "moe", "balance": "both", "bias_rate": 0.5}
-    given = {"isolate_documents": True, "blocks": [{"ffn": balancing}, {}]}
-    resolved = init_from.resolve_init_from(config(model=given, init_from=str(path))).model
+    model_options = {"isolate_documents": True, "blocks": [{"ffn": balancing}, {}]}
+    resolved = init_from.resolve_init_from(config(model=model_options, init_from=str(path))).model
     moe, mlp = (block.ffn for block in resolved.layers())
     assert resolved.isolate_documents and mlp.type == "mlp"
     assert (moe.balance, moe.bias_rate, moe.n_experts) == ("both", 0.5, MOE["n_experts"])
     with torch.no_grad():
         torch.testing.assert_close(
-            loaded(config(model=given, init_from=str(path))).logits(tokens()), model.logits(tokens())
+            initial_model(config(model=model_options, init_from=str(path))).logits(tokens()), model.logits(tokens())
         )
 
 
@@ -230,16 +230,16 @@ def tensor(path: Path, name: str, value: torch.Tensor | None) -> None:
     save_file(tensors | ({} if value is None else {name: value}), path / "model.safetensors")
 
 
-def pickled(path: Path) -> None:
+def write_pickle(path: Path) -> None:
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
 
 
-def sharded(path: Path, **index) -> None:
+def write_index(path: Path, **index) -> None:
     (path / "model.safetensors").rename(path / "model-00001-of-00001.safetensors")
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def truncated(path: Path) -> None:
+def truncate(path: Path) -> None:
     data = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes(data[: len(data) // 2])
 
@@ -260,19 +260,19 @@ FLAWS = {
     "unknown type": (lambda p: change(p, model_type="mamba"), "model_type 'mamba' is not supported; supported: "),
     "odd type": (lambda p: change(p, model_type=["gpt2"]), "model_type ['gpt2'] is not supported; supported: "),
     "pickled": (
-        pickled,
+        write_pickle,
         "PATH: no model.safetensors and no model.safetensors.index.json; pickled weights are",
     ),
-    "no index": (lambda p: sharded(p), "PATH/model.safetensors.index.json: no weight_map from tensors to files"),
+    "no index": (lambda p: write_index(p), "PATH/model.safetensors.index.json: no weight_map from tensors to files"),
     "missing shard": (
-        lambda p: sharded(p, weight_map={"x": "model-00002-of-00002.safetensors"}),
+        lambda p: write_index(p, weight_map={"x": "model-00002-of-00002.safetensors"}),
         "PATH/model-00002-of-00002.safetensors: not there, though model.safetensors.index.json names it",
     ),
     "shard elsewhere": (
-        lambda p: sharded(p, weight_map={"x": "../x.safetensors"}),
+        lambda p: write_index(p, weight_map={"x": "../x.safetensors"}),
         "x.safetensors: not there, though model.safetensors.index.json names it",
     ),
-    "truncated": (truncated, "PATH/model.safetensors: damaged, or not safetensors: "),
+    "truncated": (truncate, "PATH/model.safetensors: damaged, or not safetensors: "),
     "empty": (lambda p: (p / "model.safetensors").write_bytes(b""), "PATH/model.safetensors: damaged, or not safe"),
     "missing tensor": (
         lambda p: tensor(p, "transformer.h.1.ln_1.bias", None),
@@ -319,7 +319,7 @@ def test_a_folder_that_cannot_be_used_is_one_line_and_status_2(options, folder, 
     flaw, words = FLAWS[name]
     _, path = folder()
     file = write_config(tmp_path / "one.yaml", options(init_from=str(path)))
-    text = file.read_text()  # without the model section, which would contradict some of the flaws
+    text = file.read_text()  # without the model section, which would contradict some of the folders
     start = text.index("\nmodel:")
     file.write_text(text[:start] + text[text.index("\ndata:", start) :])
     flaw(path)

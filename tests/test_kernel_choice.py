@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import goes_on_with
+from conftest import check_resumes_with
 
 from training.config import ModelConfig, ParallelConfig
 from training.errors import UserError
@@ -73,7 +73,7 @@ def shares_keys_in_another_order(q, k, v, mask, scale, softcap):
         AttentionBackend(REFERENCE.build_mask, shares_keys_in_another_order),
     ],
 )
-def test_the_trial_notices_whatever_a_back_end_gets_wrong(monkeypatch, wrong):
+def test_the_trial_rejects_every_wrong_back_end(monkeypatch, wrong):
     monkeypatch.setitem(ATTENTION_BACKENDS, "flash", wrong)
     assert choice(SPEC._replace(scale=0.4)).startswith("reference (flash: differs from the reference by ")
 
@@ -96,7 +96,7 @@ def test_a_short_context_does_not_reject_a_kernel(n_positions, dtype):
 
 
 def test_on_a_cpu_experts_in_sixteen_bits_go_one_by_one():
-    """The loop alone rounds row counts up there. A resumed run keeps its kernel."""
+    """Only the loop rounds row counts up on a CPU. A resumed run keeps its kernel."""
     requirements = KernelRequirements(frozenset({AttentionSpec(3, 3, 8, 8)}), frozenset({ExpertsSpec(32, 64)}), False)
 
     def experts(dtype, previous):
@@ -115,7 +115,7 @@ def test_a_resumed_run_keeps_its_kernel(run, monkeypatch, capsys):
     assert "attention   sdpa (matches the reference)" in capsys.readouterr().out
     monkeypatch.setitem(ATTENTION_BACKENDS, "flash", flash)  # as if a package had been installed in the meantime
     assert choice(AttentionSpec(2, 2, 8, 8)).startswith("flash ")
-    goes_on_with("attention sdpa", run, folder, capsys)
+    check_resumes_with("attention sdpa", run, folder, capsys)
 
 
 def test_the_reason_names_the_previous_kernel_if_it_no_longer_runs():
@@ -153,7 +153,7 @@ def test_layers_with_different_windows_have_different_masks():
 
 
 def test_sdpa_masks_have_the_dtype_of_the_queries():
-    """From a mask of bool, PyTorch would make and keep such a copy in each layer."""
+    """PyTorch would convert a bool mask in each layer and keep every copy."""
     build_mask = ATTENTION_BACKENDS["sdpa"].build_mask
     mask = build_mask(Visibility(6, 6, CPU, 2, dtype=torch.bfloat16))
     assert mask.dtype == torch.bfloat16

@@ -65,7 +65,7 @@ def test_config_offers_the_kernels_of_the_table_in_its_order(option):
 
 
 def test_the_operators_to_save_are_those_that_the_kernels_define():
-    """A renamed operator would not be saved any more, which only costs time: no other test would notice."""
+    """A renamed operator would be recomputed, which only costs time, so that no other test would fail."""
     pytest.importorskip("triton")
     from training.kernels import triton_experts  # noqa: F401
 
@@ -163,7 +163,7 @@ def test_an_expert_without_tokens_has_a_zero_gradient(name):
         assert grad[0].abs().sum() > 0
 
 
-def test_joined_matrices_give_the_same_and_are_not_kept():
+def test_joined_matrices_compute_the_same_and_are_not_saved_for_backward():
     generator = torch.Generator().manual_seed(0)
     x, *w = (torch.randn(*shape, generator=generator) for shape in ((20, 8), (4, 12, 8), (4, 12, 8)))
     dispatch, results, kept = sort_by_expert(torch.randint(0, 4, (20, 2), generator=generator), 4), [], []
@@ -219,7 +219,7 @@ def test_experts_that_differ_from_the_reference_are_not_chosen(monkeypatch):
 @pytest.mark.parametrize("name", ["chunked", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_loss_equals_log_softmax_at_the_targets(dtype, name, chunk, softcap, monkeypatch):
-    """Chunks have `chunk` tokens, and blocks of them three."""
+    """A chunk has `chunk` tokens, a block within it three."""
     monkeypatch.setattr(loss, "CHUNK_BYTES", {"cpu": (dtype.itemsize * chunk, 2**28)})
     monkeypatch.setattr(loss, "BLOCK_ELEMENTS", 150)
     x, w, targets = random(23, 8), random(50, 8), torch.randint(-1, 50, (23,))

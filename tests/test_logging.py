@@ -61,7 +61,7 @@ def row(step: int, **more) -> dict:
     } | more  # fmt: skip
 
 
-def evaluated(step: int, text: str = "f(x):\n\treturn x") -> dict:
+def eval_row(step: int, text: str = "f(x):\n\treturn x") -> dict:
     samples = [{"prompt": "def ", "text": text}]
     return row(step, val_loss=2.6, val_perplexity=13.5, val_bits_per_byte=1.25, samples=samples)
 
@@ -82,7 +82,7 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def test_a_row_reads_back_as_it_was_written(tmp_path):
-    rows = [row(1), evaluated(2, text="\u2028 é \ud800 </script>\x00")]
+    rows = [row(1), eval_row(2, text="\u2028 é \ud800 </script>\x00")]
     JSONLSink(run_in(tmp_path)).write(rows)
     assert read_rows(tmp_path / "metrics.jsonl") == rows
 
@@ -179,7 +179,7 @@ def python(script: str, **options) -> str:
 def test_plain_lines_have_one_width_and_show_all_fields(tmp_path, capsys):
     sink = open_sink(run_in(tmp_path), LoggingConfig(every=2))
     sink.write([row(1), row(2)])
-    sink.write([row(3), evaluated(4)])
+    sink.write([row(3), eval_row(4)])
     sink.close(SUMMARY)
     lines = capsys.readouterr().out.splitlines()
     assert lines[:4] == ["tiny", "device      cpu", "parameters  1.0k", ""]
@@ -254,7 +254,7 @@ def test_training_continues_if_the_reader_of_its_output_is_gone(tmp_path):
 def test_a_sample_that_standard_output_cannot_encode_does_not_stop_training():
     script = """
         from test_logging import *
-        open_sink(run_in(Path()), LoggingConfig(every=1)).write([evaluated(1, text="naïve ✓")])
+        open_sink(run_in(Path()), LoggingConfig(every=1)).write([eval_row(1, text="naïve ✓")])
     """
     assert "na?ve ?" in python(script, env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
 
@@ -266,7 +266,7 @@ def test_a_terminal_shows_a_live_bar_that_fits_its_width(processes, tmp_path, co
         from test_logging import *
         sink = open_sink(run_in(Path({str(tmp_path)!r})), LoggingConfig(every=1))
         sink.write([row(1), row(2)])
-        sink.write([row(3), evaluated(4)])
+        sink.write([row(3), eval_row(4)])
         sink.close(SUMMARY)
     """
     (tmp_path / "script.py").write_text(textwrap.dedent(script))
@@ -335,12 +335,12 @@ def tensorboard(run: RunInfo):
 
 def test_tensorboard_reads_back_every_number_text_image_and_histogram(tmp_path):
     sink = tensorboard(run_in(tmp_path))
-    sink.write([row(1), row(2), row(3, mfu=0.3), evaluated(4, "f(x):\n    x \ud800")])
+    sink.write([row(1), row(2), row(3, mfu=0.3), eval_row(4, "f(x):\n    x \ud800")])
     sink.write_graph(Toy(), torch.zeros(1, 4, dtype=torch.long))
     sink.close(SUMMARY)
     board = events(tmp_path)
     tags = board.Tags()
-    assert set(tags["scalars"]) == set(scalars(evaluated(4, "") | {"mfu": 0.3}, [1, 3]))
+    assert set(tags["scalars"]) == set(scalars(eval_row(4, "") | {"mfu": 0.3}, [1, 3]))
     assert [(event.step, round(event.value, 4)) for event in board.Scalars("train/loss")] == [
         (1, 3.9), (2, 3.8), (3, 3.7), (4, 3.6)
     ]  # fmt: skip
@@ -443,7 +443,7 @@ def test_the_heat_map_names_each_layer_beside_its_row_and_each_expert_above_its_
 
 
 class Double(torch.autograd.Function):
-    """Work inside an autograd function, as a kernel has it."""
+    """An autograd function that does the work itself, like a kernel."""
 
     @staticmethod
     def forward(_ctx, x):
@@ -525,7 +525,7 @@ def offline(folder: Path) -> list[Path]:
     return sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
-def logged(path: Path) -> list[dict]:
+def history_rows(path: Path) -> list[dict]:
     """Return the history rows of an offline run from its file, once W&B's process has finished it."""
     until = time.monotonic() + 60
     while not (records := records_in(path.read_bytes())) or not records[-1].HasField("exit"):
@@ -562,14 +562,14 @@ def test_wandb_keeps_one_run_over_restarts_and_logs_no_step_twice(tmp_path, capf
 
     config = WandbConfig(mode="offline")
     first = WandbSink(run_in(tmp_path), config, histogram_every=2)
-    first.write([row(1), row(2), evaluated(3)])
+    first.write([row(1), row(2), eval_row(3)])
     first.close(None)
     second = WandbSink(run_in(tmp_path, start_step=2), config, histogram_every=2)
     second.write([row(3), row(4)])
     second.close(SUMMARY)
     assert "".join(capfd.readouterr()) == ""
     assert second.run.id == first.run.id
-    histories = [logged(path) for path in offline(tmp_path)]
+    histories = [history_rows(path) for path in offline(tmp_path)]
     assert [record["_step"] for history in histories for record in history] == [1, 2, 3, 4]
     assert histories[0][2]["val/loss"] == 2.6
     assert histories[0][2]["samples/nrows"] == 1
@@ -617,7 +617,7 @@ def test_without_a_network_wandb_logs_offline(tmp_path):
     assert ended.returncode == 0
     assert ended.stderr.startswith("Weights & Biases does not answer")
     assert ended.stderr.count("\n") == 1
-    assert [record["_step"] for record in logged(offline(tmp_path)[-1])] == [1]
+    assert [record["_step"] for record in history_rows(offline(tmp_path)[-1])] == [1]
 
 
 def test_a_missing_wandb_package_is_a_user_error(tmp_path, monkeypatch):
@@ -660,7 +660,7 @@ def steps_by_sink(folder: Path, output: str) -> dict[str, list[int]]:
     return {
         "jsonl": steps_in(folder),
         "tensorboard": [event.step for event in events(folder).Scalars("train/loss")],
-        "wandb": [record["_step"] for path in offline(folder) for record in logged(path)],
+        "wandb": [record["_step"] for path in offline(folder) for record in history_rows(path)],
         "console": [int(step) for step in re.findall(r"^step (\d+)/4 +loss", output, re.MULTILINE)],
         "csv": [int(line.split(",")[0]) for line in (folder / "loss.csv").read_text().splitlines()],
     }
@@ -679,7 +679,7 @@ def test_the_contract_of_every_sink(tmp_path, capsys, monkeypatch):
         sinks = open_sinks(config, run_in(tmp_path, start_step=start_step))
         for sink in sinks:
             sink.write_graph(Toy(), torch.zeros(1, 4, dtype=torch.long))
-            sink.write([row(start_step + 1, loss=9.0 - start_step), evaluated(start_step + 2)])
+            sink.write([row(start_step + 1, loss=9.0 - start_step), eval_row(start_step + 2)])
         if summary is None:
             for sink in sinks:
                 sink.write([row(3)])  # not in the checkpoint: dropped by the restart

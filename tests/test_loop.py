@@ -1,4 +1,4 @@
-"""What a step, an evaluation and a save compute, against the same written down a second time."""
+"""Steps, evaluations and saves equal a second, plain implementation."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from training.optim.optimizer import LossScale
 from training.train import train
 
 CPU = torch.device("cpu")
-# Auxiliary losses as large as the cross-entropy: what forgets or doubles them shows.
+# Auxiliary losses as large as the cross-entropy, so that a test fails if one is missing or counted twice.
 MOE = {"type": "moe", "n_experts": 4, "hidden": 32, "balance": "both", "z_loss_weight": 1.0, "switch_weight": 2.0}
 MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "blocks": [{"ffn": MOE}, {}]}
 
@@ -31,20 +31,20 @@ def build_run(build_run):
 
 
 def perturb(model) -> None:
-    """Weights large enough that no two windows have the same loss."""
+    """Make weights so large that no two windows have the same loss."""
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
         p.data += 0.2 * torch.randn(p.shape, generator=generator)
 
 
 def cross_entropy(model, tokens, targets) -> torch.Tensor:
-    """The sum over the targets, in nats."""
+    """Return the sum over the targets, in nats."""
     logits = model.logits(torch.from_numpy(tokens))
     return F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(targets).flatten(), ignore_index=-1, reduction="sum")
 
 
 def test_the_norm_of_a_large_gradient_is_exact(build_run):
-    """One sum of all squares in float32 is off by a thousandth, on a CPU."""
+    """On a CPU, a single float32 sum of all squares is off by a thousandth."""
     run = build_run(model=MODEL | {"vocab_size": 65536, "n_embd": 128})
     for _, parameter in run.sharded.local_parameters():
         parameter.grad = 1e-3 * torch.randn_like(parameter)
@@ -61,7 +61,7 @@ def test_an_evaluation_is_the_cross_entropy_of_windows_spread_evenly(build_run, 
     there = run.setup.val_samples.n_samples
     windows = range(there) if n_windows is None else [there * i // n_windows for i in range(n_windows)]
     tokens, targets = run.setup.val_samples.at(list(windows))
-    found = validation_loss(
+    figures = validation_loss(
         run.model,
         run.setup.val_samples,
         run.dataset.tokenizer,
@@ -72,37 +72,37 @@ def test_an_evaluation_is_the_cross_entropy_of_windows_spread_evenly(build_run, 
     with torch.no_grad():
         nats = cross_entropy(run.model, tokens, targets).item()
     n_bytes = (targets >= 0).sum() - (targets == run.dataset.tokenizer.end_of_text).sum()  # a token is a byte
-    assert found["val_loss"] == pytest.approx(nats / (targets >= 0).sum(), rel=1e-5)
-    assert found["val_perplexity"] == pytest.approx(math.exp(nats / (targets >= 0).sum()), rel=1e-4)
-    assert found["val_bits_per_byte"] == pytest.approx(nats / n_bytes / math.log(2), rel=1e-5)
+    assert figures["val_loss"] == pytest.approx(nats / (targets >= 0).sum(), rel=1e-5)
+    assert figures["val_perplexity"] == pytest.approx(math.exp(nats / (targets >= 0).sum()), rel=1e-4)
+    assert figures["val_bits_per_byte"] == pytest.approx(nats / n_bytes / math.log(2), rel=1e-5)
 
 
-def test_a_step_follows_the_gradient_of_the_written_down_loss_on_its_own_batch(build_run, monkeypatch):
+def test_a_step_follows_the_gradient_of_the_reference_loss_on_its_own_batch(build_run, monkeypatch):
     run = build_run(micro_batch=3)
     perturb(run.model)
-    taken = []
+    gradients = []
 
     def spy(*arguments):
-        taken[:] = [p.grad.clone() for p in run.model.parameters()]
+        gradients[:] = [p.grad.clone() for p in run.model.parameters()]
         clip_gradients(*arguments)
 
     monkeypatch.setattr(step, "clip_gradients", spy)
     for number in (0, 1):
         tokens, targets = run.setup.loader.samples.at(number * 8 + np.arange(8))
-        nats, routing = written_down(run.model, tokens, targets)
+        nats, routing = reference_loss(run.model, tokens, targets)
         parameters = list(run.model.parameters())
         expected = torch.autograd.grad(nats / 256 + routing, parameters)
         run.train_step()
         rounding = 1e-5 * max(g.abs().max().item() for g in expected)  # a key's bias has a gradient of zero
-        for ours, theirs in zip(taken, expected, strict=True):
+        for ours, theirs in zip(gradients, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=rounding)
         (row,) = run.rows()
         assert row["loss"] == pytest.approx(nats.item() / 256, rel=1e-5)
         assert row["grad_norm"] == pytest.approx(torch.cat([g.flatten() for g in expected]).norm().item(), rel=1e-4)
 
 
-def written_down(model, tokens, targets) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cross-entropy as a sum, z-loss and Switch loss as weighted means) of a whole batch."""
+def reference_loss(model, tokens, targets) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (cross-entropy as a sum, z-loss and Switch loss as weighted means) of a whole batch."""
     seen, moe = [], model.blocks[0].ffn
     hook = moe.router.register_forward_hook(lambda *called: seen.append(called[-1]))
     nats = cross_entropy(model, tokens, targets)
@@ -113,12 +113,12 @@ def written_down(model, tokens, targets) -> tuple[torch.Tensor, torch.Tensor]:
     return nats, 1.0 * z_loss + 2.0 * switch
 
 
-def test_a_step_is_done_though_the_next_ones_batch_cannot_be_read(build_run, monkeypatch):
-    """It is read ahead, and the step that needs it reads it again, to tell."""
+def test_a_step_completes_if_the_next_batch_cannot_be_read(build_run, monkeypatch):
+    """The loader prefetches it; the step that needs it reads it again and raises there."""
     run, at = build_run(), Samples.at
 
     def damaged(self, indices):
-        if 8 in indices:  # the second step's first
+        if 8 in indices:  # the first sample of step 2
             raise UserError("damaged")
         return at(self, indices)
 
@@ -153,11 +153,11 @@ def test_an_update_clips_a_large_gradient_and_leaves_a_small_one(build_run, monk
     scale = run.state.loss_scale.scale if precision == "fp16" else 1.0
     for p, g in zip(parameters, gradients, strict=True):
         p.grad = g * (norm * scale / length)
-    taken = []
-    monkeypatch.setattr(run.optimizer, "step", lambda _: taken.extend(p.grad.clone() for p in parameters))
+    clipped_gradients = []
+    monkeypatch.setattr(run.optimizer, "step", lambda _: clipped_gradients.extend(p.grad.clone() for p in parameters))
     clip_gradients(run.sharded, torch.tensor(norm), run.config.optim.grad_clip, scale)
     run.optimizer.step(1.0)
-    for ours, g in zip(taken, gradients, strict=True):
+    for ours, g in zip(clipped_gradients, gradients, strict=True):
         torch.testing.assert_close(ours, g * (clipped / length), rtol=1e-4, atol=0)
 
 
@@ -186,7 +186,7 @@ def test_the_loss_scale_doubles_after_2000_good_steps_and_halves_after_a_bad_one
     assert scale.scale == 16
 
 
-def test_a_run_is_saved_after_so_many_minutes(build_run):
+def test_a_run_is_saved_every_n_minutes(build_run):
     run = build_run(checkpoint={"every": None, "every_minutes": 5})
     run.state.step = 1
     with Events(run.config, run.world, run.checkpoints) as events:
@@ -198,16 +198,16 @@ def test_a_run_is_saved_after_so_many_minutes(build_run):
         assert not events.after(run.state).save
 
 
-def test_the_best_evaluation_is_saved_when_it_comes_and_kept(config, tmp_path):
+def test_the_best_evaluation_is_saved_at_once_and_kept(config, tmp_path):
     rising = {"type": "constant", "warmup_steps": 39}  # good at first, then far too high
-    made = config(
+    rising_config = config(
         steps=40,
         optim={"learning_rate": 1.0},
         schedule=rising,
         eval={"every": 4, "tokens": 512},
         checkpoint={"every": None, "keep": 1},
     )
-    assert train(made) == 0
+    assert train(rising_config) == 0
     folder = tmp_path / "runs/small"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     val_losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
@@ -220,7 +220,7 @@ def test_the_best_evaluation_is_saved_when_it_comes_and_kept(config, tmp_path):
     assert kept == {f"step-{best:08d}", "step-00000040"}
 
 
-def test_the_loss_scale_goes_on_where_it_was(build_run):
+def test_a_resumed_run_keeps_its_loss_scale(build_run):
     run = build_run(precision="fp16")
     run.state.loss_scale = LossScale(2.0**10, good_steps=7)
     run.train_step()
@@ -229,7 +229,7 @@ def test_the_loss_scale_goes_on_where_it_was(build_run):
     assert build_run(precision="fp16").state.loss_scale == LossScale(2.0**10, good_steps=8)
 
 
-def test_a_run_keeps_the_precision_it_began_with(build_run):
+def test_a_resumed_run_keeps_its_precision(build_run):
     another = "fp32" if devices.resolve_precision("auto", CPU) == "bf16" else "bf16"
     run = build_run(precision=another)
     run.train_step()

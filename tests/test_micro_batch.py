@@ -89,7 +89,7 @@ def test_after_a_micro_batch_of_one_comes_activation_checkpointing_and_then_an_e
         run.train_step()
 
 
-def test_another_error_is_not_taken_for_out_of_memory(build_run):
+def test_another_error_does_not_count_as_out_of_memory(build_run):
     run = build_run()
     run.model.register_forward_pre_hook(lambda *_: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
@@ -189,7 +189,7 @@ needs_linux = pytest.mark.skipif(
 def test_out_of_memory_after_the_weights_are_loaded_is_one_line_and_checkpoints_stay_complete(
     processes, options, run, tmp_path
 ):
-    """The system's limit holds from the moment the weights are loaded; without it the run resumes exactly."""
+    """The system limits memory once the weights are loaded; without the limit the run resumes exactly."""
     wide = {"n_layer": 2, "n_head": 2, "n_embd": 64, "n_positions": 1024, "blocks": [{"ffn": {"type": "moe"}}, {}]}
     changes = {"model": wide, "batch_tokens": 2**12, "micro_batch": 4, "steps": 4, "checkpoint": {"every": 2}}
     folder = run(**changes)
@@ -206,8 +206,8 @@ def test_out_of_memory_after_the_weights_are_loaded_is_one_line_and_checkpoints_
 
 
 @needs_linux
-def test_when_the_system_gives_no_more_memory_the_micro_batch_shrinks(processes, options, run, tmp_path):
-    """The system's own limit, from step 3; saves, rows and the final model fit into it."""
+def test_the_micro_batch_shrinks_if_the_system_limits_memory(processes, options, run, tmp_path):
+    """The system limits memory from step 3; saves, rows and the final model fit into the limit."""
     wide = {"n_layer": 2, "n_head": 2, "n_embd": 64, "n_positions": 128, "blocks": [{"ffn": {"type": "moe"}}, {}]}
     changes = {"model": wide, "batch_tokens": 2**14, "micro_batch": 32, "steps": 4, "checkpoint": {"every": 2}}
     path = write_config(tmp_path / "limited.yaml", options(name="limited", **changes))
@@ -236,9 +236,9 @@ print(new[-1], kept[-1], after[0], after[-1], *[faults() for _ in range(2)])
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep freed memory")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has an option to keep freed memory")
 def test_freed_memory_is_reused_without_page_faults_until_it_is_released():
-    """A search for a peak, and scarce memory, release it."""
+    """The search for the peak releases it, and so does scarce memory."""
     done = command("-c", FAULTS)
     assert done.returncode == 0, done.stderr
     new, kept, after, kept_again, *released = map(int, done.stdout.split())

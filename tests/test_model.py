@@ -217,19 +217,19 @@ def test_more_tokens_than_positions_raise_an_error_with_both_numbers():
         build().logits(tokens(length=13))
 
 
-@pytest.mark.filterwarnings("ignore")  # of compilers
+@pytest.mark.filterwarnings("ignore")  # compilers warn
 @pytest.mark.parametrize("position", [torch.arange(6), torch.arange(12).view(2, 6) % 5], ids=["one for all", "each"])
 def test_a_compiled_rotation_equals_the_eager_one_forward_and_backward(position):
     table = rotary_table(position, 8, 100.0)
     heads, direction = torch.randn(2, 2, 3, 6, 8, generator=torch.Generator().manual_seed(0))
     torch._dynamo.reset()
-    found = []
+    outcomes = []
     for function in (rotate, torch.compile(rotate, backend="aot_eager", fullgraph=True)):
         x = heads.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()  # strided as after a projection
         y = function(x, table)
         assert y.stride() == x.stride()
-        found.append([y, *torch.autograd.grad(y, x, direction)])
-    for plain, compiled in zip(*found, strict=True):
+        outcomes.append([y, *torch.autograd.grad(y, x, direction)])
+    for plain, compiled in zip(*outcomes, strict=True):
         torch.testing.assert_close(plain, compiled)
 
 
@@ -263,23 +263,23 @@ def test_bfloat16_is_close_to_float32(block, style):
 @pytest.mark.parametrize("eps", [1e-5, 0.5])
 @pytest.mark.parametrize("shape", [(5, 8), (2, 3, 7, 64)], ids=str)
 def test_rmsnorm_equals_pytorchs(shape, eps, dtype):
-    """Also in float64, which takes the other code path, and for a strided view, as heads are."""
+    """In float64 too, which has its own code path, and for strided views, as heads are."""
     generator = torch.Generator().manual_seed(0)
     norm = RMSNorm(shape[-1], eps)
     norm.weight.data = torch.randn(shape[-1], generator=generator).to(dtype).float()
     x, direction = (
         torch.randn(shape[1], shape[0], *shape[2:], generator=generator).to(dtype).transpose(0, 1) for _ in range(2)
     )
-    found = []
+    outcomes = []
     for computed in (dtype, torch.float64):
         leaf = x.to(computed).requires_grad_()
         y = norm(leaf)
         assert y.dtype == computed
-        found.append([y, *torch.autograd.grad(y, [leaf, norm.weight], direction.to(computed))])
-    for ours, theirs in zip(*found, strict=True):
+        outcomes.append([y, *torch.autograd.grad(y, [leaf, norm.weight], direction.to(computed))])
+    for ours, theirs in zip(*outcomes, strict=True):
         assert (ours - theirs).norm() <= (1e-6 if dtype == torch.float32 else 3e-3) * theirs.norm()
     with torch.no_grad():
-        assert torch.equal(norm(x), found[0][0])
+        assert torch.equal(norm(x), outcomes[0][0])
 
 
 def test_initial_weights_depend_on_seed_and_name_only():

@@ -197,13 +197,13 @@ def test_layers_with_different_configs_use_their_own_counts():
     sizes = {"n_layer": 4, "n_head": 2, "n_embd": 8, "n_positions": 8, "vocab_size": 16}
     model = init_weights(GPT(ModelConfig(**sizes, blocks=tuple(blocks))), 0)
     counts = [torch.tensor(count) for count in ([9.0, 1, 1, 1], [5.0, 0, 1], [1.0, 1, 1, 9], [2.0, 3, 1])]
-    found = model.finish_step({f"expert_count.{i}": count for i, count in enumerate(counts)})
-    assert [name for name in found if name.startswith("bias_range")] == [f"bias_range.{i}" for i in range(4)]
+    metrics = model.finish_step({f"expert_count.{i}": count for i, count in enumerate(counts)})
+    assert [name for name in metrics if name.startswith("bias_range")] == [f"bias_range.{i}" for i in range(4)]
     for i, (block, count) in enumerate(zip(model.blocks, counts, strict=True)):
         assert torch.equal(block.ffn.load, count / count.sum())
         moved = torch.zeros(len(count)) if i % 2 else 0.01 * (count.mean() - count).sign()
         assert torch.equal(block.ffn.selection_bias, moved)
-        assert found[f"bias_range.{i}"] == moved.max() - moved.min()
+        assert metrics[f"bias_range.{i}"] == moved.max() - moved.min()
 
 
 def test_bias_balancing_evens_out_a_skewed_router():
@@ -252,7 +252,7 @@ def model_of(ffn, kernel="loop", dtype=torch.float32, **changes) -> GPT:
     return init_weights(GPT(ModelConfig.model_validate(options), Kernels(experts=TORCH_EXPERTS[kernel]), dtype), 0)
 
 
-def some_tokens(n_samples=4):
+def random_tokens(n_samples=4):
     return torch.randint(0, 64, (n_samples, 8), generator=torch.Generator().manual_seed(3))
 
 
@@ -271,19 +271,19 @@ def test_capacity_keeps_the_first_tokens_and_counts_what_it_drops():
 
 def test_capacity_is_causal():
     # The reference computes every row with every expert: its rounding does not depend on the number of rows.
-    model, x = model_of({"capacity_factor": 0.6}, "reference"), some_tokens(2)
+    model, x = model_of({"capacity_factor": 0.6}, "reference"), random_tokens(2)
     other = x.clone()
     other[1, 4:] = 63 - other[1, 4:]
-    found = []
+    outcomes = []
     for tokens in (x, other):
         hidden, routings = model._hidden(
             tokens, None, Context(16, torch.tensor([1, 2]), is_training=True), model.attention
         )
-        found.append(hidden)
+        outcomes.append(hidden)
         assert all(routing.n_dropped > 0 for routing in routings.values())
-    assert torch.equal(found[0][0], found[1][0])
-    assert torch.equal(found[0][1, :4], found[1][1, :4])
-    assert not torch.equal(found[0][1, 4:], found[1][1, 4:])
+    assert torch.equal(outcomes[0][0], outcomes[1][0])
+    assert torch.equal(outcomes[0][1, :4], outcomes[1][1, :4])
+    assert not torch.equal(outcomes[0][1, 4:], outcomes[1][1, 4:])
 
 
 def test_jitter_differs_by_sample_token_channel_layer_and_step_and_is_off_in_evaluation():
@@ -310,9 +310,9 @@ def test_jitter_differs_by_sample_token_channel_layer_and_step_and_is_off_in_eva
 
 
 def test_activation_checkpointing_counts_no_token_twice_and_draws_the_same_noise():
-    found = []
+    outcomes = []
     for recompute in (False, True):
-        model, x = model_of({"jitter": 0.2, "balance": "both"}), some_tokens()
+        model, x = model_of({"jitter": 0.2, "balance": "both"}), random_tokens()
         if recompute:
             for block in model.blocks:
                 forward = block.forward
@@ -321,12 +321,12 @@ def test_activation_checkpointing_counts_no_token_twice_and_draws_the_same_noise
         loss.backward()
         metrics = model.finish_step(metrics)
         assert metrics["expert_count.0"].sum() == 2 * x.numel()
-        found.append([loss, *metrics.values(), *(p.grad for p in model.parameters())])
-        found[-1] += [block.ffn.selection_bias for block in model.blocks]
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        outcomes.append([loss, *metrics.values(), *(p.grad for p in model.parameters())])
+        outcomes[-1] += [block.ffn.selection_bias for block in model.blocks]
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore")  # of compilers
+@pytest.mark.filterwarnings("ignore")  # compilers warn
 @pytest.mark.parametrize(("kernel", "dtype"), [("loop", torch.float32), GROUPED_BF16], ids=str)
 @pytest.mark.parametrize("ffn", [{}, EVERYTHING], ids=["default", "everything"])
 def test_a_block_compiles_without_a_graph_break_and_computes_the_same(ffn, kernel, dtype):
@@ -337,17 +337,17 @@ def test_a_block_compiles_without_a_graph_break_and_computes_the_same(ffn, kerne
         block.compile(backend="aot_eager", fullgraph=True)
     for seed in (3, 4, 5):  # with different numbers of rows per expert
         x = torch.randint(0, 64, (4, 8), generator=torch.Generator().manual_seed(seed))
-        found = []
+        outcomes = []
         for each in (model, plain):
             loss, metrics = each(Batch(x, x, torch.arange(4), x.numel()))
-            found.append([loss, *metrics.values(), *torch.autograd.grad(loss, list(each.parameters()))])
-        for ours, theirs in zip(*found, strict=True):
+            outcomes.append([loss, *metrics.values(), *torch.autograd.grad(loss, list(each.parameters()))])
+        for ours, theirs in zip(*outcomes, strict=True):
             torch.testing.assert_close(ours, theirs)
     assert counters["stats"]["unique_graphs"] <= 2
 
 
 def test_an_evaluation_has_no_auxiliary_terms():
-    x, losses = some_tokens(), []
+    x, losses = random_tokens(), []
     for weight in (1e-3, 10.0):
         model = model_of({"balance": "both", "switch_weight": weight, "z_loss_weight": weight, "jitter": 0.5})
         loss, metrics = model(Batch(x, x, n_targets=x.numel()))
@@ -361,7 +361,7 @@ def test_an_evaluation_has_no_auxiliary_terms():
 @pytest.mark.parametrize("ffn", [{}, {"n_experts": 16, "top_k": 4, "n_shared": 2, "gated": True}], ids=str)
 def test_flops_equal_those_that_pytorch_counts(ffn):
     """Compare all but attention (PyTorch counts the masked half too) and the head (computed twice)."""
-    model, x = model_of(ffn, n_embd=32, tie_head=False, bias=False), some_tokens()
+    model, x = model_of(ffn, n_embd=32, tie_head=False, bias=False), random_tokens()
 
     def product(*shapes, out_shape, **_):  # noqa: ARG001 (PyTorch's signature)
         (n_rows, width), other = shapes[:2]  # R rows times matrices, or times R other rows
@@ -397,13 +397,13 @@ def test_routing_metrics_are_by_layer_and_over_all_layers():
         "bias_range": [[0.0], [0.25]],
     }
     metrics = {f"{name}.{i}": value for name, values in layers.items() for i, value in enumerate(values)}
-    found = step_metrics(metrics | {"loss_sum": [8.0]}, 8, [2, 2])
-    assert found["loss"] == 1
-    assert found["expert_load"] == [[0.25] * 4, [1.0, 0.0, 0.0, 0.0]]
-    assert found["expert_load_max"] == 4 and found["dead_experts"] == 3
-    assert found["expert_entropy"] == 0 and found["router_bias_range"] == 0.25
-    assert found["router_confidence"] == 0.75 and found["router_z_loss"] == 1.5 and found["dropped_share"] == 0.25
-    assert found["router_layers"] == {
+    row = step_metrics(metrics | {"loss_sum": [8.0]}, 8, [2, 2])
+    assert row["loss"] == 1
+    assert row["expert_load"] == [[0.25] * 4, [1.0, 0.0, 0.0, 0.0]]
+    assert row["expert_load_max"] == 4 and row["dead_experts"] == 3
+    assert row["expert_entropy"] == 0 and row["router_bias_range"] == 0.25
+    assert row["router_confidence"] == 0.75 and row["router_z_loss"] == 1.5 and row["dropped_share"] == 0.25
+    assert row["router_layers"] == {
         "entropy": [pytest.approx(1), 0],
         "confidence": [0.5, 1.0],
         "z_loss": [1.0, 2.0],

@@ -135,7 +135,7 @@ def test_every_schedule_rejects_a_warm_up_as_long_as_the_run(config_class):
     assert not list(config.step_rules(50))
 
 
-# --- what each one computes --------------------------------------------------------------------------
+# --- results of each ----------------------------------------------------------------------------------
 
 
 def test_adamw_is_the_paper():

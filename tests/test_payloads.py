@@ -131,10 +131,10 @@ def test_a_data_file_that_is_a_pickle_is_an_error(config, tmp_path, payload, suf
 
 def test_a_tokenizer_that_is_a_pickle_is_an_error(config, tmp_path, payload):
     (tmp_path / "tokenizer.json").write_bytes(payload)
-    made = config(
+    run_config = config(
         data=config().data.model_dump() | {"tokenizer": {"type": "file", "path": str(tmp_path / "tokenizer.json")}}
     )
-    assert_user_error(lambda: prepare(made.data, quiet=True), "tokenizer.json")
+    assert_user_error(lambda: prepare(run_config.data, quiet=True), "tokenizer.json")
 
 
 @pytest.mark.parametrize(
@@ -188,16 +188,16 @@ def test_code_in_a_data_sets_folder_never_runs(processes, options, tmp_path):
     folder = tmp_path / "evil"
     folder.mkdir()
     (folder / "evil.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'canary')!r}).touch()\n")
-    made = options()
-    made["data"] = made["data"] | {"sources": [{"type": "huggingface", "name": str(folder)}]}
-    done = processes.run("training.train:main", "--config", str(write_config(tmp_path / "a.yaml", made)))
+    values = options()
+    values["data"] = values["data"] | {"sources": [{"type": "huggingface", "name": str(folder)}]}
+    done = processes.run("training.train:main", "--config", str(write_config(tmp_path / "a.yaml", values)))
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"error: {folder}: cannot be read: ")
     assert not (tmp_path / "canary").exists()
 
 
 BUILTINS = {"eval", "exec", "compile", "__import__"}
-BANNED = {  # and all that is in them
+BANNED = {  # including everything inside them
     "builtins", "cloudpickle", "dill", "joblib", "marshal", "pickle", "_pickle", "runpy", "shelve",
     "os.exec*", "os.popen", "os.posix_spawn*", "os.spawn*", "os.startfile", "os.system", "tempfile.mktemp",
     "np.load", "numpy.load", "*.read_pickle", "yaml.load*", "yaml.full_load*", "yaml.unsafe_load*",
@@ -211,7 +211,7 @@ ALLOWED = {"weights/open_export.py": {"trust_remote_code=own_code"}}
 
 
 def dangers(source: str) -> set[tuple[int, str]]:
-    """Return (line, full name) of all that could run what a file holds, whatever it was imported as."""
+    """Return (line, full name) of each call that could execute a file's content, under any import name."""
     tree, dangerous = ast.parse(source), set()
     names = dict(imported for node in ast.walk(tree) for imported in imports(node))
     for node in ast.walk(tree):
@@ -226,7 +226,7 @@ def dangers(source: str) -> set[tuple[int, str]]:
 
 
 def imports(node: ast.AST) -> list[tuple[str, str]]:
-    """Return (local name, full name) of what a statement imports."""
+    """Return (local name, full name) of each import of a statement."""
     if isinstance(node, ast.Import):
         return [(a.asname, a.name) if a.asname else (a.name.split(".")[0],) * 2 for a in node.names]
     if isinstance(node, ast.ImportFrom):
@@ -251,7 +251,7 @@ def banned(full: str) -> bool:
 
 
 def true_options(node: ast.AST) -> list[tuple[str, ast.expr]]:
-    """Return the options of a call or a dict that must be False and are not that word."""
+    """Return the options of a call or a dict that must be the literal False and are not."""
     values = []
     if isinstance(node, ast.Call):
         values = [(word.arg, word.value) for word in node.keywords]
@@ -261,16 +261,16 @@ def true_options(node: ast.AST) -> list[tuple[str, ast.expr]]:
     return [(name, value) for name, value in values if name in MUST_BE_FALSE and ast.unparse(value) != "False"]
 
 
-def test_nothing_in_the_package_runs_what_a_file_holds():
-    root, found = ROOT / "training", []
+def test_nothing_in_the_package_executes_the_content_of_a_file():
+    root, violations = ROOT / "training", []
     for path in sorted(root.rglob("*.py")):
         name = str(path.relative_to(root))
         allowed = ALLOWED.get(name, set())
-        found += [(name, line, full) for line, full in dangers(path.read_text()) if full not in allowed]
-    assert found == []
+        violations += [(name, line, full) for line, full in dangers(path.read_text()) if full not in allowed]
+    assert violations == []
 
 
-def test_every_danger_is_seen():
+def test_every_danger_is_detected():
     sources = [
         "eval(text)", "exec(text)", "__import__(name)", "os.system(text)", "torch.load(path)", "yaml.load(text)",
         "np.load(path)", "import pickle", "from dill import loads", "subprocess.run(text, shell=True)",

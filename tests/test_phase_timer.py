@@ -26,7 +26,7 @@ SLOW_S = 0.05
 
 
 @pytest.fixture
-def timed(config, monkeypatch):
+def train_timed(config, monkeypatch):
     """Train and return the log, after a check that the phases up to the last step add up to the wall clock."""
 
     def go(device=DEVICE, **changes) -> RunLog:
@@ -103,8 +103,8 @@ def test_startup_is_one_phase_until_finish_startup():
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
-def test_the_phases_add_up_to_the_wall_clock_and_a_slow_disk_is_data(timed, monkeypatch, device):
-    """`timed` compares the sum with the wall clock."""
+def test_the_phases_add_up_to_the_wall_clock_and_a_slow_disk_counts_as_data(train_timed, monkeypatch, device):
+    """`train_timed` compares the sum with the wall clock."""
     at, durations = Samples.at, []
 
     def slow(samples, indices):
@@ -117,7 +117,7 @@ def test_the_phases_add_up_to_the_wall_clock_and_a_slow_disk_is_data(timed, monk
         return tokens_and_targets
 
     monkeypatch.setattr(Samples, "at", slow)
-    log = timed(torch.device(device))  # evaluations after 4 and 8, saves after 3, 6 and 8
+    log = train_timed(torch.device(device))  # evaluations after 4 and 8, saves after 3, 6 and 8
     seconds, waited = log.timer.seconds, sum(durations[3:])  # start-up reads for the graph and the first two steps
     beside = ("compute",) if device == "cuda" else ()  # a GPU computes meanwhile
     assert 6 * SLOW_S <= waited <= sum(seconds[phase] for phase in ("data", *beside))
@@ -132,12 +132,12 @@ def test_the_phases_add_up_to_the_wall_clock_and_a_slow_disk_is_data(timed, monk
     assert any("of the time was spent waiting for data" in line for line in summary(log.config.run_dir)["advice"])
 
 
-def test_a_fast_disk_costs_no_data_time(timed):
-    seconds = timed().timer.seconds
+def test_a_fast_disk_costs_no_data_time(train_timed):
+    seconds = train_timed().timer.seconds
     assert seconds["data"] < 0.3 * seconds["compute"]
 
 
-def test_waiting_for_another_rank_is_communication(timed, monkeypatch):
+def test_waiting_for_another_rank_counts_as_communication(train_timed, monkeypatch):
     for name in ("sum_int", "max_int"):
         agree = getattr(World, name)
 
@@ -146,13 +146,13 @@ def test_waiting_for_another_rank_is_communication(timed, monkeypatch):
             return agree(world, *values)
 
         monkeypatch.setattr(World, name, straggle)
-    seconds = timed(torch.device("cpu"), eval={"every": None, "tokens": 64}, steps=5).timer.seconds
-    assert seconds["communication"] > 4 * 3 * 0.03  # targets, memory and events of each step
+    seconds = train_timed(torch.device("cpu"), eval={"every": None, "tokens": 64}, steps=5).timer.seconds
+    assert seconds["communication"] > 4 * 3 * 0.03  # three exchanges per step: targets, memory, events
     assert seconds["data"] < 0.03
 
 
-class NothingFetched(TorchDispatchMode):
-    """Fails on anything that waits for the device: reading a number that it computed."""
+class NoComputedNumberIsRead(TorchDispatchMode):
+    """Fails if the host reads a computed number, which would wait for the device."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func is not torch.ops.aten._local_scalar_dense.default or not args[0].is_floating_point()
@@ -160,9 +160,9 @@ class NothingFetched(TorchDispatchMode):
 
 
 def test_a_step_reads_no_computed_number(config, monkeypatch):
-    around_steps(monkeypatch, lambda state: NothingFetched() if state.step else nullcontext())
+    around_steps(monkeypatch, lambda state: NoComputedNumberIsRead() if state.step else nullcontext())
     assert train(config(steps=3)) == 0
-    with pytest.raises(AssertionError), NothingFetched():
+    with pytest.raises(AssertionError), NoComputedNumberIsRead():
         torch.ones(()).item()
 
 
@@ -191,8 +191,8 @@ def test_a_step_synchronizes_with_the_gpu_only_to_decide_on_the_update(config, m
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
-def test_reading_a_batch_while_the_gpu_computes_is_compute():
-    """On a GPU the host runs ahead: 0.2 s of reading beside 0.4 s of computing cost nothing."""
+def test_reading_a_batch_while_the_gpu_computes_counts_as_compute():
+    """The host runs ahead of the GPU: 0.2 s of reading during 0.4 s of computing cost nothing."""
     timer, big = PhaseTimer(DEVICE), torch.randn(8192, 8192, device=DEVICE)
     big @ big
     timer.finish_startup()

@@ -90,7 +90,7 @@ def test_weights_gradients_and_optimizer_state_are_what_arithmetic_says():
     assert on_gpu.save_copy == on_gpu.fragmentation == on_gpu.process == 0
 
 
-def test_the_loss_on_a_gpu_works_inside_the_logits_unless_another_kernel_is_chosen():
+def test_the_loss_on_a_gpu_overwrites_the_logits_unless_another_kernel_is_chosen():
     def total(device_type, **parallel):
         config = config_of({"vocab_size": 8192}, precision="bf16", parallel=parallel)
         return estimate(config, 8, device_type=device_type).total
@@ -112,7 +112,7 @@ def test_a_mesh_divides_memory_and_the_worst_routing_sends_all_tokens_to_one_ran
     assert sharded.casts > whole.casts and sharded.routing == 0
     split = estimate(config_of(model, **batch, parallel={"mesh": {"expert": 4}}), 8, world_size=4)
     assert split.weights == whole.weights - 4 * n_experts * 3 // 4
-    n_rows = 8 * 64 * 2  # sent by a rank; each layer keeps those of three other ranks: hidden twice, and output
+    n_rows = 8 * 64 * 2  # that a rank sends; each layer keeps the rows of three other ranks: hidden twice, and output
     assert split.routing > 3 * n_rows * 3 * 4 * (2 * 64 + 128)
     both = estimate(config_of(model, **batch, parallel={"mesh": {"shard": 4, "expert": 2}}), 8, world_size=4)
     assert both.weights == sharded.weights
@@ -154,7 +154,7 @@ def test_the_command_prints_a_page_that_can_be_checked_by_hand(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "c.yaml"]  # nothing prepared, nothing written
 
 
-def test_prepared_data_give_the_epochs_and_a_started_run_its_speed(run, config, capsys):
+def test_prepared_data_give_the_epochs_and_a_run_gives_its_speed(run, config, capsys):
     changes = {"optim": {"type": "muon"}, "logging": {"every": 1, "tensorboard": False}}
     small = config(steps=200, **changes)
     n_tokens = prepare(small.data, quiet=True).train.n_tokens
@@ -201,7 +201,7 @@ def test_prepared_data_give_the_epochs_and_a_started_run_its_speed(run, config, 
     ],
     ids=str,
 )
-def test_likely_mistakes_are_warned_of(changes, device, expected):
+def test_likely_mistakes_cause_a_warning(changes, device, expected):
     changed = dict(changes)
     config = config_of(changed.pop("model", None), **changed)
     warnings = list(report.warnings(report.build_plan(config, report.find_device(device, config), 2)))

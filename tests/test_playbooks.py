@@ -1,4 +1,4 @@
-"""The examples of docs/playbooks are applied to a copy of the package, which then trains with all of them."""
+"""Apply the examples of docs/playbooks to a copy of the package, and train with all of them."""
 
 import json
 import re
@@ -14,8 +14,8 @@ import pytest
 from conftest import ROOT, environment
 
 PAGES = sorted((ROOT / "docs/playbooks").glob("add_*.md"))
-MAX_PLACES = 3  # outside the thing's own file
-CHECKS = ROOT / "tests/playbook_checks.py"  # what the copy is asked, in a process of its own
+MAX_PLACES = 3  # changed files besides the new component's own
+CHECKS = ROOT / "tests/playbook_checks.py"  # runs in a process with the copy
 
 
 class Block(NamedTuple):
@@ -26,7 +26,7 @@ class Block(NamedTuple):
     is_new: bool
 
     def apply(self, root: Path) -> None:
-        """Write the new file, or replace each run of `-` lines, which occurs once, by the `+` lines around it."""
+        """Write the new file, or replace each run of `-` lines, which must occur once, by the adjacent `+` lines."""
         path = root / self.path
         if self.is_new:
             path.write_text(self.text)
@@ -40,20 +40,20 @@ class Block(NamedTuple):
 
 
 def blocks(page: Path) -> list[Block]:
-    """The page's new files and changes."""
-    found = []
+    """Return the page's new files and changes."""
+    changes = []
     for fence in re.findall(r"^ *```(?:python|diff)\n.*?\n *```$", page.read_text(), flags=re.DOTALL | re.MULTILINE):
         language, first, *lines, _ = textwrap.dedent(fence).split("\n")
         text = "".join(f"{line}\n" for line in lines)
         if language == "```diff":
-            found.append(Block(first.removeprefix("--- "), text, is_new=False))
+            changes.append(Block(first.removeprefix("--- "), text, is_new=False))
         elif first.startswith("# training/"):
-            found.append(Block(first.removeprefix("# "), text, is_new=True))
-    return found
+            changes.append(Block(first.removeprefix("# "), text, is_new=True))
+    return changes
 
 
 def copy_with(pages: list[Path], folder: Path) -> Path:
-    """A copy of the package with the examples of the pages."""
+    """Copy the package and apply the examples of the pages."""
     shutil.copytree(ROOT / "training", folder / "training", ignore=shutil.ignore_patterns("__pycache__"))
     for block in (block for page in pages for block in blocks(page) if block.path.startswith("training/")):
         block.apply(folder)
@@ -106,7 +106,7 @@ def test_a_package_with_all_examples_trains_with_them_and_resumes(tmp_path):
 
 
 def contracts_of(folder: Path, pages: list[Path], without: Block | None = None) -> subprocess.CompletedProcess:
-    """Apply examples to a copy of the repository, renew what is generated, and run the contract tests there."""
+    """Apply examples to a copy of the repository, regenerate its files, and run the contract tests there."""
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "runs", "data_cache"))
     for page in pages:
         for block in blocks(page):
@@ -140,4 +140,4 @@ def test_a_complete_example_passes_the_contracts_and_a_forgotten_step_does_not(p
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for number, block in enumerate(block for block in blocks(page) if not block.is_new):
         done = contracts_of(tmp_path / str(number), [page], without=block)
-        assert done.returncode != 0, f"nothing notices that {block.path} is forgotten"
+        assert done.returncode != 0, f"no contract test fails without {block.path}"

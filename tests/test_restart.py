@@ -1,4 +1,4 @@
-"""Resuming a run's folder: never silently from nothing, never twice at once, never as another run."""
+"""A start never silently discards a run, never trains it twice at once, and never continues it as another run."""
 
 import json
 import time
@@ -87,7 +87,7 @@ def test_a_checkpoint_of_another_optimizer_is_an_error(finished, config):
         train(config(name="other", steps=9, optim={"type": "muon"}), resume=str(first))
 
 
-def test_of_twenty_starts_at_once_one_trains_and_the_others_say_so(processes, options, config, tmp_path):
+def test_one_of_twenty_simultaneous_starts_trains_and_the_others_exit(processes, options, config, tmp_path):
     folder = config().run_dir
     path = write_config(tmp_path / "one.yaml", options(steps=1_000_000, checkpoint={"every": 50}))
     started = [processes.start("training.train:main", "--config", str(path)) for _ in range(20)]

@@ -38,7 +38,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("never", {"checkpoint": {"keep": 10**8}}),
     ],
 )
-def test_a_refused_start_changes_nothing(finished, config, resume, changes):
+def test_a_start_that_fails_changes_nothing(finished, config, resume, changes):
     folder = finished(**OFTEN)
     before = contents(folder.parent)
     with pytest.raises(UserError):
@@ -104,14 +104,14 @@ def test_the_names_of_new_folders_are_durable(config, monkeypatch):
     """Each new folder's parent is synced, before the first checkpoint counts."""
     synced, real = [], os.fsync
 
-    def noted(file: int) -> None:
+    def record_fsync(file: int) -> None:
         synced.append(str(Path(f"/proc/self/fd/{file}").readlink()))
         real(file)
 
-    monkeypatch.setattr(os, "fsync", noted)
-    made = config()
-    assert train(made) == 0
-    folder = made.run_dir.resolve()
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    run_config = config()
+    assert train(run_config) == 0
+    folder = run_config.run_dir.resolve()
     for parent in (folder.parent.parent, folder.parent, folder, folder / "checkpoints", folder / "tokenizer"):
         assert str(parent) in synced, parent
 
@@ -138,7 +138,7 @@ def test_foreign_files_among_the_checkpoints_are_ignored(run, finished):
 
 
 @pytest.mark.parametrize("state", ["[]", "{}", '{"step": "x"}', '{"step": -3}', '{"step": true}'])
-def test_a_state_that_is_not_one_is_corrupt(finished, config, tmp_path, state):
+def test_an_invalid_state_is_corrupt(finished, config, tmp_path, state):
     """Even if its manifest fits, and its folder's name has no step."""
     path = (finished() / "checkpoints/step-00000008").rename(tmp_path / "mine")
     seal(path, state)
@@ -160,7 +160,7 @@ def test_a_state_that_is_not_one_is_corrupt(finished, config, tmp_path, state):
         {"micro_batch": {"CPU": {}}},
     ],
 )
-def test_a_state_with_other_parts_is_an_error_of_one_line(finished, config, change):
+def test_a_state_with_wrong_fields_is_an_error_of_one_line(finished, config, change):
     folder = finished(precision="fp16")
     path = folder / "checkpoints/step-00000008"
     seal(path, json.dumps(json.loads((path / "state.json").read_text()) | change))
@@ -176,7 +176,7 @@ def seal(path: Path, state: str) -> None:
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount")
 def test_a_folder_that_cannot_be_changed_is_an_error_of_one_line(finished, call, options, tmp_path):
     folder = finished(**OFTEN)
     path = str(write_config(tmp_path / "one.yaml", options(**OFTEN)))

@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 from conftest import command, rows, tensors, write_config
-from launched import Forked, wait_for_rows
+from launched import ForkedRanks, wait_for_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from training.config import Config
@@ -223,7 +223,7 @@ def test_sigterm_to_one_of_two_ranks_stops_both_with_one_checkpoint(processes, o
     endless = options(name="two", steps=1_000_000, eval={"every": None, "tokens": 64}, checkpoint={"every": None})
     path = write_config(tmp_path / "two.yaml", endless)
     folder = tmp_path / "runs" / "two"
-    ranks = Forked(processes.start("training.train:main", "--config", str(path), n_ranks=2))
+    ranks = ForkedRanks(processes.start("training.train:main", "--config", str(path), n_ranks=2))
     try:
         wait_for_rows(folder, 4, ranks)
         ranks.signal(1, signal.SIGTERM)

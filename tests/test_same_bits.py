@@ -31,7 +31,7 @@ def digests(tmp_path_factory, processes) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_losses_are_those_of_68a78e2(digests, name):
+def test_losses_equal_those_of_68a78e2(digests, name):
     """`python tests/same_bits.py record tests/same_bits.json --at 68a78e2` wrote the expected values."""
     ours, theirs = digests[name]["rows"], EXPECTED[name]["rows"]
     assert [row.keys() for row in ours] == [row.keys() for row in theirs]
@@ -45,5 +45,5 @@ def test_losses_are_those_of_68a78e2(digests, name):
 
 @pytest.mark.soak
 @pytest.mark.skipif(not has_commit(COMMIT), reason=f"the clone has no commit {COMMIT}")
-def test_all_bits_are_those_of_68a78e2():
+def test_all_bits_equal_those_of_68a78e2():
     assert differences(of_tree(ROOT), of_commit(COMMIT)) == []

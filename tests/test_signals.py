@@ -25,7 +25,7 @@ OFTEN = {"steps": STEPS, "checkpoint": {"every": 5}, "eval": {"every": 6, "token
 
 @pytest.fixture
 def through(finished):
-    """The run that nobody stopped."""
+    """The run without a signal."""
     return finished(name="through", **OFTEN)
 
 
@@ -102,7 +102,7 @@ def test_a_signal_saves_after_the_step_and_the_run_resumes(
 
 
 def test_a_failed_save_is_not_announced(config, at_step, tmp_path, capsys):
-    """The save that a signal asks for fails in its thread: a file is where its folder should be."""
+    """The save after the signal fails in its thread: a file has the name of its folder."""
 
     def block(_model):
         (tmp_path / "runs/stopped/checkpoints").write_text("a file")
@@ -197,7 +197,7 @@ SIGNALS = [(signal.SIGTERM, ()), (signal.SIGINT, ()), (signal.SIGUSR1, PASSED_ON
     "signals", [SIGNALS[:1], pytest.param(SIGNALS, marks=pytest.mark.soak)], ids=["SIGTERM", "all"]
 )
 def test_a_signal_to_torchrun_stops_all_ranks_at_one_step_and_the_run_resumes(options, run, tmp_path, signals):
-    """Two ranks with a micro-batch each compute the bits of one process with two: a sum of two has one order."""
+    """Two ranks with one micro-batch each equal one process with two, bit for bit: a sum of two has one order."""
     alike = {
         "steps": 400,
         "eval": {"every": None, "tokens": 64},

@@ -1,4 +1,4 @@
-"""Steps that are not finite, or spikes: not taken, by no rank, and nothing of them stays."""
+"""All ranks skip an update with NaN, Inf or a spike, and nothing of it stays."""
 
 import json
 import math
@@ -63,8 +63,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(build_run, spo
     assert line.startswith("step 3: ") and line.endswith("; update skipped")
 
 
-def test_the_steps_around_one_that_is_skipped_are_those_that_never_saw_it(build_run):
-    """The third batch teaches nothing: the run is that of the others, at their own rates."""
+def test_a_skipped_step_does_not_affect_the_other_steps(build_run):
+    """A run that skips step 3 equals one without it, with the same learning rates in the other steps."""
     run, other = build_run(name="run"), build_run(name="other")
     for step in range(4):
         hook = poison_loss(run.model, math.nan) if step == 2 else None
@@ -86,14 +86,14 @@ def test_ten_skipped_steps_in_a_row_end_the_run_with_their_rows_and_no_checkpoin
         train(config(steps=40, checkpoint={"every": 3}, eval={"every": None, "tokens": 64}))
     folder = tmp_path / "runs/small"
     assert [step for step, _ in checkpoint.list_checkpoints(folder / "checkpoints")] == [3], (
-        "nothing is saved meanwhile"
+        "no checkpoint of skipped steps"
     )
     for _, path in checkpoint.list_checkpoints(folder / "checkpoints"):
         loaded = checkpoint.load(path)
         assert all(tensor.isfinite().all() for tensor in [*loaded.model.values(), *loaded.optimizer.values()])
-    found = rows(folder)
-    assert [row["skipped_steps"] for row in found] == [0] * 5 + list(range(1, 11))
-    assert [row["loss"] is None for row in found] == [False] * 5 + [True] * 10
+    log = rows(folder)
+    assert [row["skipped_steps"] for row in log] == [0] * 5 + list(range(1, 11))
+    assert [row["loss"] is None for row in log] == [False] * 5 + [True] * 10
     write_report(folder)
 
 
@@ -106,11 +106,11 @@ def test_a_run_whose_last_step_was_skipped_ends_well(config, tmp_path, at_step, 
         json.loads(text, parse_constant=pytest.fail)
     assert json.loads((folder / "checkpoints/step-00000008/state.json").read_text(), parse_constant=pytest.fail)
     assert json.loads((folder / "summary.json").read_text())["skipped_steps"] == 1
-    said = capsys.readouterr().out
-    assert "step 8/8  loss nan" in said and "1 step was skipped" in said
+    output = capsys.readouterr().out
+    assert "step 8/8  loss nan" in output and "1 step was skipped" in output
 
 
-def test_a_run_goes_on_counting(build_run):
+def test_a_resumed_run_keeps_its_skip_counts(build_run):
     run = build_run()
     hook = poison_loss(run.model, math.nan)
     for _ in range(3):
@@ -122,7 +122,7 @@ def test_a_run_goes_on_counting(build_run):
     assert (again.state.step, again.state.guard.n_skipped, again.state.guard.consecutive) == (3, 3, 3)
 
 
-def test_every_count_and_both_windows_go_on_with_the_run(build_run):
+def test_a_resumed_run_keeps_every_count_and_both_windows(build_run):
     run = build_run(skip_spikes=3.0, precision="fp16")
     run.state.guard.n_skipped, run.state.guard.consecutive, run.state.guard.consecutive_spikes = 7, 4, 3
     run.state.guard.losses.extend(range(100, 140))
@@ -139,7 +139,7 @@ def test_every_count_and_both_windows_go_on_with_the_run(build_run):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_an_evaluation_that_alone_is_not_finite_ends_the_run_and_is_not_saved(config, tmp_path, monkeypatch, value):
-    """Every step's loss is a number; the validation's is none."""
+    """Every training loss is finite; the validation loss is not."""
     evaluate = engine.evaluate
 
     def spoiled(setup, tokenizer):
@@ -153,9 +153,9 @@ def test_an_evaluation_that_alone_is_not_finite_ends_the_run_and_is_not_saved(co
         train(config())
     folder = tmp_path / "runs/small"
     assert [step for step, _ in checkpoint.list_checkpoints(folder / "checkpoints")] == [3]
-    found = rows(folder)
-    assert [row["step"] for row in found] == [1, 2, 3, 4] and all(row["loss"] is not None for row in found)
-    assert found[-1]["val_loss"] is None and found[-1]["skipped_steps"] == 0
+    log = rows(folder)
+    assert [row["step"] for row in log] == [1, 2, 3, 4] and all(row["loss"] is not None for row in log)
+    assert log[-1]["val_loss"] is None and log[-1]["skipped_steps"] == 0
 
 
 def test_a_step_that_is_nan_on_one_rank_is_skipped_by_all(processes, options, build_run, tmp_path):
@@ -173,7 +173,7 @@ def test_a_step_that_is_nan_on_one_rank_is_skipped_by_all(processes, options, bu
     assert any((tensor - run.model.state_dict()[name]).abs().max() > 1e-6 for name, tensor in poisoned.items())
 
 
-def test_a_spike_is_skipped_and_a_new_level_is_not_for_long():
+def test_a_spike_is_skipped_and_a_new_level_is_soon_accepted():
     guard, noise = TrainState.new().guard, random.Random(0)
     reason_to_skip = partial(guard.reason_to_skip, spike_limit=6.0)
     level = 3.0
@@ -182,11 +182,11 @@ def test_a_spike_is_skipped_and_a_new_level_is_not_for_long():
     assert reason_to_skip(level + 0.3, 1.2) is None
     assert reason_to_skip(level + 3, 1.0).startswith("loss is 6, after a mean of")
     assert reason_to_skip(level, 5.0).startswith("grad_norm is 5, after a mean of")
-    assert reason_to_skip(level - 3, 0.1) is None, "better is no spike"
+    assert reason_to_skip(level - 3, 0.1) is None, "a lower loss is no spike"
     assert guard.n_skipped == 2
-    answers = [reason_to_skip(level + 50, 1.0) for _ in range(MAX_CONSECUTIVE + 1)]
-    assert all(answers[:MAX_CONSECUTIVE]) and answers[MAX_CONSECUTIVE] is None
-    assert reason_to_skip(level + 50, 1.0) is None, "that is the level now"
+    reasons = [reason_to_skip(level + 50, 1.0) for _ in range(MAX_CONSECUTIVE + 1)]
+    assert all(reasons[:MAX_CONSECUTIVE]) and reasons[MAX_CONSECUTIVE] is None
+    assert reason_to_skip(level + 50, 1.0) is None, "the new level is no spike"
 
 
 @pytest.mark.parametrize("spike_limit", [3.0, None])
@@ -202,7 +202,7 @@ def test_the_window_of_spikes_is_part_of_the_state(tmp_path, spike_limit):
     assert len(again.guard.losses) == (WINDOW if spike_limit else 0)
 
 
-def test_a_run_with_spikes_skipped_resumes_to_the_same_bits(run, config):
+def test_a_run_with_skipped_spikes_resumes_to_the_same_bits(run, config):
     spiky = {
         "steps": 60,
         "skip_spikes": 1.0,

@@ -52,7 +52,7 @@ def test_processes_in_different_surroundings_end_in_the_same_bits(options, tmp_p
 
 @pytest.mark.parametrize("deleted", ["cache", "sources"])
 def test_a_run_survives_the_deletion_of_its_data(run, config, at_step, tmp_path, deleted):
-    """A mapped file stays readable. The next start misses the sources, or rebuilds the cache."""
+    """A mapped file stays readable. The next start reports the missing sources, or rebuilds the cache."""
     texts, cache = tmp_path / "texts", tmp_path / "own-cache"
     shutil.copytree(ROOT / "training/data", texts, ignore=shutil.ignore_patterns("__pycache__"))
     data = config().data.model_dump() | {"sources": [{"type": "files", "paths": [str(texts)]}], "cache_dir": str(cache)}

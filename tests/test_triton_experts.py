@@ -1,6 +1,6 @@
 """The experts' Triton kernels: run by the interpreter on a CPU, compiled for GPUs, chosen by time.
 
-Run as a program, this file is a process of its tests: `interpret` or `compile`, and the file for the results.
+The tests also run this file as a program, `interpret FILE` or `compile FILE`, which writes its results to FILE.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT, command, environment, goes_on_with
+from conftest import ROOT, check_resumes_with, command, environment
 from safetensors.torch import load_file, save_file
 
 from training.config import ParallelConfig
@@ -88,14 +88,14 @@ def experts_layer(kernel, topk_ids_NK, gated, x_NC, up, gate, down, weight_NK):
 
 
 def interpret(path: str) -> None:
-    """Save the outcomes of all cases, of one of them twice, and once more compiled."""
+    """Save the outcomes of all cases, and of one of them a second time and compiled."""
     from triton import language as tl
     from triton.runtime.interpreter import InterpreterBuilder
 
     multiply = InterpreterBuilder.create_dot
 
     def multiply_numbers(self, a, b, *rest):
-        """Convert bf16 first: the interpreter stores its bits as integers, and would multiply those."""
+        """Convert bf16 first: the interpreter stores its bits as integers, and would multiply the integers."""
         a, b = (self.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
         return multiply(self, a, b, *rest)
 
@@ -151,12 +151,12 @@ def compile_for_gpus(path: str) -> None:
     """Save facts about the kernels of a forward and a backward, compiled for two kinds of GPU."""
     from training.kernels import triton_experts
 
-    kernels, found = (triton_experts._matmul_kernel, triton_experts._outer_kernel), {}
+    kernels, facts = (triton_experts._matmul_kernel, triton_experts._outer_kernel), {}
     for kind, capability in (("bf16", 90), ("fp32", 80)):
-        case, launches = Case(256, 2, 4, 64, 128, gated=kind == "bf16"), found.setdefault(kind, [])
+        case, launches = Case(256, 2, 4, 64, 128, gated=kind == "bf16"), facts.setdefault(kind, [])
         triton_experts._matmul_kernel, triton_experts._outer_kernel = (Launch(k, capability, launches) for k in kernels)
         outcome(EXPERT_KERNELS["triton"], case, case.inputs(DTYPES[kind]))
-    Path(path).write_text(json.dumps(found))
+    Path(path).write_text(json.dumps(facts))
 
 
 def other_process(part: str, path, file: str = __file__, **variables: str) -> subprocess.Popen:
@@ -179,35 +179,35 @@ def file_of(process: subprocess.Popen) -> str:
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """Both processes, which run at the same time."""
+    """Start both processes, which run at the same time."""
     folder = tmp_path_factory.mktemp("triton")
     return {
-        "interpret": other_process("interpret", folder / "found.safetensors", TRITON_INTERPRET="1"),
-        "compile": other_process("compile", folder / "found.json", TRITON_CACHE_DIR=str(folder)),
+        "interpret": other_process("interpret", folder / "results.safetensors", TRITON_INTERPRET="1"),
+        "compile": other_process("compile", folder / "results.json", TRITON_CACHE_DIR=str(folder)),
     }
 
 
 @pytest.fixture(scope="module")
-def interpreted(processes):
-    """Tensors by (case, dtype, which run) and name."""
-    found = {}
+def results(processes):
+    """Return tensors by (case, dtype, run) and name."""
+    tensors = {}
     for key, value in load_file(file_of(processes["interpret"])).items():
         *key, name = key.split("/")
-        found.setdefault(tuple(key), {})[name] = value
-    return found
+        tensors.setdefault(tuple(key), {})[name] = value
+    return tensors
 
 
 # --- tests -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "kind"), RUN)
-def test_results_and_all_gradients_equal_the_reference(interpreted, name, kind):
+def test_results_and_all_gradients_equal_the_reference(results, name, kind):
     case, dtype = CASES[name], DTYPES[kind]
     expected = outcome(TORCH_EXPERTS["reference"], case, [x.float() for x in case.inputs(dtype)])
-    found = interpreted[name, kind, "once"]
-    assert found.keys() == expected.keys()
+    tensors = results[name, kind, "once"]
+    assert tensors.keys() == expected.keys()
     for key, theirs in expected.items():
-        ours = found[key]
+        ours = tensors[key]
         assert ours.dtype == (torch.float32 if key == "weight" else dtype)
         if dtype == torch.float32:
             atol = 1e-6 * theirs.abs().max().item()
@@ -215,27 +215,27 @@ def test_results_and_all_gradients_equal_the_reference(interpreted, name, kind):
         assert (ours.float() - theirs).norm() <= ROUNDING.get(dtype, 2e-6) * theirs.norm(), key
 
 
-def test_an_expert_without_tokens_has_a_zero_gradient(interpreted):
+def test_an_expert_without_tokens_has_a_zero_gradient(results):
     for kind in ("fp32", "bf16"):
-        found = interpreted["empty experts", kind, "once"]
+        tensors = results["empty experts", kind, "once"]
         for matrix in ("up", "gate", "down"):
-            assert found[matrix].flatten(1).abs().sum(1).bool().tolist() == [e in (1, 4) for e in range(6)]
+            assert tensors[matrix].flatten(1).abs().sum(1).bool().tolist() == [e in (1, 4) for e in range(6)]
 
 
 @pytest.mark.parametrize("which", ["again", "compiled"])
-def test_the_bits_repeat(interpreted, which):
-    for key, value in interpreted[*AGAIN, "once"].items():
-        assert torch.equal(value, interpreted[*AGAIN, which][key]), key
+def test_the_bits_repeat(results, which):
+    for key, value in results[*AGAIN, "once"].items():
+        assert torch.equal(value, results[*AGAIN, which][key]), key
 
 
 def test_kernels_compile_for_gpus(processes):
-    found = json.loads(Path(file_of(processes["compile"])).read_text())
-    assert {kind: len(launches) for kind, launches in found.items()} == {"bf16": 9, "fp32": 6}
-    for launch in (*found["bf16"], *found["fp32"]):
+    facts = json.loads(Path(file_of(processes["compile"])).read_text())
+    assert {kind: len(launches) for kind, launches in facts.items()} == {"bf16": 9, "fp32": 6}
+    for launch in (*facts["bf16"], *facts["fp32"]):
         assert launch["shared"] <= 99 * 1024  # the minimum of devices of capability 8 or more
         assert not launch["atom"]
-    assert all(launch["wgmma"] for launch in found["bf16"])
-    assert not any(launch["tf32"] for launch in found["fp32"])  # TF32 has 10 bits of mantissa
+    assert all(launch["wgmma"] for launch in facts["bf16"])
+    assert not any(launch["tf32"] for launch in facts["fp32"])  # TF32 has 10 bits of mantissa
 
 
 # --- the choice ------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def choice(previous=None, **options) -> str:
     return chosen.as_text()["experts"]
 
 
-def slowed(kernel):
+def slow_down(kernel):
     def up(*inputs):
         time.sleep(0.02)
         return kernel.up(*inputs)
@@ -261,7 +261,7 @@ def slowed(kernel):
 
 
 @pytest.fixture
-def timed(monkeypatch):
+def timing_on_cpu(monkeypatch):
     """Treat the CPU as if kernels were timed on it."""
     monkeypatch.setattr("training.kernels.choose.TIMED_DEVICE_TYPES", ("cpu",))
     monkeypatch.setattr("training.kernels.trials.TIMED_TOKENS", 64)
@@ -289,25 +289,25 @@ def test_naming_it_on_a_cpu_is_one_line():
         choice(experts="triton")
 
 
-@pytest.mark.usefixtures("timed")
+@pytest.mark.usefixtures("timing_on_cpu")
 def test_the_fastest_of_the_matching_kernels_is_chosen(monkeypatch):
-    monkeypatch.setitem(EXPERT_KERNELS, "grouped", slowed(EXPERT_KERNELS["grouped"]))
+    monkeypatch.setitem(EXPERT_KERNELS, "grouped", slow_down(EXPERT_KERNELS["grouped"]))
     assert choice().startswith("loop (fastest: loop ")
-    monkeypatch.setitem(EXPERT_KERNELS, "loop", slowed(slowed(EXPERT_KERNELS["loop"])))
+    monkeypatch.setitem(EXPERT_KERNELS, "loop", slow_down(slow_down(EXPERT_KERNELS["loop"])))
     assert choice().startswith("grouped (fastest: grouped ")
 
 
-@pytest.mark.usefixtures("timed")
+@pytest.mark.usefixtures("timing_on_cpu")
 def test_a_resumed_run_keeps_the_slower_kernel(monkeypatch):
-    monkeypatch.setitem(EXPERT_KERNELS, "grouped", slowed(EXPERT_KERNELS["grouped"]))
+    monkeypatch.setitem(EXPERT_KERNELS, "grouped", slow_down(EXPERT_KERNELS["grouped"]))
     assert choice({"experts": "grouped"}) == "grouped (matches the reference)"
     assert choice({"experts": "triton"}).startswith("loop (fastest: ")
 
 
-@pytest.mark.usefixtures("timed")
+@pytest.mark.usefixtures("timing_on_cpu")
 def test_kernels_that_are_named_or_wrong_are_not_timed(monkeypatch):
     right = EXPERT_KERNELS["loop"]
-    monkeypatch.setitem(EXPERT_KERNELS, "loop", slowed(right))
+    monkeypatch.setitem(EXPERT_KERNELS, "loop", slow_down(right))
     assert choice(experts="loop") == "loop (requested)"
     monkeypatch.setitem(
         EXPERT_KERNELS, "grouped", right._replace(up=lambda x, w, dispatch: right.up(x, w[::-1], dispatch))
@@ -316,19 +316,19 @@ def test_kernels_that_are_named_or_wrong_are_not_timed(monkeypatch):
 
 
 def test_on_a_cpu_the_order_of_the_table_decides(monkeypatch):
-    monkeypatch.setitem(EXPERT_KERNELS, "grouped", slowed(EXPERT_KERNELS["grouped"]))
+    monkeypatch.setitem(EXPERT_KERNELS, "grouped", slow_down(EXPERT_KERNELS["grouped"]))
     assert choice() == "grouped (matches the reference)"
 
 
-@pytest.mark.usefixtures("timed")
+@pytest.mark.usefixtures("timing_on_cpu")
 def test_a_resumed_run_keeps_its_kernel_even_if_another_is_faster_now(run, monkeypatch, capsys):
     plain = EXPERT_KERNELS["grouped"]
-    monkeypatch.setitem(EXPERT_KERNELS, "grouped", slowed(plain))
+    monkeypatch.setitem(EXPERT_KERNELS, "grouped", slow_down(plain))
     folder = run()
     assert "experts     loop (fastest: loop " in capsys.readouterr().out
     monkeypatch.setitem(EXPERT_KERNELS, "grouped", plain)
-    monkeypatch.setitem(EXPERT_KERNELS, "loop", slowed(EXPERT_KERNELS["loop"]))
-    goes_on_with("experts loop", run, folder, capsys)
+    monkeypatch.setitem(EXPERT_KERNELS, "loop", slow_down(EXPERT_KERNELS["loop"]))
+    check_resumes_with("experts loop", run, folder, capsys)
 
 
 if __name__ == "__main__":

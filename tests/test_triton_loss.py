@@ -1,6 +1,6 @@
 """The loss in Triton: run by the interpreter on a CPU, compiled for GPUs, chosen.
 
-Run as a program, this file is a process of its tests: `interpret` or `compile`, and the file for the results.
+The tests also run this file as a program, `interpret FILE` or `compile FILE`, which writes its results to FILE.
 """
 
 import json
@@ -28,12 +28,12 @@ TOLERANCE = {"fp32": 1e-6, "bf16": 1e-2, "fp16": 2e-3}
 
 
 class Case(NamedTuple):
-    """Tokens, some of which are not counted, and a vocabulary."""
+    """Tokens, some without a target, and a vocabulary."""
 
     n_tokens: int
     n_vocab: int
     softcap: float | None = None
-    factor: float = 1.0  # that the logits are multiplied by
+    factor: float = 1.0  # of the logits
 
     def inputs(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -85,72 +85,72 @@ def interpret(path: str) -> None:
 
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     loss.CHUNK_BYTES, ours = {"cpu": CHUNK_BYTES}, partial(chunked_cross_entropy, triton_logits_backward)
-    found = {run: outcome(ours, CASES[run[0]], CASES[run[0]].inputs(DTYPES[run[1]])) for run in RUN}
+    outcomes = {run: outcome(ours, CASES[run[0]], CASES[run[0]].inputs(DTYPES[run[1]])) for run in RUN}
     name = "blocks and a part"
-    found[name, "again"] = outcome(ours, CASES[name], CASES[name].inputs(torch.float32))
-    found[name, "alone"] = outcome(ours, CASES[name], CASES[name].inputs(torch.float32), gradient=False)
-    save_file({"/".join((*key, name)): x.contiguous() for key, of in found.items() for name, x in of.items()}, path)
+    outcomes[name, "again"] = outcome(ours, CASES[name], CASES[name].inputs(torch.float32))
+    outcomes[name, "alone"] = outcome(ours, CASES[name], CASES[name].inputs(torch.float32), gradient=False)
+    save_file({"/".join((*key, name)): x.contiguous() for key, of in outcomes.items() for name, x in of.items()}, path)
 
 
 def compile_for_gpus(path: str) -> None:
     """Save facts about the kernel, compiled for two kinds of GPU, with and without soft-cap and gradient."""
     from training.kernels import triton_loss
 
-    kernel, found = triton_loss._loss_kernel, []
+    kernel, facts = triton_loss._loss_kernel, []
     for kind, capability in (("bf16", 90), ("fp32", 80)):
-        triton_loss._loss_kernel = Launch(kernel, capability, found)
+        triton_loss._loss_kernel = Launch(kernel, capability, facts)
         for softcap in (None, 15.0):
             x, w, targets = Case(8, 50304).inputs(DTYPES[kind])
             for gradient in (False, True):
                 triton_loss.triton_logits_backward(x @ w.T, targets, softcap, gradient=gradient)
-    Path(path).write_text(json.dumps(found))
+    Path(path).write_text(json.dumps(facts))
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """Both processes, which run at the same time."""
+    """Start both processes, which run at the same time."""
     folder = tmp_path_factory.mktemp("triton")
     return {
-        "interpret": other_process("interpret", folder / "found.safetensors", __file__, TRITON_INTERPRET="1"),
-        "compile": other_process("compile", folder / "found.json", __file__, TRITON_CACHE_DIR=str(folder)),
+        "interpret": other_process("interpret", folder / "results.safetensors", __file__, TRITON_INTERPRET="1"),
+        "compile": other_process("compile", folder / "results.json", __file__, TRITON_CACHE_DIR=str(folder)),
     }
 
 
 @pytest.fixture(scope="module")
-def interpreted(processes):
-    """Tensors by (case, dtype or which run) and name."""
-    found = {}
+def results(processes):
+    """Return tensors by (case, dtype or run) and name."""
+    tensors = {}
     for key, value in load_file(file_of(processes["interpret"])).items():
         case, kind, name = key.split("/")
-        found.setdefault((case, kind), {})[name] = value
-    return found
+        tensors.setdefault((case, kind), {})[name] = value
+    return tensors
 
 
 # --- tests -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "kind"), RUN)
-def test_the_loss_and_its_gradients_equal_the_reference(interpreted, name, kind, monkeypatch):
+def test_the_loss_and_its_gradients_equal_the_reference(results, name, kind, monkeypatch):
     x, w, targets = CASES[name].inputs(DTYPES[kind])
     monkeypatch.setattr("training.kernels.loss.CHUNK_BYTES", {"cpu": CHUNK_BYTES})
     rounded = outcome(LOSS_KERNELS["chunked"], CASES[name], (x.float(), w.float(), targets))
     for key, exact in outcome(in_float64, CASES[name], (x.double(), w.double(), targets)).items():
-        error = (interpreted[name, kind][key] - exact).norm()
+        error = (results[name, kind][key] - exact).norm()
         float32_error = (rounded[key] - exact).norm()  # some CPUs' products of three rows are ten times less exact
         assert error <= TOLERANCE[kind] * exact.norm() + 2 * float32_error, key
-    assert not interpreted[name, kind]["x"][targets < 0].any()
+    assert not results[name, kind]["x"][targets < 0].any()
 
 
-def test_the_bits_repeat_with_and_without_gradients(interpreted):
-    once = interpreted["blocks and a part", "fp32"]
-    assert all(torch.equal(value, once[key]) for key, value in interpreted["blocks and a part", "again"].items())
-    assert torch.equal(interpreted["blocks and a part", "alone"]["loss"], once["loss"])
+def test_the_bits_repeat_with_and_without_gradients(results):
+    once = results["blocks and a part", "fp32"]
+    assert all(torch.equal(value, once[key]) for key, value in results["blocks and a part", "again"].items())
+    assert torch.equal(results["blocks and a part", "alone"]["loss"], once["loss"])
 
 
 def test_the_kernel_compiles_for_gpus(processes):
-    found = json.loads(Path(file_of(processes["compile"])).read_text())
-    assert len(found) == 8
-    for launch in found:
+    facts = json.loads(Path(file_of(processes["compile"])).read_text())
+    assert len(facts) == 8
+    for launch in facts:
         assert launch["shared"] <= 99 * 1024
         assert not launch["atom"]
 

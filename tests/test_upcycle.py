@@ -1,4 +1,4 @@
-"""Upcycling: a dense model as a Mixture of Experts computes the same, however it is split, and trains from there."""
+"""An upcycled Mixture of Experts computes the same as its dense model, however it is split, and can be trained."""
 
 import json
 import re
@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import rows, tensors
 from safetensors.torch import load_file
-from test_hf import perturbed
+from test_hf import add_noise
 from test_init_from import SMALL, STILL
 from test_restart import flip_a_bit
 
@@ -48,12 +48,12 @@ CASES = {
 }
 
 
-def upcycled(model: dict, mlp: dict, moe: dict, every: int = 1) -> tuple[GPT, GPT]:
+def build_upcycled(model: dict, mlp: dict, moe: dict, every: int = 1) -> tuple[GPT, GPT]:
     """Return a dense float64 model with random weights and biases, and its upcycled model."""
     moe = moe | {name: mlp[name] for name in ("activation", "gated") if name in mlp}
     theirs = ModelConfig.model_validate(SIZES | model | {"blocks": [{"ffn": mlp}]})
     ours = ModelConfig.model_validate(SIZES | model | {"blocks": [{"ffn": mlp}] * (every - 1) + [{"ffn": moe}]})
-    dense = perturbed(init_weights(GPT(theirs, dtype=torch.float64), 0))
+    dense = add_noise(init_weights(GPT(theirs, dtype=torch.float64), 0))
     experts = init_weights(GPT(ours, dtype=torch.float64), 1)
     weights = upcycle.upcycle_weights(dense.state_dict(), upcycle.upcycled_layers(theirs, ours), experts.state_dict())
     experts.load_state_dict(experts.state_dict() | weights)
@@ -74,7 +74,7 @@ def backward(model: GPT) -> torch.Tensor:
 @pytest.mark.parametrize("name", CASES)
 def test_the_function_and_its_gradients_are_the_dense_models(name):
     model, mlp, moe, n_routed = CASES[name]
-    dense, experts = upcycled(model, mlp, moe)
+    dense, experts = build_upcycled(model, mlp, moe)
     logits = backward(dense)
     torch.testing.assert_close(backward(experts), logits, rtol=0, atol=1e-6)
     for one, other in ((dense.wte, experts.wte), (dense.blocks[0].mixer.out, experts.blocks[0].mixer.out)):
@@ -91,13 +91,13 @@ def test_the_function_and_its_gradients_are_the_dense_models(name):
 
 
 def test_experts_may_be_in_every_second_layer():
-    dense, experts = upcycled({}, {}, FINE, every=2)
+    dense, experts = build_upcycled({}, {}, FINE, every=2)
     assert [block.ffn.type for block in experts.config.layers()] == ["mlp", "moe"]
     torch.testing.assert_close(experts.logits(tokens()), dense.logits(tokens()), rtol=0, atol=1e-6)
 
 
 def test_every_group_holds_every_shard_and_has_its_own_router_row():
-    dense, experts = upcycled({}, {}, FINE)
+    dense, experts = build_upcycled({}, {}, FINE)
     ffn = experts.blocks[0].ffn
     for group in (0, 2):
         assert torch.equal(ffn.experts.up[group : group + 2].flatten(0, 1), dense.blocks[0].ffn.up.weight)
@@ -106,7 +106,7 @@ def test_every_group_holds_every_shard_and_has_its_own_router_row():
 
 
 def test_tokens_that_get_parts_of_groups_are_counted_and_not_compared():
-    dense, experts = upcycled({}, {}, FINE | {"n_experts": 6, "scoring": "sigmoid"})
+    dense, experts = build_upcycled({}, {}, FINE | {"n_experts": 6, "scoring": "sigmoid"})
     row_C = torch.randn(16, generator=torch.Generator().manual_seed(0))
     row_C *= 8 / row_C.norm()  # so large that some sigmoids are 1 to the last bit
     experts.blocks[1].ffn.router.weight.data = torch.stack([n * row_C for n in (1, 1, 2, 2, 3, 3)])
@@ -115,7 +115,7 @@ def test_tokens_that_get_parts_of_groups_are_counted_and_not_compared():
     assert 0 < change.n_tied < change.n_tokens == 128
     assert change.max_logit_change < 1e-6
     assert (dense.logits(tokens(4)) - experts.logits(tokens(4))).abs().max() > 0.1
-    assert not change.is_exact  # too many for chance
+    assert not change.is_exact  # more ties than chance explains
     assert change._replace(n_tied=1, n_tokens=4096).is_exact
 
 
@@ -147,23 +147,23 @@ def summary(folder) -> dict:
 )
 def test_a_run_starts_from_a_dense_run_with_experts(run, dense, capsys, ffn, words):
     capsys.readouterr()
-    left = run(**from_folder(dense, ffn, optim=STILL))
+    run_dir = run(**from_folder(dense, ffn, optim=STILL))
     folder, split, before, after, change = LINE.fullmatch(capsys.readouterr().err).groups()
     assert (folder, split, before) == (str(dense), words, after)
     assert float(change) < 1e-5
-    assert summary(left)["val_loss"] == pytest.approx(summary(dense)["val_loss"], abs=1e-5)
-    assert summary(left)["parameters"] > summary(dense)["parameters"]
+    assert summary(run_dir)["val_loss"] == pytest.approx(summary(dense)["val_loss"], abs=1e-5)
+    assert summary(run_dir)["parameters"] > summary(dense)["parameters"]
 
 
 def test_only_dense_layers_of_the_folder_become_experts(run, dense, capsys):
     still = {"init_from": str(dense), "optim": STILL}
     first = run(name="first", model={"blocks": [{"ffn": COPIES}, {}]}, **still)
     capsys.readouterr()
-    left = run(name="then", model={"blocks": [{}, {"ffn": FINE}]}, init_from=str(first), optim=STILL)
+    run_dir = run(name="then", model={"blocks": [{}, {"ffn": FINE}]}, init_from=str(first), optim=STILL)
     assert "1 layer of 4 experts, groups of 2;" in capsys.readouterr().err
-    config = hf.read_config(left / "model")[1]
+    config = hf.read_config(run_dir / "model")[1]
     assert [block.ffn.hidden for block in config.layers()] == [64, 32]
-    assert summary(left)["val_loss"] == pytest.approx(summary(first)["val_loss"], abs=1e-5)
+    assert summary(run_dir)["val_loss"] == pytest.approx(summary(first)["val_loss"], abs=1e-5)
 
 
 def test_a_gpt2_of_transformers_becomes_experts(run, tmp_path):
@@ -173,18 +173,18 @@ def test_a_gpt2_of_transformers_becomes_experts(run, tmp_path):
     torch.manual_seed(0)
     theirs = GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.2)).eval()
     theirs.save_pretrained(tmp_path / "gpt2")
-    left = run(**from_folder(tmp_path / "gpt2", optim=STILL, steps=3))
-    architecture, config = hf.read_config(left / "model")
+    run_dir = run(**from_folder(tmp_path / "gpt2", optim=STILL, steps=3))
+    architecture, config = hf.read_config(run_dir / "model")
     ours = GPT(config)
-    ours.load_state_dict(hf.read_weights(left / "model", architecture, config))
+    ours.load_state_dict(hf.read_weights(run_dir / "model", architecture, config))
     with torch.no_grad():
         torch.testing.assert_close(ours.logits(tokens()), theirs(tokens()).logits, rtol=0, atol=1e-4)
 
 
 def test_large_activations_are_no_error(run, tmp_path, capsys):
-    """GPT-2 has a channel of thousands beside others of 1; float32 logits would differ by 5e-4."""
+    """GPT-2 has a channel with values of thousands among others of 1; float32 logits would differ by 5e-4."""
     config = ModelConfig.model_validate(SIZES)
-    model = perturbed(init_weights(GPT(config), 0))
+    model = add_noise(init_weights(GPT(config), 0))
     model.blocks[0].ffn.down.weight.data[3] *= 1e3
     model.norm_f.weight.data *= 50
     hf.write_model(tmp_path / "large", model.state_dict(), config, end_of_text=256)
@@ -198,9 +198,9 @@ def test_the_printed_loss_is_that_of_an_evaluation(run, options, dense, tmp_path
     data = options()["data"] | {"sources": [{"type": "files", "paths": [str(tmp_path / "short.jsonl")]}]}
     for isolated in (False, True):
         model = {"isolate_documents": isolated, "blocks": [{"ffn": FINE}]}
-        left = run(name=f"isolated-{isolated}", model=model, init_from=str(dense), optim=STILL, steps=3, data=data)
+        run_dir = run(name=f"isolated-{isolated}", model=model, init_from=str(dense), optim=STILL, steps=3, data=data)
         before = float(LINE.search(capsys.readouterr().err)[3])
-        assert before == pytest.approx(summary(left)["val_loss"], abs=1e-4)  # the same 16 samples
+        assert before == pytest.approx(summary(run_dir)["val_loss"], abs=1e-4)  # the same 16 samples
 
 
 def test_long_samples_are_cut_for_the_comparison(run, dense, monkeypatch):
@@ -228,8 +228,8 @@ def test_two_starts_are_bit_identical_and_resuming_needs_no_folder(run, dense, c
 
 
 def test_copies_diverge_in_training(run, dense):
-    left = run(**from_folder(dense, COPIES))
-    weights = load_file(left / "checkpoints/step-00000008/model.safetensors")
+    run_dir = run(**from_folder(dense, COPIES))
+    weights = load_file(run_dir / "checkpoints/step-00000008/model.safetensors")
     for layer in (0, 1):
         first, *others = weights[f"blocks.{layer}.ffn.experts.up"]
         assert all((other - first).norm() > 1e-3 * first.norm() for other in others)
@@ -381,10 +381,10 @@ def test_noise_without_an_upcycled_layer_is_an_error(config, options, tmp_path, 
     assert "upcycle_noise: needs init_from" in capsys.readouterr().err
 
 
-def test_an_export_of_experts_made_of_swiglu_opens_as_what_transformers_has(run):
+def test_an_export_of_experts_from_swiglu_opens_as_an_architecture_of_transformers(run):
     mixer = {"qk_norm": True}
     sizes = SIZES | {"position": "rope", "norm": "rmsnorm", "bias": False, "blocks": [{"mixer": mixer, "ffn": SWIGLU}]}
     first = run(name="first", model=sizes, steps=3)
     ffn = FINE | {"hidden": 24, "balance": "switch"}
-    left = run(name="then", **from_folder(first, ffn), steps=3)
-    assert json.loads((left / "model/config.json").read_text())["model_type"] == "qwen3_moe"
+    run_dir = run(name="then", **from_folder(first, ffn), steps=3)
+    assert json.loads((run_dir / "model/config.json").read_text())["model_type"] == "qwen3_moe"

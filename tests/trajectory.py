@@ -61,7 +61,7 @@ def train(config: Config, world: World, stop_at: int | None = None) -> tuple[dic
             seen.clear()
             run.train_step()
             rows += run.rows()
-            once = dict(seen)  # a batch that was tried again counts once
+            once = dict(seen)  # a retried batch counts once
             of_ranks = world.gather(b"".join(once.values()).hex())
             tokens_of_step.append(hashlib.sha256(bytes.fromhex("".join(of_ranks))).hexdigest())
     for hook in hooks:
@@ -127,7 +127,7 @@ def main(arguments: list[str]) -> int:
 
 
 def main_in_own_folder(arguments: list[str]) -> int:
-    """Train like the command, in a folder of this rank's own below the first argument."""
+    """Train like the command, in this rank's own folder below the first argument."""
     from training.train import main as train_command
 
     os.chdir(Path(arguments[0], os.environ["RANK"]))
@@ -175,7 +175,7 @@ def main_that_hangs(arguments: list[str]) -> int:
 
 
 def main_with_a_signal(arguments: list[str]) -> int:
-    """Train like the command, but send SIGNAL to this process AT a place of its start."""
+    """Train like the command, but send SIGNAL to this process when its start reaches AT."""
     from training import checkpoint, engine
     from training.logging.jsonl import JSONLSink
     from training.train import main as train_command
@@ -218,7 +218,7 @@ def main_with_limited_memory(arguments: list[str]) -> int:
     def step(setup: Any, phase: Any) -> Any:
         if setup.state.step == 2:
             limit()
-            setup.micro_batch.size = 128  # needs more than was used so far, which stays the process's own
+            setup.micro_batch.size = 128  # needs more than the peak so far: the process keeps freed memory
         return train_step(setup, phase)
 
     if os.environ["LIMIT_AT"] == "load":

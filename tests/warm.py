@@ -43,8 +43,8 @@ PRELOAD = [
 ]
 
 
-class Ended(NamedTuple):
-    """The outcome of a launch: exit status of each rank, negative for a signal; their outputs, one after the other."""
+class Result(NamedTuple):
+    """The result of a launch: each rank's exit status, negative for a signal, and the concatenated outputs."""
 
     statuses: list[int]
     stdout: str
@@ -72,22 +72,22 @@ class Launch:
         return path.read_text()
 
     def has_ended(self, rank: int) -> bool:
-        """True if that rank has ended."""
+        """Return True if the rank has ended."""
         return (self.folder / f"status-{rank}").exists()
 
     def output(self, name: str) -> str:
-        """The text of `out` or `err` so far, rank by rank."""
+        """Return the text of `out` or `err` so far, rank by rank."""
         return "".join(path.read_text() for path in sorted(self.folder.glob(f"{name}-*")))
 
     def poll(self) -> int | None:
-        """The exit status of the first rank that ended; None while all run."""
+        """Return the exit status of the first rank that ended; None while all run."""
         ended = sorted(self.folder.glob("status-*"))
         return int(ended[0].read_text()) if ended else None
 
-    def wait(self, timeout_s: float = 240) -> Ended:
+    def wait(self, timeout_s: float = 240) -> Result:
         """Wait until every rank has ended."""
         statuses = [int(self._read(f"status-{rank}", timeout_s)) for rank in range(self.n_ranks)]
-        return Ended(statuses, self.output("out"), self.output("err"))
+        return Result(statuses, self.output("out"), self.output("err"))
 
     def signal(self, number: signal.Signals, rank: int = 0) -> None:
         """Send a signal to one rank."""
@@ -128,19 +128,19 @@ class Server:
         self.n_launches += 1
         folder = self.folder / f"launch-{self.n_launches}"
         folder.mkdir()
-        variables = (self._meeting_point(n_ranks) if n_ranks > 1 else {}) | (env or {})
+        variables = (self._rendezvous(n_ranks) if n_ranks > 1 else {}) | (env or {})
         request = {"folder": str(folder), "target": target, "arguments": list(arguments), "n_ranks": n_ranks}
         request["stdout"] = stdout
         self.process.stdin.write(json.dumps(request | {"env": variables}).encode() + b"\n")
         self.process.stdin.flush()
         return Launch(folder, n_ranks, self.process)
 
-    def run(self, target: str, *arguments: str, n_ranks: int = 1, env: dict[str, str | None] | None = None) -> Ended:
+    def run(self, target: str, *arguments: str, n_ranks: int = 1, env: dict[str, str | None] | None = None) -> Result:
         """`start` and wait."""
         return self.start(target, *arguments, n_ranks=n_ranks, env=env).wait()
 
-    def _meeting_point(self, n_ranks: int) -> dict[str, str]:
-        """Variables as torchrun sets them, with a store in this process, as torchrun's is in its own."""
+    def _rendezvous(self, n_ranks: int) -> dict[str, str]:
+        """Return the variables that torchrun sets. The store is in this process, as torchrun's is in its own."""
         import torch.distributed as dist
 
         self.stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)]
@@ -190,7 +190,7 @@ def serve() -> int:
 
 
 def work(request: dict, rank: int) -> int:
-    """Be one rank of the request."""
+    """Run one rank of the request; return its exit status."""
     os.environ |= {name: value for name, value in request["env"].items() if value is not None}
     for name in (name for name, value in request["env"].items() if value is None):
         os.environ.pop(name, None)
@@ -200,7 +200,7 @@ def work(request: dict, rank: int) -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for fd, path in ((1, request["stdout"] or f"out-{rank}"), (2, f"err-{rank}")):
         os.dup2(os.open(Path(request["folder"], path), flags), fd)
-    # Buffered as the new files and terminals are; line by line on a terminal.
+    # As in Python itself: standard error is line-buffered, standard output only on a terminal.
     sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering, closefd=False) for fd, buffering in ((1, -1), (2, 1)))
     module, _, function = request["target"].partition(":")
     sys.argv = [module, *request["arguments"]]
@@ -218,7 +218,7 @@ def work(request: dict, rank: int) -> int:
 
 
 def end(status: int) -> NoReturn:
-    """End a fork like the interpreter does, but without taking down every module, which takes 0.3 s."""
+    """End a fork like the interpreter does, but without tearing down every module, which would take 0.3 s."""
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -227,7 +227,7 @@ def end(status: int) -> NoReturn:
 
 
 def write(path: Path, number: int) -> None:
-    """Write a file that is never seen half written."""
+    """Write a number to a file atomically."""
     partial = path.with_name(f".{path.name}")
     partial.write_text(str(number))
     partial.rename(path)

@@ -366,8 +366,8 @@ class WSDSchedule(CosineSchedule):
 
     def step_rules(self, steps: int) -> Iterator[tuple[str, str]]:
         yield from super().step_rules(steps)
-        if self.warmup_steps < steps < self.warmup_steps + self.decay_steps:
-            yield "decay_steps", f"warm-up {self.warmup_steps} and decay {self.decay_steps} are more than steps {steps}"
+        if self.warmup_steps < steps < (total := self.warmup_steps + self.decay_steps):
+            yield "decay_steps", f"warm-up and decay take {total} steps, longer than steps {steps}"
 
 
 class ConstantSchedule(ScheduleConfig):
