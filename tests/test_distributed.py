@@ -43,7 +43,8 @@ RANKS = {
           ("dense", 2, {}), ("dense", 4, {"shard": 2})],
     "4": [("moe", 1, {"shard": 2, "replicate": 2}), ("moe", 1, {"shard": 4, "expert": 2}), ("moe", 8, {"expert": 2}),
           ("dense", 1, {"shard": 4})],
-    "4, others": [("moe", 2, {"expert": 4}), ("moe", 2, {"shard": 2, "expert": 2}), ("moe", 4, {}), ("moe", 2, {"shard": 4}), ("moe", 2, {"shard": 4, "expert": 4}), ("dense", 8, {})],
+    "4, others": [("moe", 2, {"expert": 4}), ("moe", 2, {"shard": 2, "expert": 2}), ("moe", 4, {}),
+                  ("moe", 2, {"shard": 4}), ("moe", 2, {"shard": 4, "expert": 4}), ("dense", 8, {})],
 }  # fmt: skip
 FEW_AND_MANY = [STEPS, pytest.param(MANY, marks=pytest.mark.soak)]
 

@@ -16,7 +16,7 @@ from training.model.layers import ACTIVATIONS, uniform_from_keys
 from training.model.layers import FeedForwardContext as Context
 from training.model.metrics import dead_expert_threshold, step_metrics
 from training.model.mlp import MLP
-from training.model.moe import MoE
+from training.model.moe import MoE, finish_step
 
 MODEL = ModelConfig(n_embd=16, n_head=2, vocab_size=64, n_layer=2, n_positions=8)
 
@@ -186,7 +186,7 @@ def test_no_split_of_the_batch_changes_a_gradient(options):
 
 def test_the_selection_bias_moves_towards_idle_experts_and_the_load_is_remembered():
     moe = layer(bias_rate=0.01)
-    moe.finish_step(torch.tensor([10.0, 2.0, 4.0, 0.0]))
+    finish_step([moe], [torch.tensor([10.0, 2.0, 4.0, 0.0])])
     torch.testing.assert_close(moe.selection_bias, torch.tensor([-0.01, 0.01, 0.0, 0.01]))
     torch.testing.assert_close(moe.load, torch.tensor([10.0, 2.0, 4.0, 0.0]) / 16)
 
@@ -212,7 +212,7 @@ def test_bias_balancing_evens_out_a_skewed_router():
     x = torch.randn(4, 32, 16, generator=torch.Generator().manual_seed(0)) + 0.5
     loads = []
     for _ in range(150):
-        moe.finish_step(moe(x, Context(128))[1].count_E)
+        finish_step([moe], [moe(x, Context(128))[1].count_E])
         loads.append(moe.load.max().item())
     assert loads[0] > 0.4
     assert loads[-1] < 0.3

@@ -26,14 +26,15 @@ class Block(NamedTuple):
     is_new: bool
 
     def apply(self, root: Path) -> None:
-        """Write the new file, or replace each run of `-` lines, which must occur once, by the adjacent `+` lines."""
+        """Write the new file, or apply each hunk of the diff, whose old lines must occur once in the file."""
         path = root / self.path
         if self.is_new:
             path.write_text(self.text)
             return
         content = path.read_text()
-        for before, old, after in re.findall(r"((?:\+.*\n)*)((?:-.*\n)+)((?:\+.*\n)*)", self.text):
-            old, new = (re.sub(r"^.", "", lines, flags=re.MULTILINE) for lines in (old, before + after))
+        for hunk in self.text.split("@@\n"):
+            lines = [(line[:1].strip(), f"{line[1:]}\n") for line in hunk.splitlines()]
+            old, new = ("".join(text for mark, text in lines if mark in ("", side)) for side in "-+")
             assert content.count(old) == 1, f"{self.path} has {content.count(old)} of: {old}"
             content = content.replace(old, new)
         path.write_text(content)

@@ -43,11 +43,11 @@ def main(argv: list[str] | None = None) -> int:
         except FileNotFoundError:  # the training process has just pruned it, or it is a dangling link
             continue
         if args.action == "verify":
-            problem, intact = checkpoint.corruption(path), "intact"
+            problem, note = checkpoint.corruption(path), "intact"
         else:  # only sizes are checked
-            problem, intact = None if checkpoint.is_complete(path) else f"{path}: damaged", path
+            problem, note = None if checkpoint.is_complete(path) else f"{path}: damaged", path
         n_damaged += problem is not None
-        print(f"step {step:>10,}  {mib:>10,.1f} MiB  {problem or intact}")
+        print(f"step {step:>10,}  {mib:>10,.1f} MiB  {problem or note}")
     return 1 if n_damaged else 0
 
 

@@ -86,7 +86,7 @@ class LatentConfig(MixerConfig):
     """Multi-head latent attention (MLA, arXiv:2405.04434): keys and values are projections of one short vector."""
 
     type: Literal["latent"] = "latent"
-    kv_rank: int = option(512, "rank of the key and value projections; width of the cache", unit="channels", ge=1)
+    kv_rank: int = option(512, "rank of key and value projections; width of the cached vector", unit="channels", ge=1)
     q_rank: int | None = option(None, "rank of the query projection; null: full rank", unit="channels", ge=1)
     rope_dim: int = option(64, "width added to each head, with RoPE; one key for all heads", unit="channels", ge=2)
     value_dim: int | None = option(None, "width of a head's values; null: head_dim", unit="channels", ge=1)
@@ -276,7 +276,7 @@ TokenizerConfig = one_of(BPETokenizer, ByteTokenizer, FileTokenizer, HuggingFace
 class DataConfig(Section):
     """Text, tokenizer and held-out split. Text is tokenized once, into memory-mapped shards in `cache_dir`."""
 
-    sources: ListOf[SourceConfig] = option(..., "text, such as [{paths: [my.txt]}] or [{type: stdlib}]", min_length=1)
+    sources: ListOf[SourceConfig] = option(..., "training text: [{paths: [my.txt]}] or [{type: stdlib}]", min_length=1)
     val_sources: ListOf[SourceConfig] = option((), "validation text; empty: documents held out of `sources`")
     val_fraction: float = option(
         0.02, "share of documents to hold out by hash (of one text file: its end); unused with val_sources", gt=0, lt=1
@@ -420,7 +420,9 @@ class ParallelConfig(Section):
         "none", "activation checkpointing: recompute whole blocks (full), or all but matmul outputs (selective)"
     )
     mesh: MeshConfig = option(MeshConfig(), "how processes share weights and experts")
-    timeout_s: float = option(600.0, "maximum wait for another process before an error names it", unit="seconds", gt=0)
+    timeout_s: float = option(
+        600.0, "wait for another process, before an error names it and ends the run", unit="seconds", gt=0
+    )
 
 
 class CheckpointConfig(Section):
@@ -431,7 +433,9 @@ class CheckpointConfig(Section):
     keep: int = option(2, "number of newest checkpoints to keep", unit="checkpoints", ge=1)
     keep_best: bool = option(True, "also save and keep the checkpoint with the lowest validation loss")
     background: bool = option(True, "write in the background from a copy in memory, while training continues")
-    one_file_gib: float = option(8.0, "largest model or optimizer in one file; else one per process", unit="GiB", ge=0)
+    one_file_gib: float = option(
+        8.0, "one file each for model and optimizer, up to this size of both", unit="GiB", ge=0
+    )
 
 
 class EvalConfig(Section):

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 
-EXIT_DELAY_S = 5.0  # the first local rank prints its error before the launcher ends all ranks, as soon as one exits
+EXIT_DELAY_S = 5.0  # a launcher ends all ranks as soon as one exits; the first needs time to print its error
 
 
 class UserError(Exception):

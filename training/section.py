@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 from pydantic_core import PydanticCustomError
 
 T = TypeVar("T")
-ListOf = Annotated[tuple[T, ...], Field(strict=False)]  # a list in YAML; a tuple, which is frozen, in the config
+ListOf = Annotated[tuple[T, ...], Field(strict=False)]  # a list in YAML, a tuple in the config
 
 
 def option(default: Any, doc: str, *, unit: str | None = None, **limits: Any) -> Any:

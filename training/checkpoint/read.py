@@ -48,10 +48,7 @@ def tensor_shapes(path: Path, kind: str) -> dict[str, torch.Size]:
 
 
 def read_tensors(path: Path, kind: str, rows: dict[str, tuple[int, int] | None] | None = None) -> dict[str, Tensor]:
-    """Read only the `rows` of each tensor: {name: (start, stop), or None for all}; without `rows`, every tensor.
-
-    Raises KeyError for a tensor that the checkpoint lacks.
-    """
+    """Read rows (start, stop), or None for all, of each named tensor; by default all. Raises KeyError for another."""
     index = _index(path, kind)
     rows = dict.fromkeys(index) if rows is None else rows
     names = dict.fromkeys(file for _, locations in index.values() for file, _, _ in locations)

@@ -122,10 +122,7 @@ def check_splits(corpus: Corpus, records: Sequence[StreamRecord]) -> None:
 
 @contextmanager
 def progress(stage: str, quiet: bool) -> Iterator[Callable[[str], str]]:
-    """Show a stage on stderr: a bar on a terminal, two lines elsewhere.
-
-    Call the yielded function with each text that is processed; it returns the text.
-    """
+    """Show a stage on stderr. Yields a function to call with each processed text, which it returns."""
     if quiet:
         yield lambda text: text
         return

@@ -30,10 +30,11 @@ class Corpus:
         self.val_readers = [build_reader(source) for source in config.val_sources]
         self.weights = [source.weight for source in config.sources if source.weight]
         self.n_streams = len(self.weights) or 1
-        self.single_text_file = None
-        match self.train_readers + self.val_readers:
-            case [FilesReader(paths=paths)] if len(paths) == 1 and is_text_file(*paths):
-                (self.single_text_file,) = paths
+        self.single_text_file = None  # its end is held out, as it is one document
+        readers = self.train_readers + self.val_readers
+        if len(readers) == 1 and isinstance(readers[0], FilesReader) and len(readers[0].paths) == 1:
+            (path,) = readers[0].paths
+            self.single_text_file = path if is_text_file(path) else None
 
     def cache_key(self, hashes: FileHashes) -> str:
         """Return a hash of everything that changes the tokens on disk. Of the weights, only their presence does."""

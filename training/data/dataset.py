@@ -106,10 +106,7 @@ def open_dataset(folder: Path, weights: Sequence[float], hashes: FileHashes) -> 
 
 
 def read_split(paths: Sequence[str], text_column: str, tokenizer: Tokenizer) -> Split:
-    """Tokenize files into memory as one stream, without a cache, to evaluate a model on them.
-
-    Raises UserError if they cannot be read or hold no text.
-    """
+    """Tokenize files as one stream in memory, without a cache. Raises UserError if they hold no text."""
     tokens, starts = BytesIO(), BytesIO()
     writer = StreamWriter(tokens, starts, tokenizer)
     reader = build_reader(FilesSource(paths=tuple(paths), text_column=text_column))

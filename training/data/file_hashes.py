@@ -11,7 +11,7 @@ from training.errors import UserError
 
 
 class FileHashes:
-    """SHA-256 of files, kept in `memo` by path, size and times of change. All are hashed anew if it cannot be read."""
+    """SHA-256 of files, kept in `memo` by path, size and times of change. All are hashed again if it cannot be read."""
 
     def __init__(self, memo: Path):
         self.memo = memo

@@ -36,10 +36,7 @@ def format_of(path: Path) -> str:
 
 
 def find_files(patterns: Iterable[str]) -> dict[Path, bool]:
-    """Return the files of paths, folders and globs, in that order, each once; True: listed by its own path.
-
-    Raises UserError for a pattern without files.
-    """
+    """Return the files of paths, folders and globs, each once; True: by its own path. Raises UserError for none."""
     files: dict[Path, bool] = {}
     for pattern in patterns:
         path = Path(pattern).expanduser()

@@ -84,10 +84,10 @@ def build_groups(mesh: MeshShape, device: torch.device) -> MeshGroups:
         fsdp = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))[fsdp_axes]
     if expert == 1:
         return MeshGroups(fsdp, fsdp)
-    n_shards = max(1, shard // expert)  # of each expert
-    sizes = replicate * shard // (n_shards * expert), n_shards, expert
-    split = init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard", "expert"))
     if shard > 1:
+        sizes, axes = (replicate, shard // expert, expert), ("replicate", "shard", "expert")
+        split = init_device_mesh(device.type, sizes, mesh_dim_names=axes)
         return MeshGroups(fsdp, split[fsdp_axes], split.get_group("expert"))
-    same = split.get_group("replicate") if replicate > expert else None
+    split = init_device_mesh(device.type, (replicate // expert, expert), mesh_dim_names=("same", "expert"))
+    same = split.get_group("same") if replicate > expert else None
     return MeshGroups(expert=split.get_group("expert"), same_experts=same)

@@ -187,6 +187,8 @@ class Monitor:
             if self.closed.is_set():  # the loop is ending the process
                 return
             verdict = self.verdict or self._agree_on(replace(verdict, reporter=self.me.number))
+            if self.closed.is_set():  # meanwhile
+                return
             if verdict.reporter == self.me.number:
                 print(f"error: {verdict.message}; {RESTART_HINT}", file=sys.stderr, flush=True)
             for number in verdict.lost:

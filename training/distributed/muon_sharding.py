@@ -63,20 +63,23 @@ class MatrixGather:
         results back to every rank that holds the rows, the same received.
         """
         me, n_ranks, n_rows = self.world.rank, self.world.size, self.shapes[parameters[0]][-2]
+        ranges_P = [tuple(self.rows_of_rank[parameter][rank] for parameter in parameters) for rank in range(n_ranks)]
+        held = {
+            ranges: self._held_rows(parameters, ranges) for ranges in set(ranges_P)
+        }  # many ranks hold the same rows
+        matrices = {ranges: (row_R // n_rows).unique_consecutive().tolist() for ranges, row_R in held.items()}
         holders = defaultdict(list)
-        for rank in range(n_ranks):
-            for matrix in (self._held_rows(parameters, rank) // n_rows).unique().tolist():
+        for rank, ranges in enumerate(ranges_P):
+            for matrix in matrices[ranges]:
                 holders[matrix].append(rank)
         owner_X = torch.tensor([holders[matrix][matrix % len(holders[matrix])] for matrix in range(len(holders))])
         position_X = (owner_X == me).cumsum(0) - 1  # of an owned matrix among the owned ones
 
-        owner_R = owner_X[self._held_rows(parameters, me) // n_rows]
+        owner_R = owner_X[held[ranges_P[me]] // n_rows]
         as_holder_P = owner_R.argsort(stable=True).split(owner_R.bincount(minlength=n_ranks).tolist())
-        as_owner_P = []
-        for rank in range(n_ranks):
-            row_R = self._held_rows(parameters, rank)
-            row_R = row_R[owner_X[row_R // n_rows] == me]
-            as_owner_P.append(position_X[row_R // n_rows] * n_rows + row_R % n_rows)
+        owned = {ranges: row_R[owner_X[row_R // n_rows] == me] for ranges, row_R in held.items()}
+        owned = {ranges: position_X[row_R // n_rows] * n_rows + row_R % n_rows for ranges, row_R in owned.items()}
+        as_owner_P = [owned[ranges] for ranges in ranges_P]
 
         def transfer(index_P: Sequence[Tensor], peers: range) -> Transfer:
             index_R = torch.cat([index_P[peer] for peer in peers])
@@ -89,11 +92,11 @@ class MatrixGather:
         pairs = (as_holder_P, group), (as_owner_P, group), (as_owner_P, everyone), (as_holder_P, everyone)
         return int((owner_X == me).sum()), [transfer(*pair) for pair in pairs]
 
-    def _held_rows(self, parameters: list[nn.Parameter], rank: int) -> Tensor:
-        """Return the rows that a rank holds, numbered through all matrices: row i belongs to matrix i // M."""
+    def _held_rows(self, parameters: list[nn.Parameter], ranges: tuple[range, ...]) -> Tensor:
+        """Return a rank's rows, ascending and numbered through all matrices: row i belongs to matrix i // M."""
         held, first = [], 0
-        for parameter in parameters:
-            shape, rows = self.shapes[parameter], self.rows_of_rank[parameter][rank]
+        for parameter, rows in zip(parameters, ranges, strict=True):
+            shape = self.shapes[parameter]
             stride = shape[1:-1].numel()  # a parameter is a matrix (M, N) or a stack (E, M, N)
             start = first + rows.start * stride
             held.append(torch.arange(start, start + len(rows) * stride))

@@ -103,10 +103,7 @@ class World:
         return self.gather(value if self.is_main else None)[0]
 
     def close(self, _type: Any = None, error: BaseException | None = None, _traceback: Any = None) -> None:
-        """End this rank, and after an error the others; an exit callback for `ExitStack.push`.
-
-        Raises SystemExit if another rank reports an error.
-        """
+        """End this rank, and after an error the others. Raises SystemExit if another rank reports an error."""
         if self.monitor is not None and (error is None or isinstance(error, SystemExit)):
             self.monitor.finish()
         elif self.monitor is not None and (outcome := self.monitor.fail(error)) is not error:

@@ -63,10 +63,7 @@ class MicroBatch:
         )
 
     def choose(self, optimizer: Optimizer) -> None:
-        """Set the size: the known one for this hardware, else the configured one, else the largest that fits.
-
-        Raises UserError if not even one sample fits. Collective.
-        """
+        """Set the size: this hardware's known one, the configured one, or the largest. Raises UserError. Collective."""
         world = self.model.world
         self.known |= world.broadcast(self._read_file() if world.is_main else None)
         if (known := self.known.get(self.key)) is not None:
@@ -79,10 +76,7 @@ class MicroBatch:
         devices.reset_peak_memory(world.device)  # the run's peak shall not include the trials'
 
     def slices(self, n_samples: int) -> list[slice]:
-        """Return the micro-batches of this rank's samples.
-
-        With FSDP or expert parallelism every rank needs equally many forwards, so the last slices may be empty.
-        """
+        """Return this rank's micro-batches. Collectives need equally many on every rank: the last may be empty."""
         n_covered = self.max_size if self.model.mesh.has_collectives else n_samples
         starts = range(0, n_covered, self.size)
         return [slice(min(start, n_samples), min(start + self.size, n_samples)) for start in starts]

@@ -107,10 +107,7 @@ def run_info(setup: Setup, dataset: Dataset) -> RunInfo:
 
 
 def finish(setup: Setup, dataset: Dataset, log: RunLog, phase: Phases) -> None:
-    """Write the final model, experts.json, summary.json and report.html, and close the log. Collective.
-
-    Raises UserError if the model cannot be written.
-    """
+    """Write the final model, experts.json, summary.json and the report; close the log. Raises UserError. Collective."""
     config, model, tokenizer, expert_tokens = setup.config, setup.model, dataset.tokenizer, None
     folder, is_main = config.run_dir, model.world.is_main
     with phase("checkpoint"):

@@ -74,10 +74,7 @@ def _find(config: Config, resume: str) -> tuple[Path, bool] | None:
 
 
 def prepare_run_dir(config: Config, resume: str, point: ResumePoint | None) -> None:
-    """Prepare the run's folder, after all checks.
-
-    `never` renames an old run to NAME.old-N. A resume renames checkpoints past its point to damaged-... or undone-...
-    """
+    """Prepare the run's folder, after all checks: move an old run, or checkpoints past the resume point, aside."""
     folder = config.run_dir
     with write_errors_as_user_errors(folder):
         if resume == "never" and folder.exists():

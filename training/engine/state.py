@@ -33,10 +33,7 @@ class KnownMicroBatch(TypedDict):
 
 
 class TrainState(BaseModel):
-    """All of a run that is neither weights nor optimizer state: the contents of state.json, by alias.
-
-    Older versions did not write the fields with a default.
-    """
+    """All of a run that is neither weights nor optimizer state: state.json. Old ones lack the fields with defaults."""
 
     model_config = ConfigDict(strict=True, populate_by_name=True)
 
@@ -68,7 +65,8 @@ class TrainState(BaseModel):
 
     def to_json(self) -> dict[str, Any]:
         """Return the contents of state.json."""
-        guard = self.guard.model_dump(by_alias=True, exclude_defaults=True)
+        windows = None if self.config.get("skip_spikes") is not None else {"losses", "norms"}  # stale if it is off
+        guard = self.guard.model_dump(by_alias=True, exclude_defaults=True, exclude=windows)
         return self.model_dump(by_alias=True) | {"skips": guard}
 
     def update_best(self, val_loss: float, *, is_saved: bool) -> bool:
@@ -129,10 +127,7 @@ class Checkpoints:
 
 
 def load_tensors(path: Path, model: ShardedModel, optimizer: Optimizer) -> None:
-    """Load weights and optimizer state from the checkpoint at `path`; each rank reads only its rows.
-
-    Raises UserError if the checkpoint holds another model or optimizer.
-    """
+    """Load weights and optimizer state; each rank reads only its rows. Raises UserError for another model."""
     shards = model.tensors
     try:
         shapes = {(name, shard.shape) for name, shard in shards.items()}

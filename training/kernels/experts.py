@@ -29,6 +29,11 @@ class Dispatch(NamedTuple):
     expert_R: Tensor  # int64, sorted: expert of each row
     offsets_E: Tensor  # int32: end of each expert's rows
 
+    @property
+    def count_E(self) -> Tensor:
+        """The number of each expert's rows, int32."""
+        return self.offsets_E.diff(prepend=self.offsets_E.new_zeros(1))
+
 
 def sort_by_expert(topk_ids_NK: Tensor, n_experts: int) -> Dispatch:
     """Sort tokens by expert, and within an expert by token. Does not synchronize with the device."""

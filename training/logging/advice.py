@@ -71,15 +71,16 @@ def facts_from_rows(rows: list[dict], config: Config, *, memory_gib: float, peak
 
 def advice(facts: Facts) -> list[str]:
     """Return lines with a figure and a remedy on memory, speed and learning, or that there is nothing to improve."""
-    figures = {
-        memory: f"peak {facts.memory_gib:.1f} GiB, {facts.memory_share:.0%} of the device",
-        speed: f"{goodput(facts.seconds) or 0:.0%} of the time went into steps",
-        learning: f"validation loss ended near its lowest, {facts.clipped_share:.0%} of the steps were clipped",
+    clipped = f"{facts.clipped_share:.0%} of the steps were clipped"
+    topics = {
+        "memory": (memory, f"peak {facts.memory_gib:.1f} GiB, {facts.memory_share:.0%} of the device"),
+        "speed": (speed, f"{goodput(facts.seconds) or 0:.0%} of the time went into steps"),
+        "learning": (learning, f"validation loss ended near its lowest, {clipped}"),
     }
     lines = []
-    for topic, figure in figures.items():
-        texts = list(topic(facts)) or [f"{figure}: nothing to improve"]
-        lines += [f"{topic.__name__}: {text}".replace("%", " %") for text in texts]
+    for topic, (advise, figure) in topics.items():
+        texts = list(advise(facts)) or [f"{figure}: nothing to improve"]
+        lines += [f"{topic}: {text}".replace("%", " %") for text in texts]
     return lines
 
 

@@ -17,7 +17,7 @@ def should_draw(row: dict, every: int, last: int) -> bool:
 
 
 def draw_heat_map(load: dict[int, list[float]]) -> np.ndarray:
-    """Return uint8 (TOP + layers x CELL, LEFT + experts x CELL, 3) of each expert's share, by the layer's index."""
+    """Draw each expert's share, by layer, as an image: uint8 (TOP + layers x CELL, LEFT + experts x CELL, 3)."""
     n_experts = max(map(len, load.values()))
     image = Image.new("RGB", (LEFT + n_experts * CELL, TOP + len(load) * CELL), PAPER)
     draw = ImageDraw.Draw(image)

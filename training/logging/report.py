@@ -43,7 +43,7 @@ def write_report(run_dir: Path) -> Path:
             seconds=seconds,
             shares=phase_shares(seconds),
             goodput=goodput(seconds),
-            advice=[line.partition(": ") for line in summary.get("advice", ())],
+            advice=summary.get("advice", ()),
             header=run.get("header", {}),
             next=summary.get("next", []),
             config=read_text(run_dir / "config.yaml"),

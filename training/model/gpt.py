@@ -4,6 +4,8 @@ Shapes: B batch, T tokens, C channels, V vocabulary, N = B x T tokens.
 Use: `loss, metrics = model(batch)` in training and evaluation, `model.logits(tokens_BT, cache)` in generation.
 """
 
+from collections import defaultdict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ from training.model.gated import GatedAttention
 from training.model.latent import LatentAttention
 from training.model.layers import Embedding, FeedForwardContext, Linear, build_norm
 from training.model.mlp import MLP
-from training.model.moe import MoE, Routing
+from training.model.moe import MoE, Routing, finish_step
 
 MIXERS = {
     AttentionConfig: Attention,
@@ -133,7 +135,9 @@ class GPT(nn.Module):
         """
         backend = self.attention if cache is None else self.portable_attention
         x_BTC, _ = self._hidden(tokens_BT, documents, FeedForwardContext(), backend, cache)
-        logits_BTV = F.linear(x_BTC[:, -n_last:], self._head_weight().to(self.dtype))
+        if n_last:
+            x_BTC = x_BTC[:, -n_last:]
+        logits_BTV = F.linear(x_BTC, self._head_weight().to(self.dtype))
         return apply_softcap(logits_BTV.float(), self.config.logit_softcap)
 
     @torch.no_grad()
@@ -197,6 +201,11 @@ class GPT(nn.Module):
 
     def finish_step(self, metrics: dict[str, Tensor], updated: bool = True) -> dict[str, Tensor]:
         """Balance the experts by the summed metrics of the global batch; return them and "bias_range.i" of layer i."""
-        moes = {i: block.ffn for i, block in enumerate(self.blocks) if isinstance(block.ffn, MoE)}
-        ranges = {f"bias_range.{i}": moe.finish_step(metrics[f"expert_count.{i}"], updated) for i, moe in moes.items()}
-        return metrics | ranges
+        layers_by_config, ranges = defaultdict(list), {}
+        for i, block in enumerate(self.blocks):
+            if isinstance(block.ffn, MoE):
+                layers_by_config[block.ffn.config].append(i)
+        for layers in layers_by_config.values():
+            counts = [metrics[f"expert_count.{i}"] for i in layers]
+            ranges |= zip(layers, finish_step([self.blocks[i].ffn for i in layers], counts, updated), strict=True)
+        return metrics | {f"bias_range.{i}": ranges[i] for i in sorted(ranges)}

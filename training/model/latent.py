@@ -17,10 +17,7 @@ from training.model.layers import Linear, RMSNorm, rotate
 
 
 class LatentAttention(nn.Module):
-    """Attention whose keys and values are projections of one normalized vector per token.
-
-    The cache holds that vector and one rotated key that all heads share.
-    """
+    """Attention whose keys and values are projections of one vector per token. The cache: it and one rotated key."""
 
     def __init__(self, config: LatentConfig, model: ModelConfig):
         super().__init__()

@@ -8,6 +8,7 @@ selection bias moves once per update, and the Switch loss uses the fractions of 
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -83,6 +84,7 @@ class MoE(nn.Module):
 
     def forward(self, x_BTC: Tensor, context: FeedForwardContext) -> tuple[Tensor, Routing | None]:
         """Return (y_BTC, Routing); Routing is None if `context.n_targets` is."""
+        # x_NC first: the order decides in which order autograd adds the gradients of x, and so their last bits.
         config, x_NC, router_input_BTC = self.config, x_BTC.flatten(0, 1), x_BTC.float()
         if config.jitter and context.is_training:  # noise in 1 +- jitter
             noise_BTC = uniform_from_keys(context.key_B, *x_BTC.shape[1:])
@@ -96,11 +98,12 @@ class MoE(nn.Module):
         weight_NK = weight_NK * config.route_scale
 
         dispatch = sort_by_expert(topk_ids_NK, config.n_experts)
-        count_E = dispatch.offsets_E.diff(prepend=dispatch.offsets_E.new_zeros(1))
         n_dropped = logits_NE.new_zeros(())
         if config.capacity_factor is not None and context.is_training:
             capacity = math.ceil(config.capacity_factor * topk_ids_NK.numel() / config.n_experts)
-            start_R = (dispatch.offsets_E - count_E)[dispatch.expert_R]  # the row at which each row's expert starts
+            start_R = (dispatch.offsets_E - dispatch.count_E)[
+                dispatch.expert_R
+            ]  # the row at which each row's expert starts
             rank_in_expert_R = torch.arange(len(start_R), device=start_R.device) - start_R
             kept_NK = (rank_in_expert_R < capacity)[dispatch.inverse_NK]  # earlier tokens first: routing stays causal
             weight_NK, n_dropped = weight_NK * kept_NK, (~kept_NK).sum().float()
@@ -118,13 +121,20 @@ class MoE(nn.Module):
             switch = config.n_experts * (self.load * share_NE.sum(dim=0)).sum()
             aux_loss = aux_loss + config.switch_weight / context.n_targets * switch
         confidence = share_NE.detach().amax(dim=-1).sum()
-        return y_BTC, Routing(topk_ids_NK, count_E.float(), n_dropped, confidence, z_loss.detach(), aux_loss)
+        return y_BTC, Routing(topk_ids_NK, dispatch.count_E.float(), n_dropped, confidence, z_loss.detach(), aux_loss)
 
-    @torch.no_grad()
-    def finish_step(self, count_E: Tensor, updated: bool = True) -> Tensor:
-        """Move bias and load by the global batch's counts, unless its update was skipped; return the bias's range."""
-        if updated and self.config.balance in ("bias", "both"):
-            self.selection_bias.add_(self.config.bias_rate * (count_E.mean() - count_E).sign())
-        if updated:
-            self.load.copy_(count_E / count_E.sum())
-        return self.selection_bias.max() - self.selection_bias.min()
+
+@torch.no_grad()
+def finish_step(moes: Sequence[MoE], counts: list[Tensor], updated: bool = True) -> list[Tensor]:
+    """Move biases and loads of layers with one config by the global batch's counts; return the range of each bias.
+
+    No change if the update was skipped. The layers are batched, because a GPU would launch many tiny kernels.
+    """
+    config, count_LE = moes[0].config, torch.stack(counts)
+    if updated and config.balance in ("bias", "both"):
+        moves_LE = config.bias_rate * (count_LE.mean(dim=1, keepdim=True) - count_LE).sign()
+        torch._foreach_add_([moe.selection_bias for moe in moes], list(moves_LE))
+    if updated:
+        torch._foreach_copy_([moe.load for moe in moes], list(count_LE / count_LE.sum(dim=1, keepdim=True)))
+    bias_LE = torch.stack([moe.selection_bias for moe in moes])
+    return list(bias_LE.amax(dim=1) - bias_LE.amin(dim=1))

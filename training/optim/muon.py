@@ -1,7 +1,4 @@
-"""Muon: orthogonalized momentum (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
-
-Shapes: X matrices of M rows and N columns.
-"""
+"""Muon: orthogonalized momentum (Jordan 2024, kellerjordan.github.io/posts/muon). Shapes: X matrices (M, N)."""
 
 from collections import defaultdict
 from collections.abc import Callable

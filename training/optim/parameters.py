@@ -10,7 +10,7 @@ from torch import Tensor, nn
 ParameterKind = Literal["matrix", "embedding", "router", "vector"]
 PARAMETER_KINDS: tuple[ParameterKind, ...] = get_args(ParameterKind)
 
-# Of every kind its parameters, or this rank's rows of them. A list may be empty.
+# The parameters of each kind, or this rank's rows of them; a list may be empty.
 ParametersByKind = dict[ParameterKind, list[nn.Parameter]]
 
 # (parameters, tensors of the same shapes, function on full matrices (X, M, N)) -> results, shaped like the tensors

@@ -29,7 +29,7 @@ NO_BF16 = {"V100", "T4"}  # no bf16 matrix units
 MAX_EPOCHS = 4  # up to here repeated text is nearly as good as new text (arXiv:2305.16264)
 # About 20 is best for a given amount of compute (arXiv:2203.15556); up to 500 is usual for models that serve a lot.
 MIN_TOKENS_PER_PARAMETER, MAX_TOKENS_PER_PARAMETER = 5, 500
-# Of tokenizers known by name, with the end-of-text token.
+# Vocabulary sizes, with the end-of-text token.
 VOCAB_SIZES = dict.fromkeys(("gpt2", "openai-community/gpt2", "r50k_base"), 50257)
 VOCAB_SIZES |= {"p50k_base": 50281, "cl100k_base": 100277, "o200k_base": 200019}
 
@@ -144,8 +144,8 @@ def report_lines(plan: RunPlan, mfu: float | None, measured: float | None) -> li
     ranks = f"{plan.world_size} x {device.name}" if plan.world_size > 1 else device.name
     flops, active = plan.stats.flops_per_token, plan.stats.n_active_parameters
     gib = checkpoint_bytes(plan.stats, config) / 2**30
-    per_rank = max_samples_per_rank(config, plan.world_size)
-    fits = f"{plan.largest_micro_batch} of a rank's {per_rank} samples fit at once"
+    per_rank, largest = max_samples_per_rank(config, plan.world_size), plan.largest_micro_batch
+    fits = {0: "not one sample fits", per_rank: "all samples fit at once"}
     data = "not prepared here, so epochs are unknown; python -m training.prepare counts them"
     if plan.train_tokens:
         source = " (the source that is read most)" if len(plan.train_tokens) > 1 else ""
@@ -161,7 +161,7 @@ def report_lines(plan: RunPlan, mfu: float | None, measured: float | None) -> li
         "data": data,
         "checkpoints": f"{gib:,.2f} GiB each, at most {n_checkpoints(config)} on disk at a time",
         "time": _time(plan, mfu, measured),
-        "memory": {0: "not one sample fits", per_rank: "all samples fit at once"}.get(plan.largest_micro_batch, fits),
+        "memory": fits.get(largest, f"{largest} of a rank's {per_rank} samples fit at once"),
     }
     peak = "the optimizer step" if memory.in_step else "forward and backward"
     parts = {name.replace("_", " "): n_bytes for name, n_bytes in memory._asdict().items() if name != "in_step"}

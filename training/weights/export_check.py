@@ -19,7 +19,7 @@ TOLERANCE = 1e-4  # of logits, relative to the largest one if that is above 1
 
 
 def check_export(folder: Path, model: GPT, n_vocab: int) -> str:
-    """Return a line about the folder, opened in a new process. Raises UserError if `model` computes something else."""
+    """Open the folder in a new process and return one line about it. Raises UserError if its outputs differ."""
     widest = max(block.mixer.window or 0 for block in model.config.blocks)
     n_tokens = min(model.config.n_positions, max(128, min(widest + 16, MAX_TOKENS)))
     tokens_BT = torch.randint(n_vocab, (1, n_tokens), generator=torch.Generator().manual_seed(0))

@@ -19,7 +19,7 @@ from training.batch import Batch
 from training.config import Config, ModelConfig
 from training.data import Dataset
 from training.data.loader import Samples
-from training.distributed.parallelize import ShardedModel
+from training.distributed.sharded_model import ShardedModel
 from training.distributed.world import World
 from training.errors import UserError, library_error
 from training.model import GPT, initial_value, model_stats
@@ -80,6 +80,7 @@ def load_weights(sharded: ShardedModel, config: Config, dataset: Dataset, world:
             after.load_state_dict(after.state_dict() | pretrained)
             loss = upcycle.compare(before, after, samples).loss_after
             report += f"\nwith noise {config.upcycle_noise:g}: loss {loss:.4f}"
+        del before, after, samples  # 8 bytes per parameter
         if world.is_main:
             print(report, file=sys.stderr)
     weights |= pretrained

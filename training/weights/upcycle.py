@@ -54,7 +54,7 @@ class Change(NamedTuple):
 
 
 def resolve_experts(moe: MoEConfig, dense: MLPConfig, n_embd: int, layer: int, where: str) -> MoEConfig:
-    """Return `moe` with the dense layer's activation. Raises UserError if it cannot compute what that computes."""
+    """Return `moe` with the dense layer's activation. Raises UserError if its experts cannot equal it."""
 
     def error(option: str, problem: str) -> UserError:
         return UserError(f"model.blocks: ffn.{option} of layer {layer} {problem}")

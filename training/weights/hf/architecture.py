@@ -26,7 +26,7 @@ class Architecture:
     harmless: re.Pattern[str] = re.compile("(?!)")  # stored tensors that are no weights: ignored
 
     def to_hf(self, config: ModelConfig) -> dict[str, Any]:
-        """Return config.json, less the fields of every model. Raises UserError for a limit that it does not show."""
+        """Return config.json, less the fields of every model. Raises UserError for a limit of the class."""
         raise NotImplementedError
 
     def from_hf(self, hf: dict[str, Any]) -> dict[str, Any]:
