@@ -190,14 +190,17 @@ def test_a_spike_is_skipped_and_a_new_level_is_soon_accepted():
 
 
 @pytest.mark.parametrize("spike_limit", [3.0, None])
-def test_the_window_of_spikes_is_part_of_the_state(tmp_path, spike_limit):
+def test_the_window_of_spikes_is_part_of_the_state_while_spikes_are_skipped(tmp_path, spike_limit):
     state, path = TrainState.new(), tmp_path / "state.json"
+    state.config = {"skip_spikes": spike_limit}
     for step in range(2 * WINDOW):
-        state.guard.reason_to_skip(3 + math.sin(step), 1.0, spike_limit)
+        state.guard.reason_to_skip(3 + math.sin(step), 1.0, 3.0)
     path.write_text(json.dumps(state.to_json()))
     counts = {"total": 0, "in_a_row": 0, "spikes": 0}
     assert json.loads(path.read_text())["skips"].keys() == counts.keys() | ({"losses", "norms"} if spike_limit else ())
     again = TrainState.load(path)
+    if spike_limit is None:  # another run's windows would be stale when spikes are skipped again
+        state.guard.losses, state.guard.norms = [], []
     assert again == state
     assert len(again.guard.losses) == (WINDOW if spike_limit else 0)
 
