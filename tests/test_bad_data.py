@@ -206,7 +206,7 @@ def test_damaged_shards_are_one_line(options, tmp_path, capsys, monkeypatch, cas
     for main in (prepare_command.main, train_command):
         line = error_of(main, path, capsys)
         assert line.startswith(f"error: {place / name}: damaged (")
-        assert line.endswith(f"; delete {place}: the next start prepares the data again")
+        assert line.endswith(f"; delete {place} and start again, which prepares the data")
     assert not (tmp_path / "runs/small").exists()
     shutil.rmtree(place)
     assert prepare_command.main(["--config", str(path)]) == 0

@@ -174,4 +174,4 @@ def open_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
 
 def _damaged(path: Path, reason: str | None) -> UserError:
     folder = next(parent for parent in path.parents if parent.name != "tokenizer")
-    return UserError(f"{path}: damaged ({reason}); delete {folder}: the next start prepares the data again")
+    return UserError(f"{path}: damaged ({reason}); delete {folder} and start again, which prepares the data")
