@@ -64,9 +64,7 @@ class MatrixGather:
         """
         me, n_ranks, n_rows = self.world.rank, self.world.size, self.shapes[parameters[0]][-2]
         ranges_P = [tuple(self.rows_of_rank[parameter][rank] for parameter in parameters) for rank in range(n_ranks)]
-        held = {
-            ranges: self._held_rows(parameters, ranges) for ranges in set(ranges_P)
-        }  # many ranks hold the same rows
+        held = {ranges: self._held_rows(parameters, ranges) for ranges in set(ranges_P)}  # replicas share an entry
         matrices = {ranges: (row_R // n_rows).unique_consecutive().tolist() for ranges, row_R in held.items()}
         holders = defaultdict(list)
         for rank, ranges in enumerate(ranges_P):

@@ -48,8 +48,7 @@ def _split_experts(experts: nn.Module, group: dist.ProcessGroup) -> None:
 
     @torch.compiler.disable  # the number of received rows changes every step
     def forward(x_NC: Tensor, topk_ids_NK: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:  # noqa: ARG001
-        offsets_E = dispatch.offsets_E.long()
-        sent_PE = offsets_E.diff(prepend=offsets_E.new_zeros(1)).view(size, -1)
+        sent_PE = dispatch.count_E.long().view(size, -1)
         received_PE = torch.empty_like(sent_PE)
         dist.all_to_all_single(received_PE, sent_PE, group=group)
         sent_P, received_P = torch.stack([sent_PE.sum(1), received_PE.sum(1)]).tolist()

@@ -46,10 +46,11 @@ def open_log(setup: Setup, dataset: Dataset, started: float) -> RunLog:
         mkdir_durable(folder)
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}; choose another --out_dir or --name") from error
-    write_atomically(folder / "config.yaml", cli.dump_config(config))
+    info = run_info(setup, dataset)
+    write_atomically(folder / "config.yaml", info.config_yaml)
     dataset.tokenizer.save(folder / "tokenizer")
     timer.add_lost_time(read_rows(folder / "metrics.jsonl"), state.step)
-    log.sinks = open_sinks(config.logging, run_info(setup, dataset))
+    log.sinks = open_sinks(config.logging, info)
     if state.step == 0 and not setup.model.mesh.has_collectives:
         batch = setup.loader.samples.batch([0])
         batch = batch._replace(tokens_BT=batch.tokens_BT[:, :32], targets_BT=batch.targets_BT[:, :32])

@@ -22,8 +22,8 @@ class JSONLSink(Sink):
 
     def __init__(self, run: RunInfo) -> None:
         self.path = run.dir / "metrics.jsonl"
-        text, rows = read_text(self.path), read_rows(self.path)
-        lines = zip(text.split("\n"), rows, strict=False)  # the last line is empty or unfinished
+        text = read_text(self.path)
+        lines = zip(text.split("\n"), _parse(text, self.path), strict=False)  # the last line is empty or unfinished
         kept = [(f"{line}\n", row["step"]) for line, row in lines if row["step"] <= run.start_step]
         new_text = "".join(line for line, _ in kept)
         if new_text != text or not self.path.exists():
@@ -51,8 +51,12 @@ class JSONLSink(Sink):
 
 def read_rows(path: Path) -> list[dict]:
     """Return the rows of metrics.jsonl, [] if there is no file. Raises UserError for a complete line that is no row."""
+    return _parse(read_text(path), path)
+
+
+def _parse(text: str, path: Path) -> list[dict]:
     rows = []
-    for number, line in enumerate(read_text(path).split("\n")[:-1], start=1):
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
             row = json.loads(line)
             times = [value for name, value in row.items() if name.startswith("time_")]

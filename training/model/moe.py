@@ -101,10 +101,8 @@ class MoE(nn.Module):
         n_dropped = logits_NE.new_zeros(())
         if config.capacity_factor is not None and context.is_training:
             capacity = math.ceil(config.capacity_factor * topk_ids_NK.numel() / config.n_experts)
-            start_R = (dispatch.offsets_E - dispatch.count_E)[
-                dispatch.expert_R
-            ]  # the row at which each row's expert starts
-            rank_in_expert_R = torch.arange(len(start_R), device=start_R.device) - start_R
+            first_row_E = dispatch.offsets_E - dispatch.count_E
+            rank_in_expert_R = torch.arange(topk_ids_NK.numel(), device=x_NC.device) - first_row_E[dispatch.expert_R]
             kept_NK = (rank_in_expert_R < capacity)[dispatch.inverse_NK]  # earlier tokens first: routing stays causal
             weight_NK, n_dropped = weight_NK * kept_NK, (~kept_NK).sum().float()
         y_BTC = self.experts(x_NC, topk_ids_NK, weight_NK, dispatch).view_as(x_BTC)
