@@ -275,9 +275,8 @@ def test_steps_after_kill_9_are_counted_as_redone(processes, options, tmp_path, 
     rows = read_rows(folder / "metrics.jsonl")
     newest = max((folder / "checkpoints").glob("step-*"))
     from_step, kept = int(newest.name[5:]), json.loads((newest / "state.json").read_text())["ledger"]
-    lost = sum(phase_seconds([row for row in rows if row["step"] > from_step]).values()) - sum(
-        kept["since_row"].values()
-    )
+    after_save = phase_seconds([row for row in rows if row["step"] > from_step])
+    lost = sum(after_save.values()) - sum(kept["since_row"].values())
     assert from_step < rows[-1]["step"] and lost > 0
     assert train(Config.model_validate(killed)) == 0
     content = summary(folder)

@@ -10,7 +10,7 @@ EXIT_DELAY_S = 5.0  # a launcher ends all ranks as soon as one exits; the first 
 
 
 class UserError(Exception):
-    """Wrong input. The text says in one line what is wrong and what to do. Commands exit with `status`."""
+    """Wrong input. Its one-line message names the error and the remedy. Commands exit with `status`."""
 
     status = 2
 

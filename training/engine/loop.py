@@ -76,7 +76,7 @@ class Events:
             os.kill(os.getpid(), number)
 
     def after(self, state: TrainState) -> Due:
-        """Return what is due after the step just done. Raises UserError if a save has failed. Collective."""
+        """Return the events after the step that just ended. Raises UserError if a save has failed. Collective."""
         config, step = self.config, state.step
         is_last, minutes = step == config.steps, config.checkpoint.every_minutes
         is_late = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes

@@ -207,7 +207,7 @@ def _zero_padded(rows: Tensor, start: int, end: int, rounded: int) -> Tensor:
 
 
 def _reference_matmul(x_RI: Tensor, w_EOI: Tensor, expert_R: Tensor) -> Tensor:
-    """Multiply each row by every expert's matrix and keep the result of its own expert."""
+    """Multiply all rows by each expert's matrix; keep the products of the expert's own rows."""
     y_RO = x_RI.new_zeros(len(x_RI), w_EOI.shape[1])
     for expert, w_OI in enumerate(w_EOI):
         y_RO = torch.where((expert_R == expert)[:, None], x_RI @ w_OI.T, y_RO)

@@ -119,7 +119,7 @@ def _read_text(path: str | Path) -> str:
 
 
 def read_flag_value(text: str, flag: str) -> Node:
-    """Parse the value of a flag. The node keeps the text, because a text option allows what is not YAML."""
+    """Parse the value of a flag. The node also keeps the text, as a text option need not be YAML."""
     parser = _Parser(text, flag, has_lines=False)
     try:
         root, problems = parser.parse(), parser.problems

@@ -111,7 +111,7 @@ class LlamaLike(Architecture):
     implied_attention: dict[str, Any] = field(default_factory=dict)  # options of every layer's attention
     expert_fields: tuple[Field, ...] = ()
     implied_experts: dict[str, Any] = field(default_factory=dict)
-    # Which of n layers have experts, of an architecture that has any.
+    # (fields, n_layer) -> True for each layer with experts; called only if `expert_fields` is set.
     read_experts: Callable[[dict[str, Any], int], list[bool]] = lambda _hf, n_layer: [True] * n_layer
     written: Callable[[ModelConfig], dict[str, Any]] = lambda _config: {}  # further fields that are written
     attention: Tensors = attention
