@@ -203,6 +203,9 @@ DEFECTS = [
            "tests/test_disk.py -k room"),
     Defect("a moved run's checkpoints count", "planning/report.py", "needed -= 0 if fresh else", "needed -=",
            "tests/test_disk.py -k room"),
+    # issue faults: muon
+    Defect("Muon steps along rounding errors", "optim/muon.py", "return x * (norm / NOISE_NORM).clamp(max=1).to(dtype)",
+           "return x", "tests/test_optim.py -k rounding"),
 ]  # fmt: skip
 
 

@@ -232,6 +232,16 @@ def test_muon_treats_each_expert_as_a_matrix_of_its_own():
         torch.testing.assert_close(stacked[i].data, p.data, rtol=1e-4, atol=1e-5)
 
 
+def test_muon_does_not_step_along_rounding_errors():
+    g = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0))
+    g[1] *= 1e-12 / g[1].norm()  # of a matrix whose gradient is zero, but for the order of sums
+    update = orthogonalize(g, 5, torch.float32)
+    assert update[1].norm() < 2e-5 * update[0].norm()
+    assert torch.equal(update[:1], orthogonalize(g[:1], 5, torch.float32))
+    small = orthogonalize(g[:1] * (1.01e-7 / g[0].norm()), 5, torch.float32)
+    torch.testing.assert_close(small, update[:1], rtol=1e-4, atol=1e-5)  # above the floor the scale does not matter
+
+
 def test_a_zero_gradient_moves_nothing():
     p = nn.Parameter(torch.ones(2, 4, 4))
     p.grad = torch.zeros_like(p)

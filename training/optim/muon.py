@@ -12,10 +12,16 @@ from training.optim.parameters import FullShapes, ParametersByKind
 
 # Coefficients of the quintic iteration, chosen for the largest slope at zero (same source).
 QUINTIC = (3.4445, -4.7750, 2.0315)
+# A matrix whose true gradient is zero has a gradient of rounding errors. Below this norm its update fades to zero;
+# otherwise it would be a full step in a direction that depends on the order of sums.
+NOISE_NORM = 1e-7
 
 
 def orthogonalize(g_XMN: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """Bring nonzero singular values to about 0.7 to 1.2 by `steps` Newton-Schulz iterations in `dtype`."""
+    """Bring nonzero singular values to about 0.7 to 1.2 by `steps` Newton-Schulz iterations in `dtype`.
+
+    The result of a matrix whose norm is below NOISE_NORM is as much smaller.
+    """
     a, b, c = QUINTIC
     norm = g_XMN.norm(dim=(-2, -1), keepdim=True)
     x = (g_XMN / norm.clamp(min=1e-30)).to(dtype)  # divide before the cast: small gradients underflow in fp16
@@ -24,7 +30,8 @@ def orthogonalize(g_XMN: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    x = x.mT if tall else x
+    return x * (norm / NOISE_NORM).clamp(max=1).to(dtype)
 
 
 def apply_locally(_: list[Tensor], tensors: list[Tensor], function: Callable[[Tensor], Tensor]) -> list[Tensor]:
