@@ -2,7 +2,7 @@ SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 RUN := .venv/bin/python
-RESULTS := benchmarks/results
+BENCHMARKS := step around scaling tokens growth experts generate save speedrun plan_memory moe_vs_dense rounding
 # The older Transformers that exports have to open in as well, in a folder of its own; its tests are skipped without it.
 TRANSFORMERS_4 := transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
 
@@ -28,18 +28,24 @@ check: .venv/installed
 	$(RUN) -m ruff format --check
 	$(RUN) -m pytest -n 2 --dist worksteal
 
-# Speed beside others', as ratios; about an hour, with nothing else running. NANOGPT, NANOMOE: folders with their
-# model.py; TOKENIZER: one with GPT-2's vocab.json and merges.txt. What is not given is left out.
-bench: .venv/installed
-	$(RUN) benchmarks/step.py $(if $(NANOGPT),--nanogpt $(NANOGPT)) $(if $(NANOMOE),--nanomoe $(NANOMOE)) | tee $(RESULTS)/step.txt
-	$(RUN) benchmarks/speedrun.py --plot $(RESULTS)/speedrun.png | tee $(RESULTS)/speedrun.txt
-	$(RUN) benchmarks/around.py | tee $(RESULTS)/around.txt
-	$(RUN) benchmarks/scaling.py | tee $(RESULTS)/scaling.txt
-	$(RUN) benchmarks/tokens.py $(if $(TOKENIZER),--tokenizer $(TOKENIZER)) --plot $(RESULTS)/tokens_memory.png | tee $(RESULTS)/tokens.txt
-	$(RUN) benchmarks/growth.py --plot $(RESULTS)/growth.png | tee $(RESULTS)/growth.txt
-	$(RUN) benchmarks/experts.py --plot $(RESULTS)/experts_memory.png | tee $(RESULTS)/experts.txt
-	$(RUN) benchmarks/generate.py | tee $(RESULTS)/generate.txt
-	$(RUN) benchmarks/save.py | tee $(RESULTS)/save.txt
+# Every figure of docs/speed.md, docs/moe.md, docs/planning.md and docs/distributed.md: about two hours with nothing else
+# running, from a clean tree, so that each result names its commit. `make bench-step` makes one of them, into build/bench.
+# NANOGPT, NANOMOE: folders with their model.py; TOKENIZER: one with GPT-2's vocab.json and merges.txt. What is not
+# given is left out.
+bench: $(addprefix bench-,$(BENCHMARKS))
+	cp build/bench/* benchmarks/results/
+
+step_flags = $(if $(NANOGPT),--nanogpt $(NANOGPT)) $(if $(NANOMOE),--nanomoe $(NANOMOE))
+tokens_flags = $(if $(TOKENIZER),--tokenizer $(TOKENIZER)) --plot build/bench/tokens_memory.png
+experts_flags = --plot build/bench/experts_memory.png
+speedrun_flags = --plot build/bench/speedrun.png
+growth_flags = --plot build/bench/growth.png
+moe_vs_dense_flags = --plot build/bench/moe_vs_dense.png
+
+bench-%: .venv/installed
+	@test -z "$$(git status --porcelain)" || { echo "commit your changes first: a result names its commit" >&2; exit 2; }
+	mkdir -p build/bench
+	$(RUN) benchmarks/$*.py $($*_flags) | tee build/bench/$*.txt
 
 format: .venv/installed
 	$(RUN) -m ruff check --fix
