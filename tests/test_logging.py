@@ -30,7 +30,7 @@ from training.errors import UserError
 from training.logging import metrics as metrics_module
 from training.logging import report
 from training.logging.console import open_sink
-from training.logging.format import clock, count, share, without_control_chars
+from training.logging.format import clock, count, share
 from training.logging.graph import trace_graph
 from training.logging.heat_map import CELL, LEFT, TOP, draw_heat_map
 from training.logging.jsonl import JSONLSink, read_rows
@@ -218,11 +218,6 @@ def test_a_nan_loss_prints_as_nan(tmp_path, capsys):
     assert "loss nan" in capsys.readouterr().out
 
 
-@given(st.text())
-def test_a_sample_cannot_control_the_terminal(text):
-    assert all(c == "\n" or c.isprintable() for c in without_control_chars(text))
-
-
 def test_the_eta_follows_the_recent_steps(tmp_path, capsys):
     sink = open_sink(run_in(tmp_path, steps=1000), LoggingConfig(every=1))
     sink.write([{"step": 1}])
@@ -256,7 +251,7 @@ def test_a_sample_that_standard_output_cannot_encode_does_not_stop_training():
         from test_logging import *
         open_sink(run_in(Path()), LoggingConfig(every=1)).write([eval_row(1, text="naïve ✓")])
     """
-    assert "na?ve ?" in python(script, env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    assert r"na\xefve \u2713" in python(script, env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
 
 
 @pytest.mark.parametrize("columns", [60, 120])

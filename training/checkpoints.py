@@ -13,6 +13,7 @@ from pathlib import Path
 from training.errors import UserError, command
 from training.files import run_lock
 from training.options.cli import Parser
+from training.terminal import print_line, print_result
 
 
 @command
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.keep < 1:
             raise UserError(f"--keep: {args.keep} would leave no checkpoint; give 1 or more")
         with run_lock(args.run):
-            newest = checkpoint.latest(folder, lambda problem: print(f"{problem}; the damaged one is kept"))
+            newest = checkpoint.latest(folder, lambda problem: print_line(f"{problem}; the damaged one is kept"))
             best = checkpoint.read_state(newest).get("best")
             checkpoint.remove_leftovers(folder)
             checkpoint.prune(folder, args.keep, best and best["step"], lambda path: not checkpoint.corruption(path))
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         else:  # only sizes are checked
             problem, note = None if checkpoint.is_complete(path) else f"{path}: damaged", path
         n_damaged += problem is not None
-        print(f"step {step:>10,}  {mib:>10,.1f} MiB  {problem or note}")
+        print_result(f"step {step:>10,}  {mib:>10,.1f} MiB  {problem or note}")
     return 1 if n_damaged else 0
 
 

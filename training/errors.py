@@ -1,11 +1,14 @@
 """Errors that the user can act on, and `@command`, which turns them into one line and an exit status."""
 
+import errno
 import functools
 import os
-import sys
 import time
 from collections.abc import Callable
 
+from training.terminal import LostOutputError, messages_of_libraries, one_line, print_note
+
+BROKEN_PIPE = 141  # 128 + SIGPIPE, as for other programs whose reader has left
 EXIT_DELAY_S = 5.0  # a launcher ends all ranks as soon as one exits; the first needs time to print its error
 
 
@@ -22,21 +25,26 @@ class RestartNeeded(UserError):
 
 
 def command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
-    """Wrap a command's `main(argv)`: print its error as one line on stderr and return the exit status."""
+    """Wrap a command's `main(argv)`: print its errors, a line each, on standard error and return the exit status."""
 
     @functools.wraps(main)
     def wrapper(argv: list[str] | None = None) -> int:
-        try:
-            return main(argv)
-        except (UserError, OSError) as error:
-            reason = " ".join(str(error).split())
-            if isinstance(error, OSError) and error.filename is not None:
-                reason = f"{error.filename}: {error.strerror}"
-            print(f"error: {reason}", file=sys.stderr)
-            return getattr(error, "status", 2)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
+        with messages_of_libraries():
+            try:
+                return main(argv)
+            except UserError as error:
+                for line in getattr(error, "lines", [str(error)]):
+                    print_note(f"error: {line}")
+                return error.status
+            except OSError as error:
+                if isinstance(error, LostOutputError) and error.errno == errno.EPIPE:
+                    return BROKEN_PIPE
+                is_named = error.filename is not None
+                print_note(f"error: {f'{error.filename}: {error.strerror}' if is_named else one_line(str(error))}")
+                return 2
+            except KeyboardInterrupt:
+                print_note("interrupted")
+                return 130
 
     return wrapper
 

@@ -8,6 +8,7 @@ import sys
 
 from training.errors import UserError, command
 from training.options.cli import Parser
+from training.terminal import print_result
 
 
 @command
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     samples = Samples(split, n_positions=model.config.n_positions, seed=None, end_of_text=end_of_text)
     world = World(0, 1, model.wte.weight.device)
     figures = validation_loss(model, samples, run.tokenizer, None, args.micro_batch, world)
-    print(
+    print_result(
         f"step {run.step}: loss {figures['val_loss']:.4f}, perplexity {figures['val_perplexity']:.2f}, "
         f"{figures['val_bits_per_byte']:.4f} bits/byte over {split.n_tokens:,} tokens, {split.n_bytes:,} bytes"
     )

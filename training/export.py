@@ -13,6 +13,7 @@ from pathlib import Path
 from training.errors import UserError, command
 from training.files import atomic_folder
 from training.options.cli import Parser
+from training.terminal import print_line
 
 
 @command
@@ -25,7 +26,8 @@ def main(argv: list[str] | None = None) -> int:
         "--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="dtype of the weights (default %(default)s)"
     )
     args = parser.parse_args(argv)
-    print(*export(args.run, args.out, args.dtype), sep="\n")
+    for line in export(args.run, args.out, args.dtype):
+        print_line(line)
     return 0
 
 

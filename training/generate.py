@@ -5,15 +5,18 @@ python -m training.generate --run runs/quickstart --prompts prompts.txt --sample
 """
 
 import argparse
+import codecs
 import json
 import math
-import os
 import sys
 from functools import partial
 from pathlib import Path
 
 from training.errors import UserError, command
 from training.options.cli import Parser
+from training.terminal import print_text
+
+print_exact = partial(print_text, is_exact=True)
 
 TOP_P_HELP = "sample from the most likely tokens whose probabilities add up to this"
 # The default of each numeric flag, its help, and its allowed values as text and as a predicate.
@@ -61,35 +64,34 @@ def _valid_utf8(argument: str) -> str:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Return the prompts in a file. Raises UserError with its name and line."""
+    """Return the prompts in a file of UTF-8, or of UTF-16 with its mark. Raises UserError with its name and line."""
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
+        text = data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not text:
         raise UserError(f"--prompts {path}: empty; write a prompt on each line")
-    lines = text.removesuffix("\n").split("\n")
+    if "\0" in text:
+        line = text.partition("\0")[0].count("\n") + 1
+        raise UserError(f"--prompts {path}:{line}: a NUL, which no text has; save the file as UTF-8")
+    lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     if path.suffix != ".jsonl":
         return lines
     prompts = []
     for number, line in enumerate(lines, 1):
         try:
             prompts.append(json.loads(line)["prompt"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            prompts.append(None)
-        if not isinstance(prompts[-1], str):
-            raise UserError(f'--prompts {path}:{number}: not a JSON object such as {{"prompt": "def "}}')
+            prompts[-1].encode()  # a lone surrogate is no text
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise UserError(f'--prompts {path}:{number}: not a JSON object such as {{"prompt": "def "}}') from None
     return prompts
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
     """Run the command: write prompts and their continuations to standard output."""
-    sys.stdout.reconfigure(errors="replace")  # a text may hold characters that the terminal's encoding lacks
-    try:
-        generate(parse_arguments(argv))
-    except BrokenPipeError:  # the reader closed the pipe; without this Python prints an error at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    generate(parse_arguments(argv))
     return 0
 
 
@@ -110,7 +112,7 @@ def generate(args: argparse.Namespace) -> None:
     rows = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(args.samples)]
     is_streamed = len(rows) == 1 and not args.json
     if is_streamed:
-        print(args.prompt[0], end="", flush=True)
+        print_exact(args.prompt[0])
     for first in range(0, len(rows), args.micro_batch):
         batch = rows[first : first + args.micro_batch]
         texts = continue_texts(
@@ -121,19 +123,19 @@ def generate(args: argparse.Namespace) -> None:
             seeds=[(args.seed, sample) for _, sample in batch],
             params=params,
             stops=args.stop,
-            on_text=partial(print, end="", flush=True) if is_streamed else None,
+            on_text=print_exact if is_streamed else None,
         )
         for (prompt, sample), text in zip(batch, texts, strict=True):
             before = args.prompt[prompt]
             if is_streamed:
-                print(flush=True)
+                print_exact("\n")
             elif args.json:
                 output = {"prompt": before, "text": text.text, "finish": text.finish_reason}
-                print(json.dumps(output), flush=True)
+                print_exact(json.dumps(output) + "\n")
             else:
                 numbers = (("prompt", prompt, len(args.prompt)), ("sample", sample, args.samples))
                 heading = ", ".join(f"{name} {number + 1} of {count}" for name, number, count in numbers if count > 1)
-                print(f"--- {heading} ---\n{before}{text.text}\n", flush=True)
+                print_exact(f"--- {heading} ---\n{before}{text.text}\n\n")
 
 
 if __name__ == "__main__":

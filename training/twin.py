@@ -13,6 +13,7 @@ from training.config import Config, FeedForward, MLPConfig, MoEConfig
 from training.errors import UserError, command
 from training.files import write_atomically
 from training.options import cli
+from training.terminal import print_line, print_text
 
 
 @command
@@ -24,10 +25,10 @@ def main(argv: list[str] | None = None) -> int:
     dense, summary = twin(config), describe_twin(config)
     text = f"# {summary}\n{cli.dump_config(dense)}"
     if (out := flags["--out"]) is None:
-        print(text, end="")
+        print_text(text)
     else:
         write_atomically(Path(out), text)
-        print(f"{out}: {summary}")
+        print_line(f"{out}: {summary}")
     return 0
 
 

@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -25,6 +24,7 @@ from training.checkpoint.read import KINDS, MANIFEST, is_complete, list_checkpoi
 from training.config import CheckpointConfig
 from training.errors import UserError, library_error
 from training.files import fsync_path, mkdir_durable, remove, rename_durable
+from training.terminal import print_note
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -163,7 +163,7 @@ class CheckpointWriter:
             try:
                 prune(self.folder, self.config.keep, best_step)
             except OSError as error:  # harmless: one checkpoint too many
-                print(f"{error.filename}: {error.strerror}; an old checkpoint stays", file=sys.stderr)
+                print_note(f"{error.filename}: {error.strerror}; an old checkpoint stays")
 
         try:
             if self._on_all_ranks(create_folder)[0]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +19,7 @@ from training.data.sources import no_text_error
 from training.data.tokenizer import Tokenizer, build_tokenizer
 from training.errors import UserError
 from training.files import fsync_path
+from training.terminal import is_terminal, print_note, redirects, rich_console
 
 BATCH_CHARS = 1 << 20  # text that a thread tokenizes at a time
 
@@ -135,18 +135,18 @@ def progress(stage: str, quiet: bool) -> Iterator[Callable[[str], str]]:
             bar.update(task, completed=total)
         return text
 
-    if not sys.stderr.isatty():
-        print(f"{stage} ...", file=sys.stderr, flush=True)
+    if not is_terminal("stderr"):
+        print_note(f"{stage} ...")
         yield advance
         seconds = time.perf_counter() - start
-        print(f"{stage}: {total / 1e6:.1f} MB in {seconds:.1f} s", file=sys.stderr, flush=True)
+        print_note(f"{stage}: {total / 1e6:.1f} MB in {seconds:.1f} s")
         return
 
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn()
-    bar = Progress(*columns, TransferSpeedColumn(), TimeElapsedColumn(), console=Console(stderr=True))
+    columns += TransferSpeedColumn(), TimeElapsedColumn()
+    bar = Progress(*columns, console=rich_console("stderr"), **redirects())
     task = bar.add_task(stage, total=None)  # unknown: text may be compressed, or come from the network
     with bar:
         yield advance

@@ -7,7 +7,6 @@ its process. A killed build leaves only its `.partial` folder, which the next bu
 
 import hashlib
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
@@ -29,6 +28,7 @@ from training.data.sources import build_reader
 from training.data.tokenizer import Tokenizer
 from training.errors import UserError
 from training.files import rename_durable
+from training.terminal import print_note
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def lock_dataset(folder: Path, quiet: bool) -> AbstractContextManager:
         return lock.acquire(timeout=0)
     except Timeout:
         if not quiet:
-            print(f"{folder}: another process is preparing this data; waiting for it", file=sys.stderr, flush=True)
+            print_note(f"{folder}: another process is preparing this data; waiting for it")
         return lock.acquire(poll_interval=0.1)
 
 

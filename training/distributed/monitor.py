@@ -7,7 +7,6 @@ it decides which rank is lost (diagnosis.py). The first verdict in the store cou
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ import torch.distributed as dist
 
 from training.distributed.diagnosis import LOOP, ActivityKind, Rank, Verdict, current_process, diagnose
 from training.errors import UserError, library_error
+from training.terminal import print_note
 
 RESTART_HINT = "run the same command again to resume from the latest checkpoint"
 WATCH_S = 0.2  # interval of checks
@@ -111,7 +111,7 @@ class Monitor:
             return UserError(f"{self.me.text()}: {error}")  # rank 0's errors are printed without a name
         if not isinstance(error, UserError | KeyboardInterrupt):
             where = f"{self.me.text()} failed in {self.me.current_activity().text()}"
-            print(f"error: {where} with {library_error(error)}", file=sys.stderr, flush=True)
+            print_note(f"error: {where} with {library_error(error)}")
         return error
 
     def _handle_connection_error(self, error: BaseException) -> None:
@@ -190,12 +190,11 @@ class Monitor:
             if self.closed.is_set():  # meanwhile
                 return
             if verdict.reporter == self.me.number:
-                print(f"error: {verdict.message}; {RESTART_HINT}", file=sys.stderr, flush=True)
+                print_note(f"error: {verdict.message}; {RESTART_HINT}")
             for number in verdict.lost:
                 if (process := self.ranks[number].process) is not None:
                     process.kill()
             self._leave(verdict)
-            sys.stdout.flush()
             os._exit(verdict.status)
 
     def _agree_on(self, mine: Verdict) -> Verdict:

@@ -1,6 +1,5 @@
 """Load a trained model from the folder of a run, finished or not, for evaluation, generation and export."""
 
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from training.data import Tokenizer
 from training.errors import UserError
 from training.kernels.choose import choose_kernels
 from training.model import GPT, kernel_requirements
+from training.terminal import print_note
 
 ATTEMPTS = 3  # to read the latest checkpoint: a run in training may remove it meanwhile
 
@@ -83,7 +83,7 @@ def _latest(folder: Path) -> tuple[Path, Checkpoint | None]:
         return folder, checkpoint.load(folder)
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            path = checkpoint.latest(folder / "checkpoints", warn=lambda line: print(line, file=sys.stderr))
+            path = checkpoint.latest(folder / "checkpoints", warn=print_note)
             return (folder, None) if path is None else (path, checkpoint.load(path, verify=False))
         except (OSError, UserError):
             if attempt == ATTEMPTS:

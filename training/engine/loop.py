@@ -17,6 +17,7 @@ from training.engine.state import Checkpoints, TrainState
 from training.errors import UserError
 from training.logging.phases import PhaseTimer
 from training.logging.rows import RunLog
+from training.terminal import print_line
 
 # Schedulers send SIGUSR1 before a job's time is over.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
@@ -123,5 +124,5 @@ def report_stop(number: int, state: TrainState, log: RunLog, resume: str) -> int
     if log.world.is_main:
         command = "the same command" if resume == "auto" else "the same command without --resume"
         name = signal.Signals(number).name
-        print(f"stopped by {name}, saved after step {state.step}; {command} resumes it", flush=True)
+        print_line(f"stopped by {name}, saved after step {state.step}; {command} resumes it")
     return 128 + number

@@ -25,6 +25,7 @@ from training.files import write_atomically
 from training.model.moe import MoE
 from training.optim.optimizer import Optimizer
 from training.planning.memory import HEADROOM, equal_parts, max_samples_per_rank
+from training.terminal import print_note
 
 FILE = "micro_batch.json"  # in the run's folder, read at the restart after an out-of-memory error
 Metrics = dict[str, Tensor]
@@ -88,7 +89,7 @@ class MicroBatch:
         self.n_out_of_memory += 1
         change = self._shrink()
         if self.model.world.is_main:
-            print(f"step {self.state.step + 1}: out of memory; repeating the batch {change}", file=sys.stderr)
+            print_note(f"step {self.state.step + 1}: out of memory; repeating the batch {change}")
 
     def shrink_and_restart(self) -> NoReturn:
         """Store a smaller micro-batch for the next start and raise RestartNeeded: other ranks may be in a collective.

@@ -19,6 +19,7 @@ from training.errors import UserError
 from training.files import rename_durable, write_errors_as_user_errors
 from training.options import cli
 from training.options.schema import flatten_options
+from training.terminal import print_line
 
 
 class ResumePoint(NamedTuple):
@@ -53,7 +54,7 @@ def _find(config: Config, resume: str) -> tuple[Path, bool] | None:
     if resume != "auto":
         requested = Path(resume)
         if (requested / "checkpoints").is_dir():
-            requested = checkpoint.latest(requested / "checkpoints", print) or requested
+            requested = checkpoint.latest(requested / "checkpoints", print_line) or requested
         if not (requested / checkpoint.MANIFEST).is_file():
             raise UserError(f"--resume {requested}: not auto, never, a checkpoint, or a run with a checkpoint")
         if problem := checkpoint.corruption(requested):
@@ -61,12 +62,14 @@ def _find(config: Config, resume: str) -> tuple[Path, bool] | None:
         if requested.parent.resolve() == folder.resolve():
             return requested, True
     try:
-        own = checkpoint.latest(folder, print)
+        own = checkpoint.latest(folder, print_line)
     except UserError as error:
         raise UserError(f"{error}; start over with --resume never") from error
     if own is not None:
         if requested is not None:
-            print(f"{config.run_dir}: resuming from its own {own.name}; --resume {resume} only mattered at its start")
+            print_line(
+                f"{config.run_dir}: resuming from its own {own.name}; --resume {resume} only mattered at its start"
+            )
         return own, True
     if requested is not None and (step := checkpoint.read_state(requested)["step"]) >= config.steps:
         raise UserError(f"--resume {resume}: it is at step {step}, and steps is {config.steps}; raise steps")
@@ -81,7 +84,7 @@ def prepare_run_dir(config: Config, resume: str, point: ResumePoint | None) -> N
             names = (folder.with_name(f"{folder.name}.old-{n}") for n in itertools.count(1))
             aside = next(path for path in names if not path.exists())
             rename_durable(folder, aside)
-            print(f"{folder}: moved the earlier run to {aside}")
+            print_line(f"{folder}: moved the earlier run to {aside}")
         elif point is not None and point.is_own:
             checkpoint.remove_leftovers(folder / "checkpoints")
             checkpoint.quarantine(point.path.parent, point.state.step, "damaged" if resume == "auto" else "undone")

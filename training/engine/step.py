@@ -5,7 +5,6 @@ stay on the device until they are logged.
 """
 
 import math
-import sys
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from training.engine.build import Setup
 from training.engine.loop import Phases
 from training.engine.micro_batch import Metrics, forward_backward
 from training.optim.schedule import lr_factor
+from training.terminal import print_note
 
 
 def train_step(setup: Setup, phase: Phases) -> tuple[Metrics, int]:
@@ -97,7 +97,7 @@ def should_update(setup: Setup, loss: Tensor, grad_norm: Tensor) -> bool:
             return False
     reason = state.guard.reason_to_skip(loss, grad_norm, setup.config.skip_spikes)
     if reason and world.is_main:
-        print(f"step {state.step + 1}: {reason}; update skipped", file=sys.stderr)
+        print_note(f"step {state.step + 1}: {reason}; update skipped")
     return not any(world.max_int(reason is not None))
 
 

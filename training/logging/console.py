@@ -1,29 +1,25 @@
 """The console, on standard output: a live bar on a terminal, plain aligned lines elsewhere."""
 
-import io
-import os
-import sys
+import re
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from training.config import LoggingConfig
-from training.logging.format import clock, count, layer_name, number, without_control_chars
+from training.logging.format import clock, count, layer_name, number
 from training.logging.metrics import console_fields, expert_load
 from training.logging.phases import as_text
 from training.logging.sinks import RunInfo, Sink
+from training.terminal import is_terminal, print_line, printable, redirects, rich_console
 
 RECENT_STEPS = 50  # averaged for the ETA
+MAX_SAMPLE_LINES, MAX_SAMPLE_CHARS = 24, 1600  # a screen; metrics.jsonl has the whole text
+BLANK_LINES = re.compile(r"\n([^\S\n]*\n){3,}")
 PATIENCE = 200  # steps until an expert counts as dead, and between two lines about a layer at least
 
 
 def open_sink(run: RunInfo, config: LoggingConfig) -> Sink:
     """Open the live display if standard output is a terminal that can move its cursor, else plain lines."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a sample may have characters that the terminal's encoding lacks
-    is_live = sys.stdout.isatty() and os.environ.get("TERM") not in (None, "dumb", "unknown")
-    return (LiveConsole if is_live else Console)(run, config.every)
+    return (LiveConsole if is_terminal("stdout") else Console)(run, config.every)
 
 
 class Console(Sink):
@@ -33,8 +29,7 @@ class Console(Sink):
         self.run, self.every, self.step, self.is_closed = run, every, run.start_step, False
         self.recent_s: deque[float] = deque(maxlen=RECENT_STEPS)
         self.dead_experts = {layer: DeadExpertWatch(layer) for layer in run.moe_layers}
-        with drop_output_nobody_reads():
-            self.print_header()
+        self.print_header()
 
     @property
     def eta(self) -> str:
@@ -44,60 +39,57 @@ class Console(Sink):
         return clock((self.run.steps - self.step) * sum(self.recent_s) / len(self.recent_s))
 
     def write(self, rows: list[dict]) -> None:
-        with drop_output_nobody_reads():
-            for row in rows:
-                self.step = row["step"]
-                if "step_s" in row:
-                    self.recent_s.append(row["step_s"])
-                self.print_step(row)
-                for layer, load_E in expert_load(row, self.run.moe_layers).items():
-                    if line := self.dead_experts[layer].update(load_E):
-                        self.print_event(row, line, "yellow")
-                if fields := console_fields(row, "validation"):
-                    self.print_event(row, "  ".join(fields), "green")
-                for sample in row.get("samples") or ():
-                    self.print_sample(sample)
-            self.refresh()
+        for row in rows:
+            self.step = row["step"]
+            if "step_s" in row:
+                self.recent_s.append(row["step_s"])
+            self.print_step(row)
+            for layer, load_E in expert_load(row, self.run.moe_layers).items():
+                if line := self.dead_experts[layer].update(load_E):
+                    self.print_event(row, line, "yellow")
+            if fields := console_fields(row, "validation"):
+                self.print_event(row, "  ".join(fields), "green")
+            for sample in row.get("samples") or ():
+                self.print_sample(sample)
+        self.refresh()
 
     def close(self, summary: dict | None) -> None:
         if not self.is_closed:
             self.is_closed = True
-            with drop_output_nobody_reads():
-                self.print_end(summary)
+            self.print_end(summary)
 
     def refresh(self) -> None:
         """Draw the live part, if there is one."""
 
     def print_header(self) -> None:
-        print(self.run.name, *aligned(self.run.header), "", sep="\n")
+        print_lines(self.run.name, *aligned(self.run.header), "")
 
     def print_step(self, row: dict) -> None:
         if row["step"] % self.every == 0 or row["step"] == self.run.steps:
             self.print_event(row, "  ".join([*console_fields(row, "step"), f"ETA {self.eta}"]))
 
     def print_event(self, row: dict, text: str, _color: str = "") -> None:
-        print(f"step {row['step']:>{len(str(self.run.steps))}}/{self.run.steps}", text, sep="  ")
+        print_line(f"step {row['step']:>{len(str(self.run.steps))}}/{self.run.steps}  {text}")
 
     def print_sample(self, sample: dict) -> None:
-        print(*(f"    | {line}".rstrip() for line in sample_text(sample).split("\n")), sep="\n")
+        print_lines(*(f"    | {line}".rstrip() for line in sample_text(sample).split("\n")))
 
     def print_end(self, summary: dict | None) -> None:
         if summary is not None:
-            print("", *aligned(closing(summary)), *commands(summary), sep="\n")
+            print_lines("", *aligned(closing(summary)), *commands(summary))
 
 
 class LiveConsole(Console):
     """A bar and the newest numbers at the bottom of the terminal; lines that stay are printed above it."""
 
     def print_header(self) -> None:
-        from rich.console import Console as Terminal
         from rich.live import Live
 
         self.row: dict = {}  # the newest
         self.evaluation: list[str] = []  # its first field, from the newest row that has one
-        self.terminal = Terminal(highlight=False, emoji=False, markup=False)
-        self.live = Live(get_renderable=self.render, console=self.terminal, auto_refresh=False)
-        self.terminal.print(self.run.name, style="bold")
+        self.terminal = rich_console()
+        self.live = Live(get_renderable=self.render, console=self.terminal, auto_refresh=False, **redirects())
+        self.terminal.print(printable(self.run.name), style="bold")
         self._print_table(self.run.header)
         self.terminal.print()
         self.live.start(refresh=True)
@@ -113,8 +105,8 @@ class LiveConsole(Console):
         from rich.padding import Padding
         from rich.text import Text
 
-        prompt = without_control_chars(sample["prompt"])
-        text = Text.assemble((prompt, "bold"), sample_text(sample).removeprefix(prompt))
+        text = Text(sample_text(sample))
+        text.stylize("bold", 0, len(sample_text({"prompt": sample["prompt"], "text": ""})))
         self.terminal.print(Padding(text, (0, 0, 0, 4), expand=False))
 
     def print_end(self, summary: dict | None) -> None:
@@ -123,7 +115,7 @@ class LiveConsole(Console):
             self.terminal.print()
             self._print_table(closing(summary))
             for line in commands(summary):
-                self.terminal.print(line, style="cyan" if line.startswith(" ") else "", soft_wrap=True)
+                self.terminal.print(printable(line), style="cyan" if line.startswith(" ") else "", soft_wrap=True)
 
     def refresh(self) -> None:
         self.live.refresh()
@@ -146,13 +138,13 @@ class LiveConsole(Console):
         fields[1:1] = self.evaluation
         return Group(bar, Columns([Text(" ".join(field.split()), no_wrap=True) for field in fields], padding=(0, 2)))
 
-    def _print_table(self, facts: dict[str, str]) -> None:
+    def _print_table(self, facts: dict[str, str | list[str]]) -> None:
         from rich.table import Table
 
         table = Table.grid(padding=(0, 2))
         table.add_column(style="dim", no_wrap=True)
         for label, text in facts.items():
-            table.add_row(label, text)
+            table.add_row(label, "\n".join(map(printable, [text] if isinstance(text, str) else text)))
         self.terminal.print(table)
 
 
@@ -185,7 +177,7 @@ class DeadExpertWatch:
         return f"{layer_name(self.layer)}: {experts} received < {100 * threshold:.2g} % of tokens for {min(dead)} steps"
 
 
-def closing(summary: dict) -> dict[str, str]:
+def closing(summary: dict) -> dict[str, str | list[str]]:
     """Return the closing summary of a finished run by label, without what the run did not measure."""
     validation = ""
     if summary["val_loss"] is not None:
@@ -198,7 +190,7 @@ def closing(summary: dict) -> dict[str, str]:
         "validation": validation,
         "model": summary["model_dir"],
         "time": as_text(summary["time"]),
-        "advice": "\n".join(summary["advice"]),
+        "advice": summary["advice"],
     }
     return {label: text for label, text in facts.items() if text}
 
@@ -208,22 +200,24 @@ def commands(summary: dict) -> list[str]:
     return ["", "next:", *(f"  {command}" for command in summary["next"])] if summary["next"] else []
 
 
-def aligned(facts: dict[str, str]) -> list[str]:
-    """Return the facts as lines in two columns, label and text; further lines of a text stay in its column."""
-    width = max(map(len, facts), default=0)
-    newline = "\n" + " " * (width + 2)
-    return [f"{label:<{width}}  {text}".replace("\n", newline) for label, text in facts.items()]
+def aligned(facts: dict[str, str | list[str]]) -> list[str]:
+    """Return the facts as lines in two columns, label and text; the further lines of a list stay in its column."""
+    width, lines = max(map(len, facts), default=0), []
+    for label, text in facts.items():
+        first, *others = [text] if isinstance(text, str) else text
+        lines += [f"{label:<{width}}  {first}", *(f"{'':<{width}}  {other}" for other in others)]
+    return lines
 
 
 def sample_text(sample: dict) -> str:
-    return without_control_chars(sample["prompt"] + sample["text"].rstrip())
+    """Return prompt and text as lines that leave the rest of the log on the screen, and say what they leave out."""
+    text = sample["prompt"] + sample["text"].rstrip()
+    text = printable(text.replace("\r\n", "\n").replace("\t", "    "), "\n")
+    text = BLANK_LINES.sub(lambda run: "\n({} blank lines)\n".format(run[0].count("\n") - 1), text)
+    shown = "\n".join(text.split("\n")[:MAX_SAMPLE_LINES])[:MAX_SAMPLE_CHARS]
+    return shown if shown == text else f"{shown}\n({len(text) - len(shown):,} more characters are in metrics.jsonl)"
 
 
-@contextmanager
-def drop_output_nobody_reads() -> Iterator[None]:
-    """Flush standard output; if its reader is gone, drop the output and keep training: metrics.jsonl has every row."""
-    try:
-        yield
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def print_lines(*lines: str) -> None:
+    for line in lines:
+        print_line(line)

@@ -45,12 +45,6 @@ def layer_name(layer: int) -> str:
     return f"layer {layer + 1}"
 
 
-def without_control_chars(text: str) -> str:
-    """Return the text without control characters, which a model may write and a terminal would obey."""
-    text = text.replace("\t", "    ")
-    return "".join(c if c == "\n" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
 def token_text(text: str) -> str:
     """Return a token with marks for blanks, codes for other characters that do not print, and "…" if it is cut."""
     marked = [VISIBLE.get(c) or (c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text]

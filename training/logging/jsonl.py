@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from training.config import LoggingConfig
 from training.errors import UserError
 from training.files import write_atomically, write_errors_as_user_errors
 from training.logging.sinks import RunInfo, Sink
+from training.terminal import print_note
 
 
 def open_sink(run: RunInfo, _config: LoggingConfig) -> Sink:
@@ -46,7 +46,7 @@ class JSONLSink(Sink):
             self.size = file.tell()
 
     def _warn(self, problem: str) -> None:
-        print(f"{self.path}: {problem}; training continues without the missing rows", file=sys.stderr)
+        print_note(f"{self.path}: {problem}; training continues without the missing rows")
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from training.logging.format import count, number, share
 from training.logging.phases import PHASES
+from training.terminal import print_text
 
 LOAD_IMAGE = "router/load_layers_x_experts"  # tag of the expert load's heat map
 
@@ -180,4 +181,4 @@ def readme_table() -> str:
 
 
 if __name__ == "__main__":
-    print(readme_table(), end="")
+    print_text(readme_table())

@@ -1,7 +1,6 @@
 """report.html: the whole run on one page that opens from disk and needs no network."""
 
 import json
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from training.errors import UserError
 from training.files import write_atomically
 from training.logging.charts import metric_charts, points
-from training.logging.format import count, duration_text, layer_name, number, token_text, without_control_chars
+from training.logging.format import count, duration_text, layer_name, number, token_text
 from training.logging.jsonl import read_rows, read_text
 from training.logging.metrics import METRICS
 from training.logging.phases import PHASES, goodput, phase_seconds, phase_shares
+from training.terminal import TEXT, print_note, printable
 
 RECENT_STEPS = 50  # averaged for the expert load at the end
 
@@ -61,7 +61,7 @@ def update_report(run_dir: Path) -> None:
     try:
         write_report(run_dir)
     except UserError as error:
-        print(f"{error}; the report is not updated", file=sys.stderr)
+        print_note(f"{error}; the report is not updated")
 
 
 def summary_sentence(rows: list[dict], summary: dict, steps: int | None) -> str:
@@ -133,9 +133,14 @@ def _load_cell(share: float, n_experts: int) -> dict:
 def _template() -> Any:
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=loader,
+        autoescape=True,
+        finalize=lambda value: printable(value, TEXT) if type(value) is str else value,  # a bidi override moves text
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters |= {f.__name__: f for f in (duration_text, layer_name, token_text, without_control_chars)}
+    environment.filters |= {f.__name__: f for f in (duration_text, layer_name, token_text)}
     return environment.get_template("report.html.j2")
 
 

@@ -17,11 +17,11 @@ from torch.utils.tensorboard.summary import histogram, hparams, image, text
 
 from training.config import LoggingConfig
 from training.files import write_errors_as_user_errors
-from training.logging.format import without_control_chars
 from training.logging.graph import trace_graph
 from training.logging.heat_map import draw_heat_map, should_draw
 from training.logging.metrics import LOAD_IMAGE, expert_load, layer_tag, scalars
 from training.logging.sinks import RunInfo, Sink
+from training.terminal import TEXT, printable
 
 LOAD_BINS = [0.0, *np.geomspace(1e-4, 1.1, 99)]  # edges, of an expert's share; each is 10 % above the last
 
@@ -38,7 +38,7 @@ class TensorBoardSink(Sink):
         self.path = run.dir / "tensorboard"
         purge_step = run.start_step + 1
         # without line breaks and with Markdown's markup characters escaped
-        cells = [re.sub(r"[]\\`*_{}[<>()#+\-.!|]", r"\\\g<0>", fact.replace("\n", " ")) for fact in run.header.values()]
+        cells = [re.sub(r"[]\\`*_{}[<>()#+\-.!|]", r"\\\g<0>", printable(fact)) for fact in run.header.values()]
         header = "\n".join(f"| {label} | {cell} |" for label, cell in zip(run.header, cells, strict=True))
         _, start, self.end = hparams(flat(run.config), {})
         # torch's SummaryWriter writes in a thread, which prints a traceback if the disk is full.
@@ -65,7 +65,7 @@ class TensorBoardSink(Sink):
                 for layer, load_E in load.items():
                     summaries.append(histogram(layer_tag("router_layers/load", layer), np.asarray(load_E), LOAD_BINS))
             if row.get("samples"):
-                texts = (without_control_chars(sample["prompt"] + sample["text"]) for sample in row["samples"])
+                texts = (sample["prompt"] + sample["text"] for sample in row["samples"])
                 summaries.append(text("samples", "\n\n---\n".join(map(_code_block, texts))))
             self._write(*(Event(step=row["step"], summary=summary) for summary in summaries))
 
@@ -101,4 +101,4 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _code_block(text: str) -> str:
     """Return Markdown that shows the text as it is."""
-    return "\n".join(f"    {line}" for line in ("\n" + text).split("\n"))
+    return "\n".join(f"    {line}" for line in ("\n" + printable(text, TEXT)).split("\n"))

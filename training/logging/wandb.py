@@ -1,7 +1,6 @@
 """Weights & Biases, if `logging.wandb` is set. Its own process sends the rows: training never waits for the network."""
 
 import json
-import sys
 import uuid
 from typing import Any
 
@@ -11,6 +10,7 @@ from training.files import write_atomically
 from training.logging.heat_map import draw_heat_map, should_draw
 from training.logging.metrics import LOAD_IMAGE, expert_load, scalars
 from training.logging.sinks import RunInfo, Sink
+from training.terminal import print_note
 
 FINISH_TIMEOUT_S = 120  # rows not sent by then stay on disk for `wandb sync`
 
@@ -38,7 +38,7 @@ class WandbSink(Sink):
                 state = json.loads(self.marker.read_bytes())
                 self.state = {"id": str(state["id"]), "step": int(state["step"])}
             except (ValueError, KeyError, TypeError):
-                print(f"{self.marker}: no valid W&B run id; starting a new W&B run", file=sys.stderr)
+                print_note(f"{self.marker}: no valid W&B run id; starting a new W&B run")
         write_atomically(self.marker, json.dumps(self.state) + "\n")
         self.run = _init(wandb, config, run, self.state["id"])
         self.state["step"] = max(self.state["step"], self.run.step - 1)
@@ -79,6 +79,6 @@ def _init(wandb: Any, config: WandbConfig, run: RunInfo, run_id: str) -> Any:
         raise UserError(f"Weights & Biases: {str(error).splitlines()[0]} {remedy}") from error
     except wandb.errors.CommError as error:
         problem = f"does not answer ({str(error).splitlines()[0]}); logging offline to {run.dir / 'wandb'}"
-        print(f"Weights & Biases {problem}, upload it with `wandb sync`", file=sys.stderr)
+        print_note(f"Weights & Biases {problem}, upload it with `wandb sync`")
         wandb.teardown()  # its process still holds the run's id
         return wandb.init(mode="offline", **options)

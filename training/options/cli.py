@@ -6,9 +6,9 @@ writes the JSON schema for editors. Nothing here imports torch.
 """
 
 import argparse
+import errno
 import io
 import json
-import os
 import shutil
 import sys
 import textwrap
@@ -25,6 +25,7 @@ from training.errors import UserError, exit_unless_first_local_rank
 from training.options.schema import closest, explain_unknown, find_option, help_text, is_list, json_schema, sections_at
 from training.options.validate import validate
 from training.options.yaml import ConfigErrors, Node, Problem, read_file, read_flag_value, to_dotted, to_printable
+from training.terminal import LostOutputError, print_note, print_text
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,6 +37,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
+
+    def print_help(self, _file: object = None) -> None:
+        _print_and_exit(self.format_help())
 
 
 def load_config(path: str | Path | None, overrides: Mapping[str, str] | None = None) -> Config:
@@ -144,7 +148,8 @@ def parse_command_line(
         lines.append("--config: missing; give the run's YAML file, as in --config configs/quickstart.yaml")
     if lines:
         exit_unless_first_local_rank()
-        print(*(f"error: {line}" for line in lines), sep="\n", file=sys.stderr)
+        for line in lines:
+            print_note(f"error: {line}")
         raise SystemExit(2)
     if print_config:
         _print_and_exit(dump_config(config))
@@ -153,9 +158,10 @@ def parse_command_line(
 
 def _print_and_exit(text: str) -> NoReturn:
     try:
-        print(text, end="", flush=True)
-    except BrokenPipeError:  # the reader closed the pipe; without this Python prints an error at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print_text(text)
+    except LostOutputError as error:
+        if error.errno != errno.EPIPE:  # a pager that was left has shown enough
+            raise
     raise SystemExit(0)
 
 
@@ -208,4 +214,4 @@ def _help(prog: str, doc: str, own: dict[str, str]) -> str:
 if __name__ == "__main__":
     if sys.argv[1:] != ["schema"]:
         raise SystemExit("usage: python -m training.options.cli schema > configs/schema.json")
-    print(json_schema(), end="")
+    print_text(json_schema())

@@ -16,6 +16,7 @@ from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.reader import ReaderError
 
 from training.errors import UserError
+from training.terminal import printable
 
 MAX_BYTES = 32_768  # parsed in about half a second; a config has about 2,000 bytes
 MAX_DEPTH = 12  # the deepest option, model.blocks.0.ffn.n_experts, is at 5
@@ -86,9 +87,8 @@ def to_dotted(path: OptionPath) -> str:
 
 
 def to_printable(text: str, limit: int = 100) -> str:
-    """Return `text` on one line: truncated, with unprintable characters escaped."""
-    text = text if len(text) <= limit else text[: limit - 3] + "..."
-    return text if text.isprintable() else repr(text)[1:-1]
+    """Return `text` on one line: truncated, with control characters escaped."""
+    return printable(text if len(text) <= limit else text[: limit - 3] + "...")
 
 
 def read_file(path: str | Path) -> tuple[Node, list[Problem]]:

@@ -6,7 +6,6 @@ of a dense layer (`upcycle.py`). A run that has started no longer needs the fold
 """
 
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from training.distributed.world import World
 from training.errors import UserError, library_error
 from training.model import GPT, initial_value, model_stats
 from training.options import cli
+from training.terminal import print_note
 from training.weights import hf, upcycle
 from training.weights.hf.architecture import BALANCING, pattern
 
@@ -71,18 +71,19 @@ def load_weights(sharded: ShardedModel, config: Config, dataset: Dataset, world:
         pretrained = upcycle.upcycle_weights(pretrained, layers, weights)
         after.load_state_dict(after.state_dict() | pretrained)
         change = upcycle.compare(before, after, samples)
-        report = f"upcycled {config.init_from}: {upcycle.describe(layers)}; {change}"
+        lines = [f"upcycled {config.init_from}: {upcycle.describe(layers)}; {change}"]
         if not change.is_exact:
             problem = f"more than rounding explains ({upcycle.MAX_LOGIT_CHANGE:g}); the run does not start"
-            raise UserError(f"{report}: {problem}")
+            raise UserError(f"{lines[0]}: {problem}")
         if config.upcycle_noise is not None:
             pretrained = upcycle.with_noise(pretrained, layers, config.upcycle_noise, config.seed)
             after.load_state_dict(after.state_dict() | pretrained)
             loss = upcycle.compare(before, after, samples).loss_after
-            report += f"\nwith noise {config.upcycle_noise:g}: loss {loss:.4f}"
+            lines.append(f"with noise {config.upcycle_noise:g}: loss {loss:.4f}")
         del before, after, samples  # 8 bytes per parameter
         if world.is_main:
-            print(report, file=sys.stderr)
+            for line in lines:
+                print_note(line)
     weights |= pretrained
     sharded.load_full(lambda name, _shape: weights[name])
 
