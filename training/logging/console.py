@@ -130,7 +130,7 @@ class LiveConsole(Console):
 
         bar = Table.grid(expand=True, padding=(0, 1))
         for ratio in (None, 1, None):
-            bar.add_column(ratio=ratio, no_wrap=True)
+            bar.add_column(ratio=ratio)
         bar.add_row(f"step {self.step}/{self.run.steps}", ProgressBar(self.run.steps, self.step), f"ETA {self.eta}")
         if not self.row:
             return Group(bar, Text("waiting for the first step", style="dim"))
@@ -143,6 +143,7 @@ class LiveConsole(Console):
 
         table = Table.grid(padding=(0, 2))
         table.add_column(style="dim", no_wrap=True)
+        table.add_column(overflow="fold")
         for label, text in facts.items():
             table.add_row(label, "\n".join(map(printable, [text] if isinstance(text, str) else text)))
         self.terminal.print(table)

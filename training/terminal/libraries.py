@@ -51,4 +51,5 @@ def _print_warning(message: Warning | str, category: type[Warning], *_: object) 
 
 
 def _print_traceback(*error: Any) -> None:
-    print_note("".join(traceback.format_exception(*error)).rstrip(), keep=TEXT)
+    for part in traceback.format_exception(*error):  # the further lines of a message look like lines of ours: indent
+        print_note(part.rstrip("\n").replace("\n", "\n    "), keep=TEXT)
