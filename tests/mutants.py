@@ -206,6 +206,25 @@ DEFECTS = [
     # issue faults: muon
     Defect("Muon steps along rounding errors", "optim/muon.py", "return x * (norm / NOISE_NORM).clamp(max=1).to(dtype)",
            "return x", "tests/test_optim.py -k rounding"),
+    # issue faults: terminal
+    Defect("a terminal obeys a name", "terminal/printable.py", 'ESCAPED = {"Cc", "Cf", "Cs", "Zl", "Zp"}',
+           'ESCAPED = {"Cs"}', "tests/test_terminal.py -k printable"),
+    Defect("a newline in a name forges a line", "terminal/streams.py", 'write("stdout", printable(line) + "\\n")',
+           'write("stdout", printable(line, TEXT) + "\\n")', "tests/test_terminal.py -k hostile_name"),
+    Defect("a module prints by itself", "engine/step.py", 'print_note(f"step {state.step + 1}: {reason}',
+           'print(f"step {state.step + 1}: {reason}', "tests/test_terminal.py -k one_room"),
+    Defect("a lost result is no error", "terminal/streams.py", 'if reason := lost.get("stdout"):', "if reason := None:",
+           "tests/test_terminal.py -k cannot_be_written"),
+    Defect("a full disk for the output stops a run", "terminal/streams.py", "except OSError as error:",
+           "except BrokenPipeError as error:", "tests/test_terminal.py -k does_not_stop"),
+    Defect("records of libraries are raw", "terminal/libraries.py", "is_bare = type(handler)",
+           "is_bare = False and type(handler)", "tests/test_terminal.py -k log_records"),
+    Defect("generated escapes reach the terminal", "terminal/streams.py",
+           "if is_exact and not sys.stdout.isatty()", "if is_exact", "tests/test_terminal.py -k exact_in_a_file"),
+    Defect("blank lines push the run off the screen", "logging/console.py", "BLANK_LINES.sub(",
+           "(lambda _, text: text)(", "tests/test_terminal.py -k sample"),
+    Defect("a byte order mark begins a prompt", "generate.py", '"utf-8-sig"', '"utf-8"',
+           "tests/test_terminal.py -k any_editor"),
 ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Messages that libraries write themselves: log records, warnings and tracebacks."""
 
 import logging
+import os
 import sys
 import threading
 import traceback
@@ -10,13 +11,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from training.terminal.printable import TEXT, one_line
-from training.terminal.streams import open_closed_streams, print_note
+from training.terminal.streams import is_terminal, open_closed_streams, print_note
 
 
 @contextmanager
 def messages_of_libraries() -> Iterator[None]:
     """Open the streams, and print the messages of libraries through this room until the command ends."""
     open_closed_streams()
+    if not is_terminal("stderr"):
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of downloads
     sys.excepthook = _print_traceback  # for good: it is called after the command
     saved = logging.lastResort, logging.getLoggerClass(), threading.excepthook
     with warnings.catch_warnings():
