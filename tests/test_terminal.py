@@ -65,6 +65,7 @@ PRINTERS = {
     "rich.console.Console", "traceback.print_exc", "traceback.print_exception", "traceback.print_stack",
     "logging.basicConfig", "logging.StreamHandler", "warnings.warn", "pprint.pprint", "os.write",
 }  # fmt: skip
+BARS = {"rich.live.Live", "rich.progress.Progress"}
 
 
 def prints(source: str) -> list[str]:
@@ -74,6 +75,8 @@ def prints(source: str) -> list[str]:
     names = dict(imported)
     used = [full for _, full in imported]
     used += [dotted(node, names) for node in nodes if isinstance(node, ast.Attribute | ast.Name)]
+    bars = [node for node in nodes if isinstance(node, ast.Call) and dotted(node.func, names) in BARS]
+    used += ["print" for bar in bars if "console" not in [word.arg for word in bar.keywords]]  # a console of its own
     return [name for name in used if name in PRINTERS]
 
 
@@ -89,6 +92,7 @@ def test_every_way_to_print_is_detected():
         "print(text)", "checkpoints.latest(folder, print)", "import sys\nsys.stdout.write(text)",
         "from sys import stderr", "import sys as s\ns.stderr.flush()", "from rich.console import Console as Terminal",
         "import rich\nrich.print(text)", "import traceback\ntraceback.print_exc()", "import os\nos.write(1, data)",
+        "from rich.progress import Progress\nProgress(*columns)",
     ]  # fmt: skip
     assert [source for source in sources if not prints(source)] == []
     assert prints("self.printer.print(text)\nsample.stdout") == []
