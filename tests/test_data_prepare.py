@@ -1,5 +1,6 @@
 """Prepared data: built once and atomically, rebuilt after changes; and the command."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -9,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filelock import FileLock
+from tokenizers import normalizers
 
 from training import files
 from training import prepare as command
 from training.config import DataConfig
 from training.data import Samples, Tokenizer, build, prepare, shards
 from training.data import dataset as dataset_module
+from training.data.tokenizer import build_byte_tokenizer
 from training.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -446,8 +449,9 @@ def test_preparing_imports_no_torch(folder):
     )
     assert result.returncode == 0, result.stderr
     lines = result.stderr.splitlines()
-    assert len(lines) == 4
-    assert lines[-1].startswith("tokenizing: 0.0 MB in ")
+    assert len(lines) == 5
+    assert lines[3].startswith("tokenizing: 0.0 MB in ")
+    assert lines[4].startswith("data: <|endoftext|> in the text: 200, as ordinary characters; ")
 
 
 # --- a single text, and files without a cache --------------------------------------------------------
@@ -476,6 +480,136 @@ def test_two_text_files_are_two_documents(tmp_path):
         (tmp_path / f"{name}.txt").write_text(f"only {name} " * 100)
     with pytest.raises(UserError, match="no document was held out for validation of 2 documents"):
         prepare(config_of(tmp_path, sources=[{"paths": [str(tmp_path / "*.txt")]}], val_fraction=1e-9))
+
+
+# --- separators in the text --------------------------------------------------------------------------
+
+DUMP = ["first text\n", "\nsecond text\n", "a<b>c" * 9, "", "last"]
+
+
+def dump_of(folder: Path, name: str, *documents: str) -> Path:
+    path = folder / name
+    path.write_text("<|endoftext|>".join(documents))
+    return path
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 16], ids=["one chunk", "many chunks"])
+def test_separators_in_txt_files_are_document_borders(tmp_path, monkeypatch, capsys, chunk):
+    """In small chunks, cuts go through separators."""
+    monkeypatch.setattr("training.data.chunks.CHUNK_CHARS", chunk)
+    monkeypatch.setattr("training.data.chunks.MAX_SEARCH_CHARS", 2)
+    paths = [dump_of(tmp_path, "a.txt", *DUMP), dump_of(tmp_path, "b.txt", "other")]
+    sources = [{"paths": [str(path)]} for path in paths]
+    val_sources = [{"paths": [str(dump_of(tmp_path, "v.txt", "", "x", "y", ""))]}]
+    options = {"sources": sources, "val_sources": val_sources, "tokenizer": {"type": "byte"}}
+    for _ in range(2):  # built, and from the cache
+        dataset = prepare(config_of(tmp_path, **options))
+        assert "data: <|endoftext|> in .txt files: 7, each a border between documents\n" in capsys.readouterr().err
+    assert texts(dataset, "train") == [*filter(None, DUMP), "other"]
+    assert texts(dataset, "val") == ["x", "y"]
+    assert dataset.report["blank_documents"] == 3
+    assert dataset.train.n_bytes == len("".join(DUMP) + "other")
+    split = dataset_module.read_split([str(tmp_path / "[ab].txt")], "text", dataset.tokenizer)
+    assert np.array_equal(split.streams[0].tokens, dataset.train.streams[0].tokens)
+    assert "data: <|endoftext|> in .txt files: 4, " in capsys.readouterr().err
+
+
+def test_the_end_of_a_single_dump_is_held_out_from_a_document_or_line(tmp_path):
+    documents = [f"document {i}\nwith two lines " for i in range(100)]
+    path = dump_of(tmp_path, "dump.txt", *documents)
+    options = {"sources": [{"paths": [str(path)]}], "tokenizer": {"type": "byte"}}
+    dataset = prepare(config_of(tmp_path, **options), quiet=True)
+    train, val = texts(dataset, "train"), texts(dataset, "val")
+    assert train[:90] == documents[:90] and val[-9:] == documents[-9:]
+    assert "".join(train + val) == "".join(documents)
+    exact = ["x" * 90, "y\n" * 5]  # the border of a tenth is where the second begins
+    dump_of(tmp_path, "dump.txt", *exact)
+    dataset = prepare(config_of(tmp_path, **options), quiet=True)
+    assert [texts(dataset, split) for split in ("train", "val")] == [exact[:1], exact[1:]]
+    assert dataset.report["notes"] == ["<|endoftext|> in .txt files: 1, each a border between documents"]
+
+
+def test_separators_elsewhere_are_ordinary_characters_and_counted(tmp_path):
+    """No text of a record or of code becomes a special token."""
+    text = "a<|endoftext|>b</s>"
+    for name in ("a.py", "a.md"):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
+    (tmp_path / "a.txt").write_text("only </s>")
+    sources = [{"paths": [str(tmp_path / name)]} for name in ("a.py", "a.md", "a.jsonl", "a.txt")]
+    options = {"sources": sources, "val_sources": sources, "tokenizer": {"type": "byte"}}
+    dataset = prepare(config_of(tmp_path, **options), quiet=True)
+    assert texts(dataset, "train") == [text, text, text, "only </s>"]
+    assert dataset.report["notes"][:2] == [
+        "<|endoftext|> in the text: 6, as ordinary characters; it separates documents in .txt files only",
+        "</s> in the text: 8, as ordinary characters; documents are separated by <|endoftext|>",
+    ]
+
+
+def test_a_cache_of_a_version_that_did_not_split_dumps_is_not_used(tmp_path):
+    path = dump_of(tmp_path, "dump.txt", *[f"text {i}\n" for i in range(50)])
+    options = {"sources": [{"paths": [str(path)]}], "tokenizer": {"type": "byte"}}
+    dataset = prepare(config_of(tmp_path, **options), quiet=True)
+    place = Path(dataset.report["folder"])
+    assert json.loads((place / "manifest.json").read_text())["key"] == place.name.partition("-")[0] != place.name
+
+
+# --- text that is there twice ------------------------------------------------------------------------
+
+
+def test_validation_text_in_the_training_text_is_counted(folder, capsys):
+    write_rows(folder / "val.jsonl", 3)
+    write_rows(folder / "more.jsonl", 2, word="new")
+    val_sources = [{"paths": [str(folder / name)]} for name in ("val.jsonl", "more.jsonl")]
+    (folder / "text" / "copy.jsonl").write_bytes((folder / "val.jsonl").read_bytes())
+    dataset = prepare(config_of(folder, val_sources=val_sources, tokenizer={"type": "byte"}))
+    error = capsys.readouterr().err
+    assert "data: validation documents that are also training documents: 3 of 5; their loss is not" in error
+    assert "data: training documents that repeat another word for word: 3\n" in error
+    assert dataset.train.n_documents == 203  # nothing is left out
+
+
+def test_a_file_by_several_spellings_is_read_once(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    file, other = Path("text/rows.jsonl"), {"paths": ["text/../text/*.jsonl"]}
+    Path("link.jsonl").symlink_to(file)
+    Path("hard.jsonl").hardlink_to(file)
+    Path("linked").symlink_to("text")
+    spellings = [str(file), f"./{file}", str(file.absolute()), "link.jsonl", "hard.jsonl", "linked"]
+    once = prepare(config_of(folder), quiet=True)
+    options = {"sources": [{"paths": spellings}, other], "tokenizer": {"type": "bpe", "vocab_size": 300}}
+    dataset = prepare(config_of(folder, **options))
+    assert dataset.report["is_cached"] and dataset.fingerprint == once.fingerprint
+    line = f"data: paths to files that are listed before, left out: 5 (such as {file.absolute()}, {file}); "
+    assert line in capsys.readouterr().err
+    weighted = [source | {"weight": 1} for source in options["sources"]]
+    repeated = prepare(config_of(folder, sources=weighted, tokenizer={"type": "byte"}))
+    assert [len(stream.documents) for stream in repeated.train.streams] == [once.train.n_documents] * 2
+    assert "training documents that repeat another" in capsys.readouterr().err
+
+
+def test_the_fingerprint_is_that_of_the_tokens_wherever_they_are_from(folder):
+    plain = prepare(config_of(folder), quiet=True)
+    path = folder / "text" / "rows.jsonl"
+    (folder / "packed.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    packed = prepare(config_of(folder, sources=[{"paths": [str(folder / "packed.jsonl.gz")]}]), quiet=True)
+    assert not packed.report["is_cached"]
+    assert packed.fingerprint == plain.fingerprint != plain.old_fingerprint != packed.old_fingerprint
+
+
+def test_bits_per_byte_count_the_texts_own_bytes_under_normalization(tmp_path, capsys):
+    inner = build_byte_tokenizer().inner
+    inner.normalizer = normalizers.NFC()
+    inner.save(str(tmp_path / "nfc.json"))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "e\u0301" * 10}))  # 30 bytes, composed 20
+    sources = [{"paths": [str(tmp_path / "a.jsonl")]}]
+    tokenizer = {"type": "file", "path": str(tmp_path / "nfc.json")}
+    dataset = prepare(config_of(tmp_path, sources=sources, val_sources=sources, tokenizer=tokenizer))
+    assert (dataset.val.n_bytes, dataset.val.token_bytes) == (30, 20)
+    line = "data: the tokenizer's NFC makes 40 bytes of the text's 60; bits per byte count the text's own\n"
+    assert line in capsys.readouterr().err
+    split = dataset_module.read_split([str(tmp_path / "a.jsonl")], "text", dataset.tokenizer)
+    assert (split.n_bytes, split.token_bytes) == (30, 20)
 
 
 def test_files_read_into_memory_equal_their_prepared_split(folder):

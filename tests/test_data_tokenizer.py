@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 from typing import get_args
 
@@ -13,15 +14,15 @@ import tiktoken
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from training import config
 from training.data import tokenizer as tokenizer_module
 from training.data.file_hashes import FileHashes
+from training.data.lossless import PROBE
 from training.data.tiktoken_encode import build_fast_encoder, unicode_to_bytes
 from training.data.tokenizer import (
     END_OF_TEXT,
-    PROBE,
     TOKENIZERS,
     Tokenizer,
     build_byte_tokenizer,
@@ -268,17 +269,123 @@ def test_truncation_and_padding_of_a_tokenizer_are_switched_off(tmp_path):
     assert [len(ids) for ids in again.encode_batch([PROBE, "a"])] == [len(BPE.encode(PROBE)), 1]
 
 
-def test_a_lossy_tokenizer_is_an_error(tmp_path):
-    lower = tokenizers.Tokenizer.from_str(BPE.inner.to_str())
-    lower.normalizer = normalizers.Lowercase()
-    lower.save(str(tmp_path / "lower.json"))
-    words = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.save(str(tmp_path / "words.json"))
-    with pytest.raises(UserError, match=r"words.json: not a lossless byte-level tokenizer"):
-        build_tokenizer(config.FileTokenizer(path=str(tmp_path / "words.json")), iter([]))
-    with pytest.raises(UserError, match=r"lower.json: not a lossless byte-level tokenizer"):
-        build_tokenizer(config.FileTokenizer(path=str(tmp_path / "lower.json")), iter([]))
+def with_parts(**parts: object) -> tokenizers.Tokenizer:
+    """Return the byte tokenizer with other parts; `added` are added tokens."""
+    inner = tokenizers.Tokenizer.from_str(build_byte_tokenizer().inner.to_str())
+    inner.add_tokens(parts.pop("added", []))
+    for name, part in parts.items():
+        setattr(inner, name, part)
+    return inner
+
+
+def without(vocab: dict[str, int], letter: str) -> models.BPE:
+    return models.BPE(vocab={token: i for token, i in vocab.items() if token != letter}, merges=[])
+
+
+BYTES, LETTERS = pre_tokenizers.ByteLevel(add_prefix_space=False), unicode_to_bytes()
+LOSSY = {  # each leaves PROBE unchanged, or changes text that no fixed text would have
+    "é is a letter of the byte alphabet": ({"added": ["é"]}, "its added token 'é' comes back as '\ufffd'"),
+    "so is č": ({"added": ["fine", "č"]}, "its added token 'č' comes back as '\\r'"),
+    "rstrip": ({"added": [AddedToken("foo", rstrip=True)]}, "comes back as 'x \\tfoofooy'"),
+    "lstrip": ({"added": [AddedToken("foo", lstrip=True)]}, "comes back as 'xfoofooy'"),
+    "lowercase": ({"normalizer": normalizers.Lowercase()}, "its normalizer Lowercase changes text"),
+    "a word": ({"normalizer": normalizers.Sequence([normalizers.NFC(), normalizers.Replace("foo", "bar")])}, "Replace"),
+    "compatibility": ({"normalizer": normalizers.NFKC()}, "its normalizer NFKC changes text"),
+    "a space before": ({"normalizer": normalizers.Prepend("▁")}, "its normalizer Prepend changes text"),
+    "a space before words": ({"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True)}, "add_prefix_space"),
+    "dropped": (
+        {"pre_tokenizer": pre_tokenizers.Sequence([pre_tokenizers.Split("foo", "removed"), BYTES])},
+        "its pre-tokenizer Split drops",
+    ),
+    "white space": ({"pre_tokenizer": pre_tokenizers.Whitespace()}, "its pre-tokenizer Whitespace drops"),
+    "SentencePiece": ({"pre_tokenizer": pre_tokenizers.Metaspace(), "decoder": decoders.Metaspace()}, "Metaspace"),
+    "a decoder": (
+        {"decoder": decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])},
+        "not made of bytes",
+    ),
+    "no byte level": ({"pre_tokenizer": pre_tokenizers.Digits()}, "its tokens are not made of bytes"),
+    "no token for a byte": ({"model": without(LETTERS, "Ā")}, "it has no token for byte 0x00"),
+    "WordPiece": ({"model": models.WordPiece(LETTERS, unk_token="Ā")}, "its model is WordPiece"),
+    "words": ({"model": models.WordLevel(LETTERS, unk_token="Ā")}, "its model is WordLevel"),
+    "an affix": ({"model": models.BPE(LETTERS, [], end_of_word_suffix="</w>")}, "an affix (end_of_word_suffix)"),
+}
+
+
+@pytest.mark.parametrize("case", LOSSY)
+def test_a_lossy_tokenizer_is_an_error_that_says_what_is_lost(tmp_path, case):
+    parts, reason = LOSSY[case]
+    with_parts(**parts).save(str(tmp_path / "mine.json"))
+    with pytest.raises(UserError) as error:
+        build_tokenizer(config.FileTokenizer(path=str(tmp_path / "mine.json")), iter([]))
+    line = str(error.value)
+    assert line.startswith(f"{tmp_path}/mine.json: not a lossless byte-level tokenizer: ") and reason in line, line
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_normalization_that_keeps_characters_is_allowed_and_named(form):
+    tokenizer = Tokenizer(with_parts(normalizer=getattr(normalizers, form)(), added=["<x>", "日本"]), "mine")
+    assert tokenizer.normalization == form
+    text = "e\u0301é <x> 日本\n"
+    assert tokenizer.decode(tokenizer.encode(text)) == unicodedata.normalize(form, text)
+    assert build_byte_tokenizer().normalization is None
+
+
+def test_merges_are_not_left_out_at_random():
+    inner = tokenizers.Tokenizer.from_str(BPE.inner.to_str())
+    inner.model.dropout = 0.9
+    assert Tokenizer(inner, "mine").encode(TEXT).tolist() == BPE.encode(TEXT).tolist()
+
+
+# --- the end-of-text token of a model --------------------------------------------------------------
+
+NAMES = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]  # tokens 256, 257, 258 of `llama`
+
+
+@pytest.fixture
+def llama(tmp_path) -> Path:
+    """A folder with a tokenizer like Llama 3's."""
+    inner = tokenizers.Tokenizer.from_str(build_byte_tokenizer().inner.to_str().replace(END_OF_TEXT, NAMES[0]))
+    inner.add_special_tokens(NAMES[1:])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("files", "separator"),
+    [
+        ({}, "<|end_of_text|>"),  # the only one with a known name
+        ({"config.json": {"eos_token_id": 258}, "tokenizer_config.json": {"eos_token": NAMES[1]}}, "<|eot_id|>"),
+        ({"config.json": {"eos_token_id": [257, 258]}}, "<|end_of_text|>"),
+        ({"config.json": {"eos_token_id": None}, "generation_config.json": {"eos_token_id": 258}}, "<|eot_id|>"),
+        ({"tokenizer_config.json": {"eos_token": {"content": "<|eot_id|>", "lstrip": False}}}, "<|eot_id|>"),
+        ({"special_tokens_map.json": {"eos_token": "<|begin_of_text|>"}}, "<|begin_of_text|>"),
+        ({"config.json": {"eos_token_id": 65}, "tokenizer_config.json": {"eos_token": "none"}}, "<|end_of_text|>"),
+        ({"config.json": ["eos_token_id"]}, "<|end_of_text|>"),
+    ],
+)
+def test_a_model_keeps_its_own_end_of_text_token(llama, tmp_path_factory, files, separator):
+    for name, fields in files.items():
+        (llama / name).write_text(json.dumps(fields))
+    tokenizer = build_tokenizer(config.FileTokenizer(path=str(llama)), iter([]))
+    assert (tokenizer.separator, tokenizer.vocab_size) == (separator, 259)
+    assert tokenizer.end_of_text == 256 + NAMES.index(separator)
+    assert tokenizer.separators == (separator, END_OF_TEXT)
+    assert tokenizer.decode(tokenizer.encode(separator)) == separator and tokenizer.end_of_text not in tokenizer.encode(
+        separator
+    )
+    tokenizer.save(saved := tmp_path_factory.mktemp("saved"))
+    assert json.loads((saved / "tokenizer_config.json").read_text())["eos_token"] == separator
+    assert Tokenizer.load(saved).separator == separator
+
+
+def test_the_end_of_text_token_is_part_of_a_tokenizers_identity(llama):
+    file, hashes = config.FileTokenizer(path=str(llama / "tokenizer.json")), FileHashes(llama / "digests.json")
+    before = tokenizer_identity(file, hashes)
+    (llama / "config.json").write_text('{"eos_token_id": 258}')
+    assert tokenizer_identity(file, hashes) == [*before[:2], "<|eot_id|>"] != before
+    (llama / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json: not JSON"):
+        tokenizer_identity(file, hashes)
 
 
 @pytest.mark.parametrize(

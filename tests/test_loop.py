@@ -1,5 +1,6 @@
 """Steps, evaluations and saves equal a second, plain implementation."""
 
+import dataclasses
 import json
 import math
 
@@ -35,6 +36,16 @@ def perturb(model) -> None:
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
         p.data += 0.2 * torch.randn(p.shape, generator=generator)
+
+
+def test_bits_per_byte_are_those_of_the_text_before_normalization(build_run):
+    """With 2 bytes of tokens for 3 of the text, a byte of the text costs 2/3 as much."""
+    one = build_run()
+    samples, before = one.setup.val_samples, one.evaluate()
+    samples.split = dataclasses.replace(samples.split, n_bytes=3, token_bytes=2)
+    after = one.evaluate()
+    assert after["val_bits_per_byte"] == pytest.approx(before["val_bits_per_byte"] * 2 / 3, rel=1e-12)
+    assert after["val_loss"] == before["val_loss"]
 
 
 def cross_entropy(model, tokens, targets) -> torch.Tensor:

@@ -217,7 +217,11 @@ class FilesSource(Section):
     """Local files: .txt .md .py are one document, .jsonl .parquet one per row; may be .gz .bz2 .xz .zst."""
 
     type: Literal["files"] = "files"
-    paths: ListOf[str] = option(..., "files, folders (with all files below them) or globs", min_length=1)
+    paths: ListOf[str] = option(
+        ...,
+        "files, folders (with all files below them) or globs; in a .txt, <|endoftext|> starts another document",
+        min_length=1,
+    )
     text_column: str = option("text", "column of .jsonl and .parquet files that holds the text")
     weight: float | None = option(None, WEIGHT_DOC, gt=0)
 

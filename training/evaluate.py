@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         split = read_split(args.data, args.text_column, run.tokenizer)
     else:
         dataset = prepare(run.config.data, quiet=True)
-        if dataset.fingerprint != run.data:
+        if not dataset.is_same_as(run.data):
             raise UserError(f"--run {args.run}: its text has changed since it was trained; name other text with --data")
         split = dataset.val
     end_of_text = run.tokenizer.end_of_text if model.config.isolate_documents else None

@@ -3,10 +3,11 @@
 import hashlib
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
@@ -16,12 +17,22 @@ from training.data.chunks import Chunk
 from training.data.corpus import Corpus
 from training.data.shards import FORMAT_VERSION, MANIFEST_FILE, Manifest, StreamRecord, StreamWriter
 from training.data.sources import no_text_error
-from training.data.tokenizer import Tokenizer, build_tokenizer
+from training.data.tokenizer import OTHER_SEPARATORS, Tokenizer, build_tokenizer
 from training.errors import UserError
 from training.files import fsync_path
 from training.terminal import is_terminal, print_note, redirects, rich_console
 
 BATCH_CHARS = 1 << 20  # text that a thread tokenizes at a time
+
+
+@dataclass
+class TextCounts:
+    """Counts for the manifest, of its meanings."""
+
+    n_blank: int = 0
+    n_borders: int = 0
+    as_text: Counter[str] = field(default_factory=Counter)
+
 
 EncodedChunk = tuple[Chunk, np.ndarray]  # a chunk and its tokens
 
@@ -31,22 +42,27 @@ def write_dataset(corpus: Corpus, folder: Path, key: str, quiet: bool) -> None:
     with progress("making the tokenizer", quiet) as advance:
         texts = map(advance, corpus.training_text())
         build_tokenizer(corpus.config.tokenizer, texts).save(folder / "tokenizer")
-    tokenizer = Tokenizer.load(folder / "tokenizer")  # the one that readers will load
+    tokenizer = Tokenizer.load(folder / "tokenizer")  # as readers will load it
     with ExitStack() as files, progress("tokenizing", quiet) as advance:
         writers = {}
         for split, i in [*(("train", i) for i in range(corpus.n_streams)), ("val", 0)]:
             paths = (folder / f"{split}-{i}.{kind}" for kind in ("tokens", "documents"))
             writers[split, i] = StreamWriter(*(files.enter_context(path.open("wb")) for path in paths), tokenizer)
-        n_blank = write_streams(corpus, tokenizer, writers, advance)
+        chunks = chain.from_iterable(corpus.chunks(tokenizer.separators))
+        counts = write_streams(chunks, tokenizer, writers, corpus.config.workers, advance)
     records = [writer.record(split) for (split, _), writer in writers.items()]
     check_splits(corpus, records)
+    train = np.concatenate([writer.document_hashes() for (split, _), writer in writers.items() if split == "train"])
     manifest = Manifest(
         format=FORMAT_VERSION,
         key=key,
         dtype=tokenizer.dtype.str,
         vocab_size=tokenizer.vocab_size,
+        separator=tokenizer.separator,
         tokenizer_sha256=hashlib.sha256((folder / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest(),
-        n_blank=n_blank,
+        **vars(counts),
+        n_shared=int(np.isin(writers["val", 0].document_hashes(), train).sum()),
+        n_repeated=len(train) - len(np.unique(train)),
         streams=records,
     )
     (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n")
@@ -55,17 +71,23 @@ def write_dataset(corpus: Corpus, folder: Path, key: str, quiet: bool) -> None:
 
 
 def write_streams(
-    corpus: Corpus, tokenizer: Tokenizer, writers: dict[tuple[str, int], StreamWriter], advance: Callable[[str], str]
-) -> int:
-    """Tokenize everything. Returns the number of blank documents, which are left out."""
-    n_blank = 0
-    for chunk, ids in encode_chunks(chain.from_iterable(corpus.chunks()), tokenizer, corpus.config.workers):
+    chunks: Iterable[Chunk],
+    tokenizer: Tokenizer,
+    writers: dict[tuple[str, int], StreamWriter],
+    threads: int | None,
+    advance: Callable[[str], str],
+) -> TextCounts:
+    """Tokenize everything and count what is special in it."""
+    counts, names = TextCounts(), dict.fromkeys(tokenizer.separators + OTHER_SEPARATORS)
+    for chunk, ids in encode_chunks(chunks, tokenizer, threads):
+        counts.n_borders += chunk.follows_border
         if chunk.is_blank_document:
-            n_blank += 1
+            counts.n_blank += 1
         else:
             writers[chunk.split, chunk.stream].add(chunk, ids)
+            counts.as_text.update({name: n for name in names if (n := chunk.text.count(name))})
             advance(chunk.text)
-    return n_blank
+    return counts
 
 
 def encode_chunks(chunks: Iterable[Chunk], tokenizer: Tokenizer, threads: int | None) -> Iterator[EncodedChunk]:

@@ -3,11 +3,16 @@
 A chunk has about a million characters. It ends where the usual pre-tokenizers (GPT-2's and tiktoken's patterns) always
 start a new word. No token spans such a cut, so the chunks' tokens are the document's tokens. If no word starts within
 the next MAX_SEARCH_CHARS, the text is cut at CHUNK_CHARS, possibly inside a token.
+
+A dump, as nanoGPT's or TinyStories', is a .txt file of many documents with `<|endoftext|>` between them. There the
+separator is a border between documents. In other text (.md, .py, rows) it is ordinary characters.
 """
 
 import codecs
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import BinaryIO, NamedTuple
 
 from training.errors import UserError
@@ -22,6 +27,7 @@ class Document(NamedTuple):
 
     chunks: Iterator[str]
     key: str | None = None  # decides whether the document is held out for validation; None: its first chunk does
+    is_dump: bool = False  # a separator in the text is a border between documents
 
 
 class Chunk(NamedTuple):
@@ -31,6 +37,7 @@ class Chunk(NamedTuple):
     split: str  # "train" or "val"
     stream: int
     starts_document: bool
+    follows_border: bool = False  # the document begins after a separator in the text
 
     @property
     def is_blank_document(self) -> bool:
@@ -53,6 +60,38 @@ def split_into_chunks(blocks: Iterable[str]) -> Iterator[str]:
             yield rest[:end]
             rest = rest[end:]
     yield rest
+
+
+def split_dump(document: Document, separators: Sequence[str]) -> Iterator[Document]:
+    """Yield the documents between the separators of a dump; any other document as it is."""
+    if not document.is_dump:
+        yield document
+        return
+    for _, parts in groupby(number_parts(document.chunks, separators), key=itemgetter(0)):
+        yield document._replace(chunks=(text for _, text in parts), is_dump=False)
+
+
+def number_parts(chunks: Iterable[str], separators: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """Yield (number of separators before the text, text), at least once."""
+    border, number = re.compile("|".join(map(re.escape, separators)) or "(?!)"), 0
+    for chunk in join_cut_separators(chunks, border, max(map(len, separators), default=1)):
+        for i, text in enumerate(border.split(chunk)):
+            number += i > 0
+            yield number, text
+
+
+def join_cut_separators(chunks: Iterable[str], border: re.Pattern[str], longest: int) -> Iterator[str]:
+    """Join two chunks if the cut between them went through a separator, as it may in text without spaces."""
+    chunks = iter(chunks)
+    previous = next(chunks)
+    for chunk in chunks:
+        tail = previous[max(0, len(previous) + 1 - longest) :]
+        if any(match.start() < len(tail) < match.end() for match in border.finditer(tail + chunk[: longest - 1])):
+            previous += chunk
+        else:
+            yield previous
+            previous = chunk
+    yield previous
 
 
 def decode_utf8(file: BinaryIO, name: str) -> Iterator[str]:

@@ -2,17 +2,19 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 
 from training.config import DataConfig
-from training.data.chunks import Chunk
+from training.data.chunks import Chunk, number_parts, split_dump
 from training.data.file_hashes import FileHashes
 from training.data.shards import FORMAT_VERSION
-from training.data.sources import FilesReader, Reader, build_reader
-from training.data.text_files import is_text_file
-from training.data.tokenizer import tokenizer_identity
+from training.data.sources import FilesReader, Reader, build_reader, drop_repeated_files
+from training.data.text_files import format_of, is_text_file
+from training.data.tokenizer import END_OF_TEXT, tokenizer_identity
 from training.errors import UserError
+
+DUMP_SUFFIX = "-documents"
 
 
 class Corpus:
@@ -20,6 +22,7 @@ class Corpus:
 
     Documents are held out for validation by a hash; a single text file is split near its end instead.
     Training text is one stream, or one stream for each source if sources have weights. Validation text is one stream.
+    A file that sources without weights list several times is read once; `repeated_files` has the other spellings.
     """
 
     def __init__(self, config: DataConfig):
@@ -29,15 +32,23 @@ class Corpus:
         self.train_readers = [build_reader(source) for source in config.sources]
         self.val_readers = [build_reader(source) for source in config.val_sources]
         self.weights = [source.weight for source in config.sources if source.weight]
+        together = [[reader] for reader in self.train_readers] if self.weights else [self.train_readers]
+        together.append(self.val_readers)
+        self.repeated_files = [pair for readers in together for pair in drop_repeated_files(readers)]
         self.n_streams = len(self.weights) or 1
         self.single_text_file = None  # its end is held out, as it is one document
         readers = self.train_readers + self.val_readers
         if len(readers) == 1 and isinstance(readers[0], FilesReader) and len(readers[0].paths) == 1:
             (path,) = readers[0].paths
             self.single_text_file = path if is_text_file(path) else None
+        paths = (path for reader in readers if isinstance(reader, FilesReader) for path in reader.paths)
+        self.has_dumps = any(format_of(path) == ".txt" for path in paths)
 
     def cache_key(self, hashes: FileHashes) -> str:
-        """Return a hash of everything that changes the tokens on disk. Of the weights, only their presence does."""
+        """Return a hash of everything that changes the tokens on disk. Of the weights, only their presence does.
+
+        Older versions did not split dumps. The suffix keeps their cache from being used for text that may be one.
+        """
         inputs = {
             "format": FORMAT_VERSION,
             "sources": [reader.identity(hashes) for reader in self.train_readers],
@@ -46,51 +57,63 @@ class Corpus:
             "weighted": bool(self.weights),
             "tokenizer": tokenizer_identity(self.config.tokenizer, hashes),
         }
-        return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16] + DUMP_SUFFIX * self.has_dumps
 
-    def chunks(self) -> Iterator[Iterator[Chunk]]:
-        """Yield an iterator over the chunks of each source."""
+    def chunks(self, separators: Sequence[str]) -> Iterator[Iterator[Chunk]]:
+        """Yield an iterator over the chunks of each source. `separators` stand between the documents of dumps."""
         if self.single_text_file is not None:
-            yield split_text(lambda: next(self.train_readers[0].documents()).chunks, self.config.val_fraction)
+            yield split_text(lambda: self._single_text(separators), self.config.val_fraction)
             return
         val_fraction = 0.0 if self.val_readers else self.config.val_fraction
         for i, reader in enumerate(self.train_readers):
-            yield split_documents(reader, i if self.weights else 0, val_fraction)
+            yield split_documents(reader, i if self.weights else 0, val_fraction, separators)
         for reader in self.val_readers:
-            yield split_documents(reader, 0, 1.0)
+            yield split_documents(reader, 0, 1.0, separators)
+
+    def _single_text(self, separators: Sequence[str]) -> Iterator[tuple[int, str]]:
+        """Yield (number of the document, text) of the single text file."""
+        document = next(self.train_readers[0].documents())
+        return number_parts(document.chunks, separators if document.is_dump else ())
 
     def training_text(self) -> Iterator[str]:
         """Yield training text, one chunk of each source in turn, so that any prefix is a fair sample."""
-        for chunks in zip_longest(*self.chunks()):
+        for chunks in zip_longest(*self.chunks((END_OF_TEXT,))):
             yield from (chunk.text for chunk in chunks if chunk is not None and chunk.split == "train")
 
 
-def split_documents(reader: Reader, stream: int, val_fraction: float) -> Iterator[Chunk]:
+def split_documents(reader: Reader, stream: int, val_fraction: float, separators: Sequence[str]) -> Iterator[Chunk]:
     """Yield the chunks of a source's documents. After a blank first chunk, it skips the rest."""
-    for document in reader.documents():
-        text = next(document.chunks)
-        is_val = is_held_out(text if document.key is None else document.key, val_fraction)
-        split, index = ("val", 0) if is_val else ("train", stream)
-        yield Chunk(text, split, index, starts_document=True)
-        if text.strip():
-            yield from (Chunk(text, split, index, starts_document=False) for text in document.chunks)
+    for file in reader.documents():
+        for number, document in enumerate(split_dump(file, separators)):
+            text = next(document.chunks)
+            is_val = is_held_out(text if document.key is None else document.key, val_fraction)
+            split, index = ("val", 0) if is_val else ("train", stream)
+            yield Chunk(text, split, index, starts_document=True, follows_border=number > 0)
+            if text.strip():
+                yield from (Chunk(text, split, index, starts_document=False) for text in document.chunks)
 
 
-def split_text(chunks: Callable[[], Iterator[str]], val_fraction: float) -> Iterator[Chunk]:
-    """Split one text: validation starts at the first line after 1 - val_fraction of its characters."""
-    border = int(sum(len(text) for text in chunks()) * (1 - val_fraction))
-    n_read, split = 0, "train"
-    for text in chunks():
+def split_text(parts: Callable[[], Iterator[tuple[int, str]]], val_fraction: float) -> Iterator[Chunk]:
+    """Split the text of one file, as (number of the document, text).
+
+    Validation starts at the first line after 1 - val_fraction of the characters, or at the next document.
+    """
+    border = int(sum(len(text) for _, text in parts()) * (1 - val_fraction))
+    n_read, split, previous = 0, "train", -1
+    for number, text in parts():
+        starts, previous = number != previous, number
+        follows = starts and number > 0
         if split == "train" and n_read + len(text) > border:
             cut = max(0, border - n_read)
-            cut = text.find("\n", cut) + 1 or cut
+            if cut > 0 or not follows:
+                cut = text.find("\n", cut) + 1 or cut
             if text[:cut]:
-                yield Chunk(text[:cut], split, 0, starts_document=n_read == 0)
+                yield Chunk(text[:cut], split, 0, starts, follows)
             if text[cut:]:
-                yield Chunk(text[cut:], "val", 0, starts_document=True)
+                yield Chunk(text[cut:], "val", 0, starts_document=True, follows_border=follows and cut == 0)
                 split = "val"
         else:
-            yield Chunk(text, split, 0, starts_document=n_read == 0)
+            yield Chunk(text, split, 0, starts, follows)
         n_read += len(text)
 
 

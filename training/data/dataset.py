@@ -8,7 +8,7 @@ its process. A killed build leaves only its `.partial` folder, which the next bu
 import hashlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from io import BytesIO
@@ -20,11 +20,12 @@ from filelock import FileLock, Timeout
 
 from training.config import DataConfig, FilesSource
 from training.data import shards
-from training.data.build import write_dataset
-from training.data.corpus import Corpus, split_documents
+from training.data.build import write_dataset, write_streams
+from training.data.corpus import DUMP_SUFFIX, Corpus, split_documents
 from training.data.file_hashes import FileHashes
+from training.data.notes import describe_dataset, describe_repeated_files, describe_separators
 from training.data.shards import Split, Stream, StreamWriter
-from training.data.sources import build_reader
+from training.data.sources import build_reader, drop_repeated_files
 from training.data.tokenizer import Tokenizer
 from training.errors import UserError
 from training.files import rename_durable
@@ -33,13 +34,18 @@ from training.terminal import print_note
 
 @dataclass(frozen=True)
 class Dataset:
-    """The data of a run. `fingerprint` hashes sources, tokenizer and tokens; `report` is for people."""
+    """The data of a run. `fingerprint` hashes tokenizer and tokens, wherever they are from; `report` is for people."""
 
     tokenizer: Tokenizer
     train: Split
     val: Split
     fingerprint: str
+    old_fingerprint: str  # of versions that also hashed the sources, and so their compression
     report: dict[str, Any]
+
+    def is_same_as(self, fingerprint: str) -> bool:
+        """Return True if a run that stored this fingerprint read the same tokens."""
+        return fingerprint in (self.fingerprint, self.old_fingerprint)
 
 
 def prepare(config: DataConfig, *, quiet: bool = False) -> Dataset:
@@ -63,6 +69,8 @@ def prepare(config: DataConfig, *, quiet: bool = False) -> Dataset:
     except OSError as error:  # from the cache's disk: readers of sources raise UserError
         raise UserError(f"{error.filename or cache}: cannot be written: {error.strerror or error}") from None
     dataset.report.update(is_cached=is_cached, seconds=time.perf_counter() - start)
+    if not quiet:
+        print_notes([*describe_repeated_files(corpus.repeated_files), *dataset.report["notes"]])
     return dataset
 
 
@@ -86,7 +94,7 @@ def build_dataset(corpus: Corpus, folder: Path, hashes: FileHashes, quiet: bool)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        write_dataset(corpus, partial, folder.name, quiet)
+        write_dataset(corpus, partial, folder.name.removesuffix(DUMP_SUFFIX), quiet)
         if corpus.cache_key(hashes) != folder.name:
             raise UserError(f"{folder}: the sources changed while they were read; start again")
         rename_durable(partial, folder)
@@ -100,21 +108,30 @@ def open_dataset(folder: Path, weights: Sequence[float], hashes: FileHashes) -> 
     train = shards.open_split(folder, manifest, "train", hashes, weights)
     val = shards.open_split(folder, manifest, "val", hashes)
     tokenizer = shards.open_tokenizer(folder, manifest)
-    parts = [manifest.key, manifest.tokenizer_sha256, *(record.sha256 for record in manifest.streams)]
-    fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()
-    return Dataset(tokenizer, train, val, fingerprint, {"blank_documents": manifest.n_blank, "folder": str(folder)})
+    parts = [manifest.tokenizer_sha256, *(record.sha256 for record in manifest.streams)]
+    new, old = (hashlib.sha256(" ".join(each).encode()).hexdigest() for each in (parts, [manifest.key, *parts]))
+    notes = list(describe_dataset(manifest, tokenizer))
+    report = {"blank_documents": manifest.n_blank, "folder": str(folder), "notes": notes}
+    return Dataset(tokenizer, train, val, new, old, report)
+
+
+def print_notes(lines: Iterable[str]) -> None:
+    """Print lines about the text on stderr."""
+    for line in lines:
+        print(f"data: {line}", file=sys.stderr, flush=True)
 
 
 def read_split(paths: Sequence[str], text_column: str, tokenizer: Tokenizer) -> Split:
-    """Tokenize files as one stream in memory, without a cache. Raises UserError if they hold no text."""
+    """Tokenize files as one stream in memory, without a cache, and print notes. Raises UserError for no text."""
     tokens, starts = BytesIO(), BytesIO()
     writer = StreamWriter(tokens, starts, tokenizer)
     reader = build_reader(FilesSource(paths=tuple(paths), text_column=text_column))
-    for chunk in split_documents(reader, 0, 1.0):
-        if not chunk.is_blank_document:
-            writer.add(chunk, tokenizer.encode(chunk.text))
+    print_notes(describe_repeated_files(drop_repeated_files([reader])))
+    chunks = split_documents(reader, 0, 1.0, tokenizer.separators)
+    counts = write_streams(chunks, tokenizer, {("val", 0): writer}, None, len)
     if not writer.n_documents:
         raise UserError(f"{', '.join(paths)}: no text in there")
+    print_notes(describe_separators(counts.n_borders, counts.as_text, tokenizer))
     arrays = np.frombuffer(tokens.getbuffer(), tokenizer.dtype), np.frombuffer(starts.getbuffer(), "<u8")
-    counts = {name: getattr(writer, name) for name in shards.COUNTS}
+    counts = {name: getattr(writer, name) for name in (*shards.COUNTS, "token_bytes")}
     return Split("val", (Stream(Path(paths[0]), *arrays),), None, tokenizer.vocab_size, **counts)

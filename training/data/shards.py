@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError
 from training.config import Section
 from training.data.chunks import Chunk
 from training.data.file_hashes import FileHashes
-from training.data.tokenizer import Tokenizer
+from training.data.tokenizer import END_OF_TEXT, Tokenizer, from_json
 from training.errors import UserError
 
 FORMAT_VERSION = 1
@@ -36,6 +36,7 @@ class StreamRecord(Section):
     n_tokens: int = Field(ge=0)
     n_bytes: int = Field(ge=0)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    token_bytes: int | None = Field(None, ge=0, description="bytes of the tokens, if normalization changed the text")
 
 
 class Manifest(Section):
@@ -46,7 +47,13 @@ class Manifest(Section):
     dtype: Literal["<u2", "<u4"]
     vocab_size: int = Field(ge=2)
     tokenizer_sha256: str
+    separator: str = Field(END_OF_TEXT, description="the end-of-text token")
     n_blank: int = Field(ge=0, description="blank documents, which are left out")
+    # Older manifests lack these.
+    n_borders: int = Field(0, ge=0, description="separators in dumps, which are borders between documents")
+    as_text: dict[str, int] = Field({}, description="how often the name of a separator is ordinary text")
+    n_shared: int = Field(0, ge=0, description="validation documents that are also in the training text")
+    n_repeated: int = Field(0, ge=0, description="training documents that equal an earlier one")
     streams: list[StreamRecord]
 
 
@@ -82,7 +89,8 @@ class Split:
     vocab_size: int
     n_documents: int
     n_tokens: int
-    n_bytes: int
+    n_bytes: int  # of the text
+    token_bytes: int | None = None  # of the tokens, if they are not the text's; older datasets lack it
 
 
 class StreamWriter:
@@ -91,26 +99,38 @@ class StreamWriter:
     def __init__(self, tokens: BinaryIO, documents: BinaryIO, tokenizer: Tokenizer):
         self.tokens, self.documents, self.tokenizer = tokens, documents, tokenizer
         self.n_documents = self.n_tokens = self.n_bytes = 0
-        self.sha256 = hashlib.sha256()
+        self.token_bytes = None if tokenizer.normalization is None else 0
+        self.sha256, self.document = hashlib.sha256(), hashlib.blake2b(digest_size=8)
+        self.earlier_documents = bytearray()  # 8 bytes for each
 
     def add(self, chunk: Chunk, ids: np.ndarray) -> None:
         """Write the tokens of a chunk. An end-of-text token comes before each document."""
         if (ids == self.tokenizer.end_of_text).any():
             raise UserError("data.tokenizer: it gave an end-of-text token for ordinary text, so it cannot be used")
+        if self.token_bytes is not None:
+            self.token_bytes += int(self.tokenizer.token_bytes[ids].sum())
         if chunk.starts_document:
             self.documents.write(np.array([self.n_tokens], "<u8").tobytes())
+            if self.n_documents:
+                self.earlier_documents += self.document.digest()
+            self.document = hashlib.blake2b(digest_size=8)
             self.n_documents += 1
             ids = np.append(self.tokenizer.end_of_text, ids)
         data = ids.astype(self.tokenizer.dtype).tobytes()
         self.tokens.write(data)
         self.sha256.update(data)
+        self.document.update(data)
         self.n_tokens += len(ids)
         self.n_bytes += len(chunk.text.encode())
+
+    def document_hashes(self) -> np.ndarray:
+        """Return a hash of each document, uint64 (n_documents,)."""
+        return np.frombuffer(self.earlier_documents + self.document.digest(), np.uint64)[: self.n_documents]
 
     def record(self, split: str) -> StreamRecord:
         """Return the stream's record for the manifest."""
         counts = {name: getattr(self, name) for name in COUNTS}
-        return StreamRecord(split=split, sha256=self.sha256.hexdigest(), **counts)
+        return StreamRecord(split=split, sha256=self.sha256.hexdigest(), token_bytes=self.token_bytes, **counts)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -143,7 +163,8 @@ def open_split(folder: Path, manifest: Manifest, name: str, hashes: FileHashes, 
             raise _damaged(path, f"token {largest} is not below the vocabulary's {manifest.vocab_size}")
         streams.append(Stream(path, tokens, documents, mapped))
     counts = {count: sum(getattr(record, count) for record in records) for count in COUNTS}
-    return Split(name, tuple(streams), tuple(weights) or None, manifest.vocab_size, **counts)
+    token_bytes = None if None in (sizes := [record.token_bytes for record in records]) else sum(sizes)
+    return Split(name, tuple(streams), tuple(weights) or None, manifest.vocab_size, token_bytes=token_bytes, **counts)
 
 
 def _map_file(path: Path, dtype: str, length: int) -> tuple[np.ndarray, mmap.mmap | None]:
@@ -169,7 +190,7 @@ def open_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
         raise _damaged(path, error.strerror) from None
     if sha256 != manifest.tokenizer_sha256:
         raise _damaged(path, "not the file that was written")
-    return Tokenizer.load(path.parent)
+    return from_json(path, manifest.separator)
 
 
 def _damaged(path: Path, reason: str | None) -> UserError:

@@ -2,6 +2,7 @@
 
 import sysconfig
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 from training.config import FilesSource, HuggingFaceSource, Section, StdlibSource
 from training.data.chunks import Document, to_document
 from training.data.file_hashes import FileHashes
-from training.data.text_files import SKIPPED_FOLDERS, find_files, format_of, read_documents, to_text, walk
+from training.data.text_files import SKIPPED_FOLDERS, find_files, format_of, is_text_file, read_documents, to_text, walk
 from training.errors import UserError, library_error
 
 
@@ -117,6 +118,27 @@ class HuggingFaceReader:
         if split not in saved:
             raise UserError(f"{name}: no split {split!r}; there are {', '.join(saved)} (option split)")
         return saved[split]
+
+
+def drop_repeated_files(readers: list[Reader]) -> list[tuple[Path, Path]]:
+    """Keep the first of several paths to one file. Returns (dropped, kept) paths; drops readers without files left.
+
+    Paths differ by spelling, as links do. Rows of one file are other text in another column.
+    """
+    first: dict[tuple[int, int, str], tuple[FilesReader, Path]] = {}
+    repeated = []
+    for reader in (reader for reader in readers if isinstance(reader, FilesReader)):
+        for path, is_named in list(reader.paths.items()):
+            with suppress(OSError):  # a link to nothing: reading it is an error that names it
+                status = path.stat()
+                key = status.st_dev, status.st_ino, "" if is_text_file(path) else reader.column
+                keeper, kept = first.setdefault(key, (reader, path))
+                if (keeper, kept) != (reader, path):
+                    keeper.paths[kept] |= is_named
+                    repeated.append((path, kept))
+                    del reader.paths[path]
+    readers[:] = [reader for reader in readers if not isinstance(reader, FilesReader) or reader.paths]
+    return repeated
 
 
 READERS: dict[type[Section], type[Reader]] = {

@@ -84,13 +84,13 @@ def open_decompressed(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_text(path: Path, _column: str) -> Iterator[Document]:
-    """Yield a text file as one document."""
+    """Yield a text file as one document. A .txt may be a dump of many."""
 
     def chunks() -> Iterator[str]:
         with open_decompressed(path) as file:
             yield from split_into_chunks(decode_utf8(file, str(path)))
 
-    yield Document(chunks())
+    yield Document(chunks(), is_dump=format_of(path) == ".txt")
 
 
 def read_jsonl(path: Path, column: str) -> Iterator[Document]:

@@ -1,6 +1,6 @@
 """Text to tokens and back, with tokenizers trained here, from disk, from the Hugging Face hub, or tiktoken's.
 
-The end-of-text token stands between documents and nowhere else.
+The end-of-text token stands between documents and nowhere else. A model's own tokenizer keeps the model's own.
 """
 
 import json
@@ -17,33 +17,45 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 
 from training.config import BPETokenizer, ByteTokenizer, FileTokenizer, HuggingFaceTokenizer, Section, TiktokenTokenizer
 from training.data.file_hashes import FileHashes
+from training.data.lossless import PROBE, normalization, reason_lossy, token_sizes
 from training.data.tiktoken_encode import Encoder, build_fast_encoder, unicode_to_bytes
 from training.errors import UserError, library_error
 from training.files import mkdir_durable, write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
-PROBE = "Def F(x):\r\n\treturn  x  # naïve 日本語 🙂 1234567 don't <|endoftext|>\n\n\n"
+# End-of-text tokens of common tokenizers, for a tokenizer.json without a file that names its own.
+OTHER_SEPARATORS = ("<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")  # noqa: RUF001
+NAME = re.compile(r"<.+>|\[.+\]")  # of a special token that is in the vocabulary
 
 
 class Tokenizer:
     """A lossless byte-level tokenizer: a `tokenizers.Tokenizer` with an end-of-text token, added last if it lacks one.
 
-    `<|endoftext|>` within text is encoded as ordinary characters. Raises UserError if text does not survive a round
-    trip or the tokens do not add up to its bytes, as with WordPiece or SentencePiece.
+    `separator` is that token's name; within text it is encoded as ordinary characters. `normalization` may change how
+    characters are written in bytes. `token_bytes` are the bytes of text in each token, 0 for special ones. Raises
+    UserError if text does not survive a round trip otherwise, or the tokens do not add up to its bytes, as with
+    WordPiece or SentencePiece.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, name: str):
-        self.inner = inner
+    def __init__(self, inner: tokenizers.Tokenizer, name: str, separator: str = END_OF_TEXT):
+        self.inner, self.separator = inner, separator
         inner.no_padding()
         inner.no_truncation()
-        inner.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
+        inner.add_special_tokens([AddedToken(separator, normalized=False)])
         inner.encode_special_tokens = True
-        self.end_of_text: int = inner.token_to_id(END_OF_TEXT)
-        self.vocab_size: int = max(inner.get_vocab().values()) + 1
+        self.token_bytes = token_sizes(inner)
+        if reason := reason_lossy(inner, self.token_bytes):
+            raise UserError(f"{name}: not a lossless byte-level tokenizer: {reason}; use one such as GPT-2's")
+        inner.model.dropout = None  # merges left out at random would make other tokens each time
+        self.normalization = normalization(inner)
+        self.end_of_text: int = inner.token_to_id(separator)
+        self.vocab_size = len(self.token_bytes)
         self.dtype = np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
-        ids = self.encode(PROBE)
-        if self.decode(ids) != PROBE or self.token_bytes[ids].sum() != len(PROBE.encode()):
-            raise UserError(f"{name}: not a lossless byte-level tokenizer; use one such as GPT-2's")
+
+    @property
+    def separators(self) -> tuple[str, ...]:
+        """Names that are borders between documents in a dump: the tokenizer's own and GPT-2's."""
+        return tuple(dict.fromkeys((self.separator, END_OF_TEXT)))
 
     def encode(self, text: str) -> np.ndarray:
         """Return the tokens of a text, int64 (n_tokens,), without an end-of-text token."""
@@ -64,16 +76,6 @@ class Tokenizer:
         """Return the text of tokens, with end-of-text tokens written out and U+FFFD for bytes that are not UTF-8."""
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=False)
 
-    @cached_property
-    def token_bytes(self) -> np.ndarray:
-        """Bytes of text in each token, int32 (vocab_size,); 0 for special tokens."""
-        n_bytes = np.zeros(self.vocab_size, np.int32)
-        for token, i in self.inner.get_vocab().items():
-            n_bytes[i] = len(token)  # a character of a byte-level token stands for one byte
-        for i, added in self.inner.get_added_tokens_decoder().items():
-            n_bytes[i] = 0 if added.special else len(added.content.encode())
-        return n_bytes
-
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which Transformers' `AutoTokenizer` opens."""
         mkdir_durable(folder := Path(folder))
@@ -83,7 +85,7 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_input_names": ["input_ids", "attention_mask"],  # Transformers 4 would add token_type_ids
             "clean_up_tokenization_spaces": False,
-            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
+            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), self.separator),
         }
         write_atomically(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
@@ -93,8 +95,8 @@ class Tokenizer:
         return from_json(Path(folder) / "tokenizer.json")
 
 
-def from_json(path: Path) -> Tokenizer:
-    """Load a tokenizer.json. Raises UserError if it cannot be read."""
+def from_json(path: Path, separator: str | None = None) -> Tokenizer:
+    """Load a tokenizer.json; `separator` None: as the files beside it say. Raises UserError if it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -103,7 +105,7 @@ def from_json(path: Path) -> Tokenizer:
         inner = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # `tokenizers` raises bare Exception
         raise UserError(f"{path}: not a tokenizer.json ({error})") from None
-    return Tokenizer(inner, str(path))
+    return Tokenizer(inner, str(path), separator or own_separator(path.parent, inner))
 
 
 def from_vocab_and_merges(vocab: Path, merges: Path) -> Tokenizer:
@@ -112,7 +114,42 @@ def from_vocab_and_merges(vocab: Path, merges: Path) -> Tokenizer:
         model = models.BPE.from_file(str(vocab), str(merges))
     except Exception as error:  # `tokenizers` raises bare Exception
         raise UserError(f"{vocab}, {merges.name}: not a BPE's vocabulary and merges ({error})") from None
-    return Tokenizer(_byte_level(model), str(vocab.parent))
+    inner = _byte_level(model)
+    return Tokenizer(inner, str(vocab.parent), own_separator(vocab.parent, inner))
+
+
+def own_separator(folder: Path, inner: tokenizers.Tokenizer) -> str:
+    """Return the end-of-text token that the files of a model name, the first of several; GPT-2's if they name none.
+
+    Raises UserError for a file that cannot be read.
+    """
+    added = inner.get_added_tokens_decoder()
+    names = []
+    for file in ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
+        fields = read_fields(folder / file)
+        ids = fields.get("eos_token_id")
+        id_ = ids[0] if isinstance(ids, list) and ids else ids
+        if isinstance(id_, int) and 0 <= id_ < 2**31:
+            names.append(inner.id_to_token(id_))
+        name = fields.get("eos_token")
+        names.append(name.get("content") if isinstance(name, dict) else name)
+    known = {token.content for token in added.values()} | {name for name in names if NAME.fullmatch(str(name))}
+    if inner.token_to_id(END_OF_TEXT) is None:
+        names += OTHER_SEPARATORS
+    return next((name for name in names if name in known and inner.token_to_id(name) is not None), END_OF_TEXT)
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """Return the fields of a JSON object; {} if there is no such file. Raises UserError if it cannot be read."""
+    try:
+        fields = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); it would name the tokenizer's end-of-text token") from None
+    return fields if isinstance(fields, dict) else {}
 
 
 def build_byte_tokenizer() -> Tokenizer:
@@ -150,13 +187,17 @@ def up_to(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
 
 
 def _file(config: FileTokenizer, _texts: Iterable[str]) -> Tokenizer:
-    files = tokenizer_files(config)
+    return from_files(Path(config.path).expanduser())
+
+
+def from_files(path: Path) -> Tokenizer:
+    """Load a tokenizer from a file or folder. Raises UserError if there is none."""
+    files = tokenizer_files(path)
     return from_json(*files) if len(files) == 1 else from_vocab_and_merges(*files)
 
 
-def tokenizer_files(config: FileTokenizer) -> list[Path]:
+def tokenizer_files(path: Path) -> list[Path]:
     """Return the tokenizer.json, or vocab.json and merges.txt. Raises UserError if there is neither."""
-    path = Path(config.path).expanduser()
     if path.is_file():
         return [path]
     for files in ([path / "tokenizer.json"], [path / "vocab.json", path / "merges.txt"]):
@@ -166,12 +207,14 @@ def tokenizer_files(config: FileTokenizer) -> list[Path]:
 
 
 def _huggingface(config: HuggingFaceTokenizer, _texts: Iterable[str]) -> Tokenizer:
+    from huggingface_hub import snapshot_download
+
     try:
-        inner = tokenizers.Tokenizer.from_pretrained(config.name)
+        folder = snapshot_download(config.name, allow_patterns=["*.json", "merges.txt"])
     except Exception as error:
         reason = library_error(error)
         raise UserError(f"tokenizer {config.name!r} from the Hugging Face hub cannot be loaded: {reason}") from None
-    return Tokenizer(inner, config.name)
+    return from_files(Path(folder))
 
 
 def _tiktoken(config: TiktokenTokenizer, _texts: Iterable[str]) -> Tokenizer:
@@ -229,5 +272,7 @@ def build_tokenizer(config: Section, texts: Iterable[str]) -> Tokenizer:
 def tokenizer_identity(config: Section, hashes: FileHashes) -> Any:
     """Return JSON-able values that identify the tokenizer, apart from its texts: its options, or its files' hashes."""
     if isinstance(config, FileTokenizer):
-        return ["file", [hashes.sha256(path) for path in tokenizer_files(config)]]
+        path = Path(config.path).expanduser()
+        sha256, separator = [hashes.sha256(file) for file in tokenizer_files(path)], from_files(path).separator
+        return ["file", sha256] + [separator] * (separator != END_OF_TEXT)
     return config.model_dump()

@@ -50,7 +50,7 @@ def validation_loss(
     """Return the cross-entropy over `n_tokens` of the samples (None: all), without auxiliary losses. Collective.
 
     The samples are the same, evenly spaced, for any micro-batch and number of ranks. Keys: "val_loss" (nats per
-    token), "val_perplexity", "val_bits_per_byte" (per UTF-8 byte of the targets' text).
+    token), "val_perplexity", "val_bits_per_byte" (per UTF-8 byte of the targets' text, before normalization).
     """
     indices = samples.evenly_spaced(n_tokens)
     local = world.local_range(len(indices))
@@ -70,6 +70,8 @@ def validation_loss(
     sums = torch.tensor([loss_sum, n_targets, n_bytes], dtype=torch.float64)
     world.all_reduce_([sums])
     nats, n_targets, n_bytes = sums.tolist()
+    if (token_bytes := samples.split.token_bytes) is not None:  # evenly over the split: no token has its own text
+        n_bytes *= samples.split.n_bytes / token_bytes
     loss = nats / n_targets
     return {
         "val_loss": loss,

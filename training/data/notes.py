@@ -1,0 +1,42 @@
+"""Lines about the text that a user may not expect: what is left out, read otherwise than written, or read twice."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from training.data.shards import Manifest
+from training.data.tokenizer import Tokenizer
+
+
+def describe_repeated_files(repeated: Sequence[tuple[Path, Path]]) -> Iterator[str]:
+    """Yield a line if several paths lead to one file, as (left out, read)."""
+    if repeated:
+        path, kept = repeated[0]
+        advice = "to repeat text, list it in several sources and give each a weight"
+        yield f"paths to files that are listed before, left out: {len(repeated):,} (such as {path}, {kept}); {advice}"
+
+
+def describe_separators(n_borders: int, as_text: Mapping[str, int], tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield lines about the names of end-of-text tokens in the text."""
+    own = " and ".join(tokenizer.separators)
+    if n_borders:
+        yield f"{own} in .txt files: {n_borders:,}, each a border between documents"
+    for name, n in as_text.items():
+        is_own = name in tokenizer.separators
+        reason = "it separates documents in .txt files only" if is_own else f"documents are separated by {own}"
+        yield f"{name} in the text: {n:,}, as ordinary characters; {reason}"
+
+
+def describe_dataset(manifest: Manifest, tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield lines about a prepared dataset."""
+    yield from describe_separators(manifest.n_borders, manifest.as_text, tokenizer)
+    if n := manifest.n_shared:
+        n_val = next(record.n_documents for record in manifest.streams if record.split == "val")
+        advice = "their loss is not that of unseen text; take them out of data.sources or data.val_sources"
+        yield f"validation documents that are also training documents: {n:,} of {n_val:,}; {advice}"
+    if n := manifest.n_repeated:
+        yield f"training documents that repeat another word for word: {n:,}"
+    before = sum(record.n_bytes for record in manifest.streams)
+    after = sum(record.n_bytes if record.token_bytes is None else record.token_bytes for record in manifest.streams)
+    if after != before:
+        change = f"the tokenizer's {tokenizer.normalization} makes {after:,} bytes of the text's {before:,}"
+        yield f"{change}; bits per byte count the text's own"
