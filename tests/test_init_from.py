@@ -7,14 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from conftest import ROOT, environment, rows, tensors, write_config
 from safetensors.torch import load_file, save_file
 from test_hf import BALANCED, BIASED, GATED, GROUPED, LATENT, MOE, NORMED, SIGMOID, add_noise
-from test_restart import flip_a_bit
+from test_restart import check_resume, flip_a_bit
 
 from training import train
 from training.config import ModelConfig
+from training.data import Tokenizer
+from training.data.tokenizer import build_byte_tokenizer
 from training.errors import UserError
 from training.model import GPT, init_weights
 from training.weights import hf, init_from
@@ -111,6 +114,45 @@ def test_resuming_with_other_options_is_an_error(run, config, folder):
     changed = r"init_from: .*pretrained -> .*other; model.n_positions: 32 -> 16"
     with pytest.raises(UserError, match=f"holds a run with other options: {changed}"):
         train.train(config(model={}, init_from=str(other)))
+
+
+def test_the_same_weights_at_another_path_resume(run, config, folder, monkeypatch):
+    _, path = folder()
+    run(model={}, init_from=str(path), steps=3)
+    monkeypatch.chdir(path.parent)
+    check_resume(init_from.resolve_init_from(config(model={}, init_from=path.rename("moved").name, steps=3)))
+    flip_a_bit(Path("moved/model.safetensors"))
+    with pytest.raises(UserError, match=r"with other options: init_from: .*pretrained -> moved; "):
+        check_resume(init_from.resolve_init_from(config(model={}, init_from="moved", steps=3)))
+
+
+def test_another_end_of_text_token_than_the_models_is_told(config, folder):
+    _, path = folder()
+    options = config(model={}, init_from=str(path))
+    line = f"init_from {path}: its end-of-text token is 3, but data.tokenizer has token 256, <|endoftext|>; to use"
+    for ids, is_told in ((256, False), ([3, 256], False), (None, False), ([3, 4], True)):
+        change(path, eos_token_id=ids)
+        assert (line in str(init_from.other_separator(options, build_byte_tokenizer()))) == is_told
+
+
+def test_a_models_own_tokenizer_keeps_its_end_of_text_token_from_training_to_export(run, config, folder, capsys):
+    """As Llama's: the model has no row for one more token."""
+    _, path = folder()
+    inner = tokenizers.Tokenizer.from_str(
+        build_byte_tokenizer().inner.to_str().replace("<|endoftext|>", "<|begin_of_text|>")
+    )
+    inner.add_special_tokens(["<|end_of_text|>", "<|eot_id|>"])
+    inner.save(str(path / "tokenizer.json"))
+    change(path, eos_token_id=[258, 257])
+    data = config().data.model_dump() | {"tokenizer": {"type": "file", "path": str(path)}}
+    left = run(model={}, init_from=str(path), steps=3, data=data)
+    assert "end-of-text token" not in capsys.readouterr().err
+    for name in ("config.json", "generation_config.json"):
+        fields = json.loads((left / "model" / name).read_text())
+        assert (fields["bos_token_id"], fields["eos_token_id"]) == (258, 258)
+    assert json.loads((left / "model/tokenizer_config.json").read_text())["eos_token"] == "<|eot_id|>"
+    assert Tokenizer.load(left / "tokenizer").end_of_text == 258
+    assert hf.read_config(left / "model")[1].vocab_size == 259
 
 
 def test_starting_over_reads_the_folder_again(run, folder):

@@ -1,15 +1,22 @@
 """A start never silently discards a run, never trains it twice at once, and never continues it as another run."""
 
+import gzip
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import command, rows, save_checkpoint, tensors, write_config
 from launched import rows_in
 
 from training import checkpoint
+from training.data import prepare
+from training.data.tokenizer import build_byte_tokenizer
+from training.distributed.world import World
+from training.engine.build import resolve_precision_and_sizes
+from training.engine.resume import check_same_run, comparable, find_resume_point
 from training.errors import UserError
 from training.files import run_lock
 from training.train import train
@@ -61,6 +68,73 @@ def test_another_config_is_an_error_before_the_first_checkpoint_too(config, at_s
     with pytest.raises(UserError, match=r"holds a run with other options: seed: 0 -> 5"):
         train(config(seed=5))
     assert train(config()) == 0
+
+
+def check_resume(config) -> None:
+    """Raise UserError if these options may not resume the run, as a start would after preparing the data."""
+    dataset, world = prepare(config.data, quiet=True), World(0, 1, torch.device("cpu"))
+    point = find_resume_point(config, "auto", world)
+    check_same_run(resolve_precision_and_sizes(config, dataset, world, point.state), dataset, "auto", point)
+
+
+def test_the_same_text_at_another_path_or_spelling_resumes(config, options, tmp_path, monkeypatch):
+    """Also compressed, split otherwise over sources, and with the same tokenizer from elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    build_byte_tokenizer().save("tokenizer")
+    rows = [json.dumps({"text": f"document {i} " * 9}) + "\n" for i in range(60)]
+    Path("text.jsonl").write_text("".join(rows))
+    Path("packed.jsonl.gz").write_bytes(gzip.compress("".join(rows).encode()))
+    for name, part in (("1.jsonl", rows[:30]), ("2.jsonl", rows[30:])):
+        Path(name).write_text("".join(part))
+
+    def start(*paths: str, go: Callable = check_resume, weight: float | None = None, tokenizer: str = "file") -> None:
+        sources = [{"paths": [path], "weight": weight} for path in paths]
+        tokenizers = {"file": {"type": "file", "path": "tokenizer"}, "byte": {"type": "byte"}}
+        data = options()["data"] | {"sources": sources, "tokenizer": tokenizers[tokenizer]}
+        go(config(data=data, steps=3))
+
+    start("text.jsonl", go=train)
+    for paths in (["./text.jsonl", "text.jsonl"], [str(Path("text.jsonl").absolute())], ["1.jsonl", "2.jsonl"]):
+        start(*paths)
+    start("packed.jsonl.gz", tokenizer="byte")
+    with pytest.raises(UserError, match=r"with other options: data.sources.0.paths.0: text.jsonl -> 1.jsonl; "):
+        start("1.jsonl")
+    with pytest.raises(UserError, match=r"with other options: proportions of data.sources.0: unset -> 1.0; "):
+        start("text.jsonl", weight=1)
+    Path("text.jsonl").write_text("".join(rows[1:]))
+    with pytest.raises(UserError, match=r"with other options: data: the text or the tokenizer has changed; "):
+        start("text.jsonl")
+
+
+def test_options_written_otherwise_that_mean_the_same_resume(finished, config, options):
+    def resume(*blocks: dict, **changes: object) -> None:
+        check_resume(config(model=options()["model"] | {"blocks": list(blocks)}, **changes))
+
+    finished()
+    moe = {"type": "moe", "n_experts": 4, "hidden": 32}
+    resume({"ffn": moe | {"top_k": 2}, "mixer": {"head_dim": 8}}, {"ffn": {"hidden": 64}}, schedule={"warmup_steps": 2})
+    with pytest.raises(UserError, match=r"with other options: model.blocks.0.ffn.n_experts: 4 -> 5; "):
+        resume({"ffn": moe | {"n_experts": 5}}, {})
+    with pytest.raises(UserError, match=r"with other options: steps: 8 -> 9; "):
+        check_resume(config(steps=9))
+
+
+def test_a_pattern_of_the_same_layers_is_the_same_model(config, options):
+    def blocks(*blocks: dict) -> list:
+        return comparable(config(model=options()["model"] | {"blocks": list(blocks)}))["model"]["blocks"]
+
+    wide = {"ffn": {"hidden": 48}}
+    assert blocks(wide) == blocks(wide, wide) == blocks(wide | {"repeat": 2}) != blocks(wide, {})
+    assert len(blocks(wide, {})) == 2
+
+
+def test_a_schedule_that_does_not_depend_on_the_number_of_steps_may_get_more(run, config):
+    schedule = {"type": "constant", "warmup_steps": 2}
+    short, through = run(schedule=schedule, steps=3), run(name="through", schedule=schedule, steps=5)
+    run(schedule=schedule, steps=5)
+    assert tensors(short, 5) == tensors(through, 5)
+    with pytest.raises(UserError, match=r"with other options: steps: 5 -> 4; "):
+        train(config(schedule=schedule, steps=4))
 
 
 def test_a_start_with_no_steps_left_is_an_error(finished, config):

@@ -22,7 +22,7 @@ from training.model import GPT, kernel_requirements
 from training.model.stats import ModelStats, initial_value, model_stats
 from training.optim.optimizer import LossScale, Optimizer
 from training.planning.report import disk_shortage
-from training.weights.init_from import load_weights
+from training.weights.init_from import load_weights, weights_sha256
 
 
 class Setup(NamedTuple):
@@ -53,7 +53,7 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
     point = find_resume_point(config, resume, world)
     state = TrainState.new() if point is None else point.state
     config = resolve_precision_and_sizes(config, dataset, world, state)
-    check_same_run(config, dataset.fingerprint, resume, point)
+    check_same_run(config, dataset, resume, point)
     kernels = agree_on_kernels(config, world, state.kernels)
     state.data, state.kernels = dataset.fingerprint, kernels.names
     if config.precision != "fp16":
@@ -77,6 +77,7 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
         load_tensors(point.path, model, optimizer)
     elif config.init_from is not None:
         load_weights(model, config, dataset, world)
+        state.init_from_sha256 = weights_sha256(config)
     else:
         model.load_full(lambda name, shape: initial_value(name, shape, config.model, config.seed))
     if world.is_main:
@@ -99,7 +100,9 @@ def resolve_precision_and_sizes(config: Config, dataset: Dataset, world: World, 
     """
     size, vocab_size = dataset.tokenizer.vocab_size, config.model.vocab_size
     if vocab_size is not None and vocab_size < size:
-        use = f"null or {size}" if config.init_from is None else f"{size} for more rows, or the tokenizer of init_from"
+        use = f"null or {size}" if config.init_from is None else f"{size} for more rows"
+        if config.init_from not in (None, getattr(config.data.tokenizer, "path", None)):
+            use += ", or the tokenizer of init_from"
         raise UserError(f"model.vocab_size: {vocab_size} is less than the tokenizer's {size}; use {use}")
     precision = devices.resolve_precision(config.precision, world.device)
     if config.precision == "auto":

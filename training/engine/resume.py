@@ -1,18 +1,21 @@
 """Decide where a run starts: from scratch, or from a checkpoint of its own or of another run.
 
 A restart may change how a run is executed, never what it computes: `config.CHANGEABLE_ON_RESUME` lists the options
-that may differ.
+that may differ. Other options may be written otherwise if they mean the same: paths to the same text, tokenizer or
+weights by their hashes, a pattern of the same layers, weights of the same proportions.
 """
 
 import itertools
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from training import checkpoint
 from training.config import CHANGEABLE_ON_RESUME, Config
+from training.data import Dataset
+from training.data.loader import Mixture
 from training.distributed.world import World
 from training.engine.state import TrainState
 from training.errors import UserError
@@ -20,6 +23,10 @@ from training.files import rename_durable, write_errors_as_user_errors
 from training.options import cli
 from training.options.schema import flatten_options
 from training.terminal import print_line
+from training.weights.hf.architecture import pattern
+from training.weights.init_from import weights_sha256
+
+ENDLESS = ("constant", "inverse_sqrt")  # schedules in which no step depends on `steps`
 
 
 class ResumePoint(NamedTuple):
@@ -90,32 +97,50 @@ def prepare_run_dir(config: Config, resume: str, point: ResumePoint | None) -> N
             checkpoint.quarantine(point.path.parent, point.state.step, "damaged" if resume == "auto" else "undone")
 
 
-def check_same_run(config: Config, fingerprint: str, resume: str, point: ResumePoint | None) -> None:
+def check_same_run(config: Config, dataset: Dataset, resume: str, point: ResumePoint | None) -> None:
     """Raise UserError with a list of the changed options or data that a restart may not change.
 
     `config` is resolved. Compares a run that has rows, but no checkpoint, by its config.yaml.
     """
     rows, stored = config.run_dir / "metrics.jsonl", config.run_dir / "config.yaml"
+    ignored = set(CHANGEABLE_ON_RESUME)
     if point is not None and point.is_own:
-        old, old_fingerprint = point.state.config, point.state.data
+        old, has_same_data = point.state.config, dataset.is_same_as(point.state.data)
+        if has_same_data:
+            ignored.add("data")
+        was_moved = config.init_from not in (None, old.get("init_from"))
+        if was_moved and point.state.init_from_sha256 == weights_sha256(config):
+            ignored.add("init_from")
+        if config.schedule.type in ENDLESS and config.steps >= point.state.step:
+            ignored.add("steps")
     elif point is None and resume != "never" and rows.exists() and rows.stat().st_size and stored.exists():
-        old, old_fingerprint = cli.load_config(stored).model_dump(mode="json"), fingerprint
+        old, has_same_data = cli.load_config(stored).model_dump(mode="json"), True
     else:
         return
     with suppress(ValidationError):  # of another version: compare the options as stored
-        # Older versions stored nulls that stand for a size.
-        old = Config.model_validate(old).with_explicit_sizes().model_dump(mode="json")
-    before, now = dict(flatten_options(old)), dict(flatten_options(config.model_dump(mode="json")))
+        old = comparable(Config.model_validate(old))
+    before, now = dict(flatten_options(old)), dict(flatten_options(comparable(config)))
     changes = [
         f"{key}: {before.get(key, 'unset')} -> {now.get(key, 'unset')}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-        and not any(f"{key}.".startswith(f"{option}.") for option in CHANGEABLE_ON_RESUME)
+        if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{option}.") for option in ignored)
     ]
-    if not changes and old_fingerprint != fingerprint:
+    if not changes and not has_same_data:
         changes = ["data: the text or the tokenizer has changed"]
     if changes:
         raise UserError(
             f"{config.run_dir} holds a run with other options: {'; '.join(changes)}; choose another --name (with "
             "--resume to start from this one's checkpoint), or --resume never to start over"
         )
+
+
+def comparable(config: Config) -> dict[str, Any]:
+    """Return the options, so that options with the same meaning are equal."""
+    config = config.with_explicit_sizes()
+    options = config.model_dump(mode="json")
+    options["model"]["blocks"] = pattern([b.model_dump(mode="json", exclude={"repeat"}) for b in config.model.layers()])
+    if weights := [source.weight for source in config.data.sources if source.weight]:
+        options["proportions of data.sources"] = Mixture(weights, config.seed).share.tolist()
+    for source in options["data"]["sources"]:
+        source.pop("weight")
+    return options

@@ -44,6 +44,7 @@ class TrainState(BaseModel):
     loss_scale: LossScale | None  # fp16 only
     guard: StepGuard = Field(alias="skips")
     data: str  # fingerprint of text and tokenizer
+    init_from_sha256: str | None = None  # of the weights that the run started from; None: random ones
     config: dict[str, Any]  # resolved options as plain data
     phases: dict[str, dict[str, float]] = Field({}, alias="ledger")  # state of the phase timer
     kernels: dict[str, str] = {}  # chosen kernel by option

@@ -5,6 +5,7 @@ start: a shorter context, more rows for the vocabulary, packing of documents, ba
 of a dense layer (`upcycle.py`). A run that has started no longer needs the folder.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from training.batch import Batch
 from training.config import Config, ModelConfig
 from training.data import Dataset
 from training.data.loader import Samples
+from training.data.tokenizer import Tokenizer, read_fields
 from training.distributed.sharded_model import ShardedModel
 from training.distributed.world import World
 from training.errors import UserError, library_error
@@ -84,6 +86,8 @@ def load_weights(sharded: ShardedModel, config: Config, dataset: Dataset, world:
         if world.is_main:
             for line in lines:
                 print_note(line)
+    if world.is_main and (warning := other_separator(config, dataset.tokenizer)):
+        print_note(warning)
     weights |= pretrained
     sharded.load_full(lambda name, _shape: weights[name])
 
@@ -104,6 +108,27 @@ def load_pretrained(config: Config) -> tuple[ModelConfig, dict[str, Tensor]]:
         n_new = config.model.vocab_size - theirs.vocab_size
         weights[name] = torch.cat([weights[name], mean_C.expand(n_new, -1)])
     return config.model.model_copy(update={"blocks": theirs.blocks}), weights
+
+
+def other_separator(config: Config, tokenizer: Tokenizer) -> str | None:
+    """Return a warning if the model of `init_from` learned another end-of-text token than the run's."""
+    folder = _folder(config, ["*.json"])
+    ids = read_fields(folder / "config.json").get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [ids]
+    if tokenizer.end_of_text in ids or ids in ([], [None]):
+        return None
+    ours = f"data.tokenizer has token {tokenizer.end_of_text}, {tokenizer.separator}"
+    advice = f"to use its own tokenizer, set data.tokenizer to {{type: file, path: {folder}}}"
+    return f"init_from {config.init_from}: its end-of-text token is {ids[0]}, but {ours}; {advice}"
+
+
+def weights_sha256(config: Config) -> str:
+    """Return a hash of the weights of `init_from`, wherever they are. Raises UserError if there are none."""
+    sha256 = hashlib.sha256()
+    for path in hf.weight_files(_folder(config, ["*.json", "*.safetensors"])):
+        with path.open("rb") as file:
+            sha256.update(hashlib.file_digest(file, "sha256").digest())
+    return sha256.hexdigest()
 
 
 def _samples(config: Config, dataset: Dataset, device: torch.device) -> Iterator[Batch]:

@@ -3,5 +3,12 @@
 A model that fits no architecture of Transformers keeps our names (`custom.py`).
 """
 
-from training.weights.hf.model_folder import ARCHITECTURES, read_config, read_weights, to_saved_dtype, write_model
+from training.weights.hf.model_folder import (
+    ARCHITECTURES,
+    read_config,
+    read_weights,
+    to_saved_dtype,
+    weight_files,
+    write_model,
+)
 from training.weights.hf.tables import one_line

@@ -75,7 +75,7 @@ def read_weights(folder: Path, architecture: Architecture, config: ModelConfig) 
         meta = GPT(config).state_dict()
     names = architecture.names(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in to_theirs(names, meta)}
-    stored = {name: tensor for path in _weight_files(folder) for name, tensor in _open(path).items()}
+    stored = {name: tensor for path in weight_files(folder) for name, tensor in _open(path).items()}
     if not any(name.startswith(architecture.prefix) for name in stored):
         stored = {name if name == HEAD else architecture.prefix + name: tensor for name, tensor in stored.items()}
     tied_head = stored.pop(HEAD, None) if HEAD not in shapes else None
@@ -97,7 +97,8 @@ def read_weights(folder: Path, architecture: Architecture, config: ModelConfig) 
     return ours
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a folder, sorted. Raises UserError if there are none or one is missing."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
