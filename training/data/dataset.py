@@ -118,7 +118,7 @@ def open_dataset(folder: Path, weights: Sequence[float], hashes: FileHashes) -> 
 def print_notes(lines: Iterable[str]) -> None:
     """Print lines about the text on stderr."""
     for line in lines:
-        print(f"data: {line}", file=sys.stderr, flush=True)
+        print_note(f"data: {line}")
 
 
 def read_split(paths: Sequence[str], text_column: str, tokenizer: Tokenizer) -> Split:
