@@ -67,7 +67,7 @@ TEXT = {
     "a torn last line": ("a.jsonl", jsonl(ROW, ROW)[:-4], "it is the last line: was it cut short?"),
     "gzip cut short": ("a.txt.gz", gzip.compress(WORDS.encode())[:-20], "a.txt.gz: cut short"),
     "gzip with a flipped bit": ("a.txt.gz", gzip.compress(WORDS.encode())[:-6] + b"oh no!", "a.txt.gz: cannot be read"),
-    "not gzip": ("a.jsonl.gz", jsonl(ROW), "a.jsonl.gz: cannot be read: Not a gzipped file"),
+    "not gzip": ("a.jsonl.gz", jsonl(ROW), "a.jsonl.gz: cannot be read: damaged, or not a .gz file"),
     "nothing held out": ("a.jsonl", jsonl(ROW), "no document was held out for validation of 1 documents"),
 }  # fmt: skip
 

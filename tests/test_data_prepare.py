@@ -1,10 +1,15 @@
 """Prepared data: built once and atomically, rebuilt after changes; and the command."""
 
 import gzip
+import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +20,10 @@ from tokenizers import normalizers
 from training import files
 from training import prepare as command
 from training.config import DataConfig
-from training.data import Samples, Tokenizer, build, prepare, shards
+from training.data import Samples, Tokenizer, build, prepare, progress, shards
 from training.data import dataset as dataset_module
-from training.data.tokenizer import build_byte_tokenizer
+from training.data.corpus import Corpus
+from training.data.tokenizer import build_byte_tokenizer, train_bpe
 from training.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -288,6 +294,49 @@ def test_files_of_an_earlier_killed_build_of_the_same_data_are_removed(folder):
     assert not (place / "stale").exists()
 
 
+def test_a_dataset_that_another_process_finishes_while_leftovers_are_removed_is_left_alone(folder):
+    """Another process renames its `.partial` just before its lock is tried, after the folder was listed."""
+    program = """
+        other = os.path.join(config.cache_dir, "0123456789abcdef")
+        os.makedirs(other + ".partial")
+
+        def finish(event, arguments):
+            if event == "open" and arguments[0] == other + ".lock" and os.path.exists(other + ".partial"):
+                os.rename(other + ".partial", other)
+
+        sys.addaudithook(finish)
+        print(prepare(config, quiet=True).report["is_cached"], *sorted(os.listdir(other + "/..")))
+    """
+    is_cached, *names = run(folder, program)
+    assert is_cached == "False"
+    assert "0123456789abcdef" in names and not [name for name in names if "partial" in name] and len(names) == 5
+
+
+@pytest.mark.soak
+def test_of_200_starts_of_eight_data_sets_at_once_none_fails(folder):
+    program = """
+        for _ in range(25):
+            go, start = os.pipe()
+            children = []
+            for i in range(8):
+                if not (pid := os.fork()):
+                    os.close(start)
+                    os.read(go, 1)  # returns when the parent closes the other end
+                    status = 1
+                    try:
+                        prepare(config.model_copy(update={"val_fraction": 0.1 + i / 100}), quiet=True)
+                        status = 0
+                    finally:
+                        os._exit(status)
+                children.append(pid)
+            os.close(start)
+            os.close(go)
+            print(*(os.waitpid(pid, 0)[1] for pid in children))
+            os.system(f"rm -r {config.cache_dir}")
+    """
+    assert run(folder, program, tokenizer={"type": "byte"}) == ["0"] * 200
+
+
 def test_a_dataset_that_another_process_is_building_is_left_alone(folder):
     being_built = folder / "cache" / "0123456789abcdef.partial"
     being_built.mkdir(parents=True)
@@ -408,6 +457,42 @@ def test_a_cache_that_cannot_be_created_is_reported_in_one_line(folder):
         prepare(config_of(folder, cache_dir=str(folder / "text" / "rows.jsonl" / "cache")), quiet=True)
 
 
+# --- progress and Ctrl-C ---------------------------------------------------------------------------
+
+
+def test_a_long_stage_prints_a_line_at_times_and_knows_its_total(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.02)
+    with progress.show_progress("reading", False, total=4_000_000) as stage:
+        *_, last = stage.watch(["a" * 1_000_000, "b" * 1_000_000], "learning")
+        time.sleep(0.1)
+    first, *lines, end = capsys.readouterr().err.splitlines()
+    assert (last, first) == ("b" * 1_000_000, "reading ...")
+    assert lines and lines[-1].startswith("learning: 2.0 MB in ") and end.startswith("reading: 2.0 MB in ")
+    assert str(progress.Progress("reading", 4_000_000)).startswith("reading: 0.0 of 4.0 MB in ")
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 30)
+    with progress.show_progress("hashing", False, only_if_slow=True):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_the_bytes_of_plain_text_are_known_before_it_is_read(folder):
+    (folder / "text" / "rows.jsonl").rename(folder / "rows.jsonl")
+    (folder / "text" / "a.txt").write_text("naïve " * 100)
+    (folder / "text" / "b.py").write_text("pass")
+    assert Corpus(config_of(folder)).n_bytes == 704
+    assert build.bytes_to_learn_from(Corpus(config_of(folder, tokenizer={"type": "bpe", "max_bytes": 500}))) == 500
+    assert Corpus(config_of(folder, val_sources=[{"paths": [str(folder / "rows.jsonl")]}])).n_bytes is None
+
+
+def test_ctrl_c_ends_the_training_of_a_tokenizer_at_once():
+    """The library's native code would hold the interrupt back until the text ends, which here takes minutes."""
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        train_bpe(itertools.repeat("some words of a text " * 20, 10**7), 300)
+    assert time.monotonic() - start < 5
+
+
 # --- the command -----------------------------------------------------------------------------------
 
 
@@ -467,6 +552,50 @@ def test_the_end_of_a_single_text_file_is_held_out_from_a_line_start(tmp_path, m
     (train,), (val,) = texts(dataset, "train"), texts(dataset, "val")
     assert train + val == "".join(lines)
     assert val.startswith("line 9") and val.count("\n") == pytest.approx(100, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "n_val"),
+    [
+        ("acgt" * 250 + "\n", 101),
+        (">one line\n" + "acgt" * 250 + "\n", 102),
+        ("acgt" * 250 + "\nend\n", 101),
+        ("word " * 200 + "\n" * 300, 401),
+        ("\n" * 9000 + "acgt" * 250, 100),
+    ],
+    ids=["a line", "a header and a line", "a short last line", "white space at the end", "white space at the start"],
+)
+def test_the_end_of_a_single_text_of_one_line_is_held_out(tmp_path, text, n_val):
+    (tmp_path / "text.txt").write_text(text)
+    sources = [{"paths": [str(tmp_path / "text.txt")]}]
+    dataset = prepare(config_of(tmp_path, sources=sources, tokenizer={"type": "byte"}), quiet=True)
+    (train,), (val,) = texts(dataset, "train"), texts(dataset, "val")
+    assert train + val == text
+    assert len(val) == n_val and train.strip() and val.strip()
+
+
+def test_text_after_a_chunk_of_white_space_is_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.data.chunks.CHUNK_CHARS", 50)
+    monkeypatch.setattr("training.data.chunks.MAX_SEARCH_CHARS", 20)
+    (tmp_path / "text").mkdir()
+    for i in range(30):
+        (tmp_path / "text" / f"{i}.txt").write_text("\n" * 200 + f"text {i}")
+    sources = {"val_sources": [{"paths": [str(tmp_path / "text" / "0.txt")]}]}
+    dataset = prepare(config_of(tmp_path, **sources), quiet=True)
+    assert sorted(texts(dataset, "train")) == sorted("\n" * 200 + f"text {i}" for i in range(30))
+    assert dataset.report["blank_documents"] == 0
+
+
+def test_the_advice_for_few_documents_helps(tmp_path):
+    write_rows(tmp_path / "text" / "rows.jsonl", 2)
+    with pytest.raises(UserError, match="no document was held out for validation of 2 documents") as error:
+        prepare(config_of(tmp_path, val_fraction=1e-9), quiet=True)
+    fraction = float(str(error.value).split("set data.val_fraction to ")[1].split(",")[0])
+    dataset = prepare(config_of(tmp_path, val_fraction=fraction), quiet=True)
+    assert (dataset.train.n_documents, dataset.val.n_documents) == (1, 1)
+    write_rows(tmp_path / "text" / "rows.jsonl", 1)
+    with pytest.raises(UserError, match=r"the only one as a .txt file, whose end is then held out"):
+        prepare(config_of(tmp_path), quiet=True)
 
 
 def test_a_single_text_without_lines_is_split_anyway(tmp_path):

@@ -7,6 +7,7 @@ import lzma
 import os
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import get_args
 
 import datasets
@@ -19,10 +20,12 @@ from pyarrow import parquet
 
 from training.config import FilesSource, HuggingFaceSource, SourceConfig, StdlibSource
 from training.data import chunks as text
+from training.data import text_files
 from training.data.chunks import WORD_START, split_into_chunks, to_document
 from training.data.corpus import is_held_out
+from training.data.decompress import open_decompressed
+from training.data.notes import describe_left_out
 from training.data.sources import READERS, build_reader
-from training.data.text_files import open_decompressed
 from training.errors import UserError
 
 TEXTS = ["one\nline", "naïve 日本語 🙂", "third\r\n"]
@@ -77,11 +80,36 @@ def test_rows_of_jsonl_are_documents_with_every_compression(tmp_path, suffix, co
     assert read(path) == TEXTS
 
 
-def test_concatenated_compressed_files_are_one_file(tmp_path):
-    for suffix, compress in ((".gz", gzip.compress), (".zst", zstandard.compress), (".xz", lzma.compress)):
-        path = tmp_path / f"a.txt{suffix}"
-        path.write_bytes(compress(b"first ") + compress(b"second"))
-        assert read(path) == ["first second"]
+COMPRESSIONS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+    ".xz": lzma.compress,
+}
+
+
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
+def test_all_streams_of_a_compressed_file_are_read_or_it_is_an_error(tmp_path, suffix):
+    """Zeros between streams are padding, as .xz allows. Nothing else may follow a stream."""
+    path, text = tmp_path / f"a.txt{suffix}", "".join(map(chr, range(33, 400))) * 9
+    first, second = (COMPRESSIONS[suffix](part.encode()) for part in ("first ", text))
+    for content in (first + second, first + bytes(4) + second + bytes(8), first * 3000 + second):
+        path.write_bytes(content)
+        assert read(path) == ["first " * content.count(first) + text]
+    middle = len(second) // 2
+    flipped = second[:middle] + bytes([second[middle] ^ 255]) + second[middle + 1 :]
+    damages = {"a bit": flipped, "a cut": second[:-5], "a head": b"x" + second, "garbage": b"garbage", "empty": None}
+    for damage, rest in damages.items():
+        path.write_bytes(b"" if rest is None else first + rest)
+        with pytest.raises(UserError, match=rf"a.txt\{suffix}: (cut short|cannot be read: damaged, or not a)"):
+            pytest.fail(f"{damage} was read as {read(path)}")
+
+
+def test_a_zstd_file_with_the_longest_window_is_read(tmp_path):
+    parameters = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True)
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # `zstd --long=31` in a pipe
+    (tmp_path / "a.txt.zst").write_bytes(stream.compress(b"long window") + stream.flush())
+    assert read(tmp_path / "a.txt.zst") == ["long window"]
 
 
 def test_rows_of_parquet_are_documents_and_null_is_an_empty_one(tmp_path):
@@ -96,6 +124,59 @@ def test_folders_and_globs_are_searched_in_the_order_of_names(tmp_path):
     assert read(tmp_path) == ["a/y.py", "a/z.md", "b.txt"]
     assert read(tmp_path / "*.txt", tmp_path / "**" / "[yz].*") == ["b.txt", "a/y.py", "a/z.md"]
     assert read(tmp_path / "a" / "z.md", tmp_path) == ["a/z.md", "a/y.py", "b.txt"]
+
+
+def test_json_is_an_array_or_lines_and_ndjson_is_jsonl(tmp_path):
+    array = json.dumps([{"text": each} for each in TEXTS], indent=1).encode()
+    files = {"a.JSON": array, "b.ndjson": jsonl(TEXTS), "c.json": jsonl(TEXTS), "d.json": b"\xef\xbb\xbf \n" + array}
+    for name, content in files.items():
+        for suffix, compress in {"": bytes, **COMPRESSIONS}.items():
+            (tmp_path / f"{name}{suffix}").write_bytes(compress(content))
+            assert read(tmp_path / f"{name}{suffix}") == TEXTS
+
+
+def test_links_to_folders_are_followed_and_each_folder_is_read_once(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "a.txt").write_text("far")
+    (tmp_path / "near" / "sub").mkdir(parents=True)
+    (tmp_path / "near" / "sub" / "b.txt").write_text("near")
+    for link, target in {"link": "../far", "again": "../far", "sub/loop": "..", "sub/self": "."}.items():
+        (tmp_path / "near" / link).symlink_to(target)
+    assert read(tmp_path / "near") == ["far", "near"]
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.txt", "*/*.txt", "*/open/*.txt", "**"])
+def test_a_folder_below_that_cannot_be_read_is_an_error_that_names_it(pattern):
+    with TemporaryDirectory() as name:  # pytest's own is closed to other users
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "closed").mkdir()
+        (folder / "closed").chmod(0)
+        (folder / "open").mkdir()
+        for place in (folder, folder / "open", folder / "open" / "open"):
+            place.mkdir(exist_ok=True)
+            (place / "a.txt").write_text("text")
+        user = os.geteuid()
+        os.seteuid(user or 65534)  # everything is readable to root
+        try:
+            with pytest.raises(UserError, match=r"closed/?: this folder cannot be read: Permission denied"):
+                read(folder / pattern)
+        finally:
+            os.seteuid(user)
+
+
+def test_what_a_search_leaves_out_is_counted_by_kind(tmp_path):
+    for name in ("a.txt", "b.csv", "c.csv", ".d.txt", "README", "e.json", "__pycache__/f.txt", "g.parquet.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    kinds = "2 .csv files, 1 .gz file, 1 .json file, 1 file without an extension, 1 folder __pycache__, 1 hidden file"
+    for pattern in ("", "**"):
+        (line,) = describe_left_out([build_reader(FilesSource(paths=(str(tmp_path / pattern),)))])
+        left, _, advice = line.partition(": names must end in .txt")
+        assert left.startswith(f"{tmp_path / pattern}: left out 2 .csv files") and "\n" not in advice
+        if not pattern:  # a glob matches no hidden file
+            assert sorted(left.split("left out ")[1].split(", ")) == sorted(kinds.split(", "))
+    assert list(describe_left_out([build_reader(FilesSource(paths=(str(tmp_path / "a.txt"),)))])) == []
 
 
 def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path):
@@ -155,16 +236,22 @@ BAD = {
     "number.jsonl": (jsonl(["a", 3]), "line 2: 'text' is int, not text"),
     "surrogate.jsonl": (jsonl(["\ud800"]), "line 1: 'text' is not Unicode text (character 0: surrogates not allowed)"),
     "json.jsonl": (jsonl(["a"]) + b"oops\n{}", "line 2: not JSON (Expecting value: line 1 column 1 (char 0))"),
+    "torn.json": (
+        json.dumps([{"text": "a"}]).encode()[:-3],
+        "not JSON (Unterminated string starting at: line 1 column 11",
+    ),
+    "item.json": (b'[{"text": "a"}, {"body": "b"}]', "item 1: no column 'text'; there are body (option text_column)"),
+    "latin.json": (b'[{"text": "\xff"}]', "byte 11 is not UTF-8 (invalid start byte)"),
     "deep.jsonl": (b"[" * 200_000 + b"\n", "line 1: not JSON (maximum recursion depth exceeded"),
     "torn.jsonl": (jsonl(["abc"])[:-6], "it is the last line: was it cut short?"),
     "utf8.jsonl": (b'{"text": "\xff"}\n', "line 1: byte 10 of the line is not UTF-8 (invalid start byte)"),
     "torn.txt.gz": (gzip.compress(b"text" * 99)[:-9], "cut short: the compressed data end in the middle"),
     "torn.txt.bz2": (bz2.compress(b"text" * 99)[:-9], "cut short: the compressed data end in the middle"),
     "torn.txt.xz": (lzma.compress(b"text" * 99)[:-9], "cut short: the compressed data end in the middle"),
-    "torn.jsonl.zst": (zstandard.compress(jsonl(TEXTS))[:-9], "cannot be read: Truncated compressed stream"),
-    "not.txt.gz": (b"text", "cannot be read: Not a gzipped file"),
-    "not.txt.zst": (b"text" * 9, "cannot be read: "),
-    "not.txt.xz": (b"text" * 9, "cannot be read: Input format not supported by decoder"),
+    "torn.jsonl.zst": (zstandard.compress(jsonl(TEXTS))[:-9], "cut short: the compressed data end in the middle"),
+    "not.txt.gz": (b"text", "cannot be read: damaged, or not a .gz file ("),
+    "not.txt.zst": (b"text" * 9, "cannot be read: damaged, or not a .zst file ("),
+    "not.txt.xz": (b"text" * 9, "cannot be read: damaged, or not a .xz file (Input format not supported by decoder)"),
     "not.parquet": (b"text" * 9, "row 0: cannot be read: Parquet magic bytes not found in footer"),
     "void.parquet": (b"", "row 0: cannot be read: Parquet file size is 0 bytes"),
 }
@@ -190,6 +277,21 @@ def test_damage_within_a_parquet_file_is_reported_in_one_line(tmp_path):
     path.write_bytes(damaged)
     with pytest.raises(UserError, match=r"a.parquet: row \d+: cannot be read: [^\n]+$"):
         read(path)
+
+
+def test_parquet_that_would_fill_memory_is_an_error_before_it_is_read(tmp_path, monkeypatch):
+    rows = pyarrow.table({"text": ["x" * 20_000] * 320})
+    parquet.write_table(rows, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
+    assert len(read(tmp_path / "a.parquet")) == 320
+    monkeypatch.setattr(text_files, "MAX_PAGE_BYTES", 2**20)
+    with pytest.raises(UserError, match=r"a.parquet: row group 0: [\d,]{3,6} bytes unpack to 6,40\d,\d+, too many"):
+        read(tmp_path / "a.parquet")
+    entries = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 256, pyarrow.int32()), ["y" * 100_000])
+    parquet.write_table(pyarrow.table({"text": entries}), tmp_path / "b.parquet", compression="zstd")
+    monkeypatch.setattr(text_files, "MAX_BATCH_BYTES", 250_000)  # two of the rows, each as long as the dictionary
+    metadata = parquet.read_metadata(tmp_path / "b.parquet")
+    assert text_files.batch_rows(tmp_path / "b.parquet", metadata, "text") == 2
+    assert sum(map(len, read(tmp_path / "b.parquet"))) == 25_600_000
 
 
 def test_columns_of_parquet_are_listed_and_must_hold_text(tmp_path):
@@ -271,6 +373,16 @@ def test_characters_across_blocks_are_decoded(tmp_path, monkeypatch):
             pytest.raises(UserError, match=r"a.txt: byte 100 is not UTF-8"),
         ):
             list(text.decode_utf8(file, "a.txt"))
+
+
+def test_text_after_white_space_of_any_length_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "CHUNK_CHARS", 10)
+    monkeypatch.setattr(text, "MAX_SEARCH_CHARS", 5)
+    (tmp_path / "a.txt").write_text(" \n" * 50 + "text")
+    assert read(tmp_path / "a.txt") == [" \n" * 50 + "text"]
+    monkeypatch.setattr(text, "MAX_BLANK_BYTES", 60)
+    with pytest.raises(UserError, match=r"a.txt: begins with 0 MiB of white space; remove it"):
+        read(tmp_path / "a.txt")
 
 
 # --- held out --------------------------------------------------------------------------------------

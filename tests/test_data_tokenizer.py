@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import random
 import subprocess
 import sys
+import time
 import unicodedata
 from pathlib import Path
 from typing import get_args
@@ -14,6 +16,7 @@ import tiktoken
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from training import config
@@ -164,6 +167,43 @@ def test_training_learns_the_same_in_another_process():
 def test_training_stops_at_max_bytes():
     learned = build_tokenizer(config.BPETokenizer(vocab_size=400, max_bytes=len(TEXT)), iter([TEXT, "zyzzyva " * 999]))
     assert learned.inner.to_str() == train_bpe([TEXT], 400).inner.to_str()
+
+
+@given(
+    parts=st.lists(
+        st.tuples(st.sampled_from(["a", "日", "1", "_!", " ", "\n", "\r\n", " x", "'s", "ß1"]), st.integers(1, 600)),
+        max_size=8,
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_words_are_cut_for_training_only_if_they_are_too_long(parts):
+    text, longest = "".join(part * n for part, n in parts), tokenizer_module.MAX_WORD_CHARS
+    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = splitter.pre_tokenize_str(text)
+    cut = list(tokenizer_module.cut_long_words(text))
+    assert "".join(cut) == text
+    parts = [word for part in cut for word in splitter.pre_tokenize_str(part)]
+    assert max((end - start for _, (start, end) in parts), default=0) <= longest + 1  # and the space before it
+    if all(end - start <= longest for _, (start, end) in words):
+        assert [word for word, _ in parts] == [word for word, _ in words]
+
+
+def test_the_time_to_learn_from_a_word_does_not_grow_with_the_square_of_its_length():
+    """300,000 letters without a space took over four minutes."""
+    start = time.process_time()
+    learned = train_bpe(["".join(random.Random(0).choices("acgt", k=200_000))], 400)
+    assert time.process_time() - start < 5
+    assert learned.vocab_size == 400
+
+
+def test_a_token_id_beyond_all_sizes_is_an_error_before_memory_is_taken(tmp_path):
+    spec = json.loads(BPE.inner.to_str())
+    spec["model"]["vocab"]["far"] = 1_500_000_000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(UserError, match=r"tokenizer.json: token id 150000000[01] is not below 16777216, the limit$"):
+        build_tokenizer(config.FileTokenizer(path=str(tmp_path)), iter([]))
+    with pytest.raises(ValidationError, match="less than or equal to 16777216"):
+        config.BPETokenizer(vocab_size=10**12)
 
 
 def test_a_saved_tokenizer_loads_unchanged(tmp_path):

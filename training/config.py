@@ -214,7 +214,7 @@ class StdlibSource(Section):
 
 
 class FilesSource(Section):
-    """Local files: .txt .md .py are one document, .jsonl .parquet one per row; may be .gz .bz2 .xz .zst."""
+    """Files: .txt .md .py (a document each), .jsonl .ndjson .json .parquet (one a row); may be .gz .bz2 .xz .zst."""
 
     type: Literal["files"] = "files"
     paths: ListOf[str] = option(
@@ -222,7 +222,7 @@ class FilesSource(Section):
         "files, folders (with all files below them) or globs; in a .txt, <|endoftext|> starts another document",
         min_length=1,
     )
-    text_column: str = option("text", "column of .jsonl and .parquet files that holds the text")
+    text_column: str = option("text", "column of .jsonl, .json and .parquet files that holds the text")
     weight: float | None = option(None, WEIGHT_DOC, gt=0)
 
 
@@ -242,7 +242,7 @@ class BPETokenizer(Section):
     """A byte-level BPE, trained on the training documents."""
 
     type: Literal["bpe"] = "bpe"
-    vocab_size: int = option(8192, "tokens, including the end-of-text token", unit="tokens", ge=257)
+    vocab_size: int = option(8192, "tokens, including the end-of-text token", unit="tokens", ge=257, le=2**24)
     max_bytes: int = option(50_000_000, "maximum training text to learn the merges from", unit="bytes", ge=1)
 
 

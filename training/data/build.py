@@ -2,25 +2,25 @@
 
 import hashlib
 import os
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 
+from training.config import BPETokenizer
 from training.data.chunks import Chunk
-from training.data.corpus import Corpus
+from training.data.corpus import Corpus, hash_of
+from training.data.progress import show_progress
 from training.data.shards import FORMAT_VERSION, MANIFEST_FILE, Manifest, StreamRecord, StreamWriter
 from training.data.sources import no_text_error
-from training.data.tokenizer import OTHER_SEPARATORS, Tokenizer, build_tokenizer
+from training.data.tokenizer import END_OF_TEXT, OTHER_SEPARATORS, Tokenizer, build_tokenizer
 from training.errors import UserError
 from training.files import fsync_path
-from training.terminal import is_terminal, print_note, redirects, rich_console
 
 BATCH_CHARS = 1 << 20  # text that a thread tokenizes at a time
 
@@ -39,17 +39,17 @@ EncodedChunk = tuple[Chunk, np.ndarray]  # a chunk and its tokens
 
 def write_dataset(corpus: Corpus, folder: Path, key: str, quiet: bool) -> None:
     """Write the tokenizer, the streams and, last, the manifest; flush all files to disk."""
-    with progress("making the tokenizer", quiet) as advance:
-        texts = map(advance, corpus.training_text())
+    with show_progress("making the tokenizer", quiet, total=bytes_to_learn_from(corpus)) as progress:
+        texts = progress.watch(corpus.training_text(), "making the tokenizer: all text is read, learning the merges")
         build_tokenizer(corpus.config.tokenizer, texts).save(folder / "tokenizer")
     tokenizer = Tokenizer.load(folder / "tokenizer")  # as readers will load it
-    with ExitStack() as files, progress("tokenizing", quiet) as advance:
+    with ExitStack() as files, show_progress("tokenizing", quiet, total=corpus.n_bytes) as progress:
         writers = {}
         for split, i in [*(("train", i) for i in range(corpus.n_streams)), ("val", 0)]:
             paths = (folder / f"{split}-{i}.{kind}" for kind in ("tokens", "documents"))
             writers[split, i] = StreamWriter(*(files.enter_context(path.open("wb")) for path in paths), tokenizer)
         chunks = chain.from_iterable(corpus.chunks(tokenizer.separators))
-        counts = write_streams(chunks, tokenizer, writers, corpus.config.workers, advance)
+        counts = write_streams(chunks, tokenizer, writers, corpus.config.workers, progress)
     records = [writer.record(split) for (split, _), writer in writers.items()]
     check_splits(corpus, records)
     train = np.concatenate([writer.document_hashes() for (split, _), writer in writers.items() if split == "train"])
@@ -66,8 +66,16 @@ def write_dataset(corpus: Corpus, folder: Path, key: str, quiet: bool) -> None:
         streams=records,
     )
     (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n")
-    for path in [*folder.rglob("*"), folder]:
-        fsync_path(path)
+    with show_progress("flushing the tokens to disk", quiet, only_if_slow=True):
+        for path in [*folder.rglob("*"), folder]:
+            fsync_path(path)
+
+
+def bytes_to_learn_from(corpus: Corpus) -> int | None:
+    """Return the bytes of text that a BPE is trained on; None if they are unknown, or none are needed."""
+    config = corpus.config.tokenizer
+    is_known = isinstance(config, BPETokenizer) and corpus.n_bytes is not None
+    return min(corpus.n_bytes, config.max_bytes) if is_known else None
 
 
 def write_streams(
@@ -133,42 +141,21 @@ def check_splits(corpus: Corpus, records: Sequence[StreamRecord]) -> None:
     if not val:
         raise UserError(
             f"no document was held out for validation {fraction}: a hash chooses them, so it may choose none of a "
-            "few; raise data.val_fraction, give more documents, or name data.val_sources"
+            f"few; {advice_for_few_documents(corpus)}, or name data.val_sources"
         )
     for i, count in enumerate(train):
         if not count:
             option = f"data.sources.{i}" if len(train) > 1 else "data.sources"
-            advice = "give more text, lower data.val_fraction, or name data.val_sources"
+            advice = f"{advice_for_few_documents(corpus)}, or name data.val_sources"
             raise UserError(f"{option}: no document is left to train on {fraction}: {advice}")
 
 
-@contextmanager
-def progress(stage: str, quiet: bool) -> Iterator[Callable[[str], str]]:
-    """Show a stage on stderr. Yields a function to call with each processed text, which it returns."""
-    if quiet:
-        yield lambda text: text
-        return
-    start, total, bar = time.perf_counter(), 0, None
-
-    def advance(text: str) -> str:
-        nonlocal total
-        total += len(text.encode())
-        if bar:
-            bar.update(task, completed=total)
-        return text
-
-    if not is_terminal("stderr"):
-        print_note(f"{stage} ...")
-        yield advance
-        seconds = time.perf_counter() - start
-        print_note(f"{stage}: {total / 1e6:.1f} MB in {seconds:.1f} s")
-        return
-
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn()
-    columns += TransferSpeedColumn(), TimeElapsedColumn()
-    bar = Progress(*columns, console=rich_console("stderr"), **redirects())
-    task = bar.add_task(stage, total=None)  # unknown: text may be compressed, or come from the network
-    with bar:
-        yield advance
+def advice_for_few_documents(corpus: Corpus) -> str:
+    """Return what to change so that both splits get documents: the smallest fraction that holds out one of several."""
+    if corpus.single_text_file is not None:
+        return "give more text"
+    chunks = (chunk for chunk in chain.from_iterable(corpus.chunks((END_OF_TEXT,))) if chunk.starts_document)
+    hashes = sorted({hash_of(chunk.text) for chunk in chunks if not chunk.is_blank_document})
+    if len(hashes) < 2:
+        return "give more documents, or the only one as a .txt file, whose end is then held out"
+    return f"give more documents, set data.val_fraction to {(hashes[0] + hashes[1]) / 2**65:.4g}, which holds out one"

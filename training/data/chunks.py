@@ -11,7 +11,7 @@ separator is a border between documents. In other text (.md, .py, rows) it is or
 import codecs
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from typing import BinaryIO, NamedTuple
 
@@ -19,6 +19,7 @@ from training.errors import UserError
 
 CHUNK_CHARS = 1 << 20
 MAX_SEARCH_CHARS = 1 << 16  # how far past CHUNK_CHARS to look for a place to cut
+MAX_BLANK_BYTES = 1 << 26  # of white space at the head of a file, which is kept in memory until text follows
 WORD_START = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
 
 
@@ -38,15 +39,22 @@ class Chunk(NamedTuple):
     stream: int
     starts_document: bool
     follows_border: bool = False  # the document begins after a separator in the text
-
-    @property
-    def is_blank_document(self) -> bool:
-        return self.starts_document and not self.text.strip()
+    is_blank_document: bool = False  # the whole document is empty or white space
 
 
 def to_document(text: str) -> Document:
     """Return a document whose text is in memory."""
     return Document(split_into_chunks(text[i : i + CHUNK_CHARS] for i in range(0, len(text), CHUNK_CHARS)))
+
+
+def look_ahead(chunks: Iterator[str]) -> tuple[bool, Iterator[str]]:
+    """Return (True if all chunks are blank, the chunks). Reads up to the first chunk with text."""
+    head = []
+    for chunk in chunks:
+        head.append(chunk)
+        if chunk.strip():
+            return False, chain(head, chunks)
+    return True, iter(head)
 
 
 def split_into_chunks(blocks: Iterable[str]) -> Iterator[str]:
@@ -80,6 +88,14 @@ def number_parts(chunks: Iterable[str], separators: Sequence[str]) -> Iterator[t
             yield number, text
 
 
+def mark_blank(parts: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str, bool, bool]]:
+    """Yield (number, text, True if it starts the document, True if the document is blank), a blank one in one text."""
+    for number, group in groupby(parts, key=itemgetter(0)):
+        is_blank, texts = look_ahead(text for _, text in group)
+        for i, text in enumerate(["".join(texts)] if is_blank else texts):
+            yield number, text, i == 0, is_blank
+
+
 def join_cut_separators(chunks: Iterable[str], border: re.Pattern[str], longest: int) -> Iterator[str]:
     """Join two chunks if the cut between them went through a separator, as it may in text without spaces."""
     chunks = iter(chunks)
@@ -98,10 +114,11 @@ def decode_utf8(file: BinaryIO, name: str) -> Iterator[str]:
     """Yield a file's text in blocks, without its byte order mark and with its line ends as they are.
 
     Raises UserError with the byte's offset (from 0, after decompression) for a byte that is not UTF-8 and for a
-    NUL byte, which most binary files and UTF-16 contain and no text file does.
+    NUL byte, which most binary files and UTF-16 contain and no text file does; and for a head of MAX_BLANK_BYTES of
+    white space.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    n_read = 0
+    n_read, is_blank = 0, True
     while True:
         start = n_read - len(decoder.getstate()[0])
         block = file.read(CHUNK_CHARS)
@@ -112,7 +129,12 @@ def decode_utf8(file: BinaryIO, name: str) -> Iterator[str]:
         if "\0" in text:
             offset = start + len(text[: text.index("\0")].encode())
             raise UserError(f"{name}: byte {offset} is NUL: this is not a UTF-8 text file")
-        yield text.removeprefix("\ufeff") if n_read == 0 else text
+        if n_read == 0:
+            text = text.removeprefix("\ufeff")
+        is_blank = is_blank and not text.strip()
+        if is_blank and n_read > MAX_BLANK_BYTES:
+            raise UserError(f"{name}: begins with {MAX_BLANK_BYTES >> 20} MiB of white space; remove it")
+        yield text
         if not block:
             return
         n_read += len(block)

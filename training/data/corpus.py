@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 
 from training.config import DataConfig
-from training.data.chunks import Chunk, number_parts, split_dump
+from training.data.chunks import Chunk, look_ahead, mark_blank, number_parts, split_dump
 from training.data.file_hashes import FileHashes
 from training.data.shards import FORMAT_VERSION
-from training.data.sources import FilesReader, Reader, build_reader, drop_repeated_files
+from training.data.sources import FilesReader, Reader, build_reader, drop_repeated_files, plain_bytes
 from training.data.text_files import format_of, is_text_file
 from training.data.tokenizer import END_OF_TEXT, tokenizer_identity
 from training.errors import UserError
@@ -36,6 +36,8 @@ class Corpus:
         together.append(self.val_readers)
         self.repeated_files = [pair for readers in together for pair in drop_repeated_files(readers)]
         self.n_streams = len(self.weights) or 1
+        sizes = [plain_bytes(reader) for reader in self.train_readers + self.val_readers]
+        self.n_bytes = None if None in sizes else sum(sizes)  # of text; None: unknown before it is read
         self.single_text_file = None  # its end is held out, as it is one document
         readers = self.train_readers + self.val_readers
         if len(readers) == 1 and isinstance(readers[0], FilesReader) and len(readers[0].paths) == 1:
@@ -82,42 +84,61 @@ class Corpus:
 
 
 def split_documents(reader: Reader, stream: int, val_fraction: float, separators: Sequence[str]) -> Iterator[Chunk]:
-    """Yield the chunks of a source's documents. After a blank first chunk, it skips the rest."""
+    """Yield the chunks of a source's documents; of a blank one the first, which says so."""
     for file in reader.documents():
         for number, document in enumerate(split_dump(file, separators)):
-            text = next(document.chunks)
+            is_blank, chunks = look_ahead(document.chunks)
+            text = next(chunks)
             is_val = is_held_out(text if document.key is None else document.key, val_fraction)
             split, index = ("val", 0) if is_val else ("train", stream)
-            yield Chunk(text, split, index, starts_document=True, follows_border=number > 0)
-            if text.strip():
-                yield from (Chunk(text, split, index, starts_document=False) for text in document.chunks)
+            yield Chunk(text, split, index, True, follows_border=number > 0, is_blank_document=is_blank)
+            if not is_blank:
+                yield from (Chunk(text, split, index, starts_document=False) for text in chunks)
 
 
 def split_text(parts: Callable[[], Iterator[tuple[int, str]]], val_fraction: float) -> Iterator[Chunk]:
     """Split the text of one file, as (number of the document, text).
 
-    Validation starts at the first line after 1 - val_fraction of the characters, or at the next document.
+    Validation starts at `val_fraction` before the end, or at the next line or document in the half after that.
     """
-    border = int(sum(len(text) for _, text in parts()) * (1 - val_fraction))
-    n_read, split, previous = 0, "train", -1
-    for number, text in parts():
-        starts, previous = number != previous, number
+    size, first, end = measure_text(text for _, text in parts())
+    border = int(size * (1 - val_fraction))
+    if not first < border < end:  # one split would be white space
+        border = first + int((end - first) * (1 - val_fraction))
+    n_read, split = 0, "train"
+    for number, text, starts, is_blank in mark_blank(parts()):
         follows = starts and number > 0
         if split == "train" and n_read + len(text) > border:
             cut = max(0, border - n_read)
             if cut > 0 or not follows:
-                cut = text.find("\n", cut) + 1 or cut
+                middle = (border + end) // 2 - n_read  # a later line would leave little to validate on, or nothing
+                cut = text.find("\n", cut, middle) + 1 or cut
             if text[:cut]:
-                yield Chunk(text[:cut], split, 0, starts, follows)
+                yield Chunk(text[:cut], split, 0, starts, follows, is_blank)
             if text[cut:]:
-                yield Chunk(text[cut:], "val", 0, starts_document=True, follows_border=follows and cut == 0)
+                yield Chunk(text[cut:], "val", 0, True, follows and cut == 0, is_blank)
                 split = "val"
         else:
-            yield Chunk(text, split, 0, starts, follows)
+            yield Chunk(text, split, 0, starts, follows, is_blank)
         n_read += len(text)
+
+
+def measure_text(chunks: Iterator[str]) -> tuple[int, int, int]:
+    """Return a text's length and the range that remains without white space around it, in characters."""
+    size, first, end = 0, None, 0
+    for text in chunks:
+        if inner := text.strip():
+            end = size + len(text.rstrip())
+            first = end - len(inner) if first is None else first
+        size += len(text)
+    return size, first or 0, end
 
 
 def is_held_out(key: str, val_fraction: float) -> bool:
     """Return True if a document is for validation, by its key alone. A larger fraction holds out the same and more."""
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < val_fraction * 2**64
+    return hash_of(key) < val_fraction * 2**64
+
+
+def hash_of(key: str) -> int:
+    """Return a document's place among 2^64."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")

@@ -23,7 +23,8 @@ from training.data import shards
 from training.data.build import write_dataset, write_streams
 from training.data.corpus import DUMP_SUFFIX, Corpus, split_documents
 from training.data.file_hashes import FileHashes
-from training.data.notes import describe_dataset, describe_repeated_files, describe_separators
+from training.data.notes import describe_dataset, describe_left_out, describe_repeated_files, describe_separators
+from training.data.progress import show_progress
 from training.data.shards import Split, Stream, StreamWriter
 from training.data.sources import build_reader, drop_repeated_files
 from training.data.tokenizer import Tokenizer
@@ -55,16 +56,22 @@ def prepare(config: DataConfig, *, quiet: bool = False) -> Dataset:
     """
     start = time.perf_counter()
     corpus = Corpus(config)
+    if not quiet:
+        print_notes(describe_left_out(corpus.train_readers + corpus.val_readers))
     cache = Path(config.cache_dir).expanduser()
     try:
         cache.mkdir(parents=True, exist_ok=True)
         hashes = FileHashes(cache / "digests.json")
-        folder = cache / corpus.cache_key(hashes)
+        with show_progress("hashing the sources", quiet, only_if_slow=True) as progress:
+            hashes.on_read = progress.add
+            folder = cache / corpus.cache_key(hashes)
         if not (is_cached := folder.exists()):
             with lock_dataset(folder, quiet):
                 if not folder.exists():
                     build_dataset(corpus, folder, hashes, quiet)
-        dataset = open_dataset(folder, corpus.weights, hashes)
+        with show_progress("checking the cached tokens", quiet, only_if_slow=True) as progress:
+            hashes.on_read = progress.add
+            dataset = open_dataset(folder, corpus.weights, hashes)
         hashes.save()
     except OSError as error:  # from the cache's disk: readers of sources raise UserError
         raise UserError(f"{error.filename or cache}: cannot be written: {error.strerror or error}") from None
@@ -89,7 +96,7 @@ def build_dataset(corpus: Corpus, folder: Path, hashes: FileHashes, quiet: bool)
     """Write a dataset under a temporary name and rename it. The caller holds its lock."""
     for leftover in folder.parent.glob("*.partial"):  # of killed builds; the locks of others are held
         with suppress(Timeout), FileLock(leftover.with_suffix(".lock"), timeout=0):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)  # its owner may have renamed it since it was listed
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -126,7 +133,7 @@ def read_split(paths: Sequence[str], text_column: str, tokenizer: Tokenizer) -> 
     tokens, starts = BytesIO(), BytesIO()
     writer = StreamWriter(tokens, starts, tokenizer)
     reader = build_reader(FilesSource(paths=tuple(paths), text_column=text_column))
-    print_notes(describe_repeated_files(drop_repeated_files([reader])))
+    print_notes([*describe_left_out([reader]), *describe_repeated_files(drop_repeated_files([reader]))])
     chunks = split_documents(reader, 0, 1.0, tokenizer.separators)
     counts = write_streams(chunks, tokenizer, {("val", 0): writer}, None, len)
     if not writer.n_documents:

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
-import os
 import stat
+import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from training.errors import UserError
+
+BLOCK_BYTES = 2**20
 
 
 class FileHashes:
@@ -16,6 +19,7 @@ class FileHashes:
     def __init__(self, memo: Path):
         self.memo = memo
         self.has_changed = False
+        self.on_read: Callable[[int], object] = abs  # called with the size of each block that is hashed
         try:
             self.entries = dict(json.loads(memo.read_bytes()))
         except (OSError, ValueError, TypeError, RecursionError):
@@ -29,19 +33,23 @@ class FileHashes:
             if not stat.S_ISREG(status.st_mode):
                 raise UserError(f"{path}: not a file but a folder, a pipe or a device")
             version = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-            if (entry := self.entries.get(name)) and entry[:3] == version:
-                return entry[3]
+            entry = self.entries.get(name)
+            if isinstance(entry, list) and len(entry) == 4 and entry[:3] == version:
+                return str(entry[3])
             with path.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                digest = hashlib.sha256()
+                while block := file.read(BLOCK_BYTES):
+                    digest.update(block)
+                    self.on_read(len(block))
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-        self.entries[name], self.has_changed = [*version, sha256], True
-        return sha256
+        self.entries[name], self.has_changed = [*version, digest.hexdigest()], True
+        return digest.hexdigest()
 
     def save(self) -> None:
         """Replace the memo atomically. If the disk refuses, the next start hashes the files again."""
         if self.has_changed:
-            temporary = self.memo.with_name(f"{self.memo.name}.{os.getpid()}")
+            temporary = self.memo.with_name(f"{self.memo.name}.{uuid.uuid4().hex}")
             with suppress(OSError):
                 try:
                     temporary.write_text(json.dumps(self.entries))

@@ -1,10 +1,27 @@
 """Lines about the text that a user may not expect: what is left out, read otherwise than written, or read twice."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from training.data.shards import Manifest
+from training.data.sources import FilesReader, Reader
+from training.data.text_files import EXTENSIONS
 from training.data.tokenizer import Tokenizer
+
+MAX_KINDS = 6  # of files, named in the line about what was left out
+
+
+def describe_left_out(readers: Iterable[Reader]) -> Iterator[str]:
+    """Yield a line for each source whose folders and globs have files that are not read, counted by kind."""
+    for reader in readers:
+        if isinstance(reader, FilesReader) and reader.left_out:
+            counts = Counter(reader.left_out.values()).most_common()
+            kinds = [f"{n} {kind}{'' if n == 1 else 's'}" for kind, n in counts[:MAX_KINDS]]
+            if n := sum(n for _, n in counts[MAX_KINDS:]):
+                kinds.append(f"{n} of other kinds")
+            advice = f"names must end in {EXTENSIONS}; .json files must be named or match a glob"
+            yield f"{', '.join(reader.patterns)}: left out {', '.join(kinds)}: {advice}"
 
 
 def describe_repeated_files(repeated: Sequence[tuple[Path, Path]]) -> Iterator[str]:

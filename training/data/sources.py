@@ -3,14 +3,22 @@
 import sysconfig
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 from training.config import FilesSource, HuggingFaceSource, Section, StdlibSource
-from training.data.chunks import Document, to_document
+from training.data.chunks import Document, look_ahead, to_document
 from training.data.file_hashes import FileHashes
-from training.data.text_files import SKIPPED_FOLDERS, find_files, format_of, is_text_file, read_documents, to_text, walk
+from training.data.text_files import (
+    SKIPPED_FOLDERS,
+    find_files,
+    format_of,
+    is_plain_text,
+    is_text_file,
+    read_documents,
+    to_text,
+    walk,
+)
 from training.errors import UserError, library_error
 
 
@@ -53,20 +61,28 @@ class FilesReader:
 
     def __init__(self, config: FilesSource):
         self.column = config.text_column
-        self.paths = find_files(config.paths)
+        self.patterns = config.paths
+        self.paths, self.left_out = find_files(config.paths)
 
     def documents(self) -> Iterator[Document]:
         for path, is_named in self.paths.items():
             is_blank = is_named
             for document in read_documents(path, self.column):
-                first = next(document.chunks)
-                is_blank = is_blank and not first.strip()
-                yield document._replace(chunks=chain([first], document.chunks))
+                is_blank_document, chunks = look_ahead(document.chunks)
+                is_blank = is_blank and is_blank_document
+                yield document._replace(chunks=chunks)
             if is_blank:
                 raise no_text_error(path)
 
     def identity(self, hashes: FileHashes) -> Any:
         return [self.column, [(format_of(path), hashes.sha256(path)) for path in self.paths]]
+
+
+def plain_bytes(reader: Reader) -> int | None:
+    """Return the bytes of a source's text if all of it is in plain text files, else None."""
+    paths = reader.paths if isinstance(reader, FilesReader) else getattr(reader, "modules", {}).values()
+    is_known = paths and all(map(is_plain_text, paths))
+    return sum(path.stat().st_size for path in paths if path.exists()) if is_known else None
 
 
 def no_text_error(path: Path) -> UserError:

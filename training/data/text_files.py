@@ -1,50 +1,79 @@
-"""Local text files: find them by path, folder or glob, decompress them, read them document by document."""
+"""Local text files: find them by path, folder or glob, and read them document by document."""
 
-import bz2
 import glob
-import gzip
 import io
 import json
-import lzma
 import os
-import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NoReturn
 
 from training.data.chunks import Document, decode_utf8, split_into_chunks, to_document
+from training.data.decompress import DECOMPRESSORS, open_decompressed
 from training.errors import UserError
 
 SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages"})
+ONLY_BY_NAME = ".json"  # folders of code have .json files that hold no text
 MAX_LINE_BYTES = 2**26  # of .jsonl, because a whole line is in memory
+MAX_BATCH_ROWS = 256  # of .parquet, in memory at a time
+MAX_BATCH_BYTES = 2**30
+MAX_PARQUET_RATIO = 200  # text shrinks 3 to 50 times; a page that shrinks more is checked against MAX_PAGE_BYTES
+MAX_PAGE_BYTES = 2**28
+BOM = b"\xef\xbb\xbf"
+
+LeftOut = dict[Path, str]  # files and folders that a search did not use, and their kind
 
 
-def walk(folder: Path, skip: frozenset[str] = SKIPPED_FOLDERS) -> Iterator[Path]:
-    """Yield every file below a folder, sorted by path, without hidden files and folders and those named in `skip`."""
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name not in skip and not name.startswith("."))
-        yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
+def walk(folder: Path, skip: frozenset[str] = SKIPPED_FOLDERS, left_out: LeftOut | None = None) -> Iterator[Path]:
+    """Yield every file below a folder in a fixed order, without hidden ones and folders named in `skip`.
+
+    Follows links, and enters each folder once. Raises UserError for a folder that cannot be read.
+    """
+    left_out = {} if left_out is None else left_out
+    entered = set()
+    for parent, folders, names in os.walk(folder, onerror=_raise_unreadable, followlinks=True):
+        status = Path(parent).stat()
+        if (inode := (status.st_dev, status.st_ino)) in entered:
+            folders.clear()
+            continue
+        entered.add(inode)
+        for name in folders:
+            if name in skip or name.startswith("."):
+                left_out[Path(parent, name)] = f"folder {name}"
+        folders[:] = sorted(name for name in folders if Path(parent, name) not in left_out)
+        for name in sorted(names):
+            if name.startswith("."):
+                left_out[Path(parent, name)] = "hidden file"
+            else:
+                yield Path(parent, name)
+
+
+def _raise_unreadable(error: OSError) -> NoReturn:
+    raise UserError(f"{error.filename}: this folder cannot be read: {error.strerror}") from None
 
 
 def format_of(path: Path) -> str:
     """Return the extension that names the format, without the compression's: `.jsonl` of `a.jsonl.gz`."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if len(suffixes) > 1 and suffixes[-1] in OPENERS and suffixes[-2] != ".parquet":
+    if len(suffixes) > 1 and suffixes[-1] in DECOMPRESSORS and suffixes[-2] != ".parquet":
         return suffixes[-2]
     return suffixes[-1] if suffixes else ""
 
 
-def find_files(patterns: Iterable[str]) -> dict[Path, bool]:
-    """Return the files of paths, folders and globs, each once; True: by its own path. Raises UserError for none."""
+def find_files(patterns: Iterable[str]) -> tuple[dict[Path, bool], LeftOut]:
+    """Return the files of paths, folders and globs, each once (True: by its own path), and what a search left out.
+
+    Raises UserError for a path, folder or glob without a usable file.
+    """
     files: dict[Path, bool] = {}
+    left_out: LeftOut = {}
     for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.is_file():
             if format_of(path) not in FORMATS:
                 raise UserError(f"{path}: no usable file: its name does not end in {EXTENSIONS}")
             files[path] = True
-        elif matches := sorted(search(path)):
+        elif matches := sorted(search(path, left_out)):
             files |= {match: False for match in matches if match not in files}
         elif path.is_dir():
             raise UserError(f"{pattern}: no usable file in this folder: no name ends in {EXTENSIONS}")
@@ -52,35 +81,33 @@ def find_files(patterns: Iterable[str]) -> dict[Path, bool]:
             raise UserError(f"{pattern}: the glob matches no usable file (names that end in {EXTENSIONS})")
         else:
             raise UserError(f"{pattern}: no such file or folder")
-    return files
+    return files, {path: kind for path, kind in left_out.items() if path not in files}
 
 
-def search(path: Path) -> Iterator[Path]:
+def search(path: Path, left_out: LeftOut) -> Iterator[Path]:
     """Yield the usable files below a folder, or those that a glob matches, also below folders that it matches."""
+    if not path.is_dir():
+        _check_listable(path)
     matches = [path] if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207 (it may be absolute)
     for match in matches:
-        yield from (file for file in (walk(match) if match.is_dir() else [match]) if format_of(file) in FORMATS)
+        is_folder = match.is_dir()
+        for file in walk(match, left_out=left_out) if is_folder else [match]:
+            name = format_of(file)
+            if name in FORMATS and not (is_folder and name == ONLY_BY_NAME):
+                yield file
+            else:
+                left_out[file] = f"{name} file" if name else "file without an extension"
 
 
-def _open_zstd(path: Path, _mode: str) -> BinaryIO:
-    import pyarrow
-
-    return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
-
-
-OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
-
-
-@contextmanager
-def open_decompressed(path: Path) -> Iterator[BinaryIO]:
-    """Open a file's decompressed bytes. Raises UserError, also while they are read, if it cannot be read to its end."""
-    try:
-        with OPENERS.get(path.suffix.lower(), Path.open)(path, "rb") as file:
-            yield file
-    except EOFError:
-        raise UserError(f"{path}: cut short: the compressed data end in the middle") from None
-    except (OSError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+def _check_listable(pattern: Path) -> None:
+    """Raise UserError if a folder that a glob searches cannot be read: `glob` takes it for an empty one."""
+    for path in (pattern, *pattern.parents):
+        if glob.has_magic(str(path)):
+            for folder in glob.iglob(f"{path.parent}/", recursive=True):  # noqa: PTH207 (it may be absolute)
+                try:
+                    os.scandir(folder).close()
+                except OSError as error:
+                    _raise_unreadable(error)
 
 
 def read_text(path: Path, _column: str) -> Iterator[Document]:
@@ -96,24 +123,46 @@ def read_text(path: Path, _column: str) -> Iterator[Document]:
 def read_jsonl(path: Path, column: str) -> Iterator[Document]:
     """Yield a document for each line that is not blank."""
     with open_decompressed(path) as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
-            if len(line) > MAX_LINE_BYTES:
-                limit = f"{MAX_LINE_BYTES >> 20} MiB"
-                raise UserError(f"{path}: line {number} is longer than {limit}, the limit for one document")
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield to_document(_parse_line(line, column, f"{path}: line {number}"))
+        yield from _read_lines(file, path, column)
 
 
-def _parse_line(line: bytes, column: str, where: str) -> str:
+def read_json(path: Path, column: str) -> Iterator[Document]:
+    """Yield a document for each object of an array, or for each line that is not blank."""
+    with open_decompressed(path) as file:
+        if not file.peek().removeprefix(BOM).lstrip().startswith(b"["):
+            yield from _read_lines(file, path, column)
+            return
+        array = file.read(MAX_LINE_BYTES + 1)
+        if len(array) > MAX_LINE_BYTES:
+            limit = f"longer than {MAX_LINE_BYTES >> 20} MiB, the limit for an array"
+            raise UserError(f"{path}: {limit}; write a .jsonl with one object per line (jq -c '.[]')")
+        for number, row in enumerate(_parse(array.removeprefix(BOM), str(path))):
+            yield to_document(_text_of(row, column, f"{path}: item {number}"))
+
+
+def _read_lines(file: io.BufferedReader, path: Path, column: str) -> Iterator[Document]:
+    for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
+        if len(line) > MAX_LINE_BYTES:
+            limit = f"{MAX_LINE_BYTES >> 20} MiB"
+            raise UserError(f"{path}: line {number} is longer than {limit}, the limit for one document")
+        if number == 1:
+            line = line.removeprefix(BOM)
+        if line.strip():
+            where = f"{path}: line {number}"
+            hint = "" if line.endswith(b"\n") else "; it is the last line: was it cut short?"
+            yield to_document(_text_of(_parse(line, where, " of the line", hint), column, where))
+
+
+def _parse(data: bytes, where: str, part: str = "", hint: str = "") -> Any:
     try:
-        row = json.loads(line.decode())
+        return json.loads(data.decode())
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: byte {error.start} of the line is not UTF-8 ({error.reason})") from None
+        raise UserError(f"{where}: byte {error.start}{part} is not UTF-8 ({error.reason})") from None
     except (ValueError, RecursionError) as error:
-        hint = "" if line.endswith(b"\n") else "; it is the last line: was it cut short?"
         raise UserError(f"{where}: not JSON ({error}){hint}") from None
+
+
+def _text_of(row: Any, column: str, where: str) -> str:
     if not isinstance(row, dict):
         raise UserError(f"{where}: a JSON {type(row).__name__}, not an object with a {column!r}")
     if column not in row:
@@ -132,12 +181,32 @@ def read_parquet(path: Path, column: str) -> Iterator[Document]:
             if column not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
                 raise UserError(f"{path}: no column {column!r}; there are {names} (option text_column)")
-            for batch in file.iter_batches(batch_size=256, columns=[column]):
+            for batch in file.iter_batches(batch_size=batch_rows(path, file.metadata, column), columns=[column]):
                 for value in batch.column(0):
                     yield to_document(to_text(value.as_py(), column, f"{path}: row {row}"))
                     row += 1
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: row {row}: cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def batch_rows(path: Path, metadata: Any, column: str) -> int:
+    """Return how many rows fit into MAX_BATCH_BYTES at worst. Raises UserError for a page that would fill memory.
+
+    A row is at most as long as all of its row group's column on disk, before compression: a dictionary's entry is
+    stored once.
+    """
+    largest = 1
+    for i in range(metadata.num_row_groups):
+        group = metadata.row_group(i)
+        parts = [group.column(j) for j in range(group.num_columns)]
+        parts = [part for part in parts if part.path_in_schema.split(".")[0] == column]
+        size = sum(part.total_uncompressed_size for part in parts)
+        compressed = sum(part.total_compressed_size for part in parts)
+        if size > MAX_PAGE_BYTES and size > MAX_PARQUET_RATIO * compressed:
+            sizes = f"{compressed:,} bytes unpack to {size:,}"
+            raise UserError(f"{path}: row group {i}: {sizes}, too many for text; write it in smaller row groups")
+        largest = max(largest, size)
+    return min(max(MAX_BATCH_BYTES // largest, 1), MAX_BATCH_ROWS)
 
 
 def to_text(value: Any, column: str, where: str) -> str:
@@ -153,8 +222,16 @@ def to_text(value: Any, column: str, where: str) -> str:
     return value
 
 
-FORMATS = {".txt": read_text, ".md": read_text, ".py": read_text, ".jsonl": read_jsonl, ".parquet": read_parquet}
-EXTENSIONS = ", ".join(FORMATS) + " (each but .parquet also with " + ", ".join(OPENERS) + ")"
+FORMATS = {
+    ".txt": read_text,
+    ".md": read_text,
+    ".py": read_text,
+    ".jsonl": read_jsonl,
+    ".parquet": read_parquet,
+    ".ndjson": read_jsonl,
+    ".json": read_json,
+}
+EXTENSIONS = ", ".join(FORMATS) + " (each but .parquet also with " + ", ".join(DECOMPRESSORS) + ")"
 
 
 def read_documents(path: Path, column: str) -> Iterator[Document]:
@@ -165,3 +242,8 @@ def read_documents(path: Path, column: str) -> Iterator[Document]:
 def is_text_file(path: Path) -> bool:
     """Return True if the file is one document, not rows of documents."""
     return FORMATS[format_of(path)] is read_text
+
+
+def is_plain_text(path: Path) -> bool:
+    """Return True if the file's bytes are one document's."""
+    return path.suffix.lower() not in DECOMPRESSORS and is_text_file(path)

@@ -5,7 +5,7 @@ The end-of-text token stands between documents and nowhere else. A model's own t
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from training.config import BPETokenizer, ByteTokenizer, FileTokenizer, HuggingFaceTokenizer, Section, TiktokenTokenizer
 from training.data.file_hashes import FileHashes
 from training.data.lossless import PROBE, normalization, reason_lossy, token_sizes
+from training.data.progress import run_interruptibly
 from training.data.tiktoken_encode import Encoder, build_fast_encoder, unicode_to_bytes
 from training.errors import UserError, library_error
 from training.files import mkdir_durable, write_atomically
@@ -26,6 +27,9 @@ END_OF_TEXT = "<|endoftext|>"
 # End-of-text tokens of common tokenizers, for a tokenizer.json without a file that names its own.
 OTHER_SEPARATORS = ("<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")  # noqa: RUF001
 NAME = re.compile(r"<.+>|\[.+\]")  # of a special token that is in the vocabulary
+MAX_VOCAB_SIZE = 2**24  # arrays of this length are made; the largest known vocabularies have 2**20 tokens
+MAX_WORD_CHARS = 256  # learning from a word takes time in proportion to the square of its length
+LONG_RUN = re.compile(rf"(?<!\S)\S{{{MAX_WORD_CHARS + 1},}}|(?<!\s)\s{{{MAX_WORD_CHARS + 1},}}")
 
 
 class Tokenizer:
@@ -43,6 +47,8 @@ class Tokenizer:
         inner.no_truncation()
         inner.add_special_tokens([AddedToken(separator, normalized=False)])
         inner.encode_special_tokens = True
+        if (largest := max(inner.get_vocab().values())) >= MAX_VOCAB_SIZE:
+            raise UserError(f"{name}: token id {largest} is not below {MAX_VOCAB_SIZE}, the limit")
         self.token_bytes = token_sizes(inner)
         if reason := reason_lossy(inner, self.token_bytes):
             raise UserError(f"{name}: not a lossless byte-level tokenizer: {reason}; use one such as GPT-2's")
@@ -160,14 +166,37 @@ def build_byte_tokenizer() -> Tokenizer:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE with GPT-2's pre-tokenizer. The same texts give the same tokenizer.
 
-    `vocab_size` includes the end-of-text token, which is the last. Little text gives fewer tokens.
+    `vocab_size` includes the end-of-text token, which is the last. Little text gives fewer tokens. Words longer than
+    MAX_WORD_CHARS are cut for training, and only for it. An exception such as KeyboardInterrupt ends the reading.
     """
-    inner = _byte_level(models.BPE())
+    inner, is_running = _byte_level(models.BPE()), True
+
+    def words() -> Iterator[str]:
+        for text in texts:
+            for part in cut_long_words(text):
+                if not is_running:
+                    return
+                yield part
+
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    inner.train_from_iterator(texts, trainer)
+    try:
+        run_interruptibly(lambda: inner.train_from_iterator(words(), trainer))
+    finally:
+        is_running = False
     return Tokenizer(inner, "bpe")
+
+
+def cut_long_words(text: str) -> Iterator[str]:
+    """Yield the text in parts, cut only inside words of GPT-2's pre-tokenizer longer than MAX_WORD_CHARS."""
+    start, splitter = 0, pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for run in LONG_RUN.finditer(text):
+        for _, (first, end) in splitter.pre_tokenize_str(run.group()):
+            for cut in range(run.start() + first + MAX_WORD_CHARS, run.start() + end, MAX_WORD_CHARS):
+                yield text[start:cut]
+                start = cut
+    yield text[start:]
 
 
 def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
@@ -178,12 +207,14 @@ def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
 
 
 def up_to(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
-    """Yield texts until they have `max_bytes` in all."""
+    """Yield texts until they have `max_bytes` in all; then close a generator, and so its files."""
     for text in texts:
         yield text
         max_bytes -= len(text.encode())
         if max_bytes <= 0:
-            return
+            break
+    if isinstance(texts, Generator):
+        texts.close()
 
 
 def _file(config: FileTokenizer, _texts: Iterable[str]) -> Tokenizer:

@@ -1,0 +1,128 @@
+"""Progress of preparing data, on stderr: a bar on a terminal, else lines, so that no phase is silent for a minute."""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from training.terminal import is_terminal, print_note, redirects, rich_console
+
+Result = TypeVar("Result")
+LINE_EVERY_S = 30.0  # without a terminal
+POLL_S = 0.05
+
+
+class Progress:
+    """The progress of one stage, in bytes. `total` is None if it is unknown, as for compressed text."""
+
+    def __init__(self, stage: str, total: int | None = None):
+        self.stage, self.total = stage, total
+        self.n_bytes, self.start = 0, time.perf_counter()
+        self.on_change: Callable[[], object] = bool
+
+    def __call__(self, text: str) -> str:
+        """Count a text that was processed, and return it."""
+        self.add(len(text.encode()))
+        return text
+
+    def add(self, n_bytes: int) -> None:
+        self.n_bytes += n_bytes
+        self.on_change()
+
+    def watch(self, texts: Iterable[str], next_stage: str) -> Iterator[str]:
+        """Yield the texts and count them; then, or once the generator is closed, the next stage begins."""
+        try:
+            yield from map(self, texts)
+        finally:
+            self.stage, self.total = next_stage, None
+            self.on_change()
+
+    def __str__(self) -> str:
+        total = "" if self.total is None else f" of {self.total / 1e6:.1f}"
+        return f"{self.stage}: {self.n_bytes / 1e6:.1f}{total} MB in {time.perf_counter() - self.start:.1f} s"
+
+
+@contextmanager
+def show_progress(
+    stage: str, quiet: bool, *, total: int | None = None, only_if_slow: bool = False
+) -> Iterator[Progress]:
+    """Show a stage until the block ends. `only_if_slow`: print no line for a stage of less than LINE_EVERY_S."""
+    progress = Progress(stage, total)
+    if quiet:
+        yield progress
+    elif is_terminal("stderr"):
+        with _bar(progress, transient=only_if_slow):
+            yield progress
+    else:
+        with _lines(progress, only_if_slow):
+            yield progress
+
+
+@contextmanager
+def _lines(progress: Progress, only_if_slow: bool) -> Iterator[None]:
+    if not only_if_slow:
+        print_note(f"{progress.stage} ...")
+    stage, end = progress.stage, threading.Event()
+
+    def beat() -> None:
+        while not end.wait(LINE_EVERY_S):
+            print_note(f"{progress} ...")
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
+    progress.stage, progress.total = stage, None
+    if not only_if_slow or time.perf_counter() - progress.start > LINE_EVERY_S:
+        print_note(str(progress))
+
+
+@contextmanager
+def _bar(progress: Progress, transient: bool) -> Iterator[None]:
+    from rich import progress as rich_progress
+
+    columns = (
+        rich_progress.SpinnerColumn(),
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.TextColumn("{task.fields[size]}"),
+        rich_progress.TimeElapsedColumn(),
+    )
+    with rich_progress.Progress(*columns, console=rich_console("stderr"), transient=transient, **redirects()) as bar:
+        task = bar.add_task(progress.stage, total=progress.total, size="")
+
+        def update() -> None:
+            total = "" if progress.total is None else f" / {progress.total / 1e6:.1f}"
+            size = f"{progress.n_bytes / 1e6:.1f}{total} MB"
+            bar.tasks[0].total = progress.total  # `update` keeps the old total for None
+            bar.update(task, completed=progress.n_bytes, description=progress.stage, size=size)
+
+        progress.on_change = update
+        yield
+
+
+def run_interruptibly(work: Callable[[], Result]) -> Result:
+    """Return `work()`, run in a thread, because native code that takes minutes would hold back Ctrl-C.
+
+    After an exception here, such as KeyboardInterrupt, the thread goes on until `work` returns or the process ends.
+    """
+    results: list[Result] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_S)
+    if errors:
+        raise errors[0]
+    return results[0]
