@@ -55,6 +55,14 @@ def test_moe_vs_dense_trains_a_moe_and_its_twin_in_turns(output_of, tmp_path):
     assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_log_measures_a_start_and_a_report(output_of):
+    lines = output_of("log.py", "--rows", 100, "--layers", 2).splitlines()
+    assert lines[1].startswith("      100 rows, 0 MiB: ")
+    assert [line[:34].split("   ")[1].strip() or line for line in lines[2:]] == [
+        "start", "report", "start without curves.jsonl", "report without curves.jsonl"
+    ]  # fmt: skip
+
+
 TINY = ("--n_layer", 2, "--n_embd", 32, "--n_head", 2, "--n_positions", 32, "--samples", 4, "--vocab_size", 512)
 
 

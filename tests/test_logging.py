@@ -27,8 +27,8 @@ from torch import nn
 
 from training.config import LoggingConfig, WandbConfig
 from training.errors import UserError
+from training.logging import jsonl, report
 from training.logging import metrics as metrics_module
-from training.logging import report
 from training.logging.console import open_sink
 from training.logging.format import clock, count, share
 from training.logging.graph import trace_graph
@@ -84,7 +84,7 @@ def steps_in(folder: Path) -> list[int]:
 def test_a_row_reads_back_as_it_was_written(tmp_path):
     rows = [row(1), eval_row(2, text="\u2028 é \ud800 </script>\x00")]
     JSONLSink(run_in(tmp_path)).write(rows)
-    assert read_rows(tmp_path / "metrics.jsonl") == rows
+    assert list(read_rows(tmp_path / "metrics.jsonl")) == rows
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -115,10 +115,126 @@ def test_nan_and_inf_become_null_which_every_json_reader_accepts(tmp_path):
     assert json.loads(text)["router_layers"] == {"entropy": [None, 1.0]}
 
 
-def test_the_error_for_an_invalid_row_names_its_line(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n[2]\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl line 2"):
-        JSONLSink(run_in(tmp_path))
+GOOD = [json.dumps(row(step)).encode() + b"\n" for step in range(1, 7)]
+BAD = {
+    "zeros": bytes(4096) + b"\n", "a flipped bit": GOOD[1].replace(b'"loss"', b'"loss\xa2'), "no JSON": b"{\n",
+    "a list": b"[2]\n", "a number": b"3\n", "no step": b'{"loss": 2.0}\n', "a text as step": b'{"step": "2"}\n',
+    "NaN as step": b'{"step": NaN}\n', "step 0": b'{"step": 0}\n', "a text as time": b'{"step": 2, "time_s": "x"}\n',
+    "a text as loss": b'{"step": 2, "loss": "x"}\n', "a number as load": b'{"step": 2, "expert_load": 3}\n',
+    "a huge loss": b'{"step": 2, "loss": 1' + 400 * b"0" + b"}\n",
+    "a number as sample": b'{"step": 2, "samples": [3]}\n',
+    "deep": 10_000 * b"[" + b"\n", "the row before": GOOD[0], "a later step": GOOD[3],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_line_that_is_no_row_is_kept_aside_before_the_checkpoint_and_dropped_past_it(tmp_path, capsys, name):
+    path, aside, bad = tmp_path / "metrics.jsonl", tmp_path / "metrics.unreadable.jsonl", BAD[name]
+    path.write_bytes(b"".join([*GOOD[:4], bad, *GOOD[4:], bad, b'{"step": 7']))
+    JSONLSink(run_in(tmp_path, start_step=4))
+    assert path.read_bytes() == b"".join(GOOD[:4]) and not aside.exists()
+    path.write_bytes(b"".join([GOOD[0], bad, *GOOD[2:]]))
+    assert capsys.readouterr().err == ""
+    sink = JSONLSink(run_in(tmp_path, start_step=4))
+    assert path.read_bytes() == b"".join([GOOD[0], *GOOD[2:4]]) and aside.read_bytes() == bad
+    reason = "moved 1 line after step 1, unreadable or out of order, to metrics.unreadable.jsonl; training continues"
+    assert capsys.readouterr().err == f"{path}: {reason}\n"
+    sink.write([row(5)])
+    assert steps_in(tmp_path) == [1, 3, 4, 5] == [span.last for span in sink.history.spans]
+
+
+def of_curve(step: int) -> dict:
+    """A row with a curve that no two windows share, and spikes."""
+    return {"step": step, "loss": 1 + 9 / step + math.sin(step**2), "time_compute": 0.5} | (
+        {"val_loss": 2.0, "samples": [{"prompt": "a", "text": str(step)}]} if step % 500 == 0 else {}
+    )
+
+
+def in_batches(sink: JSONLSink, first: int, last: int) -> None:
+    for start in range(first, last + 1, 100):
+        sink.write([of_curve(step) for step in range(start, min(start + 100, last + 1))])
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        Path.touch,
+        Path.unlink,
+        lambda curves: curves.write_bytes(curves.read_bytes()[:9000] + bytes(4096)),
+        lambda curves: curves.write_text("[]"),
+        lambda curves: (curves.unlink(), curves.mkdir()),
+    ],
+)
+def test_a_resumed_run_has_the_history_of_one_that_was_not_interrupted(tmp_path, monkeypatch, capsys, harm):
+    monkeypatch.setattr(jsonl, "TAIL_BYTES", 2**12)
+    whole = JSONLSink(run_in(make(tmp_path / "whole"), steps=3000))
+    in_batches(whole, 1, 3000)
+    folder, saved = make(tmp_path / "parts"), 0
+    for killed_at, saved_at in ((800, 700), (2100, 1300), (2700, 2690)):
+        in_batches(JSONLSink(run_in(folder, start_step=saved, steps=3000)), saved + 1, killed_at)
+        saved = saved_at
+    harm(folder / "curves.jsonl")
+    sink = JSONLSink(run_in(folder, start_step=saved, steps=3000))
+    assert sink.lost_s == pytest.approx(10 * 0.5)
+    in_batches(sink, saved + 1, 3000)
+    ours, theirs = sink.history, whole.history
+    assert (
+        rounded(ours) == rounded(theirs)
+        and ours.stride == theirs.stride == 4
+        and list(ours.recent) == list(theirs.recent)
+    )
+    assert (ours.first_evaluation["step"], ours.last_evaluation["step"]) == (500, 3000)
+    assert "metrics.jsonl: " not in capsys.readouterr().err
+    assert (folder / "metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+
+
+def rounded(history) -> list:
+    """Return the spans; sums may differ by rounding if only a part comes from curves.jsonl."""
+    for span in history.spans:
+        for series in span.series.values():
+            series.total = float(f"{series.total:.10g}")
+    return history.spans
+
+
+def make(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def test_a_start_reads_the_end_of_a_long_log_or_without_curves_a_sample_of_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jsonl, "TAIL_BYTES", 2**12)
+    in_batches(JSONLSink(run_in(tmp_path, steps=4000)), 1, 4000)
+    path = tmp_path / "metrics.jsonl"
+    with path.open("r+b") as file:  # damage that a start which reads all rows would find
+        file.write(b"#")
+    history = JSONLSink(run_in(tmp_path, start_step=4000)).history
+    assert capsys.readouterr().err == "" and history.n_rows == 4000
+    (tmp_path / "curves.jsonl").unlink()
+    monkeypatch.setattr(jsonl, "MAX_BYTES", 2**14)
+    sample = JSONLSink(run_in(tmp_path, start_step=4000)).history
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(
+        r"curves.jsonl is missing or does not fit; the report shows a sample of the rows up to step 3[89]\d\d$", line
+    )
+    assert sample.n_rows == pytest.approx(4000, abs=5) and sample.newest()["loss"] == history.newest()["loss"]
+    assert sample.phase_seconds()["compute"] == pytest.approx(history.phase_seconds()["compute"], rel=0.01)
+    assert path.read_bytes()[:1] == b"#"  # rows that are not read are not touched
+
+
+def test_curves_of_other_rows_are_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "TAIL_BYTES", 2**12)
+    in_batches(JSONLSink(run_in(tmp_path, steps=900)), 1, 900)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(of_curve(step) | {"loss": 5.0}) + "\n" for step in range(1, 901)))
+    series = JSONLSink(run_in(tmp_path, start_step=900)).history.series("loss")
+    assert {point[1] for part in series for point in (part.low, part.high)} == {5.0}
+
+
+def test_the_rows_past_a_step_are_found_in_a_long_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "TAIL_BYTES", 2**12)
+    in_batches(JSONLSink(run_in(tmp_path, steps=2000)), 1, 2000)
+    for step in (0, 1, 777, 1999, 2000):
+        assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl", after=step)] == list(range(step + 1, 2001))
 
 
 def test_a_missing_folder_is_a_user_error(tmp_path):
@@ -405,12 +521,6 @@ def test_tensorboard_has_the_hyperparameters_of_a_run(tmp_path):
     assert board.SummaryMetadata("_hparams_/session_end_info")
 
 
-def test_a_tensorboard_folder_that_cannot_be_created_is_a_user_error(tmp_path):
-    (tmp_path / "tensorboard").write_text("in the way")
-    with pytest.raises(UserError, match=r"cannot write .*tensorboard"):
-        tensorboard(run_in(tmp_path))
-
-
 def test_the_heat_map_is_blue_without_tokens_white_at_an_even_share_and_red_at_twice_that():
     image = draw_heat_map({1: [0.0, 0.25, 0.25, 0.5], 3: [1.0]})
     cells = image[TOP:, LEFT:]
@@ -576,6 +686,82 @@ def test_wandb_keeps_one_run_over_restarts_and_logs_no_step_twice(tmp_path, capf
     kept = list((tmp_path / "wandb").glob(f"offline-run-*/files/{histories[0][1][f'{LOAD_IMAGE}/path']}"))
     assert len(kept) == 1
     assert_is_the_heat_map(kept[0])
+
+
+def test_after_kill_9_wandb_has_each_row_once(processes, tmp_path, capfd):
+    """W&B's process holds rows in memory. The checkpoint is at step 100, W&B's file ends before or after."""
+    pytest.importorskip("wandb")
+    script = f"""
+        import signal
+        from test_logging import *
+        config = LoggingConfig(tensorboard=False, wandb=WandbConfig(mode="offline"))
+        sinks = open_sinks(config, run_in(Path({str(tmp_path)!r})))
+        for step in range(1, 121):
+            for sink in sinks:
+                sink.write([row(step, loss=1.0 * step)])
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    (tmp_path / "script.py").write_text(textwrap.dedent(script))
+    assert (
+        processes.start(str(tmp_path / "script.py"), env={"PYTHONPATH": str(Path(__file__).parent)}).wait().returncode
+    )
+    (killed,) = offline(tmp_path)
+    written = steps_of(records_in(killed.read_bytes()))
+    assert 0 < len(written) < 120
+    sinks = open_sinks(
+        LoggingConfig(tensorboard=False, wandb=WandbConfig(mode="offline")), run_in(tmp_path, start_step=118)
+    )
+    for sink in sinks:
+        sink.write([row(step, loss=1.0 * step) for step in range(119, 131)])
+        sink.close(None)
+    (again,) = set(offline(tmp_path)) - {killed}
+    logged = history_rows(again)
+    assert written + [record["_step"] for record in logged] == list(range(1, 131))
+    assert all(record["train/loss"] == record["_step"] for record in logged)
+    assert f"logged steps {len(written) + 1} to 118 from metrics.jsonl" in capfd.readouterr().err
+    assert json.loads((tmp_path / "wandb.json").read_text())["has_steps_to"] == 130
+
+
+def steps_of(records: list) -> list[int]:
+    return [record.history.step.num for record in records if record.HasField("history")]
+
+
+@pytest.mark.parametrize("n_rows", [1, 300, 2500])
+def test_the_last_step_is_read_from_the_end_of_a_file_of_wandb(tmp_path, monkeypatch, n_rows):
+    """Records that span blocks, a torn end, and a tail without a row."""
+    pytest.importorskip("wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    from training.logging import wandb as ours
+
+    monkeypatch.setattr(ours, "TAIL_BYTES", 2**15)
+    data = bytearray(b":W&B123")
+    for step in range(1, n_rows + 1):
+        record = Record()
+        record.history.step.num = step
+        add_record(data, record.SerializeToString() + record.SerializeToString() * (step % 90))
+    for filler in range(4):
+        add_record(data, Record(num=filler, uuid="x" * 30_000).SerializeToString())
+    add_record(data, record.SerializeToString() * 99)
+    path = tmp_path / "run-x.wandb"
+    path.write_bytes(data[:-1])
+    assert ours.last_step(path) == n_rows == steps_of(records_in(bytes(data[:-1])))[-1]
+    path.write_bytes(data[:7])
+    assert ours.last_step(path) == 0
+
+
+def add_record(data: bytearray, record: bytes) -> None:
+    """Append a record in LevelDB's log format, without a checksum."""
+    is_first = True
+    while record or is_first:
+        left = 32768 - len(data) % 32768
+        if left < 7:
+            data += bytes(left)
+            continue
+        part, record = record[: left - 7], record[left - 7 :]
+        kind = {(True, False): 1, (True, True): 2, (False, True): 3, (False, False): 4}[is_first, bool(record)]
+        data += struct.pack("<IHB", 0, len(part), kind) + part
+        is_first = False
 
 
 def wandb_error(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -758,7 +944,7 @@ def test_a_metric_is_shown_everywhere_by_its_entry_alone(tmp_path, capsys, reque
     output, board = capsys.readouterr().out, events(tmp_path)
     assert "norm 12.3" in output and "bits/token 0.250" in output
     assert [len(board.Scalars(tag)) for tag in ("train/weight_norm", "val/bits_per_token")] == [2, 1]
-    page = report.write_report(tmp_path).read_text()
+    page = report.write_report(run_in(tmp_path, steps=2), sinks[0].history).read_text()
     assert all(f"<b>{text}</b>" in page for text in ("12.5", "0.250", "Weight norm", "Bits per token"))
 
 

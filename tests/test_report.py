@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from training.errors import UserError
 from training.logging.charts import COLUMNS, READINGS, Curve, chart, smooth, thin, tick_text, ticks_between, value_range
 from training.logging.format import MAX_TOKEN_CHARS, duration_text, token_text
+from training.logging.history import MAX_SPANS, History
 from training.logging.metrics import Chart
 from training.logging.phases import PHASES
 from training.logging.report import load_table, write_report
+from training.logging.sinks import RunInfo
 from training.terminal import TEXT, printable
 
 VOID = {"meta", "input", "line", "path", "progress", "br"}
@@ -110,12 +112,18 @@ def validation(text: str = "f(x)") -> dict:
     return {"val_loss": 2.6, "val_perplexity": 13.46, "val_bits_per_byte": 1.25, "samples": samples}
 
 
-def report(folder: Path, rows: list[dict], summary: dict | None = None) -> Page:
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if summary:
-        (folder / "summary.json").write_text(json.dumps(summary))
-    assert write_report(folder) == folder / "report.html"
-    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+def history_of(rows: list[dict]) -> History:
+    history = History()
+    for row in rows:
+        history.add(row)
+    return history
+
+
+def report(folder: Path, rows: list[dict], summary: dict | None = None, experts: dict | None = None, **facts) -> Page:
+    facts = {"header": {}, "steps": 40, "moe_layers": [1, 4], "config_yaml": ""} | facts
+    run = RunInfo(dir=folder, name="tiny", config={}, start_step=0, tokens_per_step=1, facts={}, **facts)
+    assert write_report(run, history_of(rows), summary, experts) == folder / "report.html"
+    assert [path.name for path in folder.iterdir()] == ["report.html"]
     return Page(folder / "report.html")
 
 
@@ -124,11 +132,8 @@ def titles(page: Page) -> list[str]:
 
 
 def test_the_page_of_a_finished_moe_run_has_all_sections(tmp_path):
-    facts = {"name": "tiny", "header": {"device": "H < 200"}, "steps": 40, "moe_layers": [1, 4]}
-    (tmp_path / "run.json").write_text(json.dumps(facts))
-    (tmp_path / "config.yaml").write_text("steps: 40 # <b>\n")
     rows = [with_experts(step, **(validation(f"words {step}") if step % 10 == 0 else {})) for step in range(1, 41)]
-    page = report(tmp_path, rows, FINISHED)
+    page = report(tmp_path, rows, FINISHED, header={"device": "H < 200"}, config_yaml="steps: 40 # <b>\n")
     assert page.of("title") == page.of("h1") == ["tiny"]
     assert page.of("p")[0].startswith("In 20 seconds this model read 1.28M tokens. Its loss went from 9.00 to ")
     assert "needs 1.25 bits for a byte" in page.of("p")[0]
@@ -181,10 +186,6 @@ def test_charts_of_problems_appear_only_if_there_were_any(tmp_path):
     assert not {"0.000", "0.0 %"} & set(report(tmp_path, [with_experts(step) for step in (1, 2, 3)]).of("b"))
 
 
-def test_without_run_json_moe_layers_are_numbered_among_themselves(tmp_path):
-    assert report(tmp_path, [with_experts(1)]).of("th")[3:] == ["MoE layer 1", "MoE layer 2"]
-
-
 def test_layers_of_different_sizes_share_a_heat_map(tmp_path):
     load = [[1 / 2] * 2, [1 / 4] * 4]
     page = report(tmp_path, [with_experts(1, expert_load=load)])
@@ -200,8 +201,7 @@ def test_a_nan_confidence_leaves_a_gap(tmp_path):
 
 
 def test_every_character_of_a_preferred_token_is_visible(tmp_path):
-    (tmp_path / "experts.json").write_text(json.dumps(PREFERENCES))
-    page = report(tmp_path, [with_experts(1)])
+    page = report(tmp_path, [with_experts(1)], experts=PREFERENCES)
     assert page.of("summary") == ["layer 2", "layer 5"]
     assert page.of("code")[:3] == ["␣def", "↵⇥</td>", "\\x1b\\u202e\\x00"]
     assert page.of("code")[3:] == ["}" * (MAX_TOKEN_CHARS - 1) + "…"] * 64
@@ -227,15 +227,10 @@ def test_a_dense_run_has_no_charts_of_experts(tmp_path):
 
 @pytest.mark.parametrize("rows", [[], [row(1)], [with_experts(1)], [row(1) | validation()], [row(1), row(2)]])
 def test_a_run_that_has_just_started_has_a_page(tmp_path, rows):
-    (tmp_path / "run.json").write_text(json.dumps({"name": "tiny", "header": {}, "steps": 40}))
     page = report(tmp_path, rows)
     assert page.of("h1") == ["tiny"]
     assert bool(page.values("path", "d")) == bool(rows)
     assert page.values("progress", "value") == ([f"{rows[-1]['step'] / 40}"] if rows else [])
-
-
-def test_a_folder_with_metrics_alone_is_enough(tmp_path):
-    assert report(tmp_path, [row(1)]).of("h1") == [tmp_path.name]
 
 
 def test_a_sample_stays_text(tmp_path):
@@ -258,12 +253,18 @@ def test_a_nan_loss_leaves_a_gap_in_the_chart(tmp_path):
     paths = " ".join(page.values("path", "d"))
     assert not re.search("nan|inf|None", paths)
     assert report(tmp_path, [row(1, loss=None)]).of("p") == [
-        "In 0.5 seconds this model read 32.0k tokens. Its loss is nan."
+        "In 0.5 seconds this model read 32.0k tokens so far, in 1 of 40 steps. Its loss is nan."
     ]
 
 
-def test_a_long_run_is_still_a_small_page(tmp_path):
+def test_a_long_run_is_still_a_small_page_with_its_extremes(tmp_path):
     rows = [with_experts(step, loss=3 + math.sin(step**2)) for step in range(1, 20_001)]
+    rows[12_344]["loss"], rows[7_776]["loss"] = 0.5, 99.0
+    history = history_of(rows)
+    assert len(history.spans) <= MAX_SPANS and history.n_rows == 20_000
+    points = history.points("loss")
+    assert points[0] == (1, rows[0]["loss"]) and points[-1] == (20_000, rows[-1]["loss"])
+    assert {(12_345, 0.5), (7_777, 99.0)} <= set(points) and len(points) < 2 * MAX_SPANS + 2
     page = report(tmp_path, rows)
     assert (tmp_path / "report.html").stat().st_size < 400_000
     assert all(path.count("L") < 2 * COLUMNS for path in page.values("path", "d"))
@@ -272,18 +273,12 @@ def test_a_long_run_is_still_a_small_page(tmp_path):
     assert readings[0]["curves"][0]["steps"][-1] == 20_000
 
 
-def test_the_error_for_a_broken_summary_names_the_file(tmp_path):
-    (tmp_path / "summary.json").write_text("{")
-    with pytest.raises(UserError, match=r"summary\.json is not JSON"):
-        write_report(tmp_path)
-
-
 def test_the_old_page_stays_if_the_new_one_cannot_be_written(tmp_path):
     report(tmp_path, [row(1)])
     before = (tmp_path / "report.html").read_bytes()
     (tmp_path / ".report.html.tmp").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*report\.html"):
-        write_report(tmp_path)
+        report(tmp_path, [row(1)])
     assert (tmp_path / "report.html").read_bytes() == before
 
 
@@ -316,8 +311,9 @@ def test_thinning_keeps_the_highest_and_the_lowest_point(ys):
 
 
 def test_smoothing_follows_a_steep_start_and_averages_the_noise_of_a_plateau():
-    assert list(smooth([(1, 10.0), (2, 5.0), (3, 3.0)], half=100)) == [(1, 10.0), (2, 5.0), (3, 3.0)]
-    noisy = [(step, 1.0 + (-1) ** step) for step in range(1, 401)]
+    steep = history_of([row(1, loss=10.0), row(2, loss=5.0), row(3, loss=3.0)]).series("loss")
+    assert list(smooth(steep, half=100)) == [(1, 10.0), (2, 5.0), (3, 3.0)]
+    noisy = history_of([row(step, loss=1.0 + (-1) ** step) for step in range(1, 401)]).series("loss")
     assert all(abs(y - 1) < 0.06 for step, y in smooth(noisy, half=20) if step > 100)
 
 
@@ -339,8 +335,9 @@ def test_ticks_are_short(value, text):
 
 
 def test_the_load_table_is_the_mean_over_the_end_of_the_run():
-    rows = [{"expert_load": [[1.0, 0.0]]}] * 50 + [{"expert_load": [[0.25, 0.75]]}] * 50
-    assert load_table(rows) == [
+    loads = [[[1.0, 0.0]]] * 50 + [[[0.25, 0.75]]] * 50
+    recent = history_of([row(step, expert_load=load) for step, load in enumerate(loads, start=1)]).recent
+    assert load_table([row["expert_load"] for row in recent]) == [
         [{"text": "25.0", "kind": "under", "by": 50}, {"text": "75.0", "kind": "over", "by": 50}]
     ]
 

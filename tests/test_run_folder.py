@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,9 +19,9 @@ from training import checkpoint
 from training import train as train_module
 from training.checkpoint.read import file_entry
 from training.data import text_files
+from training.data.file_hashes import FileHashes
 from training.errors import UserError
 from training.files import run_lock
-from training.logging.report import update_report
 from training.train import train
 
 OFTEN = {"checkpoint": {"every": 2, "keep": 2}}
@@ -146,26 +147,41 @@ def test_an_invalid_state_is_corrupt(finished, config, tmp_path, state):
         train(config(name="other"), resume=str(path))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"skips": {}},
-        {"skips": 3},
-        {"skips": {"total": "x", "in_a_row": 0, "spikes": 0}},
-        {"ledger": {"seconds": 3}},
-        {"ledger": {"seconds": {"compute": "x"}}},
-        {"loss_scale": {"x": 1}},
-        {"best": {}},
-        {"kernels": {"attention": 5}},
-        {"micro_batch": {"CPU": {}}},
-    ],
-)
-def test_a_state_with_wrong_fields_is_an_error_of_one_line(finished, config, change):
+ODD_STATES = [
+    {"skips": {}}, {"skips": 3}, {"skips": {"total": "x", "in_a_row": 0, "spikes": 0}},
+    {"skips": {"total": -1, "in_a_row": 0, "spikes": 0}}, {"ledger": {"seconds": 3}},
+    {"ledger": {"seconds": {"compute": "x"}}}, {"ledger": {"seconds": {"compute": -1.0}}},
+    {"loss_scale": {"x": 1}}, {"loss_scale": {"scale": 0.0, "good_steps": 0}}, {"best": {}}, {"best": {"step": 4}},
+    {"best": {"step": 9, "val_loss": 2.0}}, {"best": {"step": 4, "val_loss": float("nan")}},
+    {"kernels": {"attention": 5}}, {"micro_batch": {"CPU": {}}},
+    {"micro_batch": {"CPU": {"micro_batch": 1, "recompute": "some"}}}, {"time_s": 0.0}, {"time_s": -1.0},
+    {"time_s": "1"}, {"time_s": float("inf")}, {"last_row": {}}, {"last_row": {"step": 8, "tokens": "x"}},
+    {"last_row": {"step": 8, "tokens": 10**400}}, {"last_row": {"step": 7, "tokens": 1}}, {"last_row": []},
+    {"config": 3}, {"config": {"precision": "fp7"}}, {"config": {"precision": []}}, {"data": None}, {"another": 1},
+]  # fmt: skip
+
+
+def test_a_state_with_wrong_fields_is_an_error_of_one_line(finished, call, options, tmp_path):
     folder = finished(precision="fp16")
+    path, command = folder / "checkpoints/step-00000008", write_config(tmp_path / "x.yaml", options(precision="fp16"))
+    content = json.loads((path / "state.json").read_text())
+    for change in ODD_STATES:
+        seal(path, json.dumps(content | change))
+        done, (key,) = call("train", "--config", str(command)), change
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"error: {path / 'state.json'}: not the state of a run: {key}"), (change, line)
+        assert done.returncode == 2
+
+
+def test_an_odd_best_is_an_error_before_anything_is_pruned(finished, call):
+    folder = finished(**OFTEN)
     path = folder / "checkpoints/step-00000008"
-    seal(path, json.dumps(json.loads((path / "state.json").read_text()) | change))
-    with pytest.raises(UserError, match=r"step-00000008/state.json: not the state of a run"):
-        train(config(precision="fp16"))
+    before = names(folder)
+    for best in (3, {}, {"step": "x"}, []):
+        seal(path, json.dumps(json.loads((path / "state.json").read_text()) | {"best": best}))
+        done = call("checkpoints", "prune", str(folder), "--keep", "1")
+        assert done.returncode == 2 and done.stderr.startswith(f"error: {path / 'state.json'}: best: "), done
+        assert done.stderr.count("\n") == 1 and names(folder) == before
 
 
 def seal(path: Path, state: str) -> None:
@@ -202,12 +218,19 @@ def test_wrong_values_of_resume_and_name_are_errors_of_one_line(capsys, options,
     assert capsys.readouterr().err.endswith("File name too long; choose another --name\n")
 
 
+GOES_ON = "training continues without the missing rows"
+MOVED = "unreadable or out of order, to metrics.unreadable.jsonl; training continues"
+
+
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda lines: lines[:0], "not every step up to 6 has exactly one row"),
-        (lambda lines: lines[:2] + lines[3:], "not every step up to 6 has exactly one row"),
-        (lambda lines: [*lines[:3], *lines[2:]], "not every step up to 6 has exactly one row"),
+        (lambda lines: lines[:0], f"not every step up to 6 has exactly one row; {GOES_ON}"),
+        (lambda lines: lines[:2] + lines[3:], f"not every step up to 6 has exactly one row; {GOES_ON}"),
+        (lambda lines: [*lines[:3], *lines[2:]], f"moved 1 line after step 3, {MOVED}"),
+        (lambda lines: [*lines[:3], lines[4], *lines[3:]], f"moved 1 line after step 3, {MOVED}"),
+        (lambda lines: [*lines[:3], "\0\n", *lines[3:]], f"moved 1 line after step 3, {MOVED}"),
+        (lambda lines: [*lines, "\0\n"], None),
         (lambda lines: lines, None),
     ],
 )
@@ -220,7 +243,7 @@ def test_rows_that_were_removed_are_reported_and_the_run_resumes(run, finished, 
     capsys.readouterr()
     run(**OFTEN)
     errors = capsys.readouterr().err
-    assert errors == ("" if message is None else f"{path}: {message}; training continues without the missing rows\n")
+    assert errors == ("" if message is None else f"{path}: {message}\n")
     assert tensors(folder, 8) == before
 
 
@@ -256,22 +279,40 @@ def test_edited_side_files_do_not_stop_a_run(run, finished, file, text):
     assert (tensors(folder, 8), rows(folder)) == before
 
 
-@pytest.mark.parametrize("row", ['{"step": "x"}', '{"step": 7, "time_compute": "x"}', "3"])
-def test_a_line_that_is_not_a_row_is_named(finished, config, row):
+def test_a_run_goes_on_if_everything_but_its_checkpoints_is_replaced(run, finished, capsys):
+    """A folder in the place of each file, a file in the place of each folder, and odd names among the checkpoints."""
     folder = finished(**OFTEN)
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write(f"{row}\n")
-    with pytest.raises(UserError, match=r"metrics.jsonl line 9 is not a row of metrics"):
-        train(config(**OFTEN))
-
-
-def test_a_report_of_incomplete_rows_is_one_line(tmp_path, capsys):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": 1e999, "tokens": "x"}\n')
-    update_report(tmp_path)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{tmp_path}: its files are not what a run writes") and line.endswith(
-        "the report is not updated"
+    before = tensors(folder, 8)
+    shutil.rmtree(folder / "checkpoints/step-00000008")
+    files = ["metrics.jsonl", "curves.jsonl", "run.json", "config.yaml", "experts.json", "summary.json", "report.html"]
+    for name in (*files, "micro_batch.json"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).mkdir()
+    for name in ("tokenizer", "model"):
+        shutil.rmtree(folder / name)
+    for name in ("tokenizer", "tensorboard", "checkpoints/step-00000008", "checkpoints/step-"):
+        (folder / name).write_text("in the way")
+    (folder / "checkpoints/step-\N{SUPERSCRIPT TWO}").mkdir()
+    capsys.readouterr()
+    run(**OFTEN | {"logging": {"every": 2, "tensorboard": True}})
+    assert tensors(folder, 8) == before
+    moved = re.findall(r"/([\w.-]+): not what a run writes; moved to (\S+)\n", capsys.readouterr().err)
+    assert sorted(moved) == sorted(
+        (name, f"{name}.unreadable-1") for name in (*files, "tokenizer", "tensorboard", "step-00000008")
     )
+    assert [row["step"] for row in rows(folder)] == [7, 8]
+
+
+def test_hashes_of_the_cache_that_were_edited_are_computed_again(tmp_path):
+    path, memo = tmp_path / "text", tmp_path / "hashes.json"
+    path.write_text("text")
+    hashes = FileHashes(memo)
+    right = hashes.sha256(path)
+    hashes.save()
+    ((name, entry),) = json.loads(memo.read_text()).items()
+    for odd in ({name: [*entry[:3], 5]}, {name: [*entry[:3], "f"]}, {name: entry[:3]}, {name: 5}, {name: {}}, [], 3):
+        memo.write_text(json.dumps(odd))
+        assert FileHashes(memo).sha256(path) == right
 
 
 def test_a_line_longer_than_any_document_is_an_error(tmp_path, monkeypatch):

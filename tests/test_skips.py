@@ -16,7 +16,6 @@ from training import checkpoint, engine
 from training.engine.guard import MAX_CONSECUTIVE, MIN_WINDOW, WINDOW
 from training.engine.state import TrainState
 from training.errors import UserError
-from training.logging.report import write_report
 from training.train import train
 
 
@@ -94,7 +93,6 @@ def test_ten_skipped_steps_in_a_row_end_the_run_with_their_rows_and_no_checkpoin
     log = rows(folder)
     assert [row["skipped_steps"] for row in log] == [0] * 5 + list(range(1, 11))
     assert [row["loss"] is None for row in log] == [False] * 5 + [True] * 10
-    write_report(folder)
 
 
 def test_a_run_whose_last_step_was_skipped_ends_well(config, tmp_path, at_step, capsys):

@@ -57,6 +57,13 @@ def test_the_written_file_is_the_twin_with_a_summary(tmp_path, capsys, monkeypat
     assert capsys.readouterr().out == (tmp_path / "twin.yaml").read_text()
 
 
+def test_a_folder_is_not_replaced_by_the_twin(tmp_path, capsys):
+    path = tmp_path / "moe.yaml"
+    path.write_text(cli.dump_config(config_of(MOE)))
+    assert main(["--config", str(path), "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: --out {tmp_path}: a folder; name a file\n" and path.exists()
+
+
 def test_a_run_without_a_twin_is_an_error(tmp_path, capsys):
     (tmp_path / "dense.yaml").write_text(cli.dump_config(config_of({"type": "mlp"})))
     assert main(["--config", str(tmp_path / "dense.yaml")]) == 2

@@ -35,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         with run_lock(args.run):
             newest = checkpoint.latest(folder, lambda problem: print_line(f"{problem}; the damaged one is kept"))
             best = checkpoint.read_state(newest).get("best")
+            if best is not None and not (isinstance(best, dict) and type(best.get("step")) is int):
+                raise UserError(f"{newest / 'state.json'}: best: {best!r} has no step, so nothing is pruned")
             checkpoint.remove_leftovers(folder)
             checkpoint.prune(folder, args.keep, best and best["step"], lambda path: not checkpoint.corruption(path))
     n_damaged = 0

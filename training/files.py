@@ -1,13 +1,15 @@
 """Durable, atomic files and folders, and the lock of a run's folder."""
 
 import errno
+import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from training.errors import UserError
+from training.terminal import print_note
 
 
 @contextmanager
@@ -19,13 +21,19 @@ def write_errors_as_user_errors(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file by `text` durably. After a crash the file holds the old text or the new, never a mixture."""
+def write_atomically(path: Path, content: str | Iterable[bytes]) -> None:
+    """Replace the file durably. After a crash it holds the old content or the new, never a mixture.
+
+    A folder in its place is set aside.
+    """
     partial = path.with_name(f".{path.name}.tmp")
     with write_errors_as_user_errors(path):
         try:
-            partial.write_text(text, encoding="utf-8", newline="")
+            with partial.open("wb") as file:
+                file.writelines([content.encode()] if isinstance(content, str) else content)
             fsync_path(partial)
+            if path.is_dir() and not path.is_symlink():
+                set_aside(path)
             partial.replace(path)
         except OSError:
             partial.unlink(missing_ok=True)
@@ -92,6 +100,21 @@ def mkdir_durable(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
         fsync_path(folder.parent)
+
+
+def replace_by_folder(path: Path) -> None:
+    """Create a folder durably, unless it exists. A file in its place is set aside."""
+    if os.path.lexists(path) and not path.is_dir():
+        set_aside(path)
+    mkdir_durable(path)
+
+
+def set_aside(path: Path) -> None:
+    """Rename what is in the place of a file or folder of ours to NAME.unreadable-N, and print that."""
+    names = (path.with_name(f"{path.name}.unreadable-{n}") for n in itertools.count(1))
+    aside = next(name for name in names if not os.path.lexists(name))
+    rename_durable(path, aside)
+    print_note(f"{path}: not what a run writes; moved to {aside.name}")
 
 
 def rename_durable(source: Path, target: Path) -> None:

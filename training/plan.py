@@ -53,20 +53,28 @@ def measured_tokens_per_s(config: Config, device: str, world_size: int) -> float
 
     None if there are no rows, or if they have another model, batch, precision, device or number of ranks.
     """
-    from training.logging.jsonl import read_rows
+    from training.logging.jsonl import read_tail
 
     folder = config.run_dir
     try:
         facts = json.loads((folder / "run.json").read_text())["facts"]
         is_same_machine = (facts["device"], facts["world_size"]) == (device, world_size)
         measured = cli.load_config(folder / "config.yaml")
-    except (OSError, ValueError, KeyError, TypeError, UserError):  # never started, or started by another version
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+        UserError,
+    ):  # never started, or not by this version
         return None
     options = ("model", "batch_tokens", "precision")
     if not is_same_machine or any(getattr(measured, option) != getattr(config, option) for option in options):
         return None
-    speeds = [row["tokens_per_s"] for row in read_rows(folder / "metrics.jsonl")[1:]]
-    return statistics.median(speeds[-200:]) if speeds else None
+    rows = (row for row in read_tail(folder / "metrics.jsonl") if row["step"] > 1 and row.get("tokens_per_s"))
+    speeds = [row["tokens_per_s"] for row in rows][-200:]
+    return statistics.median(speeds) if speeds else None
 
 
 if __name__ == "__main__":

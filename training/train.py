@@ -89,7 +89,7 @@ def train(config: Config, *, resume: str = "auto") -> int:
             if due.log:
                 log.write()
             if due.evaluate and run.world.is_main:
-                engine.update_report(config.run_dir)
+                engine.update_report(log.info, log.history)
             if due.save or (is_best and config.checkpoint.keep_best):
                 with phase("checkpoint"):
                     checkpoints.save(state)

@@ -26,6 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     text = f"# {summary}\n{cli.dump_config(dense)}"
     if (out := flags["--out"]) is None:
         print_text(text)
+    elif Path(out).is_dir():  # of the user: `write_atomically` would set it aside
+        raise UserError(f"--out {out}: a folder; name a file")
     else:
         write_atomically(Path(out), text)
         print_line(f"{out}: {summary}")

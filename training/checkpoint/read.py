@@ -117,7 +117,7 @@ def corruption(path: Path) -> str | None:
             return f"{path / MANIFEST}: damaged: it lists no {missing[0]}"
         if type(step := read_state(path)["step"]) is not int or step < 0:
             return f"{path / 'state.json'}: damaged: not the state of a step"
-        if re.fullmatch(r"step-\d+", path.name) and step != int(path.name[5:]):
+        if re.fullmatch("step-[0-9]+", path.name) and step != int(path.name[5:]):
             return f"{path}: damaged: it is the checkpoint of another step"
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
@@ -143,7 +143,7 @@ def is_complete(path: Path) -> bool:
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Return (step, path) of each checkpoint in a folder, oldest first; damaged ones too."""
-    paths = [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+    paths = [path for path in folder.glob("step-*") if path.is_dir() and re.fullmatch("step-[0-9]+", path.name)]
     return sorted((int(path.name[5:]), path) for path in paths)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from training.checkpoint.read import KINDS, MANIFEST, is_complete, list_checkpoints
 from training.config import CheckpointConfig
 from training.errors import UserError, library_error
-from training.files import fsync_path, mkdir_durable, remove, rename_durable
+from training.files import fsync_path, remove, rename_durable, replace_by_folder, set_aside
 from training.terminal import print_note
 
 DTYPE_NAMES = {
@@ -141,11 +141,13 @@ class CheckpointWriter:
         is_main = self.group.rank == 0
 
         def create_folder() -> bool:
-            if is_main and not target.exists():
-                mkdir_durable(self.folder)
+            if is_main and not target.is_dir():
+                replace_by_folder(self.folder)
+                if os.path.lexists(target):
+                    set_aside(target)
                 remove_leftovers(self.folder)
                 partial.mkdir()
-            return target.exists()
+            return target.is_dir()
 
         def write_shards() -> dict:
             return {kind: self._write_shards(partial, kind, shards[kind], one_file) for kind in KINDS}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import stat
 import uuid
 from collections.abc import Callable
@@ -21,8 +22,8 @@ class FileHashes:
         self.has_changed = False
         self.on_read: Callable[[int], object] = abs  # called with the size of each block that is hashed
         try:
-            self.entries = dict(json.loads(memo.read_bytes()))
-        except (OSError, ValueError, TypeError, RecursionError):
+            self.entries = {name: list(entry) for name, entry in json.loads(memo.read_bytes()).items()}
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             self.entries = {}
 
     def sha256(self, path: Path) -> str:
@@ -33,9 +34,9 @@ class FileHashes:
             if not stat.S_ISREG(status.st_mode):
                 raise UserError(f"{path}: not a file but a folder, a pipe or a device")
             version = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-            entry = self.entries.get(name)
-            if isinstance(entry, list) and len(entry) == 4 and entry[:3] == version:
-                return str(entry[3])
+            *known, sha256 = self.entries.get(name) or [None]
+            if known == version and re.fullmatch("[0-9a-f]{64}", str(sha256)):
+                return sha256
             with path.open("rb") as file:
                 digest = hashlib.sha256()
                 while block := file.read(BLOCK_BYTES):

@@ -3,7 +3,7 @@
 import math
 import statistics
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt
 
 MAX_CONSECUTIVE = 10  # skipped updates in a row, before a run stops or a spike counts as the new level
 WINDOW = 128  # updates that a spike is measured against
@@ -15,11 +15,11 @@ class StepGuard(BaseModel):
 
     model_config = ConfigDict(strict=True, populate_by_name=True)
 
-    n_skipped: int = Field(alias="total")
-    consecutive: int = Field(alias="in_a_row")  # non-finite updates in a row
-    consecutive_spikes: int = Field(alias="spikes")
-    losses: list[float] = []  # of the last WINDOW applied updates, if spikes are skipped
-    norms: list[float] = []  # of their gradients
+    n_skipped: NonNegativeInt = Field(alias="total")
+    consecutive: NonNegativeInt = Field(alias="in_a_row")  # non-finite updates in a row
+    consecutive_spikes: NonNegativeInt = Field(alias="spikes")
+    losses: list[FiniteFloat] = []  # of the last WINDOW applied updates, if spikes are skipped
+    norms: list[FiniteFloat] = []  # of their gradients
 
     @property
     def is_stuck(self) -> bool:

@@ -68,7 +68,7 @@ class MicroBatch:
         world = self.model.world
         self.known |= world.broadcast(self._read_file() if world.is_main else None)
         if (known := self.known.get(self.key)) is not None:
-            self.size = known["micro_batch"]
+            self.size = min(known["micro_batch"], self.max_size)
             if known["recompute"] != self.model.activation_checkpointing:
                 self.model.set_activation_checkpointing(known["recompute"])
         elif self.config.micro_batch == "auto":

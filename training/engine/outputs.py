@@ -15,9 +15,9 @@ from training.engine.build import Setup
 from training.engine.expert_tokens import measure_expert_tokens
 from training.engine.loop import Phases
 from training.errors import UserError
-from training.files import atomic_folder, mkdir_durable, write_atomically
-from training.logging.advice import advice, facts_from_rows
-from training.logging.jsonl import nan_to_null, read_rows
+from training.files import atomic_folder, mkdir_durable, replace_by_folder, write_atomically
+from training.logging.advice import advice, facts_from_history
+from training.logging.jsonl import nan_to_null
 from training.logging.metrics import summary_values
 from training.logging.phases import PhaseTimer
 from training.logging.report import update_report
@@ -48,9 +48,12 @@ def open_log(setup: Setup, dataset: Dataset, started: float) -> RunLog:
         raise UserError(f"{folder}: {error.strerror}; choose another --out_dir or --name") from error
     info = run_info(setup, dataset)
     write_atomically(folder / "config.yaml", info.config_yaml)
+    replace_by_folder(folder / "tokenizer")
     dataset.tokenizer.save(folder / "tokenizer")
-    timer.add_lost_time(read_rows(folder / "metrics.jsonl"), state.step)
-    log.sinks = open_sinks(config.logging, info)
+    log.info, log.sinks = info, open_sinks(config.logging, info)
+    of_record = log.sinks[0]  # metrics.jsonl
+    log.history = of_record.history
+    timer.add_lost_time(of_record.lost_s)
     if state.step == 0 and not setup.model.mesh.has_collectives:
         batch = setup.loader.samples.batch([0])
         batch = batch._replace(tokens_BT=batch.tokens_BT[:, :32], targets_BT=batch.targets_BT[:, :32])
@@ -132,16 +135,16 @@ def finish(setup: Setup, dataset: Dataset, log: RunLog, phase: Phases) -> None:
             write_atomically(folder / "experts.json", json.dumps(expert_tokens) + "\n")
     summary = summarize(setup, dataset, log)
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    update_report(folder)
+    update_report(log.info, log.history, summary, expert_tokens)
     log.close(summary)
 
 
 def summarize(setup: Setup, dataset: Dataset, log: RunLog) -> dict[str, Any]:
     """Return the contents of summary.json."""
     config, state, row, folder = setup.config, setup.state, nan_to_null(log.last_row), str(setup.config.run_dir)
-    micro_batch, device = setup.micro_batch, setup.model.world.device
-    facts = facts_from_rows(
-        read_rows(config.run_dir / "metrics.jsonl"),
+    micro_batch, device, best = setup.micro_batch, setup.model.world.device, state.best or {}
+    facts = facts_from_history(
+        log.history,
         config,
         memory_gib=devices.available_memory_bytes(device) / 2**30,
         peak_gib=devices.peak_memory_gib(device),
@@ -158,10 +161,10 @@ def summarize(setup: Setup, dataset: Dataset, log: RunLog) -> dict[str, Any]:
         "steps": state.step,
         "tokens": row["tokens"],
         "skipped_steps": state.guard.n_skipped,
-        "train_loss": row["loss"],
+        "train_loss": row.get("loss"),
         **summary_values(row),
-        "best_val_loss": state.best["val_loss"],
-        "best_step": state.best["step"],
+        "best_val_loss": best.get("val_loss"),
+        "best_step": best.get("step"),
         "time_s": log.time_s,
         "tokens_per_s": row["tokens"] / log.time_s,
         "goodput": log.timer.goodput,

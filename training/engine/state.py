@@ -1,44 +1,50 @@
 """The state of a run: `TrainState`, stored in state.json, and `Checkpoints`, which saves it with the tensors."""
 
+import math
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from typing_extensions import TypedDict  # typing's own lacks what pydantic needs before Python 3.12
 
 from training import checkpoint
+from training import device as devices
 from training.checkpoint import CheckpointWriter, TensorShard, WriterGroup
 from training.config import Config
 from training.distributed.sharded_model import ShardedModel
 from training.engine.guard import StepGuard
 from training.errors import UserError
+from training.logging.history import span_of
 from training.logging.jsonl import nan_to_null
 from training.logging.rows import RunLog
 from training.optim.optimizer import LossScale, Optimizer
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Seconds = Annotated[float, Field(allow_inf_nan=False, ge=0)]
 
 
 class Best(TypedDict):
     """The lowest validation loss and its step."""
 
-    step: int
-    val_loss: float
+    step: PositiveInt
+    val_loss: Finite
 
 
 class KnownMicroBatch(TypedDict):
     """A micro-batch that fits, and the activation checkpointing that it needs."""
 
     micro_batch: PositiveInt
-    recompute: str
+    recompute: Literal["none", "selective", "full"]
 
 
 class TrainState(BaseModel):
     """All of a run that is neither weights nor optimizer state: state.json. Old ones lack the fields with defaults."""
 
-    model_config = ConfigDict(strict=True, populate_by_name=True)
+    model_config = ConfigDict(strict=True, populate_by_name=True, extra="forbid")
 
     step: NonNegativeInt  # updates done, skipped ones included
-    time_s: float  # spent training, without evaluations and saves
+    time_s: Seconds  # spent training, without evaluations and saves
     best: Best | None
     last_row: dict[str, Any]  # the newest row of metrics
     loss_scale: LossScale | None  # fp16 only
@@ -46,9 +52,30 @@ class TrainState(BaseModel):
     data: str  # fingerprint of text and tokenizer
     init_from_sha256: str | None = None  # of the weights that the run started from; None: random ones
     config: dict[str, Any]  # resolved options as plain data
-    phases: dict[str, dict[str, float]] = Field({}, alias="ledger")  # state of the phase timer
+    phases: dict[str, dict[str, Seconds]] = Field({}, alias="ledger")  # state of the phase timer
     kernels: dict[str, str] = {}  # chosen kernel by option
     micro_batches: dict[str, KnownMicroBatch] = Field({}, alias="micro_batch")  # by hardware key
+
+    @model_validator(mode="after")
+    def _check_values(self) -> "TrainState":
+        """Raise ValueError for values of the right type that no run writes."""
+        scale, precision = self.loss_scale, self.config.get("precision", "fp32")
+        if self.step and not self.time_s:
+            raise ValueError("time_s: 0 after the first step")
+        if self.step and (self.last_row.get("step") != self.step or self.last_row.get("tokens") is None):
+            raise ValueError(f"last_row: not the row of step {self.step}")
+        if self.step:
+            try:
+                span_of(self.last_row)
+            except ValueError as error:
+                raise ValueError(f"last_row: {error}") from error
+        if self.best is not None and self.best["step"] > self.step:
+            raise ValueError(f"best: step {self.best['step']} is after step {self.step}")
+        if scale is not None and not (0 < scale.scale < math.inf and scale.good_steps >= 0):
+            raise ValueError(f"loss_scale: {scale.scale:g} after {scale.good_steps} good steps")
+        if precision not in list(devices.DTYPES):  # which may not be hashable
+            raise ValueError(f"config: precision {precision!r}")
+        return self
 
     @classmethod
     def new(cls) -> "TrainState":
@@ -62,7 +89,10 @@ class TrainState(BaseModel):
         try:
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
-            raise UserError(f"{path}: not the state of a run; start over with --resume never") from error
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            problem = f"{key}: {first['msg']}" if key else first["msg"].removeprefix("Value error, ")
+            raise UserError(f"{path}: not the state of a run: {problem}; start over with --resume never") from error
 
     def to_json(self) -> dict[str, Any]:
         """Return the contents of state.json."""

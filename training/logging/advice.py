@@ -1,12 +1,14 @@
 """Advice after a run, from its measurements: was memory enough, where did the time go, did the model learn?"""
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
-from statistics import fmean, median
+from itertools import accumulate
+from statistics import fmean
 from typing import NamedTuple
 
 from training.config import Config
-from training.logging.charts import Point, points
+from training.logging.history import History, Point
 from training.logging.phases import goodput
 
 LIMITS = {  # thresholds beyond which a figure is worth a line, and their reasons
@@ -51,22 +53,34 @@ class Facts(NamedTuple):
     vocab_size: int
 
 
-def facts_from_rows(rows: list[dict], config: Config, *, memory_gib: float, peak_gib: float, **measured) -> Facts:
-    """Return a run's facts. `memory_gib` is the device's, `peak_gib` replaces missing rows, `measured` has the rest."""
-    norms, mfu, gib = ([value for _, value in points(rows, key)] for key in ("grad_norm", "mfu", "memory_gib"))
-    clip, last, peak = config.optim.grad_clip, rows[-1] if rows else {}, max(gib, default=peak_gib)
+def facts_from_history(history: History, config: Config, *, memory_gib: float, peak_gib: float, **measured) -> Facts:
+    """Return a run's facts. `memory_gib` is the device's, `peak_gib` replaces missing rows, `measured` has the rest.
+
+    The shares of rows are estimates beyond `history.MAX_SPANS` rows: a span counts as its last row.
+    """
+    norms, mfu = ([(part.last[1], part.n) for part in history.series(key)] for key in ("grad_norm", "mfu"))
+    clip, last = config.optim.grad_clip, history.recent[-1] if history.recent else {}
+    n_clipped = sum(n for norm, n in norms if clip is not None and norm > clip)
+    peak = max((part.high[1] for part in history.series("memory_gib")), default=peak_gib)
     return Facts(
         config=config,
-        mfu=median(mfu) if mfu else None,
+        mfu=_median(mfu) if mfu else None,
         memory_share=peak / memory_gib,
         memory_gib=peak,
-        clipped_share=sum(clip is not None and norm > clip for norm in norms) / len(norms) if norms else 0.0,
-        losses=points(rows, "loss"),
-        val_losses=points(rows, "val_loss"),
+        clipped_share=n_clipped / sum(n for _, n in norms) if norms else 0.0,
+        losses=[(part.last[0], part.total / part.n) for part in history.series("loss")],
+        val_losses=history.points("val_loss"),
         dead_experts=last.get("dead_experts", 0),
         n_experts=sum(map(len, last.get("expert_load", ()))),
         **measured,
     )
+
+
+def _median(values: list[tuple[float, int]]) -> float:
+    """Return the median of numbers that stand for n rows each."""
+    values = sorted(values)
+    ranks = list(accumulate(n for _, n in values))
+    return values[bisect_left(ranks, ranks[-1] / 2)][0]
 
 
 def advice(facts: Facts) -> list[str]:

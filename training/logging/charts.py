@@ -1,11 +1,13 @@
 """The geometry of the report's charts as plain data for SVG, so that the page needs no library."""
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, groupby
 from operator import itemgetter
 from typing import NamedTuple
 
+from training.logging.history import History, Point, Series
 from training.logging.metrics import METRICS, Chart, Metric
 
 WIDTH, HEIGHT = 1000, 300  # units of the SVG's own coordinates; the page stretches them
@@ -13,7 +15,6 @@ COLUMNS = 400  # a path has at most two points in each: its lowest and its highe
 READINGS = 200  # steps along each axis at which the pointer can show values
 LAYER_POINTS = 400  # of a layer's curve, about; its first 400 are all kept, for the logarithmic axis
 
-Point = tuple[int, float]  # step, value
 Axis = Callable[[float], float]  # step or value to position
 
 
@@ -26,34 +27,35 @@ class Curve(NamedTuple):
     shade: int = 0  # per cent between the first layer's color and the last's
 
 
-def metric_charts(rows: list[dict], groups: Sequence[str], layer_names: Sequence[str] = ()) -> list[dict]:
+def metric_charts(history: History, groups: Sequence[str], layer_names: Sequence[str] = ()) -> list[dict]:
     """Return the charts of these groups of METRICS, without those that have no numbers to show."""
     charts: dict[str, tuple[Chart, list[Curve]]] = {}
     for metric in METRICS:
         if metric.chart is not None and metric.group in groups:
             _, curves = charts.setdefault(metric.chart.title, (metric.chart, []))
-            curves += [curve for curve in _metric_curves(metric, rows, layer_names) if curve.points]
-    return [chart(spec, rows[-1]["step"], curves) for spec, curves in charts.values() if curves]
+            curves += [curve for curve in _metric_curves(metric, history, layer_names) if curve.points]
+    return [chart(spec, history.last_step, curves) for spec, curves in charts.values() if curves]
 
 
-def _metric_curves(metric: Metric, rows: list[dict], layer_names: Sequence[str]) -> list[Curve]:
+def _metric_curves(metric: Metric, history: History, layer_names: Sequence[str]) -> list[Curve]:
     spec = metric.chart
     if metric.of_layer is not None:
-        values = [(row["step"], metric.layers(row)) for row in rows]
-        return [_layer_curve(values, layer, layer_names) for layer in range(len(layer_names))]
-    raw = points(rows, metric.key)
+        by_layer = [history.series(f"{metric.key}/{layer}") for layer in range(len(layer_names))]
+        return [_layer_curve(series, layer, layer_names) for layer, series in enumerate(by_layer)]
+    raw = history.points(metric.key)
     if spec.hide_zeros and not any(value for _, value in raw):
         return []
     if spec.style != "noisy":
         return [Curve(spec.label, spec.style, raw)]
-    return [Curve("", "raw", raw), Curve(spec.label, "train", list(smooth(raw, len(rows) // 100)))]
+    smoothed = smooth(history.series(metric.key), history.n_rows // 100)
+    return [Curve("", "raw", raw), Curve(spec.label, "train", list(smoothed))]
 
 
-def _layer_curve(values: list[tuple[int, list[float | None]]], layer: int, names: Sequence[str]) -> Curve:
+def _layer_curve(series: list[Series], layer: int, names: Sequence[str]) -> Curve:
     """Return a MoE layer's smoothed curve."""
-    raw = [(step, layers[layer]) for step, layers in values if layers and layers[layer] is not None]
-    stride, smoothed = max(len(raw) // LAYER_POINTS, 1), smooth(raw, len(raw) // 200)
-    kept = [point for i, point in enumerate(smoothed) if i < LAYER_POINTS or (len(raw) - 1 - i) % stride == 0]
+    n = len(series)
+    stride, smoothed = max(n // LAYER_POINTS, 1), smooth(series, sum(part.n for part in series) // 200)
+    kept = [point for i, point in enumerate(smoothed) if i < LAYER_POINTS or (n - 1 - i) % stride == 0]
     return Curve(names[layer], "layer", kept, 100 * layer // max(len(names) - 1, 1))
 
 
@@ -132,18 +134,19 @@ def ticks_between(low: float, high: float, about: int) -> list[float]:
     return [round(index * step, 12) for index in range(first, last + 1)]
 
 
-def points(rows: list[dict], key: str) -> list[Point]:
-    """Return (step, value) for the rows with a number under the key; NaN and Inf are null there."""
-    return [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
+def smooth(series: list[Series], half: int) -> Iterator[Point]:
+    """Average over `half` rows on either side, and over fewer near both ends: at the start a curve is steep.
 
-
-def smooth(points: list[Point], half: int) -> Iterator[Point]:
-    """Average over `half` points on either side, and over fewer near both ends: at the start a curve is steep."""
-    sums = [0.0, *accumulate(value for _, value in points)]
-    for index, (step, _) in enumerate(points):
-        reach = min(half, index // 4)
-        first, end = index - reach, min(index + reach + 1, len(points))
-        yield step, (sums[end] - sums[first]) / (end - first)
+    A span counts whole, at its last step, and at least its own is averaged.
+    """
+    sums = [0.0, *accumulate(part.total for part in series)]
+    rows = [0, *accumulate(part.n for part in series)]
+    for index, part in enumerate(series):
+        middle = rows[index] + (part.n - 1) // 2
+        reach = min(half, middle // 4)
+        first = min(bisect_left(rows, middle - reach), index)
+        end = max(bisect_right(rows, middle + reach + 1) - 1, index + 1)
+        yield part.last[0], (sums[end] - sums[first]) / (rows[end] - rows[first])
 
 
 def tick_text(value: float) -> str:

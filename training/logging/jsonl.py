@@ -1,16 +1,41 @@
-"""metrics.jsonl: one JSON object per step, each step exactly once over all restarts."""
+"""metrics.jsonl: one JSON object per step, each step exactly once over all restarts.
+
+Beside it, curves.jsonl holds the spans of `history.py` that are complete, so that a restart reads only the end of
+metrics.jsonl. It is made again from metrics.jsonl if it is missing, damaged or does not fit.
+"""
 
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from pydantic import TypeAdapter
 
 from training.config import LoggingConfig
 from training.errors import UserError
-from training.files import write_atomically, write_errors_as_user_errors
+from training.files import fsync_path, set_aside, write_atomically, write_errors_as_user_errors
+from training.logging.history import MAX_SPANS, History, Span, span_of
+from training.logging.phases import PHASES
 from training.logging.sinks import RunInfo, Sink
 from training.terminal import print_note
+
+TAIL_BYTES = 2**20  # before the checkpoint's row, which every start reads; what is before comes from curves.jsonl
+MAX_BYTES = 2**24  # that a start reads without a curves.jsonl that fits; of more it reads a sample of the rows
+MAX_ROW_BYTES = 2**26  # more without a line break is not a row, such as the zeros of a file that a crash enlarged
+SPAN = TypeAdapter(Span)
+
+
+class Line(NamedTuple):
+    """A line of metrics.jsonl."""
+
+    start: int  # its first byte's number
+    data: bytes
+    row: dict | None  # None: not a row of metrics
+    span: Span | None  # of the row
 
 
 def open_sink(run: RunInfo, _config: LoggingConfig) -> Sink:
@@ -18,63 +43,224 @@ def open_sink(run: RunInfo, _config: LoggingConfig) -> Sink:
 
 
 class JSONLSink(Sink):
-    """Appends rows to `run.dir / "metrics.jsonl"`. Warns if someone removed rows: a run does not stop for its log."""
+    """Appends rows to `run.dir / "metrics.jsonl"` and to `history`. A run does not stop for its log.
+
+    Opening it moves rows that cannot be read to metrics.unreadable.jsonl, and sums the time of the rows that it drops
+    as `lost_s`. It warns if someone removed rows.
+    """
 
     def __init__(self, run: RunInfo) -> None:
-        self.path = run.dir / "metrics.jsonl"
-        text = read_text(self.path)
-        lines = zip(text.split("\n"), _parse(text, self.path), strict=False)  # the last line is empty or unfinished
-        kept = [(f"{line}\n", row["step"]) for line, row in lines if row["step"] <= run.start_step]
-        new_text = "".join(line for line, _ in kept)
-        if new_text != text or not self.path.exists():
-            write_atomically(self.path, new_text)
-        steps, has_checkpoints = [step for _, step in kept], (run.dir / "checkpoints").exists()
-        first = run.start_step + 1 - len(steps)  # rows may begin at the checkpoint of another run
-        if steps != list(range(first, run.start_step + 1)) or (has_checkpoints and run.start_step and not steps):
-            self._warn(f"not every step up to {run.start_step} has exactly one row")
-        self.size = self.path.stat().st_size
+        self.path, self.curves = run.dir / "metrics.jsonl", run.dir / "curves.jsonl"
+        self.unreadable = run.dir / "metrics.unreadable.jsonl"
+        self.lost_s = 0.0
+        for path in (self.path, self.unreadable):
+            if path.exists() and not path.is_file():
+                set_aside(path)
+        if not self.path.exists():
+            write_atomically(self.path, "")
+        with write_errors_as_user_errors(self.path):
+            self._load(run.start_step)
+        self._save_curves()
+        self._check_steps(run.start_step, has_checkpoints=(run.dir / "checkpoints").exists())
 
     def write(self, rows: list[dict]) -> None:
         """Append the rows and fsync them: the rows before a checkpoint survive a power cut if the checkpoint does."""
-        lines = "".join(json.dumps(nan_to_null(row), ensure_ascii=False) + "\n" for row in rows)
+        lines = [json.dumps(nan_to_null(row), ensure_ascii=False) + "\n" for row in rows]
+        data = [line.encode("utf-8", "backslashreplace") for line in lines]
         with write_errors_as_user_errors(self.path), self.path.open("ab") as file:
             if file.tell() != self.size:
-                self._warn("removed or changed while the run wrote it")
-            file.write(lines.encode("utf-8", "backslashreplace"))
+                self._warn("removed or changed while the run wrote it; training continues without the missing rows")
+            self.size = file.tell()
+            file.write(b"".join(data))
             file.flush()
             os.fsync(file.fileno())
-            self.size = file.tell()
+        stride = self.history.stride
+        for row, line in zip(rows, data, strict=True):
+            self.size += len(line)
+            self.history.add(row, self.size)
+        self._save_curves(append=stride == self.history.stride)
+
+    def _load(self, start_step: int) -> None:
+        """Read the end of metrics.jsonl into the history, and remove from the file what is not in the history."""
+        tail = max(0, _offset_of(self.path, start_step) - TAIL_BYTES)
+        self.history = _read_curves(self.curves, self.path, tail)
+        self.size = self.history.spans[-1].end if self.history.spans else 0
+        if tail - self.size > MAX_BYTES and (sample := _sample(self.path, tail)).spans:
+            self.history, self.size = sample, sample.spans[-1].end
+            reason = f"{self.curves.name} is missing or does not fit"
+            self._warn(f"{reason}; the report shows a sample of the rows up to step {self.history.last_step}")
+        kept = [[0, self.size]]  # parts of the file: first byte, end
+        n_unreadable = after = 0
+        for line, kind, step_before in _sorted_lines(self.path, self.size, self.history.last_step, start_step):
+            if kind == "kept":
+                if line.start != kept[-1][1]:
+                    kept.append([line.start, line.start])
+                kept[-1][1] = line.start + len(line.data)
+                self.size += len(line.data)
+                line.span.end = self.size
+                self.history.add_span(line.span, line.row)
+            elif kind == "unreadable":
+                with self.unreadable.open("ab") as file:
+                    file.write(line.data.removesuffix(b"\n") + b"\n")
+                after = after if n_unreadable else step_before
+                n_unreadable += 1
+            elif line.span is not None:
+                series = (line.span.series.get(f"time_{phase}") for phase in PHASES)
+                self.lost_s += sum(part.total for part in series if part is not None)
+        if n_unreadable:
+            fsync_path(self.unreadable)
+            lines = f"{n_unreadable} line{'s' if n_unreadable > 1 else ''} after step {after}"
+            self._warn(f"moved {lines}, unreadable or out of order, to {self.unreadable.name}; training continues")
+        self.has_warned = n_unreadable > 0
+        if len(kept) > 1:
+            write_atomically(self.path, _parts(self.path, kept))
+        elif self.size != self.path.stat().st_size:
+            with self.path.open("r+b") as file:
+                file.truncate(self.size)
+            fsync_path(self.path)
+
+    def _check_steps(self, start_step: int, *, has_checkpoints: bool) -> None:
+        spans, n_rows = self.history.spans, self.history.n_rows
+        first = start_step + 1 - n_rows  # rows may begin at the checkpoint of another run
+        is_complete = spans[0].first == first and spans[-1].last == start_step if spans else not has_checkpoints
+        if start_step and not is_complete and not self.has_warned:
+            reason = f"not every step up to {start_step} has exactly one row"
+            self._warn(f"{reason}; training continues without the missing rows")
+
+    def _save_curves(self, *, append: bool = False) -> None:
+        """Write the spans that later rows will not change; with `append` those since the last call."""
+        complete = self.history.spans[:-1]
+        try:
+            if append:
+                with self.curves.open("ab") as file:
+                    file.writelines(SPAN.dump_json(span) + b"\n" for span in complete[self.n_saved :])
+            else:
+                header = json.dumps({"stride": self.history.stride}).encode()
+                write_atomically(self.curves, [header + b"\n", *(SPAN.dump_json(span) + b"\n" for span in complete)])
+        except (OSError, UserError):
+            with suppress(OSError):
+                self.curves.unlink(missing_ok=True)  # without one, the next start reads all rows
+        self.n_saved = len(complete)
 
     def _warn(self, problem: str) -> None:
-        print_note(f"{self.path}: {problem}; training continues without the missing rows")
+        print_note(f"{self.path}: {problem}")
 
 
-def read_rows(path: Path) -> list[dict]:
-    """Return the rows of metrics.jsonl, [] if there is no file. Raises UserError for a complete line that is no row."""
-    return _parse(read_text(path), path)
+def read_rows(path: Path, after: int = 0) -> Iterator[dict]:
+    """Yield the rows past step `after`, without lines that cannot be read; none if there is no file."""
+    if path.is_file():
+        for line in _lines(path, _offset_of(path, after)):
+            if line.row is not None and line.row["step"] > after:
+                yield line.row
 
 
-def _parse(text: str, path: Path) -> list[dict]:
-    rows = []
-    for number, line in enumerate(text.split("\n")[:-1], start=1):
-        try:
-            row = json.loads(line)
-            times = [value for name, value in row.items() if name.startswith("time_")]
-            is_row = type(row["step"]) is int and all(type(value) in (int, float) for value in times)
-        except (ValueError, AttributeError, KeyError):  # no JSON, not an object, or without a step
-            is_row = False
-        if not is_row:
-            raise UserError(f"{path} line {number} is not a row of metrics: remove the line and start again")
-        rows.append(row)
-    return rows
+def read_tail(path: Path) -> list[dict]:
+    """Return the rows in the last TAIL_BYTES, without lines that cannot be read; [] if there is no file."""
+    if not path.is_file():
+        return []
+    return [line.row for line in _lines(path, max(0, path.stat().st_size - TAIL_BYTES)) if line.row is not None]
 
 
-def read_text(path: Path) -> str:
-    """Return the file's text, "" if there is no file. Raises UserError if it cannot be read."""
+def _lines(path: Path, start: int) -> Iterator[Line]:
+    with path.open("rb") as file:
+        file.seek(start)
+        while data := file.readline(MAX_ROW_BYTES):
+            yield _line(start, data)
+            start += len(data)
+
+
+def _line(start: int, data: bytes) -> Line:
     try:
-        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        if not data.endswith(b"\n"):
+            raise ValueError("unfinished")
+        row = json.loads(data.decode())
+        return Line(start, data, row, span_of(row))
+    except (ValueError, RecursionError):
+        return Line(start, data, None, None)
+
+
+def _offset_of(path: Path, step: int) -> int:
+    """Return a byte at or before the row after `step`, at most TAIL_BYTES before it, by bisection."""
+    low, high = 0, path.stat().st_size
+    while high - low > TAIL_BYTES:
+        middle = (low + high) // 2
+        row = next((line.row for line in _lines(path, middle) if line.row is not None), None)
+        low, high = (middle, high) if row is not None and row["step"] <= step else (low, middle)
+    return low
+
+
+def _sorted_lines(path: Path, start: int, previous: int, start_step: int) -> Iterator[tuple[Line, str, int]]:
+    """Yield (line, kind, step before) for the lines from byte `start` on, after the row of step `previous`.
+
+    "kept": the rows of rising steps to `start_step`; "past": what lies past these; "unreadable": what lies among them.
+    """
+    held = None  # the row before: only the next one tells a wrong step, such as 900 between 99 and 101, from a gap
+    for line in _lines(path, start):
+        step, last = line.row and line.row["step"], held.row["step"] if held is not None else previous
+        if step is not None and last < step <= start_step:
+            if held is not None:
+                yield held, "kept", previous
+            previous, held = last, line
+        elif step is not None and previous < step < last:
+            yield held, "unreadable", previous
+            held = line
+        else:
+            yield line, "past" if last >= start_step or (step or 0) > start_step else "unreadable", last
+    if held is not None:
+        yield held, "kept", previous
+
+
+def _parts(path: Path, parts: list[list[int]]) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        for start, end in parts:
+            file.seek(start)
+            while start < end:
+                yield (data := file.read(min(end - start, 2**20)))
+                start += len(data)
+
+
+def _read_curves(curves: Path, path: Path, limit: int) -> History:
+    """Return the history of the first `limit` bytes of metrics.jsonl by curves.jsonl; empty if that does not fit."""
+    spans = []
+    try:
+        with curves.open("rb") as file:
+            stride = int(json.loads(file.readline())["stride"])
+            for data in file:
+                span = SPAN.validate_json(data)
+                if span.end > limit:
+                    break
+                spans.append(span)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # the rest is read from metrics.jsonl
+        pass
+    is_rising = all(a.last < b.first and a.end < b.end for a, b in pairwise(spans))
+    if not spans or stride < 1 or not is_rising or not _ends_at(path, spans[-1]):
+        return History()
+    return History(spans, stride)
+
+
+def _sample(path: Path, limit: int) -> History:
+    """Return the history of MAX_SPANS rows in the first `limit` bytes; each stands for those since the one before."""
+    history = History()
+    for part in range(MAX_SPANS):
+        for line in islice(_lines(path, part * limit // MAX_SPANS), 2):  # the first may begin in its middle
+            if line.row is not None and line.row["step"] > history.last_step:
+                n_rows = line.row["step"] - history.last_step if history.spans else 1
+                span = span_of(line.row, line.start + len(line.data))
+                span.n_rows = n_rows
+                for series in span.series.values():
+                    series.n, series.total = n_rows, n_rows * series.total
+                history.add_span(span, line.row)
+                break
+    return history
+
+
+def _ends_at(path: Path, span: Span) -> bool:
+    """Return True if a line of metrics.jsonl ends where the span does and the next row is that of the next step."""
+    with path.open("rb") as file:
+        file.seek(span.end - 1)
+        is_line = file.read(1) == b"\n"
+    line = next(_lines(path, span.end), None)
+    return is_line and line is not None and (line.row is None or line.row["step"] == span.last + 1)
 
 
 def nan_to_null(value: Any) -> Any:

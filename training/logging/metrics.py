@@ -48,7 +48,7 @@ class Metric(NamedTuple):
     figure: Figure | None = None
     chart: Chart | None = None
     in_summary: bool = False  # summary.json repeats the last value
-    of_layer: Callable[[Any], float] | None = None  # if the value is a list over MoE layers: an element's number
+    of_layer: Callable[[Any], float | None] | None = None  # if the value is a list over MoE layers: an element's number
 
     def value(self, row: dict) -> Any:
         """Return the row's value, None if the row has none."""
@@ -59,6 +59,11 @@ class Metric(NamedTuple):
     def layers(self, row: dict) -> list[float | None]:
         """Return a number for each MoE layer, [] if the row has none."""
         return [None if value is None else self.of_layer(value) for value in self.value(row) or ()]
+
+
+def busiest(load_E: list[float | None]) -> float | None:
+    """Return the busiest expert's load over the mean; None if a load is not finite."""
+    return None if None in load_E else max(load_E) * len(load_E)
 
 
 # fmt: off
@@ -101,7 +106,7 @@ METRICS = [
       for phase, meaning in PHASES.items()),
     Metric("expert_load", "for each MoE layer, each expert's share of the assignments; the tag has the largest share "
            f"over the mean; also a heat map `{LOAD_IMAGE}` and, in TensorBoard, histograms",
-           "router_layers/max_over_mean", "router", of_layer=lambda load_E: max(load_E) * len(load_E),
+           "router_layers/max_over_mean", "router", of_layer=busiest,
            chart=Chart("Busiest expert", "its load over the mean, in each MoE layer", spikes=True)),
     Metric("expert_load_max", "load of the busiest expert over the mean load, in the worst layer",
            "router/expert_load_max", "router", in_summary=True,
@@ -143,7 +148,8 @@ def scalars(row: dict, moe_layers: Sequence[int]) -> dict[str, float]:
         if metric.of_layer is not None:
             by_layer = metric.layers(row)
             for layer, value in zip(moe_layers, by_layer, strict=bool(by_layer)):
-                values[layer_tag(metric.tag, layer)] = value
+                if value is not None:
+                    values[layer_tag(metric.tag, layer)] = value
         elif metric.tag is not None and (value := metric.value(row)) is not None:
             values[metric.tag] = value
     return values

@@ -29,11 +29,6 @@ RARE = ("start", "redone")  # in a row only if they are not 0
 MIN_SHARE = 0.005  # a smaller share rounds to 0 %
 
 
-def phase_seconds(rows: list[dict]) -> dict[str, float]:
-    """Return the seconds by phase that the rows add up to."""
-    return {phase: sum((row.get(f"time_{phase}") or 0.0 for row in rows), 0.0) for phase in PHASES}
-
-
 def goodput(seconds: dict[str, float]) -> float | None:
     """Return the share of all time that went into steps that count; None if nothing was measured."""
     total = sum(seconds.values())
@@ -113,14 +108,13 @@ class PhaseTimer:
             self._since_row[phase] += since_row.get(phase, 0.0)
         self._since_row_at_load = sum(since_row.values())
 
-    def add_lost_time(self, rows: list[dict], step: int) -> None:
-        """Count the time of the rows past `step`, which are about to be removed, as `redone`.
+    def add_lost_time(self, lost_s: float) -> None:
+        """Count the time of the rows past the checkpoint, which a restart removes, as `redone`.
 
         Call it after `load_state_dict`. Time lost to an earlier kill is in those rows as `time_redone`.
         """
-        lost = sum(phase_seconds([row for row in rows if row["step"] > step]).values())
-        if lost:  # the first of these rows contains the checkpoint's `since_row`, which counts already
-            self._add("redone", max(0.0, lost - self._since_row_at_load))
+        if lost_s:  # the first of these rows contains the checkpoint's `since_row`, which counts already
+            self._add("redone", max(0.0, lost_s - self._since_row_at_load))
 
     def _add(self, phase: str, seconds: float) -> None:
         self.seconds[phase] += seconds

@@ -11,8 +11,9 @@ from torch import Tensor
 from training import device as devices
 from training.config import Config
 from training.distributed.world import World
+from training.logging.history import History
 from training.logging.phases import PhaseTimer
-from training.logging.sinks import Sink
+from training.logging.sinks import RunInfo, Sink
 from training.optim.schedule import lr_factor
 
 
@@ -25,6 +26,8 @@ class RunLog:
     step_metrics: Callable[[dict[str, Sequence[float]], int], dict[str, Any]]  # model.metrics.step_metrics
     flops_per_token: float  # of the whole model, forward and backward
     timer: PhaseTimer
+    info: RunInfo | None = None  # on the main rank, as the next two
+    history: History | None = None  # of the written rows
     sinks: list[Sink] = field(default_factory=list)
     time_s: float = 0.0  # seconds of training over all restarts, without evaluations and saves
     rows: list[dict] = field(default_factory=list)  # fetched, not written yet

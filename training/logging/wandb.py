@@ -1,18 +1,26 @@
 """Weights & Biases, if `logging.wandb` is set. Its own process sends the rows: training never waits for the network."""
 
 import json
+import re
+import struct
 import uuid
+from collections.abc import Iterator
+from glob import escape
+from pathlib import Path
 from typing import Any
 
 from training.config import LoggingConfig, WandbConfig
 from training.errors import UserError
-from training.files import write_atomically
+from training.files import replace_by_folder, write_atomically
 from training.logging.heat_map import draw_heat_map, should_draw
+from training.logging.jsonl import read_rows
 from training.logging.metrics import LOAD_IMAGE, expert_load, scalars
 from training.logging.sinks import RunInfo, Sink
 from training.terminal import print_note
 
 FINISH_TIMEOUT_S = 120  # rows not sent by then stay on disk for `wandb sync`
+BLOCK_BYTES = 2**15  # of W&B's file, LevelDB's log format: github.com/google/leveldb/blob/main/doc/log_format.md
+TAIL_BYTES = 2**20  # at the end of W&B's file that a start reads first for its last step
 
 
 def open_sink(run: RunInfo, config: LoggingConfig) -> Sink:
@@ -20,7 +28,11 @@ def open_sink(run: RunInfo, config: LoggingConfig) -> Sink:
 
 
 class WandbSink(Sink):
-    """Logs to one W&B run over all restarts; W&B cannot drop rows, so a repeated step is not logged again."""
+    """Logs to one W&B run over all restarts; W&B cannot drop rows, so a repeated step is not logged again.
+
+    W&B's own process holds rows in memory, and kill -9 loses them. So a start asks W&B, or its files if it is offline,
+    for the last step, and logs the rows after it again from metrics.jsonl.
+    """
 
     def __init__(self, run: RunInfo, config: WandbConfig, histogram_every: int) -> None:
         try:
@@ -32,20 +44,34 @@ class WandbSink(Sink):
         self.histogram_every, self.steps, self.moe_layers = histogram_every, run.steps, run.moe_layers
         self.marker = run.dir / "wandb.json"
         # The W&B run's id, which is random as a folder's name may be used again, and the last step logged.
-        self.state = {"id": f"{run.name[:32]}-{uuid.uuid4().hex[:8]}", "step": 0}
+        self.id, self.step = f"{run.name[:32]}-{uuid.uuid4().hex[:8]}", 0
         if self.marker.exists():
             try:
                 state = json.loads(self.marker.read_bytes())
-                self.state = {"id": str(state["id"]), "step": int(state["step"])}
-            except (ValueError, KeyError, TypeError):
+                if not re.fullmatch(r"[\w.-]{1,128}", state["id"]):
+                    raise ValueError(state["id"])
+                self.id, self.step = state["id"], min(int(state.get("has_steps_to", 0)), run.steps)
+            except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 print_note(f"{self.marker}: no valid W&B run id; starting a new W&B run")
-        write_atomically(self.marker, json.dumps(self.state) + "\n")
-        self.run = _init(wandb, config, run, self.state["id"])
-        self.state["step"] = max(self.state["step"], self.run.step - 1)
+        self._save_marker()
+        replace_by_folder(run.dir / "wandb")
+        self.run = _init(wandb, config, run, self.id)
+        if self.run.offline:
+            files = (run.dir / "wandb").glob(f"*run-*-{escape(self.id)}/run-{escape(self.id)}.wandb")
+            self.step = max([self.step, *map(last_step, files)])  # the files may have been uploaded and removed
+        else:
+            self.step = max(0, self.run.step - 1)
+        self._save_marker()
+        has_steps_to = self.step
+        for row in read_rows(run.dir / "metrics.jsonl", after=self.step):
+            self.write([row])
+        if self.step > has_steps_to:
+            lost = f"logged steps {has_steps_to + 1} to {self.step} from metrics.jsonl"
+            print_note(f"Weights & Biases: {lost}, as its run {self.id} did not have them")
 
     def write(self, rows: list[dict]) -> None:
         for row in rows:
-            if row["step"] <= self.state["step"]:
+            if row["step"] <= self.step:
                 continue
             values: dict[str, Any] = dict(scalars(row, self.moe_layers))
             if should_draw(row, self.histogram_every, self.steps):
@@ -53,9 +79,8 @@ class WandbSink(Sink):
             if row.get("samples"):
                 data = [[row["step"], sample["prompt"], sample["text"]] for sample in row["samples"]]
                 values["samples"] = self.wandb.Table(columns=["step", "prompt", "text"], data=data)
-            self.run.log(values, step=row["step"])
-            self.state["step"] = row["step"]
-        write_atomically(self.marker, json.dumps(self.state) + "\n")
+            self.run.log(values, step=row["step"], commit=True)
+            self.step = row["step"]
 
     def close(self, summary: dict | None) -> None:
         if self.is_closed:
@@ -64,6 +89,11 @@ class WandbSink(Sink):
         if summary is not None:
             self.run.summary.update({key: value for key, value in summary.items() if key != "next"})
         self.run.finish(exit_code=0 if summary is not None else 1)
+        self._save_marker()
+
+    def _save_marker(self) -> None:
+        """Store the run's id, and the last step: call it only if W&B's process has written all up to that."""
+        write_atomically(self.marker, json.dumps({"id": self.id, "has_steps_to": self.step}) + "\n")
 
 
 def _init(wandb: Any, config: WandbConfig, run: RunInfo, run_id: str) -> Any:
@@ -82,3 +112,45 @@ def _init(wandb: Any, config: WandbConfig, run: RunInfo, run_id: str) -> Any:
         print_note(f"Weights & Biases {problem}, upload it with `wandb sync`")
         wandb.teardown()  # its process still holds the run's id
         return wandb.init(mode="offline", **options)
+
+
+def last_step(path: Path) -> int:
+    """Return the last step that W&B's process has written to its file; 0 if there is none."""
+    from google.protobuf.message import DecodeError
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    size, n_bytes = path.stat().st_size, TAIL_BYTES
+    while True:
+        start = max(0, size - n_bytes) // BLOCK_BYTES * BLOCK_BYTES
+        for record in reversed(list(_records(path, start))):
+            try:
+                parsed = Record.FromString(record)
+            except DecodeError:  # damaged
+                continue
+            if parsed.HasField("history"):
+                return parsed.history.step.num
+        if start == 0:
+            return 0
+        n_bytes *= 4
+
+
+def _records(path: Path, start: int) -> Iterator[bytes]:
+    """Yield the complete records from byte `start` on, a multiple of BLOCK_BYTES; the first block has a header."""
+    with path.open("rb") as file:
+        file.seek(start)
+        data, record = file.read(), None
+    at = 0 if start else 7
+    while at + 7 <= len(data):
+        left = BLOCK_BYTES - at % BLOCK_BYTES
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        if left < 7 or not 1 <= kind <= 4 or length + 7 > left:  # padding or damage: go on at the next block
+            at, record = at + left, None if left >= 7 else record
+            continue
+        part, at = data[at + 7 : at + 7 + length], at + 7 + length
+        if kind in (1, 2):  # a whole record, or its first part
+            record = part
+        elif record is not None:
+            record += part
+        if kind in (1, 4) and record is not None and at <= len(data):
+            yield record
+            record = None

@@ -8,6 +8,7 @@ of a dense layer (`upcycle.py`). A run that has started no longer needs the fold
 import hashlib
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,11 @@ def resolve_init_from(config: Config, *, fresh: bool = False) -> Config:
     """
     if config.init_from is None:
         return config
-    file = config.run_dir / "config.yaml"
-    if not fresh and file.is_file() and (saved := cli.load_config(file)).init_from == config.init_from:
+    saved, file = None, config.run_dir / "config.yaml"
+    if not fresh and file.is_file():
+        with suppress(UserError):  # damaged: the folder has the same options
+            saved = cli.load_config(file)
+    if saved is not None and saved.init_from == config.init_from:
         model = _merge(config.model, saved.model, str(config.run_dir))
     else:
         _, theirs = hf.read_config(_folder(config, ["*.json"]))
