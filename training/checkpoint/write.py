@@ -23,7 +23,7 @@ from torch import Tensor
 from training.checkpoint.read import KINDS, MANIFEST, is_complete, list_checkpoints
 from training.config import CheckpointConfig
 from training.errors import UserError, library_error
-from training.files import fsync_path, remove, rename_durable, replace_by_folder, set_aside
+from training.files import fsync_path, mkdir_durable, remove, rename_durable, set_aside
 from training.terminal import print_note
 
 DTYPE_NAMES = {
@@ -142,7 +142,7 @@ class CheckpointWriter:
 
         def create_folder() -> bool:
             if is_main and not target.is_dir():
-                replace_by_folder(self.folder)
+                mkdir_durable(self.folder)
                 if os.path.lexists(target):
                     set_aside(target)
                 remove_leftovers(self.folder)
