@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,9 +16,10 @@ from test_model import BLOCKS, WINDOWS, build
 
 from training import export
 from training.config import ModelConfig
+from training.data.tokenizer import build_byte_tokenizer
 from training.errors import UserError
 from training.model import GPT, init_weights
-from training.weights import export_check, hf
+from training.weights import export_check, hf, open_export
 from training.weights.hf import custom
 
 SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 48, "vocab_size": 320}
@@ -58,7 +60,8 @@ def exports(tmp_path_factory) -> Path:
     tokens = torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(2))
     for name, options in CUSTOM.items():
         model = noisy_model(options)
-        assert hf.write_model(place / name, model.state_dict(), model.config, 5) == "training_gpt"
+        assert hf.write_model(place / name, model.state_dict(), model.config, 256) == "training_gpt"
+        build_byte_tokenizer().save(place / name, model.config.n_positions)
         with torch.no_grad():
             torch.save({"tokens": tokens, "logits": model.logits(tokens)}, place / f"{name}.pt")
     return place
@@ -194,13 +197,19 @@ def run_dir(tmp_path_factory):
     options["model"]["blocks"] = [
         {"mixer": {"qk_norm": True, "n_kv_head": 1}, "ffn": GATED_MOE | {"balance": "switch"}}
     ]
-    assert train(Config.model_validate(options)) == 0
+    umask = os.umask(0o077)
+    try:
+        assert train(Config.model_validate(options)) == 0
+    finally:
+        os.umask(umask)
     return place / "small"
 
 
 def test_the_command_reports_what_opened_and_does_not_overwrite_it(run_dir):
-    done = command("-m", "training.export", "--run", str(run_dir), "--dtype", "bf16")
+    done = command("-m", "training.export", "--run", str(run_dir), "--dtype", "bf16", umask=0o077)
     assert (done.returncode, done.stderr) == (0, "")
+    assert {oct(path.stat().st_mode) for path in run_dir.parent.rglob("*")} == {"0o100600", "0o100644", "0o40700"}
+    assert [path.name for path in run_dir.parent.rglob("*") if path.stat().st_mode & 0o777 == 0o644] == ["text.txt"]
     lines = done.stdout.splitlines()
     assert lines[0] == f"{run_dir}/export: qwen3_moe, bf16, step 4"
     assert re.fullmatch(r"opened by Transformers .* as Qwen3MoeForCausalLM: logits differ by .*", lines[1])
@@ -244,39 +253,74 @@ def test_an_export_that_is_not_the_trained_model_is_an_error_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_greedy_continuation_that_differs_is_noticed(run_dir, tmp_path, monkeypatch):
-    shutil.copytree(run_dir / "model", tmp_path / "model")
-    from training.engine.load_run import load_model
+@pytest.fixture
+def check(tmp_path, monkeypatch):
+    """Return a function that writes a model with a byte tokenizer and checks the folder, which this process opens."""
+    monkeypatch.setattr(export_check, "_open", lambda folder, probe, _: open_export.main(str(folder), str(probe)))
 
-    model, loaded = load_model(str(run_dir), "cpu")
-    monkeypatch.setattr(export_check, "greedy", lambda _model, _prompt, n_new, _n_vocab: [0] * n_new)
+    def written(model: GPT, harm=lambda _folder: None) -> str:
+        hf.write_model(tmp_path / "model", model.state_dict(), model.config, 256, n_vocab=model.n_vocab)
+        build_byte_tokenizer().save(tmp_path / "model", model.config.n_positions)
+        harm(tmp_path / "model")
+        return export_check.check_export(tmp_path / "model", model, 257)
+
+    return written
+
+
+@pytest.mark.parametrize("n_positions", [1, 2])
+def test_the_shortest_contexts_are_exported(check, n_positions):
+    assert f" {n_positions} greedy tokens are the same" in check(noisy_model({"n_positions": n_positions}))
+
+
+def test_a_model_that_predicts_only_the_end_of_text_is_exported(check, monkeypatch):
+    model, texts, distance = noisy_model({}), [], export_check.distance_to_greedy
+    model.norm_f.bias.data += 50 * model.wte.weight[256]
+
+    def recorded(model, prompt_1T, continuation_T):
+        texts.append(continuation_T.tolist())
+        return distance(model, prompt_1T, continuation_T)
+
+    monkeypatch.setattr(export_check, "distance_to_greedy", recorded)
+    assert "16 greedy tokens are the same" in check(model)
+    assert texts == [[256] * 16]
+
+
+def test_equally_likely_tokens_may_both_follow():
+    model, prompt = noisy_model({}), torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        likeliest = int(model.logits(prompt)[0, -1].argmax())
+        model.wte.weight[7] = model.wte.weight[likeliest]
+    assert export_check.distance_to_greedy(model, prompt, torch.tensor([likeliest])) == 0
+    assert export_check.distance_to_greedy(model, prompt, torch.tensor([7])) == 0
+    assert export_check.distance_to_greedy(model, prompt, torch.tensor([8])) > 1e-2
+
+
+def test_a_greedy_continuation_that_differs_is_noticed(check, monkeypatch):
+    zeros = torch.zeros(1, 64, dtype=torch.int64)
+    monkeypatch.setattr(open_export, "greedy", lambda _model, prompt, n_new: zeros[:, : prompt.shape[1] + n_new])
     with pytest.raises(UserError, match="its greedy continuation differs"):
-        export_check.check_export(tmp_path / "model", model, loaded.tokenizer.vocab_size)
+        check(noisy_model({}))
 
 
-def test_a_wide_window_is_compared_to_its_end(tmp_path, monkeypatch):
+@pytest.mark.parametrize("file", ["generation_config.json", "tokenizer_config.json"])
+def test_a_folder_whose_documented_calls_fail_is_noticed(check, file):
+    """Without the files' limits, a pipeline writes past the context and `truncation=True` does nothing."""
+    with pytest.raises(AssertionError, match=r"no truncation|no limit"):
+        check(noisy_model({}), lambda folder: (folder / file).unlink())
+
+
+def test_a_wide_window_is_compared_to_its_end(check):
     """A window that is one token too wide changes only the logits beyond its width."""
     mixer = {"qk_norm": True, "window": 150}
     blocks = [{"mixer": mixer, "ffn": {"gated": True, "activation": "silu"}}]
     model = noisy_model({**MODERN, "n_positions": 200, "blocks": blocks})
-    hf.write_model(tmp_path / "model", model.state_dict(), model.config, 5)
-    path = tmp_path / "model" / "config.json"
-    path.write_text(path.read_text().replace('"sliding_window": 150', '"sliding_window": 151'))
-    monkeypatch.setattr(export_check, "_open", open_in_process)
+
+    def widen(folder):
+        path = folder / "config.json"
+        path.write_text(path.read_text().replace('"sliding_window": 150', '"sliding_window": 151'))
+
     with pytest.raises(UserError, match="logits differ by"):
-        export_check.check_export(tmp_path / "model", model, 320)
-
-
-def open_in_process(folder, probe, _modules):
-    """Run open_export.py's work in this process, without a tokenizer."""
-    from safetensors.torch import load_file, save_file
-    from transformers import AutoModelForCausalLM
-
-    with torch.no_grad():
-        logits = AutoModelForCausalLM.from_pretrained(folder)(load_file(probe)["tokens"]).logits
-    save_file(
-        {"logits": logits.contiguous(), "continuation": torch.zeros(1)}, f"{probe}.outputs", metadata={"n_vocab": "0"}
-    )
+        check(model, widen)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--run", "x", "--dtype", "int8"], ["--run", "x", "--ou", "y"], ["--run"]])

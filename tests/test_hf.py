@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from training.config import ModelConfig
+from training.data.tokenizer import build_byte_tokenizer
 from training.errors import UserError
 from training.model import GPT, init_weights
 from training.weights import hf
@@ -151,10 +152,13 @@ def greedy(model: GPT, x_BT: Tensor, n: int) -> list[int]:
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory) -> dict[str, Path]:
     """Export every case's model without padding rows, with a file of inputs and logits beside each folder."""
-    root, folders = tmp_path_factory.mktemp("exports"), {}
-    for n, (name, (_, options)) in enumerate(CASES.items()):
+    root, folders, types = tmp_path_factory.mktemp("exports"), {}, set()
+    for n, (name, (model_type, options)) in enumerate(CASES.items()):
         model, folders[name] = build(options), root / f"case-{n}"
-        hf.write_model(folders[name], model.state_dict(), model.config, end_of_text=5, n_vocab=N_VOCAB)
+        hf.write_model(folders[name], model.state_dict(), model.config, end_of_text=256, n_vocab=N_VOCAB)
+        if model_type not in types:  # the documented calls of Transformers need a tokenizer
+            build_byte_tokenizer().save(folders[name], model.config.n_positions)
+            types.add(model_type)
         with torch.no_grad():
             logits_BTV = model.logits(tokens())[..., :N_VOCAB].contiguous()
         save_file({"x_BT": tokens(), "logits_BTV": logits_BTV}, folders[name].with_suffix(".expected"))

@@ -47,6 +47,15 @@ def test_a_start_that_fails_changes_nothing(finished, config, resume, changes):
     assert contents(folder.parent) == before
 
 
+def test_files_and_folders_have_the_permissions_of_any_new_ones(run, tmp_path):
+    umask = os.umask(0o002)
+    try:
+        run(steps=3, logging={"every": 2})
+    finally:
+        os.umask(umask)
+    assert {oct(path.stat().st_mode) for path in tmp_path.rglob("*")} == {"0o100664", "0o40775"}
+
+
 def test_a_link_to_a_run_is_the_same_run(finished, config):
     folder = finished()
     folder.with_name("link").symlink_to(folder.name)

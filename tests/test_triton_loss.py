@@ -34,10 +34,12 @@ class Case(NamedTuple):
     n_vocab: int
     softcap: float | None = None
     factor: float = 1.0  # of the logits
+    n_padding: int = 0  # rows beyond the vocabulary
 
     def inputs(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
-        x, w = (torch.randn(n, 16, generator=generator).to(dtype) for n in (self.n_tokens, self.n_vocab))
+        sizes = (self.n_tokens, self.n_vocab + self.n_padding)
+        x, w = (torch.randn(n, 16, generator=generator).to(dtype) for n in sizes)
         targets = torch.randint(0, self.n_vocab, (self.n_tokens,), generator=generator)
         targets[1::3] = -1
         targets[0] = self.n_vocab - 1
@@ -52,6 +54,7 @@ CASES = {
     "blocks and a part": Case(7, 17001),
     "soft-capped": Case(7, 9000, softcap=4.0),
     "beyond exp": Case(6, 60, factor=100.0),
+    "padded": Case(5, 8190, softcap=4.0, n_padding=9),  # the last block is all padding
 }
 RUN = [(name, kind) for name in CASES for kind in ("fp32", "bf16") if (name, kind) != ("beyond exp", "bf16")]
 RUN.append(("blocks and a part", "fp16"))
@@ -62,15 +65,15 @@ def outcome(loss, case: Case, inputs, *, gradient: bool = True) -> dict[str, tor
     x, w, targets = inputs
     if not gradient:
         with torch.no_grad():
-            return {"loss": loss(x, w, targets, case.softcap)}
+            return {"loss": loss(x, w, targets, case.softcap, case.n_vocab)}
     leaves = [x.clone().requires_grad_(), w.clone().requires_grad_()]
-    total = loss(*leaves, targets, case.softcap)
+    total = loss(*leaves, targets, case.softcap, case.n_vocab)
     grads = torch.autograd.grad(total, leaves)
     return {"loss": total.detach(), "x": grads[0], "w": grads[1]}
 
 
-def in_float64(x, w, targets, softcap):
-    logits = x @ w.T
+def in_float64(x, w, targets, softcap, n_vocab):
+    logits = x @ w[:n_vocab].T
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
 
@@ -102,7 +105,7 @@ def compile_for_gpus(path: str) -> None:
         for softcap in (None, 15.0):
             x, w, targets = Case(8, 50304).inputs(DTYPES[kind])
             for gradient in (False, True):
-                triton_loss.triton_logits_backward(x @ w.T, targets, softcap, gradient=gradient)
+                triton_loss.triton_logits_backward(x @ w.T, targets, softcap, 50257, gradient=gradient)
     Path(path).write_text(json.dumps(facts))
 
 
@@ -176,20 +179,21 @@ def test_a_cpu_skips_it():
         choice(loss="triton")
 
 
-@pytest.mark.parametrize("wrong", ["loss", "x", "w", "softcap", "counted"])
+@pytest.mark.parametrize("wrong", ["loss", "x", "w", "softcap", "counted", "padding"])
 def test_a_loss_that_differs_from_the_reference_is_not_chosen(wrong, monkeypatch):
     right = LOSS_KERNELS["chunked"]
 
-    def differs(x, w, targets, softcap):
+    def differs(x, w, targets, softcap, n_vocab):
         if wrong == "softcap":
-            return right(x, w, targets, None)
+            return right(x, w, targets, None, n_vocab)
         if wrong == "counted":
-            return right(x, w, targets.clamp(min=0), softcap)
+            return right(x, w, targets.clamp(min=0), softcap, n_vocab)
         if wrong == "loss":
-            return 1.01 * right(x, w, targets, softcap)
-        return right(
-            x.detach() + 0 * x if wrong == "x" else x, w.detach() + 0 * w if wrong == "w" else w, targets, softcap
-        )
+            return 1.01 * right(x, w, targets, softcap, n_vocab)
+        if wrong == "padding":
+            return right(x, w, targets, softcap)
+        x, w = x.detach() + 0 * x if wrong == "x" else x, w.detach() + 0 * w if wrong == "w" else w
+        return right(x, w, targets, softcap, n_vocab)
 
     monkeypatch.setitem(LOSS_KERNELS, "chunked", differs)
     assert choice().startswith("reference (chunked: differs from the reference by ")

@@ -162,7 +162,11 @@ class ModelConfig(Section):
     n_embd: int = option(768, "width of the residual stream", unit="channels", ge=1)
     n_positions: int = option(1024, "context length: tokens per training sample", unit="tokens", ge=1)
     vocab_size: int | None = option(
-        None, "rows of the embedding; null: the tokenizer's size rounded up to a multiple of 64", unit="tokens", ge=2
+        None,
+        "rows of the embedding, those beyond the tokenizer's size being padding; null: that size, rounded up to a "
+        "multiple of 64",
+        unit="tokens",
+        ge=2,
     )
     position: Literal["learned", "rope", "none"] = option("learned", "learned (GPT-2) or rotary embedding, or none")
     rope_theta: float = option(10000.0, "base of the rotary frequencies, if position is rope", gt=0)

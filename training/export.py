@@ -46,13 +46,14 @@ def export(run: str, out: str | None, dtype_name: str) -> list[str]:
 
     loaded, dtype = load_run(run), DTYPES[dtype_name]
     weights, config, tokenizer = loaded.weights, loaded.config.model, loaded.tokenizer
-    rounded, n_vocab = GPT(config), tokenizer.vocab_size
+    rounded = GPT(config, n_vocab=loaded.n_vocab)
     rounded.load_state_dict(hf.to_saved_dtype(weights, dtype))
     try:
         with atomic_folder(target) as partial:
-            model_type = hf.write_model(partial, weights, config, tokenizer.end_of_text, n_vocab=n_vocab, dtype=dtype)
-            tokenizer.save(partial)
-            opened = check_export(partial, rounded, n_vocab)
+            options = {"n_vocab": loaded.n_vocab, "dtype": dtype}
+            model_type = hf.write_model(partial, weights, config, tokenizer.end_of_text, **options)
+            tokenizer.save(partial, config.n_positions)
+            opened = check_export(partial, rounded, tokenizer.vocab_size)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{target}: the model could not be written: {error}") from error
     lines, trust = [f"{target}: {model_type}, {dtype_name}, step {loaded.step}", opened], ""

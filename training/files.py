@@ -43,16 +43,20 @@ def write_atomically(path: Path, content: str | Iterable[bytes]) -> None:
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """Yield a new folder to fill. Rename it to `target` once its files are durable; remove it after an error."""
+    """Yield a new folder to fill. Rename it to `target` once its files are durable; remove it after an error.
+
+    Its files get the permissions of any new file; safetensors creates files that only the owner can read.
+    """
     partial = target.with_name(f".{target.name}.tmp")
     old = target.with_name(f".{target.name}.old")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        for path in [*sorted(partial.iterdir()), partial]:
-            path.chmod(path.stat().st_mode | 0o444)  # safetensors creates files that only the owner can read
+        for path in sorted(partial.iterdir()):
+            path.chmod(partial.stat().st_mode & 0o666)  # the folder's show the umask
             fsync_path(path)
+        fsync_path(partial)
         remove(old)
         if target.exists():
             target.rename(old)

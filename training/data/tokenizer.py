@@ -82,8 +82,12 @@ class Tokenizer:
         """Return the text of tokens, with end-of-text tokens written out and U+FFFD for bytes that are not UTF-8."""
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=False)
 
-    def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which Transformers' `AutoTokenizer` opens."""
+    def save(self, folder: str | Path, n_positions: int | None = None) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which Transformers' `AutoTokenizer` opens.
+
+        There, `truncation=True` cuts a text to `n_positions` tokens (None: not), and a batch is padded on the left, as
+        generation needs it.
+        """
         mkdir_durable(folder := Path(folder))
         # Not `inner.save`, which raises a bare Exception if the disk is full.
         write_atomically(folder / "tokenizer.json", self.inner.to_str(pretty=True))
@@ -91,7 +95,9 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_input_names": ["input_ids", "attention_mask"],  # Transformers 4 would add token_type_ids
             "clean_up_tokenization_spaces": False,
-            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), self.separator),
+            "model_max_length": n_positions,
+            "padding_side": "left",
+            **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), self.separator),
         }
         write_atomically(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 

@@ -13,7 +13,7 @@ from training.distributed.parallelize import parallelize
 from training.distributed.sharded_model import ShardedModel
 from training.distributed.world import World
 from training.engine.micro_batch import MicroBatch
-from training.engine.resume import check_same_run, find_resume_point, prepare_run_dir
+from training.engine.resume import ResumePoint, check_same_run, find_resume_point, prepare_run_dir
 from training.engine.state import TrainState, load_tensors
 from training.errors import UserError
 from training.kernels.choose import KernelChoice, choose_kernels
@@ -22,7 +22,7 @@ from training.model import GPT, kernel_requirements
 from training.model.stats import ModelStats, initial_value, model_stats
 from training.optim.optimizer import LossScale, Optimizer
 from training.planning.report import disk_shortage
-from training.weights.init_from import load_weights, weights_sha256
+from training.weights.init_from import check_pretrained, load_weights, weights_sha256
 
 
 class Setup(NamedTuple):
@@ -54,6 +54,7 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
     state = TrainState.new() if point is None else point.state
     config = resolve_precision_and_sizes(config, dataset, world, state)
     check_same_run(config, dataset, resume, point)
+    state.n_vocab = count_tokens(config, dataset, point)
     kernels = agree_on_kernels(config, world, state.kernels)
     state.data, state.kernels = dataset.fingerprint, kernels.names
     if config.precision != "fp16":
@@ -63,7 +64,7 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
 
     stats, dtype = model_stats(config.model), devices.DTYPES[config.precision]
     with torch.device("meta"):
-        network = GPT(config.model, kernels.kernels, dtype)
+        network = GPT(config.model, kernels.kernels, dtype, state.n_vocab)
     model = parallelize(network, config.parallel, world, dtype)
     full_shapes = model.full_shapes() if world.size > 1 else None
     optimizer = Optimizer(config.optim, model.local_parameters(), stats.kinds, dtype, full_shapes)
@@ -109,6 +110,17 @@ def resolve_precision_and_sizes(config: Config, dataset: Dataset, world: World, 
         precision = state.config.get("precision", precision)
     model = config.model.model_copy(update={"vocab_size": vocab_size or -(-size // 64) * 64})
     return config.model_copy(update={"precision": precision, "model": model}).with_explicit_sizes()
+
+
+def count_tokens(config: Config, dataset: Dataset, point: ResumePoint | None) -> int | None:
+    """Return the number of tokens that the model predicts: the tokenizer's, or more if it started with more.
+
+    Rows of the embedding beyond them are padding. None: all rows are tokens, as in runs of older versions.
+    """
+    n_vocab = dataset.tokenizer.vocab_size
+    if point is not None:
+        return point.state.n_vocab and max(n_vocab, point.state.n_vocab)
+    return n_vocab if config.init_from is None else max(n_vocab, check_pretrained(config).vocab_size)
 
 
 def agree_on_kernels(config: Config, world: World, previous: dict[str, str]) -> KernelChoice:

@@ -21,13 +21,14 @@ ATTEMPTS = 3  # to read the latest checkpoint: a run in training may remove it m
 
 
 class LoadedRun(NamedTuple):
-    """A checkpoint's weights, configuration, tokenizer and step."""
+    """A checkpoint's weights, configuration, tokenizer, step, text and vocabulary."""
 
     config: Config
     weights: dict[str, Tensor]  # float32
     tokenizer: Tokenizer
     step: int
     data: str  # fingerprint of the text it was trained on
+    n_vocab: int  # tokens that the model predicts; later rows of the embedding are padding
 
 
 def load_run(run: str) -> LoadedRun:
@@ -48,7 +49,8 @@ def load_run(run: str) -> LoadedRun:
         raise UserError(f"{path / 'state.json'}: not the state of a run") from None
     if not _has_weights_of(config.model, loaded.model):
         raise UserError(f"{path}: its weights are not those of the model in its configuration")
-    return LoadedRun(config, loaded.model, Tokenizer.load(path.parent.parent / "tokenizer"), step, data)
+    n_vocab = loaded.state.get("n_vocab") or config.model.vocab_size
+    return LoadedRun(config, loaded.model, Tokenizer.load(path.parent.parent / "tokenizer"), step, data, n_vocab)
 
 
 def load_model(run: str, device_name: str = "auto") -> tuple[GPT, LoadedRun]:
@@ -60,7 +62,7 @@ def load_model(run: str, device_name: str = "auto") -> tuple[GPT, LoadedRun]:
         devices.DTYPES[loaded.config.precision],
     )
     choice = choose_kernels(ParallelConfig(), kernel_requirements(config), device=device, dtype=dtype)
-    model = GPT(config, choice.kernels, dtype)
+    model = GPT(config, choice.kernels, dtype, loaded.n_vocab)
     model.load_state_dict(loaded.weights)
     return model.to(device).cast_for_inference(), loaded
 

@@ -49,7 +49,7 @@ def open_log(setup: Setup, dataset: Dataset, started: float) -> RunLog:
     info = run_info(setup, dataset)
     write_atomically(folder / "config.yaml", info.config_yaml)
     replace_by_folder(folder / "tokenizer")
-    dataset.tokenizer.save(folder / "tokenizer")
+    dataset.tokenizer.save(folder / "tokenizer", config.model.n_positions)
     log.info, log.sinks = info, open_sinks(config.logging, info)
     of_record = log.sinks[0]  # metrics.jsonl
     log.history = of_record.history
@@ -126,9 +126,9 @@ def finish(setup: Setup, dataset: Dataset, log: RunLog, phase: Phases) -> None:
     with phase("checkpoint"):
         try:
             with atomic_folder(folder / "model") as unfinished:
-                n_vocab = tokenizer.vocab_size
+                n_vocab = setup.state.n_vocab
                 hf.write_model(unfinished, weights, config.model, tokenizer.end_of_text, n_vocab=n_vocab)
-                tokenizer.save(unfinished)
+                tokenizer.save(unfinished, config.model.n_positions)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{folder / 'model'}: the model could not be written: {error}") from error
         if expert_tokens is not None:

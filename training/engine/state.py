@@ -51,6 +51,7 @@ class TrainState(BaseModel):
     guard: StepGuard = Field(alias="skips")
     data: str  # fingerprint of text and tokenizer
     init_from_sha256: str | None = None  # of the weights that the run started from; None: random ones
+    n_vocab: PositiveInt | None = None  # tokens: later rows of the embedding are padding; None: all rows are tokens
     config: dict[str, Any]  # resolved options as plain data
     phases: dict[str, dict[str, Seconds]] = Field({}, alias="ledger")  # state of the phase timer
     kernels: dict[str, str] = {}  # chosen kernel by option

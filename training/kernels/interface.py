@@ -43,7 +43,7 @@ class LossSpec(NamedTuple):
     """The sizes of the output projection that the loss kernel must support."""
 
     width: int
-    n_vocab: int
+    n_rows: int
     softcap: float | None = None
 
 

@@ -1,8 +1,9 @@
 """Cross-entropy of the output projection.
 
-Shapes: N tokens, C channels, V vocabulary. A kernel takes x_NC, w_VC (which it casts to the dtype of x_NC), targets_N
-(int64; -1 is ignored) and optionally a soft-cap of the logits (softcap x tanh(logit / softcap), arXiv:2408.00118),
-and returns the sum of the tokens' losses in nats, a float32 scalar.
+Shapes: N tokens, C channels, V rows of the projection. A kernel takes x_NC, w_VC (which it casts to the dtype of x_NC),
+targets_N (int64; -1 is ignored) and optionally a soft-cap of the logits (softcap x tanh(logit / softcap),
+arXiv:2408.00118) and the size of the vocabulary, `n_vocab`: later rows are padding, whose gradient is 0. It returns the
+sum of the tokens' losses in nats, a float32 scalar.
 
 >>> x_NC, w_VC, targets_N = torch.zeros(3, 8), torch.randn(100, 8), torch.tensor([7, -1, 42])
 >>> TORCH_LOSS["chunked"](x_NC, w_VC, targets_N, softcap=30.0)  # two targets, each log(100) nats
@@ -11,6 +12,7 @@ tensor(9.2103)
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +24,8 @@ CHUNK_BYTES = {"cpu": (2**12, 2**28)}  # by device type: max bytes of one column
 CHUNK_ELEMENTS = 2**29  # on other devices: max logits
 BLOCK_ELEMENTS = 2**19  # on devices in CHUNK_BYTES, process this many logits at a time: they fit in the cache
 
-# (logits_NV, targets_N, softcap, *, gradient: bool) -> each token's loss, float32 (N,), 0 if target is -1. If
-# `gradient`, overwrites logits_NV with d loss / d logits; rows with target -1 are undefined.
+# (logits_NV, targets_N, softcap, n_vocab, *, gradient: bool) -> each token's loss, float32 (N,), 0 if target is -1. If
+# `gradient`, overwrites logits_NV with d loss / d logits, 0 from column n_vocab on; rows with target -1 are undefined.
 LogitsBackward = Callable[..., Tensor]
 
 
@@ -32,13 +34,17 @@ def apply_softcap(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def reference_loss(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None = None) -> Tensor:
+def reference_loss(
+    x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None = None, n_vocab: int | None = None
+) -> Tensor:
     """Compute all logits at once, in float32."""
-    logits_NV = apply_softcap(F.linear(x_NC, w_VC.to(x_NC.dtype)).float(), softcap)
+    logits_NV = apply_softcap(F.linear(x_NC, w_VC[:n_vocab].to(x_NC.dtype)).float(), softcap)
     return F.cross_entropy(logits_NV, targets_N, ignore_index=-1, reduction="sum")
 
 
-def torch_logits_backward(logits_NV: Tensor, targets_N: Tensor, softcap: float | None, *, gradient: bool) -> Tensor:
+def torch_logits_backward(
+    logits_NV: Tensor, targets_N: Tensor, softcap: float | None, n_vocab: int, *, gradient: bool
+) -> Tensor:
     """Implement `LogitsBackward` in PyTorch operations; on a CPU in blocks that fit in the cache."""
     size = max(1, BLOCK_ELEMENTS // logits_NV.shape[1]) if logits_NV.device.type in CHUNK_BYTES else len(logits_NV)
     losses = []
@@ -48,6 +54,7 @@ def torch_logits_backward(logits_NV: Tensor, targets_N: Tensor, softcap: float |
         if softcap is not None:
             tanh_nV = p_nV.div_(softcap).tanh_().clone()
             p_nV.mul_(softcap)
+        p_nV[:, n_vocab:] = -torch.inf  # not a narrower view: rows of an odd length make matmuls slow
         margin_n1 = p_nV.amax(dim=1, keepdim=True) - p_nV.gather(1, target_n1)
         torch.softmax(p_nV, 1, out=p_nV)
         loss_n1 = margin_n1 - p_nV.amax(dim=1, keepdim=True).log()
@@ -69,7 +76,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, logits_backward: LogitsBackward, x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None
+        ctx: Any,
+        logits_backward: LogitsBackward,
+        x_NC: Tensor,
+        w_VC: Tensor,
+        targets_N: Tensor,
+        softcap: float | None,
+        n_vocab: int,
     ) -> Tensor:
         _, needs_x, needs_w, *_ = ctx.needs_input_grad
         total = torch.zeros((), dtype=torch.float32, device=x_NC.device)
@@ -83,7 +96,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             x_nC, targets_n = x_NC[chunk], targets_N[chunk]
             logits_nV = logits_nV[: len(x_nC)]
             torch.mm(x_nC, w_VC.t(), out=logits_nV)
-            total += logits_backward(logits_nV, targets_n, softcap, gradient=needs_x or needs_w).sum()
+            total += logits_backward(logits_nV, targets_n, softcap, n_vocab, gradient=needs_x or needs_w).sum()
             is_counted_n1 = targets_n[:, None] >= 0
             if needs_x:
                 torch.mm(logits_nV, w_VC, out=grad_x_NC[chunk])
@@ -94,17 +107,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         unscaled, ctx.grads = ctx.grads, None  # scaled in place, so backward runs only once
-        return None, *(None if x is None else x.mul_(grad) for x in unscaled), None, None
+        return None, *(None if x is None else x.mul_(grad) for x in unscaled), None, None, None
 
 
-def _chunk_tokens(x_NC: Tensor, n_vocab: int) -> int:
+def _chunk_tokens(x_NC: Tensor, n_rows: int) -> int:
     """Return the number of tokens in a chunk: within the limits, in nearly equal chunks."""
-    limit = CHUNK_ELEMENTS // n_vocab
+    limit = CHUNK_ELEMENTS // n_rows
     if x_NC.device.type in CHUNK_BYTES:
         entry_bytes, total_bytes = CHUNK_BYTES[x_NC.device.type]
-        limit = min(entry_bytes, total_bytes // n_vocab) // x_NC.element_size()
+        limit = min(entry_bytes, total_bytes // n_rows) // x_NC.element_size()
     n_chunks = max(1, -(-len(x_NC) // max(1, limit)))
     return max(1, -(-len(x_NC) // n_chunks))
 
@@ -124,12 +137,17 @@ def _add_product(sum_IO: Tensor, x_IN: Tensor, y_NO: Tensor, *, first: bool) -> 
 
 
 def chunked_cross_entropy(
-    logits_backward: LogitsBackward, x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None = None
+    logits_backward: LogitsBackward,
+    x_NC: Tensor,
+    w_VC: Tensor,
+    targets_N: Tensor,
+    softcap: float | None = None,
+    n_vocab: int | None = None,
 ) -> Tensor:
     """Compute the loss, and in the same pass its gradients, in chunks of tokens."""
     if not torch.is_grad_enabled():  # inside a Function grad mode is always off: tell it by detaching
         x_NC, w_VC = x_NC.detach(), w_VC.detach()
-    return _ChunkedCrossEntropy.apply(logits_backward, x_NC, w_VC, targets_N, softcap)
+    return _ChunkedCrossEntropy.apply(logits_backward, x_NC, w_VC, targets_N, softcap, n_vocab or len(w_VC))
 
 
 TORCH_LOSS = {"chunked": partial(chunked_cross_entropy, torch_logits_backward), "reference": reference_loss}

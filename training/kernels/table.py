@@ -5,6 +5,7 @@ The Triton kernels are imported at their first call, because Triton is not insta
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +27,10 @@ def _triton_down(h_RF: Tensor, w_ECF: Tensor, weight_NK: Tensor, dispatch: Dispa
     return DownProjection.apply(*dispatch, h_RF, w_ECF, weight_NK)
 
 
-def _triton_loss(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, softcap: float | None = None) -> Tensor:
+def _triton_loss(*args: Any, **kwargs: Any) -> Tensor:
     from training.kernels.triton_loss import triton_logits_backward
 
-    return chunked_cross_entropy(triton_logits_backward, x_NC, w_VC, targets_N, softcap)
+    return chunked_cross_entropy(triton_logits_backward, *args, **kwargs)
 
 
 _TRITON_EXPERTS = ExpertKernel(_triton_up, _triton_down, ("training_kernels_triton_experts::matmul",))

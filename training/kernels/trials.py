@@ -136,15 +136,18 @@ def _experts_trial(spec: ExpertsSpec, topk_ids_NK: Tensor, dtype: torch.dtype, c
 
 
 def _loss_trial(spec: LossSpec, device: torch.device, dtype: torch.dtype) -> Trial:
-    """Return a trial of 24 tokens, some with target -1, and up to 9000 vocabulary entries: two blocks in Triton."""
-    n_tokens, n_vocab = 24, min(spec.n_vocab, 9000)
-    targets_N = torch.arange(n_tokens, device=device) * (n_vocab // n_tokens)
+    """Return a trial of 24 tokens, some with target -1, and up to 9000 rows, the last of them padding.
+
+    In Triton these are two blocks.
+    """
+    n_tokens, n_rows = 24, min(spec.n_rows, 9000)
+    targets_N = torch.arange(n_tokens, device=device) * ((n_rows - 1) // n_tokens)
     targets_N[::5] = -1
 
     def run(kernel: Callable[..., Tensor], x_NC: Tensor, w_VC: Tensor) -> Tensor:
-        return kernel(x_NC, w_VC, targets_N, spec.softcap)
+        return kernel(x_NC, w_VC, targets_N, spec.softcap, n_rows - 1)
 
-    x_NC, w_VC = (_random(n, spec.width, seed=seed, device=device) for seed, n in enumerate((n_tokens, n_vocab)))
+    x_NC, w_VC = (_random(n, spec.width, seed=seed, device=device) for seed, n in enumerate((n_tokens, n_rows)))
     inputs = [x_NC.to(dtype), (w_VC * spec.width**-0.5).to(dtype)]
     return Trial(run, inputs, lambda name: reason_needs_cuda("loss", name, device))
 

@@ -64,13 +64,13 @@ class Block(nn.Module):
 class Loss(nn.Module):
     """The head's matmul and cross-entropy; a module, so that hooks and the model graph see it."""
 
-    def __init__(self, kernels: Kernels, softcap: float | None):
+    def __init__(self, kernels: Kernels, softcap: float | None, n_vocab: int):
         super().__init__()
-        self.kernel, self.softcap = kernels.loss, softcap
+        self.kernel, self.softcap, self.n_vocab = kernels.loss, softcap, n_vocab
 
     def forward(self, x_BTC: Tensor, w_VC: Tensor, targets_BT: Tensor) -> Tensor:
         """Return the sum of the tokens' losses, in nats."""
-        return self.kernel(x_BTC.flatten(0, 1), w_VC, targets_BT.flatten(), self.softcap)
+        return self.kernel(x_BTC.flatten(0, 1), w_VC, targets_BT.flatten(), self.softcap, self.n_vocab)
 
 
 def kernel_requirements(config: ModelConfig) -> KernelRequirements:
@@ -86,19 +86,29 @@ def kernel_requirements(config: ModelConfig) -> KernelRequirements:
 
 
 class GPT(nn.Module):
-    """The network. Parameters are float32; the residual stream has `dtype`. `config.vocab_size` must be set."""
+    """The network. Parameters are float32; the residual stream has `dtype`. `config.vocab_size` must be set.
 
-    def __init__(self, config: ModelConfig, kernels: Kernels | None = None, dtype: torch.dtype = torch.float32):
+    Rows of embedding and head from `n_vocab` on are padding: no logit, no part in the loss, a gradient of 0. None: all
+    rows are tokens.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        kernels: Kernels | None = None,
+        dtype: torch.dtype = torch.float32,
+        n_vocab: int | None = None,
+    ):
         super().__init__()
         kernels = kernels or Kernels()
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.n_vocab = config, dtype, n_vocab or config.vocab_size
         self.wte = Embedding(config.vocab_size, config.n_embd)
         self.wpe = Embedding(config.n_positions, config.n_embd) if config.position == "learned" else None
         self.blocks = nn.ModuleList(Block(block, config, kernels) for block in config.layers())
         self.norm_f = build_norm(config)
         self.head = None if config.tie_head else Linear(config.n_embd, config.vocab_size, bias=False)
         self.cast_head: Tensor | None = None  # the head's weight in `dtype`, after `cast_for_inference`
-        self.loss = Loss(kernels, config.logit_softcap)
+        self.loss = Loss(kernels, config.logit_softcap, self.n_vocab)
         has_softcap = any(block.mixer.spec.softcap for block in self.blocks)
         # Runs on every device and supports all of this model's features.
         self.portable_attention = ATTENTION_BACKENDS["reference" if has_softcap else "sdpa"]
@@ -137,7 +147,7 @@ class GPT(nn.Module):
         x_BTC, _ = self._hidden(tokens_BT, documents, FeedForwardContext(), backend, cache)
         if n_last:
             x_BTC = x_BTC[:, -n_last:]
-        logits_BTV = F.linear(x_BTC, self._head_weight().to(self.dtype))
+        logits_BTV = F.linear(x_BTC, self._head_weight().to(self.dtype))[..., : self.n_vocab]
         return apply_softcap(logits_BTV.float(), self.config.logit_softcap)
 
     @torch.no_grad()

@@ -280,7 +280,7 @@ def _kernels(config: Config, device_type: str) -> Kernels:
     name = config.parallel.loss
     if name in loss.TORCH_LOSS or on_cpu:
         return Kernels(attention, experts, loss.TORCH_LOSS["chunked" if name in ("auto", "triton") else name])
-    in_place = partial(loss.chunked_cross_entropy, lambda _, targets_N, softcap, gradient: targets_N.float())  # noqa: ARG005
+    in_place = partial(loss.chunked_cross_entropy, lambda _, targets_N, *_args, gradient: targets_N.float())  # noqa: ARG005
     return Kernels(attention, experts, in_place)  # as Triton's, which needs no memory beside the logits
 
 

@@ -60,6 +60,14 @@ def resolve_init_from(config: Config, *, fresh: bool = False) -> Config:
         raise UserError(f"init_from {config.init_from}: {hf.one_line(error)}") from None
 
 
+def check_pretrained(config: Config) -> ModelConfig:
+    """Return the model of `init_from`. Raises UserError if its config.json does not describe the stored tensors."""
+    folder = _folder(config, ["*.json", "*.safetensors"])
+    architecture, theirs = hf.read_config(folder)
+    hf.open_weights(folder, architecture, theirs)
+    return theirs
+
+
 def load_weights(sharded: ShardedModel, config: Config, dataset: Dataset, world: World) -> None:
     """Load the weights of `init_from` into a run's model; the main rank reports on layers that become experts.
 
@@ -72,7 +80,10 @@ def load_weights(sharded: ShardedModel, config: Config, dataset: Dataset, world:
         device = torch.device("cpu") if world.device.type == "mps" else world.device  # MPS has no float64
         samples = list(_samples(config, dataset, device))
         # float64: in float32, rounding alone changes the logits of a model like GPT-2 by 1e-3.
-        before, after = (GPT(model, dtype=torch.float64).to(device) for model in (theirs, config.model))
+        before, after = (
+            GPT(model, dtype=torch.float64, n_vocab=sharded.model.n_vocab).to(device)
+            for model in (theirs, config.model)
+        )
         before.load_state_dict(before.state_dict() | pretrained)
         pretrained = upcycle.upcycle_weights(pretrained, layers, weights)
         after.load_state_dict(after.state_dict() | pretrained)

@@ -5,6 +5,7 @@ A model that fits no architecture of Transformers keeps our names (`custom.py`).
 
 from training.weights.hf.model_folder import (
     ARCHITECTURES,
+    open_weights,
     read_config,
     read_weights,
     to_saved_dtype,

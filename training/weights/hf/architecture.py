@@ -37,6 +37,10 @@ class Architecture:
         """Return the table of tensors, each of ours in exactly one place."""
         raise NotImplementedError
 
+    def min_tensors(self, config: ModelConfig) -> int:
+        """Return a lower bound of the number of tensors, without listing them."""
+        return config.n_layer
+
     def reason_unsupported(self, config: ModelConfig, weights: dict[str, Tensor] | None = None) -> str | None:
         """Return the first option, or tensor of `weights`, that cannot be expressed; None: all can.
 

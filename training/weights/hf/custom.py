@@ -14,7 +14,7 @@ from training.config import ModelConfig
 from training.errors import UserError
 from training.model import model_stats
 from training.weights.hf.architecture import Architecture
-from training.weights.hf.tables import Name
+from training.weights.hf.tables import Name, read
 
 MODEL_TYPE = "training_gpt"
 MODELING = f"modeling_{MODEL_TYPE}"
@@ -96,6 +96,7 @@ class CustomArchitecture(Architecture):
     def from_hf(self, hf: dict[str, Any]) -> dict[str, Any]:
         if missing := [name for name in ModelConfig.model_fields if name not in hf]:
             raise UserError(f"{missing[0]} is missing")
+        read(hf, "n_layer", int)  # limits it
         return {name: hf[name] for name in ModelConfig.model_fields}
 
     def names(self, config: ModelConfig) -> list[Name]:

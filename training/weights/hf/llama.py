@@ -161,6 +161,9 @@ class LlamaLike(Architecture):
             "blocks": pattern(layers),
         }
 
+    def min_tensors(self, config: ModelConfig) -> int:
+        return sum(getattr(block.ffn, "n_experts", 1) for block in config.layers())
+
     def names(self, config: ModelConfig) -> list[Name]:
         table = [Name("model.embed_tokens.weight", ("wte.weight",)), Name("model.norm.weight", ("norm_f.weight",))]
         if not config.tie_head:

@@ -71,30 +71,49 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def read_weights(folder: Path, architecture: Architecture, config: ModelConfig) -> dict[str, Tensor]:
     """Return our tensors, float32. Raises UserError if one is missing, unknown, of another shape or not finite."""
-    with torch.device("meta"):
-        meta = GPT(config).state_dict()
-    names = architecture.names(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in to_theirs(names, meta)}
+    stored, names, meta = open_weights(folder, architecture, config), architecture.names(config), _meta(config)
+    ours = {part: torch.empty(meta[part].shape) for name in names for part in name.ours}
+    for name in names:
+        copy_to_ours(name, ours, stored[name.theirs].read())
+    if config.tie_head and HEAD in stored and not torch.equal(stored[HEAD].read(), ours["wte.weight"]):
+        raise UserError(f"{folder}: {HEAD} is not the embedding, though tie_word_embeddings says so")
+    return ours
+
+
+def open_weights(folder: Path, architecture: Architecture, config: ModelConfig) -> "dict[str, _StoredTensor]":
+    """Return the stored tensors by name, unread. Raises UserError unless names and shapes are those of the model.
+
+    config.json may be wrong about sizes, so the work is bounded by what the files hold.
+    """
     stored = {name: tensor for path in weight_files(folder) for name, tensor in _open(path).items()}
     if not any(name.startswith(architecture.prefix) for name in stored):
         stored = {name if name == HEAD else architecture.prefix + name: tensor for name, tensor in stored.items()}
-    tied_head = stored.pop(HEAD, None) if HEAD not in shapes else None
     stored = {name: tensor for name, tensor in stored.items() if not architecture.harmless.fullmatch(name)}
-    for tensors, problem in ((shapes.keys() - stored.keys(), "missing"), (stored.keys() - shapes.keys(), "unknown")):
+    if (n_tensors := architecture.min_tensors(config)) > len(stored):
+        problem = f"{len(stored)} tensors, but {CONFIG} needs {n_tensors} or more"
+        raise UserError(f"{folder}: {problem}; does it belong to these weights?")
+    try:
+        meta = _meta(config)
+    except RuntimeError:  # sizes beyond the address space
+        raise UserError(f"{folder / CONFIG}: its sizes are too large") from None
+    shapes = {name.theirs: name.shape(meta) for name in architecture.names(config)}
+    tied = {HEAD: tuple(meta["wte.weight"].shape)} if config.tie_head and HEAD in stored else {}
+    for tensors, problem in (
+        (shapes.keys() - stored.keys(), "missing"),
+        (stored.keys() - shapes.keys() - tied.keys(), "unknown"),
+    ):
         if tensors:
             first, *others = sorted(tensors)
             more = f" and {len(others)} more" if others else ""
             raise UserError(f"{folder}: {problem} tensors: {first}{more}; does {CONFIG} belong to these weights?")
-    for name, shape in shapes.items():  # check all before allocating: config.json may be wrong
+    for name, shape in (shapes | tied).items():
         stored[name].check_shape(shape)
-    ours = {part: torch.empty(meta[part].shape) for name in names for part in name.ours}
-    for name in names:
-        copy_to_ours(name, ours, stored[name.theirs].read())
-    if tied_head is not None:
-        tied_head.check_shape(tuple(meta["wte.weight"].shape))
-        if not torch.equal(tied_head.read(), ours["wte.weight"]):
-            raise UserError(f"{folder}: {HEAD} is not the embedding, though tie_word_embeddings says so")
-    return ours
+    return stored
+
+
+def _meta(config: ModelConfig) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        return GPT(config).state_dict()
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -144,7 +163,8 @@ def _open(path: Path) -> dict[str, _StoredTensor]:
         file = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged, or not safetensors: {' '.join(str(error).split())}") from None
-    return {name: _StoredTensor(path.parent, file, name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    folder = path.parent
+    return {name: _StoredTensor(folder, file, name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 def write_model(
@@ -158,7 +178,7 @@ def write_model(
 ) -> str:
     """Write a model that opens with `AutoModelForCausalLM`; return the `model_type` that it is written as.
 
-    `n_vocab` is the tokenizer's size: rows of the embedding beyond it are padding, and are cut off. Raises OSError or
+    Rows of the embedding from `n_vocab` on are padding, and are cut off; None: there are none. Raises OSError or
     SafetensorError if a file cannot be written.
     """
     from huggingface_hub import save_torch_state_dict
@@ -170,10 +190,11 @@ def write_model(
     model_type = next(candidates, custom.MODEL_TYPE)
     architecture = READABLE[model_type]
     ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    # Without a `max_length`, pipelines generate 256 tokens. The model does not read the last token, hence + 1.
+    generation = ids | {"pad_token_id": end_of_text, "max_length": config.n_positions + 1}
     hf = {"model_type": model_type, **architecture.to_hf(config), **ids, "dtype": str(dtype).removeprefix("torch.")}
-    texts = {
-        name: json.dumps(fields, indent=2) + "\n" for name, fields in ((CONFIG, hf), ("generation_config.json", ids))
-    }
+    files = {CONFIG: hf, "generation_config.json": generation}
+    texts = {name: json.dumps(fields, indent=2) + "\n" for name, fields in files.items()}
     if model_type == custom.MODEL_TYPE:
         texts |= custom.modeling_files()
     folder.mkdir(parents=True, exist_ok=True)

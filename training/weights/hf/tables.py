@@ -128,6 +128,12 @@ class Name(NamedTuple):
         """Return views of our tensors."""
         return [ours[name][self.index] for name in self.ours]
 
+    def shape(self, ours: dict[str, Tensor]) -> tuple[int, ...]:
+        """Return the shape of theirs, without computing it."""
+        first, *others = self.parts(ours)
+        shape = (len(first) + sum(map(len, others)), *first.shape[1:])
+        return shape[::-1] if self.transposed else shape
+
 
 def to_theirs(names: list[Name], ours: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield (their name, tensor): views of ours unless rows are concatenated or rearranged."""
