@@ -24,6 +24,7 @@ from training.config import CheckpointConfig, Config
 from training.logging.phases import PHASES
 from training.options import cli
 from training.options.schema import is_list, sections
+from training.section import PathText
 from training.train import train
 
 if TYPE_CHECKING:
@@ -353,4 +354,4 @@ def minimal_value(annotation: Any) -> Any:
     if inside := sections(annotation):
         fields = inside[0].model_fields.items()
         return {name: minimal_value(field.annotation) for name, field in fields if field.is_required()}
-    return "x" if annotation is str else 1
+    return "x" if annotation in (str, PathText) else 1

@@ -76,7 +76,7 @@ def write_inputs(folder: Path) -> dict[str, Path]:
             "workers": 1,
         },
         "optim": {"learning_rate": 3e-3},
-        "schedule": {"warmup_steps": 2},
+        "schedule": {"type": "constant", "warmup_steps": 2},  # schedules that decay end one step earlier since
         "eval": {"every": 5, "tokens": 1024, "prompts": ["a b"], "sample_tokens": 4},
         "checkpoint": {"every": RESUMED_AT, "keep": 9},
         "logging": {"every": 2, "tensorboard": False},

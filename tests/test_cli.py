@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from training.config import Config, FileTokenizer, MoEConfig, MuonConfig
+from training.files import expand_path
 from training.options.cli import ConfigErrors, dump_config, load_config, parse_command_line
 from training.options.schema import all_groups, is_list, sections
 from training.options.yaml import MAX_BYTES
@@ -172,7 +173,6 @@ def test_flags_reach_into_defaults(write):
         ("model:\n  n_head: 7", "2: model.n_head: 7 heads do not divide n_embd 768"),
         ("model: {blocks: [{ffn: {type: moe, top_k: 9}}]}", "1: model.blocks.0.ffn.top_k: 9 is more than n_experts 8"),
         ("batch_tokens: 0x" + "f" * 5000, "1: batch_tokens: '0xffffffffffffffffffff"),
-        ("steps: 50", " schedule.warmup_steps: 100 is not below steps 50"),
         ("seed: 1\nseed: 2", "2: seed: given twice, first on line 1"),
         ("seed: &a 1", "1: seed: no anchors here (&a): remove it, or quote the value"),
         ("seed: *a", "1: seed: no aliases here (*a): write the value out, or quote it"),
@@ -278,10 +278,10 @@ def test_all_wrong_options_are_reported_at_once(write):
 
 
 def test_rules_between_options_are_checked_once_the_options_of_the_section_are_right(write):
-    wrong = "eval: {every: 0}\nmodel: {n_head: 7}\nbatch_tokens: 1000\nschedule: {warmup_steps: 5000}\n"
+    wrong = "eval: {every: 0}\nmodel: {n_head: 7}\nbatch_tokens: 1000\nupcycle_noise: 0.1\n"
     assert origins(errors(write(wrong))) == ["my.yaml:1: eval.every", "my.yaml:2: model.n_head"]
     fixed = wrong.replace("every: 0", "every: 1").replace("7", "4")
-    assert origins(errors(write(fixed))) == ["my.yaml:3: batch_tokens", "my.yaml:4: schedule.warmup_steps"]
+    assert origins(errors(write(fixed))) == ["my.yaml:3: batch_tokens", "my.yaml:4: upcycle_noise"]
 
 
 def test_a_rule_is_not_checked_while_one_of_its_options_is_wrong(write):
@@ -539,3 +539,69 @@ def test_a_dump_loads_back_to_an_equal_config(tmp_path, prompts, rate, name):
     config = Config.model_validate(tree)
     path.write_text(dump_config(config), encoding="utf-8", newline="")
     assert load_config(path) == config
+
+
+# --- paths -----------------------------------------------------------------------------------------
+
+PATH_OPTIONS = {
+    "out_dir": "{}", "init_from": "{}", "data.cache_dir": "{}", "data.tokenizer": "{{type: file, path: {}}}",
+    "data.sources": "[{{paths: [{}]}}]", "data.val_sources": "[{{type: huggingface, name: {}}}]",
+}  # fmt: skip
+PATH_FLAGS = [
+    ("train", ["--config"]), ("prepare", ["--config"]), ("plan", ["--config"]),
+    ("train", ["--config", "my.yaml", "--resume"]), ("twin", ["--config", "my.yaml", "--out"]),
+    ("evaluate", ["--run"]), ("evaluate", ["--run", "r", "--data", "a.txt"]), ("export", ["--run"]),
+    ("export", ["--run", "r", "--out"]), ("generate", ["--run"]), ("generate", ["--run", "r", "--prompts"]),
+    ("checkpoints", ["verify"]),
+]  # fmt: skip
+NO_PATHS = {
+    "": "'' is empty; give a path",
+    "$NO_SUCH/x": "'$NO_SUCH/x': the environment variable NO_SUCH is not set; set it, or write the path out",
+    "a/${BLANK}": "'a/${BLANK}': the environment variable BLANK is not set; set it, or write the path out",
+    "~nobody-here/x": "'~nobody-here/x': ~nobody-here is no user's home folder; write the path out, or "
+    "./~nobody-here for a folder here",
+    "runs ": "'runs ' begins or ends with white space, or has a control character; remove it",
+    "ru\nns": r"'ru\nns' begins or ends with white space, or has a control character; remove it",
+    "ru\0ns": r"'ru\x00ns' begins or ends with white space, or has a control character; remove it",
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("~/a", "HOME/a"),
+        ("$HOME/a", "HOME/a"),
+        ("a/${NAME}.b", "a/n.b"),
+        ("a~/$", "a~/$"),
+        ("./~x", "./~x"),
+        ("a b/", "a b/"),
+    ],
+)
+def test_the_rule_of_paths(monkeypatch, text, path):
+    monkeypatch.setenv("HOME", "HOME")
+    monkeypatch.setenv("NAME", "n")
+    assert expand_path(text) == path == expand_path(path)
+
+
+@pytest.mark.parametrize("option", PATH_OPTIONS)
+def test_every_path_option_follows_the_rule_and_the_dump_has_its_result(write, monkeypatch, tmp_path, option):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write("")
+    config = load_config(path, {option: PATH_OPTIONS[option].format("$HOME/x")})
+    assert config == load_config(path, {option: PATH_OPTIONS[option].format("~/x")})
+    assert f"{tmp_path}/x" in dump_config(config)
+    for text in ("$NO_SUCH/x", "~nobody-here/x"):
+        (line,) = errors(path, **{option: PATH_OPTIONS[option].format(text)})
+        assert line.endswith(f": {NO_PATHS[text]}")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), PATH_FLAGS, ids=lambda value: value if isinstance(value, str) else value[-1]
+)
+def test_every_path_flag_follows_the_rule(write, call, monkeypatch, name, arguments):
+    write("")
+    monkeypatch.setenv("BLANK", "")
+    flag = "run" if name == "checkpoints" else next(word for word in reversed(arguments) if word.startswith("--"))
+    for text, reason in NO_PATHS.items():
+        done = call(name, *arguments, text)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {flag}: {reason}\n")

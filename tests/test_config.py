@@ -1,6 +1,7 @@
 """Every option has a help text and a valid default, and the rules between options hold."""
 
 import json
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -19,6 +20,7 @@ from training.config import (
     StdlibSource,
 )
 from training.options.cli import dump_config, load_config
+from training.options.notices import notices
 from training.options.schema import (
     all_groups,
     find_option,
@@ -78,14 +80,64 @@ def test_sections_are_frozen():
         ({"model": {"n_layer": 2, "blocks": [{"repeat": 3}]}}, "3 layers long"),
         ({"model": {"blocks": [{"ffn": {"type": "moe", "n_experts": 2, "top_k": 3}}]}}, "more than n_experts 2"),
         ({"data": {"sources": [{"type": "stdlib", "weight": 1}, {"type": "stdlib"}]}}, "a weight, or none"),
+        ({"optim": {"learning_rate": 1e39}}, r"learning_rate: 1e\+39 is more than a float32 holds"),
+        ({"steps": 10**20}, r"steps: 1e\+20 is more than an integer of 64 bits holds"),
+        ({"model": {"n_layer": 10**9}}, "less than or equal to 10000"),
         ({"batch_tokens": 1000}, "not a multiple of model.n_positions 1024"),
-        ({"steps": 100}, "not below steps 100"),
-        ({"schedule": {"type": "wsd", "decay_steps": 950}}, "longer than steps 1000"),
     ],
 )
 def test_rules_between_options_hold_without_a_file(tree, problem):
     with pytest.raises(ValidationError, match=problem):
         Config.model_validate({"data": DATA} | tree)
+
+
+@pytest.mark.parametrize(
+    ("ffn", "is_renormalized"),
+    [({}, True), ({"top_k": 1}, False), ({"top_k": 1, "renormalize": True}, True), ({"renormalize": False}, False)],
+)
+def test_renormalize_follows_from_top_k_unless_it_is_given(ffn, is_renormalized):
+    model = ModelConfig.model_validate({"blocks": [{"ffn": {"type": "moe"} | ffn}]})
+    assert model.blocks[0].ffn.is_renormalized == is_renormalized
+    assert model.with_explicit_sizes().blocks[0].ffn.renormalize is is_renormalized
+
+
+ONE_OF_EIGHT = {"type": "moe", "top_k": 1, "renormalize": True}
+ONLY_LOSSES = "learns only from its auxiliary losses"
+
+
+@pytest.mark.parametrize(
+    ("tree", "notice"),
+    [
+        ({"model": {"blocks": [{"ffn": ONE_OF_EIGHT}]}}, f"model.blocks.0.ffn.renormalize: .*{ONLY_LOSSES}"),
+        ({"model": {"blocks": [{}, {"ffn": ONE_OF_EIGHT | {"z_loss_weight": 0.0}}]}}, "model.blocks.1.*learns nothing"),
+        ({"model": {"blocks": [{"ffn": {"type": "moe", "n_experts": 1, "top_k": 1}}]}}, f"n_experts: .*{ONLY_LOSSES}"),
+        ({"model": {"blocks": [{"ffn": {"type": "moe", "capacity_factor": 0.25}}]}}, "capacity_factor: .*at least 75%"),
+        ({"model": {"blocks": [{"mixer": {"window": 1}}]}}, "mixer.window: 1 .*use 2 or more"),
+        ({"model": {"blocks": [{"mixer": {"softcap": 0.01}}]}}, "mixer.softcap: 0.01 .*uniform"),
+        ({"model": {"logit_softcap": 0.01}}, "model.logit_softcap: 0.01 "),
+        ({"optim": {"learning_rate": 10.0}}, "optim.weight_decay: 0.1 x learning_rate 10 is 1 or more"),
+        ({"optim": {"type": "muon", "muon_learning_rate": 10.0}}, "weight_decay: 0.1 x muon_learning_rate 10 "),
+        ({"optim": {"grad_clip": 1e-8}}, "optim.grad_clip: 1e-08 is not above eps 1e-08"),
+        ({"steps": 100}, "schedule.warmup_steps: 100 does not fit into steps 100; this run uses 49"),
+        ({"steps": 9, "schedule": {"type": "wsd", "decay_steps": 8, "warmup_steps": 3}}, "decay_steps: 8 .* uses 7"),
+    ],
+)
+def test_a_notice_names_options_that_change_another_or_keep_a_part_from_learning(tree, notice):
+    lines = list(notices(Config.model_validate({"data": DATA} | tree)))
+    assert any(re.search(notice, line) for line in lines)
+    assert all(len(line) < 160 for line in lines)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_has_no_notice_and_trains_for_any_number_of_steps(path):
+    assert not list(notices(load_config(path)))
+    for steps in (1, 2, 3, 10, 11):
+        config = load_config(path, {"steps": str(steps)})
+        changed = {line.split(":")[0] for line in notices(config)}
+        assert changed == {
+            f"schedule.{name}" for name, value in config.resolved().schedule if value != getattr(config.schedule, name)
+        }
+        assert changed
 
 
 def test_the_pattern_of_blocks_is_repeated_to_n_layer():

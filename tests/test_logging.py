@@ -661,18 +661,24 @@ def records_in(data: bytes) -> list:
     return records
 
 
-def test_wandb_keeps_one_run_over_restarts_and_logs_no_step_twice(tmp_path, capfd):
-    pytest.importorskip("wandb")
+def test_wandb_keeps_one_run_over_restarts_and_logs_no_step_twice(tmp_path, capfd, monkeypatch):
+    """Its options are null, and the environment chooses mode, project, name and id."""
+    wandb = pytest.importorskip("wandb")
     from training.logging.wandb import WandbSink
 
-    config = WandbConfig(mode="offline")
+    for name, value in {"MODE": "offline", "PROJECT": "ours", "NAME": "first", "RUN_ID": "id-of-theirs"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    wandb.teardown()  # it reads the environment once a process
+    config = WandbConfig()
     first = WandbSink(run_in(tmp_path), config, histogram_every=2)
     first.write([row(1), row(2), eval_row(3)])
     first.close(None)
     second = WandbSink(run_in(tmp_path, start_step=2), config, histogram_every=2)
     second.write([row(3), row(4)])
     second.close(SUMMARY)
-    assert "".join(capfd.readouterr()) == ""
+    line = f"Weights & Biases: offline by WANDB_MODE, project ours, {tmp_path}/wandb\n"
+    assert tuple(capfd.readouterr()) == ("", line * 2)
+    assert (first.run.id, first.run.name, first.run.project) == ("id-of-theirs", "first", "ours")
     assert second.run.id == first.run.id
     histories = [history_rows(path) for path in offline(tmp_path)]
     assert [record["_step"] for history in histories for record in history] == [1, 2, 3, 4]
@@ -686,6 +692,44 @@ def test_wandb_keeps_one_run_over_restarts_and_logs_no_step_twice(tmp_path, capf
     kept = list((tmp_path / "wandb").glob(f"offline-run-*/files/{histories[0][1][f'{LOAD_IMAGE}/path']}"))
     assert len(kept) == 1
     assert_is_the_heat_map(kept[0])
+    wandb.teardown()
+
+
+@pytest.mark.parametrize(
+    ("option", "variables", "mode"),
+    [
+        (None, {}, (None, "")),
+        (None, {"WANDB_MODE": "offline"}, ("offline", "WANDB_MODE")),
+        (None, {"WANDB_MODE": "online", "WANDB_DISABLED": "true"}, ("disabled", "WANDB_DISABLED")),
+        (None, {"WANDB_DISABLED": "false"}, (None, "")),
+        ("online", {"WANDB_MODE": "disabled", "WANDB_DISABLED": "1"}, ("online", "logging.wandb.mode")),
+        ("disabled", {"WANDB_MODE": "online"}, ("disabled", "logging.wandb.mode")),
+    ],
+)
+def test_the_option_chooses_wandbs_mode_or_else_the_environment(monkeypatch, tmp_path, capfd, option, variables, mode):
+    from training.logging import wandb
+
+    for name in ("WANDB_MODE", "WANDB_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    config = WandbConfig(mode=option)
+    assert wandb.find_mode(config) == mode
+    if mode[0] == "disabled":
+        monkeypatch.setitem(sys.modules, "wandb", None)  # not needed for nothing
+        sink = wandb.open_sink(run_in(tmp_path), LoggingConfig(wandb=config))
+        sink.write([row(1)])
+        sink.close(SUMMARY)
+        assert not list(tmp_path.iterdir())
+        assert capfd.readouterr().err == f"Weights & Biases: disabled by {mode[1]}; nothing is logged to it\n"
+
+
+def test_an_unknown_wandb_mode_of_the_environment_is_one_line(monkeypatch):
+    from training.logging.wandb import find_mode
+
+    monkeypatch.setenv("WANDB_MODE", "banana")
+    with pytest.raises(UserError, match=r"^WANDB_MODE: 'banana' is not one of online, offline, disabled,"):
+        find_mode(WandbConfig())
 
 
 def test_after_kill_9_wandb_has_each_row_once(processes, tmp_path, capfd):

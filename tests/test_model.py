@@ -16,6 +16,7 @@ from training.model import FEED_FORWARDS, GPT, MIXERS, init_weights, model_stats
 from training.model.attention import AttentionContext
 from training.model.layers import RMSNorm, rotary_table, rotate
 from training.model.metrics import step_metrics
+from training.model.moe import MoE
 
 BLOCKS = {
     "mlp": {},
@@ -23,6 +24,7 @@ BLOCKS = {
     "moe": {"ffn": {"type": "moe", "n_experts": 4, "hidden": 24}},
     "gated moe": {"ffn": {"type": "moe", "n_experts": 4, "hidden": 24, "gated": True, "activation": "relu2"}},
     "shared moe": {"ffn": {"type": "moe", "n_experts": 6, "top_k": 3, "n_shared": 2, "hidden": 12}},
+    "one expert a token": {"ffn": {"type": "moe", "n_experts": 4, "hidden": 24, "top_k": 1}},
     "sigmoid moe": {
         "ffn": {"type": "moe", "n_experts": 4, "hidden": 24, "scoring": "sigmoid", "route_scale": 2.5, "n_shared": 1}
     },
@@ -148,9 +150,13 @@ def test_logits_are_bounded_by_the_softcap_and_keep_their_order():
 
 
 @pytest.mark.parametrize(("block", "style"), CASES)
-def test_every_parameter_gets_a_gradient(block, style):
+def test_every_parameter_gets_a_gradient_from_the_text(block, style):
     model, x = build(block, style), tokens(batch=8)
-    loss, _ = model(Batch(x, x.roll(-1, 1), n_targets=x.numel()))
+    for module in model.modules():
+        if isinstance(module, MoE):  # without auxiliary losses
+            module.config = module.config.model_copy(update={"z_loss_weight": 0.0, "balance": "none"})
+    loss, metrics = model(Batch(x, x.roll(-1, 1), n_targets=x.numel()))
+    assert loss == metrics["loss_sum"] / x.numel()
     loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name

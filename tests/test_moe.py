@@ -44,7 +44,7 @@ def by_token(moe: MoE, x_BTC: torch.Tensor) -> torch.Tensor:
         logits = moe.router.weight @ x
         score = F.softmax(logits, dim=0) if config.scoring == "softmax" else 1 / (1 + (-logits).exp())
         chosen = sorted(range(config.n_experts), key=lambda e: -(score + moe.selection_bias)[e])[: config.top_k]
-        total = sum(score[e] for e in chosen) if config.renormalize else 1.0
+        total = sum(score[e] for e in chosen) if config.is_renormalized else 1.0
         y = torch.zeros_like(x)
         for e in chosen:
             up = experts.up[e] @ x + experts.up_bias[e]
@@ -267,6 +267,12 @@ def test_capacity_keeps_the_first_tokens_and_counts_what_it_drops():
     assert none.n_dropped == 0  # evaluation drops nothing
     torch.testing.assert_close(y[0, :3], whole[0, :3])
     assert not y[0, 3:].any()
+
+
+def test_a_capacity_beyond_every_number_of_rows_drops_nothing():
+    moe, x = layer(capacity_factor=1e37), torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(2))
+    y, routing = moe(x, Context(12, torch.tensor([7]), is_training=True))
+    assert routing.n_dropped == 0 and torch.equal(y, moe(x, Context(12))[0])
 
 
 def test_capacity_is_causal():

@@ -6,6 +6,8 @@ from typing import get_args
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from training.config import (
@@ -125,14 +127,46 @@ def test_every_schedule_warms_up_to_one_and_stays_between_zero_and_one(config_cl
     assert all(a >= b for a, b in pairwise(factors[10:]))
     assert all(0 <= factor <= 1 for factor in factors)
     if hasattr(config, "final_ratio"):
-        assert lr_factor(config, 100, 100) == pytest.approx(config.final_ratio)
+        assert factors[99] == config.final_ratio < factors[98]
 
 
 @pytest.mark.parametrize("config_class", SCHEDULES, ids=lambda c: c.__name__)
-def test_every_schedule_rejects_a_warm_up_as_long_as_the_run(config_class):
-    config = schedule_options(config_class)
-    assert [name for name, _ in config.step_rules(10)] == ["warmup_steps"]
-    assert not list(config.step_rules(50))
+@settings(max_examples=30, deadline=None)
+@given(steps=st.integers(1, 300), warmup=st.integers(0, 400), decay=st.integers(1, 400), ratio=st.floats(0, 1))
+def test_every_schedule_fits_into_any_run_and_ends_at_its_final_ratio(config_class, steps, warmup, decay, ratio):
+    """The update after the warm-up has the peak, and the last one `final_ratio`; a run of one step is at the peak."""
+    values = {"warmup_steps": warmup, "decay_steps": decay, "final_ratio": ratio}
+    options = {name: value for name, value in values.items() if name in config_class.model_fields}
+    config = config_class(**options).fitted(steps)
+    assert all(getattr(config, name) <= value for name, value in options.items())
+    length = config.warmup_steps + getattr(config, "decay_steps", 0)
+    assert length <= steps and config.warmup_steps < steps and config == config.fitted(steps)
+    needed = warmup + decay if "decay_steps" in options else warmup + 1
+    assert needed > steps or config == config_class(**options)
+    factors = [lr_factor(config, step, steps) for step in range(steps)]
+    assert all(0 <= factor <= 1 for factor in factors)
+    peak = config.warmup_steps
+    assert all(a < b for a, b in pairwise(factors[: peak or 1]))
+    if "final_ratio" in options and steps > 1:
+        assert factors[-1] == ratio
+    if peak < steps - 1 or steps == 1:
+        assert factors[peak] == 1.0
+        assert all(a >= b for a, b in pairwise(factors[peak:]))
+
+
+def test_a_decay_of_one_step_is_the_last_update():
+    config = WSDSchedule(warmup_steps=2, decay_steps=1, final_ratio=0.25)
+    assert [lr_factor(config, step, 6) for step in range(6)] == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 0.25])
+
+
+def test_a_short_run_shortens_warm_up_and_decay_alike():
+    wsd, cosine = WSDSchedule(warmup_steps=10, decay_steps=240), CosineSchedule(warmup_steps=10)
+    assert wsd.fitted(400) == wsd and wsd.fitted(250) == wsd
+    assert wsd.fitted(50) == WSDSchedule(warmup_steps=2, decay_steps=48)
+    assert wsd.fitted(3) == WSDSchedule(warmup_steps=0, decay_steps=3)
+    assert cosine.fitted(11) == cosine
+    assert cosine.fitted(10).warmup_steps == 4
+    assert [cosine.fitted(steps).warmup_steps for steps in (1, 2, 3)] == [0, 0, 1]
 
 
 # --- results of each ----------------------------------------------------------------------------------
@@ -260,11 +294,11 @@ def test_known_points_of_the_schedules():
     cosine = CosineSchedule(warmup_steps=10, final_ratio=0.1)
     linear = LinearSchedule(warmup_steps=10, final_ratio=0.1)
     wsd = WSDSchedule(warmup_steps=10, decay_steps=40, final_ratio=0.1)
-    assert lr_factor(cosine, 55, 100) == pytest.approx(0.55)
-    assert lr_factor(cosine, 32, 100) > lr_factor(linear, 32, 100)
-    assert lr_factor(linear, 55, 100) == pytest.approx(0.55)
-    assert lr_factor(wsd, 60, 100) == 1.0
-    assert lr_factor(wsd, 80, 100) == pytest.approx(0.55)
+    assert lr_factor(cosine, 55, 101) == pytest.approx(0.55)
+    assert lr_factor(cosine, 32, 101) > lr_factor(linear, 32, 101)
+    assert lr_factor(linear, 55, 101) == pytest.approx(0.55)
+    assert lr_factor(wsd, 59, 100) == 1.0 > lr_factor(wsd, 60, 100)
+    assert lr_factor(wsd, 79, 100) == pytest.approx(0.55)
     assert lr_factor(ConstantSchedule(warmup_steps=10), 99, 100) == 1.0
     inverse = InverseSqrtSchedule(warmup_steps=10)
     assert lr_factor(inverse, 43, 1000) == pytest.approx(0.5)  # 44 steps, four times the warm-up of 11

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from training.config import Config
 from training.data import prepare
 from training.distributed.parallelize import parallelize
 from training.distributed.world import World
+from training.errors import UserError
 from training.kernels.attention.table import ATTENTION_BACKENDS
 from training.kernels.interface import Kernels
 from training.kernels.table import EXPERT_KERNELS
@@ -243,3 +245,35 @@ def test_wrong_input_is_one_line_and_status_2(flags, expected, tmp_path, capsys,
     assert main(["--config", "c.yaml", *flags]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith(f"error: {expected}") and printed.err.count("\n") == 1
+
+
+def test_a_run_starts_only_if_there_is_room_for_its_model_and_its_batch():
+    config = config_of(parallel={"mesh": {"shard": 2}})
+    needed = 16 * model_stats(config.model).n_parameters // 2  # weights, gradients and two moments, in float32
+    report.check_memory(config, 2, needed)
+    with pytest.raises(UserError, match=r"parameters of model, their gradients and optimizer take .* a smaller model"):
+        report.check_memory(config, 2, needed - 1)
+    large = config_of(batch_tokens=2**30)
+    report.check_memory(large, 2, 8 * 2**30)
+    with pytest.raises(UserError, match=r"batch_tokens 1,073,741,824 take 16.0 GiB per rank, and 8.0 GiB are here"):
+        report.check_memory(large, 1, 8 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("command", "model"),
+    [
+        ("train", {"n_embd": 4_000_000}),
+        ("train", {"vocab_size": 10**13}),
+        ("train", {"n_head": 10**12, "blocks": [{"mixer": {"head_dim": 64}}]}),
+        ("train", {"blocks": [{"ffn": MOE | {"n_experts": 10**12}}]}),
+        ("train", {"blocks": [{"mixer": {"type": "latent", "kv_rank": 10**15}}]}),
+        *product(("train", "plan"), [{"n_embd": 2**62}, {"blocks": [{"ffn": MOE | {"n_shared": 10**18}}]}]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_a_model_larger_than_any_memory_is_one_line_before_memory_is_taken(call, tmp_path, command, model):
+    path = tmp_path / "large.yaml"
+    path.write_text(cli.dump_config(config_of(model, out_dir=str(tmp_path / "runs"))))
+    done = call(command, "--config", str(path))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert re.match("error: (model: one of its tensors has more than 2.63 bytes|the .* parameters of mod)", done.stderr)

@@ -14,7 +14,7 @@ from test_restart import flip_a_bit
 
 from training import train
 from training.batch import Batch
-from training.config import ModelConfig
+from training.config import MLPConfig, ModelConfig, MoEConfig
 from training.errors import UserError
 from training.model import GPT, init_weights
 from training.weights import hf, init_from, upcycle
@@ -50,7 +50,7 @@ CASES = {
 
 def build_upcycled(model: dict, mlp: dict, moe: dict, every: int = 1) -> tuple[GPT, GPT]:
     """Return a dense float64 model with random weights and biases, and its upcycled model."""
-    moe = moe | {name: mlp[name] for name in ("activation", "gated") if name in mlp}
+    moe = {"renormalize": True} | moe | {name: mlp[name] for name in ("activation", "gated") if name in mlp}
     theirs = ModelConfig.model_validate(SIZES | model | {"blocks": [{"ffn": mlp}]})
     ours = ModelConfig.model_validate(SIZES | model | {"blocks": [{"ffn": mlp}] * (every - 1) + [{"ffn": moe}]})
     dense = add_noise(init_weights(GPT(theirs, dtype=torch.float64), 0))
@@ -88,6 +88,12 @@ def test_the_function_and_its_gradients_are_the_dense_models(name):
         torch.testing.assert_close(up, known.ffn.up.weight.grad[first:], rtol=1e-4, atol=1e-8)
         if n_shared:
             torch.testing.assert_close(block.ffn.shared.up.weight.grad, known.ffn.up.weight.grad[:first])
+
+
+def test_upcycling_renormalizes_the_weight_of_a_single_expert():
+    moe = MoEConfig(top_k=1, n_experts=4, hidden=64)
+    assert not moe.is_renormalized
+    assert upcycle.resolve_experts(moe, MLPConfig(hidden=64), 16, 0, "here").renormalize is True
 
 
 def test_experts_may_be_in_every_second_layer():

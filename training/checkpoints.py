@@ -21,18 +21,18 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = Parser(prog="python -m training.checkpoints", description=__doc__)
     parser.add_argument("action", choices=["verify", "list", "prune"])
-    parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_path("run", help="folder of a run")
     parser.add_argument("--keep", type=int, default=2, help="number of newest checkpoints that prune keeps (default 2)")
     args = parser.parse_args(argv)
     from training import checkpoint
 
-    folder = args.run / "checkpoints"
+    folder = Path(args.run, "checkpoints")
     if not checkpoint.list_checkpoints(folder):
         raise UserError(f"{args.run}: no run with a checkpoint is here; give a run's folder, such as runs/quickstart")
     if args.action == "prune":
         if args.keep < 1:
             raise UserError(f"--keep: {args.keep} would leave no checkpoint; give 1 or more")
-        with run_lock(args.run):
+        with run_lock(Path(args.run)):
             newest = checkpoint.latest(folder, lambda problem: print_line(f"{problem}; the damaged one is kept"))
             best = checkpoint.read_state(newest).get("best")
             if best is not None and not (isinstance(best, dict) and type(best.get("step")) is int):

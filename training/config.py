@@ -14,7 +14,7 @@ from typing import Literal, Self
 
 from pydantic import PositiveInt
 
-from training.section import ListOf, Section, one_of, option
+from training.section import ListOf, PathText, Section, one_of, option
 
 # --- model -----------------------------------------------------------------------------------------
 
@@ -122,7 +122,9 @@ class MoEConfig(Section):
     scoring: Literal["softmax", "sigmoid"] = option(
         "softmax", "router scores: softmax over all experts, or sigmoid of each (arXiv:2412.19437)"
     )
-    renormalize: bool = option(True, "scale the weights of a token's experts to sum to one")
+    renormalize: bool | None = option(
+        None, "scale the weights of a token's experts to sum to one; null: if top_k is above 1"
+    )
     route_scale: float = option(1.0, "factor on the weights of a token's experts, applied after renormalize", gt=0)
     jitter: float = option(
         0.0, "in training, multiply the router's inputs by noise in 1 +- jitter (arXiv:2101.03961); 0: none", ge=0, lt=1
@@ -141,6 +143,11 @@ class MoEConfig(Section):
         if self.top_k > self.n_experts:
             yield "top_k", f"{self.top_k} is more than n_experts {self.n_experts}"
 
+    @property
+    def is_renormalized(self) -> bool:
+        """True if the weights of a token's experts sum to one. A single weight would be 1, and its router not learn."""
+        return self.top_k > 1 if self.renormalize is None else self.renormalize
+
 
 Mixer = one_of(AttentionConfig, LatentConfig, DifferentialConfig, GatedConfig)
 FeedForward = one_of(MLPConfig, MoEConfig)
@@ -157,10 +164,10 @@ class BlockConfig(Section):
 class ModelConfig(Section):
     """The network. Sizes have the names of Transformers' `GPT2Config`; the defaults are GPT-2 124M."""
 
-    n_layer: int = option(12, "blocks", unit="layers", ge=1)
+    n_layer: int = option(12, "blocks", unit="layers", ge=1, le=10_000)
     n_head: int = option(12, "attention heads", unit="heads", ge=1)
     n_embd: int = option(768, "width of the residual stream", unit="channels", ge=1)
-    n_positions: int = option(1024, "context length: tokens per training sample", unit="tokens", ge=1)
+    n_positions: int = option(1024, "context length: tokens per training sample", unit="tokens", ge=1, le=2**32)
     vocab_size: int | None = option(
         None,
         "rows of the embedding, those beyond the tokenizer's size being padding; null: that size, rounded up to a "
@@ -189,12 +196,14 @@ class ModelConfig(Section):
             yield "blocks", f"the pattern is {period} layers long, more than n_layer {self.n_layer}"
 
     def with_explicit_sizes(self) -> Self:
-        """Return a copy in which no null stands for a size of a block."""
+        """Return a copy in which no null stands for another value of a block."""
 
         def explicit(block: BlockConfig) -> BlockConfig:
             ffn = block.ffn
             if "hidden" in type(ffn).model_fields:
                 ffn = ffn.model_copy(update={"hidden": ffn.hidden or 4 * self.n_embd})
+            if isinstance(ffn, MoEConfig):
+                ffn = ffn.model_copy(update={"renormalize": ffn.is_renormalized})
             return block.model_copy(update={"mixer": block.mixer.with_explicit_sizes(self), "ffn": ffn})
 
         return self.model_copy(update={"blocks": tuple(map(explicit, self.blocks))})
@@ -221,7 +230,7 @@ class FilesSource(Section):
     """Files: .txt .md .py (a document each), .jsonl .ndjson .json .parquet (one a row); may be .gz .bz2 .xz .zst."""
 
     type: Literal["files"] = "files"
-    paths: ListOf[str] = option(
+    paths: ListOf[PathText] = option(
         ...,
         "files, folders (with all files below them) or globs; in a .txt, <|endoftext|> starts another document",
         min_length=1,
@@ -234,7 +243,7 @@ class HuggingFaceSource(Section):
     """A Hugging Face data set, from the hub or from a local folder."""
 
     type: Literal["huggingface"] = "huggingface"
-    name: str = option(..., "name on the hub, or a folder written by `save_to_disk`", min_length=1)
+    name: PathText = option(..., "name on the hub, or a folder written by `save_to_disk`", min_length=1)
     config: str | None = option(None, "configuration (subset) of the data set; null: its default")
     split: str = option("train", "split of the data set to read")
     text_column: str = option("text", "column that holds the text")
@@ -260,7 +269,7 @@ class FileTokenizer(Section):
     """A tokenizer from disk."""
 
     type: Literal["file"] = "file"
-    path: str = option(..., "tokenizer.json, or a folder with it or with vocab.json and merges.txt", min_length=1)
+    path: PathText = option(..., "tokenizer.json, or a folder with it or with vocab.json and merges.txt", min_length=1)
 
 
 class HuggingFaceTokenizer(Section):
@@ -290,8 +299,8 @@ class DataConfig(Section):
         0.02, "share of documents to hold out by hash (of one text file: its end); unused with val_sources", gt=0, lt=1
     )
     tokenizer: TokenizerConfig = option(BPETokenizer(), "how text becomes tokens")
-    cache_dir: str = option("data_cache", "folder for token shards, shared by all runs", min_length=1)
-    workers: int | None = option(None, "threads that tokenize; null: one per core", unit="threads", ge=1)
+    cache_dir: PathText = option("data_cache", "folder for token shards, shared by all runs", min_length=1)
+    workers: int | None = option(None, "threads that tokenize; null: one per core", unit="threads", ge=1, le=1024)
 
     def rules(self) -> Iterator[tuple[str, str]]:
         for name, sources in (("sources", self.sources), ("val_sources", self.val_sources)):
@@ -326,7 +335,7 @@ class MuonConfig(AdamWConfig):
     type: Literal["muon"] = "muon"
     muon_learning_rate: float = option(0.02, "peak learning rate of the matrices", gt=0)
     momentum: float = option(0.95, "Nesterov momentum of the matrices' gradients", ge=0, lt=1)
-    ns_steps: int = option(5, "Newton-Schulz iterations", unit="iterations", ge=1)
+    ns_steps: int = option(5, "Newton-Schulz iterations", unit="iterations", ge=1, le=100)
 
 
 class LionConfig(OptimConfig):
@@ -344,38 +353,43 @@ Optim = one_of(AdamWConfig, MuonConfig, LionConfig)
 class ScheduleConfig(Section):
     """Options of every learning-rate schedule."""
 
-    warmup_steps: int = option(100, "linear warm-up from zero to the peak", unit="steps", ge=0)
+    warmup_steps: int = option(100, "linear warm-up from zero; the update after it has the peak", unit="steps", ge=0)
 
-    def step_rules(self, steps: int) -> Iterator[tuple[str, str]]:
-        """Yield (option of this schedule, problem) for options that do not fit a run of `steps` steps."""
-        if self.warmup_steps >= steps:
-            yield "warmup_steps", f"{self.warmup_steps} is not below steps {steps}"
+    def fitted(self, steps: int) -> Self:
+        """Return a copy that fits into `steps` steps: a warm-up that does not takes the first half of them."""
+        if self.warmup_steps < steps:
+            return self
+        return self.model_copy(update={"warmup_steps": (steps - 1) // 2})
 
 
 class CosineSchedule(ScheduleConfig):
-    """Linear warm-up, then half a cosine period down to final_ratio at the end of the run."""
+    """Linear warm-up, then half a cosine period down to final_ratio at the last update."""
 
     type: Literal["cosine"] = "cosine"
-    final_ratio: float = option(0.1, "final learning rate / peak", ge=0, le=1)
+    final_ratio: float = option(0.1, "learning rate of the last update / peak; 0: it changes nothing", ge=0, le=1)
 
 
 class LinearSchedule(CosineSchedule):
-    """Linear warm-up, then linear decay to final_ratio at the end of the run."""
+    """Linear warm-up, then linear decay to final_ratio at the last update."""
 
     type: Literal["linear"] = "linear"
 
 
 class WSDSchedule(CosineSchedule):
-    """Linear warm-up, constant at the peak, then linear decay over the last `decay_steps`."""
+    """Linear warm-up, constant at the peak, then linear decay to final_ratio over the last `decay_steps`."""
 
     type: Literal["wsd"] = "wsd"
     decay_steps: int = option(..., "length of the final decay", unit="steps", ge=1)
-    final_ratio: float = option(0.0, "final learning rate / peak", ge=0, le=1)
+    final_ratio: float = option(0.0, "learning rate of the last update / peak; 0: it changes nothing", ge=0, le=1)
 
-    def step_rules(self, steps: int) -> Iterator[tuple[str, str]]:
-        yield from super().step_rules(steps)
-        if self.warmup_steps < steps < (total := self.warmup_steps + self.decay_steps):
-            yield "decay_steps", f"warm-up and decay take {total} steps, longer than steps {steps}"
+    def fitted(self, steps: int) -> Self:
+        """Return a copy that fits into `steps` steps: warm-up and decay are shortened alike."""
+        total = self.warmup_steps + self.decay_steps
+        if total <= steps:
+            return self
+        warmup_steps = min(self.warmup_steps * steps // total, (steps - 1) // 2)
+        decay_steps = min(self.decay_steps, steps - warmup_steps)
+        return self.model_copy(update={"warmup_steps": warmup_steps, "decay_steps": decay_steps})
 
 
 class ConstantSchedule(ScheduleConfig):
@@ -423,7 +437,7 @@ class ParallelConfig(Section):
     loss: Literal["auto", "triton", "chunked", "reference"] = option(
         "auto", "loss kernel; auto: the first that runs here; reference holds all logits in memory at once"
     )
-    compile: bool = option(False, "compile the blocks with torch.compile")
+    compile: bool = option(False, "compile the blocks with torch.compile; on a CPU it needs a C++ compiler")
     recompute: Literal["none", "selective", "full"] = option(
         "none", "activation checkpointing: recompute whole blocks (full), or all but matmul outputs (selective)"
     )
@@ -460,9 +474,11 @@ class EvalConfig(Section):
 class WandbConfig(Section):
     """Weights & Biases."""
 
-    project: str = option("training", "W&B project", min_length=1)
-    entity: str | None = option(None, "W&B user or team; null: your default")
-    mode: Literal["online", "offline"] = option("online", "send while training, or store on disk for `wandb sync`")
+    project: str | None = option(None, "W&B project; null: WANDB_PROJECT's, else training", min_length=1)
+    entity: str | None = option(None, "W&B user or team; null: WANDB_ENTITY's, else your default", min_length=1)
+    mode: Literal["online", "offline", "disabled"] | None = option(
+        None, "send while training, store on disk for `wandb sync`, or neither; null: WANDB_MODE's, else online"
+    )
 
 
 class LoggingConfig(Section):
@@ -478,17 +494,17 @@ class Config(Section):
     """All options of a run."""
 
     name: str = option("gpt2", "name of the run and of its folder in out_dir", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    out_dir: str = option("runs", "folder of all runs", min_length=1)
+    out_dir: PathText = option("runs", "folder of all runs", min_length=1)
     seed: int = option(0, "random seed of initial weights, data order and generated samples", ge=0, lt=2**32)
     steps: int = option(1000, "total optimizer steps", unit="steps", ge=1)
-    batch_tokens: int = option(524_288, "tokens per optimizer step, over all processes", unit="tokens", ge=1)
+    batch_tokens: int = option(524_288, "tokens per optimizer step, over all processes", unit="tokens", ge=1, le=2**32)
     micro_batch: Literal["auto"] | PositiveInt = option(
         "auto", "samples per forward and backward; auto: as many as fit; changes only memory and speed", unit="samples"
     )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto", "compute dtype of matmuls; auto: bf16 if the device supports it in hardware, else fp32"
     )
-    init_from: str | None = option(
+    init_from: PathText | None = option(
         None, "initial weights and sizes: a finished run, a Hugging Face folder or hub name; null: random", min_length=1
     )
     upcycle_noise: float | None = option(
@@ -514,9 +530,11 @@ class Config(Section):
         """The run's folder."""
         return Path(self.out_dir, self.name)
 
-    def with_explicit_sizes(self) -> Self:
-        """Return a copy in which no null stands for a size of the model."""
-        return self.model_copy(update={"model": self.model.with_explicit_sizes()})
+    def resolved(self) -> Self:
+        """Return a copy in which no null stands for another value of the model, and the schedule fits into `steps`."""
+        return self.model_copy(
+            update={"model": self.model.with_explicit_sizes(), "schedule": self.schedule.fitted(self.steps)}
+        )
 
     def rules(self) -> Iterator[tuple[str, str]]:
         is_inherited = self.init_from is not None and "n_positions" not in self.model.model_fields_set
@@ -524,8 +542,6 @@ class Config(Section):
             yield "batch_tokens", f"{self.batch_tokens} is not a multiple of model.n_positions {self.model.n_positions}"
         if self.upcycle_noise is not None and self.init_from is None:
             yield "upcycle_noise", "needs init_from, whose dense layers become experts"
-        for name, problem in self.schedule.step_rules(self.steps):
-            yield f"schedule.{name}", problem
 
 
 # Options that may change on a resume, because none of them changes what the run computes.

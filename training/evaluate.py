@@ -15,8 +15,8 @@ from training.terminal import print_result
 def main(argv: list[str] | None = None) -> int:
     """Run the command: print one line of figures over all of the text; `eval.tokens` has no effect."""
     parser = Parser(prog="python -m training.evaluate", description=__doc__)
-    parser.add_argument("--run", required=True, help="folder of a run, finished or not, or of one of its checkpoints")
-    parser.add_argument("--data", nargs="+", metavar="PATH", help="files, folders or globs; default: the run's own")
+    parser.add_path("--run", required=True, help="folder of a run, finished or not, or of one of its checkpoints")
+    parser.add_path("--data", nargs="+", metavar="PATH", help="files, folders or globs; default: the run's own")
     parser.add_argument("--text_column", default="text", help="column of .jsonl and .parquet (default %(default)s)")
     parser.add_argument("--micro_batch", type=int, default=8, help="samples per forward (default %(default)s)")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])

@@ -20,8 +20,8 @@ from training.terminal import print_line
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Exit status: 0 done, 2 wrong input or a wrong export, 130 interrupted."""
     parser = Parser(prog="python -m training.export", description=__doc__)
-    parser.add_argument("--run", required=True, help="folder of a run, finished or not, or of one of its checkpoints")
-    parser.add_argument("--out", help="folder to write, which must not exist (default: RUN/export)")
+    parser.add_path("--run", required=True, help="folder of a run, finished or not, or of one of its checkpoints")
+    parser.add_path("--out", help="folder to write, which must not exist (default: RUN/export)")
     parser.add_argument(
         "--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="dtype of the weights (default %(default)s)"
     )

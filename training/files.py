@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,31 @@ from pathlib import Path
 
 from training.errors import UserError
 from training.terminal import print_note
+
+
+def expand_path(text: str) -> str:
+    """Return a path with `~`, `~user`, `$NAME` and `${NAME}` replaced: the rule of every path option and flag.
+
+    A relative path stays relative to the current folder. Raises ValueError with the reason.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if not (found := os.environ.get(name)):
+            raise ValueError(f"{text!r}: the environment variable {name} is not set; set it, or write the path out")
+        return found
+
+    if not text:
+        raise ValueError("'' is empty; give a path")
+    if text != text.strip() or any(ord(letter) < 32 or letter == "\x7f" for letter in text):
+        raise ValueError(f"{text!r} begins or ends with white space, or has a control character; remove it")
+    path = os.path.expanduser(text)  # noqa: PTH111 (Path drops a trailing slash, and raises RuntimeError)
+    if path.startswith("~"):
+        user = text.partition("/")[0]
+        raise ValueError(
+            f"{text!r}: {user} is no user's home folder; write the path out, or ./{user} for a folder here"
+        )
+    return re.sub(r"\$(?:(\w+)|\{([^}]*)\})", value, path)
 
 
 @contextmanager

@@ -37,9 +37,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Return the arguments, with the prompts read into `prompt`. Raises UserError."""
     parser = Parser(prog="python -m training.generate", description=__doc__)
     add = parser.add_argument
-    add("--run", required=True, help="folder of a run, finished or not, or of one of its checkpoints")
+    parser.add_path("--run", required=True, help="folder of a run, finished or not, or of one of its checkpoints")
     add("--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated; '' starts a document")
-    add("--prompts", metavar="FILE", help="file with one prompt per line; in a .jsonl, the `prompt` of each object")
+    prompts_help = "file with one prompt per line; in a .jsonl, the `prompt` of each object"
+    parser.add_path("--prompts", metavar="FILE", help=prompts_help)
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     for name, (default, text, _, _) in NUMBERS.items():
         add(f"--{name}", type=type(default), default=default, help=f"{text} (default %(default)s)")

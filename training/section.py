@@ -1,12 +1,16 @@
-"""The building blocks of `config.py`: `option`, `Section`, `one_of`, `ListOf`."""
+"""The building blocks of `config.py`: `option`, `Section`, `one_of`, `ListOf`, `PathText`."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, TypeVar, Union
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+from training.files import expand_path
+
 T = TypeVar("T")
+MAX_FLOAT32 = 3.4e38
+PathText = Annotated[str, AfterValidator(expand_path)]  # the config holds the expanded path
 ListOf = Annotated[tuple[T, ...], Field(strict=False)]  # a list in YAML, a tuple in the config
 
 
@@ -24,9 +28,17 @@ class Section(BaseModel):
         """Yield (option of this section, problem) for each combination of values that is not allowed."""
         yield from ()
 
+    def _size_rules(self) -> Iterator[tuple[str, str]]:
+        """Yield a problem for each number that tensors cannot hold: torch raises errors of many kinds for them."""
+        for name, value in self:
+            if type(value) is int and value >= 2**63:
+                yield name, f"{value:.3g} is more than an integer of 64 bits holds"
+            elif type(value) is float and abs(value) > MAX_FLOAT32:
+                yield name, f"{value:g} is more than a float32 holds"
+
     @model_validator(mode="after")
     def _check_rules(self) -> "Section":
-        if problems := list(self.rules()):
+        if problems := list(self._size_rules()) or list(self.rules()):
             text = "; ".join(f"{path}: {message}" for path, message in problems)
             raise PydanticCustomError("rules", "{text}", {"text": text, "problems": problems})
         return self

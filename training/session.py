@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from training.config import Config
 from training.errors import UserError, exit_unless_first_local_rank
 from training.files import run_lock
+from training.options.notices import notices
+from training.terminal import print_note
 
 if TYPE_CHECKING:
     from training.distributed.world import World
@@ -36,10 +38,11 @@ def session(config: Config, resume: str) -> Iterator[Session]:
         if os.environ.get("WORLD_SIZE", "1") == "1":  # before the slow imports: a second process fails at once
             check_lock = stack.enter_context(run_lock(config.run_dir))
 
-        from training.device import resolve_precision, select_device
+        from training.device import available_memory_bytes, resolve_precision, select_device
         from training.distributed.consistency import check_same_options
         from training.distributed.mesh import check_mesh
         from training.distributed.world import join_world
+        from training.planning.report import check_memory
         from training.weights.init_from import resolve_init_from
 
         try:
@@ -54,4 +57,12 @@ def session(config: Config, resume: str) -> Iterator[Session]:
         world.set_activity("the preparation of data", "untimed")
         config = resolve_init_from(config, fresh=resume == "never")
         check_mesh(config, world.size)
+        if config.parallel.compile:
+            from training.kernels.compiler import check_compiler
+
+            check_compiler(world.device)
+        check_memory(config, world.size, available_memory_bytes(world.device))
+        if world.is_main:
+            for line in notices(config):
+                print_note(line)
         yield Session(config, world, check_lock)

@@ -12,7 +12,7 @@ import time
 from contextlib import ExitStack, closing
 
 from training.config import Config
-from training.errors import UserError, command
+from training.errors import command
 from training.options import cli
 from training.session import session
 
@@ -35,13 +35,12 @@ def main(argv: list[str] | None = None) -> int:
 def resolve_resume(value: str | None) -> str:
     """Resolve --resume. After a torchrun restart, `never` becomes `auto`: the relaunch must not discard the run.
 
-    Raises UserError for an empty value, such as an unset shell variable.
+    Raises UserError for a path that is none, such as the empty one of an unset shell variable.
     """
-    if value == "":
-        raise UserError("--resume: '' is empty; use auto, never or a path")
+    value = "auto" if value is None else value
     if value == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
         return "auto"
-    return value or "auto"
+    return value if value in ("auto", "never") else cli.flag_path("--resume", value)
 
 
 def train(config: Config, *, resume: str = "auto") -> int:
@@ -58,8 +57,8 @@ def train(config: Config, *, resume: str = "auto") -> int:
         setup = engine.build(run.config, dataset, run.world, resume)
         config, model, optimizer, state = setup.config, setup.model, setup.optimizer, setup.state
         log = stack.enter_context(closing(engine.open_log(setup, dataset, started)))
-        if config.parallel.compile:
-            model.compile()  # after open_log: TensorBoard's graph needs the uncompiled model
+        if config.parallel.compile:  # after open_log: TensorBoard's graph needs the uncompiled model
+            stack.enter_context(engine.compiled(model))
         checkpoints = stack.enter_context(closing(engine.Checkpoints(config, model, optimizer, log)))
         events = stack.enter_context(engine.Events(config, run.world, checkpoints))
         stack.enter_context(setup.micro_batch.restart_on_out_of_memory())

@@ -22,9 +22,10 @@ def main(argv: list[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else argv
     out_flag = {"--out": "file to write the twin to (default: print it)"}
     config, flags = cli.parse_command_line(args, prog="python -m training.twin", doc=__doc__, flags=out_flag)
+    out = None if flags["--out"] is None else cli.flag_path("--out", flags["--out"])
     dense, summary = twin(config), describe_twin(config)
     text = f"# {summary}\n{cli.dump_config(dense)}"
-    if (out := flags["--out"]) is None:
+    if out is None:
         print_text(text)
     elif Path(out).is_dir():  # of the user: `write_atomically` would set it aside
         raise UserError(f"--out {out}: a folder; name a file")

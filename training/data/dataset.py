@@ -58,7 +58,7 @@ def prepare(config: DataConfig, *, quiet: bool = False) -> Dataset:
     corpus = Corpus(config)
     if not quiet:
         print_notes(describe_left_out(corpus.train_readers + corpus.val_readers))
-    cache = Path(config.cache_dir).expanduser()
+    cache = Path(config.cache_dir)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         hashes = FileHashes(cache / "digests.json")

@@ -99,7 +99,7 @@ class HuggingFaceReader:
 
     def __init__(self, config: HuggingFaceSource):
         self.config = config
-        self.folder = Path(config.name).expanduser()
+        self.folder = Path(config.name)
 
     def identity(self, hashes: FileHashes) -> Any:
         options = self.config.model_dump(exclude={"name", "weight", "streaming"})

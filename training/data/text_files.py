@@ -68,7 +68,7 @@ def find_files(patterns: Iterable[str]) -> tuple[dict[Path, bool], LeftOut]:
     files: dict[Path, bool] = {}
     left_out: LeftOut = {}
     for pattern in patterns:
-        path = Path(pattern).expanduser()
+        path = Path(pattern)
         if path.is_file():
             if format_of(path) not in FORMATS:
                 raise UserError(f"{path}: no usable file: its name does not end in {EXTENSIONS}")

@@ -224,7 +224,7 @@ def up_to(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
 
 
 def _file(config: FileTokenizer, _texts: Iterable[str]) -> Tokenizer:
-    return from_files(Path(config.path).expanduser())
+    return from_files(Path(config.path))
 
 
 def from_files(path: Path) -> Tokenizer:
@@ -309,7 +309,7 @@ def build_tokenizer(config: Section, texts: Iterable[str]) -> Tokenizer:
 def tokenizer_identity(config: Section, hashes: FileHashes) -> Any:
     """Return JSON-able values that identify the tokenizer, apart from its texts: its options, or its files' hashes."""
     if isinstance(config, FileTokenizer):
-        path = Path(config.path).expanduser()
+        path = Path(config.path)
         sha256, separator = [hashes.sha256(file) for file in tokenizer_files(path)], from_files(path).separator
         return ["file", sha256] + [separator] * (separator != END_OF_TEXT)
     return config.model_dump()

@@ -6,4 +6,5 @@ from training.engine.loop import Events, Phases, check_finite, report_stop
 from training.engine.outputs import finish, open_log
 from training.engine.state import Checkpoints
 from training.engine.step import train_step
+from training.kernels.compiler import compiled
 from training.logging.report import update_report

@@ -109,7 +109,7 @@ def resolve_precision_and_sizes(config: Config, dataset: Dataset, world: World, 
     if config.precision == "auto":
         precision = state.config.get("precision", precision)
     model = config.model.model_copy(update={"vocab_size": vocab_size or -(-size // 64) * 64})
-    return config.model_copy(update={"precision": precision, "model": model}).with_explicit_sizes()
+    return config.model_copy(update={"precision": precision, "model": model}).resolved()
 
 
 def count_tokens(config: Config, dataset: Dataset, point: ResumePoint | None) -> int | None:

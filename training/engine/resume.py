@@ -136,7 +136,7 @@ def check_same_run(config: Config, dataset: Dataset, resume: str, point: ResumeP
 
 def comparable(config: Config) -> dict[str, Any]:
     """Return the options, so that options with the same meaning are equal."""
-    config = config.with_explicit_sizes()
+    config = config.resolved()
     options = config.model_dump(mode="json")
     options["model"]["blocks"] = pattern([b.model_dump(mode="json", exclude={"repeat"}) for b in config.model.layers()])
     if weights := [source.weight for source in config.data.sources if source.weight]:

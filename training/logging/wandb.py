@@ -1,6 +1,10 @@
-"""Weights & Biases, if `logging.wandb` is set. Its own process sends the rows: training never waits for the network."""
+"""Weights & Biases, if `logging.wandb` is set. Its own process sends the rows: training never waits for the network.
+
+An option that is null leaves the choice to W&B's environment variables and settings file.
+"""
 
 import json
+import os
 import re
 import struct
 import uuid
@@ -8,6 +12,8 @@ from collections.abc import Iterator
 from glob import escape
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from training.config import LoggingConfig, WandbConfig
 from training.errors import UserError
@@ -21,10 +27,39 @@ from training.terminal import print_note
 FINISH_TIMEOUT_S = 120  # rows not sent by then stay on disk for `wandb sync`
 BLOCK_BYTES = 2**15  # of W&B's file, LevelDB's log format: github.com/google/leveldb/blob/main/doc/log_format.md
 TAIL_BYTES = 2**20  # at the end of W&B's file that a start reads first for its last step
+DEFAULT_PROJECT = "training"
+# dryrun and run are W&B's old names of offline and online.
+ENVIRONMENT_MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
 
 
 def open_sink(run: RunInfo, config: LoggingConfig) -> Sink:
+    """Open W&B, or a sink that drops all rows if it is disabled."""
+    mode, reason = find_mode(config.wandb)
+    if mode == "disabled":
+        print_note(f"Weights & Biases: disabled by {reason}; nothing is logged to it")
+        return DisabledSink()
     return WandbSink(run, config.wandb, config.histogram_every)
+
+
+def find_mode(config: WandbConfig) -> tuple[str | None, str]:
+    """Return (mode, the option or variable that sets it); (None, ""): W&B's default. Raises UserError.
+
+    WANDB_DISABLED is a variable of Transformers, which W&B itself no longer reads.
+    """
+    if config.mode is not None:
+        return config.mode, "logging.wandb.mode"
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "on", "yes", "true"):
+        return "disabled", "WANDB_DISABLED"
+    if (mode := os.environ.get("WANDB_MODE")) and mode not in ENVIRONMENT_MODES:
+        raise UserError(f"WANDB_MODE: {mode!r} is not one of {', '.join(ENVIRONMENT_MODES)}")
+    return (mode, "WANDB_MODE") if mode else (None, "")
+
+
+class DisabledSink(Sink):
+    """A sink that drops all rows."""
+
+    def write(self, rows: list[dict]) -> None:
+        pass
 
 
 class WandbSink(Sink):
@@ -44,7 +79,8 @@ class WandbSink(Sink):
         self.histogram_every, self.steps, self.moe_layers = histogram_every, run.steps, run.moe_layers
         self.marker = run.dir / "wandb.json"
         # The W&B run's id, which is random as a folder's name may be used again, and the last step logged.
-        self.id, self.step = f"{run.name[:32]}-{uuid.uuid4().hex[:8]}", 0
+        new_id = os.environ.get("WANDB_RUN_ID") or f"{run.name[:32]}-{uuid.uuid4().hex[:8]}"
+        self.id, self.step = new_id, 0
         if self.marker.exists():
             try:
                 state = json.loads(self.marker.read_bytes())
@@ -54,10 +90,11 @@ class WandbSink(Sink):
             except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 print_note(f"{self.marker}: no valid W&B run id; starting a new W&B run")
         self._save_marker()
-        replace_by_folder(run.dir / "wandb")
-        self.run = _init(wandb, config, run, self.id)
+        folder = Path(os.environ.get("WANDB_DIR") or run.dir)
+        replace_by_folder(folder / "wandb")
+        self.run = _init(wandb, config, run, self.id, folder)
         if self.run.offline:
-            files = (run.dir / "wandb").glob(f"*run-*-{escape(self.id)}/run-{escape(self.id)}.wandb")
+            files = (folder / "wandb").glob(f"*run-*-{escape(self.id)}/run-{escape(self.id)}.wandb")
             self.step = max([self.step, *map(last_step, files)])  # the files may have been uploaded and removed
         else:
             self.step = max(0, self.run.step - 1)
@@ -96,22 +133,33 @@ class WandbSink(Sink):
         write_atomically(self.marker, json.dumps({"id": self.id, "has_steps_to": self.step}) + "\n")
 
 
-def _init(wandb: Any, config: WandbConfig, run: RunInfo, run_id: str) -> Any:
+def _init(wandb: Any, config: WandbConfig, run: RunInfo, run_id: str, folder: Path) -> Any:
     """Start or resume the W&B run, offline without a network. Raises UserError without a valid API key."""
-    options = {"project": config.project, "entity": config.entity, "name": run.name, "id": run_id, "resume": "allow"}
-    options |= {"dir": str(run.dir), "config": run.config}
-    options["settings"] = wandb.Settings(silent=True, console="off", finish_timeout=FINISH_TIMEOUT_S)
-    wandb.setup(settings=wandb.Settings(silent=True))
+    mode, reason = find_mode(config)
     try:
-        return wandb.init(mode=config.mode, **options)
+        theirs = wandb.setup(settings=wandb.Settings(silent=True)).settings
+    except ValidationError as error:  # of a variable such as WANDB_INIT_TIMEOUT
+        problem = error.errors()[0]
+        name = f"WANDB_{problem['loc'][0]}".upper()
+        raise UserError(f"{name}: {problem['input']!r}: {problem['msg']}") from error
+    options = {"project": config.project or theirs.project or DEFAULT_PROJECT, "entity": config.entity, "id": run_id}
+    options |= {"name": theirs.run_name or run.name, "resume": "allow", "config": run.config}
+    options["dir"] = str(folder)
+    options["settings"] = wandb.Settings(silent=True, console="off", finish_timeout=FINISH_TIMEOUT_S)
+    try:
+        started = wandb.init(mode=mode, **options)
     except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
         remedy = "Run `wandb login`, set WANDB_API_KEY, or pass --logging.wandb.mode offline"
         raise UserError(f"Weights & Biases: {str(error).splitlines()[0]} {remedy}") from error
     except wandb.errors.CommError as error:
-        problem = f"does not answer ({str(error).splitlines()[0]}); logging offline to {run.dir / 'wandb'}"
+        problem = f"does not answer ({str(error).splitlines()[0]}); logging offline to {folder}/wandb"
         print_note(f"Weights & Biases {problem}, upload it with `wandb sync`")
         wandb.teardown()  # its process still holds the run's id
         return wandb.init(mode="offline", **options)
+    by = f" by {reason}" if reason else ""
+    where = started.url or f"{folder}/wandb"
+    print_note(f"Weights & Biases: {started.settings.mode}{by}, project {options['project']}, {where}")
+    return started
 
 
 def last_step(path: Path) -> int:

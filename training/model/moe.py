@@ -70,6 +70,7 @@ class MoE(nn.Module):
     def __init__(self, config: MoEConfig, model: ModelConfig, kernels: Kernels):
         super().__init__()
         self.config = config
+        self.is_renormalized = config.is_renormalized  # torch.compile in PyTorch 2.5 cannot trace a property
         self.router = Linear(model.n_embd, config.n_experts, bias=False)
         self.experts = Experts(config, model, kernels)
         self.shared = None
@@ -93,16 +94,17 @@ class MoE(nn.Module):
         score_NE = logits_NE.softmax(dim=-1) if config.scoring == "softmax" else logits_NE.sigmoid()
         topk_ids_NK = (score_NE + self.selection_bias).topk(config.top_k, dim=-1).indices
         weight_NK = score_NE.gather(1, topk_ids_NK)
-        if config.renormalize:
+        if self.is_renormalized:
             weight_NK = weight_NK / (weight_NK.sum(dim=-1, keepdim=True) + 1e-20)  # sigmoids may all be zero
         weight_NK = weight_NK * config.route_scale
 
         dispatch = sort_by_expert(topk_ids_NK, config.n_experts)
         n_dropped = logits_NE.new_zeros(())
         if config.capacity_factor is not None and context.is_training:
-            capacity = math.ceil(config.capacity_factor * topk_ids_NK.numel() / config.n_experts)
+            n_rows = topk_ids_NK.numel()
+            capacity = min(n_rows, math.ceil(config.capacity_factor * n_rows / config.n_experts))
             first_row_E = dispatch.offsets_E - dispatch.count_E
-            rank_in_expert_R = torch.arange(topk_ids_NK.numel(), device=x_NC.device) - first_row_E[dispatch.expert_R]
+            rank_in_expert_R = torch.arange(n_rows, device=x_NC.device) - first_row_E[dispatch.expert_R]
             kept_NK = (rank_in_expert_R < capacity)[dispatch.inverse_NK]  # earlier tokens first: routing stays causal
             weight_NK, n_dropped = weight_NK * kept_NK, (~kept_NK).sum().float()
         y_BTC = self.experts(x_NC, topk_ids_NK, weight_NK, dispatch).view_as(x_BTC)

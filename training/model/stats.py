@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from training.config import ModelConfig
+from training.errors import UserError
 from training.model.gpt import GPT
 from training.model.layers import Linear, normal_from_key
 from training.model.moe import MoE
@@ -26,9 +27,21 @@ class ModelStats:
 
 
 def model_stats(config: ModelConfig) -> ModelStats:
-    """Build the model on the meta device and measure it. `config.vocab_size` must be set."""
-    with torch.device("meta"):
-        model = GPT(config)
+    """Build the model on the meta device and measure it. `config.vocab_size` must be set.
+
+    Raises UserError for a tensor that no address space holds.
+    """
+    try:
+        with torch.device("meta"):
+            model = GPT(config)
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        OverflowError,
+    ) as error:
+        sizes = f"n_embd {config.n_embd}, n_positions {config.n_positions}, vocab_size {config.vocab_size}, blocks"
+        raise UserError(f"model: one of its tensors has more than 2^63 bytes; lower one of {sizes}") from error
     total, idle = sum(p.numel() for p in model.parameters()), 0.0
     for moe in _moe_layers(model):
         idle += sum(p.numel() for p in moe.experts.parameters()) * (1 - moe.config.top_k / moe.config.n_experts)

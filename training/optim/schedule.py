@@ -1,6 +1,8 @@
 """Learning-rate schedules: factors of the peak learning rate, as pure functions of the step.
 
-A schedule is a function of (config, step, steps), where step >= `warmup_steps` and `steps` is the run's length.
+A schedule is a function of (config, step, steps), where step >= `warmup_steps` and `steps` is the run's length. Step
+`warmup_steps` has the peak. The last step, `steps` - 1, has `final_ratio`, as in nanoGPT; Transformers' schedules would
+reach it one step later.
 """
 
 import math
@@ -22,20 +24,30 @@ def lr_factor(config: ScheduleConfig, step: int, steps: int) -> float:
     return SCHEDULES[type(config)](config, step, steps)
 
 
+def decay_progress(step: int, peak: int, steps: int) -> float:
+    """Return 0 up to the step `peak`, then rise linearly to 1 at the last step. A run of one step is at its peak."""
+    if 0 < step == steps - 1:  # also if the peak is there
+        return 1.0
+    return max(0, step - peak) / max(1, steps - 1 - peak)
+
+
 def cosine(config: CosineSchedule, step: int, steps: int) -> float:
     """Decay from 1 to `final_ratio` along half a cosine."""
-    progress = (step - config.warmup_steps) / (steps - config.warmup_steps)
-    return 1 - (1 - config.final_ratio) * ((1 - math.cos(math.pi * progress)) / 2)
+    remaining = (1 + math.cos(math.pi * decay_progress(step, config.warmup_steps, steps))) / 2
+    return config.final_ratio + (1 - config.final_ratio) * remaining
 
 
 def linear(config: LinearSchedule, step: int, steps: int) -> float:
     """Decay linearly from 1 to `final_ratio`."""
-    return 1 - (1 - config.final_ratio) * ((step - config.warmup_steps) / (steps - config.warmup_steps))
+    remaining = 1 - decay_progress(step, config.warmup_steps, steps)
+    return config.final_ratio + (1 - config.final_ratio) * remaining
 
 
 def wsd(config: WSDSchedule, step: int, steps: int) -> float:
     """Return 1, then decay linearly to `final_ratio` over the last `decay_steps`."""
-    return 1 - (1 - config.final_ratio) * (max(0, step - (steps - config.decay_steps)) / config.decay_steps)
+    last_at_peak = max(config.warmup_steps, steps - 1 - config.decay_steps)
+    remaining = 1 - decay_progress(step, last_at_peak, steps)
+    return config.final_ratio + (1 - config.final_ratio) * remaining
 
 
 def constant(config: ConstantSchedule, step: int, steps: int) -> float:  # noqa: ARG001 (one signature)

@@ -13,8 +13,9 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ruamel.yaml import YAML
 from ruamel.yaml.nodes import ScalarNode
@@ -22,6 +23,7 @@ from ruamel.yaml.representer import SafeRepresenter
 
 from training.config import Config, Section
 from training.errors import UserError, exit_unless_first_local_rank
+from training.files import expand_path
 from training.options.schema import closest, explain_unknown, find_option, help_text, is_list, json_schema, sections_at
 from training.options.validate import validate
 from training.options.yaml import ConfigErrors, Node, Problem, read_file, read_flag_value, to_dotted, to_printable
@@ -35,11 +37,23 @@ class Parser(argparse.ArgumentParser):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(prog, description=description, formatter_class=formatter, allow_abbrev=False)
 
+    def add_path(self, name: str, **options: Any) -> None:
+        """Add an argument that is a path, or with `nargs` several."""
+        self.add_argument(name, type=partial(flag_path, name), **options)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
 
     def print_help(self, _file: object = None) -> None:
         _print_and_exit(self.format_help())
+
+
+def flag_path(flag: str, text: str) -> str:
+    """Return the path that a flag names, by the rule of path options (`expand_path`). Raises UserError."""
+    try:
+        return expand_path(text)
+    except ValueError as error:
+        raise UserError(f"{flag}: {error}") from None
 
 
 def load_config(path: str | Path | None, overrides: Mapping[str, str] | None = None) -> Config:
@@ -141,9 +155,12 @@ def parse_command_line(
     print_config = values.pop("--print-config", None) is not None
     if own_values["--config"] is not None:
         try:
-            config = load_config(own_values.pop("--config"), {flag[2:]: value for flag, value in values.items()})
+            path = flag_path("--config", own_values.pop("--config"))
+            config = load_config(path, {flag[2:]: value for flag, value in values.items()})
         except ConfigErrors as error:
             lines += error.lines
+        except UserError as error:
+            lines.append(str(error))
     elif not any(line.startswith("--config:") for line in lines):
         lines.append("--config: missing; give the run's YAML file, as in --config configs/quickstart.yaml")
     if lines:

@@ -53,6 +53,8 @@ def _explain(root: Node, detail: Any) -> Iterator[tuple[OptionPath, str]]:
             yield (*option.path, *below.split(".")), message
     elif kind == "extra_forbidden":
         yield option.path, explain_unknown(option.path, (option.section,))
+    elif kind == "value_error":
+        yield option.path, str(detail["ctx"]["error"])
     elif kind == "missing":
         yield from _missing_options(option.path, option.field)
     elif kind.startswith("union_tag") and isinstance(value, dict):

@@ -76,14 +76,14 @@ def _letters(name: str) -> str:
 
 def build_plan(config: Config, device: TargetDevice, world_size: int) -> RunPlan:
     """Look for prepared data and estimate memory. Raises UserError for options that the run would reject."""
-    cache = Path(config.data.cache_dir).expanduser()
+    cache = Path(config.data.cache_dir)
     folder = cache / Corpus(config.data).cache_key(FileHashes(cache / "digests.json"))
     manifest = read_manifest(folder) if folder.is_dir() else None
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if device.has_bf16 else "fp32"
     model = config.model.model_copy(update={"vocab_size": config.model.vocab_size or _vocab_size(config, manifest)})
-    config = config.model_copy(update={"precision": precision, "model": model}).with_explicit_sizes()
+    config = config.model_copy(update={"precision": precision, "model": model}).resolved()
     if (n_samples := config.batch_tokens // model.n_positions) < world_size:
         problem = f"{world_size} ranks are more than the {n_samples} samples of batch_tokens {config.batch_tokens}"
         raise UserError(f"--world: {problem}; raise batch_tokens")
@@ -244,6 +244,24 @@ def checkpoint_bytes(stats: ModelStats, config: Config) -> int:
 def n_checkpoints(config: Config) -> int:
     """Return the largest number of checkpoints on disk at once, which is reached while one is written."""
     return config.checkpoint.keep + config.checkpoint.keep_best + 1
+
+
+def check_memory(config: Config, world_size: int, available: int) -> None:
+    """Raise UserError if a run cannot fit into `available` bytes per rank, whatever its micro-batch. Allocates nothing.
+
+    Counts what every rank must hold: its share of weights, gradients and optimizer state, and its tokens of a batch.
+    """
+    stats = model_stats(config.model.model_copy(update={"vocab_size": config.model.vocab_size or 2}))
+    n_shards = max(config.parallel.mesh.shard, config.parallel.mesh.expert)
+    state = (8 * stats.n_parameters + state_bytes(config.optim, stats.shapes, stats.kinds)) // n_shards
+    tokens = 16 * config.batch_tokens // world_size  # inputs and targets, int64
+    for needed, what, remedy in (
+        (state, f"the {stats.n_parameters:,} parameters of model, their gradients and optimizer", "a smaller model"),
+        (tokens, f"batch_tokens {config.batch_tokens:,}", "fewer"),
+    ):
+        if needed > available:
+            sizes = f"{needed / 2**30:,.1f} GiB per rank, and {available / 2**30:,.1f} GiB are here"
+            raise UserError(f"{what} take {sizes}; use {remedy}, or more ranks (parallel.mesh)")
 
 
 def disk_shortage(stats: ModelStats, config: Config, *, fresh: bool = False) -> str | None:

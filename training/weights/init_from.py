@@ -161,7 +161,7 @@ def _samples(config: Config, dataset: Dataset, device: torch.device) -> Iterator
 def _folder(config: Config, patterns: list[str]) -> Path:
     """Return the local folder, or a run's `model` folder, or the hub's files that match `patterns`, downloaded."""
     name = config.init_from
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if folder.resolve().is_relative_to(config.run_dir.resolve()):
         raise UserError(f"init_from {name}: a run cannot start from itself; choose another --name")
     if folder.is_dir():

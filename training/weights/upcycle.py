@@ -63,7 +63,7 @@ def resolve_experts(moe: MoEConfig, dense: MLPConfig, n_embd: int, layer: int, w
         ours, theirs = getattr(moe, option), getattr(dense, option)
         if option in moe.model_fields_set and ours != theirs:
             raise error(option, f"is {ours}, but {where} has {theirs}; leave it out")
-    if not moe.renormalize:
+    if moe.renormalize is False:
         raise error("renormalize", f"is false; upcycling {where} needs true, as weights must have a fixed sum")
     hidden, n_shared, width = moe.hidden or 4 * n_embd, moe.n_shared, dense.hidden or 4 * n_embd
     common = gcd(moe.n_experts, moe.top_k)
@@ -79,7 +79,7 @@ def resolve_experts(moe: MoEConfig, dense: MLPConfig, n_embd: int, layer: int, w
             problem = f"leaves nothing of the dense layer's {width} in {where} beside {n_shared} for shared experts"
         use = f"use {' or '.join(map(str, possible))}" if possible else "no width fits these numbers of experts"
         raise error("hidden", f"is {hidden}, which {problem}: {use}")
-    return moe.model_copy(update={"activation": dense.activation, "gated": dense.gated})
+    return moe.model_copy(update={"activation": dense.activation, "gated": dense.gated, "renormalize": True})
 
 
 def upcycled_layers(theirs: ModelConfig, ours: ModelConfig) -> Layers:

@@ -1,0 +1,52 @@
+"""Lines about options that are allowed, but together change another option or keep a part from learning."""
+
+from collections.abc import Iterator
+
+from training.config import BlockConfig, Config, MoEConfig, OptimConfig
+
+
+def notices(config: Config) -> Iterator[str]:
+    """Yield one line for each, with the option's name, its effect and the way out."""
+    fitted, model = config.schedule.fitted(config.steps), config.model
+    for name in type(fitted).model_fields:
+        before, after = getattr(config.schedule, name), getattr(fitted, name)
+        if before != after:
+            yield f"schedule.{name}: {before} does not fit into steps {config.steps}; this run uses {after}"
+    if model.logit_softcap is not None and model.logit_softcap < 5:
+        yield f"model.logit_softcap: {model.logit_softcap:g} keeps probabilities nearly uniform; use 15 to 50"
+    for name, problem in _optim_notices(config.optim):
+        yield f"optim.{name}: {problem}"
+    for i, block in enumerate(model.blocks):
+        for name, problem in _block_notices(block, model.n_positions):
+            yield f"model.blocks.{i}.{name}: {problem}"
+
+
+def _optim_notices(optim: OptimConfig) -> Iterator[tuple[str, str]]:
+    decay, eps = getattr(optim, "weight_decay", 0.0), getattr(optim, "eps", 0.0)
+    for name in ("learning_rate", "muon_learning_rate"):
+        if (peak := getattr(optim, name, 0.0)) * decay >= 1:
+            yield (
+                "weight_decay",
+                f"{decay:g} x {name} {peak:g} is 1 or more, which erases the weights; lower one of both",
+            )
+    if optim.grad_clip is not None and optim.grad_clip <= eps:
+        yield "grad_clip", f"{optim.grad_clip:g} is not above eps {eps:g}, so updates vanish; raise grad_clip"
+
+
+def _block_notices(block: BlockConfig, n_positions: int) -> Iterator[tuple[str, str]]:
+    if (window := block.mixer.window) == 1 and n_positions > 1:
+        yield "mixer.window", f"{window} lets a token see only itself, so queries and keys learn nothing; use 2 or more"
+    softcap = getattr(block.mixer, "softcap", None)
+    if softcap is not None and softcap < 1:
+        yield "mixer.softcap", f"{softcap:g} makes attention nearly uniform; use 20 to 50"
+    if not isinstance(ffn := block.ffn, MoEConfig):
+        return
+    has_losses = ffn.z_loss_weight > 0 or ffn.balance in ("switch", "both")
+    learns = f"the router learns {'only from its auxiliary losses' if has_losses else 'nothing'}"
+    if ffn.top_k == 1 and ffn.is_renormalized:
+        yield "ffn.renormalize", f"true with top_k 1 makes each weight 1: {learns}; null lets it learn from the text"
+    elif ffn.n_experts == 1 and ffn.scoring == "softmax":
+        yield "ffn.n_experts", f"the softmax of 1 score is 1: {learns}; use type mlp, or scoring sigmoid"
+    if ffn.capacity_factor is not None and ffn.capacity_factor < 1:
+        dropped = f"drops at least {1 - ffn.capacity_factor:.0%} of the assignments"
+        yield "ffn.capacity_factor", f"{ffn.capacity_factor:g} {dropped} in training; use 1 or more, or null"
