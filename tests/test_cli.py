@@ -18,6 +18,7 @@ from training.files import expand_path
 from training.options.cli import ConfigErrors, dump_config, load_config, parse_command_line
 from training.options.schema import all_groups, is_list, sections
 from training.options.yaml import MAX_BYTES
+from training.terminal import printable
 
 DATA = "data: {sources: [{type: stdlib}]}\n"
 COMMAND = (
@@ -478,7 +479,7 @@ def load_or_check_lines(path: Path, overrides: dict[str, str] | None = None) -> 
     assert lines
     assert len(set(lines)) == len(lines)
     for line in lines:
-        assert line.isprintable()
+        assert line == printable(line)
         assert len(line) < 1000
         assert re.match(rf"({re.escape(str(path))}(:\d+)?|--.*?): .", line)
     return None
@@ -560,9 +561,9 @@ NO_PATHS = {
     "a/${BLANK}": "'a/${BLANK}': the environment variable BLANK is not set; set it, or write the path out",
     "~nobody-here/x": "'~nobody-here/x': ~nobody-here is no user's home folder; write the path out, or "
     "./~nobody-here for a folder here",
-    "runs ": "'runs ' begins or ends with white space, or has a control character; remove it",
-    "ru\nns": r"'ru\nns' begins or ends with white space, or has a control character; remove it",
-    "ru\0ns": r"'ru\x00ns' begins or ends with white space, or has a control character; remove it",
+    "runs ": "'runs ' begins or ends with white space, or has a NUL; remove it",
+    "runs\n": r"'runs\n' begins or ends with white space, or has a NUL; remove it",
+    "ru\0ns": r"'ru\x00ns' begins or ends with white space, or has a NUL; remove it",
 }
 
 

@@ -169,7 +169,7 @@ def test_what_a_search_leaves_out_is_counted_by_kind(tmp_path):
     for name in ("a.txt", "b.csv", "c.csv", ".d.txt", "README", "e.json", "__pycache__/f.txt", "g.parquet.gz"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("text")
-    kinds = "2 .csv files, 1 .gz file, 1 .json file, 1 file without an extension, 1 folder __pycache__, 1 hidden file"
+    kinds = "2 .csv files, 1 .gz file, 1 .json file, 1 file without an extension, 1 __pycache__ folder, 1 hidden file"
     for pattern in ("", "**"):
         (line,) = describe_left_out([build_reader(FilesSource(paths=(str(tmp_path / pattern),)))])
         left, _, advice = line.partition(": names must end in .txt")

@@ -27,8 +27,8 @@ def expand_path(text: str) -> str:
 
     if not text:
         raise ValueError("'' is empty; give a path")
-    if text != text.strip() or any(ord(letter) < 32 or letter == "\x7f" for letter in text):
-        raise ValueError(f"{text!r} begins or ends with white space, or has a control character; remove it")
+    if text != text.strip() or "\0" in text:
+        raise ValueError(f"{text!r} begins or ends with white space, or has a NUL; remove it")
     path = os.path.expanduser(text)  # noqa: PTH111 (Path drops a trailing slash, and raises RuntimeError)
     if path.startswith("~"):
         user = text.partition("/")[0]

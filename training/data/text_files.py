@@ -39,7 +39,7 @@ def walk(folder: Path, skip: frozenset[str] = SKIPPED_FOLDERS, left_out: LeftOut
         entered.add(inode)
         for name in folders:
             if name in skip or name.startswith("."):
-                left_out[Path(parent, name)] = f"folder {name}"
+                left_out[Path(parent, name)] = f"{name} folder"
         folders[:] = sorted(name for name in folders if Path(parent, name) not in left_out)
         for name in sorted(names):
             if name.startswith("."):
