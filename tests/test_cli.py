@@ -561,9 +561,9 @@ NO_PATHS = {
     "a/${BLANK}": "'a/${BLANK}': the environment variable BLANK is not set; set it, or write the path out",
     "~nobody-here/x": "'~nobody-here/x': ~nobody-here is no user's home folder; write the path out, or "
     "./~nobody-here for a folder here",
-    "runs ": "'runs ' begins or ends with white space, or has a NUL; remove it",
-    "runs\n": r"'runs\n' begins or ends with white space, or has a NUL; remove it",
-    "ru\0ns": r"'ru\x00ns' begins or ends with white space, or has a NUL; remove it",
+    "runs ": "'runs ' begins or ends with white space, or has a NUL character; remove it",
+    "runs\n": r"'runs\n' begins or ends with white space, or has a NUL character; remove it",
+    "ru\0ns": r"'ru\x00ns' begins or ends with white space, or has a NUL character; remove it",
 }
 
 

@@ -159,7 +159,9 @@ def test_every_parameter_gets_a_gradient_from_the_text(block, style):
     assert loss == metrics["loss_sum"] / x.numel()
     loss.backward()
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+        # A key's bias shifts all scores of a query alike, which softmax ignores; GPT-2 has it all the same.
+        smallest = 0.0 if name.endswith("key.bias") else 1e-7  # a gradient that is 0 in theory is 1e-10
+        assert parameter.grad is not None and parameter.grad.norm() > smallest, name
 
 
 @pytest.mark.parametrize(("block", "style"), CASES)

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -132,6 +132,7 @@ def test_every_schedule_warms_up_to_one_and_stays_between_zero_and_one(config_cl
 
 @pytest.mark.parametrize("config_class", SCHEDULES, ids=lambda c: c.__name__)
 @settings(max_examples=30, deadline=None)
+@example(steps=2, warmup=1, decay=1, ratio=0.5)
 @given(steps=st.integers(1, 300), warmup=st.integers(0, 400), decay=st.integers(1, 400), ratio=st.floats(0, 1))
 def test_every_schedule_fits_into_any_run_and_ends_at_its_final_ratio(config_class, steps, warmup, decay, ratio):
     """The update after the warm-up has the peak, and the last one `final_ratio`; a run of one step is at the peak."""

@@ -28,7 +28,7 @@ def expand_path(text: str) -> str:
     if not text:
         raise ValueError("'' is empty; give a path")
     if text != text.strip() or "\0" in text:
-        raise ValueError(f"{text!r} begins or ends with white space, or has a NUL; remove it")
+        raise ValueError(f"{text!r} begins or ends with white space, or has a NUL character; remove it")
     path = os.path.expanduser(text)  # noqa: PTH111 (Path drops a trailing slash, and raises RuntimeError)
     if path.startswith("~"):
         user = text.partition("/")[0]
