@@ -641,10 +641,11 @@ def test_any_other_model_is_written_under_our_own_names(tmp_path):
 def test_fields_are_spelled_for_both_versions(exports):
     """One version reads fields that the other does not, and other programs read either."""
     written = {name: json.loads((folder / "config.json").read_text()) for name, folder in exports.items()}
-    assert all(fields["bos_token_id"] == fields["eos_token_id"] == 5 for fields in written.values())
+    assert all(fields["bos_token_id"] == fields["eos_token_id"] == 256 for fields in written.values())
     for name, folder in exports.items():
         generation = json.loads((folder / "generation_config.json").read_text())
-        assert generation == {"bos_token_id": 5, "eos_token_id": 5}
+        ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 256)
+        assert generation == ids | {"max_length": 25}  # the context of 24, and the token that follows it
         if CASES[name][0] != "gpt2":
             assert written[name]["rope_parameters"] == {
                 "rope_theta": written[name]["rope_theta"],

@@ -49,7 +49,9 @@ def load_run(run: str) -> LoadedRun:
         raise UserError(f"{path / 'state.json'}: not the state of a run") from None
     if not _has_weights_of(config.model, loaded.model):
         raise UserError(f"{path}: its weights are not those of the model in its configuration")
-    n_vocab = loaded.state.get("n_vocab") or config.model.vocab_size
+    n_vocab = loaded.state.get("n_vocab") or config.model.vocab_size  # older versions: all rows are tokens
+    if n_vocab not in range(1, config.model.vocab_size + 1):
+        raise UserError(f"{path / 'state.json'}: n_vocab: {n_vocab!r} is no number of rows of the embedding")
     return LoadedRun(config, loaded.model, Tokenizer.load(path.parent.parent / "tokenizer"), step, data, n_vocab)
 
 
