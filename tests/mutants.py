@@ -317,6 +317,8 @@ DEFECTS = [
            "self.step = run.start_step", "tests/test_logging.py -k kill_9"),
     Defect("log: W&B has no row from before the restart", "logging/wandb.py",
            'read_rows(run.dir / "metrics.jsonl", after=self.step)', "()", "tests/test_logging.py -k kill_9"),
+    Defect("log: a killed run is in use at its parent", "logging/wandb.py",
+           'os.environ.pop("WANDB_SERVICE", None)', "pass", "tests/test_logging.py -k wandb"),
     Defect("log: a span forgets its lowest value", "logging/history.py", "self.low = later.low", "pass",
            "tests/test_report.py -k long_run"),
     Defect("log: spans do not widen", "logging/history.py", "while len(self.spans) > MAX_SPANS:", "while False:",

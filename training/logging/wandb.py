@@ -84,7 +84,7 @@ class WandbSink(Sink):
         if self.marker.exists():
             try:
                 state = json.loads(self.marker.read_bytes())
-                if not re.fullmatch(r"[\w.-]{1,128}", state["id"]):
+                if not re.fullmatch(r"[^/\\#?%:\0-\x1f]{1,128}", state["id"]):  # W&B's own limits
                     raise ValueError(state["id"])
                 self.id, self.step = state["id"], min(int(state.get("has_steps_to", 0)), run.steps)
             except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
@@ -136,6 +136,7 @@ class WandbSink(Sink):
 def _init(wandb: Any, config: WandbConfig, run: RunInfo, run_id: str, folder: Path) -> Any:
     """Start or resume the W&B run, offline without a network. Raises UserError without a valid API key."""
     mode, reason = find_mode(config)
+    os.environ.pop("WANDB_SERVICE", None)  # of a parent: a killed run would stay "in use" there until the parent ends
     try:
         theirs = wandb.setup(settings=wandb.Settings(silent=True)).settings
     except ValidationError as error:  # of a variable such as WANDB_INIT_TIMEOUT
