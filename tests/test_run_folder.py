@@ -227,7 +227,7 @@ def test_a_folder_that_cannot_be_changed_is_an_error_of_one_line(finished, call,
 def test_wrong_values_of_resume_and_name_are_errors_of_one_line(capsys, options, tmp_path):
     path = write_config(tmp_path / "one.yaml", options())
     assert train_module.main(["--config", str(path), "--resume", ""]) == 2
-    assert capsys.readouterr().err == "error: --resume: '' is empty; use auto, never or a path\n"
+    assert capsys.readouterr().err == "error: --resume: '' is empty; give a path\n"
     assert train_module.main(["--config", str(path), "--name", "x" * 300]) == 2
     assert capsys.readouterr().err.endswith("File name too long; choose another --name\n")
 
