@@ -22,7 +22,7 @@ from common import header, in_a_process, peak_gib, used_gib
 from training import device as devices
 from training.config import Config
 from training.model.stats import model_stats
-from training.planning import memory
+from training.planning.memory import MemoryEstimator
 
 CPU = torch.device("cpu")
 PRECISION = devices.resolve_precision("auto", CPU)
@@ -106,7 +106,7 @@ def memories(args: argparse.Namespace, folder: Path) -> Iterator[Point]:
     """Yield the peak GiB in fresh processes beside the estimate."""
     for n in args.at_a_time:
         config = config_of(args, folder, at_a_time=n)
-        estimate = memory.estimate(config, n // config.model.n_positions)
+        estimate = MemoryEstimator(config).estimate(n // config.model.n_positions)
         expected = (estimate.total - estimate.process - estimate.save_copy) / 2**30
         yield Point(n, in_a_process(__file__, *sys.argv[1:], "--peak", n), expected)
 

@@ -386,6 +386,14 @@ DEFECTS = [
            'return "online", ""', "tests/test_logging.py -k wandbs_mode"),
     Defect("W&B's project overrules the environment", "logging/wandb.py", "config.project or theirs.project or",
            "config.project or", "tests/test_logging.py -k keeps_one_run"),
+    # issue faults: plan
+    Defect("each kind of layer counts once", "planning/memory.py", "for kind in reversed(self.kind_of_layer)",
+           "for kind in set(self.kind_of_layer)", "tests/test_plan.py -k walk_of"),
+    Defect("every micro-batch takes the memory of one sample more", "planning/memory.py",
+           "first + (n_samples - 1) * (second - first)", "first + n_samples * (second - first)",
+           "tests/test_plan.py -k walk_of"),
+    Defect("missing text stops a plan", "planning/report.py", "except UserError as error:  # a run is planned",
+           "except KeyError as error:  # a run is planned", "tests/test_plan.py -k shipped"),
 ]  # fmt: skip
 
 

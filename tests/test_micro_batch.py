@@ -225,14 +225,22 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(2**26)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 cpu = torch.device("cpu")
+torch.ones(2**22)  # once it is freed, glibc by itself puts tensors up to its size on the heap
+devices.release_freed_memory(cpu)
+before = resident()
+tensors = [torch.ones(2**20) for _ in range(50)]
+del tensors[:-1]  # the last one would lie at the heap's end
+n_bytes = resident() - before
 new = [faults() for _ in range(2)]
 devices.keep_freed_memory(cpu)
 kept = [faults() for _ in range(20)]  # at first small blocks lie between the freed ones
 devices.reset_peak_memory(cpu)
 after = [faults() for _ in range(20)]
 devices.release_freed_memory(cpu)
-print(new[-1], kept[-1], after[0], after[-1], *[faults() for _ in range(2)])
+print(new[-1], kept[-1], after[0], after[-1], *[faults() for _ in range(2)], n_bytes)
 """
 
 
@@ -241,6 +249,7 @@ def test_freed_memory_is_reused_without_page_faults_until_it_is_released():
     """The search for the peak releases it, and so does scarce memory."""
     done = command("-c", FAULTS)
     assert done.returncode == 0, done.stderr
-    new, kept, after, kept_again, *released = map(int, done.stdout.split())
+    new, kept, after, kept_again, *released, n_bytes = map(int, done.stdout.split())
     assert max(kept, kept_again) < new / 10, done.stdout
     assert min(after, *released) > new / 2, done.stdout
+    assert n_bytes < 2**25, "one tensor keeps the memory of others"

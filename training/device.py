@@ -122,9 +122,14 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def release_freed_memory(device: torch.device) -> None:
-    """Return freed memory to the system, now and from now on: undo `keep_freed_memory` when memory is scarce."""
+    """Return freed memory to the system, now and from now on: for recomputation, and when memory is scarce.
+
+    Tensors from 1 MiB have mappings of their own. On glibc's heap, small pieces that stay in use between them keep
+    freed memory from being reused: with `recompute: full` a run took twice its tensors' memory (docs/planning.md).
+    """
     if (c_library := _glibc(device)) is not None:
         c_library.mallopt(-4, 65536)  # M_MMAP_MAX: its default
+        c_library.mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: else glibc raises it to the size of each mapping that is freed
         c_library.mallopt(-1, 2**17)  # M_TRIM_THRESHOLD
         c_library.malloc_trim(0)
 

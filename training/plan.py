@@ -13,7 +13,6 @@ import sys
 from training.config import Config
 from training.errors import UserError, command
 from training.options import cli
-from training.options.notices import notices
 from training.terminal import print_result
 
 FLAGS = {
@@ -32,16 +31,13 @@ def main(argv: list[str] | None = None) -> int:
     if (mfu := flags["--mfu"]) is not None:
         mfu = _number("--mfu", mfu, "above 0 and at most 1", r"0?\.[0-9]*[1-9][0-9]*|1(\.0*)?")
 
-    from training.model.stats import model_stats
     from training.planning.report import build_plan, find_device, report_lines
     from training.weights.init_from import resolve_init_from
 
     device = find_device(flags["--device"], config)
-    config = resolve_init_from(config)
-    model_stats(config.model.model_copy(update={"vocab_size": config.model.vocab_size or 2}))  # are its sizes possible?
-    plan = build_plan(config, device, world_size)
+    plan = build_plan(resolve_init_from(config), device, world_size)
     speed = measured_tokens_per_s(plan.config, device.name, world_size) if flags["--device"] is None else None
-    for line in (*report_lines(plan, mfu, speed), *(f"warning: {notice}" for notice in notices(config))):
+    for line in report_lines(plan, mfu, speed):
         print_result(line)
     return 0
 

@@ -46,8 +46,10 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
     """
     world.set_activity("the start of the run", "untimed")
     check_same(world, {"data": dataset.fingerprint[:12]})
-    if config.parallel.recompute == "none":  # with recomputation, memory matters more than time
+    if config.parallel.recompute == "none":
         devices.keep_freed_memory(world.device)
+    else:  # memory matters more than time
+        devices.release_freed_memory(world.device)
     # torch.compile suggests TF32 for the router's float32 matmuls; we want full precision.
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
     point = find_resume_point(config, resume, world)

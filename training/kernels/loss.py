@@ -89,7 +89,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_x_NC = torch.empty_like(x_NC) if needs_x else None
         grad_w_VC = torch.empty_like(w_VC, dtype=torch.float32) if needs_w else None
         w_VC = w_VC.to(x_NC.dtype)
-        size = _chunk_tokens(x_NC, len(w_VC))
+        size = chunk_tokens(x_NC, len(w_VC))
         logits_nV = x_NC.new_empty(size, len(w_VC))
         for start in range(0, len(x_NC), size):
             chunk = slice(start, start + size)
@@ -112,7 +112,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return None, *(None if x is None else x.mul_(grad) for x in unscaled), None, None, None
 
 
-def _chunk_tokens(x_NC: Tensor, n_rows: int) -> int:
+def chunk_tokens(x_NC: Tensor, n_rows: int) -> int:
     """Return the number of tokens in a chunk: within the limits, in nearly equal chunks."""
     limit = CHUNK_ELEMENTS // n_rows
     if x_NC.device.type in CHUNK_BYTES:

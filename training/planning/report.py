@@ -18,13 +18,13 @@ from training.optim.optimizer import state_bytes
 from training.planning.memory import (
     HEADROOM,
     MemoryEstimate,
+    MemoryEstimator,
     equal_parts,
-    estimate,
-    largest_micro_batch,
     max_samples_per_rank,
 )
 
 DEFAULT_MFU = 0.4
+MAX_HASHED_BYTES = 2**28  # of text that no earlier start has hashed: about a second
 NO_BF16 = {"V100", "T4"}  # no bf16 matrix units
 MAX_EPOCHS = 4  # up to here repeated text is nearly as good as new text (arXiv:2305.16264)
 # About 20 is best for a given amount of compute (arXiv:2203.15556); up to 500 is usual for models that serve a lot.
@@ -52,6 +52,7 @@ class RunPlan(NamedTuple):
     world_size: int
     n_tokens: int  # of all steps
     train_tokens: list[int]  # of each stream of the prepared data; [] if there are none
+    data_problem: str  # why the data was not looked for; "" if it was
     stats: ModelStats
     micro_batch: int
     largest_micro_batch: int  # that fits; 0: not one sample does
@@ -76,9 +77,7 @@ def _letters(name: str) -> str:
 
 def build_plan(config: Config, device: TargetDevice, world_size: int) -> RunPlan:
     """Look for prepared data and estimate memory. Raises UserError for options that the run would reject."""
-    cache = Path(config.data.cache_dir)
-    folder = cache / Corpus(config.data).cache_key(FileHashes(cache / "digests.json"))
-    manifest = read_manifest(folder) if folder.is_dir() else None
+    manifest, data_problem = _prepared_data(config)
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if device.has_bf16 else "fp32"
@@ -88,16 +87,40 @@ def build_plan(config: Config, device: TargetDevice, world_size: int) -> RunPlan
         problem = f"{world_size} ranks are more than the {n_samples} samples of batch_tokens {config.batch_tokens}"
         raise UserError(f"--world: {problem}; raise batch_tokens")
     per_rank = max_samples_per_rank(config, world_size)
-    largest = largest_micro_batch(config, HEADROOM * device.n_bytes, world_size, device.type)
+    estimator = MemoryEstimator(config, world_size, device.type)
+    largest = estimator.largest_micro_batch(HEADROOM * device.n_bytes)
     if config.micro_batch == "auto":
         micro_batch = equal_parts(per_rank, max(1, largest), config, device.type)
     else:
         micro_batch = min(config.micro_batch, per_rank)
-    memory = estimate(config, micro_batch, world_size, device.type)
+    memory = estimator.estimate(micro_batch)
     n_tokens = config.steps * config.batch_tokens
     train_tokens = [stream.n_tokens for stream in manifest.streams if stream.split == "train"] if manifest else []
-    stats = model_stats(model)
-    return RunPlan(config, device, world_size, n_tokens, train_tokens, stats, micro_batch, largest, memory)
+    sizes = estimator.stats, micro_batch, largest, memory
+    return RunPlan(config, device, world_size, n_tokens, train_tokens, data_problem, *sizes)
+
+
+class _QuickHashes(FileHashes):
+    """Hashes of files within a budget: a plan does not read a large corpus that was never prepared."""
+
+    n_bytes = 0  # read by this object, at most
+
+    def sha256(self, path: Path) -> str:
+        if str(path.absolute()) not in self.entries and path.is_file():
+            self.n_bytes += path.stat().st_size
+            if self.n_bytes > MAX_HASHED_BYTES:
+                raise UserError("its text was not read yet")
+        return super().sha256(path)
+
+
+def _prepared_data(config: Config) -> tuple[Manifest | None, str]:
+    """Return the manifest of the prepared data, or None and the reason why there is none, which may be ""."""
+    cache = Path(config.data.cache_dir)
+    try:
+        folder = cache / Corpus(config.data).cache_key(_QuickHashes(cache / "digests.json"))
+        return (read_manifest(folder) if folder.is_dir() else None), ""
+    except UserError as error:  # a run is planned before its text is there
+        return None, str(error)
 
 
 def _vocab_size(config: Config, manifest: Manifest | None) -> int:
@@ -146,7 +169,8 @@ def report_lines(plan: RunPlan, mfu: float | None, measured: float | None) -> li
     gib = checkpoint_bytes(plan.stats, config) / 2**30
     per_rank, largest = max_samples_per_rank(config, plan.world_size), plan.largest_micro_batch
     fits = {0: "not one sample fits", per_rank: "all samples fit at once"}
-    data = "not prepared here, so epochs are unknown; python -m training.prepare counts them"
+    problem = f" ({plan.data_problem})" if plan.data_problem else ""
+    data = f"not prepared here{problem}, so epochs are unknown; python -m training.prepare counts them"
     if plan.train_tokens:
         source = " (the source that is read most)" if len(plan.train_tokens) > 1 else ""
         data = f"{sum(plan.train_tokens):,} training tokens, {epochs(plan):.3g} epochs{source}"
