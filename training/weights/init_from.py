@@ -38,8 +38,9 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 def resolve_init_from(config: Config, *, fresh: bool = False) -> Config:
     """Return the options with the `model` section of `init_from`; unchanged without `init_from`.
 
-    Reads only config.json of the folder; if the run has started and is not `fresh` (start over), its own config.yaml.
-    Raises UserError for a folder that cannot be read and for options that contradict it.
+    Reads config.json of the folder and, unless it is on the hub, the names and shapes of its tensors; if the run has
+    started and is not `fresh` (start over), its own config.yaml. Raises UserError for a folder
+    that cannot be read and for options that contradict it.
     """
     if config.init_from is None:
         return config
@@ -50,7 +51,10 @@ def resolve_init_from(config: Config, *, fresh: bool = False) -> Config:
     if saved is not None and saved.init_from == config.init_from:
         model = _merge(config.model, saved.model, str(config.run_dir))
     else:
-        _, theirs = hf.read_config(_folder(config, ["*.json"]))
+        folder = _folder(config, ["*.json"])
+        architecture, theirs = hf.read_config(folder)
+        if Path(config.init_from).expanduser().is_dir() and any(folder.glob("*.safetensors")):
+            hf.open_weights(folder, architecture, theirs)  # config.json may be wrong about sizes
         model = _merge(config.model, theirs, config.init_from)
         if config.upcycle_noise is not None and not upcycle.upcycled_layers(theirs, model):
             raise UserError(f"upcycle_noise: no layer that is dense in {config.init_from} becomes experts")
