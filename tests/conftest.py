@@ -60,7 +60,12 @@ def options(tmp_path, cache):
             "precision": "fp32",
             "model": {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "blocks": [{"ffn": MOE}, {}]},
             "data": {
-                "sources": [{"type": "files", "paths": [str(stdlib / name) for name in ("json", "email", "logging")]}],
+                "sources": [
+                    {
+                        "type": "files",
+                        "paths": [str(stdlib / name / "**/*.py") for name in ("json", "email", "logging")],
+                    }
+                ],
                 "tokenizer": {"type": "byte"},
                 "val_fraction": 0.2,
                 "cache_dir": str(cache),

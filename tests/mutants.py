@@ -392,6 +392,10 @@ DEFECTS = [
     Defect("every micro-batch takes the memory of one sample more", "planning/memory.py",
            "first + (n_samples - 1) * (second - first)", "first + n_samples * (second - first)",
            "tests/test_plan.py -k walk_of"),
+    Defect("recomputation keeps freed memory", "device.py", "c_library.mallopt(-3, 2**20)", "pass",
+           "tests/test_micro_batch.py -k page_faults"),
+    Defect("a run with recomputation does not release memory", "engine/build.py",
+           "        devices.release_freed_memory(world.device)", "        pass", "tests/test_plan.py -k resident"),
     Defect("missing text stops a plan", "planning/report.py", "except UserError as error:  # a run is planned",
            "except KeyError as error:  # a run is planned", "tests/test_plan.py -k shipped"),
 ]  # fmt: skip

@@ -166,10 +166,20 @@ def test_a_folder_below_that_cannot_be_read_is_an_error_that_names_it(pattern):
 
 
 def test_what_a_search_leaves_out_is_counted_by_kind(tmp_path):
-    for name in ("a.txt", "b.csv", "c.csv", ".d.txt", "README", "e.json", "__pycache__/f.txt", "g.parquet.gz"):
+    for name in (
+        "a.txt",
+        "b.csv",
+        "c.csv",
+        ".d.txt",
+        "README",
+        "e.json",
+        "site-packages/f.txt",
+        "__pycache__/f.txt",
+        "g.parquet.gz",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("text")
-    kinds = "2 .csv files, 1 .gz file, 1 .json file, 1 file without an extension, 1 __pycache__ folder, 1 hidden file"
+    kinds = "2 .csv files, 1 .gz file, 1 .json file, 1 file without an extension, 1 site-packages folder, 1 hidden file"
     for pattern in ("", "**"):
         (line,) = describe_left_out([build_reader(FilesSource(paths=(str(tmp_path / pattern),)))])
         left, _, advice = line.partition(": names must end in .txt")

@@ -3,6 +3,8 @@
 import gc
 import json
 import re
+import subprocess
+import sys
 import time
 from collections import Counter
 from itertools import cycle, product
@@ -30,6 +32,7 @@ from training.planning import report
 from training.planning.memory import MemoryEstimate, MemoryEstimator
 from training.planning.walk import Peak, StorageTracker, walk
 
+ROOT = Path(__file__).parent.parent
 MOE = {"type": "moe", "n_experts": 4, "top_k": 2, "hidden": 64}
 SIZES = {"n_layer": 3, "n_head": 2, "n_embd": 32, "n_positions": 64, "vocab_size": 512}
 
@@ -96,6 +99,45 @@ def test_fake_tensors_need_the_memory_of_real_ones(config, micro_batch):
     assert tensors == pytest.approx(peak_of_real_tensors(config, micro_batch), rel=0.03)
 
 
+MEASURE = """
+import sys
+from pathlib import Path
+from training.train import main
+def resident(field):
+    return int(Path("/proc/self/status").read_text().partition(f"{field}:")[2].split()[0]) * 1024
+config = ["--config", sys.argv[1]]
+main([*config, "--name", "first", "--model.n_layer", "1", "--steps", "1"])  # loads libraries and their buffers
+before = resident("VmRSS")
+status = main(config)
+print(resident("VmHWM") - before)
+sys.exit(status)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak of a process")
+def test_a_run_with_recomputation_needs_the_resident_memory_of_its_plan(processes, cache, tmp_path):
+    config = config_of(
+        {"n_layer": 8, "n_embd": 128, "n_positions": 512, "vocab_size": 8192},
+        **{"batch_tokens": 4096, "steps": 2, "out_dir": str(tmp_path), "parallel": {"recompute": "full"}},
+        schedule={"type": "constant", "warmup_steps": 0},
+        data={"sources": [{"type": "stdlib"}], "tokenizer": {"type": "byte"}, "cache_dir": str(cache)},
+        eval={"every": None, "tokens": 1024, "prompts": []},
+        logging={"tensorboard": False},
+    )
+    (tmp_path / "c.yaml").write_text(cli.dump_config(config))
+    (tmp_path / "measure.py").write_text(MEASURE)
+    done = processes.run(str(tmp_path / "measure.py"), str(tmp_path / "c.yaml"))
+    assert done.returncode == 0, done.stderr
+    memory = estimate(config.with_explicit_sizes(), 8)
+    assert int(done.stdout.splitlines()[-1]) == pytest.approx(memory.total - memory.process, abs=2**26)
+
+
+@pytest.mark.soak
+def test_nine_runs_need_the_resident_memory_of_their_plans():
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "plan_memory.py")], timeout=7200)
+    assert done.returncode == 0
+
+
 def test_weights_gradients_and_optimizer_state_are_what_arithmetic_says():
     config = config_of({"blocks": [{"ffn": MOE}]}, optim={"type": "muon"})
     memory, model = estimate(config, 2), GPT(config.model)
@@ -150,7 +192,6 @@ def test_memory_is_almost_linear_and_the_largest_micro_batch_is_the_last_that_fi
     assert MemoryEstimator(config_of(batch_tokens=4096), 16).largest_micro_batch(2 * limit) == 4
 
 
-ROOT = Path(__file__).parent.parent
 CONFIGS = [*sorted((ROOT / "configs").glob("*.yaml")), *(ROOT / "recipes" / f"{n}.yaml" for n in ("plain", "speedrun"))]
 DEVICES = ["cpu", *GPUS]
 WORLDS = ["1", "64"]

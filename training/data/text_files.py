@@ -12,7 +12,8 @@ from training.data.chunks import Document, decode_utf8, split_into_chunks, to_do
 from training.data.decompress import DECOMPRESSORS, open_decompressed
 from training.errors import UserError
 
-SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages"})
+BYTECODE = "__pycache__"  # compiled code, which nobody expects to be read
+SKIPPED_FOLDERS = frozenset({BYTECODE, "site-packages", "dist-packages"})
 ONLY_BY_NAME = ".json"  # folders of code have .json files that hold no text
 MAX_LINE_BYTES = 2**26  # of .jsonl, because a whole line is in memory
 MAX_BATCH_ROWS = 256  # of .parquet, in memory at a time
@@ -37,10 +38,9 @@ def walk(folder: Path, skip: frozenset[str] = SKIPPED_FOLDERS, left_out: LeftOut
             folders.clear()
             continue
         entered.add(inode)
-        for name in folders:
-            if name in skip or name.startswith("."):
-                left_out[Path(parent, name)] = f"{name} folder"
-        folders[:] = sorted(name for name in folders if Path(parent, name) not in left_out)
+        skipped = {name for name in folders if name in skip or name.startswith(".")}
+        left_out |= {Path(parent, name): f"{name} folder" for name in skipped - {BYTECODE}}
+        folders[:] = sorted(set(folders) - skipped)
         for name in sorted(names):
             if name.startswith("."):
                 left_out[Path(parent, name)] = "hidden file"

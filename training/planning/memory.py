@@ -21,7 +21,7 @@ from training.planning.walk import Change, LocalShape, Peak, walk, walk_optimize
 
 HEADROOM = 0.9  # share of the memory that a step may use; fragmentation and other programs need the rest
 CPU_TOKENS = 8192  # per micro-batch on a CPU: more is slower (docs/log.md) and takes memory from other programs
-PROCESS_BYTES = 520 * 2**20  # Python, torch and other libraries with their buffers: resident size beside the tensors
+PROCESS_BYTES = 510 * 2**20  # Python, torch and other libraries with their buffers: resident size beside the tensors
 # On a CPU, glibc keeps freed memory (`device.keep_freed_memory`) in pieces that may be too small for the next tensor.
 # The optimizer's temporary tensors, which may be stacks of matrices, do not fit in them; of those and of activations
 # and logits, this share is added once more. It is fitted to the runs of benchmarks/plan_memory.py.
