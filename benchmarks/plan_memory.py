@@ -76,7 +76,7 @@ def config_of(name: str, folder: Path) -> Config:
         "eval": {"every": None, "tokens": 1024, "prompts": ["def "], "sample_tokens": 4},
         "checkpoint": {"every": 1, "keep": 1},
     }
-    return Config.model_validate(options | others).with_explicit_sizes()
+    return Config.model_validate(options | others).resolved()
 
 
 def measured(config: Config, folder: Path, n_threads: int) -> int:

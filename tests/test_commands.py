@@ -16,7 +16,7 @@ COMMANDS = ["train", "prepare", "evaluate", "generate", "export", "plan", "twin"
     [
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(28, "No space left on device", "runs/small"), 2, "error: runs/small: No space left on device"),
-        (UserError("--run: two\nlines"), 2, "error: --run: two lines"),
+        (UserError("--run: two\nlines"), 2, r"error: --run: two\nlines"),
         (RestartNeeded("out of memory"), 1, "error: out of memory"),
     ],
     ids=["Ctrl-C", "OSError", "UserError", "RestartNeeded"],

@@ -40,7 +40,7 @@ def cache_files(folder: Path) -> dict[str, int]:
 def test_an_old_configuration_loads(old):
     options, resolved = cli.load_config(old / "config.yaml"), cli.load_config(old / "runs/old/config.yaml")
     assert (resolved.steps, resolved.model.vocab_size) == (options.steps, 320)
-    assert resolved.model.layers()[0].ffn == options.model.layers()[0].ffn
+    assert resolved.model.layers()[0].ffn == options.resolved().model.layers()[0].ffn
 
 
 def test_an_old_run_resumes_on_its_cache(old, capsys):

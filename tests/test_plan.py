@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo  # the first fake tensor imports it, and imports do not count below
 
 from training.batch import Batch
 from training.config import Config
@@ -128,7 +129,7 @@ def test_a_run_with_recomputation_needs_the_resident_memory_of_its_plan(processe
     (tmp_path / "measure.py").write_text(MEASURE)
     done = processes.run(str(tmp_path / "measure.py"), str(tmp_path / "c.yaml"))
     assert done.returncode == 0, done.stderr
-    memory = estimate(config.with_explicit_sizes(), 8)
+    memory = estimate(config.resolved(), 8)
     assert int(done.stdout.splitlines()[-1]) == pytest.approx(memory.total - memory.process, abs=2**26)
 
 
@@ -179,6 +180,11 @@ def test_a_mesh_divides_memory_and_the_worst_routing_sends_all_tokens_to_one_ran
     assert split.routing > 3 * n_rows * 3 * 4 * (2 * 64 + 128)
     both = estimate(config_of(model, **batch, parallel={"mesh": {"shard": 4, "expert": 2}}), 8, world_size=4)
     assert both.weights == sharded.weights
+    matrices = {"model": {"n_embd": 128}, "batch_tokens": 4096, "optim": {"type": "muon"}}
+    whole, quarter = (
+        MemoryEstimator(config_of(**matrices, parallel={"mesh": {"shard": n}}), n).optimizer for n in (1, 4)
+    )
+    assert whole / 4 < quarter < whole / 2  # a rank orthogonalizes a quarter of the matrices, and exchanges their rows
 
 
 def test_memory_is_almost_linear_and_the_largest_micro_batch_is_the_last_that_fits():
@@ -230,7 +236,7 @@ def test_every_shipped_config_is_planned_within_5_seconds(name, device, world, t
     ids=["experts and windows", "packed documents"],
 )
 def test_a_walk_of_each_kind_of_layer_stands_for_a_walk_of_all_layers(model, recompute):
-    config = config_of(model, parallel={"recompute": recompute}).with_explicit_sizes()
+    config = config_of(model, parallel={"recompute": recompute}).resolved()
     estimator = MemoryEstimator(config)
     assert len(estimator.blocks) < config.model.n_layer
     for micro_batch in (1, 5):
