@@ -25,7 +25,7 @@ PROCESS_BYTES = 510 * 2**20  # Python, torch and other libraries with their buff
 # On a CPU, glibc keeps freed memory (`device.keep_freed_memory`) in pieces that may be too small for the next tensor.
 # The optimizer's temporary tensors, which may be stacks of matrices, do not fit in them; of those and of activations
 # and logits, this share is added once more. It is fitted to the runs of benchmarks/plan_memory.py.
-FRAGMENTATION = 0.28
+FRAGMENTATION = 0.3
 
 
 class MemoryEstimate(NamedTuple):
