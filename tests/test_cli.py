@@ -211,17 +211,17 @@ def test_one_wrong_option_is_one_line(write, text, line):
     ],
 )
 def test_a_file_that_is_not_a_config_is_one_line_within_a_second(write, text, line):
-    path, start = write(text), time.perf_counter()
+    path, start = write(text), time.process_time()
     (error,) = errors(path)
     assert error.startswith(f"my.yaml{line}")
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_thousands_of_errors_are_truncated(write):
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(errors(write("".join(f"k{n}:\n" for n in range(4000))))) == 51
     assert len(errors(write("a: 1\n" * 5000))) == 51
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_an_unreadable_path_is_one_line(tmp_path):

@@ -39,7 +39,7 @@ def small_disk(tmp_path):
 
 
 def test_a_run_that_does_not_fit_on_the_disk_ends_before_the_first_step(config, small_disk):
-    disk = small_disk(512)
+    disk = small_disk(576)
     with pytest.raises(UserError, match=rf"{disk}/runs has 0\.\d+ MiB free, .* need 0\.\d+ MiB: lower checkpoint"):
         train(config(out_dir=str(disk / "runs")))
     assert not (disk / "runs/small").exists()

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import shutil
 from pathlib import Path
 
@@ -199,7 +200,9 @@ def test_out_of_memory_after_the_weights_are_loaded_is_one_line_and_checkpoints_
     done = processes.run("trajectory:main_with_limited_memory", "--config", str(path), env={"LIMIT_AT": "load"})
     assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "not one sample of 1024 tokens fits" in line and "use a smaller model.n_positions" in line
+    # With recomputation a sample may fit into what is mapped already; then the copy for the checkpoint does not.
+    sample = "not one sample of 1024 tokens fits.*use a smaller model.n_positions"
+    assert re.search(rf"{sample}|checkpoints/step-0000000\d: the checkpoint .*allocate memory", line), line
     assert checkpoint.corruption(folder / "checkpoints/step-00000002") is None
     run(**changes)
     assert (tensors(folder, 4), rows(folder)) == before

@@ -40,6 +40,7 @@ from typing import Any, TypeVar, Union
 
 T = TypeVar("T")
 ListOf = tuple[T, ...]
+PathText = str
 
 
 def option(default: Any, doc: str, **limits: Any) -> Any:  # noqa: ARG001
