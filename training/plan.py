@@ -57,7 +57,7 @@ def measured_tokens_per_s(config: Config, device: str, world_size: int) -> float
 
     folder = config.run_dir
     try:
-        facts = json.loads((folder / "run.json").read_text())["facts"]
+        facts = json.loads((folder / "run.json").read_bytes())["facts"]
         is_same_machine = (facts["device"], facts["world_size"]) == (device, world_size)
         measured = cli.load_config(folder / "config.yaml")
     except (

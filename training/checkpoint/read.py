@@ -39,7 +39,7 @@ def load(path: Path, *, verify: bool = True) -> Checkpoint:
 
 def read_state(path: Path) -> dict:
     """Read the JSON state of a checkpoint that is known to be intact."""
-    return json.loads((path / "state.json").read_text())
+    return json.loads((path / "state.json").read_bytes())
 
 
 def tensor_shapes(path: Path, kind: str) -> dict[str, torch.Size]:

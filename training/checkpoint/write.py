@@ -77,7 +77,7 @@ class CheckpointWriter:
 
         def allocate() -> None:
             owned = [(kind, name, s.tensor) for kind in shards for name, s in shards[kind].items() if s.is_owner]
-            with suppress(RuntimeError):  # out of memory: the save will report it
+            with suppress(RuntimeError, MemoryError):  # out of memory: the save will report it
                 for kind, name, tensor in owned:
                     self._buffer(kind, name, tensor).zero_()
 

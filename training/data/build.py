@@ -65,7 +65,7 @@ def write_dataset(corpus: Corpus, folder: Path, key: str, quiet: bool) -> None:
         n_repeated=len(train) - len(np.unique(train)),
         streams=records,
     )
-    (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n")
+    (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     with show_progress("flushing the tokens to disk", quiet, only_if_slow=True):
         for path in [*folder.rglob("*"), folder]:
             fsync_path(path)
