@@ -21,9 +21,9 @@ def expand_path(text: str) -> str:
 
     def value(match: re.Match[str]) -> str:
         name = match[1] or match[2]
-        if not (found := os.environ.get(name)):
+        if not (replacement := os.environ.get(name)):
             raise ValueError(f"{text!r}: the environment variable {name} is not set; set it, or write the path out")
-        return found
+        return replacement
 
     if not text:
         raise ValueError("'' is empty; give a path")
@@ -140,11 +140,17 @@ def replace_by_folder(path: Path) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Rename what is in the place of a file or folder of ours to NAME.unreadable-N, and print that."""
-    names = (path.with_name(f"{path.name}.unreadable-{n}") for n in itertools.count(1))
-    aside = next(name for name in names if not os.path.lexists(name))
-    rename_durable(path, aside)
+    """Rename to NAME.unreadable-N what stands where a run writes a file or folder of another kind, and say so."""
+    aside = rename_to_free_name(path, lambda n: f"{path.name}.unreadable-{n}")
     print_note(f"{path}: not what a run writes; moved to {aside.name}")
+
+
+def rename_to_free_name(path: Path, name_of: Callable[[int], str], first: int = 1) -> Path:
+    """Rename a file or folder durably to the first free name of number `first`, `first` + 1, ...; return its path."""
+    names = (path.with_name(name_of(n)) for n in itertools.count(first))
+    free = next(name for name in names if not os.path.lexists(name))
+    rename_durable(path, free)
+    return free
 
 
 def rename_durable(source: Path, target: Path) -> None:

@@ -1,7 +1,6 @@
 """Find, verify and read checkpoints: all tensors, or only the rows that a rank needs."""
 
 import hashlib
-import itertools
 import json
 import re
 from collections.abc import Callable, Set
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from training.errors import UserError
-from training.files import rename_durable
+from training.files import rename_to_free_name
 
 MANIFEST = "manifest.json"
 KINDS = ("model", "optimizer")  # of tensors; each has its own files
@@ -166,5 +165,4 @@ def quarantine(folder: Path, after: int, reason: str) -> None:
     """Rename the checkpoints after step `after`, newest first, to `reason`-n-step-N. Nothing is removed."""
     for step, path in reversed(list_checkpoints(folder)):
         if step > after:
-            names = (folder / f"{reason}-{n}-{path.name}" for n in itertools.count())
-            rename_durable(path, next(name for name in names if not name.exists()))
+            rename_to_free_name(path, lambda n, name=path.name: f"{reason}-{n}-{name}", first=0)

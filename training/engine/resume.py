@@ -5,7 +5,6 @@ that may differ. Other options may be written otherwise if they mean the same: p
 weights by their hashes, a pattern of the same layers, weights of the same proportions.
 """
 
-import itertools
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from training.data.loader import Mixture
 from training.distributed.world import World
 from training.engine.state import TrainState
 from training.errors import UserError
-from training.files import rename_durable, write_errors_as_user_errors
+from training.files import rename_to_free_name, write_errors_as_user_errors
 from training.options import cli
 from training.options.schema import flatten_options
 from training.terminal import print_line
@@ -88,9 +87,7 @@ def prepare_run_dir(config: Config, resume: str, point: ResumePoint | None) -> N
     folder = config.run_dir
     with write_errors_as_user_errors(folder):
         if resume == "never" and folder.exists():
-            names = (folder.with_name(f"{folder.name}.old-{n}") for n in itertools.count(1))
-            aside = next(path for path in names if not path.exists())
-            rename_durable(folder, aside)
+            aside = rename_to_free_name(folder, lambda n: f"{folder.name}.old-{n}")
             print_line(f"{folder}: moved the earlier run to {aside}")
         elif point is not None and point.is_own:
             checkpoint.remove_leftovers(folder / "checkpoints")
