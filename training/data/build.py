@@ -27,7 +27,7 @@ BATCH_CHARS = 1 << 20  # text that a thread tokenizes at a time
 
 @dataclass
 class TextCounts:
-    """Counts for the manifest, of its meanings."""
+    """Counts of a text, as in `Manifest`."""
 
     n_blank: int = 0
     n_borders: int = 0
@@ -85,7 +85,7 @@ def write_streams(
     threads: int | None,
     advance: Callable[[str], str],
 ) -> TextCounts:
-    """Tokenize everything and count what is special in it."""
+    """Tokenize and write all chunks; count blank documents, borders, and separators that are ordinary text."""
     counts, names = TextCounts(), dict.fromkeys(tokenizer.separators + OTHER_SEPARATORS)
     for chunk, ids in encode_chunks(chunks, tokenizer, threads):
         counts.n_borders += chunk.follows_border

@@ -70,19 +70,13 @@ def split_into_chunks(blocks: Iterable[str]) -> Iterator[str]:
     yield rest
 
 
-def split_dump(document: Document, separators: Sequence[str]) -> Iterator[Document]:
-    """Yield the documents between the separators of a dump; any other document as it is."""
+def number_parts(document: Document, separators: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """Yield (number of separators before the text, text), at least once. Only a dump has separators."""
     if not document.is_dump:
-        yield document
+        yield from ((0, chunk) for chunk in document.chunks)
         return
-    for _, parts in groupby(number_parts(document.chunks, separators), key=itemgetter(0)):
-        yield document._replace(chunks=(text for _, text in parts), is_dump=False)
-
-
-def number_parts(chunks: Iterable[str], separators: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """Yield (number of separators before the text, text), at least once."""
-    border, number = re.compile("|".join(map(re.escape, separators)) or "(?!)"), 0
-    for chunk in join_cut_separators(chunks, border, max(map(len, separators), default=1)):
+    border, number = re.compile("|".join(map(re.escape, separators))), 0
+    for chunk in join_cut_separators(document.chunks, border, max(map(len, separators))):
         for i, text in enumerate(border.split(chunk)):
             number += i > 0
             yield number, text

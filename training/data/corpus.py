@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 
 from training.config import DataConfig
-from training.data.chunks import Chunk, look_ahead, mark_blank, number_parts, split_dump
+from training.data.chunks import Chunk, mark_blank, number_parts
 from training.data.file_hashes import FileHashes
 from training.data.shards import FORMAT_VERSION
 from training.data.sources import FilesReader, Reader, build_reader, drop_repeated_files, plain_bytes
@@ -74,8 +74,7 @@ class Corpus:
 
     def _single_text(self, separators: Sequence[str]) -> Iterator[tuple[int, str]]:
         """Yield (number of the document, text) of the single text file."""
-        document = next(self.train_readers[0].documents())
-        return number_parts(document.chunks, separators if document.is_dump else ())
+        return number_parts(next(self.train_readers[0].documents()), separators)
 
     def training_text(self) -> Iterator[str]:
         """Yield training text, one chunk of each source in turn, so that any prefix is a fair sample."""
@@ -84,16 +83,13 @@ class Corpus:
 
 
 def split_documents(reader: Reader, stream: int, val_fraction: float, separators: Sequence[str]) -> Iterator[Chunk]:
-    """Yield the chunks of a source's documents; of a blank one the first, which says so."""
-    for file in reader.documents():
-        for number, document in enumerate(split_dump(file, separators)):
-            is_blank, chunks = look_ahead(document.chunks)
-            text = next(chunks)
-            is_val = is_held_out(text if document.key is None else document.key, val_fraction)
-            split, index = ("val", 0) if is_val else ("train", stream)
-            yield Chunk(text, split, index, True, follows_border=number > 0, is_blank_document=is_blank)
-            if not is_blank:
-                yield from (Chunk(text, split, index, starts_document=False) for text in chunks)
+    """Yield the chunks of a source's documents; a blank one is one chunk."""
+    for document in reader.documents():
+        for number, text, starts, is_blank in mark_blank(number_parts(document, separators)):
+            if starts:
+                is_val = is_held_out(text if document.key is None else document.key, val_fraction)
+                split, index = ("val", 0) if is_val else ("train", stream)
+            yield Chunk(text, split, index, starts, starts and number > 0, is_blank)
 
 
 def split_text(parts: Callable[[], Iterator[tuple[int, str]]], val_fraction: float) -> Iterator[Chunk]:

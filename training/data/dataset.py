@@ -140,5 +140,5 @@ def read_split(paths: Sequence[str], text_column: str, tokenizer: Tokenizer) -> 
         raise UserError(f"{', '.join(paths)}: no text in there")
     print_notes(describe_separators(counts.n_borders, counts.as_text, tokenizer))
     arrays = np.frombuffer(tokens.getbuffer(), tokenizer.dtype), np.frombuffer(starts.getbuffer(), "<u8")
-    counts = {name: getattr(writer, name) for name in (*shards.COUNTS, "token_bytes")}
-    return Split("val", (Stream(Path(paths[0]), *arrays),), None, tokenizer.vocab_size, **counts)
+    sizes = {name: getattr(writer, name) for name in (*shards.COUNTS, "token_bytes")}
+    return Split("val", (Stream(Path(paths[0]), *arrays),), None, tokenizer.vocab_size, **sizes)

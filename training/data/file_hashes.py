@@ -20,7 +20,7 @@ class FileHashes:
     def __init__(self, memo: Path):
         self.memo = memo
         self.has_changed = False
-        self.on_read: Callable[[int], object] = abs  # called with the size of each block that is hashed
+        self.on_read: Callable[[int], object] = lambda _: None  # called with the size of each block that is hashed
         try:
             self.entries = {name: list(entry) for name, entry in json.loads(memo.read_bytes()).items()}
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):

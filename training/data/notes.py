@@ -1,4 +1,4 @@
-"""Lines about the text that a user may not expect: what is left out, read otherwise than written, or read twice."""
+"""Lines about the data: files left out, repeated text, separators in the text, and normalization."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -19,7 +19,7 @@ class Progress:
     def __init__(self, stage: str, total: int | None = None):
         self.stage, self.total = stage, total
         self.n_bytes, self.start = 0, time.perf_counter()
-        self.on_change: Callable[[], object] = bool
+        self.on_change: Callable[[], object] = lambda: None
 
     def __call__(self, text: str) -> str:
         """Count a text that was processed, and return it."""

@@ -68,9 +68,10 @@ class FilesReader:
         for path, is_named in self.paths.items():
             is_blank = is_named
             for document in read_documents(path, self.column):
-                is_blank_document, chunks = look_ahead(document.chunks)
-                is_blank = is_blank and is_blank_document
-                yield document._replace(chunks=chunks)
+                if is_blank:
+                    is_blank, chunks = look_ahead(document.chunks)
+                    document = document._replace(chunks=chunks)
+                yield document
             if is_blank:
                 raise no_text_error(path)
 
