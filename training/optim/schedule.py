@@ -31,23 +31,25 @@ def decay_progress(step: int, peak: int, steps: int) -> float:
     return max(0, step - peak) / max(1, steps - 1 - peak)
 
 
+def decayed(config: CosineSchedule, remaining: float) -> float:
+    """Return the factor between the peak (`remaining` 1) and `final_ratio` (0)."""
+    return config.final_ratio + (1 - config.final_ratio) * remaining
+
+
 def cosine(config: CosineSchedule, step: int, steps: int) -> float:
     """Decay from 1 to `final_ratio` along half a cosine."""
-    remaining = (1 + math.cos(math.pi * decay_progress(step, config.warmup_steps, steps))) / 2
-    return config.final_ratio + (1 - config.final_ratio) * remaining
+    return decayed(config, (1 + math.cos(math.pi * decay_progress(step, config.warmup_steps, steps))) / 2)
 
 
 def linear(config: LinearSchedule, step: int, steps: int) -> float:
     """Decay linearly from 1 to `final_ratio`."""
-    remaining = 1 - decay_progress(step, config.warmup_steps, steps)
-    return config.final_ratio + (1 - config.final_ratio) * remaining
+    return decayed(config, 1 - decay_progress(step, config.warmup_steps, steps))
 
 
 def wsd(config: WSDSchedule, step: int, steps: int) -> float:
     """Return 1, then decay linearly to `final_ratio` over the last `decay_steps`."""
     last_at_peak = max(config.warmup_steps, steps - 1 - config.decay_steps)
-    remaining = 1 - decay_progress(step, last_at_peak, steps)
-    return config.final_ratio + (1 - config.final_ratio) * remaining
+    return decayed(config, 1 - decay_progress(step, last_at_peak, steps))
 
 
 def constant(config: ConstantSchedule, step: int, steps: int) -> float:  # noqa: ARG001 (one signature)
