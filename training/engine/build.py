@@ -80,7 +80,7 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
         load_tensors(point.path, model, optimizer)
     elif config.init_from is not None:
         load_weights(model, config, dataset, world)
-        state.init_from_sha256 = weights_sha256(config)
+        state.init_from_sha256 = world.broadcast(weights_sha256(config) if world.is_main else None)
     else:
         model.load_full(lambda name, shape: initial_value(name, shape, config.model, config.seed))
     if world.is_main:

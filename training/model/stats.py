@@ -34,12 +34,7 @@ def model_stats(config: ModelConfig) -> ModelStats:
     try:
         with torch.device("meta"):
             model = GPT(config)
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-        OverflowError,
-    ) as error:
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         sizes = f"n_embd {config.n_embd}, n_positions {config.n_positions}, vocab_size {config.vocab_size}, blocks"
         raise UserError(f"model: one of its tensors has more than 2^63 bytes; lower one of {sizes}") from error
     total, idle = sum(p.numel() for p in model.parameters()), 0.0

@@ -39,8 +39,8 @@ def resolve_init_from(config: Config, *, fresh: bool = False) -> Config:
     """Return the options with the `model` section of `init_from`; unchanged without `init_from`.
 
     Reads config.json of the folder and, unless it is on the hub, the names and shapes of its tensors; if the run has
-    started and is not `fresh` (start over), its own config.yaml. Raises UserError for a folder
-    that cannot be read and for options that contradict it.
+    started and is not `fresh` (start over), its own config.yaml. Raises UserError for a folder that cannot be read and
+    for options that contradict it.
     """
     if config.init_from is None:
         return config
@@ -53,7 +53,7 @@ def resolve_init_from(config: Config, *, fresh: bool = False) -> Config:
     else:
         folder = _folder(config, ["*.json"])
         architecture, theirs = hf.read_config(folder)
-        if Path(config.init_from).expanduser().is_dir() and any(folder.glob("*.safetensors")):
+        if Path(config.init_from).is_dir() and any(folder.glob("*.safetensors")):
             hf.open_weights(folder, architecture, theirs)  # config.json may be wrong about sizes
         model = _merge(config.model, theirs, config.init_from)
         if config.upcycle_noise is not None and not upcycle.upcycled_layers(theirs, model):
