@@ -23,7 +23,7 @@ from training.logging.phases import PHASES
 from training.logging.sinks import RunInfo, Sink
 from training.terminal import print_note
 
-TAIL_BYTES = 2**20  # before the checkpoint's row, which every start reads; what is before comes from curves.jsonl
+TAIL_BYTES = 2**20  # a start reads the rows from here before the checkpoint's row on; curves.jsonl has the rest
 MAX_BYTES = 2**24  # that a start reads without a curves.jsonl that fits; of more it reads a sample of the rows
 MAX_ROW_BYTES = 2**26  # more without a line break is not a row, such as the zeros of a file that a crash enlarged
 SPAN = TypeAdapter(Span)
@@ -81,7 +81,7 @@ class JSONLSink(Sink):
         self._save_curves(append=stride == self.history.stride)
 
     def _load(self, start_step: int) -> None:
-        """Read the end of metrics.jsonl into the history, and remove from the file what is not in the history."""
+        """Read the end of metrics.jsonl into the history; remove the rows past the checkpoint and unreadable lines."""
         tail = max(0, _offset_of(self.path, start_step) - TAIL_BYTES)
         self.history = _read_curves(self.curves, self.path, tail)
         self.size = self.history.spans[-1].end if self.history.spans else 0

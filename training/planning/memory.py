@@ -157,7 +157,7 @@ class MemoryEstimator:
         inputs = [part for name, part in layers.items() if name.startswith("inputs")]
         forward = [layers[f"forward {kind}"] for kind in self.kind_of_layer]
         backward = [layers[f"backward {kind}"] for kind in reversed(self.kind_of_layer)]
-        accumulates = n_samples < self.max_samples  # the sums exist, and what is added to them is freed
+        accumulates = n_samples < self.max_samples  # gradients exist already; a micro-batch adds to them
         peak = Peak(self.resident + Counter(gradients=self.gradients if accumulates else 0))
         for part in [*inputs, *forward, ends["head"], *backward, ends["embedding"]]:
             peak.add(part, ignored="gradients" if accumulates else "")

@@ -183,9 +183,10 @@ class LocalShape(NamedTuple):
 
 
 def walk_optimizer(config: Config, shapes: Counter[tuple[ParameterKind, LocalShape]], n_ranks: int) -> tuple[int, int]:
-    """Return (bytes of the state, of temporary tensors) of a step on one of `n_ranks` with so many such parameters.
+    """Return (bytes of the optimizer state, peak bytes of temporary tensors) of a step on one of `n_ranks`.
 
-    Equal parameters are one stack of them here: they take the same memory, and less time.
+    `shapes` counts the parameters by kind and shape. Equal parameters are one stack of them here: they take the same
+    memory, and less time.
     """
     with FakeTensorMode(), StorageTracker() as tracker:
         full_shapes, named, kinds = {}, {}, {}
