@@ -147,6 +147,8 @@ DEFECTS = [
            "tests/test_checkpoints_command.py"),
     Defect("NaN and Inf are saved", "checkpoint/write.py", "if not shard.tensor.isfinite().all():",
            "if False:", SAVES),
+    Defect("a writing thread that ended is waited for", "checkpoint/write.py", "if not self._thread.is_alive():",
+           "if False:", "tests/test_background_save.py -k wait_forever"),
     Defect("no copy before the save", "checkpoint/write.py",
            "self._buffer(kind, name, tensor).copy_(tensor, non_blocking=True)", "tensor", SAVES),
     Defect("no fsync of files", "checkpoint/write.py", "        os.fsync(file.fileno())\n", "", SAVES),

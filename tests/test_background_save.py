@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from typing import Any
 
 import pytest
@@ -101,6 +101,23 @@ def test_a_failed_save_raises_at_the_next_wait_and_keeps_the_checkpoint_before(t
     writer.save(shards(2), {"step": 2}, None)
     writer.wait()
     assert latest(folder, pytest.fail).name == "step-00000002"
+
+
+def test_a_writing_thread_that_ends_is_an_error_and_not_a_wait_forever(tmp_path, monkeypatch, caplog):
+    """Without memory a thread of Python's executor can end before it has set the outcome of its work."""
+
+    def end(_item: Any) -> None:
+        raise MemoryError
+
+    writer = CheckpointWriter(tmp_path, SINGLE, CheckpointConfig())
+    monkeypatch.setattr(futures.thread._WorkItem, "run", end)
+    writer.save(shards(1), {"step": 1}, None)
+    writer._thread.join(30)
+    assert writer.failure is not None
+    with pytest.raises(UserError, match="could not be saved: the thread that writes it has ended"):
+        writer.wait()
+    writer.close()
+    assert "Exception in worker" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["model", "optimizer"])
@@ -207,7 +224,7 @@ def save_by(size: int, folder, one_file_gib: float, step: int = 1) -> list[Check
         )
         writers[rank].close()
 
-    with ThreadPoolExecutor(size) as pool:
+    with futures.ThreadPoolExecutor(size) as pool:
         list(pool.map(save, range(size)))
     return writers
 

@@ -9,8 +9,9 @@ import itertools
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
 from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
@@ -26,6 +27,7 @@ from training.errors import UserError, library_error
 from training.files import fsync_path, mkdir_durable, remove, rename_durable, set_aside
 from training.terminal import print_note
 
+POLL_S = 1.0  # between two looks at whether the writing thread still lives
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -65,9 +67,10 @@ class CheckpointWriter:
     def __init__(self, folder: Path, group: WriterGroup, config: CheckpointConfig):
         self.folder, self.group, self.config = folder, group, config
         self.is_preallocated = False
-        # One thread for all saves, started while memory is free: Python hangs if a thread cannot start.
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
-        self._work: Future | None = None
+        # One thread for all saves, started now, while memory is free: Python hangs if a thread cannot start.
+        self._pool = futures.ThreadPoolExecutor(1, thread_name_prefix="saver")
+        self._thread = self._pool.submit(threading.current_thread).result()
+        self._work: futures.Future | None = None
         self._buffers: dict[tuple, Tensor] = {}
 
     def preallocate(self, shards: Shards) -> None:
@@ -100,13 +103,22 @@ class CheckpointWriter:
     @property
     def failure(self) -> BaseException | None:
         """The error of the last save, the same on all ranks; None until it has failed, and after `wait` raised it."""
-        return self._work.exception() if self._work is not None and self._work.done() else None
+        if self._work is None:
+            return None
+        if self._work.done():
+            return self._work.exception()
+        if not self._thread.is_alive():  # nothing else sets the outcome: waiting for it would never end
+            reason = "the thread that writes it has ended, probably because no memory is left"
+            return UserError(f"{self.folder}: the checkpoint could not be saved: {reason}")
+        return None
 
     def wait(self) -> None:
         """Wait for the save in progress. Raises UserError if the last save failed."""
-        work, self._work = self._work, None
-        if work is not None:
-            work.result()
+        while self._work is not None and not self._work.done() and self._thread.is_alive():
+            futures.wait([self._work], timeout=POLL_S)
+        failure, self._work = self.failure, None
+        if failure is not None:
+            raise failure
 
     def close(self) -> None:
         """Wait for the save in progress, whether it fails or not, and end the thread."""
