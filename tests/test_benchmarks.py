@@ -31,6 +31,7 @@ def test_experts_compares_with_the_dense_layer_and_transformers(output_of):
     assert "of our time in Transformers' eager experts: " in output and "(bar: at least 1.4, " in output
 
 
+@pytest.mark.soak
 def test_moe_vs_dense_trains_a_moe_and_its_twin_in_turns(output_of, tmp_path):
     pytest.importorskip("matplotlib")
     yaml = YAML(typ="safe")
@@ -55,6 +56,7 @@ def test_moe_vs_dense_trains_a_moe_and_its_twin_in_turns(output_of, tmp_path):
     assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.soak
 def test_log_measures_a_start_and_a_report(output_of):
     lines = output_of("log.py", "--rows", 100, "--layers", 2).splitlines()
     assert lines[1].startswith("      100 rows, 0 MiB: ")
