@@ -95,7 +95,9 @@ def print_points(title: str, points: list[Point], unit: str) -> None:
 
 
 def peak(args: argparse.Namespace, folder: Path, at_a_time: int) -> float:
-    """Return the peak GiB of a step in this fresh process, without its imports."""
+    """Return the peak GiB of a step in this fresh process, without its imports and what libraries allocate once."""
+    narrow = argparse.Namespace(**vars(args) | {"width": 32})
+    step.ours(config_of(narrow, folder, at_a_time=128), CPU)()
     before = used_gib(CPU)
     one_step = step.ours(config_of(args, folder, at_a_time=at_a_time), CPU)
     one_step()

@@ -9,7 +9,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.append(str(Path(__file__).parent.parent / "training/weights"))
-from open_export import use  # without this package
+from open_export import make_documented_calls  # without this package
 
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
@@ -49,7 +49,7 @@ for folder in sys.argv[1:]:
         assert (half(x).logits - expected).abs().max() < 0.2
         types = {tensor.dtype for name, tensor in half.state_dict().items() if "router" in name}
         assert types == {torch.float32}
-    use(model, AutoTokenizer.from_pretrained(folder, trust_remote_code=True), max_tokens=48)
+    make_documented_calls(model, AutoTokenizer.from_pretrained(folder, trust_remote_code=True), max_tokens=48)
     # Fine-tune, save and open again.
     model.train()
     model(x, labels=x).loss.backward()

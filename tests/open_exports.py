@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 sys.path.append(str(Path(__file__).parent.parent / "training/weights"))
-from open_export import use  # without this package
+from open_export import make_documented_calls  # without this package
 
 
 def open_export(folder: Path) -> dict:
@@ -25,7 +25,7 @@ def open_export(folder: Path) -> dict:
         new = model.generate(x_BT[:1, :4], max_new_tokens=12, min_new_tokens=12, do_sample=False)
     model.save_pretrained(folder.with_suffix(".again"))
     if (folder / "tokenizer.json").exists():
-        use(model, transformers.AutoTokenizer.from_pretrained(folder), max_tokens=x_BT.shape[1])
+        make_documented_calls(model, transformers.AutoTokenizer.from_pretrained(folder), max_tokens=x_BT.shape[1])
     return {
         "version": transformers.__version__,
         "class": type(model).__name__,

@@ -571,6 +571,7 @@ NO_PATHS = {
     ("text", "path"),
     [
         ("~/a", "HOME/a"),
+        ("$TILDE/b", "HOME/a/b"),
         ("$HOME/a", "HOME/a"),
         ("a/${NAME}.b", "a/n.b"),
         ("a~/$", "a~/$"),
@@ -581,7 +582,15 @@ NO_PATHS = {
 def test_the_rule_of_paths(monkeypatch, text, path):
     monkeypatch.setenv("HOME", "HOME")
     monkeypatch.setenv("NAME", "n")
+    monkeypatch.setenv("TILDE", "~/a")
     assert expand_path(text) == path == expand_path(path)
+
+
+@pytest.mark.parametrize("value", ["$NAME", "${NO_SUCH}/x", " x"])
+def test_a_path_that_would_change_if_it_were_expanded_again_is_an_error(monkeypatch, value):
+    monkeypatch.setenv("NAME", value)
+    with pytest.raises(ValueError, match=r"^'\$NAME': becomes .*; write the path out$"):
+        expand_path("$NAME")
 
 
 @pytest.mark.parametrize("option", PATH_OPTIONS)

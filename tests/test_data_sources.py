@@ -1,6 +1,7 @@
 """Text from files, folders, the standard library and `datasets`; errors name the file and the record."""
 
 import bz2
+import glob
 import gzip
 import json
 import lzma
@@ -26,6 +27,7 @@ from training.data.corpus import is_held_out
 from training.data.decompress import open_decompressed
 from training.data.notes import describe_left_out
 from training.data.sources import READERS, build_reader
+from training.data.text_files import expand_glob
 from training.errors import UserError
 
 TEXTS = ["one\nline", "naïve 日本語 🙂", "third\r\n"]
@@ -143,6 +145,19 @@ def test_links_to_folders_are_followed_and_each_folder_is_read_once(tmp_path):
     for link, target in {"link": "../far", "again": "../far", "sub/loop": "..", "sub/self": "."}.items():
         (tmp_path / "near" / link).symlink_to(target)
     assert read(tmp_path / "near") == ["far", "near"]
+    for pattern in ("near/**", "near/**/*.txt", "**/near/**/*.txt"):
+        assert sorted(read(tmp_path / pattern)) == ["far", "near"]
+
+
+def test_a_recursive_glob_matches_what_the_standard_library_matches(tmp_path):
+    places = ("a.txt", "b/a.txt", "b/c/a.txt", "b/c/d.txt", ".hidden/a.txt", "[x]/c/a.txt", "site-packages/c/a.txt")
+    for place in places:
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).touch()
+    for pattern in ("**/*.txt", "**/a.txt", "**/c/*.txt", "b/**/a.txt", "**/c/**/a.txt", "**"):
+        ours = {path for path in expand_glob(tmp_path / pattern) if path.is_file()}
+        theirs = set(map(Path, glob.glob(str(tmp_path / pattern), recursive=True)))  # noqa: PTH207 (what is compared)
+        assert ours == {path for path in theirs if path.is_file()}, pattern
 
 
 @pytest.mark.parametrize("pattern", ["", "**/*.txt", "*/*.txt", "*/open/*.txt", "**"])

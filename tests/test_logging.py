@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import zlib
 from pathlib import Path
 from types import ModuleType
 
@@ -162,6 +163,8 @@ def in_batches(sink: JSONLSink, first: int, last: int) -> None:
         Path.unlink,
         lambda curves: curves.write_bytes(curves.read_bytes()[:9000] + bytes(4096)),
         lambda curves: curves.write_text("[]"),
+        lambda curves: curves.write_bytes(curves.read_bytes().replace(b'"n":4', b'"n":0', 1)),
+        lambda curves: curves.write_bytes(curves.read_bytes().replace(b"0", b"1", 1)),
         lambda curves: (curves.unlink(), curves.mkdir()),
     ],
 )
@@ -739,7 +742,7 @@ def test_after_kill_9_wandb_has_each_row_once(processes, tmp_path, capfd):
         import signal
         from test_logging import *
         config = LoggingConfig(tensorboard=False, wandb=WandbConfig(mode="offline"))
-        sinks = open_sinks(config, run_in(Path({str(tmp_path)!r})))
+        sinks = open_sinks(config, run_in(Path({str(tmp_path)!r}), steps=200))
         for step in range(1, 121):
             for sink in sinks:
                 sink.write([row(step, loss=1.0 * step)])
@@ -753,7 +756,7 @@ def test_after_kill_9_wandb_has_each_row_once(processes, tmp_path, capfd):
     written = steps_of(records_in(killed.read_bytes()))
     assert 0 < len(written) < 120
     sinks = open_sinks(
-        LoggingConfig(tensorboard=False, wandb=WandbConfig(mode="offline")), run_in(tmp_path, start_step=118)
+        LoggingConfig(tensorboard=False, wandb=WandbConfig(mode="offline")), run_in(tmp_path, start_step=118, steps=200)
     )
     for sink in sinks:
         sink.write([row(step, loss=1.0 * step) for step in range(119, 131)])
@@ -789,13 +792,36 @@ def test_the_last_step_is_read_from_the_end_of_a_file_of_wandb(tmp_path, monkeyp
     add_record(data, record.SerializeToString() * 99)
     path = tmp_path / "run-x.wandb"
     path.write_bytes(data[:-1])
-    assert ours.last_step(path) == n_rows == steps_of(records_in(bytes(data[:-1])))[-1]
+    assert ours.last_step(path, limit=n_rows) == n_rows == steps_of(records_in(bytes(data[:-1])))[-1]
+    assert ours.last_step(path, limit=n_rows - 1) == n_rows - 1, "a step that the run cannot have is not read"
     path.write_bytes(data[:7])
-    assert ours.last_step(path) == 0
+    assert ours.last_step(path, limit=n_rows) == 0
+
+
+def test_a_damaged_file_of_wandb_is_read_up_to_the_damage_and_an_unreadable_one_not_at_all(tmp_path, capsys):
+    pytest.importorskip("wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    from training.logging import wandb as ours
+
+    data, ends = bytearray(b":W&B123"), []
+    for step in (1, 2, 3):
+        record = Record()
+        record.history.step.num = step
+        add_record(data, record.SerializeToString())
+        ends.append(len(data))
+    data[ends[1] - 1] ^= 1  # step 2 becomes 3
+    path = tmp_path / "run-x.wandb"
+    path.write_bytes(data[: ends[1]])
+    assert ours.last_step(path, limit=9) == 1
+    path.unlink()
+    path.mkdir()
+    assert ours.last_step(path, limit=9) == 0
+    assert capsys.readouterr().err == f"{path}: Is a directory; its steps are logged to Weights & Biases again\n"
 
 
 def add_record(data: bytearray, record: bytes) -> None:
-    """Append a record in LevelDB's log format, without a checksum."""
+    """Append a record in LevelDB's log format, with W&B's checksum."""
     is_first = True
     while record or is_first:
         left = 32768 - len(data) % 32768
@@ -804,7 +830,7 @@ def add_record(data: bytearray, record: bytes) -> None:
             continue
         part, record = record[: left - 7], record[left - 7 :]
         kind = {(True, False): 1, (True, True): 2, (False, True): 3, (False, False): 4}[is_first, bool(record)]
-        data += struct.pack("<IHB", 0, len(part), kind) + part
+        data += struct.pack("<IHB", zlib.crc32(bytes([kind]) + part), len(part), kind) + part
         is_first = False
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -135,6 +136,16 @@ def test_a_schedule_that_does_not_depend_on_the_number_of_steps_may_get_more(run
     assert tensors(short, 5) == tensors(through, 5)
     with pytest.raises(UserError, match=r"with other options: steps: 5 -> 4; "):
         train(config(schedule=schedule, steps=4))
+
+
+def test_a_stopped_run_may_be_shortened_but_not_to_the_step_it_has_reached(config, at_step):
+    """The last step evaluates: a run without one would have no validation loss."""
+    options = {"schedule": {"type": "constant", "warmup_steps": 2}, "eval": {"every": None, "tokens": 64}}
+    at_step.send(3, signal.SIGTERM)
+    assert train(config(**options)) == 128 + signal.SIGTERM
+    with pytest.raises(UserError, match=r"with other options: steps: 8 -> 3; "):
+        train(config(**options, steps=3))
+    assert train(config(**options, steps=5)) == 0
 
 
 def test_a_start_with_no_steps_left_is_an_error(finished, config):

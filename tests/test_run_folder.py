@@ -303,17 +303,28 @@ def test_a_run_goes_on_if_everything_but_its_checkpoints_is_replaced(run, finish
         (folder / name).mkdir()
     for name in ("tokenizer", "model"):
         shutil.rmtree(folder / name)
-    for name in ("tokenizer", "tensorboard", "checkpoints/step-00000008", "checkpoints/step-"):
+    for name in ("tokenizer", "tensorboard", "model", "checkpoints/step-00000008", "checkpoints/step-"):
         (folder / name).write_text("in the way")
+    (folder / "checkpoints/step-old").mkdir()
+    (folder / "checkpoints/step-old/link").symlink_to("nowhere")
     (folder / "checkpoints/step-\N{SUPERSCRIPT TWO}").mkdir()
     capsys.readouterr()
     run(**OFTEN | {"logging": {"every": 2, "tensorboard": True}})
     assert tensors(folder, 8) == before
     moved = re.findall(r"/([\w.-]+): not what a run writes; moved to (\S+)\n", capsys.readouterr().err)
     assert sorted(moved) == sorted(
-        (name, f"{name}.unreadable-1") for name in (*files, "tokenizer", "tensorboard", "step-00000008")
+        (name, f"{name}.unreadable-1") for name in (*files, "tokenizer", "tensorboard", "model", "step-00000008")
     )
     assert [row["step"] for row in rows(folder)] == [7, 8]
+
+
+def test_a_damaged_config_of_a_run_without_a_checkpoint_does_not_stop_it(run, finished):
+    folder = finished()
+    before = tensors(folder, 8), rows(folder)
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "config.yaml").write_text("steps: [")
+    run()
+    assert (tensors(folder, 8), rows(folder)) == before
 
 
 def test_hashes_of_the_cache_that_were_edited_are_computed_again(tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 from training.errors import UserError, command
 from training.files import run_lock
 from training.options.cli import Parser
-from training.terminal import print_line, print_result
+from training.terminal import print_result
 
 
 @command
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.keep < 1:
             raise UserError(f"--keep: {args.keep} would leave no checkpoint; give 1 or more")
         with run_lock(Path(args.run)):
-            newest = checkpoint.latest(folder, lambda problem: print_line(f"{problem}; the damaged one is kept"))
+            newest = checkpoint.latest(folder, lambda problem: print_result(f"{problem}; the damaged one is kept"))
             best = checkpoint.read_state(newest).get("best")
             if best is not None and not (isinstance(best, dict) and type(best.get("step")) is int):
                 raise UserError(f"{newest / 'state.json'}: best: {best!r} has no step, so nothing is pruned")

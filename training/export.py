@@ -13,7 +13,7 @@ from pathlib import Path
 from training.errors import UserError, command
 from training.files import atomic_folder
 from training.options.cli import Parser
-from training.terminal import print_line
+from training.terminal import print_result
 
 
 @command
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     for line in export(args.run, args.out, args.dtype):
-        print_line(line)
+        print_result(line)
     return 0
 
 

@@ -12,11 +12,14 @@ from pathlib import Path
 from training.errors import UserError
 from training.terminal import print_note
 
+VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")
+
 
 def expand_path(text: str) -> str:
-    """Return a path with `~`, `~user`, `$NAME` and `${NAME}` replaced: the rule of every path option and flag.
+    """Return a path with `$NAME`, `${NAME}`, `~` and `~user` replaced: the rule of every path option and flag.
 
-    A relative path stays relative to the current folder. Raises ValueError with the reason.
+    A relative path stays relative to the current folder. Expanding the result again does not change it. Raises
+    ValueError with the reason.
     """
 
     def value(match: re.Match[str]) -> str:
@@ -29,13 +32,15 @@ def expand_path(text: str) -> str:
         raise ValueError("'' is empty; give a path")
     if text != text.strip() or "\0" in text:
         raise ValueError(f"{text!r} begins or ends with white space, or has a NUL character; remove it")
-    path = os.path.expanduser(text)  # noqa: PTH111 (Path drops a trailing slash, and raises RuntimeError)
+    path = os.path.expanduser(VARIABLE.sub(value, text))  # noqa: PTH111 (Path drops a trailing slash, and raises RuntimeError)
     if path.startswith("~"):
-        user = text.partition("/")[0]
+        user = path.partition("/")[0]
         raise ValueError(
             f"{text!r}: {user} is no user's home folder; write the path out, or ./{user} for a folder here"
         )
-    return re.sub(r"\$(?:(\w+)|\{([^}]*)\})", value, path)
+    if path != path.strip() or VARIABLE.search(path):
+        raise ValueError(f"{text!r}: becomes {path!r}, with a variable or outer white space; write the path out")
+    return path
 
 
 @contextmanager
@@ -71,6 +76,8 @@ def write_atomically(path: Path, content: str | Iterable[bytes]) -> None:
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a new folder to fill. Rename it to `target` once its files are durable; remove it after an error.
 
+    It replaces a folder; anything else in its place is set aside.
+
     Its files get the permissions of any new file; safetensors creates files that only the owner can read.
     """
     partial = target.with_name(f".{target.name}.tmp")
@@ -84,8 +91,10 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             fsync_path(path)
         fsync_path(partial)
         remove(old)
-        if target.exists():
+        if target.is_dir():
             target.rename(old)
+        elif os.path.lexists(target):
+            set_aside(target)
         rename_durable(partial, target)
         remove(old)
     except BaseException:
@@ -132,7 +141,7 @@ def mkdir_durable(path: Path) -> None:
         fsync_path(folder.parent)
 
 
-def replace_by_folder(path: Path) -> None:
+def ensure_folder(path: Path) -> None:
     """Create a folder durably, unless it exists. A file in its place is set aside."""
     if os.path.lexists(path) and not path.is_dir():
         set_aside(path)

@@ -6,6 +6,7 @@ python -m training.generate --run runs/quickstart --prompts prompts.txt --sample
 
 import argparse
 import codecs
+import itertools
 import json
 import math
 import sys
@@ -110,12 +111,11 @@ def generate(args: argparse.Namespace) -> None:
                 f"start-of-document token, more than the {limit:,} of the model's context; shorten it"
             )
     params = SamplingParams(args.temperature, args.top_k or None, args.top_p, args.min_p, args.repetition_penalty)
-    rows = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(args.samples)]
-    is_streamed = len(rows) == 1 and not args.json
+    rows = itertools.product(range(len(prompts)), range(args.samples))
+    is_streamed = len(prompts) * args.samples == 1 and not args.json
     if is_streamed:
         print_exact(args.prompt[0])
-    for first in range(0, len(rows), args.micro_batch):
-        batch = rows[first : first + args.micro_batch]
+    while batch := list(itertools.islice(rows, args.micro_batch)):
         texts = continue_texts(
             model,
             run.tokenizer,

@@ -21,6 +21,9 @@ FLAGS = {
     "--mfu": "model FLOPs utilization, 0 to 1 (default: the speed that this run measured here, else 0.4)",
 }
 
+# Errors of a run that was never started, or not by this version.
+NO_SPEED = (OSError, ValueError, KeyError, TypeError, RecursionError, UserError)
+
 
 @command
 def main(argv: list[str] | None = None) -> int:
@@ -60,14 +63,7 @@ def measured_tokens_per_s(config: Config, device: str, world_size: int) -> float
         facts = json.loads((folder / "run.json").read_bytes())["facts"]
         is_same_machine = (facts["device"], facts["world_size"]) == (device, world_size)
         measured = cli.load_config(folder / "config.yaml")
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-        UserError,
-    ):  # never started, or not by this version
+    except NO_SPEED:
         return None
     options = ("model", "batch_tokens", "precision")
     if not is_same_machine or any(getattr(measured, option) != getattr(config, option) for option in options):

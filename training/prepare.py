@@ -9,7 +9,7 @@ import sys
 
 from training.errors import command
 from training.options import cli
-from training.terminal import print_line
+from training.terminal import print_result
 
 
 @command
@@ -26,15 +26,13 @@ def main(argv: list[str] | None = None) -> int:
     dataset = prepare(config.data)
     report, splits = dataset.report, (dataset.train, dataset.val)
     for split in splits:
-        print_line(
+        print_result(
             f"{split.name:<6} {split.n_documents:>12,} documents {split.n_tokens:>16,} tokens"
             f" {split.n_bytes:>18,} bytes   {split.n_bytes / split.n_tokens:.3f} bytes/token"
         )
-    if report["blank_documents"]:
-        print_line(f"       {report['blank_documents']:>12,} blank documents left out")
     speed = sum(split.n_bytes for split in splits) / 1e6 / report["seconds"]
     rate = "found in the cache" if report["is_cached"] else f"{speed:.1f} MB/s"
-    print_line(f"vocabulary {dataset.train.vocab_size:,}; {report['seconds']:.2f} s, {rate}; {report['folder']}")
+    print_result(f"vocabulary {dataset.train.vocab_size:,}; {report['seconds']:.2f} s, {rate}; {report['folder']}")
     return 0
 
 

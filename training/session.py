@@ -60,7 +60,7 @@ def session(config: Config, resume: str) -> Iterator[Session]:
         if config.parallel.compile:
             from training.kernels.compiler import check_compiler
 
-            check_compiler(world.device)
+            check_compiler(world.device, is_main=world.is_main)
         check_memory(config, world.size, available_memory_bytes(world.device))
         if world.is_main:
             for line in notices(config):

@@ -13,7 +13,7 @@ from training.config import Config, FeedForward, MLPConfig, MoEConfig
 from training.errors import UserError, command
 from training.files import write_atomically
 from training.options import cli
-from training.terminal import print_line, print_text
+from training.terminal import print_result, print_text
 
 
 @command
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--out {out}: a folder; name a file")
     else:
         write_atomically(Path(out), text)
-        print_line(f"{out}: {summary}")
+        print_result(f"{out}: {summary}")
     return 0
 
 
@@ -54,6 +54,8 @@ def _dense(ffn: FeedForward, n_embd: int) -> FeedForward:
     if not isinstance(ffn, MoEConfig):
         return ffn
     hidden = (ffn.top_k + ffn.n_shared) * (ffn.hidden or 4 * n_embd)
+    if hidden >= 2**63:
+        raise UserError(f"model.blocks: the twin needs hidden {hidden}, too large a number; lower top_k or hidden")
     return MLPConfig(hidden=hidden, activation=ffn.activation, gated=ffn.gated)
 
 

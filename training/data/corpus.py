@@ -14,7 +14,7 @@ from training.data.text_files import format_of, is_text_file
 from training.data.tokenizer import END_OF_TEXT, tokenizer_identity
 from training.errors import UserError
 
-DUMP_SUFFIX = "-documents"
+DUMP_SUFFIX = "-documents"  # of a cache's folder whose .txt files were split into documents, which older ones were not
 
 
 class Corpus:

@@ -23,7 +23,13 @@ from training.data import shards
 from training.data.build import write_dataset, write_streams
 from training.data.corpus import DUMP_SUFFIX, Corpus, split_documents
 from training.data.file_hashes import FileHashes
-from training.data.notes import describe_dataset, describe_left_out, describe_repeated_files, describe_separators
+from training.data.notes import (
+    describe_blank,
+    describe_dataset,
+    describe_left_out,
+    describe_repeated_files,
+    describe_separators,
+)
 from training.data.progress import show_progress
 from training.data.shards import Split, Stream, StreamWriter
 from training.data.sources import build_reader, drop_repeated_files
@@ -101,7 +107,8 @@ def build_dataset(corpus: Corpus, folder: Path, hashes: FileHashes, quiet: bool)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        write_dataset(corpus, partial, folder.name.removesuffix(DUMP_SUFFIX), quiet)
+        key = folder.name.removesuffix(DUMP_SUFFIX)  # part of `old_fingerprint`, where older versions had no suffix
+        write_dataset(corpus, partial, key, quiet)
         if corpus.cache_key(hashes) != folder.name:
             raise UserError(f"{folder}: the sources changed while they were read; start again")
         rename_durable(partial, folder)
@@ -117,8 +124,8 @@ def open_dataset(folder: Path, weights: Sequence[float], hashes: FileHashes) -> 
     tokenizer = shards.open_tokenizer(folder, manifest)
     parts = [manifest.tokenizer_sha256, *(record.sha256 for record in manifest.streams)]
     new, old = (hashlib.sha256(" ".join(each).encode()).hexdigest() for each in (parts, [manifest.key, *parts]))
-    notes = list(describe_dataset(manifest, tokenizer))
-    report = {"blank_documents": manifest.n_blank, "folder": str(folder), "notes": notes}
+    notes = list(describe_dataset(folder, manifest, tokenizer))
+    report = {"folder": str(folder), "notes": notes}
     return Dataset(tokenizer, train, val, new, old, report)
 
 
@@ -138,7 +145,7 @@ def read_split(paths: Sequence[str], text_column: str, tokenizer: Tokenizer) -> 
     counts = write_streams(chunks, tokenizer, {("val", 0): writer}, None, len)
     if not writer.n_documents:
         raise UserError(f"{', '.join(paths)}: no text in there")
-    print_notes(describe_separators(counts.n_borders, counts.as_text, tokenizer))
+    print_notes([*describe_blank(counts.n_blank), *describe_separators(counts.n_borders, counts.as_text, tokenizer)])
     arrays = np.frombuffer(tokens.getbuffer(), tokenizer.dtype), np.frombuffer(starts.getbuffer(), "<u8")
     sizes = {name: getattr(writer, name) for name in (*shards.COUNTS, "token_bytes")}
     return Split("val", (Stream(Path(paths[0]), *arrays),), None, tokenizer.vocab_size, **sizes)

@@ -43,8 +43,18 @@ def describe_separators(n_borders: int, as_text: Mapping[str, int], tokenizer: T
         yield f"{name} in the text: {n:,}, as ordinary characters; {reason}"
 
 
-def describe_dataset(manifest: Manifest, tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield lines about a prepared dataset."""
+def describe_blank(n: int) -> Iterator[str]:
+    """Yield a line if there are documents without text."""
+    if n:
+        yield f"empty documents, left out: {n:,}"
+
+
+def describe_dataset(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield lines about the prepared dataset in `folder`."""
+    if "n_shared" not in manifest.model_fields_set:
+        old = "prepared by an earlier version, which did not count separators in the text, nor text that is there twice"
+        yield f"{old}; to count them, remove {folder}"
+    yield from describe_blank(manifest.n_blank)
     yield from describe_separators(manifest.n_borders, manifest.as_text, tokenizer)
     if n := manifest.n_shared:
         n_val = next(record.n_documents for record in manifest.streams if record.split == "val")

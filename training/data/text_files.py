@@ -31,8 +31,19 @@ def walk(folder: Path, skip: frozenset[str] = SKIPPED_FOLDERS, left_out: LeftOut
     Follows links, and enters each folder once. Raises UserError for a folder that cannot be read.
     """
     left_out = {} if left_out is None else left_out
+    for parent in walk_folders(folder, skip, left_out):
+        for name in sorted(entry.name for entry in os.scandir(parent) if not entry.is_dir()):
+            if name.startswith("."):
+                left_out[parent / name] = "hidden file"
+            else:
+                yield parent / name
+
+
+def walk_folders(folder: Path, skip: frozenset[str] = frozenset(), left_out: LeftOut | None = None) -> Iterator[Path]:
+    """Yield a folder and all below it, as `walk` enters them."""
+    left_out = {} if left_out is None else left_out
     entered = set()
-    for parent, folders, names in os.walk(folder, onerror=_raise_unreadable, followlinks=True):
+    for parent, folders, _ in os.walk(folder, onerror=_raise_unreadable, followlinks=True):
         status = Path(parent).stat()
         if (inode := (status.st_dev, status.st_ino)) in entered:
             folders.clear()
@@ -41,11 +52,7 @@ def walk(folder: Path, skip: frozenset[str] = SKIPPED_FOLDERS, left_out: LeftOut
         skipped = {name for name in folders if name in skip or name.startswith(".")}
         left_out |= {Path(parent, name): f"{name} folder" for name in skipped - {BYTECODE}}
         folders[:] = sorted(set(folders) - skipped)
-        for name in sorted(names):
-            if name.startswith("."):
-                left_out[Path(parent, name)] = "hidden file"
-            else:
-                yield Path(parent, name)
+        yield Path(parent)
 
 
 def _raise_unreadable(error: OSError) -> NoReturn:
@@ -88,8 +95,7 @@ def search(path: Path, left_out: LeftOut) -> Iterator[Path]:
     """Yield the usable files below a folder, or those that a glob matches, also below folders that it matches."""
     if not path.is_dir():
         _check_listable(path)
-    matches = [path] if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207 (it may be absolute)
-    for match in matches:
+    for match in [path] if path.is_dir() else expand_glob(path):
         is_folder = match.is_dir()
         for file in walk(match, left_out=left_out) if is_folder else [match]:
             name = format_of(file)
@@ -99,11 +105,27 @@ def search(path: Path, left_out: LeftOut) -> Iterator[Path]:
                 left_out[file] = f"{name} file" if name else "file without an extension"
 
 
+def expand_glob(pattern: Path) -> Iterator[Path]:
+    """Yield what a glob matches. `**` enters each folder once, where `glob.glob` follows links in circles."""
+    parts = pattern.parts
+    if "**" not in parts:
+        yield from map(Path, glob.glob(str(pattern)))  # noqa: PTH207 (it may be absolute)
+        return
+    first = parts.index("**")
+    rest = parts[first + 1 :]
+    for root in filter(Path.is_dir, expand_glob(Path(*parts[:first]))):
+        for folder in list(walk_folders(root)):
+            matches = expand_glob(Path(glob.escape(str(folder)), *(rest or "*")))
+            yield from (
+                matches if rest else (match for match in matches if not match.is_dir())
+            )  # each folder comes itself
+
+
 def _check_listable(pattern: Path) -> None:
     """Raise UserError if a folder that a glob searches cannot be read: `glob` takes it for an empty one."""
     for path in (pattern, *pattern.parents):
         if glob.has_magic(str(path)):
-            for folder in glob.iglob(f"{path.parent}/", recursive=True):  # noqa: PTH207 (it may be absolute)
+            for folder in filter(Path.is_dir, expand_glob(path.parent)):
                 try:
                     os.scandir(folder).close()
                 except OSError as error:

@@ -15,7 +15,7 @@ from training.engine.build import Setup
 from training.engine.expert_tokens import measure_expert_tokens
 from training.engine.loop import Phases
 from training.errors import UserError
-from training.files import atomic_folder, mkdir_durable, replace_by_folder, write_atomically
+from training.files import atomic_folder, ensure_folder, mkdir_durable, write_atomically
 from training.logging.advice import advice, facts_from_history
 from training.logging.jsonl import nan_to_null
 from training.logging.metrics import summary_values
@@ -48,12 +48,12 @@ def open_log(setup: Setup, dataset: Dataset, started: float) -> RunLog:
         raise UserError(f"{folder}: {error.strerror}; choose another --out_dir or --name") from error
     info = run_info(setup, dataset)
     write_atomically(folder / "config.yaml", info.config_yaml)
-    replace_by_folder(folder / "tokenizer")
+    ensure_folder(folder / "tokenizer")
     dataset.tokenizer.save(folder / "tokenizer", config.model.n_positions)
     log.info, log.sinks = info, open_sinks(config.logging, info)
-    of_record = log.sinks[0]  # metrics.jsonl
-    log.history = of_record.history
-    timer.add_lost_time(of_record.lost_s)
+    jsonl_sink = log.sinks[0]  # metrics.jsonl
+    log.history = jsonl_sink.history
+    timer.add_lost_time(jsonl_sink.lost_s)
     if state.step == 0 and not setup.model.mesh.has_collectives:
         batch = setup.loader.samples.batch([0])
         batch = batch._replace(tokens_BT=batch.tokens_BT[:, :32], targets_BT=batch.targets_BT[:, :32])

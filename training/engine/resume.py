@@ -108,10 +108,13 @@ def check_same_run(config: Config, dataset: Dataset, resume: str, point: ResumeP
         was_moved = config.init_from not in (None, old.get("init_from"))
         if was_moved and point.state.init_from_sha256 == weights_sha256(config):
             ignored.add("init_from")
-        if config.schedule.type in ENDLESS and config.steps >= point.state.step:
+        if config.schedule.type in ENDLESS and config.steps > point.state.step:
             ignored.add("steps")
     elif point is None and resume != "never" and rows.exists() and rows.stat().st_size and stored.exists():
-        old, has_same_data = cli.load_config(stored).model_dump(mode="json"), True
+        try:
+            old, has_same_data = cli.load_config(stored).model_dump(mode="json"), True
+        except UserError:  # damaged: this run starts from its first step anyway
+            return
     else:
         return
     with suppress(ValidationError):  # of another version: compare the options as stored

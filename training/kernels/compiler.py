@@ -20,10 +20,14 @@ class Compilable(Protocol):
     def compile(self) -> None: ...
 
 
-def check_compiler(device: torch.device) -> None:
-    """Raise UserError if something is missing without which torch.compile would fail at the first step."""
+def check_compiler(device: torch.device, *, is_main: bool) -> None:
+    """Raise UserError if something is missing without which torch.compile would fail at the first step.
+
+    The main rank says so if the environment turns torch.compile off.
+    """
     if disabled := [name for name in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE") if os.environ.get(name) == "1"]:
-        print_note(f"parallel.compile: {disabled[0]} in the environment turns it off")
+        if is_main:
+            print_note(f"parallel.compile: {disabled[0]} in the environment turns it off")
         return
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler  # makes the folder of the cache

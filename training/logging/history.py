@@ -102,7 +102,8 @@ class History:
     """The spans of a run's rows, and its last rows.
 
     A span covers `stride` steps, from a multiple of it on, and fewer before step `SPANS_PER_OCTAVE * stride`. It
-    depends on the rows alone: a run that was interrupted and resumed has the history of one that was not.
+    depends on the rows alone: a run that was interrupted and resumed has the history of one that was not, except that
+    `stride` never falls again if a run goes back to a much earlier step.
     """
 
     def __init__(self, spans: list[Span] | None = None, stride: int = 1) -> None:

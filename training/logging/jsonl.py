@@ -1,12 +1,14 @@
 """metrics.jsonl: one JSON object per step, each step exactly once over all restarts.
 
 Beside it, curves.jsonl holds the spans of `history.py` that are complete, so that a restart reads only the end of
-metrics.jsonl. It is made again from metrics.jsonl if it is missing, damaged or does not fit.
+metrics.jsonl. Each of its lines begins with a checksum: what is missing, damaged or does not fit is made again from
+metrics.jsonl.
 """
 
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice, pairwise
@@ -91,7 +93,7 @@ class JSONLSink(Sink):
             self._warn(f"{reason}; the report shows a sample of the rows up to step {self.history.last_step}")
         kept = [[0, self.size]]  # parts of the file: first byte, end
         n_unreadable = after = 0
-        for line, kind, step_before in _sorted_lines(self.path, self.size, self.history.last_step, start_step):
+        for line, kind, step_before in _classified_lines(self.path, self.size, self.history.last_step, start_step):
             if kind == "kept":
                 if line.start != kept[-1][1]:
                     kept.append([line.start, line.start])
@@ -113,7 +115,7 @@ class JSONLSink(Sink):
             self._warn(f"moved {lines}, unreadable or out of order, to {self.unreadable.name}; training continues")
         self.has_warned = n_unreadable > 0
         if len(kept) > 1:
-            write_atomically(self.path, _parts(self.path, kept))
+            write_atomically(self.path, _read_ranges(self.path, kept))
         elif self.size != self.path.stat().st_size:
             with self.path.open("r+b") as file:
                 file.truncate(self.size)
@@ -133,10 +135,10 @@ class JSONLSink(Sink):
         try:
             if append:
                 with self.curves.open("ab") as file:
-                    file.writelines(SPAN.dump_json(span) + b"\n" for span in complete[self.n_saved :])
+                    file.writelines(_checked(SPAN.dump_json(span)) for span in complete[self.n_saved :])
             else:
-                header = json.dumps({"stride": self.history.stride}).encode()
-                write_atomically(self.curves, [header + b"\n", *(SPAN.dump_json(span) + b"\n" for span in complete)])
+                lines = [b"%d" % self.history.stride, *map(SPAN.dump_json, complete)]
+                write_atomically(self.curves, map(_checked, lines))
         except (OSError, UserError):
             with suppress(OSError):
                 self.curves.unlink(missing_ok=True)  # without one, the next start reads all rows
@@ -189,14 +191,15 @@ def _offset_of(path: Path, step: int) -> int:
     return low
 
 
-def _sorted_lines(path: Path, start: int, previous: int, start_step: int) -> Iterator[tuple[Line, str, int]]:
+def _classified_lines(path: Path, start: int, previous: int, start_step: int) -> Iterator[tuple[Line, str, int]]:
     """Yield (line, kind, step before) for the lines from byte `start` on, after the row of step `previous`.
 
     "kept": the rows of rising steps to `start_step`; "past": what lies past these; "unreadable": what lies among them.
     """
     held = None  # the row before: only the next one tells a wrong step, such as 900 between 99 and 101, from a gap
     for line in _lines(path, start):
-        step, last = line.row and line.row["step"], held.row["step"] if held is not None else previous
+        step = line.row["step"] if line.row is not None else None
+        last = held.row["step"] if held is not None else previous
         if step is not None and last < step <= start_step:
             if held is not None:
                 yield held, "kept", previous
@@ -205,14 +208,15 @@ def _sorted_lines(path: Path, start: int, previous: int, start_step: int) -> Ite
             yield held, "unreadable", previous
             held = line
         else:
-            yield line, "past" if last >= start_step or (step or 0) > start_step else "unreadable", last
+            is_past = last >= start_step or (step is not None and step > start_step)
+            yield line, "past" if is_past else "unreadable", last
     if held is not None:
         yield held, "kept", previous
 
 
-def _parts(path: Path, parts: list[list[int]]) -> Iterator[bytes]:
+def _read_ranges(path: Path, ranges: list[list[int]]) -> Iterator[bytes]:
     with path.open("rb") as file:
-        for start, end in parts:
+        for start, end in ranges:
             file.seek(start)
             while start < end:
                 yield (data := file.read(min(end - start, 2**20)))
@@ -224,18 +228,29 @@ def _read_curves(curves: Path, path: Path, limit: int) -> History:
     spans = []
     try:
         with curves.open("rb") as file:
-            stride = int(json.loads(file.readline())["stride"])
-            for data in file:
-                span = SPAN.validate_json(data)
+            stride = int(_unchecked(file.readline()))
+            for line in file:
+                span = SPAN.validate_json(_unchecked(line))
                 if span.end > limit:
                     break
                 spans.append(span)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # the rest is read from metrics.jsonl
+    except (OSError, ValueError):  # the rest is read from metrics.jsonl
         pass
     is_rising = all(a.last < b.first and a.end < b.end for a, b in pairwise(spans))
-    if not spans or stride < 1 or not is_rising or not _ends_at(path, spans[-1]):
-        return History()
-    return History(spans, stride)
+    return History(spans, stride) if spans and is_rising and _ends_at(path, spans[-1]) else History()
+
+
+def _checked(data: bytes) -> bytes:
+    """Return the line of curves.jsonl that holds `data`: a CRC-32 in hexadecimal digits, a space, the data."""
+    return b"%08x %b\n" % (zlib.crc32(data), data)
+
+
+def _unchecked(line: bytes) -> bytes:
+    """Return the data of a line of curves.jsonl. Raises ValueError if it is damaged or unfinished."""
+    checksum, _, data = line.removesuffix(b"\n").partition(b" ")
+    if line != _checked(data):
+        raise ValueError(f"damaged: {checksum!r}")
+    return data
 
 
 def _sample(path: Path, limit: int) -> History:

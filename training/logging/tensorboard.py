@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.tensorboard.summary import histogram, hparams, image, text
 
 from training.config import LoggingConfig
-from training.files import replace_by_folder, write_errors_as_user_errors
+from training.files import ensure_folder, write_errors_as_user_errors
 from training.logging.graph import trace_graph
 from training.logging.heat_map import draw_heat_map, should_draw
 from training.logging.metrics import LOAD_IMAGE, expert_load, layer_tag, scalars
@@ -44,7 +44,7 @@ class TensorBoardSink(Sink):
         # torch's SummaryWriter writes in a thread, which prints a traceback if the disk is full.
         name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
         with write_errors_as_user_errors(self.path):
-            replace_by_folder(self.path)
+            ensure_folder(self.path)
             self.file = (self.path / name).open("xb")
         self._write(
             Event(file_version="brain.Event:2"),

@@ -8,6 +8,7 @@ import os
 import re
 import struct
 import uuid
+import zlib
 from collections.abc import Iterator
 from glob import escape
 from pathlib import Path
@@ -17,7 +18,7 @@ from pydantic import ValidationError
 
 from training.config import LoggingConfig, WandbConfig
 from training.errors import UserError
-from training.files import replace_by_folder, write_atomically
+from training.files import ensure_folder, write_atomically
 from training.logging.heat_map import draw_heat_map, should_draw
 from training.logging.jsonl import read_rows
 from training.logging.metrics import LOAD_IMAGE, expert_load, scalars
@@ -81,7 +82,7 @@ class WandbSink(Sink):
         # The W&B run's id, which is random as a folder's name may be used again, and the last step logged.
         new_id = os.environ.get("WANDB_RUN_ID") or f"{run.name[:32]}-{uuid.uuid4().hex[:8]}"
         self.id, self.step = new_id, 0
-        if self.marker.exists():
+        if is_restart := self.marker.exists():
             try:
                 state = json.loads(self.marker.read_bytes())
                 if not re.fullmatch(r"[^/\\#?%:\0-\x1f]{1,128}", state["id"]):  # W&B's own limits
@@ -91,19 +92,22 @@ class WandbSink(Sink):
                 print_note(f"{self.marker}: no valid W&B run id; starting a new W&B run")
         self._save_marker()
         folder = Path(os.environ.get("WANDB_DIR") or run.dir)
-        replace_by_folder(folder / "wandb")
+        ensure_folder(folder / "wandb")
         self.run = _init(wandb, config, run, self.id, folder)
         if self.run.offline:
             files = (folder / "wandb").glob(f"*run-*-{escape(self.id)}/run-{escape(self.id)}.wandb")
-            self.step = max([self.step, *map(last_step, files)])  # the files may have been uploaded and removed
+            logged = [last_step(path, limit=run.steps) for path in files]
+            self.step = max([self.step, *logged])  # the files may have been uploaded and removed
         else:
             self.step = max(0, self.run.step - 1)
         self._save_marker()
-        has_steps_to = self.step
-        for row in read_rows(run.dir / "metrics.jsonl", after=self.step):
+        before = self.step
+        if before > run.start_step and not is_restart:
+            print_note(f"Weights & Biases: its run {self.id} has steps to {before}; only later ones are logged to it")
+        for row in read_rows(run.dir / "metrics.jsonl", after=before):
             self.write([row])
-        if self.step > has_steps_to:
-            lost = f"logged steps {has_steps_to + 1} to {self.step} from metrics.jsonl"
+        if self.step > before:
+            lost = f"logged steps {before + 1} to {self.step} from metrics.jsonl"
             print_note(f"Weights & Biases: {lost}, as its run {self.id} did not have them")
 
     def write(self, rows: list[dict]) -> None:
@@ -163,20 +167,25 @@ def _init(wandb: Any, config: WandbConfig, run: RunInfo, run_id: str, folder: Pa
     return started
 
 
-def last_step(path: Path) -> int:
-    """Return the last step that W&B's process has written to its file; 0 if there is none."""
+def last_step(path: Path, limit: int) -> int:
+    """Return the last step, at most `limit`, that W&B's process has written to its file; 0 if there is none."""
     from google.protobuf.message import DecodeError
     from wandb.proto.wandb_internal_pb2 import Record
 
-    size, n_bytes = path.stat().st_size, TAIL_BYTES
+    n_bytes = TAIL_BYTES
     while True:
-        start = max(0, size - n_bytes) // BLOCK_BYTES * BLOCK_BYTES
-        for record in reversed(list(_records(path, start))):
+        try:
+            start = max(0, path.stat().st_size - n_bytes) // BLOCK_BYTES * BLOCK_BYTES
+            records = list(_records(path, start))
+        except OSError as error:
+            print_note(f"{path}: {error.strerror}; its steps are logged to Weights & Biases again")
+            return 0
+        for record in reversed(records):
             try:
                 parsed = Record.FromString(record)
             except DecodeError:  # damaged
                 continue
-            if parsed.HasField("history"):
+            if parsed.HasField("history") and parsed.history.step.num <= limit:
                 return parsed.history.step.num
         if start == 0:
             return 0
@@ -191,8 +200,9 @@ def _records(path: Path, start: int) -> Iterator[bytes]:
     at = 0 if start else 7
     while at + 7 <= len(data):
         left = BLOCK_BYTES - at % BLOCK_BYTES
-        length, kind = struct.unpack_from("<HB", data, at + 4)
-        if left < 7 or not 1 <= kind <= 4 or length + 7 > left:  # padding or damage: go on at the next block
+        checksum, length, kind = struct.unpack_from("<IHB", data, at)
+        is_intact = 1 <= kind <= 4 and length + 7 <= left and checksum == zlib.crc32(data[at + 6 : at + 7 + length])
+        if left < 7 or not is_intact:  # padding or damage: go on at the next block
             at, record = at + left, None if left >= 7 else record
             continue
         part, at = data[at + 7 : at + 7 + length], at + 7 + length

@@ -24,32 +24,33 @@ def lr_factor(config: ScheduleConfig, step: int, steps: int) -> float:
     return SCHEDULES[type(config)](config, step, steps)
 
 
-def decay_progress(step: int, peak: int, steps: int) -> float:
-    """Return 0 up to the step `peak`, then rise linearly to 1 at the last step. A run of one step is at its peak."""
-    if 0 < step == steps - 1:  # also if the peak is there
+def decay_progress(step: int, peak_step: int, steps: int) -> float:
+    """Return 0 up to `peak_step`, then rise linearly to 1 at the last step. A run of one step is at its peak."""
+    last_step = steps - 1
+    if step == last_step and step > 0:  # also if the peak is there
         return 1.0
-    return max(0, step - peak) / max(1, steps - 1 - peak)
+    return max(0, step - peak_step) / max(1, last_step - peak_step)
 
 
-def decayed(config: CosineSchedule, remaining: float) -> float:
-    """Return the factor between the peak (`remaining` 1) and `final_ratio` (0)."""
+def interpolate(config: CosineSchedule, remaining: float) -> float:
+    """Return the factor between `final_ratio` (`remaining` is 0) and the peak (1)."""
     return config.final_ratio + (1 - config.final_ratio) * remaining
 
 
 def cosine(config: CosineSchedule, step: int, steps: int) -> float:
     """Decay from 1 to `final_ratio` along half a cosine."""
-    return decayed(config, (1 + math.cos(math.pi * decay_progress(step, config.warmup_steps, steps))) / 2)
+    return interpolate(config, (1 + math.cos(math.pi * decay_progress(step, config.warmup_steps, steps))) / 2)
 
 
 def linear(config: LinearSchedule, step: int, steps: int) -> float:
     """Decay linearly from 1 to `final_ratio`."""
-    return decayed(config, 1 - decay_progress(step, config.warmup_steps, steps))
+    return interpolate(config, 1 - decay_progress(step, config.warmup_steps, steps))
 
 
 def wsd(config: WSDSchedule, step: int, steps: int) -> float:
     """Return 1, then decay linearly to `final_ratio` over the last `decay_steps`."""
     last_at_peak = max(config.warmup_steps, steps - 1 - config.decay_steps)
-    return decayed(config, 1 - decay_progress(step, last_at_peak, steps))
+    return interpolate(config, 1 - decay_progress(step, last_at_peak, steps))
 
 
 def constant(config: ConstantSchedule, step: int, steps: int) -> float:  # noqa: ARG001 (one signature)

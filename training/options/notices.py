@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from training.config import BlockConfig, Config, MoEConfig, OptimConfig
+from training.config import BlockConfig, Config, ModelConfig, MoEConfig, OptimConfig
 
 
 def notices(config: Config) -> Iterator[str]:
@@ -14,10 +14,14 @@ def notices(config: Config) -> Iterator[str]:
             yield f"schedule.{name}: {before} does not fit into steps {config.steps}; this run uses {after}"
     if model.logit_softcap is not None and model.logit_softcap < 5:
         yield f"model.logit_softcap: {model.logit_softcap:g} keeps probabilities nearly uniform; use 15 to 50"
+    if model.n_positions == 1:
+        yield "model.n_positions: 1 lets a token see only itself, so queries and keys learn nothing; use 2 or more"
     for name, problem in _optim_notices(config.optim):
         yield f"optim.{name}: {problem}"
+    if model.n_embd == 1:
+        yield "model.n_embd: 1 leaves a norm no differences between channels, so nothing is learned; use 2 or more"
     for i, block in enumerate(model.blocks):
-        for name, problem in _block_notices(block, model.n_positions):
+        for name, problem in _block_notices(block, model):
             yield f"model.blocks.{i}.{name}: {problem}"
 
 
@@ -33,9 +37,15 @@ def _optim_notices(optim: OptimConfig) -> Iterator[tuple[str, str]]:
         yield "grad_clip", f"{optim.grad_clip:g} is not above eps {eps:g}, so updates vanish; raise grad_clip"
 
 
-def _block_notices(block: BlockConfig, n_positions: int) -> Iterator[tuple[str, str]]:
-    if (window := block.mixer.window) == 1 and n_positions > 1:
-        yield "mixer.window", f"{window} lets a token see only itself, so queries and keys learn nothing; use 2 or more"
+def _block_notices(block: BlockConfig, model: ModelConfig) -> Iterator[tuple[str, str]]:
+    if block.mixer.window == 1 and model.n_positions > 1:
+        yield "mixer.window", "1 lets a token see only itself, so queries and keys learn nothing; use 2 or more"
+    width = block.mixer.head_dim or model.n_embd // model.n_head
+    widths = {"qk_norm": width if getattr(block.mixer, "qk_norm", False) else None}
+    widths |= {name: getattr(block.mixer, name, None) for name in ("kv_rank", "q_rank")}
+    for name, normalized in widths.items():
+        if normalized == 1:
+            yield f"mixer.{name}", "RMSNorm of 1 channel is its sign, so almost nothing is learned; use 2 or more"
     softcap = getattr(block.mixer, "softcap", None)
     if softcap is not None and softcap < 1:
         yield "mixer.softcap", f"{softcap:g} makes attention nearly uniform; use 20 to 50"

@@ -296,7 +296,7 @@ def disk_shortage(stats: ModelStats, config: Config, *, fresh: bool = False) -> 
     folder = (config.run_dir / "checkpoints").absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     needed = n_checkpoints(config) * checkpoint_bytes(stats, config) + 4 * stats.n_parameters
-    needed -= 0 if fresh else sum(path.stat().st_size for path in folder.glob("step-*/*"))
+    needed -= 0 if fresh else sum(path.lstat().st_size for path in folder.glob("step-*/*"))
     if (free := shutil.disk_usage(existing).free) >= needed:
         return None
     has, need = (f"{n / 2**30:,.1f} GiB" if n >= 2**30 else f"{n / 2**20:.2f} MiB" for n in (free, needed))

@@ -1,4 +1,4 @@
-"""The only room that prints: it escapes what a terminal would obey, and survives a closed, full or unread stream."""
+"""The only package that prints: it escapes what a terminal would obey, and survives a closed, full or unread stream."""
 
 from training.terminal.libraries import messages_of_libraries
 from training.terminal.printable import TEXT, one_line, printable

@@ -16,7 +16,7 @@ from training.terminal.streams import is_terminal, open_closed_streams, print_no
 
 @contextmanager
 def messages_of_libraries() -> Iterator[None]:
-    """Open the streams, and print the messages of libraries through this room until the command ends."""
+    """Open the streams, and print the messages of libraries through this package until the command ends."""
     open_closed_streams()
     if not is_terminal("stderr"):
         os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of downloads

@@ -24,7 +24,7 @@ def main(folder: str, probe: str) -> None:
     with torch.inference_mode():
         logits = model(inputs["tokens"]).logits
         tokens = greedy(model, inputs["prompt"], int(inputs["n_new"]))
-    use(model, tokenizer, max_tokens=inputs["tokens"].shape[1])
+    make_documented_calls(model, tokenizer, max_tokens=inputs["tokens"].shape[1])
     save_and_open(model, tokenizer, f"{probe}.again", own_code)
     metadata = {"model": type(model).__name__, "version": transformers.__version__, "n_vocab": str(len(tokenizer))}
     outputs = {"logits": logits.contiguous(), "continuation": tokens[0, inputs["prompt"].shape[1] :].clone()}
@@ -40,7 +40,7 @@ def greedy(model, prompt_1T, n_new: int):
     return tokens_1T
 
 
-def use(model, tokenizer, max_tokens: int) -> None:
+def make_documented_calls(model, tokenizer, max_tokens: int) -> None:
     """Make the calls of Transformers' documentation, without options that a user need not set."""
     from transformers import pipeline
 
@@ -50,9 +50,11 @@ def use(model, tokenizer, max_tokens: int) -> None:
     assert model.generation_config.max_length == context + 1, "no limit of the generated length"
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
     generator(["a", "a longer text"], batch_size=2, truncation=True, max_new_tokens=1)
-    if context <= max_tokens:  # a full context of a larger model would take too long
-        generator("a", truncation=True)
+    if context <= max_tokens:
+        generator("a")
         generator(long_text, truncation=True)
+    else:  # a full context of a larger model would take too long
+        generator("a", max_new_tokens=8)
 
 
 def save_and_open(model, tokenizer, folder: str, own_code: bool) -> None:
