@@ -28,8 +28,9 @@ check: .venv/installed
 	$(RUN) -m ruff format --check
 	$(RUN) -m pytest -n 2 --dist worksteal
 
-# Every figure of docs/speed.md, docs/moe.md, docs/planning.md and docs/distributed.md: about two hours with nothing else
-# running, from a clean tree, so that each result names its commit. `make bench-step` makes one of them, into build/bench.
+# Every benchmark on a CPU for docs/speed.md, docs/moe.md, docs/planning.md and docs/distributed.md: about two hours with
+# nothing else running, from a clean tree, so that each result names its commit. `make bench-step` makes one of them,
+# into build/bench.
 # NANOGPT, NANOMOE: folders with their model.py; TOKENIZER: one with GPT-2's vocab.json and merges.txt. What is not
 # given is left out.
 bench: $(addprefix bench-,$(BENCHMARKS))
