@@ -277,7 +277,7 @@ def peak_of(kind: str, name: str, args: argparse.Namespace, folder: Path, device
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=SIDES, help="run one comparison")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each side (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default %(default)s)")
     parser.add_argument("--samples", type=int, default=16, help="samples per step (default %(default)s)")
     parser.add_argument("--micro_batch", type=samples, default="auto", help="our micro-batch (default %(default)s)")
     parser.add_argument("--vocab_size", type=int, default=50304, help="default %(default)s")

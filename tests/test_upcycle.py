@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from test_hf import add_noise
 from test_init_from import SMALL, STILL
 from test_restart import flip_a_bit
+from test_run_folder import without_data_lines
 
 from training import train
 from training.batch import Batch
@@ -154,7 +155,8 @@ def summary(folder) -> dict:
 def test_a_run_starts_from_a_dense_run_with_experts(run, dense, capsys, ffn, words):
     capsys.readouterr()
     run_dir = run(**from_folder(dense, ffn, optim=STILL))
-    folder, split, before, after, change = LINE.fullmatch(capsys.readouterr().err).groups()
+    (line,) = without_data_lines(capsys.readouterr().err)
+    folder, split, before, after, change = LINE.fullmatch(f"{line}\n").groups()
     assert (folder, split, before) == (str(dense), words, after)
     assert float(change) < 1e-5
     assert summary(run_dir)["val_loss"] == pytest.approx(summary(dense)["val_loss"], abs=1e-5)
@@ -252,7 +254,7 @@ def test_noise_distinguishes_copies_after_the_check(run, dense, capsys):
             ("seed", {"upcycle_noise": 0.2, "seed": 1}),
         )
     )
-    lines = capsys.readouterr().err.splitlines(keepends=True)
+    lines = [f"{line}\n" for line in without_data_lines(capsys.readouterr().err)]
     assert [bool(LINE.fullmatch(line)) for line in lines] == [True, True, False, True, False]
     before, after = LINE.fullmatch(lines[1])[4], re.fullmatch(r"with noise 0.2: loss (\d\.\d{4})\n", lines[2])[1]
     assert after != before
