@@ -21,7 +21,7 @@ from training.checkpoint.read import file_entry
 from training.data import text_files
 from training.data.file_hashes import FileHashes
 from training.errors import UserError
-from training.files import run_lock
+from training.files import run_lock, write_atomically
 from training.train import train
 
 OFTEN = {"checkpoint": {"every": 2, "keep": 2}}
@@ -316,6 +316,47 @@ def test_a_run_goes_on_if_everything_but_its_checkpoints_is_replaced(run, finish
         (name, f"{name}.unreadable-1") for name in (*files, "tokenizer", "tensorboard", "model", "step-00000008")
     )
     assert [row["step"] for row in rows(folder)] == [7, 8]
+
+
+PIPES = ["curves.jsonl", "micro_batch.json", "run.json", ".run.json.tmp", ".curves.jsonl.tmp"]
+
+
+@pytest.mark.parametrize("name", [*PIPES, "../../data_cache/digests.json"])
+def test_a_pipe_in_the_place_of_a_file_does_not_let_a_run_wait(run, finished, options, tmp_path, name):
+    folder = finished(**OFTEN)
+    before = tensors(folder, 8), rows(folder)
+    shutil.rmtree(folder / "checkpoints/step-00000008")
+    data = options()["data"] | {"cache_dir": str(tmp_path / "data_cache")}
+    (tmp_path / "data_cache").mkdir()
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    run(**OFTEN, data=data)
+    assert (tensors(folder, 8), rows(folder)) == before
+
+
+def test_a_link_at_the_name_of_an_unfinished_file_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("text")
+    (tmp_path / ".a.tmp").symlink_to("precious")
+    write_atomically(tmp_path / "a", "new")
+    assert ((tmp_path / "precious").read_text(), (tmp_path / "a").read_text()) == ("text", "new")
+    assert not (tmp_path / "a").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "model.safetensors"])
+def test_a_pipe_in_a_checkpoint_is_damage(finished, name):
+    path = finished() / "checkpoints/step-00000008"
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    assert checkpoint.corruption(path).startswith(f"{path}/")
+
+
+def test_a_wrong_mode_of_wandb_does_not_move_the_run(finished, config, monkeypatch):
+    folder = finished()
+    monkeypatch.setenv("WANDB_MODE", "bogus")
+    logging = {"wandb": {}, "tensorboard": False}
+    with pytest.raises(UserError, match=r"^WANDB_MODE: "):
+        train(config(logging=logging), resume="never")
+    assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == [folder.name]
 
 
 def test_a_damaged_config_of_a_run_without_a_checkpoint_does_not_stop_it(run, finished):

@@ -5,9 +5,11 @@ import itertools
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from training.errors import UserError
 from training.terminal import print_note
@@ -43,6 +45,24 @@ def expand_path(text: str) -> str:
     return path
 
 
+def open_file(path: Path) -> BinaryIO:
+    """Open a file to read its bytes. Raises OSError for a pipe, which would let a command wait, and the like."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return open(descriptor, "rb")  # noqa: PTH123 (a descriptor, which the caller closes)
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "not a file but a pipe or a device", str(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return a file's bytes. Raises OSError, as `open_file`."""
+    with open_file(path) as file:
+        return file.read()
+
+
 @contextmanager
 def write_errors_as_user_errors(path: Path) -> Iterator[None]:
     """Turn an OSError while `path` is written into a UserError that names it."""
@@ -60,6 +80,8 @@ def write_atomically(path: Path, content: str | Iterable[bytes]) -> None:
     partial = path.with_name(f".{path.name}.tmp")
     with write_errors_as_user_errors(path):
         try:
+            if os.path.lexists(partial) and not stat.S_ISREG(partial.lstat().st_mode):
+                remove(partial)  # a link would lead elsewhere, and a pipe would wait for a reader
             with partial.open("wb") as file:
                 file.writelines([content.encode()] if isinstance(content, str) else content)
             fsync_path(partial)

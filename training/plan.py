@@ -12,6 +12,7 @@ import sys
 
 from training.config import Config
 from training.errors import UserError, command
+from training.files import read_bytes
 from training.options import cli
 from training.terminal import print_result
 
@@ -60,7 +61,7 @@ def measured_tokens_per_s(config: Config, device: str, world_size: int) -> float
 
     folder = config.run_dir
     try:
-        facts = json.loads((folder / "run.json").read_bytes())["facts"]
+        facts = json.loads(read_bytes(folder / "run.json"))["facts"]
         is_same_machine = (facts["device"], facts["world_size"]) == (device, world_size)
         measured = cli.load_config(folder / "config.yaml")
     except NO_SPEED:

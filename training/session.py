@@ -63,6 +63,10 @@ def session(config: Config, resume: str) -> Iterator[Session]:
             check_compiler(world.device, is_main=world.is_main)
         check_memory(config, world.size, available_memory_bytes(world.device))
         if world.is_main:
+            if config.logging.wandb is not None:
+                from training.logging.wandb import find_mode
+
+                find_mode(config.logging.wandb)  # a wrong mode must not cost the run's folder its name
             for line in notices(config):
                 print_note(line)
         yield Session(config, world, check_lock)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from training.errors import UserError
-from training.files import rename_to_free_name
+from training.files import read_bytes, rename_to_free_name
 
 MANIFEST = "manifest.json"
 KINDS = ("model", "optimizer")  # of tensors; each has its own files
@@ -38,7 +38,7 @@ def load(path: Path, *, verify: bool = True) -> Checkpoint:
 
 def read_state(path: Path) -> dict:
     """Read the JSON state of a checkpoint that is known to be intact."""
-    return json.loads((path / "state.json").read_bytes())
+    return json.loads(read_bytes(path / "state.json"))
 
 
 def tensor_shapes(path: Path, kind: str) -> dict[str, torch.Size]:
@@ -85,8 +85,8 @@ def _index(path: Path, kind: str) -> dict[str, tuple[torch.Size, list[Location]]
     index = path / f"{kind}.safetensors.index.json"
     if index.exists():
         try:
-            listed = json.loads((path / MANIFEST).read_bytes()).keys()
-            return {name: _locations(listed, **entry) for name, entry in json.loads(index.read_bytes()).items()}
+            listed = json.loads(read_bytes(path / MANIFEST)).keys()
+            return {name: _locations(listed, **entry) for name, entry in json.loads(read_bytes(index)).items()}
         except (*MALFORMED, AttributeError, RuntimeError):  # torch.Size raises RuntimeError
             raise UserError(f"{index}: damaged: not an index of tensors in files of this folder") from None
     file = f"{kind}.safetensors"
@@ -106,7 +106,7 @@ def _locations(listed: Set[str], shape: list[int], parts: list) -> tuple[torch.S
 def corruption(path: Path) -> str | None:
     """Hash every file of a checkpoint; return one line that names the damaged file, None if all are intact."""
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        manifest = json.loads(read_bytes(path / MANIFEST))
         for name in ("state.json", *manifest):  # a manifest without state.json is damaged
             if Path(name).name != name or (path / name).is_symlink() or (path / name).is_fifo():
                 return f"{path / MANIFEST}: damaged: {name!r} is no file of this folder"
@@ -134,7 +134,7 @@ def file_entry(path: Path) -> dict[str, str | int]:
 def is_complete(path: Path) -> bool:
     """Return True if all files of a checkpoint have the sizes in its manifest. Reads no tensor."""
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        manifest = json.loads(read_bytes(path / MANIFEST))
         return all((path / name).stat().st_size == manifest[name]["bytes"] for name in ("state.json", *manifest))
     except (OSError, *MALFORMED):
         return False

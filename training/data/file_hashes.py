@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from training.errors import UserError
+from training.files import read_bytes
 
 BLOCK_BYTES = 2**20
 
@@ -22,7 +23,7 @@ class FileHashes:
         self.has_changed = False
         self.on_read: Callable[[int], object] = lambda _: None  # called with the size of each block that is hashed
         try:
-            self.entries = {name: list(entry) for name, entry in json.loads(memo.read_bytes()).items()}
+            self.entries = {name: list(entry) for name, entry in json.loads(read_bytes(memo)).items()}
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             self.entries = {}
 

@@ -21,6 +21,7 @@ from training.data.chunks import Chunk
 from training.data.file_hashes import FileHashes
 from training.data.tokenizer import END_OF_TEXT, Tokenizer, from_json
 from training.errors import UserError
+from training.files import open_file, read_bytes
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -137,7 +138,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read a dataset's manifest. Raises UserError if it is damaged."""
     path = folder / MANIFEST_FILE
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return Manifest.model_validate_json(read_bytes(path))
     except OSError as error:
         raise _damaged(path, error.strerror) from None
     except ValidationError as error:
@@ -171,7 +172,7 @@ def _map_file(path: Path, dtype: str, length: int) -> tuple[np.ndarray, mmap.mma
     """Map a file as a read-only array. Not with np.memmap, whose slices cost several times as much."""
     expected = length * np.dtype(dtype).itemsize
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size != expected:
                 raise _damaged(path, f"{size} bytes long, not {expected}")
@@ -185,7 +186,7 @@ def open_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
     """Load the dataset's tokenizer. Raises UserError if it is not the one that wrote the tokens."""
     path = folder / "tokenizer" / "tokenizer.json"
     try:
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        sha256 = hashlib.sha256(read_bytes(path)).hexdigest()
     except OSError as error:
         raise _damaged(path, error.strerror) from None
     if sha256 != manifest.tokenizer_sha256:

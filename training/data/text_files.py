@@ -84,6 +84,8 @@ def find_files(patterns: Iterable[str]) -> tuple[dict[Path, bool], LeftOut]:
             files |= {match: False for match in matches if match not in files}
         elif path.is_dir():
             raise UserError(f"{pattern}: no usable file in this folder: no name ends in {EXTENSIONS}")
+        elif path.exists():
+            raise UserError(f"{pattern}: not a file but a pipe or a device; write its text to a file first")
         elif glob.has_magic(str(path)):
             raise UserError(f"{pattern}: the glob matches no usable file (names that end in {EXTENSIONS})")
         else:

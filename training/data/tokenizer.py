@@ -21,7 +21,7 @@ from training.data.lossless import PROBE, normalization, reason_lossy, token_siz
 from training.data.progress import run_interruptibly
 from training.data.tiktoken_encode import Encoder, build_fast_encoder, unicode_to_bytes
 from training.errors import UserError, library_error
-from training.files import mkdir_durable, write_atomically
+from training.files import mkdir_durable, read_bytes, write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
 # End-of-text tokens of common tokenizers, for a tokenizer.json without a file that names its own.
@@ -110,7 +110,7 @@ class Tokenizer:
 def from_json(path: Path, separator: str | None = None) -> Tokenizer:
     """Load a tokenizer.json; `separator` None: as the files beside it say. Raises UserError if it cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
@@ -154,7 +154,7 @@ def own_separator(folder: Path, inner: tokenizers.Tokenizer) -> str:
 def read_fields(path: Path) -> dict[str, Any]:
     """Return the fields of a JSON object; {} if there is no such file. Raises UserError if it cannot be read."""
     try:
-        fields = json.loads(path.read_bytes())
+        fields = json.loads(read_bytes(path))
     except FileNotFoundError:
         return {}
     except OSError as error:

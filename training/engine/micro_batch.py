@@ -21,7 +21,7 @@ from training.data import Tokenizer
 from training.distributed.sharded_model import ShardedModel
 from training.engine.state import KnownMicroBatch, TrainState
 from training.errors import RestartNeeded, UserError
-from training.files import write_atomically
+from training.files import read_bytes, write_atomically
 from training.model.moe import MoE
 from training.optim.optimizer import Optimizer
 from training.planning.memory import HEADROOM, equal_parts, max_samples_per_rank
@@ -119,7 +119,7 @@ class MicroBatch:
     def _read_file(self) -> dict[str, KnownMicroBatch]:
         """Return what `shrink_and_restart` of an earlier process stored; {} if the file is missing or malformed."""
         try:
-            return TypeAdapter(dict[str, KnownMicroBatch]).validate_json((self.config.run_dir / FILE).read_bytes())
+            return TypeAdapter(dict[str, KnownMicroBatch]).validate_json(read_bytes(self.config.run_dir / FILE))
         except (OSError, ValidationError):
             return {}
 

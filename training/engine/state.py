@@ -15,6 +15,7 @@ from training.config import Config
 from training.distributed.sharded_model import ShardedModel
 from training.engine.guard import StepGuard
 from training.errors import UserError
+from training.files import read_bytes
 from training.logging.history import span_of
 from training.logging.jsonl import nan_to_null
 from training.logging.rows import RunLog
@@ -88,7 +89,7 @@ class TrainState(BaseModel):
     def load(cls, path: Path) -> "TrainState":
         """Read the state.json at `path`. Raises UserError for a missing key or a value of another type."""
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(read_bytes(path))
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))

@@ -55,7 +55,7 @@ class JSONLSink(Sink):
         self.path, self.curves = run.dir / "metrics.jsonl", run.dir / "curves.jsonl"
         self.unreadable = run.dir / "metrics.unreadable.jsonl"
         self.lost_s = 0.0
-        for path in (self.path, self.unreadable):
+        for path in (self.path, self.unreadable, self.curves):
             if path.exists() and not path.is_file():
                 set_aside(path)
         if not self.path.exists():

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from training.config import LoggingConfig, WandbConfig
 from training.errors import UserError
-from training.files import ensure_folder, write_atomically
+from training.files import ensure_folder, read_bytes, write_atomically
 from training.logging.heat_map import draw_heat_map, should_draw
 from training.logging.jsonl import read_rows
 from training.logging.metrics import LOAD_IMAGE, expert_load, scalars
@@ -84,7 +84,7 @@ class WandbSink(Sink):
         self.id, self.step = new_id, 0
         if is_restart := self.marker.exists():
             try:
-                state = json.loads(self.marker.read_bytes())
+                state = json.loads(read_bytes(self.marker))
                 if not re.fullmatch(r"[^/\\#?%:\0-\x1f]{1,128}", state["id"]):  # W&B's own limits
                     raise ValueError(state["id"])
                 self.id, self.step = state["id"], min(int(state.get("has_steps_to", 0)), run.steps)

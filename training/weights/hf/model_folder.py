@@ -11,6 +11,7 @@ from torch import Tensor
 
 from training.config import ModelConfig
 from training.errors import UserError
+from training.files import read_bytes
 from training.model import GPT
 from training.weights.hf import custom
 from training.weights.hf.architecture import Architecture
@@ -57,7 +58,7 @@ def read_config(folder: Path) -> tuple[Architecture, ModelConfig]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_bytes(path))
     except FileNotFoundError:
         raise UserError(f"{path}: not there") from None
     except OSError as error:
