@@ -305,6 +305,7 @@ def test_a_run_goes_on_if_everything_but_its_checkpoints_is_replaced(run, finish
         shutil.rmtree(folder / name)
     for name in ("tokenizer", "tensorboard", "model", "checkpoints/step-00000008", "checkpoints/step-"):
         (folder / name).write_text("in the way")
+    (folder / ".model.tmp").symlink_to("nowhere")
     (folder / "checkpoints/step-old").mkdir()
     (folder / "checkpoints/step-old/link").symlink_to("nowhere")
     (folder / "checkpoints/step-\N{SUPERSCRIPT TWO}").mkdir()

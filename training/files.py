@@ -105,7 +105,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     partial = target.with_name(f".{target.name}.tmp")
     old = target.with_name(f".{target.name}.old")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         partial.mkdir(parents=True)
         yield partial
         for path in sorted(partial.iterdir()):
