@@ -225,6 +225,11 @@ def test_the_command_reports_what_opened_and_does_not_overwrite_it(run_dir, caps
     assert before == sorted(path.stat().st_mtime_ns for path in (run_dir / "export").iterdir())
 
 
+def open_here(folder: Path, probe: Path, _modules: Path) -> None:
+    """Open an export in this process instead of a new one."""
+    open_export.main(str(folder), str(probe))
+
+
 @pytest.mark.parametrize("harm", ["a weight", "the file"])
 def test_an_export_that_is_not_the_trained_model_is_an_error_and_leaves_nothing(run_dir, tmp_path, monkeypatch, harm):
     from safetensors.torch import load_file, save_file
@@ -244,7 +249,7 @@ def test_an_export_that_is_not_the_trained_model_is_an_error_and_leaves_nothing(
 
     monkeypatch.setattr(hf, "write_model", harmed)
     if harm == "a weight":  # opened in this process, which is faster
-        monkeypatch.setattr(export_check, "_open", lambda folder, probe, _: open_export.main(str(folder), str(probe)))
+        monkeypatch.setattr(export_check, "_open", open_here)
     messages = {
         "a weight": "the export is not the trained model: ",
         "the file": "Transformers does not open the export: ",
@@ -257,7 +262,7 @@ def test_an_export_that_is_not_the_trained_model_is_an_error_and_leaves_nothing(
 @pytest.fixture
 def check(tmp_path, monkeypatch):
     """Return a function that writes a model with a byte tokenizer and checks the folder, which this process opens."""
-    monkeypatch.setattr(export_check, "_open", lambda folder, probe, _: open_export.main(str(folder), str(probe)))
+    monkeypatch.setattr(export_check, "_open", open_here)
 
     def written(model: GPT, harm=lambda _folder: None) -> str:
         hf.write_model(tmp_path / "model", model.state_dict(), model.config, 256, n_vocab=model.n_vocab)

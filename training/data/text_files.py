@@ -31,19 +31,18 @@ def walk(folder: Path, skip: frozenset[str] = SKIPPED_FOLDERS, left_out: LeftOut
     Follows links, and enters each folder once. Raises UserError for a folder that cannot be read.
     """
     left_out = {} if left_out is None else left_out
-    for parent in walk_folders(folder, skip, left_out):
-        for name in sorted(entry.name for entry in os.scandir(parent) if not entry.is_dir()):
+    for parent, names in walk_folders(folder, skip, left_out):
+        for name in names:
             if name.startswith("."):
                 left_out[parent / name] = "hidden file"
             else:
                 yield parent / name
 
 
-def walk_folders(folder: Path, skip: frozenset[str] = frozenset(), left_out: LeftOut | None = None) -> Iterator[Path]:
-    """Yield a folder and all below it, as `walk` enters them."""
-    left_out = {} if left_out is None else left_out
+def walk_folders(folder: Path, skip: frozenset[str], left_out: LeftOut) -> Iterator[tuple[Path, list[str]]]:
+    """Yield (folder, names of its files) for a folder and all below it, as `walk` enters them."""
     entered = set()
-    for parent, folders, _ in os.walk(folder, onerror=_raise_unreadable, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=_raise_unreadable, followlinks=True):
         status = Path(parent).stat()
         if (inode := (status.st_dev, status.st_ino)) in entered:
             folders.clear()
@@ -52,7 +51,7 @@ def walk_folders(folder: Path, skip: frozenset[str] = frozenset(), left_out: Lef
         skipped = {name for name in folders if name in skip or name.startswith(".")}
         left_out |= {Path(parent, name): f"{name} folder" for name in skipped - {BYTECODE}}
         folders[:] = sorted(set(folders) - skipped)
-        yield Path(parent)
+        yield Path(parent), sorted(names)
 
 
 def _raise_unreadable(error: OSError) -> NoReturn:
@@ -116,11 +115,11 @@ def expand_glob(pattern: Path) -> Iterator[Path]:
     first = parts.index("**")
     rest = parts[first + 1 :]
     for root in filter(Path.is_dir, expand_glob(Path(*parts[:first]))):
-        for folder in list(walk_folders(root)):
-            matches = expand_glob(Path(glob.escape(str(folder)), *(rest or "*")))
-            yield from (
-                matches if rest else (match for match in matches if not match.is_dir())
-            )  # each folder comes itself
+        for folder, names in walk_folders(root, skip=frozenset(), left_out={}):
+            if rest:
+                yield from expand_glob(Path(glob.escape(str(folder)), *rest))
+            else:
+                yield from (folder / name for name in names if not name.startswith("."))
 
 
 def _check_listable(pattern: Path) -> None:

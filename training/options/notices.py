@@ -40,11 +40,11 @@ def _optim_notices(optim: OptimConfig) -> Iterator[tuple[str, str]]:
 def _block_notices(block: BlockConfig, model: ModelConfig) -> Iterator[tuple[str, str]]:
     if block.mixer.window == 1 and model.n_positions > 1:
         yield "mixer.window", "1 lets a token see only itself, so queries and keys learn nothing; use 2 or more"
-    width = block.mixer.head_dim or model.n_embd // model.n_head
-    widths = {"qk_norm": width if getattr(block.mixer, "qk_norm", False) else None}
-    widths |= {name: getattr(block.mixer, name, None) for name in ("kv_rank", "q_rank")}
-    for name, normalized in widths.items():
-        if normalized == 1:
+    normalized = {name: getattr(block.mixer, name, None) for name in ("kv_rank", "q_rank")}
+    if getattr(block.mixer, "qk_norm", False):
+        normalized["qk_norm"] = block.mixer.head_dim or model.n_embd // model.n_head
+    for name, width in normalized.items():
+        if width == 1:
             yield f"mixer.{name}", "RMSNorm of 1 channel is its sign, so almost nothing is learned; use 2 or more"
     softcap = getattr(block.mixer, "softcap", None)
     if softcap is not None and softcap < 1:
