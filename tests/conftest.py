@@ -4,13 +4,15 @@ import importlib
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
@@ -360,3 +362,14 @@ def minimal_value(annotation: Any) -> Any:
         fields = inside[0].model_fields.items()
         return {name: minimal_value(field.annotation) for name, field in fields if field.is_required()}
     return "x" if annotation in (str, PathText) else 1
+
+
+@contextmanager
+def no_file_beyond(n_bytes: int) -> Iterator[None]:
+    """Let each file take exactly `n_bytes`; further writes fail."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

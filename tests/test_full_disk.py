@@ -6,12 +6,10 @@ Tests of saves are in test_disk.py.
 import copy
 import os
 import re
-import resource
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import rows, tensors, write_config
+from conftest import no_file_beyond, rows, tensors, write_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_disk import fill, small_disk  # noqa: F401 (a fixture)
 
@@ -36,17 +34,6 @@ def error_line(main, path: Path, capsys) -> str:
     error = capsys.readouterr().err
     assert error.count("error: ") == 1 and "Traceback" not in error, error
     return error.splitlines()[-1]
-
-
-@contextmanager
-def no_file_beyond(n_bytes: int):
-    """Let each file take exactly `n_bytes`; further writes fail."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # --- shards ----------------------------------------------------------------------------------------
