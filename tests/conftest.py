@@ -49,7 +49,7 @@ def cache(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def options(tmp_path, cache):
-    """Options of a small run on three packages of the standard library; keywords replace whole options."""
+    """Options of a small run on three packages of the standard library, a source each; keywords replace options."""
 
     def make(**changes) -> dict:
         stdlib = Path(sysconfig.get_path("stdlib"))
@@ -62,12 +62,7 @@ def options(tmp_path, cache):
             "precision": "fp32",
             "model": {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "blocks": [{"ffn": MOE}, {}]},
             "data": {
-                "sources": [
-                    {
-                        "type": "files",
-                        "paths": [str(stdlib / name / "**/*.py") for name in ("json", "email", "logging")],
-                    }
-                ],
+                "sources": [{"paths": [str(stdlib / name / "**/*.py")]} for name in ("json", "email", "logging")],
                 "tokenizer": {"type": "byte"},
                 "val_fraction": 0.2,
                 "cache_dir": str(cache),
@@ -124,7 +119,7 @@ class BuiltRun:
         rows, self.log.rows = self.log.rows, []
         return rows
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, Any]:
         """Return the validation figures."""
         from training import engine
 

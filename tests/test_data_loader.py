@@ -15,10 +15,10 @@ from training.errors import UserError
 def split_of(*lengths: int, weights: tuple[float, ...] | None = None) -> Split:
     """Return streams whose token at position p of stream s is 1000 s + p, so that tokens show their position."""
     streams = tuple(
-        Stream(Path(f"data/train-{s}.tokens"), np.arange(n, dtype="<u2") + 1000 * s, np.zeros(1, "<u8"))
+        Stream(Path(f"data/train-{s}.tokens"), np.arange(n, dtype="<u2") + 1000 * s, np.zeros(1, "<u8"), n_bytes=n)
         for s, n in enumerate(lengths)
     )
-    return Split("train", streams, weights, 2**16, len(lengths), sum(lengths), sum(lengths))
+    return Split("train", streams, weights, 2**16)
 
 
 def permutation(n: int, seed: int = 0, epoch: int = 0) -> np.ndarray:
@@ -174,7 +174,7 @@ def test_text_shorter_than_a_window_is_an_error_with_the_numbers():
 
 def test_a_token_beyond_the_vocabulary_is_an_error_and_not_a_crash_on_the_device():
     split = split_of(100)
-    samples = Samples(Split("train", split.streams, None, 99, 1, 100, 100), n_positions=99, seed=0)
+    samples = Samples(Split("train", split.streams, None, 99), n_positions=99, seed=0)
     with pytest.raises(UserError, match=r"^data: token 99 is not below the vocabulary's 99"):
         samples.at([0])
 
@@ -231,4 +231,19 @@ def failing(_samples, _indices):
 def test_evaluation_samples_are_spread_evenly(n_tokens, indices):
     samples = Samples(split_of(329), n_positions=8, seed=None)
     n_tokens = n_tokens if n_tokens != 31 else 3 * 8 + 7
-    assert samples.evenly_spaced(n_tokens).tolist() == list(indices)
+    (spread,) = samples.evenly_spaced(n_tokens)
+    assert spread.tolist() == list(indices)
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "indices"),
+    [
+        (None, [range(41), range(41, 61), range(61, 62)]),
+        (31 * 8, [range(0, 40, 2), range(41, 61, 2), [61]]),
+        (0, [[0], [41], [61]]),
+    ],
+)
+def test_evaluation_samples_are_spread_evenly_over_each_source(n_tokens, indices):
+    """Streams of 41, 20 and 1 windows."""
+    samples = Samples(split_of(329, 161, 3), n_positions=8, seed=None)
+    assert [part.tolist() for part in samples.evenly_spaced(n_tokens)] == [list(part) for part in indices]

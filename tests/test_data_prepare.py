@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filelock import FileLock
+from pydantic import ValidationError
 from tokenizers import normalizers
 
 from training import files
@@ -23,6 +24,7 @@ from training.config import DataConfig
 from training.data import Samples, Tokenizer, build, prepare, progress, shards
 from training.data import dataset as dataset_module
 from training.data.corpus import Corpus
+from training.data.sources import build_readers
 from training.data.tokenizer import build_byte_tokenizer, train_bpe
 from training.errors import UserError
 
@@ -62,9 +64,12 @@ def datasets_in(cache: Path) -> list[str]:
 
 def texts(dataset, split: str) -> list[str]:
     """Return the documents, read back from disk by their boundaries."""
-    (stream,) = getattr(dataset, split).streams
-    assert (stream.tokens[stream.documents] == dataset.tokenizer.end_of_text).all()
-    return [dataset.tokenizer.decode(ids[1:]) for ids in np.split(stream.tokens, stream.documents[1:].astype(int))]
+    return [text for stream in getattr(dataset, split).streams for text in texts_of(stream, dataset.tokenizer)]
+
+
+def texts_of(stream: shards.Stream, tokenizer: Tokenizer) -> list[str]:
+    assert (stream.tokens[stream.documents] == tokenizer.end_of_text).all()
+    return [tokenizer.decode(ids[1:]) for ids in np.split(stream.tokens, stream.documents[1:].astype(int))]
 
 
 # --- files on disk ---------------------------------------------------------------------------------
@@ -131,7 +136,7 @@ def test_weighted_sources_are_streams_of_their_own(folder):
     sources = [{"paths": [str(path)], "weight": weight} for path, weight in zip(paths, (3, 1), strict=True)]
     dataset = prepare(config_of(folder, sources=sources), quiet=True)
     assert dataset.train.weights == (3, 1)
-    assert len(dataset.val.streams) == 1
+    assert [stream.name for stream in dataset.val.streams] == ["text", "other.jsonl"]
     tokens, _ = Samples(dataset.train, n_positions=32, seed=0).at(range(1024))
     other = ["other" in dataset.tokenizer.decode(row) for row in tokens]
     assert sum(other) == 256
@@ -689,13 +694,112 @@ def test_a_cache_of_a_version_that_did_not_split_dumps_is_not_used(tmp_path):
 def test_validation_text_in_the_training_text_is_counted(folder, capsys):
     write_rows(folder / "val.jsonl", 3)
     write_rows(folder / "more.jsonl", 2, word="new")
-    val_sources = [{"paths": [str(folder / name)]} for name in ("val.jsonl", "more.jsonl")]
+    val_sources = [
+        {"paths": [str(folder / "val.jsonl")], "name": "val"},
+        {"paths": [str(folder / "more.jsonl")]},
+    ]
     (folder / "text" / "copy.jsonl").write_bytes((folder / "val.jsonl").read_bytes())
     dataset = prepare(config_of(folder, val_sources=val_sources, tokenizer={"type": "byte"}))
     error = capsys.readouterr().err
-    assert "data: validation documents that are also training documents: 3 of 5; their loss is not" in error
+    shared = "validation documents that are also training documents: 3 of 5 (3 of val in text)"
+    assert f"data: {shared}; their loss is not" in error
     assert "data: training documents that repeat another word for word: 3\n" in error
     assert dataset.train.n_documents == 203  # nothing is left out
+
+
+def test_shared_documents_are_counted_by_source(tmp_path):
+    """A document that two training sources have counts in both pairs, and once in the sum."""
+    for name, words in {"a": "xyz", "b": "zw", "v": "xzq", "w": "xx"}.items():
+        lines = "".join(json.dumps({"text": f"text {word}"}) + "\n" for word in words)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    sources, val_sources = ([{"paths": [str(tmp_path / f"{n}.jsonl")], "name": n} for n in ns] for ns in ("ab", "vw"))
+    options = {"sources": sources, "val_sources": val_sources, "tokenizer": {"type": "byte"}}
+    dataset = prepare(config_of(tmp_path, **options), quiet=True)
+    line = "validation documents that are also training documents: 4 of 5 (2 of v in a, 1 of v in b, 2 of w in a); "
+    assert any(note.startswith(line) for note in dataset.report["notes"])
+
+
+# --- validation text by source -----------------------------------------------------------------------
+
+
+def names_and_texts(dataset) -> dict[str, list[str]]:
+    """Return the validation documents by the name of their source."""
+    return {stream.name: texts_of(stream, dataset.tokenizer) for stream in dataset.val.streams}
+
+
+@pytest.mark.parametrize("weights", [(None, None), (1, 3)])
+def test_held_out_documents_keep_the_name_of_their_source(tmp_path, weights):
+    for name in ("a", "b"):
+        write_rows(tmp_path / f"{name}.jsonl", 100, word=name)
+    sources = [
+        {"paths": [str(tmp_path / f"{name}.jsonl")], "weight": weight} | chosen
+        for (name, weight, chosen) in zip("ab", weights, ({"name": "first"}, {}), strict=True)
+    ]
+    options = {"sources": sources, "val_fraction": 0.2, "tokenizer": {"type": "byte"}}
+    dataset = prepare(config_of(tmp_path, **options), quiet=True)
+    by_name = names_and_texts(dataset)
+    assert list(by_name) == ["first", "b.jsonl"]
+    assert all(
+        texts and all(word in text for text in texts) for word, texts in zip("ab", by_name.values(), strict=True)
+    )
+    assert sum(map(len, by_name.values())) == dataset.val.n_documents
+    for stream in dataset.val.streams:
+        assert (dataset.tokenizer.token_bytes[stream.tokens].sum(), len(stream.documents)) == (
+            stream.n_bytes, len(by_name[stream.name]),
+        )  # fmt: skip
+    renamed = [sources[0], sources[1] | {"name": "second"}]
+    again = prepare(config_of(tmp_path, **options | {"sources": renamed}), quiet=True)
+    assert again.report["is_cached"] and again.fingerprint == dataset.fingerprint
+    assert list(names_and_texts(again)) == ["first", "second"]
+
+
+def test_sources_without_a_name_get_one_of_their_path(tmp_path):
+    (tmp_path / "odd name!").mkdir()
+    paths = ["odd name!/a.txt", "odd name!/*.txt", "b/a.txt", "c/a.txt", "*"]
+    for path in ("odd name!/a.txt", "b/a.txt", "c/a.txt"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text("text " + path)
+    sources = [{"paths": [str(tmp_path / path)]} for path in paths[:4]] + [{"type": "stdlib", "name": "a.txt-2"}]
+    names = [reader.name for reader in build_readers(config_of(tmp_path, sources=sources).sources)]
+    assert names == ["a.txt", "odd-name", "a.txt-3", "a.txt-4", "a.txt-2"]
+
+
+def test_a_source_without_validation_text_and_a_cache_without_sources_are_said(tmp_path):
+    write_rows(tmp_path / "a.jsonl", 100)
+    write_rows(tmp_path / "b.jsonl", 1, word="one")
+    sources = [{"paths": [str(tmp_path / f"{name}.jsonl")]} for name in "ab"]
+    config = config_of(tmp_path, sources=sources, tokenizer={"type": "byte"})
+    dataset = prepare(config, quiet=True)
+    text = (
+        "no validation text, and so no validation loss of its own: b.jsonl; a larger data.val_fraction holds some out"
+    )
+    assert dataset.report["notes"][0] == text
+    path = Path(dataset.report["folder"], "manifest.json")
+    manifest = json.loads(path.read_text())
+    for record in manifest["streams"]:
+        del record["parts"]
+    path.write_text(json.dumps(manifest))
+    older = prepare(config, quiet=True)
+    note = older.report["notes"][0]
+    assert note.startswith("prepared by an earlier version, which did not note the source of each validation document")
+    assert older.fingerprint == dataset.fingerprint and list(names_and_texts(older)) == [""]
+
+
+@pytest.mark.parametrize("harm", [{"source": 7}, {"n_tokens": 3}, {"n_documents": 0}])
+def test_parts_that_do_not_fit_are_a_damaged_manifest(folder, harm):
+    dataset = prepare(config_of(folder), quiet=True)
+    path = Path(dataset.report["folder"], "manifest.json")
+    manifest = json.loads(path.read_text())
+    manifest["streams"][1]["parts"][0] |= harm
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"manifest\.json: damaged \(the parts of its val text do not fit the sources"):
+        prepare(config_of(folder), quiet=True)
+
+
+def test_two_sources_of_one_name_are_refused(tmp_path):
+    sources = [{"type": "stdlib", "name": "x"}, {"paths": ["a"], "name": "x"}]
+    with pytest.raises(ValidationError, match="two sources have the name x"):
+        config_of(tmp_path, sources=sources)
 
 
 def test_a_file_by_several_spellings_is_read_once(folder, monkeypatch, capsys):
@@ -734,11 +838,11 @@ def test_bits_per_byte_count_the_texts_own_bytes_under_normalization(tmp_path, c
     sources = [{"paths": [str(tmp_path / "a.jsonl")]}]
     tokenizer = {"type": "file", "path": str(tmp_path / "nfc.json")}
     dataset = prepare(config_of(tmp_path, sources=sources, val_sources=sources, tokenizer=tokenizer))
-    assert (dataset.val.n_bytes, dataset.val.token_bytes) == (30, 20)
+    assert (dataset.val.n_bytes, dataset.val.streams[0].token_bytes) == (30, 20)
     line = "data: the tokenizer's NFC makes 40 bytes of the text's 60; bits per byte count the text's own\n"
     assert line in capsys.readouterr().err
     split = dataset_module.read_split([str(tmp_path / "a.jsonl")], "text", dataset.tokenizer)
-    assert (split.n_bytes, split.token_bytes) == (30, 20)
+    assert (split.n_bytes, split.streams[0].token_bytes) == (30, 20)
 
 
 def test_files_read_into_memory_equal_their_prepared_split(folder):

@@ -114,7 +114,8 @@ def assert_same(ours: tuple[dict, dict], theirs: tuple[dict, dict], label: str, 
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5), (label, step)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5), (label, step)
         assert one.get("expert_load") == other.get("expert_load"), (label, step)
-    assert outcome["val_loss"] == pytest.approx(their_outcome["val_loss"], rel=1e-5), label
+    assert outcome["val_losses"] == pytest.approx(their_outcome["val_losses"], rel=1e-5), label
+    assert outcome["val_losses"].keys() == {"all", "json", "email", "logging"}
     assert weights.keys() == their_weights.keys()
     for name, tensor in weights.items():
         assert (tensor - their_weights[name]).abs().max() < 1e-6 * len(steps), (label, name)

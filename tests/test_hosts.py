@@ -61,6 +61,7 @@ def start(logs: Path, config: Path) -> list[TorchrunRanks]:
     ]  # fmt: skip
 
 
+@pytest.mark.soak
 @pytest.mark.usefixtures("two_hosts")
 def test_a_host_cut_off_ends_the_run_on_both_and_resuming_gives_the_same_weights(options, tmp_path):
     values = options(

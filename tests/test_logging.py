@@ -41,7 +41,7 @@ from training.logging.sinks import SINKS, RunInfo, open_sinks
 
 SUMMARY = {
     "steps": 4, "tokens": 128, "train_loss": 2.5, "val_loss": 2.6, "val_perplexity": 13.5, "val_bits_per_byte": 1.25,
-    "best_val_loss": 2.6, "best_step": 4, "time_s": 61.0, "tokens_per_s": 9800.0, "parameters": 1000,
+    "best_val_loss": 2.6, "best_step": 4, "best_of": None, "time_s": 61.0, "tokens_per_s": 9800.0, "parameters": 1000,
     "active_parameters": 500, "model_dir": "runs/r/model", "next": ["python -m training.generate --run runs/r"],
     "goodput": 0.95, "time": dict.fromkeys(PHASES, 0.0) | {"compute": 95.0, "start": 5.0},
     "advice": ["memory: enough", "speed: 31 % of the time was spent waiting for data"],
@@ -64,7 +64,8 @@ def row(step: int, **more) -> dict:
 
 def eval_row(step: int, text: str = "f(x):\n\treturn x") -> dict:
     samples = [{"prompt": "def ", "text": text}]
-    return row(step, val_loss=2.6, val_perplexity=13.5, val_bits_per_byte=1.25, samples=samples)
+    val_sets = {"loss": {"wiki": 2.5, "code": 2.7}, "perplexity": {"wiki": 12.2, "code": 14.9}}
+    return row(step, val_loss=2.6, val_perplexity=13.5, val_bits_per_byte=1.25, val_sets=val_sets, samples=samples)
 
 
 def run_in(folder: Path, start_step: int = 0, steps: int = 4) -> RunInfo:
@@ -122,6 +123,8 @@ BAD = {
     "a list": b"[2]\n", "a number": b"3\n", "no step": b'{"loss": 2.0}\n', "a text as step": b'{"step": "2"}\n',
     "NaN as step": b'{"step": NaN}\n', "step 0": b'{"step": 0}\n', "a text as time": b'{"step": 2, "time_s": "x"}\n',
     "a text as loss": b'{"step": 2, "loss": "x"}\n', "a number as load": b'{"step": 2, "expert_load": 3}\n',
+    "a text as loss of a source": b'{"step": 2, "val_sets": {"loss": {"wiki": "x"}}}\n',
+    "a list of sources": b'{"step": 2, "val_sets": {"loss": [2.0]}}\n', "no sources": b'{"step": 2, "val_sets": 3}\n',
     "a huge loss": b'{"step": 2, "loss": 1' + 400 * b"0" + b"}\n",
     "a number as sample": b'{"step": 2, "samples": [3]}\n',
     "deep": 10_000 * b"[" + b"\n", "the row before": GOOD[0], "a later step": GOOD[3],
@@ -303,11 +306,12 @@ def test_plain_lines_have_one_width_and_show_all_fields(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[:4] == ["tiny", "device      cpu", "parameters  1.0k", ""]
     steps = [line for line in lines if line.startswith("step")]
-    assert [line.split()[1] for line in steps] == ["2/4", "4/4", "4/4"]
+    assert [line.split()[1] for line in steps] == ["2/4", "4/4", "4/4", "4/4"]
     assert all("loss" in line and "MFU unknown" in line and len(line) > 80 for line in steps[:2])
     assert len({len(line) for line in steps[:2]}) == 1
     assert "val loss 2.6000  perplexity 13.50  bits/byte 1.2500" in steps[2]
-    assert lines[lines.index(steps[2]) + 1 :][:2] == ["    | def f(x):", "    |     return x"]
+    assert steps[3] == "step 4/4  val loss by source  wiki 2.5000  code 2.7000"
+    assert lines[lines.index(steps[3]) + 1 :][:2] == ["    | def f(x):", "    |     return x"]
     assert lines[-1] == "  python -m training.generate --run runs/r"
     assert any("best 2.6000 at step 4" in line for line in lines)
     time_line = lines.index("time        95 % compute, 5 % start; goodput 95 %")
@@ -459,6 +463,10 @@ def test_tensorboard_reads_back_every_number_text_image_and_histogram(tmp_path):
         (1, 3.9), (2, 3.8), (3, 3.7), (4, 3.6)
     ]  # fmt: skip
     assert [event.step for event in board.Scalars("speed/mfu")] == [3]
+    by_source = {"loss": [2.5, 2.7], "perplexity": [12.2, 14.9]}
+    for figure, values in by_source.items():
+        of_sources = [board.Scalars(f"val/{name}/{figure}")[0] for name in ("wiki", "code")]
+        assert [(event.step, round(event.value, 4)) for event in of_sources] == [(4, value) for value in values]
     assert {tag: round(board.Scalars(tag)[0].value, 4) for tag in tags["scalars"] if tag.startswith("time")} == {
         "time/compute": 0.4, "time/data": 0.1,
     }  # fmt: skip
@@ -685,7 +693,7 @@ def test_wandb_keeps_one_run_over_restarts_and_logs_no_step_twice(tmp_path, capf
     assert second.run.id == first.run.id
     histories = [history_rows(path) for path in offline(tmp_path)]
     assert [record["_step"] for history in histories for record in history] == [1, 2, 3, 4]
-    assert histories[0][2]["val/loss"] == 2.6
+    assert histories[0][2]["val/loss"] == 2.6 and histories[0][2]["val/wiki/loss"] == 2.5
     assert histories[0][2]["samples/nrows"] == 1
     assert histories[1][0]["train/loss"] == 3.6
     assert histories[0][0]["router/dropped_share"] == 0.1
@@ -956,8 +964,9 @@ def test_every_sink_accepts_rows_without_most_keys(tmp_path):
 
 
 def keys_of(row: dict) -> set[str]:
-    """Return the row's keys, with those of `router_layers` as METRICS writes them."""
-    return {f"router_layers.{key}" for key in row.get("router_layers", ())} | row.keys() - {"router_layers"}
+    """Return the row's keys, with those of `router_layers` and `val_sets` as METRICS writes them."""
+    nested = {"router_layers", "val_sets"}
+    return {f"{name}.{key}" for name in nested for key in row.get(name, ())} | row.keys() - nested
 
 
 def test_every_key_of_a_real_run_is_in_the_table_and_every_metric_is_in_a_row(run):
@@ -967,7 +976,7 @@ def test_every_key_of_a_real_run_is_in_the_table_and_every_metric_is_in_a_row(ru
     assert keys - metrics == set(), "add these keys to METRICS in training/logging/metrics.py"
     assert metrics - keys == {"time_redone"}  # only after a kill
     summary = json.loads((folder / "summary.json").read_text())
-    assert {metric.key for metric in METRICS if metric.in_summary} <= summary.keys()
+    assert {metric.key.partition(".")[0] for metric in METRICS if metric.in_summary} <= summary.keys()
 
 
 def test_keys_and_tags_are_unique_and_every_metric_is_documented():

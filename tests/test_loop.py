@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from training import device as devices
 from training.data.loader import Samples
 from training.engine import step
-from training.engine.evaluate import validation_loss
+from training.engine.evaluate import validation_figures
 from training.engine.loop import Events
 from training.engine.step import clip_gradients
 from training.errors import UserError
@@ -42,7 +43,8 @@ def test_bits_per_byte_are_those_of_the_text_before_normalization(build_run):
     """With 2 bytes of tokens for 3 of the text, a byte of the text costs 2/3 as much."""
     one = build_run()
     samples, before = one.setup.val_samples, one.evaluate()
-    samples.split = dataclasses.replace(samples.split, n_bytes=3, token_bytes=2)
+    streams = [dataclasses.replace(stream, n_bytes=3, token_bytes=2) for stream in samples.split.streams]
+    samples.split = dataclasses.replace(samples.split, streams=tuple(streams))
     after = one.evaluate()
     assert after["val_bits_per_byte"] == pytest.approx(before["val_bits_per_byte"] * 2 / 3, rel=1e-12)
     assert after["val_loss"] == before["val_loss"]
@@ -67,12 +69,20 @@ def test_the_norm_of_a_large_gradient_is_exact(build_run):
 
 @pytest.mark.parametrize("n_windows", [7, None], ids=["some windows", "all windows"])
 def test_an_evaluation_is_the_cross_entropy_of_windows_spread_evenly(build_run, n_windows):
+    """Over each source's text: in proportion to its windows, at least one; and over all of these windows."""
     run = build_run()
     perturb(run.model)
-    there = run.setup.val_samples.n_samples
-    windows = range(there) if n_windows is None else [there * i // n_windows for i in range(n_windows)]
-    tokens, targets = run.setup.val_samples.at(list(windows))
-    figures = validation_loss(
+    samples, first, parts = run.setup.val_samples, 0, {}
+    for stream in samples.split.streams:
+        there = math.ceil((len(stream.tokens) - 1) / 32)
+        before, after = (
+            (n_windows * end // samples.n_samples for end in (first, first + there)) if n_windows else (0, there)
+        )
+        n = max(1, after - before)
+        parts[stream.name] = [first + there * i // n for i in range(n)]
+        first += there
+    assert first == samples.n_samples and list(parts) == ["json", "email", "logging"]
+    figures = validation_figures(
         run.model,
         run.setup.val_samples,
         run.dataset.tokenizer,
@@ -80,12 +90,19 @@ def test_an_evaluation_is_the_cross_entropy_of_windows_spread_evenly(build_run, 
         micro_batch=3,
         world=run.world,
     )
-    with torch.no_grad():
-        nats = cross_entropy(run.model, tokens, targets).item()
-    n_bytes = (targets >= 0).sum() - (targets == run.dataset.tokenizer.end_of_text).sum()  # a token is a byte
-    assert figures["val_loss"] == pytest.approx(nats / (targets >= 0).sum(), rel=1e-5)
-    assert figures["val_perplexity"] == pytest.approx(math.exp(nats / (targets >= 0).sum()), rel=1e-4)
-    assert figures["val_bits_per_byte"] == pytest.approx(nats / n_bytes / math.log(2), rel=1e-5)
+    of_sources = figures.pop("val_sets")
+    for name, windows in {**parts, None: list(chain.from_iterable(parts.values()))}.items():
+        tokens, targets = samples.at(windows)
+        with torch.no_grad():
+            nats = cross_entropy(run.model, tokens, targets).item()
+        n_targets = (targets >= 0).sum()
+        n_bytes = n_targets - (targets == run.dataset.tokenizer.end_of_text).sum()  # a token is a byte
+        expected = {"loss": nats / n_targets, "perplexity": math.exp(nats / n_targets)}
+        expected["bits_per_byte"] = nats / n_bytes / math.log(2)
+        if name is None:
+            assert figures == pytest.approx({f"val_{key}": value for key, value in expected.items()}, rel=1e-4)
+        else:
+            assert {key: values[name] for key, values in of_sources.items()} == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_step_follows_the_gradient_of_the_reference_loss_on_its_own_batch(build_run, monkeypatch):

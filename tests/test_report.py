@@ -110,7 +110,8 @@ FINISHED = {
 
 def validation(text: str = "f(x)") -> dict:
     samples = [{"prompt": "def ", "text": text}]
-    return {"val_loss": 2.6, "val_perplexity": 13.46, "val_bits_per_byte": 1.25, "samples": samples}
+    of_sources = {"val_sets": {"loss": {"wiki <b>": 2.5, "code": 2.7}}}
+    return {"val_loss": 2.6, "val_perplexity": 13.46, "val_bits_per_byte": 1.25, "samples": samples} | of_sources
 
 
 def history_of(rows: list[dict]) -> History:
@@ -140,12 +141,14 @@ def test_the_page_of_a_finished_moe_run_has_all_sections(tmp_path):
     assert "needs 1.25 bits for a byte" in page.of("p")[0]
     assert {"2.600", "13.5", "1.250", "1.28M", "124.4M", "60.0M", "20 seconds"} <= set(page.of("b"))
     assert titles(page) == [
-        "Loss", "Compression", "Learning rate", "Gradient norm", "Throughput",
+        "Loss", "Compression", "Validation loss by source", "Learning rate", "Gradient norm", "Throughput",
         "Busiest expert", "Router confidence", "Evenness", "Router z-loss",
     ]  # fmt: skip
     assert {"1.50 \N{MULTIPLICATION SIGN}", "0.930", "0 of 6", "40.0 %"} <= set(page.of("b"))
     assert page.of("th") == ["1", "2", "3", "layer 2", "layer 5"]
-    assert page.legends() == [["training", "validation"], ["layer 2", "layer 5"], ["layer 2", "layer 5"]]
+    assert page.legends() == [
+        ["training", "validation"], ["wiki <b>", "code"], ["layer 2", "layer 5"], ["layer 2", "layer 5"],
+    ]  # fmt: skip
     assert page.of("td") == ["50.0", "30.0", "20.0", "20.0", "40.0", "40.0"]
     assert page.of("h3") == ["First words, step 10", "Last words, step 40"]
     assert [text for text in page.of("pre") if text.startswith("words")] == ["words 10", "words 40"]
@@ -222,7 +225,8 @@ def test_a_token_is_never_blank_and_fits_its_cell(text):
 
 def test_a_dense_run_has_no_charts_of_experts(tmp_path):
     page = report(tmp_path, [row(step, **validation()) for step in range(1, 9)])
-    assert titles(page) == ["Loss", "Compression", "Learning rate", "Gradient norm", "Throughput"]
+    learning = ["Loss", "Compression", "Validation loss by source", "Learning rate", "Gradient norm", "Throughput"]
+    assert titles(page) == learning
     assert page.of("td") == []
 
 

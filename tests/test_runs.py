@@ -235,16 +235,57 @@ def test_sigterm_to_one_of_two_ranks_stops_both_with_one_checkpoint(processes, o
     assert tensors(folder, rows(folder)[-1]["step"])
 
 
+def test_evaluate_has_a_row_for_each_path_and_their_total(finished, call, tmp_path):
+    folder, sizes = finished(), {"a.txt": 20, "b": 70}
+    (tmp_path / "b").mkdir()
+    for path, n in {"a.txt": 20, "b/one.txt": 30, "b/two.txt": 40}.items():
+        (tmp_path / path).write_text("x = y + 1\n" * n)
+    paths = [str(tmp_path / name) for name in sizes]
+    done = call("evaluate", "--run", str(folder), "--data", *paths, paths[0], "--json")
+    assert done.returncode == 0 and "paths to files that are listed before, left out: 1" in done.stderr
+    result = json.loads(done.stdout)
+    assert [(row["name"], row["bytes"]) for row in result["rows"]] == list(zip(paths, (200, 700), strict=True))
+    assert (result["step"], result["total"]["bytes"], result["total"]["tokens"]) == (8, 900, 903)
+    for row in result["rows"]:
+        alone = json.loads(call("evaluate", "--run", str(folder), "--data", row["name"], "--json").stdout)
+        assert alone["rows"] == [row] and alone["total"] == row | {"name": "total"}
+    n_targets = [row["tokens"] - 1 for row in result["rows"]]
+    mean = sum(n * row["loss"] for n, row in zip(n_targets, result["rows"], strict=True)) / sum(n_targets)
+    assert result["total"]["loss"] == pytest.approx(mean, rel=1e-12)
+    table = call("evaluate", "--run", str(folder), "--data", *paths).stdout.splitlines()
+    assert len(table) == 4 and len(set(map(len, table))) == 1
+    assert [f"{row['loss']:.4f}" for row in (*result["rows"], result["total"])] == [
+        line.split()[1] for line in table[1:]
+    ]
+
+
+def test_the_source_of_eval_best_decides_what_is_best(run, config, capsys):
+    folder = run(eval={"every": 2, "tokens": 512, "best": "email"})
+    losses = {row["step"]: row["val_sets"]["loss"]["email"] for row in rows(folder) if "val_sets" in row}
+    summary = json.loads((folder / "summary.json").read_text())
+    best = min(losses, key=losses.get)
+    assert (summary["best_step"], summary["best_val_loss"], summary["best_of"]) == (best, losses[best], "email")
+    assert f"best {losses[best]:.4f} at step {best} (email)" in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match=r"eval\.best: no validation text has the name 'books'; there is json, email, logging"
+    ):
+        train(config(eval={"best": "books"}))
+    assert train(config(eval={"every": 2, "tokens": 512})) == 0
+    line = "eval.best: all validation text, no longer email: the best step so far no longer counts"
+    assert line in capsys.readouterr().err
+
+
 def test_generate_and_evaluate_work_on_a_run(finished, call, tmp_path):
     folder = finished()
     done = command("-m", "training.generate", "--run", str(folder), "--prompt", "import ", "--tokens", "5")
     assert done.returncode == 0 and done.stdout.startswith("import ") and len(done.stdout) > len("import ")
     done = command("-m", "training.evaluate", "--run", str(folder / "checkpoints/step-00000006"))
-    assert done.returncode == 0 and done.stdout.startswith("step 6: loss ")
+    assert done.returncode == 0
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["step", "json", "email", "logging", "total"]
     text = tmp_path / "text.txt"
     text.write_text("def f():\n    return 1\n" * 20)
     done = call("evaluate", "--run", str(folder), "--data", str(text))
-    assert done.returncode == 0 and "440 bytes" in done.stdout
+    assert done.returncode == 0 and done.stdout.startswith("step 8: loss ") and "440 bytes" in done.stdout
     for name, *prompt in (("generate", "--prompt", "a"), ("evaluate",)):
         done = call(name, "--run", str(tmp_path), *prompt)
         assert done.returncode == 2

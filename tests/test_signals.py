@@ -199,7 +199,7 @@ SIGNALS = [(signal.SIGTERM, ()), (signal.SIGINT, ()), (signal.SIGUSR1, PASSED_ON
 def test_a_signal_to_torchrun_stops_all_ranks_at_one_step_and_the_run_resumes(options, run, tmp_path, signals):
     """Two ranks with one micro-batch each equal one process with two, bit for bit: a sum of two has one order."""
     alike = {
-        "steps": 400,
+        "steps": 120,
         "eval": {"every": None, "tokens": 64},
         "checkpoint": {"every": None},
         "logging": {"every": 1},

@@ -67,7 +67,7 @@ def train(config: Config, world: World, stop_at: int | None = None) -> tuple[dic
     for hook in hooks:
         hook.remove()
     run.save()
-    val_loss = run.evaluate()["val_loss"]
+    evaluation = run.evaluate()
     weights = run.sharded.full_state_dict()
     run.close()
     names = ("loss", "grad_norm", "expert_load")
@@ -75,7 +75,7 @@ def train(config: Config, world: World, stop_at: int | None = None) -> tuple[dic
     return {
         "steps": steps,
         "tokens": tokens_of_step,
-        "val_loss": val_loss,
+        "val_losses": {"all": evaluation["val_loss"]} | evaluation["val_sets"]["loss"],
         "micro_batch": run.micro_batch.size,
     }, weights
 

@@ -216,6 +216,8 @@ class ModelConfig(Section):
 
 # --- data ------------------------------------------------------------------------------------------
 
+NAME_DOC = "name of its validation text in the logs; null: from its path"
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 WEIGHT_DOC = "relative share of samples from this source; null (then in every source): in proportion to size"
 
 
@@ -223,6 +225,7 @@ class StdlibSource(Section):
     """The source code of Python's standard library without its tests, about 11 MB; needs no download."""
 
     type: Literal["stdlib"] = "stdlib"
+    name: str | None = option(None, "name of its validation text in the logs; null: stdlib", pattern=NAME_PATTERN)
     weight: float | None = option(None, WEIGHT_DOC, gt=0)
 
 
@@ -230,6 +233,7 @@ class FilesSource(Section):
     """Files: .txt .md .py (a document each), .jsonl .ndjson .json .parquet (one a row); may be .gz .bz2 .xz .zst."""
 
     type: Literal["files"] = "files"
+    name: str | None = option(None, NAME_DOC, pattern=NAME_PATTERN)
     paths: ListOf[PathText] = option(
         ...,
         "files, folders (with all files below them) or globs; in a .txt, <|endoftext|> starts another document",
@@ -290,6 +294,11 @@ SourceConfig = one_of(FilesSource, StdlibSource, HuggingFaceSource)
 TokenizerConfig = one_of(BPETokenizer, ByteTokenizer, FileTokenizer, HuggingFaceTokenizer, TiktokenTokenizer)
 
 
+def chosen_name(source: SourceConfig) -> str | None:
+    """Return the name that an option gives a source; None for a Hugging Face source, whose `name` is the data set's."""
+    return None if isinstance(source, HuggingFaceSource) else source.name
+
+
 class DataConfig(Section):
     """Text, tokenizer and held-out split. Text is tokenized once, into memory-mapped shards in `cache_dir`."""
 
@@ -306,6 +315,9 @@ class DataConfig(Section):
         for name, sources in (("sources", self.sources), ("val_sources", self.val_sources)):
             if len({source.weight is None for source in sources}) > 1:
                 yield name, "give every source a weight, or none of them"
+            chosen = [name for name in map(chosen_name, sources) if name is not None]
+            for repeated in sorted({each for each in chosen if chosen.count(each) > 1}):
+                yield name, f"two sources have the name {repeated}"
 
 
 # --- optimizer and schedule ------------------------------------------------------------------------
@@ -453,7 +465,7 @@ class CheckpointConfig(Section):
     every: int | None = option(500, "save every N steps; null: not by steps", unit="steps", ge=1)
     every_minutes: float | None = option(10.0, "save every N minutes; null: not by time", unit="minutes", gt=0)
     keep: int = option(2, "number of newest checkpoints to keep", unit="checkpoints", ge=1)
-    keep_best: bool = option(True, "also save and keep the checkpoint with the lowest validation loss")
+    keep_best: bool = option(True, "also save and keep the checkpoint with the lowest validation loss (eval.best)")
     background: bool = option(True, "write in the background from a copy in memory, while training continues")
     one_file_gib: float = option(
         8.0, "one file each for model and optimizer, up to this size of both", unit="GiB", ge=0
@@ -465,6 +477,7 @@ class EvalConfig(Section):
 
     every: int | None = option(200, "evaluate every N steps and at the end; null: at the end only", unit="steps", ge=1)
     tokens: int | None = option(1_000_000, "validation tokens to evaluate on; null: all", unit="tokens", ge=1)
+    best: str | None = option(None, "name of the validation text whose loss decides what is best; null: all of it")
     prompts: ListOf[str] = option((), "prompts to continue at each evaluation")
     sample_tokens: int = option(64, "length of each continuation", unit="tokens", ge=1)
     temperature: float = option(0.8, "sampling temperature; 0: greedy", ge=0)

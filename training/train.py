@@ -84,7 +84,7 @@ def train(config: Config, *, resume: str = "auto") -> int:
                     log.last_row |= engine.evaluate(setup, dataset.tokenizer)
                     engine.check_finite(state, log)
                     log.last_row |= engine.sample_texts(setup, dataset.tokenizer)
-                is_best = state.update_best(log.last_row["val_loss"], is_saved=due.save)
+                is_best = state.update_best(log.last_row, config.eval.best, is_saved=due.save)
             if due.log:
                 log.write()
             if due.evaluate and run.world.is_main:

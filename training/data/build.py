@@ -3,12 +3,13 @@
 import hashlib
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, islice, product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -52,7 +53,7 @@ def write_dataset(corpus: Corpus, folder: Path, key: str, quiet: bool) -> None:
         counts = write_streams(chunks, tokenizer, writers, corpus.config.workers, progress)
     records = [writer.record(split) for (split, _), writer in writers.items()]
     check_splits(corpus, records)
-    train = np.concatenate([writer.document_hashes() for (split, _), writer in writers.items() if split == "train"])
+    train, val = (labeled_documents(writers, split) for split in ("train", "val"))
     manifest = Manifest(
         format=FORMAT_VERSION,
         key=key,
@@ -61,14 +62,43 @@ def write_dataset(corpus: Corpus, folder: Path, key: str, quiet: bool) -> None:
         separator=tokenizer.separator,
         tokenizer_sha256=hashlib.sha256((folder / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest(),
         **vars(counts),
-        n_shared=int(np.isin(writers["val", 0].document_hashes(), train).sum()),
-        n_repeated=len(train) - len(np.unique(train)),
+        n_shared=int(np.isin(val.hashes, train.hashes).sum()),
+        shared=count_shared(train, val),
+        n_repeated=len(train.hashes) - len(np.unique(train.hashes)),
         streams=records,
     )
     (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     with show_progress("flushing the tokens to disk", quiet, only_if_slow=True):
         for path in [*folder.rglob("*"), folder]:
             fsync_path(path)
+
+
+class LabeledDocuments(NamedTuple):
+    """The hash of each document of a split, uint64, and the number of its source, both (n_documents,)."""
+
+    hashes: np.ndarray
+    sources: np.ndarray
+
+
+def labeled_documents(writers: Mapping[tuple[str, int], StreamWriter], split: str) -> LabeledDocuments:
+    """Return the documents of a split."""
+    written = [writer for (name, _), writer in writers.items() if name == split]
+    parts = [(source, counts["n_documents"]) for writer in written for source, counts in writer.parts.items()]
+    sources, sizes = np.array(parts, np.int64).reshape(-1, 2).T
+    return LabeledDocuments(np.concatenate([w.document_hashes() for w in written]), np.repeat(sources, sizes))
+
+
+def count_shared(train: LabeledDocuments, val: LabeledDocuments) -> list[tuple[int, int, int]]:
+    """Return (source of validation text, source of training text, validation documents that are in both)."""
+    is_shared, is_both = np.isin(val.hashes, train.hashes), np.isin(train.hashes, val.hashes)
+    val = LabeledDocuments(val.hashes[is_shared], val.sources[is_shared])
+    train = LabeledDocuments(train.hashes[is_both], train.sources[is_both])
+    pairs = []
+    for val_source, train_source in product(np.unique(val.sources), np.unique(train.sources)):
+        there = train.hashes[train.sources == train_source]
+        if n := int(np.isin(val.hashes[val.sources == val_source], there).sum()):
+            pairs.append((int(val_source), int(train_source), n))
+    return pairs
 
 
 def bytes_to_learn_from(corpus: Corpus) -> int | None:

@@ -36,6 +36,7 @@ class Chunk(NamedTuple):
 
     text: str
     split: str  # "train" or "val"
+    source: int  # its number among the readers of its text
     stream: int
     starts_document: bool
     follows_border: bool = False  # the document begins after a separator in the text

@@ -9,7 +9,13 @@ from training.config import DataConfig
 from training.data.chunks import Chunk, mark_blank, number_parts
 from training.data.file_hashes import FileHashes
 from training.data.shards import FORMAT_VERSION
-from training.data.sources import FilesReader, Reader, build_reader, drop_repeated_files, plain_bytes
+from training.data.sources import (
+    FilesReader,
+    Reader,
+    build_readers,
+    drop_repeated_files,
+    plain_bytes,
+)
 from training.data.text_files import format_of, is_text_file
 from training.data.tokenizer import END_OF_TEXT, tokenizer_identity
 from training.errors import UserError
@@ -21,7 +27,8 @@ class Corpus:
     """The text of a configuration. Raises UserError if a source is missing.
 
     Documents are held out for validation by a hash; a single text file is split near its end instead.
-    Training text is one stream, or one stream for each source if sources have weights. Validation text is one stream.
+    Training text is one stream, or one stream for each source if sources have weights. Validation text is one stream,
+    in which each source has a part of its own.
     A file that sources without weights list several times is read once; `repeated_files` has the other spellings.
     """
 
@@ -29,8 +36,8 @@ class Corpus:
         if any(source.weight for source in config.val_sources):
             raise UserError("data.val_sources: validation text is read once from end to end; leave weight out")
         self.config = config
-        self.train_readers = [build_reader(source) for source in config.sources]
-        self.val_readers = [build_reader(source) for source in config.val_sources]
+        self.train_readers = build_readers(config.sources)
+        self.val_readers = build_readers(config.val_sources)
         self.weights = [source.weight for source in config.sources if source.weight]
         together = [[reader] for reader in self.train_readers] if self.weights else [self.train_readers]
         together.append(self.val_readers)
@@ -61,6 +68,11 @@ class Corpus:
         }
         return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16] + DUMP_SUFFIX * self.has_dumps
 
+    def names(self, split: str) -> list[str]:
+        """Return the name of each source of a split's text."""
+        readers = self.val_readers if split == "val" and self.val_readers else self.train_readers
+        return [reader.name for reader in readers]
+
     def chunks(self, separators: Sequence[str]) -> Iterator[Iterator[Chunk]]:
         """Yield an iterator over the chunks of each source. `separators` stand between the documents of dumps."""
         if self.single_text_file is not None:
@@ -68,9 +80,9 @@ class Corpus:
             return
         val_fraction = 0.0 if self.val_readers else self.config.val_fraction
         for i, reader in enumerate(self.train_readers):
-            yield split_documents(reader, i if self.weights else 0, val_fraction, separators)
-        for reader in self.val_readers:
-            yield split_documents(reader, 0, 1.0, separators)
+            yield split_documents(reader, i, i if self.weights else 0, val_fraction, separators)
+        for i, reader in enumerate(self.val_readers):
+            yield split_documents(reader, i, 0, 1.0, separators)
 
     def _single_text(self, separators: Sequence[str]) -> Iterator[tuple[int, str]]:
         """Yield (number of the document, text) of the single text file."""
@@ -82,14 +94,19 @@ class Corpus:
             yield from (chunk.text for chunk in chunks if chunk is not None and chunk.split == "train")
 
 
-def split_documents(reader: Reader, stream: int, val_fraction: float, separators: Sequence[str]) -> Iterator[Chunk]:
-    """Yield the chunks of a source's documents; a blank one is one chunk."""
+def split_documents(
+    reader: Reader, source: int, stream: int, val_fraction: float, separators: Sequence[str]
+) -> Iterator[Chunk]:
+    """Yield the chunks of the documents of source number `source`; a blank one is one chunk.
+
+    Training text goes to `stream`, a share `val_fraction` of the documents to the only stream of validation text.
+    """
     for document in reader.documents():
         for number, text, starts, is_blank in mark_blank(number_parts(document, separators)):
             if starts:
                 is_val = is_held_out(text if document.key is None else document.key, val_fraction)
                 split, index = ("val", 0) if is_val else ("train", stream)
-            yield Chunk(text, split, index, starts, starts and number > 0, is_blank)
+            yield Chunk(text, split, source, index, starts, starts and number > 0, is_blank)
 
 
 def split_text(parts: Callable[[], Iterator[tuple[int, str]]], val_fraction: float) -> Iterator[Chunk]:
@@ -110,12 +127,12 @@ def split_text(parts: Callable[[], Iterator[tuple[int, str]]], val_fraction: flo
                 middle = (border + end) // 2 - n_read  # a later line would leave little to validate on, or nothing
                 cut = text.find("\n", cut, middle) + 1 or cut
             if text[:cut]:
-                yield Chunk(text[:cut], split, 0, starts, follows, is_blank)
+                yield Chunk(text[:cut], split, 0, 0, starts, follows, is_blank)
             if text[cut:]:
-                yield Chunk(text[cut:], "val", 0, True, follows and cut == 0, is_blank)
+                yield Chunk(text[cut:], "val", 0, 0, True, follows and cut == 0, is_blank)
                 split = "val"
         else:
-            yield Chunk(text, split, 0, starts, follows, is_blank)
+            yield Chunk(text, split, 0, 0, starts, follows, is_blank)
         n_read += len(text)
 
 

@@ -10,8 +10,9 @@ import shutil
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def prepare(config: DataConfig, *, quiet: bool = False) -> Dataset:
                     build_dataset(corpus, folder, hashes, quiet)
         with show_progress("checking the cached tokens", quiet, only_if_slow=True) as progress:
             hashes.on_read = progress.add
-            dataset = open_dataset(folder, corpus.weights, hashes)
+            dataset = open_dataset(folder, corpus, hashes)
         hashes.save()
     except OSError as error:  # from the cache's disk: readers of sources raise UserError
         raise UserError(f"{error.filename or cache}: cannot be written: {error.strerror or error}") from None
@@ -116,15 +117,17 @@ def build_dataset(corpus: Corpus, folder: Path, hashes: FileHashes, quiet: bool)
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def open_dataset(folder: Path, weights: Sequence[float], hashes: FileHashes) -> Dataset:
-    """Map a complete dataset. Raises UserError if it is damaged."""
-    manifest = shards.read_manifest(folder)
-    train = shards.open_split(folder, manifest, "train", hashes, weights)
+def open_dataset(folder: Path, corpus: Corpus, hashes: FileHashes) -> Dataset:
+    """Map a complete dataset, which was built from this corpus. Raises UserError if it is damaged."""
+    manifest, names = shards.read_manifest(folder), {split: corpus.names(split) for split in ("train", "val")}
+    shards.check_sources(folder, manifest, *map(len, names.values()))
+    train = shards.open_split(folder, manifest, "train", hashes, corpus.weights)
     val = shards.open_split(folder, manifest, "val", hashes)
+    val = replace(val, streams=tuple(shards.split_by_source(*val.streams, manifest.validation, names["val"])))
     tokenizer = shards.open_tokenizer(folder, manifest)
     parts = [manifest.tokenizer_sha256, *(record.sha256 for record in manifest.streams)]
     new, old = (hashlib.sha256(" ".join(each).encode()).hexdigest() for each in (parts, [manifest.key, *parts]))
-    notes = list(describe_dataset(folder, manifest, tokenizer))
+    notes = list(describe_dataset(folder, manifest, tokenizer, corpus))
     report = {"folder": str(folder), "notes": notes}
     return Dataset(tokenizer, train, val, new, old, report)
 
@@ -136,16 +139,22 @@ def print_notes(lines: Iterable[str]) -> None:
 
 
 def read_split(paths: Sequence[str], text_column: str, tokenizer: Tokenizer) -> Split:
-    """Tokenize files as one stream in memory, without a cache, and print notes. Raises UserError for no text."""
+    """Tokenize files in memory, without a cache, as a stream for each path, and print notes.
+
+    Raises UserError for no text.
+    """
     tokens, starts = BytesIO(), BytesIO()
     writer = StreamWriter(tokens, starts, tokenizer)
-    reader = build_reader(FilesSource(paths=tuple(paths), text_column=text_column))
-    print_notes([*describe_left_out([reader]), *describe_repeated_files(drop_repeated_files([reader]))])
-    chunks = split_documents(reader, 0, 1.0, tokenizer.separators)
-    counts = write_streams(chunks, tokenizer, {("val", 0): writer}, None, len)
+    readers = [build_reader(FilesSource(paths=(path,), text_column=text_column)) for path in paths]
+    names = dict(zip(readers, paths, strict=True))
+    print_notes([*describe_left_out(readers), *describe_repeated_files(drop_repeated_files(readers))])
+    chunks = (split_documents(reader, i, 0, 1.0, tokenizer.separators) for i, reader in enumerate(readers))
+    counts = write_streams(chain.from_iterable(chunks), tokenizer, {("val", 0): writer}, None, len)
     if not writer.n_documents:
         raise UserError(f"{', '.join(paths)}: no text in there")
     print_notes([*describe_blank(counts.n_blank), *describe_separators(counts.n_borders, counts.as_text, tokenizer)])
     arrays = np.frombuffer(tokens.getbuffer(), tokenizer.dtype), np.frombuffer(starts.getbuffer(), "<u8")
-    sizes = {name: getattr(writer, name) for name in (*shards.COUNTS, "token_bytes")}
-    return Split("val", (Stream(Path(paths[0]), *arrays),), None, tokenizer.vocab_size, **sizes)
+    record = writer.record("val")
+    stream = Stream(Path(paths[0]), *arrays, record.n_bytes, record.token_bytes)
+    streams = shards.split_by_source(stream, record, [names[reader] for reader in readers])
+    return Split("val", tuple(streams), None, tokenizer.vocab_size)

@@ -76,10 +76,18 @@ class Samples:
         """Return a key for each sample's random numbers: int64 (B,), below 2^48."""
         return (permutation_key(self.seed, -2, indices) >> np.uint64(16)).astype(np.int64)
 
-    def evenly_spaced(self, n_tokens: int | None) -> np.ndarray:
-        """Return the indices of n_tokens // n_positions samples, at least one, spread evenly; None: all samples."""
-        n = self.n_samples if n_tokens is None else min(self.n_samples, max(1, n_tokens // self.n_positions))
-        return np.arange(n) * self.n_samples // n
+    def evenly_spaced(self, n_tokens: int | None) -> list[np.ndarray]:
+        """Return, by stream, the indices of n_tokens // n_positions samples, spread evenly; None: of all samples.
+
+        Streams get samples in proportion to their size, and at least one.
+        """
+        n = self.n_samples if n_tokens is None else min(self.n_samples, n_tokens // self.n_positions)
+        indices = []
+        for end, windows in zip(np.cumsum(self.windows).tolist(), self.windows.tolist(), strict=True):
+            first = end - windows
+            n_of_stream = max(1, n * end // self.n_samples - n * first // self.n_samples)
+            indices.append(first + np.arange(n_of_stream) * windows // n_of_stream)
+        return indices
 
     def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (stream, window in the stream) of each sample, both (B,)."""

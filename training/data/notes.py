@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from training.data.corpus import Corpus
 from training.data.shards import Manifest
 from training.data.sources import FilesReader, Reader
 from training.data.text_files import EXTENSIONS
@@ -49,17 +50,27 @@ def describe_blank(n: int) -> Iterator[str]:
         yield f"empty documents, left out: {n:,}"
 
 
-def describe_dataset(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield lines about the prepared dataset in `folder`."""
+def describe_dataset(folder: Path, manifest: Manifest, tokenizer: Tokenizer, corpus: Corpus) -> Iterator[str]:
+    """Yield lines about the prepared dataset in `folder`, which was built from `corpus`."""
+    val, val_names = manifest.validation, corpus.names("val")
     if "n_shared" not in manifest.model_fields_set:
         old = "prepared by an earlier version, which did not count separators in the text, nor text that is there twice"
         yield f"{old}; to count them, remove {folder}"
+    elif not val.parts and len(val_names) > 1:
+        old = "prepared by an earlier version, which did not note the source of each validation document"
+        yield f"{old}; for a validation loss of each source, remove {folder}"
+    elif missing := set(range(len(val_names))) - {part.source for part in val.parts}:
+        names = ", ".join(val_names[source] for source in sorted(missing))
+        advice = "it is empty" if corpus.val_readers else "a larger data.val_fraction holds some out"
+        yield f"no validation text, and so no validation loss of its own: {names}; {advice}"
     yield from describe_blank(manifest.n_blank)
     yield from describe_separators(manifest.n_borders, manifest.as_text, tokenizer)
     if n := manifest.n_shared:
-        n_val = next(record.n_documents for record in manifest.streams if record.split == "val")
+        train_names = corpus.names("train")
+        pairs = ", ".join(f"{each:,} of {val_names[i]} in {train_names[j]}" for i, j, each in manifest.shared)
+        n_val = f"{val.n_documents:,}{pairs and f' ({pairs})'}"
         advice = "their loss is not that of unseen text; take them out of data.sources or data.val_sources"
-        yield f"validation documents that are also training documents: {n:,} of {n_val:,}; {advice}"
+        yield f"validation documents that are also training documents: {n:,} of {n_val}; {advice}"
     if n := manifest.n_repeated:
         yield f"training documents that repeat another word for word: {n:,}"
     before = sum(record.n_bytes for record in manifest.streams)

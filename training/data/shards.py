@@ -8,8 +8,9 @@ document starts with the end-of-text token, so that its first token of text is a
 import hashlib
 import mmap
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -26,18 +27,29 @@ from training.files import open_file, read_bytes
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 HASH_AT_START_BYTES = 2**28  # files up to this size are hashed at every start
-COUNTS = ("n_documents", "n_tokens", "n_bytes")
 
 
-class StreamRecord(Section):
-    """One stream in the manifest."""
+class TextSize(Section):
+    """How much text there is."""
 
-    split: Literal["train", "val"]
     n_documents: int = Field(ge=0)
     n_tokens: int = Field(ge=0)
     n_bytes: int = Field(ge=0)
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
     token_bytes: int | None = Field(None, ge=0, description="bytes of the tokens, if normalization changed the text")
+
+
+class PartRecord(TextSize):
+    """The part of a stream that is from one source."""
+
+    source: int = Field(ge=0, description="its number among the sources of training or of validation text")
+
+
+class StreamRecord(TextSize):
+    """One stream in the manifest."""
+
+    split: Literal["train", "val"]
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    parts: list[PartRecord] = Field([], description="by source, one after another; older manifests lack them")
 
 
 class Manifest(Section):
@@ -54,8 +66,14 @@ class Manifest(Section):
     n_borders: int = Field(0, ge=0, description="separators in dumps, which are borders between documents")
     as_text: dict[str, int] = Field({}, description="how often the name of a separator is ordinary text")
     n_shared: int = Field(0, ge=0, description="validation documents that are also in the training text")
+    shared: list[tuple[int, int, int]] = Field([], description="the same by source: validation, training, documents")
     n_repeated: int = Field(0, ge=0, description="training documents that equal an earlier one")
     streams: list[StreamRecord]
+
+    @property
+    def validation(self) -> StreamRecord:
+        """The only stream of validation text."""
+        return next(record for record in self.streams if record.split == "val")
 
 
 @dataclass(frozen=True)
@@ -68,30 +86,45 @@ class Stream:
     path: Path
     tokens: np.ndarray
     documents: np.ndarray
+    n_bytes: int  # of the text
+    token_bytes: int | None = None  # of the tokens, if they are not the text's; older datasets lack it
     mapped: mmap.mmap | None = None
+    name: str = ""  # of its source, if it has only one
 
     def window(self, start: int, stop: int) -> np.ndarray:
         """Return the tokens [start, stop) as a view of the file. Copy them at once.
 
         Raises UserError if the file has been truncated: reading past its end would kill the process (SIGBUS).
         """
-        if self.mapped is not None and (size := self.mapped.size()) < self.tokens.nbytes:
+        if self.mapped is not None and (size := self.mapped.size()) < len(self.mapped):
             raise _damaged(self.path, f"cut to {size} bytes while it was read")
         return self.tokens[start:stop]
 
 
 @dataclass(frozen=True)
 class Split:
-    """Training or validation text. `weights` are the streams' shares of the samples; None: in proportion to size."""
+    """Training or validation text; validation text has a stream for each source.
+
+    `weights` are the streams' shares of the samples; None: in proportion to size.
+    """
 
     name: str
     streams: tuple[Stream, ...]
     weights: tuple[float, ...] | None
     vocab_size: int
-    n_documents: int
-    n_tokens: int
-    n_bytes: int  # of the text
-    token_bytes: int | None = None  # of the tokens, if they are not the text's; older datasets lack it
+
+    @property
+    def n_documents(self) -> int:
+        return sum(len(stream.documents) for stream in self.streams)
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(len(stream.tokens) for stream in self.streams)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the text."""
+        return sum(stream.n_bytes for stream in self.streams)
 
 
 class StreamWriter:
@@ -99,30 +132,32 @@ class StreamWriter:
 
     def __init__(self, tokens: BinaryIO, documents: BinaryIO, tokenizer: Tokenizer):
         self.tokens, self.documents, self.tokenizer = tokens, documents, tokenizer
-        self.n_documents = self.n_tokens = self.n_bytes = 0
-        self.token_bytes = None if tokenizer.normalization is None else 0
+        self.n_documents = self.n_tokens = 0
+        self.parts: dict[int, Counter[str]] = {}  # by source: the counts of TextSize
         self.sha256, self.document = hashlib.sha256(), hashlib.blake2b(digest_size=8)
         self.earlier_documents = bytearray()  # 8 bytes for each
 
     def add(self, chunk: Chunk, ids: np.ndarray) -> None:
-        """Write the tokens of a chunk. An end-of-text token comes before each document."""
+        """Write the tokens of a chunk. An end-of-text token comes before each document; sources come one by one."""
         if (ids == self.tokenizer.end_of_text).any():
             raise UserError("data.tokenizer: it gave an end-of-text token for ordinary text, so it cannot be used")
-        if self.token_bytes is not None:
-            self.token_bytes += int(self.tokenizer.token_bytes[ids].sum())
+        part = self.parts.setdefault(chunk.source, Counter())
+        part["n_bytes"] += len(chunk.text.encode())
+        part["token_bytes"] += int(self.tokenizer.token_bytes[ids].sum())
         if chunk.starts_document:
             self.documents.write(np.array([self.n_tokens], "<u8").tobytes())
             if self.n_documents:
                 self.earlier_documents += self.document.digest()
             self.document = hashlib.blake2b(digest_size=8)
             self.n_documents += 1
+            part["n_documents"] += 1
             ids = np.append(self.tokenizer.end_of_text, ids)
         data = ids.astype(self.tokenizer.dtype).tobytes()
         self.tokens.write(data)
         self.sha256.update(data)
         self.document.update(data)
         self.n_tokens += len(ids)
-        self.n_bytes += len(chunk.text.encode())
+        part["n_tokens"] += len(ids)
 
     def document_hashes(self) -> np.ndarray:
         """Return a hash of each document, uint64 (n_documents,)."""
@@ -130,8 +165,14 @@ class StreamWriter:
 
     def record(self, split: str) -> StreamRecord:
         """Return the stream's record for the manifest."""
-        counts = {name: getattr(self, name) for name in COUNTS}
-        return StreamRecord(split=split, sha256=self.sha256.hexdigest(), token_bytes=self.token_bytes, **counts)
+        parts = [PartRecord(source=source, **self._size(counts)) for source, counts in self.parts.items()]
+        total = self._size(sum(self.parts.values(), Counter()))
+        return StreamRecord(split=split, sha256=self.sha256.hexdigest(), parts=parts, **total)
+
+    def _size(self, counts: Counter[str]) -> dict[str, int | None]:
+        """Return the fields of a `TextSize`."""
+        same = {"token_bytes": None} if self.tokenizer.normalization is None else {}
+        return {name: counts[name] for name in TextSize.model_fields} | same
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -143,6 +184,19 @@ def read_manifest(folder: Path) -> Manifest:
         raise _damaged(path, error.strerror) from None
     except ValidationError as error:
         raise _damaged(path, error.errors()[0]["msg"]) from None
+
+
+def check_sources(folder: Path, manifest: Manifest, n_train: int, n_val: int) -> None:
+    """Raise UserError if a manifest's records by source do not add up, or name more sources than there are."""
+    n_sources = {"train": n_train, "val": n_val}
+    for record in manifest.streams:
+        parts, last = record.parts, n_sources[record.split] - 1
+        sums = [sum(getattr(part, name) for part in parts) for name in ("n_documents", "n_tokens", "n_bytes")]
+        is_whole = not parts or sums == [record.n_documents, record.n_tokens, record.n_bytes]
+        if not is_whole or any(part.source > last for part in parts):
+            raise _damaged(folder / MANIFEST_FILE, f"the parts of its {record.split} text do not fit the sources")
+    if any(not (0 <= val < n_val and 0 <= train < n_train) for val, train, _ in manifest.shared):
+        raise _damaged(folder / MANIFEST_FILE, "the sources of documents that are there twice are none of the sources")
 
 
 def open_split(folder: Path, manifest: Manifest, name: str, hashes: FileHashes, weights: Sequence[float] = ()) -> Split:
@@ -162,10 +216,25 @@ def open_split(folder: Path, manifest: Manifest, name: str, hashes: FileHashes, 
             raise _damaged(path, "its SHA-256 is not the one in the manifest")
         if is_short and (largest := tokens.max(initial=0)) >= manifest.vocab_size:
             raise _damaged(path, f"token {largest} is not below the vocabulary's {manifest.vocab_size}")
-        streams.append(Stream(path, tokens, documents, mapped))
-    counts = {count: sum(getattr(record, count) for record in records) for count in COUNTS}
-    token_bytes = None if None in (sizes := [record.token_bytes for record in records]) else sum(sizes)
-    return Split(name, tuple(streams), tuple(weights) or None, manifest.vocab_size, token_bytes=token_bytes, **counts)
+        streams.append(Stream(path, tokens, documents, record.n_bytes, record.token_bytes, mapped))
+    return Split(name, tuple(streams), tuple(weights) or None, manifest.vocab_size)
+
+
+def split_by_source(stream: Stream, record: StreamRecord, names: Sequence[str]) -> Iterator[Stream]:
+    """Yield the part of each source as a stream with its name; the whole without one if the record has no parts."""
+    if not record.parts:
+        yield stream
+    token = document = 0
+    for part in record.parts:
+        yield replace(
+            stream,
+            tokens=stream.tokens[token : (token_end := token + part.n_tokens)],
+            documents=stream.documents[document : (document_end := document + part.n_documents)] - token,
+            n_bytes=part.n_bytes,
+            token_bytes=part.token_bytes,
+            name=names[part.source],
+        )
+        token, document = token_end, document_end
 
 
 def _map_file(path: Path, dtype: str, length: int) -> tuple[np.ndarray, mmap.mmap | None]:

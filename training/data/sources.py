@@ -1,12 +1,13 @@
 """Readers of text: one class for each kind of source, and the table that maps a source's config to its reader."""
 
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Protocol
 
-from training.config import FilesSource, HuggingFaceSource, Section, StdlibSource
+from training.config import FilesSource, HuggingFaceSource, Section, SourceConfig, StdlibSource, chosen_name
 from training.data.chunks import Document, look_ahead, to_document
 from training.data.file_hashes import FileHashes
 from training.data.text_files import (
@@ -15,6 +16,7 @@ from training.data.text_files import (
     format_of,
     is_plain_text,
     is_text_file,
+    name_of_path,
     read_documents,
     to_text,
     walk,
@@ -24,6 +26,8 @@ from training.errors import UserError, library_error
 
 class Reader(Protocol):
     """A source of documents."""
+
+    name: str  # in the logs, of letters, digits, `.`, `_` and `-`
 
     def documents(self) -> Iterator[Document]:
         """Yield every document, in an order that depends only on the source. Called more than once."""
@@ -38,7 +42,8 @@ class StdlibReader:
     Tests, installed packages and modules that were generated for this machine are left out.
     """
 
-    def __init__(self, _config: StdlibSource):
+    def __init__(self, config: StdlibSource):
+        self.name = config.name or "stdlib"
         root = Path(sysconfig.get_path("stdlib"))
         self.modules = {
             path.relative_to(root).as_posix(): path
@@ -60,6 +65,7 @@ class FilesReader:
     """Local files. A file listed by its own path must contain text; files from folders and globs may be empty."""
 
     def __init__(self, config: FilesSource):
+        self.name = config.name or name_of_path(config.paths[0])
         self.column = config.text_column
         self.patterns = config.paths
         self.paths, self.left_out = find_files(config.paths)
@@ -101,6 +107,7 @@ class HuggingFaceReader:
     def __init__(self, config: HuggingFaceSource):
         self.config = config
         self.folder = Path(config.name)
+        self.name = name_of_path("-".join(filter(None, (config.name, config.config))))
 
     def identity(self, hashes: FileHashes) -> Any:
         options = self.config.model_dump(exclude={"name", "weight", "streaming"})
@@ -168,3 +175,15 @@ READERS: dict[type[Section], type[Reader]] = {
 def build_reader(config: Section) -> Reader:
     """Build the reader of a source. Raises UserError if its files are missing."""
     return READERS[type(config)](config)
+
+
+def build_readers(sources: Sequence[SourceConfig]) -> list[Reader]:
+    """Build the readers of all sources. A name that no option chose gets -2, -3, ... if another source has it."""
+    readers = [build_reader(source) for source in sources]
+    taken = set(map(chosen_name, sources))
+    for source, reader in zip(sources, readers, strict=True):
+        if chosen_name(source) is None:
+            numbered = (f"{reader.name}-{number}" for number in count(2))
+            reader.name = next(name for name in chain([reader.name], numbered) if name not in taken)
+            taken.add(reader.name)
+    return readers

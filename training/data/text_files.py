@@ -4,6 +4,7 @@ import glob
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -90,6 +91,12 @@ def find_files(patterns: Iterable[str]) -> tuple[dict[Path, bool], LeftOut]:
         else:
             raise UserError(f"{pattern}: no such file or folder")
     return files, {path: kind for path, kind in left_out.items() if path not in files}
+
+
+def name_of_path(path: str) -> str:
+    """Return a name for text at this path: its last part that is no pattern, in letters, digits, `.`, `_` and `-`."""
+    parts = [part for part in Path(path).parts if not set(part) & set("*?[")]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", parts[-1] if parts else "")[:64].strip("-._") or "files"
 
 
 def search(path: Path, left_out: LeftOut) -> Iterator[Path]:

@@ -22,6 +22,7 @@ from training.model import GPT, kernel_requirements
 from training.model.stats import ModelStats, initial_value, model_stats
 from training.optim.optimizer import LossScale, Optimizer
 from training.planning.report import disk_shortage
+from training.terminal import print_note
 from training.weights.init_from import check_pretrained, load_weights, weights_sha256
 
 
@@ -56,6 +57,7 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
     state = TrainState.new() if point is None else point.state
     config = resolve_precision_and_sizes(config, dataset, world, state)
     check_same_run(config, dataset, resume, point)
+    config = choose_best(config, dataset, world, state)
     state.n_vocab = count_tokens(config, dataset, point)
     kernels = agree_on_kernels(config, world, state.kernels)
     state.data, state.kernels = dataset.fingerprint, kernels.names
@@ -112,6 +114,25 @@ def resolve_precision_and_sizes(config: Config, dataset: Dataset, world: World, 
         precision = state.config.get("precision", precision)
     model = config.model.model_copy(update={"vocab_size": vocab_size or -(-size // 64) * 64})
     return config.model_copy(update={"precision": precision, "model": model}).resolved()
+
+
+def choose_best(config: Config, dataset: Dataset, world: World, state: TrainState) -> Config:
+    """Check `eval.best`, and print a line if a resumed run had another. The name of the only source becomes null.
+
+    Raises UserError if no source of validation text has the name.
+    """
+    best, names = config.eval.best, [stream.name for stream in dataset.val.streams]
+    if best is not None and best not in names:
+        remedy = f"there is {', '.join(names)}"
+        if not any(names):
+            remedy = f"an earlier version prepared it without names; remove {dataset.report['folder']}"
+        raise UserError(f"eval.best: no validation text has the name {best!r}; {remedy}")
+    if len(names) == 1:
+        best = None
+    if world.is_main and state.best is not None and state.best.get("of") != best:
+        old, new = (name or "all validation text" for name in (state.best.get("of"), best))
+        print_note(f"eval.best: {new}, no longer {old}: the best step so far no longer counts")
+    return config.model_copy(update={"eval": config.eval.model_copy(update={"best": best})})
 
 
 def count_tokens(config: Config, dataset: Dataset, point: ResumePoint | None) -> int | None:

@@ -1,7 +1,10 @@
 """Validation loss over a fixed set of samples, and continuations of prompts."""
 
 import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from training.data import Samples, Tokenizer
@@ -11,13 +14,13 @@ from training.model import GPT
 from training.model.generation import SamplingParams, continue_texts, encode_prompt
 
 
-def evaluate(setup: Setup, tokenizer: Tokenizer) -> dict[str, float]:
-    """Return the figures of `validation_loss` over `eval.tokens` of the run's validation set. Collective."""
+def evaluate(setup: Setup, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the metrics of an evaluation over `eval.tokens` of the run's validation text. Collective."""
     config, model = setup.config, setup.model
     n_tokens, micro_batch = config.eval.tokens, setup.micro_batch.size
-    figures = validation_loss(model.model, setup.val_samples, tokenizer, n_tokens, micro_batch, model.world)
+    row = validation_figures(model.model, setup.val_samples, tokenizer, n_tokens, micro_batch, model.world)
     model.reshard()
-    return figures
+    return row
 
 
 def sample_texts(setup: Setup, tokenizer: Tokenizer) -> dict[str, list[dict[str, str]]]:
@@ -43,16 +46,71 @@ def sample_texts(setup: Setup, tokenizer: Tokenizer) -> dict[str, list[dict[str,
     return {"samples": [{"prompt": prompt, "text": text.text} for prompt, text in pairs]}
 
 
-@torch.no_grad()
-def validation_loss(
-    model: GPT, samples: Samples, tokenizer: Tokenizer, n_tokens: int | None, micro_batch: int, world: World
-) -> dict[str, float]:
-    """Return the cross-entropy over `n_tokens` of the samples (None: all), without auxiliary losses. Collective.
+class Losses(NamedTuple):
+    """Sums over the targets of some text."""
 
-    The samples are the same, evenly spaced, for any micro-batch and number of ranks. Keys: "val_loss" (nats per
-    token), "val_perplexity", "val_bits_per_byte" (per UTF-8 byte of the targets' text, before normalization).
+    nats: float
+    n_targets: float
+    n_bytes: float  # of the targets' text, before normalization
+
+    def figures(self) -> dict[str, float]:
+        """Return the loss in nats per token, the perplexity, and the bits per byte."""
+        loss = self.nats / self.n_targets
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700)),  # exp(710) overflows
+            "bits_per_byte": self.nats / math.log(2) / self.n_bytes,
+        }
+
+
+def total(losses: Iterable[Losses]) -> Losses:
+    """Return the sums over all of the text."""
+    return Losses(*map(sum, zip(*losses, strict=True)))
+
+
+def validation_figures(
+    model: GPT, samples: Samples, tokenizer: Tokenizer, n_tokens: int | None, micro_batch: int, world: World
+) -> dict[str, Any]:
+    """Return the metrics of an evaluation: over all of the validation text and, if there are several, by source.
+
+    Arguments as of `validation_losses`. Collective.
     """
-    indices = samples.evenly_spaced(n_tokens)
+    by_name = validation_losses(model, samples, tokenizer, n_tokens, micro_batch, world)
+    row: dict[str, Any] = {f"val_{name}": value for name, value in total(by_name.values()).figures().items()}
+    if len(by_name) > 1:
+        for source, losses in by_name.items():
+            for name, value in losses.figures().items():
+                row.setdefault("val_sets", {}).setdefault(name, {})[source] = value
+    return row
+
+
+@torch.no_grad()
+def validation_losses(
+    model: GPT, samples: Samples, tokenizer: Tokenizer, n_tokens: int | None, micro_batch: int, world: World
+) -> dict[str, Losses]:
+    """Return, by the source's name, the cross-entropy over `n_tokens` of the samples (None: all). Collective.
+
+    Without auxiliary losses. The samples are the same, evenly spaced, for any micro-batch and number of ranks.
+    """
+    sums = [
+        sum_losses(model, samples, indices, tokenizer, micro_batch, world)
+        for indices in samples.evenly_spaced(n_tokens)
+    ]
+    sums = torch.tensor(sums, dtype=torch.float64)
+    world.all_reduce_([sums])
+    losses = {}
+    for stream, values in zip(samples.split.streams, sums.tolist(), strict=True):
+        of_source = Losses(*values)
+        if stream.token_bytes is not None:  # evenly over the source: no token has its own text
+            of_source = of_source._replace(n_bytes=of_source.n_bytes * stream.n_bytes / stream.token_bytes)
+        losses[stream.name] = of_source
+    return losses
+
+
+def sum_losses(
+    model: GPT, samples: Samples, indices: np.ndarray, tokenizer: Tokenizer, micro_batch: int, world: World
+) -> Losses:
+    """Return the sums over this rank's part of the samples with these indices. Collective."""
     local = world.local_range(len(indices))
     n_forwards = math.ceil(math.ceil(len(indices) / world.size) / micro_batch)  # equal on all ranks, as FSDP requires
     loss_sums, n_targets, n_bytes = [], 0, 0
@@ -66,15 +124,5 @@ def validation_loss(
         targets = batch.targets_BT[batch.targets_BT >= 0]
         n_targets += len(targets)
         n_bytes += int(tokenizer.token_bytes[targets].sum())
-    loss_sum = torch.stack(loss_sums).cpu().double().sum() if loss_sums else 0.0
-    sums = torch.tensor([loss_sum, n_targets, n_bytes], dtype=torch.float64)
-    world.all_reduce_([sums])
-    nats, n_targets, n_bytes = sums.tolist()
-    if (token_bytes := samples.split.token_bytes) is not None:  # evenly over the split: no token has its own text
-        n_bytes *= samples.split.n_bytes / token_bytes
-    loss = nats / n_targets
-    return {
-        "val_loss": loss,
-        "val_perplexity": math.exp(min(loss, 700)),  # exp(710) overflows
-        "val_bits_per_byte": nats / math.log(2) / n_bytes,
-    }
+    nats = torch.stack(loss_sums).cpu().double().sum().item() if loss_sums else 0.0
+    return Losses(nats, n_targets, n_bytes)

@@ -28,7 +28,7 @@ def measure_expert_tokens(
 
     `samples` are the validation text. Leaves the model unchanged.
     """
-    batch = samples.batch(samples.evenly_spaced(min(MAX_TOKENS, config.tokens or MAX_TOKENS)))
+    batch = samples.batch(np.concatenate(samples.evenly_spaced(min(MAX_TOKENS, config.tokens or MAX_TOKENS))))
     tokens_N = batch.tokens_BT[batch.targets_BT >= 0].numpy()  # the last sample may be padded
     min_count = max(MIN_COUNT, round(len(tokens_N) * MIN_SHARE))
     ids, count = np.unique(tokens_N, return_counts=True)

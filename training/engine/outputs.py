@@ -165,6 +165,7 @@ def summarize(setup: Setup, dataset: Dataset, log: RunLog) -> dict[str, Any]:
         **summary_values(row),
         "best_val_loss": best.get("val_loss"),
         "best_step": best.get("step"),
+        "best_of": best.get("of"),
         "time_s": log.time_s,
         "tokens_per_s": row["tokens"] / log.time_s,
         "goodput": log.timer.goodput,

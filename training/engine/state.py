@@ -3,7 +3,7 @@
 import math
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from typing_extensions import TypedDict  # typing's own lacks what pydantic needs before Python 3.12
@@ -30,6 +30,7 @@ class Best(TypedDict):
 
     step: PositiveInt
     val_loss: Finite
+    of: NotRequired[str | None]  # the source whose validation text it is; None: all of it
 
 
 class KnownMicroBatch(TypedDict):
@@ -102,16 +103,17 @@ class TrainState(BaseModel):
         guard = self.guard.model_dump(by_alias=True, exclude_defaults=True, exclude=windows)
         return self.model_dump(by_alias=True) | {"skips": guard}
 
-    def update_best(self, val_loss: float, *, is_saved: bool) -> bool:
-        """Record the validation loss as `best` if it is the lowest so far; return True if so.
+    def update_best(self, row: dict[str, Any], source: str | None, *, is_saved: bool) -> bool:
+        """Record the row's validation loss, of a source or of all text, as `best` if it is the lowest so far.
 
-        After a non-finite update `best` changes only if this step is saved anyway (`is_saved`).
+        Returns True if so. After a non-finite update `best` changes only if this step is saved anyway (`is_saved`).
         """
-        if self.best is not None and val_loss >= self.best["val_loss"]:
+        val_loss = row["val_loss"] if source is None else row["val_sets"]["loss"][source]
+        if self.best is not None and self.best.get("of") == source and val_loss >= self.best["val_loss"]:
             return False
         if self.guard.consecutive and not is_saved:
             return False
-        self.best = {"step": self.step, "val_loss": val_loss}
+        self.best = {"step": self.step, "val_loss": val_loss} | ({} if source is None else {"of": source})
         return True
 
 

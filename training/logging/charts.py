@@ -24,7 +24,7 @@ class Curve(NamedTuple):
     label: str
     kind: str  # CSS class: raw, train, val or layer
     points: list[Point]
-    shade: int = 0  # per cent between the first layer's color and the last's
+    shade: int = 0  # per cent between the color of the first layer or source and that of the last
 
 
 def metric_charts(history: History, groups: Sequence[str], layer_names: Sequence[str] = ()) -> list[dict]:
@@ -42,6 +42,10 @@ def _metric_curves(metric: Metric, history: History, layer_names: Sequence[str])
     if metric.of_layer is not None:
         by_layer = [history.series(f"{metric.key}/{layer}") for layer in range(len(layer_names))]
         return [_layer_curve(series, layer, layer_names) for layer, series in enumerate(by_layer)]
+    if metric.of_source:
+        names = history.names(metric.key)
+        curves = [(name, history.points(f"{metric.key}/{name}")) for name in names]
+        return [Curve(name, "layer", points, _shade(i, len(names))) for i, (name, points) in enumerate(curves)]
     raw = history.points(metric.key)
     if spec.hide_zeros and not any(value for _, value in raw):
         return []
@@ -56,7 +60,12 @@ def _layer_curve(series: list[Series], layer: int, names: Sequence[str]) -> Curv
     n = len(series)
     stride, smoothed = max(n // LAYER_POINTS, 1), smooth(series, sum(part.n for part in series) // 200)
     kept = [point for i, point in enumerate(smoothed) if i < LAYER_POINTS or (n - 1 - i) % stride == 0]
-    return Curve(names[layer], "layer", kept, 100 * layer // max(len(names) - 1, 1))
+    return Curve(names[layer], "layer", kept, _shade(layer, len(names)))
+
+
+def _shade(index: int, n: int) -> int:
+    """Return the place of a curve among n in per cent."""
+    return 100 * index // max(n - 1, 1)
 
 
 def chart(spec: Chart, last: int, curves: list[Curve]) -> dict:

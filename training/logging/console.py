@@ -6,7 +6,7 @@ from typing import Any
 
 from training.config import LoggingConfig
 from training.logging.format import clock, count, layer_name, number
-from training.logging.metrics import console_fields, expert_load
+from training.logging.metrics import console_fields, expert_load, losses_by_source
 from training.logging.phases import as_text
 from training.logging.sinks import RunInfo, Sink
 from training.terminal import is_terminal, print_line, printable, redirects, rich_console
@@ -48,6 +48,8 @@ class Console(Sink):
                 if line := self.dead_experts[layer].update(load_E):
                     self.print_event(row, line, "yellow")
             if fields := console_fields(row, "validation"):
+                self.print_event(row, "  ".join(fields), "green")
+            if fields := losses_by_source(row):
                 self.print_event(row, "  ".join(fields), "green")
             for sample in row.get("samples") or ():
                 self.print_sample(sample)
@@ -184,6 +186,7 @@ def closing(summary: dict) -> dict[str, str | list[str]]:
     if summary["val_loss"] is not None:
         fields = [field.removeprefix("val ") for field in console_fields(summary, "validation")]
         validation = f"{', '.join(fields)}; best {number(summary['best_val_loss'])} at step {summary['best_step']}"
+        validation += f" ({summary['best_of']})" if summary["best_of"] else ""
     tokens, speed = count(summary["tokens"]), count(summary["tokens_per_s"])
     facts = {
         "done": f"{summary['steps']} steps, {tokens} tokens in {clock(summary['time_s'])} ({speed} tokens/s)",

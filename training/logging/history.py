@@ -9,7 +9,7 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-from training.logging.metrics import METRICS
+from training.logging.metrics import METRICS, by_source
 from training.logging.phases import PHASES
 
 MAX_SPANS = 1200  # beyond, `stride` doubles
@@ -48,7 +48,7 @@ class Span:
     last: int
     n_rows: int
     end: int  # where the rows end in metrics.jsonl, in bytes
-    series: dict[str, Series]  # by the key in METRICS; "key/0" for the first MoE layer
+    series: dict[str, Series]  # by the key in METRICS; "key/0" for the first MoE layer, "key/name" for a source
     evaluation: dict | None  # the run's first row with samples, if it is one of these: `step` and `samples`
 
     def extend(self, later: "Span") -> None:
@@ -81,7 +81,10 @@ def span_of(row: dict, end: int = 0) -> Span:
 
 
 def _numbers(row: dict) -> dict[str, int | float]:
-    """Return the row's numbers by key; of a list over MoE layers only what a chart shows, as "key/0"."""
+    """Return the row's numbers by key.
+
+    Of a list over MoE layers, or a dict by source, only what a chart shows: as "key/0" or "key/name".
+    """
     numbers, others = {}, []
     for key, value in row.items():
         if type(value) in (float, int):
@@ -95,6 +98,8 @@ def _numbers(row: dict) -> dict[str, int | float]:
         if metric.of_layer is not None and metric.chart is not None:
             layers = enumerate(metric.layers(row))
             numbers |= {f"{metric.key}/{layer}": value for layer, value in layers if value is not None}
+        if metric.of_source and metric.chart is not None:
+            numbers |= {f"{metric.key}/{name}": value for name, value in by_source(metric, row).items()}
     return numbers
 
 
@@ -154,6 +159,11 @@ class History:
     def series(self, key: str) -> list[Series]:
         """Return a metric's series, without the spans that lack it."""
         return [span.series[key] for span in self.spans if key in span.series]
+
+    def names(self, key: str) -> list[str]:
+        """Return the sources of validation text that have a series of this metric."""
+        keys = dict.fromkeys(each for span in self.spans for each in span.series)
+        return [each.removeprefix(f"{key}/") for each in keys if each.startswith(f"{key}/")]
 
     def points(self, key: str) -> list[Point]:
         """Return the points of a metric's curve: its ends, and each span's lowest and highest."""

@@ -11,6 +11,7 @@ from training.logging.format import count, number, share
 from training.logging.phases import PHASES
 from training.terminal import print_text
 
+SOURCE = "NAME"
 LOAD_IMAGE = "router/load_layers_x_experts"  # tag of the expert load's heat map
 
 
@@ -49,6 +50,7 @@ class Metric(NamedTuple):
     chart: Chart | None = None
     in_summary: bool = False  # summary.json repeats the last value
     of_layer: Callable[[Any], float | None] | None = None  # if the value is a list over MoE layers: an element's number
+    of_source: bool = False  # the value is a dict by the source of validation text; the tag has its name for SOURCE
 
     def value(self, row: dict) -> Any:
         """Return the row's value, None if the row has none."""
@@ -82,6 +84,10 @@ METRICS = [
            "val/bits_per_byte", "validation",
            console=lambda value: f"bits/byte {number(value)}", figure=Figure("bits per byte", ".3f"),
            chart=Chart("Compression", "bits per byte of validation text", "validation", "val"), in_summary=True),
+    *(Metric(f"val_sets.{name}", f"`val_{name}` of each source of validation text, if there are several",
+             f"val/{SOURCE}/{name}", "validation", of_source=True, in_summary=True,
+             chart=Chart("Validation loss by source", "nats per token") if name == "loss" else None)
+      for name in ("loss", "perplexity", "bits_per_byte")),
     Metric("samples", "after an evaluation: a list of `prompt` and the `text` that continues it", group="validation"),
     Metric("learning_rate", "learning rate of the update", "train/learning_rate",
            console=lambda value: f"lr {number(value, '.2e')}",
@@ -150,9 +156,19 @@ def scalars(row: dict, moe_layers: Sequence[int]) -> dict[str, float]:
             for layer, value in zip(moe_layers, by_layer, strict=bool(by_layer)):
                 if value is not None:
                     values[layer_tag(metric.tag, layer)] = value
+        elif metric.of_source:
+            values |= {metric.tag.replace(SOURCE, name): value for name, value in by_source(metric, row).items()}
         elif metric.tag is not None and (value := metric.value(row)) is not None:
             values[metric.tag] = value
     return values
+
+
+def by_source(metric: Metric, row: dict) -> dict[str, float]:
+    """Return the number of each source of validation text, {} if the row has none. Raises ValueError for others."""
+    values = metric.value(row) or {}
+    if any(type(value) not in (int, float, type(None)) for value in values.values()):
+        raise ValueError(f"{metric.key} is {values!r}")
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def layer_tag(tag: str, layer: int) -> str:
@@ -172,9 +188,16 @@ def console_fields(row: dict, *groups: str) -> list[str]:
     return [metric.console(row[metric.key]) for metric in shown if metric.key in row]
 
 
+def losses_by_source(row: dict) -> list[str]:
+    """Return the console's fields for the loss of each source of validation text, [] if the row has none."""
+    losses = (row.get("val_sets") or {}).get("loss", {})
+    return losses and ["val loss by source", *(f"{name} {number(loss)}" for name, loss in losses.items())]
+
+
 def summary_values(row: dict) -> dict[str, Any]:
     """Return the metrics of the last row that summary.json repeats."""
-    return {metric.key: row[metric.key] for metric in METRICS if metric.in_summary and metric.key in row}
+    keys = dict.fromkeys(metric.key.partition(".")[0] for metric in METRICS if metric.in_summary)
+    return {key: row[key] for key in keys if key in row}
 
 
 def readme_table() -> str:

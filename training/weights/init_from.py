@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor
@@ -156,7 +157,8 @@ def _samples(config: Config, dataset: Dataset, device: torch.device) -> Iterator
     end_of_text = dataset.tokenizer.end_of_text if config.model.isolate_documents else None
     samples = Samples(dataset.val, n_positions=n_positions, seed=None, end_of_text=end_of_text)
     n_tokens = min(n_positions, MAX_LENGTH)
-    for index in samples.evenly_spaced(min(MAX_SAMPLES, MAX_TOKENS // n_tokens) * n_positions):
+    n_samples = min(MAX_SAMPLES, MAX_TOKENS // n_tokens)
+    for index in np.concatenate(samples.evenly_spaced(n_samples * n_positions))[:n_samples]:
         batch = samples.batch([index])
         tokens_BT, targets_BT = batch.tokens_BT[:, :n_tokens], batch.targets_BT[:, :n_tokens]
         yield batch._replace(tokens_BT=tokens_BT, targets_BT=targets_BT).to(device)
