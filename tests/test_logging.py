@@ -964,13 +964,17 @@ def test_every_sink_accepts_rows_without_most_keys(tmp_path):
 
 
 def keys_of(row: dict) -> set[str]:
-    """Return the row's keys, with those of `router_layers` and `val_sets` as METRICS writes them."""
-    nested = {"router_layers", "val_sets"}
+    """Return the row's keys, with those of nested values as METRICS writes them."""
+    nested = {"router_layers", "val_sets", "tasks"}
     return {f"{name}.{key}" for name in nested for key in row.get(name, ())} | row.keys() - nested
 
 
-def test_every_key_of_a_real_run_is_in_the_table_and_every_metric_is_in_a_row(run):
-    folder = run(model={"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "blocks": [{}, {"ffn": MOE}]})
+def test_every_key_of_a_real_run_is_in_the_table_and_every_metric_is_in_a_row(run, tmp_path):
+    (tmp_path / "items.jsonl").write_text('{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}\n')
+    evaluation = {"every": 4, "tokens": 512, "prompts": ["def "], "sample_tokens": 4}
+    evaluation["tasks"] = [{"type": "piqa", "paths": [str(tmp_path / "items.jsonl")]}]
+    model = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "blocks": [{}, {"ffn": MOE}]}
+    folder = run(model=model, eval=evaluation)
     keys = set().union(*map(keys_of, read_rows(folder / "metrics.jsonl")))
     metrics = {metric.key for metric in METRICS}
     assert keys - metrics == set(), "add these keys to METRICS in training/logging/metrics.py"

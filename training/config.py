@@ -472,12 +472,95 @@ class CheckpointConfig(Section):
     )
 
 
+class TaskConfig(Section):
+    """Options of every task: items whose answers get a log-likelihood, as in EleutherAI's lm-eval."""
+
+    name: str | None = option(None, "name in the logs; null: the type", pattern=NAME_PATTERN)
+    paths: ListOf[PathText] = option((), "files with an item a row: .jsonl, .json, .ndjson or .parquet, also packed")
+    dataset: PathText | None = option(None, "instead of paths: a Hugging Face data set, on the hub or in a folder")
+    config: str | None = option(None, "configuration (subset) of the data set; null: its default")
+    split: str = option("validation", "split of the data set with the items")
+    limit: int | None = option(None, "use only the first N items; null: all", unit="items", ge=1)
+    shots: int = option(0, "solved examples before each item", unit="items", ge=0)
+    examples: ListOf[PathText] = option((), "files whose first rows are the solved examples")
+    examples_split: str = option("train", "split of the data set whose first rows are the solved examples")
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        if bool(self.paths) == (self.dataset is not None):
+            yield "paths", "set either paths or dataset"
+        elif self.shots and self.paths and not self.examples:
+            yield "examples", f"{self.shots} shots need the files of the solved examples"
+
+
+class ChoiceConfig(TaskConfig):
+    """Options of multiple choice. A template is Jinja; its variables are the row's columns."""
+
+    prompt: str = option(..., "template of the text before an answer")
+    choices: ListOf[str] = option(..., "templates of the answers, or one column with a list of them", min_length=1)
+    label: str = option(..., "column of the right answer: its number from 0, its letter, or its text")
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        yield from super().rules()
+        if len(self.choices) > 1 and not all("{" in template for template in self.choices):
+            yield "choices", "several entries are templates such as '{{ a }}'; a column with a list is one entry"
+
+
+class HellaSwagTask(ChoiceConfig):
+    """HellaSwag (arXiv:1905.07830): the likeliest end of a description."""
+
+    type: Literal["hellaswag"] = "hellaswag"
+    prompt: str = option("{{ query }}", "template of the text before an answer")
+    choices: ListOf[str] = option(("endings",), "column that holds the answers", min_length=1)
+    label: str = option("label", "column of the right answer: its number from 0")
+
+
+class ARCTask(ChoiceConfig):
+    """ARC, easy or challenge (arXiv:1803.05457): questions of science."""
+
+    type: Literal["arc"] = "arc"
+    prompt: str = option("Question: {{ question }}\nAnswer:", "template of the text before an answer")
+    choices: ListOf[str] = option(("choices",), "column that holds the answers", min_length=1)
+    label: str = option("answerKey", "column of the right answer: its label")
+
+
+class PIQATask(ChoiceConfig):
+    """PIQA (arXiv:1911.11641): the better way to do something."""
+
+    type: Literal["piqa"] = "piqa"
+    prompt: str = option("Question: {{ goal }}\nAnswer:", "template of the text before an answer")
+    choices: ListOf[str] = option(("{{ sol1 }}", "{{ sol2 }}"), "templates of the answers", min_length=1)
+    label: str = option("label", "column of the right answer: its number from 0")
+
+
+class MultipleChoiceTask(ChoiceConfig):
+    """Multiple choice from columns of any name."""
+
+    type: Literal["multiple_choice"] = "multiple_choice"
+
+
+class ClozeTask(TaskConfig):
+    """The end of a text, right if it is the likeliest continuation. The default is LAMBADA's (arXiv:1606.06031)."""
+
+    type: Literal["cloze"] = "cloze"
+    prompt: str = option("{{ text.split(' ')[:-1] | join(' ') }}", "template of the text before the answer")
+    answer: str = option("{{ text.split(' ')[-1] }}", "template of the answer")
+
+
+Task = one_of(HellaSwagTask, ARCTask, PIQATask, ClozeTask, MultipleChoiceTask)
+# By type: those that need no options but a path.
+SHIPPED_TASKS = {"hellaswag": HellaSwagTask, "arc": ARCTask, "piqa": PIQATask, "cloze": ClozeTask}
+
+
 class EvalConfig(Section):
     """Evaluation on a fixed part of the validation text, and samples of generated text."""
 
     every: int | None = option(200, "evaluate every N steps and at the end; null: at the end only", unit="steps", ge=1)
     tokens: int | None = option(1_000_000, "validation tokens to evaluate on; null: all", unit="tokens", ge=1)
     best: str | None = option(None, "name of the validation text whose loss decides what is best; null: all of it")
+    tasks: ListOf[Task] = option((), "tasks to score: [{type: hellaswag, paths: [hellaswag_val.jsonl]}]")
+    tasks_every: int | None = option(
+        None, "score the tasks every N steps and at the end; null: at the end only", unit="steps", ge=1
+    )
     prompts: ListOf[str] = option((), "prompts to continue at each evaluation")
     sample_tokens: int = option(64, "length of each continuation", unit="tokens", ge=1)
     temperature: float = option(0.8, "sampling temperature; 0: greedy", ge=0)

@@ -1,30 +1,37 @@
-"""Evaluate a trained model: its loss on the run's validation text, or on other text, by source and in total.
+"""Evaluate a trained model: its loss on the run's validation text or on other text, or its scores on tasks.
 
 python -m training.evaluate --run runs/quickstart
 python -m training.evaluate --run runs/quickstart --data book.txt notes/ --json
+python -m training.evaluate --run runs/quickstart --tasks hellaswag=hellaswag_val.jsonl arc=ARC-Easy-Test.jsonl
 """
 
 import json
 import sys
 from typing import TYPE_CHECKING
 
+from training.config import SHIPPED_TASKS, TaskConfig
 from training.errors import UserError, command
-from training.options.cli import Parser
+from training.options import cli
 from training.terminal import print_result
 
 if TYPE_CHECKING:
     from training.data import Split
     from training.engine.load_run import LoadedRun
+    from training.model import GPT
 
-Row = dict[str, str | float | int]  # of the table: name, loss, perplexity, bits_per_byte, tokens, bytes
+TASKS_HELP = f"""score tasks: TYPE=PATH with a TYPE of {", ".join(SHIPPED_TASKS)}, or a config with eval.tasks;
+default: the run's eval.tasks"""
+TEXT_COLUMNS = {"loss": ".4f", "perplexity": ".2f", "bits_per_byte": ".4f", "tokens": ",", "bytes": ","}  # formats
+TASK_COLUMNS = {"items": ",", "acc": ".4f", "stderr": ".4f", "acc_norm": ".4f", "chance": ".4f"}
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Run the command: print the figures of all of the text; `eval.tokens` has no effect."""
-    parser = Parser(prog="python -m training.evaluate", description=__doc__)
+    """Run the command: print the figures of all of the text or items; `eval.tokens` has no effect."""
+    parser = cli.Parser(prog="python -m training.evaluate", description=__doc__)
     parser.add_path("--run", required=True, help="folder of a run, finished or not, or of one of its checkpoints")
     parser.add_path("--data", nargs="+", metavar="PATH", help="files, folders or globs, a row each; default: the run's")
+    parser.add_argument("--tasks", nargs="*", metavar="TASK", help=TASKS_HELP)
     parser.add_argument("--text_column", default="text", help="column of .jsonl and .parquet (default %(default)s)")
     parser.add_argument("--micro_batch", type=int, default=8, help="samples per forward (default %(default)s)")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
@@ -32,30 +39,19 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.micro_batch < 1:
         parser.error(f"--micro_batch: {args.micro_batch} is less than 1")
+    if args.tasks is not None and args.data:
+        parser.error("--tasks: leave --data out, or run two commands")
+    named = [task for text in args.tasks or () for task in read_tasks(text)]
 
-    from training.data import Samples
-    from training.distributed.world import World
-    from training.engine.evaluate import total, validation_losses
     from training.engine.load_run import load_model
 
     model, run = load_model(args.run, args.device)
-    split = read_text(args.data, args.text_column, run, args.run)
-    end_of_text = run.tokenizer.end_of_text if model.config.isolate_documents else None
-    samples = Samples(split, n_positions=model.config.n_positions, seed=None, end_of_text=end_of_text)
-    world = World(0, 1, model.wte.weight.device)
-    losses = validation_losses(model, samples, run.tokenizer, None, args.micro_batch, world)
-    rows: list[Row] = [
-        {"name": stream.name, **losses[stream.name].figures(), "tokens": len(stream.tokens), "bytes": stream.n_bytes}
-        for stream in split.streams
-    ]
-    sums: Row = {"name": "total", **total(losses.values()).figures(), "tokens": split.n_tokens, "bytes": split.n_bytes}
-    if args.json:
-        print_result(json.dumps({"step": run.step, "rows": rows, "total": sums}))
-    elif len(rows) == 1:
-        print_result(f"step {run.step}: {sentence(sums)}")
+    if args.tasks is None:
+        result, lines = text_losses(model, run, read_text(args.data, args.text_column, run, args.run), args.micro_batch)
     else:
-        for line in table(run.step, [*rows, sums]):
-            print_result(line)
+        result, lines = task_scores(model, run, named or run.config.eval.tasks)
+    for line in [json.dumps(result)] if args.json else lines:
+        print_result(line)
     return 0
 
 
@@ -72,25 +68,74 @@ def read_text(paths: list[str] | None, text_column: str, run: "LoadedRun", name:
     return dataset.val
 
 
-def sentence(row: Row) -> str:
-    """Return a row as one line."""
-    return (
-        f"loss {row['loss']:.4f}, perplexity {row['perplexity']:.2f}, {row['bits_per_byte']:.4f} bits/byte "
-        f"over {row['tokens']:,} tokens, {row['bytes']:,} bytes"
-    )
+def read_tasks(text: str) -> tuple[TaskConfig, ...]:
+    """Return the tasks that a value of --tasks stands for. Raises UserError for another value."""
+    name, is_pair, path = text.partition("=")
+    if is_pair and name in SHIPPED_TASKS:
+        return (SHIPPED_TASKS[name](paths=(cli.flag_path("--tasks", path),)),)
+    if not text.endswith((".yaml", ".yml")):
+        raise UserError(f"--tasks {text}: neither {'=PATH, '.join(SHIPPED_TASKS)}=PATH nor a config such as tasks.yaml")
+    if not (tasks := cli.load_config(cli.flag_path("--tasks", text)).eval.tasks):
+        raise UserError(f"--tasks {text}: this config has no eval.tasks")
+    return tasks
 
 
-def table(step: int, rows: list[Row]) -> list[str]:
-    """Return the rows as lines in columns, under a title."""
-    cells = [[f"step {step}", "loss", "perplexity", "bits/byte", "tokens", "bytes"]]
-    for row in rows:
-        figures = f"{row['loss']:.4f}", f"{row['perplexity']:.2f}", f"{row['bits_per_byte']:.4f}"
-        cells.append([row["name"], *figures, f"{row['tokens']:,}", f"{row['bytes']:,}"])
+def text_losses(model: "GPT", run: "LoadedRun", split: "Split", micro_batch: int) -> tuple[dict, list[str]]:
+    """Return the losses of a text by its parts and in total, as plain data and as lines."""
+    from training.data import Samples
+    from training.distributed.world import World
+    from training.engine.evaluate import total, validation_losses
+
+    end_of_text = run.tokenizer.end_of_text if model.config.isolate_documents else None
+    samples = Samples(split, n_positions=model.config.n_positions, seed=None, end_of_text=end_of_text)
+    losses = validation_losses(model, samples, run.tokenizer, None, micro_batch, World(0, 1, model.wte.weight.device))
+    rows = [
+        {"name": stream.name, **losses[stream.name].figures(), "tokens": len(stream.tokens), "bytes": stream.n_bytes}
+        for stream in split.streams
+    ]
+    sums = {"name": "total", **total(losses.values()).figures(), "tokens": split.n_tokens, "bytes": split.n_bytes}
+    loss, perplexity, bits, tokens, n_bytes = cells_of(sums, TEXT_COLUMNS)
+    lines = [
+        f"step {run.step}: loss {loss}, perplexity {perplexity}, {bits} bits/byte over {tokens} tokens, {n_bytes} bytes"
+    ]
+    if len(rows) > 1:
+        lines = table(run.step, [*rows, sums], TEXT_COLUMNS)
+    return {"step": run.step, "rows": rows, "total": sums}, lines
+
+
+def task_scores(model: "GPT", run: "LoadedRun", tasks: tuple[TaskConfig, ...]) -> tuple[dict, list[str]]:
+    """Return the scores of tasks and their mean, as plain data and as lines. Raises UserError if there are none."""
+    from training.distributed.world import World
+    from training.engine.tasks import compute_scores, load_tasks, task_row
+
+    if not tasks:
+        raise UserError("--tasks: the run's config has no eval.tasks; name some, such as arc=ARC-Easy-Test.jsonl")
+    loaded = load_tasks(tasks, run.tokenizer, model.config.n_positions)
+    scores = compute_scores(model, loaded, World(0, 1, model.wte.weight.device))
+    rows = [
+        {"name": name, "items": score.n, "acc": score.acc, "stderr": score.stderr, "acc_norm": score.acc_norm}
+        | {"chance": score.chance}
+        for name, score in scores.items()
+    ]
+    mean = task_row(scores)["tasks_mean"]
+    lines = [*table(run.step, rows, TASK_COLUMNS), f"mean accuracy, centered (0: chance, 1: all right): {mean:.4f}"]
+    return {"step": run.step, "rows": rows, "mean": mean}, lines
+
+
+def table(step: int, rows: list[dict], columns: dict[str, str]) -> list[str]:
+    """Return the rows as lines with a title: their names on the left, and the columns on the right."""
+    titles = [f"step {step}", *(name.replace("bits_per_byte", "bits/byte") for name in columns)]
+    cells = [titles, *([row["name"], *cells_of(row, columns)] for row in rows)]
     first, *others = (max(map(len, column)) for column in zip(*cells, strict=True))
     return [
         "  ".join([f"{name:<{first}}", *(f"{cell:>{width}}" for cell, width in zip(figures, others, strict=True))])
         for name, *figures in cells
     ]
+
+
+def cells_of(row: dict, columns: dict[str, str]) -> list[str]:
+    """Return a row's values in the formats of the columns, "" for None."""
+    return ["" if row[name] is None else format(row[name], spec) for name, spec in columns.items()]
 
 
 if __name__ == "__main__":

@@ -72,8 +72,6 @@ def train(config: Config, *, resume: str = "auto") -> int:
             checkpoints.preallocate()
             with phase("communication"):
                 due = events.after(state)  # the same on all ranks
-            is_best = False
-
             if due.log:
                 with phase("compute", f"the log of step {state.step}"):
                     log.fetch()  # waits for the device
@@ -84,7 +82,9 @@ def train(config: Config, *, resume: str = "auto") -> int:
                     log.last_row |= engine.evaluate(setup, dataset.tokenizer)
                     engine.check_finite(state, log)
                     log.last_row |= engine.sample_texts(setup, dataset.tokenizer)
-                is_best = state.update_best(log.last_row, config.eval.best, is_saved=due.save)
+            if due.tasks:
+                log.last_row |= engine.score_tasks(setup, phase)
+            is_best = due.evaluate and state.update_best(log.last_row, config.eval.best, is_saved=due.save)
             if due.log:
                 log.write()
             if due.evaluate and run.world.is_main:

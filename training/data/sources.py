@@ -1,7 +1,7 @@
 """Readers of text: one class for each kind of source, and the table that maps a source's config to its reader."""
 
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain, count
 from pathlib import Path
@@ -12,6 +12,7 @@ from training.data.chunks import Document, look_ahead, to_document
 from training.data.file_hashes import FileHashes
 from training.data.text_files import (
     SKIPPED_FOLDERS,
+    Row,
     find_files,
     format_of,
     is_plain_text,
@@ -129,6 +130,16 @@ class HuggingFaceReader:
         except Exception as error:
             raise UserError(f"{name}: cannot be read: {library_error(error.__cause__ or error)}") from None
 
+    def rows(self) -> Iterator[Row]:
+        """Yield each row as plain data."""
+        try:
+            for number, row in enumerate(self._load()):
+                yield f"{self.config.name}: row {number}", row
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{self.config.name}: cannot be read: {library_error(error.__cause__ or error)}") from None
+
     def _load(self) -> Any:
         import datasets
 
@@ -183,7 +194,11 @@ def build_readers(sources: Sequence[SourceConfig]) -> list[Reader]:
     taken = set(map(chosen_name, sources))
     for source, reader in zip(sources, readers, strict=True):
         if chosen_name(source) is None:
-            numbered = (f"{reader.name}-{number}" for number in count(2))
-            reader.name = next(name for name in chain([reader.name], numbered) if name not in taken)
+            reader.name = free_name(reader.name, taken)
             taken.add(reader.name)
     return readers
+
+
+def free_name(name: str, taken: Container[str | None]) -> str:
+    """Return the name, or with -2, -3, ... after it if it is taken."""
+    return next(each for each in chain([name], (f"{name}-{number}" for number in count(2))) if each not in taken)

@@ -23,6 +23,7 @@ MAX_PARQUET_RATIO = 200  # text shrinks 3 to 50 times; a page that shrinks more 
 MAX_PAGE_BYTES = 2**28
 BOM = b"\xef\xbb\xbf"
 
+Row = tuple[str, Any]  # where it is, for errors, and its value
 LeftOut = dict[Path, str]  # files and folders that a search did not use, and their kind
 
 
@@ -152,25 +153,35 @@ def read_text(path: Path, _column: str) -> Iterator[Document]:
 
 def read_jsonl(path: Path, column: str) -> Iterator[Document]:
     """Yield a document for each line that is not blank."""
-    with open_decompressed(path) as file:
-        yield from _read_lines(file, path, column)
+    return (to_document(_text_of(row, column, where)) for where, row in jsonl_rows(path))
 
 
 def read_json(path: Path, column: str) -> Iterator[Document]:
     """Yield a document for each object of an array, or for each line that is not blank."""
+    return (to_document(_text_of(row, column, where)) for where, row in json_rows(path))
+
+
+def jsonl_rows(path: Path) -> Iterator[Row]:
+    """Yield the value of each line that is not blank."""
+    with open_decompressed(path) as file:
+        yield from _read_lines(file, path)
+
+
+def json_rows(path: Path) -> Iterator[Row]:
+    """Yield each value of an array, or that of each line that is not blank."""
     with open_decompressed(path) as file:
         if not file.peek().removeprefix(BOM).lstrip().startswith(b"["):
-            yield from _read_lines(file, path, column)
+            yield from _read_lines(file, path)
             return
         array = file.read(MAX_LINE_BYTES + 1)
         if len(array) > MAX_LINE_BYTES:
             limit = f"longer than {MAX_LINE_BYTES >> 20} MiB, the limit for an array"
             raise UserError(f"{path}: {limit}; write a .jsonl with one object per line (jq -c '.[]')")
         for number, row in enumerate(_parse(array.removeprefix(BOM), str(path))):
-            yield to_document(_text_of(row, column, f"{path}: item {number}"))
+            yield f"{path}: item {number}", row
 
 
-def _read_lines(file: io.BufferedReader, path: Path, column: str) -> Iterator[Document]:
+def _read_lines(file: io.BufferedReader, path: Path) -> Iterator[Row]:
     for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
         if len(line) > MAX_LINE_BYTES:
             limit = f"{MAX_LINE_BYTES >> 20} MiB"
@@ -180,7 +191,7 @@ def _read_lines(file: io.BufferedReader, path: Path, column: str) -> Iterator[Do
         if line.strip():
             where = f"{path}: line {number}"
             hint = "" if line.endswith(b"\n") else "; it is the last line: was it cut short?"
-            yield to_document(_text_of(_parse(line, where, " of the line", hint), column, where))
+            yield where, _parse(line, where, " of the line", hint)
 
 
 def _parse(data: bytes, where: str, part: str = "", hint: str = "") -> Any:
@@ -217,6 +228,24 @@ def read_parquet(path: Path, column: str) -> Iterator[Document]:
                     row += 1
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: row {row}: cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def parquet_rows(path: Path) -> Iterator[Row]:
+    """Yield each row with all of its columns."""
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            size = min((batch_rows(path, file.metadata, column) for column in columns), default=1)
+            for batch in file.iter_batches(batch_size=size):
+                for row in batch.to_pylist():
+                    yield f"{path}: row {number}", row
+                    number += 1
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: row {number}: cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def batch_rows(path: Path, metadata: Any, column: str) -> int:
@@ -262,6 +291,14 @@ FORMATS = {
     ".json": read_json,
 }
 EXTENSIONS = ", ".join(FORMATS) + " (each but .parquet also with " + ", ".join(DECOMPRESSORS) + ")"
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a file as plain data. Raises UserError for a file without rows, or one that cannot be read."""
+    readers = {read_jsonl: jsonl_rows, read_json: json_rows, read_parquet: parquet_rows}
+    if is_text_file(path):
+        raise UserError(f"{path}: rows are in .jsonl, .ndjson, .json or .parquet files")
+    yield from readers[FORMATS[format_of(path)]](path)
 
 
 def read_documents(path: Path, column: str) -> Iterator[Document]:

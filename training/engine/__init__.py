@@ -1,7 +1,7 @@
 """The parts of the training loop in `train.py`. Importing this package imports torch."""
 
 from training.engine.build import build
-from training.engine.evaluate import evaluate, sample_texts
+from training.engine.evaluate import evaluate, sample_texts, score_tasks
 from training.engine.loop import Events, Phases, check_finite, report_stop
 from training.engine.outputs import finish, open_log
 from training.engine.state import Checkpoints

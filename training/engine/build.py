@@ -15,6 +15,7 @@ from training.distributed.world import World
 from training.engine.micro_batch import MicroBatch
 from training.engine.resume import ResumePoint, check_same_run, find_resume_point, prepare_run_dir
 from training.engine.state import TrainState, load_tensors
+from training.engine.tasks import Task, load_tasks
 from training.errors import UserError
 from training.kernels.choose import KernelChoice, choose_kernels
 from training.kernels.table import TABLES
@@ -35,6 +36,7 @@ class Setup(NamedTuple):
     optimizer: Optimizer
     loader: Loader
     val_samples: Samples
+    tasks: list[Task]
     micro_batch: MicroBatch
     state: TrainState
     kernels: KernelChoice
@@ -58,6 +60,7 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
     config = resolve_precision_and_sizes(config, dataset, world, state)
     check_same_run(config, dataset, resume, point)
     config = choose_best(config, dataset, world, state)
+    tasks = load_tasks(config.eval.tasks, dataset.tokenizer, config.model.n_positions, quiet=not world.is_main)
     state.n_vocab = count_tokens(config, dataset, point)
     kernels = agree_on_kernels(config, world, state.kernels)
     state.data, state.kernels = dataset.fingerprint, kernels.names
@@ -95,7 +98,7 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
     parallel = config.parallel.model_copy(update=chosen)
     config = config.model_copy(update={"micro_batch": micro_batch.size, "parallel": parallel})
     state.config = config.model_dump(mode="json")
-    return Setup(config, model, stats, optimizer, loader, val, micro_batch, state, kernels)
+    return Setup(config, model, stats, optimizer, loader, val, tasks, micro_batch, state, kernels)
 
 
 def resolve_precision_and_sizes(config: Config, dataset: Dataset, world: World, state: TrainState) -> Config:

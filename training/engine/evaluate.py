@@ -10,6 +10,8 @@ import torch
 from training.data import Samples, Tokenizer
 from training.distributed.world import World
 from training.engine.build import Setup
+from training.engine.loop import Phases
+from training.engine.tasks import compute_scores, task_row
 from training.model import GPT
 from training.model.generation import SamplingParams, continue_texts, encode_prompt
 
@@ -20,6 +22,14 @@ def evaluate(setup: Setup, tokenizer: Tokenizer) -> dict[str, Any]:
     n_tokens, micro_batch = config.eval.tokens, setup.micro_batch.size
     row = validation_figures(model.model, setup.val_samples, tokenizer, n_tokens, micro_batch, model.world)
     model.reshard()
+    return row
+
+
+def score_tasks(setup: Setup, phase: Phases) -> dict[str, Any]:
+    """Return the metrics of the run's tasks. Collective."""
+    with phase("evaluation"):
+        row = task_row(compute_scores(setup.model.model, setup.tasks, setup.model.world))
+        setup.model.reshard()
     return row
 
 

@@ -47,6 +47,7 @@ class Due(NamedTuple):
 
     log: bool
     evaluate: bool
+    tasks: bool
     save: bool
     signal: int  # the number of the signal that stops the run, or 0
 
@@ -91,8 +92,9 @@ class Events:
         if save:
             self.saved_at = time.monotonic()
         evaluate = is_last or _is_multiple(step, config.eval.every)
-        log = save or evaluate or state.guard.is_stuck or _is_multiple(step, config.logging.every)
-        return Due(log, evaluate, save, received)
+        tasks = bool(config.eval.tasks) and (is_last or _is_multiple(step, config.eval.tasks_every))
+        log = save or evaluate or tasks or state.guard.is_stuck or _is_multiple(step, config.logging.every)
+        return Due(log, evaluate, tasks, save, received)
 
 
 def _is_multiple(step: int, interval: int | None) -> bool:

@@ -24,7 +24,7 @@ class Curve(NamedTuple):
     label: str
     kind: str  # CSS class: raw, train, val or layer
     points: list[Point]
-    shade: int = 0  # per cent between the color of the first layer or source and that of the last
+    shade: int = 0  # per cent between the color of the first layer, source or task and that of the last
 
 
 def metric_charts(history: History, groups: Sequence[str], layer_names: Sequence[str] = ()) -> list[dict]:
@@ -42,7 +42,7 @@ def _metric_curves(metric: Metric, history: History, layer_names: Sequence[str])
     if metric.of_layer is not None:
         by_layer = [history.series(f"{metric.key}/{layer}") for layer in range(len(layer_names))]
         return [_layer_curve(series, layer, layer_names) for layer, series in enumerate(by_layer)]
-    if metric.of_source:
+    if metric.of_name:
         names = history.names(metric.key)
         curves = [(name, history.points(f"{metric.key}/{name}")) for name in names]
         return [Curve(name, "layer", points, _shade(i, len(names))) for i, (name, points) in enumerate(curves)]

@@ -6,7 +6,7 @@ from typing import Any
 
 from training.config import LoggingConfig
 from training.logging.format import clock, count, layer_name, number
-from training.logging.metrics import console_fields, expert_load, losses_by_source
+from training.logging.metrics import console_fields, expert_load, fields_by_name
 from training.logging.phases import as_text
 from training.logging.sinks import RunInfo, Sink
 from training.terminal import is_terminal, print_line, printable, redirects, rich_console
@@ -49,8 +49,10 @@ class Console(Sink):
                     self.print_event(row, line, "yellow")
             if fields := console_fields(row, "validation"):
                 self.print_event(row, "  ".join(fields), "green")
-            if fields := losses_by_source(row):
+            if fields := fields_by_name(row, "val loss by source", "val_sets.loss", ".4f"):
                 self.print_event(row, "  ".join(fields), "green")
+            if fields := fields_by_name(row, "tasks", "tasks.acc", ".3f"):
+                self.print_event(row, "  ".join([*fields, *console_fields(row, "tasks")]), "green")
             for sample in row.get("samples") or ():
                 self.print_sample(sample)
         self.refresh()

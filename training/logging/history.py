@@ -9,7 +9,7 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-from training.logging.metrics import METRICS, by_source
+from training.logging.metrics import METRICS, by_name
 from training.logging.phases import PHASES
 
 MAX_SPANS = 1200  # beyond, `stride` doubles
@@ -48,7 +48,7 @@ class Span:
     last: int
     n_rows: int
     end: int  # where the rows end in metrics.jsonl, in bytes
-    series: dict[str, Series]  # by the key in METRICS; "key/0" for the first MoE layer, "key/name" for a source
+    series: dict[str, Series]  # by the key in METRICS; "key/0" for the first MoE layer, "key/name" for a source or task
     evaluation: dict | None  # the run's first row with samples, if it is one of these: `step` and `samples`
 
     def extend(self, later: "Span") -> None:
@@ -83,7 +83,7 @@ def span_of(row: dict, end: int = 0) -> Span:
 def _numbers(row: dict) -> dict[str, int | float]:
     """Return the row's numbers by key.
 
-    Of a list over MoE layers, or a dict by source, only what a chart shows: as "key/0" or "key/name".
+    Of a list over MoE layers, or a dict by source or task, only what a chart shows: as "key/0" or "key/name".
     """
     numbers, others = {}, []
     for key, value in row.items():
@@ -98,8 +98,9 @@ def _numbers(row: dict) -> dict[str, int | float]:
         if metric.of_layer is not None and metric.chart is not None:
             layers = enumerate(metric.layers(row))
             numbers |= {f"{metric.key}/{layer}": value for layer, value in layers if value is not None}
-        if metric.of_source and metric.chart is not None:
-            numbers |= {f"{metric.key}/{name}": value for name, value in by_source(metric, row).items()}
+        if metric.of_name:
+            of_names = by_name(metric, row)  # raises ValueError, too
+            numbers |= {f"{metric.key}/{name}": value for name, value in of_names.items() if metric.chart is not None}
     return numbers
 
 
@@ -161,7 +162,7 @@ class History:
         return [span.series[key] for span in self.spans if key in span.series]
 
     def names(self, key: str) -> list[str]:
-        """Return the sources of validation text that have a series of this metric."""
+        """Return the sources or tasks that have a series of this metric."""
         keys = dict.fromkeys(each for span in self.spans for each in span.series)
         return [each.removeprefix(f"{key}/") for each in keys if each.startswith(f"{key}/")]
 

@@ -11,7 +11,7 @@ from training.logging.format import count, number, share
 from training.logging.phases import PHASES
 from training.terminal import print_text
 
-SOURCE = "NAME"
+NAME = "NAME"
 LOAD_IMAGE = "router/load_layers_x_experts"  # tag of the expert load's heat map
 
 
@@ -44,13 +44,13 @@ class Metric(NamedTuple):
     key: str  # "router_layers.z_loss" stands for row["router_layers"]["z_loss"]
     doc: str  # meaning and unit, for training/README.md
     tag: str | None = None  # in TensorBoard and W&B; None: not a curve there
-    group: str = "step"  # step; validation: only after an evaluation; router: only with experts
+    group: str = "step"  # step; validation, tasks: only after these; router: only with experts
     console: Callable[[Any], str] | None = None  # its field in the console, of constant width
     figure: Figure | None = None
     chart: Chart | None = None
     in_summary: bool = False  # summary.json repeats the last value
     of_layer: Callable[[Any], float | None] | None = None  # if the value is a list over MoE layers: an element's number
-    of_source: bool = False  # the value is a dict by the source of validation text; the tag has its name for SOURCE
+    of_name: bool = False  # the value is a dict by the name of a source or task; the tag has it for NAME
 
     def value(self, row: dict) -> Any:
         """Return the row's value, None if the row has none."""
@@ -85,9 +85,16 @@ METRICS = [
            console=lambda value: f"bits/byte {number(value)}", figure=Figure("bits per byte", ".3f"),
            chart=Chart("Compression", "bits per byte of validation text", "validation", "val"), in_summary=True),
     *(Metric(f"val_sets.{name}", f"`val_{name}` of each source of validation text, if there are several",
-             f"val/{SOURCE}/{name}", "validation", of_source=True, in_summary=True,
+             f"val/{NAME}/{name}", "validation", of_name=True, in_summary=True,
              chart=Chart("Validation loss by source", "nats per token") if name == "loss" else None)
       for name in ("loss", "perplexity", "bits_per_byte")),
+    Metric("tasks.acc", "share of each task's items whose right answer is the likeliest", f"tasks/{NAME}/acc", "tasks",
+           of_name=True, in_summary=True, chart=Chart("Tasks", "accuracy")),
+    Metric("tasks.acc_norm", "the same by log-likelihood per character of the answer", f"tasks/{NAME}/acc_norm",
+           "tasks", of_name=True, in_summary=True),
+    Metric("tasks_mean", "mean over the tasks of their accuracy, centered: 0 for guessing, 1 for all", "tasks/mean",
+           "tasks", console=lambda value: f"mean, centered {number(value, '.3f')}", in_summary=True,
+           figure=Figure("mean of the tasks, centered", ".3f")),
     Metric("samples", "after an evaluation: a list of `prompt` and the `text` that continues it", group="validation"),
     Metric("learning_rate", "learning rate of the update", "train/learning_rate",
            console=lambda value: f"lr {number(value, '.2e')}",
@@ -156,15 +163,15 @@ def scalars(row: dict, moe_layers: Sequence[int]) -> dict[str, float]:
             for layer, value in zip(moe_layers, by_layer, strict=bool(by_layer)):
                 if value is not None:
                     values[layer_tag(metric.tag, layer)] = value
-        elif metric.of_source:
-            values |= {metric.tag.replace(SOURCE, name): value for name, value in by_source(metric, row).items()}
+        elif metric.of_name:
+            values |= {metric.tag.replace(NAME, name): value for name, value in by_name(metric, row).items()}
         elif metric.tag is not None and (value := metric.value(row)) is not None:
             values[metric.tag] = value
     return values
 
 
-def by_source(metric: Metric, row: dict) -> dict[str, float]:
-    """Return the number of each source of validation text, {} if the row has none. Raises ValueError for others."""
+def by_name(metric: Metric, row: dict) -> dict[str, float]:
+    """Return the number of each source or task, {} if the row has none. Raises ValueError for other values."""
     values = metric.value(row) or {}
     if any(type(value) not in (int, float, type(None)) for value in values.values()):
         raise ValueError(f"{metric.key} is {values!r}")
@@ -188,10 +195,11 @@ def console_fields(row: dict, *groups: str) -> list[str]:
     return [metric.console(row[metric.key]) for metric in shown if metric.key in row]
 
 
-def losses_by_source(row: dict) -> list[str]:
-    """Return the console's fields for the loss of each source of validation text, [] if the row has none."""
-    losses = (row.get("val_sets") or {}).get("loss", {})
-    return losses and ["val loss by source", *(f"{name} {number(loss)}" for name, loss in losses.items())]
+def fields_by_name(row: dict, label: str, key: str, spec: str) -> list[str]:
+    """Return the console's fields for a figure of each source or task, after a label; [] if the row has none."""
+    first, _, second = key.partition(".")
+    values = (row.get(first) or {}).get(second, {})
+    return values and [label, *(f"{name} {number(value, spec)}" for name, value in values.items())]
 
 
 def summary_values(row: dict) -> dict[str, Any]:

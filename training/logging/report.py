@@ -34,7 +34,7 @@ def write_report(run: RunInfo, history: History, summary: dict | None = None, ex
             summary_sentence=summary_sentence(history, newest, None if summary else run.steps),
             progress=history.last_step / run.steps if history.spans and not summary else None,
             key_figures=key_figures(history, newest | summary),
-            charts=metric_charts(history, ("step", "validation")),
+            charts=metric_charts(history, ("step", "validation", "tasks")),
             routing=routing(history, newest, run.moe_layers),
             experts=experts,
             evaluations=[row for i, row in enumerate(evaluations) if row and row not in evaluations[:i]],
@@ -80,7 +80,11 @@ def key_figures(history: History, known: dict) -> list[tuple[str, str]]:
     """Return the large numbers at the top as (text, label)."""
     if not history.spans:
         return []
-    figures = [*_figures(history, known, "validation"), *_figures(history, known, "step")]
+    figures = [
+        *_figures(history, known, "validation"),
+        *_figures(history, known, "tasks"),
+        *_figures(history, known, "step"),
+    ]
     if "parameters" in known:
         figures.append((count(known["parameters"]), "parameters"))
         if known.get("active_parameters") != known["parameters"]:

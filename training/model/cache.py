@@ -36,9 +36,18 @@ class Cache:
 
     def select(self, rows_B: Tensor) -> None:
         """Keep these samples, in this order; a sample may be repeated."""
-        for layer in self.layers:
-            layer.buffers = {name: (buffer.index_select(0, rows_B), n) for name, (buffer, n) in layer.buffers.items()}
-        self._set_padding(None if self.n_padding_B is None else self.n_padding_B.index_select(0, rows_B))
+        selected = self.selected(rows_B)
+        self.layers = selected.layers
+        self._set_padding(selected.n_padding_B)
+
+    def selected(self, rows_B: Tensor) -> "Cache":
+        """Return a cache of copies of these samples, in this order; a sample may be repeated."""
+        padding_B = None if self.n_padding_B is None else self.n_padding_B.index_select(0, rows_B)
+        new = Cache(len(self.layers), padding_B)
+        new.n_tokens = self.n_tokens
+        for layer, copy in zip(self.layers, new.layers, strict=True):
+            copy.buffers = {name: (buffer.index_select(0, rows_B), n) for name, (buffer, n) in layer.buffers.items()}
+        return new
 
     def replace_rows(self, rows_R: Tensor, other: "Cache") -> None:
         """Overwrite R samples with those of `other`, which have no padding."""
