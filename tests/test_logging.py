@@ -974,7 +974,7 @@ def test_every_key_of_a_real_run_is_in_the_table_and_every_metric_is_in_a_row(ru
     evaluation = {"every": 4, "tokens": 512, "prompts": ["def "], "sample_tokens": 4}
     evaluation["tasks"] = [{"type": "piqa", "paths": [str(tmp_path / "items.jsonl")]}]
     model = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "blocks": [{}, {"ffn": MOE}]}
-    folder = run(model=model, eval=evaluation)
+    folder = run(model=model, eval=evaluation, optim={"average": {"decay": 0.9}})
     keys = set().union(*map(keys_of, read_rows(folder / "metrics.jsonl")))
     metrics = {metric.key for metric in METRICS}
     assert keys - metrics == set(), "add these keys to METRICS in training/logging/metrics.py"

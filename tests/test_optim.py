@@ -12,6 +12,7 @@ from torch import nn
 
 from training.config import (
     AdamWConfig,
+    AverageConfig,
     Config,
     ConstantSchedule,
     CosineSchedule,
@@ -98,6 +99,44 @@ def test_a_restored_optimizer_continues_bit_for_bit(config_class):
     run_steps(second, restored, [3, 4])
     for name, p in uninterrupted.items():
         assert torch.equal(p, second[name]), name
+
+
+@pytest.mark.parametrize("config_class", OPTIMIZERS, ids=lambda c: c.__name__)
+def test_the_average_follows_the_weights_and_is_restored(config_class):
+    """It begins as a copy, does not change training, and takes part in `averaged` updates only."""
+    plain, named, config = parameters(), parameters(), config_class(average=AverageConfig(decay=0.75))
+    run_steps(plain, Optimizer(config_class(), plain.items(), KINDS), [1, 2, 3, 4])
+    optimizer, expected = Optimizer(config, named.items(), KINDS), None
+    size = state_bytes(config, {name: p.shape for name, p in named.items()}, KINDS)
+    assert sum(tensor.nbytes for tensor in optimizer.allocate_missing_state()) == size
+    for seed in (1, 2, 3, 4):
+        set_gradients(named, seed)
+        optimizer.step(lr_factor=1.0, is_averaged=seed > 1)
+        weights = {name: p.detach().double() for name, p in named.items()}
+        if seed == 1:
+            assert optimizer.averages == {}
+        elif expected is None:
+            expected = weights
+        else:
+            expected = {name: 0.75 * value + 0.25 * weights[name] for name, value in expected.items()}
+    assert all(torch.equal(p, plain[name]) for name, p in named.items())
+    assert all(torch.allclose(optimizer.averages[name].double(), expected[name], atol=1e-6) for name in named)
+    assert all(optimizer.averages[name].dtype == torch.float32 for name in named)
+    state = {key: tensor.clone() for key, tensor in optimizer.state_dict().items()}
+    assert sum(tensor.nbytes for tensor in state.values() if tensor.ndim) == size
+    restored = Optimizer(config, parameters().items(), KINDS)
+    restored.load_state_dict(state)
+    assert all(torch.equal(restored.averages[name], optimizer.averages[name]) for name in named)
+    without = Optimizer(config_class(), parameters().items(), KINDS)
+    without.load_state_dict(state)
+    assert without.averages == {}
+    begins_later = {key: tensor for key, tensor in state.items() if not key.endswith("/average")}
+    restored.averages = {}
+    restored.load_state_dict(begins_later)
+    assert restored.averages == {}
+    del state["norm/average"]
+    with pytest.raises(KeyError, match="average of norm"):
+        restored.load_state_dict(state)
 
 
 @pytest.mark.parametrize("config_class", OPTIMIZERS, ids=lambda c: c.__name__)

@@ -323,11 +323,19 @@ class DataConfig(Section):
 # --- optimizer and schedule ------------------------------------------------------------------------
 
 
+class AverageConfig(Section):
+    """An exponential average of the weights, in float32, from the end of warm-up on; training does not read it."""
+
+    decay: float = option(0.999, "share of the average that a step keeps", gt=0, lt=1)
+    final: bool = option(False, "the final model has the averaged weights")
+
+
 class OptimConfig(Section):
     """Options of every optimizer, which the training loop and the log read."""
 
     learning_rate: float = option(6e-4, "peak learning rate", gt=0)
     grad_clip: float | None = option(1.0, "largest global gradient norm; null: no clipping", gt=0)
+    average: AverageConfig | None = option(None, "also keep and evaluate an average of the weights; null: off")
 
 
 class AdamWConfig(OptimConfig):
@@ -556,7 +564,11 @@ class EvalConfig(Section):
 
     every: int | None = option(200, "evaluate every N steps and at the end; null: at the end only", unit="steps", ge=1)
     tokens: int | None = option(1_000_000, "validation tokens to evaluate on; null: all", unit="tokens", ge=1)
-    best: str | None = option(None, "name of the validation text whose loss decides what is best; null: all of it")
+    best: str | None = option(
+        None,
+        "whose validation loss decides which step is best: the name of a source, `average` for the averaged weights; "
+        "null: the loss over all sources",
+    )
     tasks: ListOf[Task] = option((), "tasks to score: [{type: hellaswag, paths: [hellaswag_val.jsonl]}]")
     tasks_every: int | None = option(
         None, "score the tasks every N steps and at the end; null: at the end only", unit="steps", ge=1

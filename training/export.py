@@ -7,6 +7,7 @@ otherwise the folder is removed. The model is written as the first architecture 
 the same function (docs/exports.md), or else with its own Python files.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -25,13 +26,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="dtype of the weights (default %(default)s)"
     )
+    parser.add_argument(
+        "--average", metavar="N|ema", help="N: mean of the newest N checkpoints; ema: the average of optim.average"
+    )
     args = parser.parse_args(argv)
-    for line in export(args.run, args.out, args.dtype):
+    if args.average is not None and args.average != "ema" and not re.fullmatch("[1-9][0-9]{0,3}", args.average):
+        parser.error(f"--average: {args.average!r} is neither a number of checkpoints nor ema")
+    for line in export(args.run, args.out, args.dtype, args.average):
         print_result(line)
     return 0
 
 
-def export(run: str, out: str | None, dtype_name: str) -> list[str]:
+def export(run: str, out: str | None, dtype_name: str, average: str | None = None) -> list[str]:
     """Write and check the folder; return a report. Raises UserError, and leaves no folder, if anything is wrong."""
     target = Path(out) if out is not None else Path(run, "export")
     if target.exists():
@@ -39,13 +45,21 @@ def export(run: str, out: str | None, dtype_name: str) -> list[str]:
     from safetensors import SafetensorError
 
     from training.device import DTYPES
-    from training.engine.load_run import load_run
+    from training.engine.load_run import load_run, mean_of_checkpoints
     from training.model import GPT
     from training.weights import hf
     from training.weights.export_check import check_export
 
     loaded, dtype = load_run(run), DTYPES[dtype_name]
     weights, config, tokenizer = loaded.weights, loaded.config.model, loaded.tokenizer
+    what = f"step {loaded.step}"
+    if average == "ema":
+        if not loaded.averages:
+            raise UserError(f"--average ema: {run} has no averaged weights; train with optim.average, past the warm-up")
+        weights, what = weights | loaded.averages, f"{what}, averaged weights"
+    elif average is not None:
+        weights, steps = mean_of_checkpoints(run, int(average))
+        what = f"mean of steps {', '.join(map(str, steps))}"
     rounded = GPT(config, n_vocab=loaded.n_vocab)
     rounded.load_state_dict(hf.to_saved_dtype(weights, dtype))
     try:
@@ -56,7 +70,7 @@ def export(run: str, out: str | None, dtype_name: str) -> list[str]:
             opened = check_export(partial, rounded, tokenizer.vocab_size)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{target}: the model could not be written: {error}") from error
-    lines, trust = [f"{target}: {model_type}, {dtype_name}, step {loaded.step}", opened], ""
+    lines, trust = [f"{target}: {model_type}, {dtype_name}, {what}", opened], ""
     if model_type not in hf.ARCHITECTURES:
         reasons: dict[str | None, list[str]] = {}
         for name, architecture in hf.ARCHITECTURES.items():

@@ -1,6 +1,7 @@
 """A model distributed over ranks: local rows of each tensor, gradient sums, loading and gathering."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -112,6 +113,25 @@ class ShardedModel:
         for tensor in self.tensors.values():
             rows = slice(tensor.rows.start, tensor.rows.stop)
             tensor.local_rows().copy_(full_value(tensor.name, tensor.shape)[rows])
+
+    @contextmanager
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Compute with other `weights` of the local parameters, by name; afterwards both are bit for bit as before."""
+        self.reshard()
+        self._exchange(weights)
+        try:
+            yield
+        finally:
+            self.reshard()
+            self._exchange(weights)
+
+    @torch.no_grad()
+    def _exchange(self, weights: Mapping[str, Tensor]) -> None:
+        for tensor in self._parameters:
+            rows, other = tensor.local_rows(), weights[tensor.name]
+            kept = rows.clone()
+            rows.copy_(other)
+            other.copy_(kept)
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Return all tensors in full, in the main rank's host memory; {} on the other ranks. Collective."""

@@ -21,7 +21,7 @@ from training.kernels.choose import KernelChoice, choose_kernels
 from training.kernels.table import TABLES
 from training.model import GPT, kernel_requirements
 from training.model.stats import ModelStats, initial_value, model_stats
-from training.optim.optimizer import LossScale, Optimizer
+from training.optim.optimizer import AVERAGE, LossScale, Optimizer
 from training.planning.report import disk_shortage
 from training.terminal import print_note
 from training.weights.init_from import check_pretrained, load_weights, weights_sha256
@@ -125,12 +125,14 @@ def choose_best(config: Config, dataset: Dataset, world: World, state: TrainStat
     Raises UserError if no source of validation text has the name.
     """
     best, names = config.eval.best, [stream.name for stream in dataset.val.streams]
+    if config.optim.average is not None:
+        names.append(AVERAGE)
     if best is not None and best not in names:
-        remedy = f"there is {', '.join(names)}"
+        remedy = f"there is {', '.join(filter(None, names))}"
         if not any(names):
             remedy = f"an earlier version prepared it without names; remove {dataset.report['folder']}"
         raise UserError(f"eval.best: no validation text has the name {best!r}; {remedy}")
-    if len(names) == 1:
+    if len(dataset.val.streams) == 1 and best != AVERAGE:
         best = None
     if world.is_main and state.best is not None and state.best.get("of") != best:
         old, new = (name or "all validation text" for name in (state.best.get("of"), best))

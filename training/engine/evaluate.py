@@ -17,11 +17,18 @@ from training.model.generation import SamplingParams, continue_texts, encode_pro
 
 
 def evaluate(setup: Setup, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the metrics of an evaluation over `eval.tokens` of the run's validation text. Collective."""
-    config, model = setup.config, setup.model
-    n_tokens, micro_batch = config.eval.tokens, setup.micro_batch.size
-    row = validation_figures(model.model, setup.val_samples, tokenizer, n_tokens, micro_batch, model.world)
+    """Return the metrics of an evaluation over `eval.tokens` of the run's validation text. Collective.
+
+    The averaged weights have figures of their own, from their beginning on.
+    """
+    config, model, averages = setup.config, setup.model, setup.optimizer.averages
+    arguments = (setup.val_samples, tokenizer, config.eval.tokens, setup.micro_batch.size, model.world)
+    row = validation_figures(model.model, *arguments)
     model.reshard()
+    if averages:
+        with model.with_weights(averages):
+            figures = validation_figures(model.model, *arguments)
+        row |= {f"averaged_{name}": figures[name] for name in ("val_loss", "val_bits_per_byte")}
     return row
 
 

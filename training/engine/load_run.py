@@ -15,6 +15,7 @@ from training.data import Tokenizer
 from training.errors import UserError
 from training.kernels.choose import choose_kernels
 from training.model import GPT, kernel_requirements
+from training.optim.optimizer import AVERAGE
 from training.terminal import print_note
 
 ATTEMPTS = 3  # to read the latest checkpoint: a run in training may remove it meanwhile
@@ -29,6 +30,7 @@ class LoadedRun(NamedTuple):
     step: int
     data: str  # fingerprint of the text it was trained on
     n_vocab: int  # tokens that the model predicts; later rows of the embedding are padding
+    averages: dict[str, Tensor]  # the averaged parameters; {} if the run has none yet
 
 
 def load_run(run: str) -> LoadedRun:
@@ -52,7 +54,25 @@ def load_run(run: str) -> LoadedRun:
     n_vocab = loaded.state.get("n_vocab") or config.model.vocab_size  # older versions: all rows are tokens
     if n_vocab not in range(1, config.model.vocab_size + 1):
         raise UserError(f"{path / 'state.json'}: n_vocab: {n_vocab!r} is no number of rows of the embedding")
-    return LoadedRun(config, loaded.model, Tokenizer.load(path.parent.parent / "tokenizer"), step, data, n_vocab)
+    tokenizer, suffix = Tokenizer.load(path.parent.parent / "tokenizer"), f"/{AVERAGE}"
+    averages = {key.removesuffix(suffix): tensor for key, tensor in loaded.optimizer.items() if key.endswith(suffix)}
+    return LoadedRun(config, loaded.model, tokenizer, step, data, n_vocab, averages)
+
+
+def mean_of_checkpoints(run: str, n: int) -> tuple[dict[str, Tensor], list[int]]:
+    """Return the mean of the weights of a run's newest n checkpoints, float32, and their steps.
+
+    Raises UserError if fewer are there, or if one is damaged.
+    """
+    there = checkpoint.list_checkpoints(Path(run) / "checkpoints")
+    if len(there) < n:
+        raise UserError(f"--average {n}: {run} has {len(there)} checkpoints; checkpoint.keep sets how many are kept")
+    means: dict[str, Tensor] = {}
+    for number, (_, path) in enumerate(there[-n:], start=1):
+        for name, tensor in checkpoint.load(path).model.items():
+            mean = means.setdefault(name, tensor.double())
+            mean += (tensor - mean) / number
+    return {name: mean.float() for name, mean in means.items()}, [step for step, _ in there[-n:]]
 
 
 def load_model(run: str, device_name: str = "auto") -> tuple[GPT, LoadedRun]:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from training import device as devices
+from training.config import Config
 from training.data import Dataset
 from training.engine.build import Setup
 from training.engine.expert_tokens import measure_expert_tokens
@@ -84,6 +86,7 @@ def run_info(setup: Setup, dataset: Dataset) -> RunInfo:
         ),
         "batch": describe_batch(config, setup.micro_batch.size),
         "steps": f"{config.steps:,}, {config.steps * config.batch_tokens:,} tokens",
+        "average": describe_average(config),
         "initialized from": "" if state.step else config.init_from,
         "resuming from": f"step {state.step:,}" if state.step else "",
     }
@@ -110,12 +113,20 @@ def run_info(setup: Setup, dataset: Dataset) -> RunInfo:
     )
 
 
+def describe_average(config: Config) -> str:
+    """Return a line about the averaged weights, "" if there are none."""
+    if (average := config.optim.average) is None:
+        return ""
+    of_weights = f"of the weights, decay {average.decay:g}, from step {config.schedule.warmup_steps + 1} on"
+    return of_weights + "; the final model has it" * average.final
+
+
 def finish(setup: Setup, dataset: Dataset, log: RunLog, phase: Phases) -> None:
     """Write the final model, experts.json, summary.json and the report; close the log. Raises UserError. Collective."""
     config, model, tokenizer, expert_tokens = setup.config, setup.model, dataset.tokenizer, None
     folder, is_main = config.run_dir, model.world.is_main
     with phase("checkpoint"):
-        weights = model.full_state_dict()
+        weights = final_weights(setup)
     if setup.stats.top_ks and (is_main or model.mesh.has_collectives):
         with phase("evaluation"):
             model.reshard()
@@ -137,6 +148,15 @@ def finish(setup: Setup, dataset: Dataset, log: RunLog, phase: Phases) -> None:
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     update_report(log.info, log.history, summary, expert_tokens)
     log.close(summary)
+
+
+def final_weights(setup: Setup) -> dict[str, Tensor]:
+    """Return the full weights of the final model on the main rank: the trained or the averaged ones. Collective."""
+    averages = setup.optimizer.averages
+    if setup.config.optim.average is None or not setup.config.optim.average.final or not averages:
+        return setup.model.full_state_dict()
+    with setup.model.with_weights(averages):  # copies: the model gets its own weights back
+        return {name: tensor.clone() for name, tensor in setup.model.full_state_dict().items()}
 
 
 def summarize(setup: Setup, dataset: Dataset, log: RunLog) -> dict[str, Any]:

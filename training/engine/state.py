@@ -19,7 +19,7 @@ from training.files import read_bytes
 from training.logging.history import span_of
 from training.logging.jsonl import nan_to_null
 from training.logging.rows import RunLog
-from training.optim.optimizer import LossScale, Optimizer
+from training.optim.optimizer import AVERAGE, LossScale, Optimizer
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Seconds = Annotated[float, Field(allow_inf_nan=False, ge=0)]
@@ -30,7 +30,7 @@ class Best(TypedDict):
 
     step: PositiveInt
     val_loss: Finite
-    of: NotRequired[str | None]  # the source whose validation text it is; None: all of it
+    of: NotRequired[str | None]  # the source whose validation text it is, or AVERAGE; None: all of it
 
 
 class KnownMicroBatch(TypedDict):
@@ -104,11 +104,16 @@ class TrainState(BaseModel):
         return self.model_dump(by_alias=True) | {"skips": guard}
 
     def update_best(self, row: dict[str, Any], source: str | None, *, is_saved: bool) -> bool:
-        """Record the row's validation loss, of a source or of all text, as `best` if it is the lowest so far.
+        """Record the row's validation loss, as `eval.best` chooses it (`source`), as `best` if it is the lowest so far.
 
         Returns True if so. After a non-finite update `best` changes only if this step is saved anyway (`is_saved`).
         """
-        val_loss = row["val_loss"] if source is None else row["val_sets"]["loss"][source]
+        if source == AVERAGE:
+            val_loss = row.get("averaged_val_loss", math.inf)
+        else:
+            val_loss = row["val_loss"] if source is None else row["val_sets"]["loss"][source]
+        if not math.isfinite(val_loss):  # the average has not begun
+            return False
         if self.best is not None and self.best.get("of") == source and val_loss >= self.best["val_loss"]:
             return False
         if self.guard.consecutive and not is_saved:

@@ -54,7 +54,8 @@ def train_step(setup: Setup, phase: Phases) -> tuple[Metrics, int]:
         updated = should_update(setup, sums["loss_sum"] / batch.n_targets, grad_norm)
         if updated:
             clip_gradients(model, grad_norm, config.optim.grad_clip, loss_scale)
-            setup.optimizer.step(lr_factor(config.schedule, state.step, config.steps))
+            is_averaged = state.step >= config.schedule.warmup_steps
+            setup.optimizer.step(lr_factor(config.schedule, state.step, config.steps), is_averaged=is_averaged)
         model.zero_grad()
         metrics = model.model.finish_step(sums, updated)
     state.step += 1

@@ -22,7 +22,7 @@ class Curve(NamedTuple):
     """A line of a chart. Without a label it is in neither the legend nor the pointer's values."""
 
     label: str
-    kind: str  # CSS class: raw, train, val or layer
+    kind: str  # CSS class: raw, train, val, average or layer
     points: list[Point]
     shade: int = 0  # per cent between the color of the first layer, source or task and that of the last
 

@@ -21,7 +21,7 @@ class Chart(NamedTuple):
     title: str
     unit: str = ""
     label: str = "training"  # in the legend and under the pointer
-    style: str = "noisy"  # noisy: raw and smoothed; val, train: as it is, in that color
+    style: str = "noisy"  # noisy: raw and smoothed; val, train, average: as it is, in that color
     spikes: bool = False  # rare outliers may leave the frame, rather than flatten the rest
     zero: bool = False  # the axis starts at 0
     hide_zeros: bool = False  # no chart if every value is 0
@@ -77,6 +77,12 @@ METRICS = [
     Metric("val_loss", "validation loss without auxiliary losses, in nats per token", "val/loss", "validation",
            console=lambda value: f"val loss {number(value)}", figure=Figure("validation loss", ".3f"),
            chart=Chart("Loss", label="validation", style="val"), in_summary=True),
+    Metric("averaged_val_loss", "`val_loss` of the averaged weights (`optim.average`)", "val/loss_averaged",
+           "validation",
+           console=lambda value: f"averaged {number(value)}", figure=Figure("validation loss, averaged weights", ".3f"),
+           chart=Chart("Loss", label="validation, averaged weights", style="average"), in_summary=True),
+    Metric("averaged_val_bits_per_byte", "`val_bits_per_byte` of the averaged weights", "val/bits_per_byte_averaged",
+           "validation", chart=Chart("Compression", label="averaged weights", style="average"), in_summary=True),
     Metric("val_perplexity", "exp(val_loss)", "val/perplexity", "validation",
            console=lambda value: f"perplexity {number(value, '.2f')}", figure=Figure("perplexity", ".1f"),
            in_summary=True),

@@ -24,6 +24,9 @@ OPTIMIZERS: dict[type[OptimConfig], dict[ParameterKind, type]] = {
 }
 
 
+AVERAGE = "average"  # name of the state of `Optimizer.averages`
+
+
 class Optimizer:
     """All optimizers of a run behind one interface; their state is a dict of named tensors.
 
@@ -39,7 +42,8 @@ class Optimizer:
         dtype: torch.dtype = torch.float32,
         full_shapes: FullShapes | None = None,
     ):
-        class_of_kind = OPTIMIZERS[type(config)]
+        class_of_kind, self.average = OPTIMIZERS[type(config)], config.average
+        self.averages: dict[str, Tensor] = {}  # of each parameter's weights, in its shape; {} before it begins
         names = {p: name for name, p in named_parameters}
         by_kind = {kind: [p for p, name in names.items() if kinds[name] == kind] for kind in PARAMETER_KINDS}
         self.optimizers = []
@@ -51,17 +55,33 @@ class Optimizer:
         self._peaks = [(group, group["lr"]) for _, group in groups]
         self._owners = {names[p]: (optimizer, p) for optimizer, group in groups for p in group["params"]}
 
-    def step(self, lr_factor: float) -> None:
-        """Update every parameter at `lr_factor` times its peak learning rate."""
+    def step(self, lr_factor: float, *, is_averaged: bool = False) -> None:
+        """Update every parameter at `lr_factor` times its peak learning rate.
+
+        The average takes part in the updates that are `is_averaged`; it begins as a copy of the weights.
+        """
         for group, peak in self._peaks:
             group["lr"] = peak * lr_factor
         for optimizer in self.optimizers:
             optimizer.step()
+        if self.average is not None and is_averaged:
+            self._update_averages(self.average.decay)
+
+    @torch.no_grad()
+    def _update_averages(self, decay: float) -> None:
+        weights = {name: p.detach() for name, (_, p) in self._owners.items()}
+        if self.averages:
+            torch._foreach_lerp_([self.averages[name] for name in weights], list(weights.values()), 1 - decay)
+        else:
+            self.averages = {name: weight.clone() for name, weight in weights.items()}
 
     def allocate_missing_state(self) -> list[Tensor]:
-        """Return empty tensors as large as the state that the first step creates; [] after it."""
+        """Return empty tensors as large as the state that later steps create; [] if all of it is there."""
         missing = [(optimizer, p) for optimizer, p in self._owners.values() if not optimizer.state.get(p)]
-        return [torch.empty_like(p) for optimizer, p in missing for _ in optimizer.state_names]
+        tensors = [torch.empty_like(p) for optimizer, p in missing for _ in optimizer.state_names]
+        if self.average is not None and not self.averages:
+            tensors += [torch.empty_like(p) for _, p in self._owners.values()]
+        return tensors
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return every state tensor by "<parameter>/<state name>"."""
@@ -69,13 +89,20 @@ class Optimizer:
             f"{name}/{state_name}": tensor
             for name, (optimizer, p) in self._owners.items()
             for state_name, tensor in optimizer.state.get(p, {}).items()
-        }
+        } | {f"{name}/{AVERAGE}": tensor for name, tensor in self.averages.items()}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Load the result of `state_dict`. Raises KeyError if its keys do not fit these parameters and optimizers.
 
-        An empty dict is valid: fp16 may have skipped every update so far.
+        An empty dict is valid: fp16 may have skipped every update so far. Averages are left out if this run has none,
+        and begin later if the tensors have none.
         """
+        averages = {key.rpartition("/")[0]: key for key in tensors if key.endswith(f"/{AVERAGE}")}
+        if averages and self.average is not None:
+            if mismatched := sorted(averages.keys() ^ self._owners.keys()):
+                raise KeyError(f"average of {mismatched[0]}")
+            self.averages = {name: tensors[averages[name]].to(p.device) for name, (_, p) in self._owners.items()}
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in averages.values()}
         expected = {
             f"{name}/{state_name}"
             for name, (optimizer, _) in self._owners.items()
@@ -91,8 +118,9 @@ class Optimizer:
 
 def state_bytes(config: OptimConfig, shapes: Mapping[str, torch.Size], kinds: Mapping[str, ParameterKind]) -> int:
     """Return the bytes of the unsharded float32 optimizer state, without scalars."""
-    class_of_kind = OPTIMIZERS[type(config)]
-    return 4 * sum(shapes[name].numel() * len(class_of_kind[kind].state_names) for name, kind in kinds.items())
+    class_of_kind, n_averages = OPTIMIZERS[type(config)], int(config.average is not None)
+    n_states = {kind: len(class_of_kind[kind].state_names) + n_averages for kind in set(kinds.values())}
+    return 4 * sum(shapes[name].numel() * n_states[kind] for name, kind in kinds.items())
 
 
 @dataclass

@@ -198,9 +198,9 @@ def walk_optimizer(config: Config, shapes: Counter[tuple[ParameterKind, LocalSha
             full_shapes[parameter] = torch.Size((n, *shape.full))
         gather = FullShapes(full_shapes, partial(_gather_matrices, full_shapes, n_ranks)) if n_ranks > 1 else None
         optimizer = Optimizer(config.optim, named.items(), kinds, DTYPES[config.precision], gather)
-        optimizer.step(1.0)  # creates the state
+        optimizer.step(1.0, is_averaged=True)  # creates the state
         tracker.begin("step")
-        optimizer.step(1.0)
+        optimizer.step(1.0, is_averaged=True)
         peak = Peak(Counter())
         peak.add(tracker.parts["step"])
         return sum(tensor.nbytes for tensor in optimizer.state_dict().values()), peak.max_bytes
