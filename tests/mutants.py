@@ -125,8 +125,8 @@ DEFECTS = [
            "partial = target", "tests/test_crashes.py -k operations", "state.json"),
     Defect("old checkpoints go before the new one is there", "checkpoint/write.py",
            "            rename_durable(partial, target)\n            try:\n"
-           "                prune(self.folder, self.config.keep, best_step)\n",
-           "            prune(self.folder, self.config.keep, best_step)\n            try:\n"
+           "                prune(self.folder, self.config.keep, best_step, self.config.keep_every)\n",
+           "            prune(self.folder, self.config.keep, best_step, self.config.keep_every)\n            try:\n"
            "                rename_durable(partial, target)\n",
            "tests/test_crashes.py -k operations", "nothing is removed before the new checkpoint is durable"),
     Defect("the best is not kept", "engine/state.py", "if state.best and self.config.checkpoint.keep_best else",
@@ -272,7 +272,7 @@ DEFECTS = [
     Defect("the average begins in the warm-up", "engine/step.py", "state.step >= config.schedule.warmup_steps",
            "True", "tests/test_average.py -k warm_up"),
     Defect("the average is not restored", "optim/optimizer.py",
-           "self.averages = {name: tensors[averages[name]].to(p.device) for name, (_, p) in self._owners.items()}",
+           "self.averages = {name: averages[name].to(p.device) for name, (_, p) in self._owners.items()}",
            "pass",
            "tests/test_average.py -k resumes"),
     Defect("training goes on with the average", "distributed/sharded_model.py",

@@ -61,7 +61,7 @@ def test_a_stopped_run_resumes_to_the_same_average(run, config, at_step):
 
 def test_ranks_compute_the_same_average(processes, options, run, tmp_path):
     alone = run(name="alone", **AVERAGED)
-    for name, mesh in {"copies": {}, "shards": {"shard": 2}, "experts": {"shard": 2, "expert": 2}}.items():
+    for name, mesh in {"copies": {}, "shards": {"shard": 2, "expert": 2}}.items():
         path = write_config(tmp_path / f"{name}.yaml", options(name=name, parallel={"mesh": mesh}, **AVERAGED))
         ended = processes.run("training.train:main", "--config", str(path), n_ranks=2)
         assert ended.returncode == 0, ended.stderr

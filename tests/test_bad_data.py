@@ -143,6 +143,7 @@ def replace_tokens(folder: Path, tokens: np.ndarray) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     record = next(each for each in manifest["streams"] if each["split"] == "train")
     record |= {"sha256": hashlib.sha256(tokens.tobytes()).hexdigest(), "n_tokens": len(tokens)}
+    record["parts"][0]["n_tokens"] = len(tokens)
     (folder / TRAIN).write_bytes(tokens.tobytes())
     (folder / "manifest.json").write_text(json.dumps(manifest))
 

@@ -84,6 +84,13 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [path.name for _, path in list_checkpoints(tmp_path)]
 
 
+def test_prune_keeps_every_nth_step(tmp_path):
+    for step in range(1, 10):
+        save(tmp_path, checkpoint(step))
+        prune(tmp_path, keep=1, best_step=2, keep_every=3)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [2, 3, 6, 9]
+
+
 def test_the_remains_of_a_killed_save_do_not_count_and_are_removed(tmp_path):
     for name in (".step-00000009.tmp", ".step-00000001.old"):
         (tmp_path / name).mkdir()

@@ -41,8 +41,9 @@ from training.logging.sinks import SINKS, RunInfo, open_sinks
 
 SUMMARY = {
     "steps": 4, "tokens": 128, "train_loss": 2.5, "val_loss": 2.6, "val_perplexity": 13.5, "val_bits_per_byte": 1.25,
-    "best_val_loss": 2.6, "best_step": 4, "best_of": None, "time_s": 61.0, "tokens_per_s": 9800.0, "parameters": 1000,
-    "active_parameters": 500, "model_dir": "runs/r/model", "next": ["python -m training.generate --run runs/r"],
+    "best_val_loss": 2.6, "best_step": 4, "best_of": None, "model_step": 4, "time_s": 61.0, "tokens_per_s": 9800.0,
+    "parameters": 1000, "active_parameters": 500, "model_dir": "runs/r/model",
+    "next": ["python -m training.generate --run runs/r"],
     "goodput": 0.95, "time": dict.fromkeys(PHASES, 0.0) | {"compute": 95.0, "start": 5.0},
     "advice": ["memory: enough", "speed: 31 % of the time was spent waiting for data"],
 }  # fmt: skip
@@ -673,14 +674,14 @@ def records_in(data: bytes) -> list:
 
 
 def test_wandb_keeps_one_run_over_restarts_and_logs_no_step_twice(tmp_path, capfd, monkeypatch):
-    """Its options are null, and the environment chooses mode, project, name and id."""
+    """The environment chooses mode, project, name and id; the options tags, group and notes."""
     wandb = pytest.importorskip("wandb")
     from training.logging.wandb import WandbSink
 
     for name, value in {"MODE": "offline", "PROJECT": "ours", "NAME": "first", "RUN_ID": "id-of-theirs"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     wandb.teardown()  # it reads the environment once a process
-    config = WandbConfig()
+    config = WandbConfig(tags=("a b", "c"), group="sweep", notes="why: <b>")
     first = WandbSink(run_in(tmp_path), config, histogram_every=2)
     first.write([row(1), row(2), eval_row(3)])
     first.close(None)
@@ -691,6 +692,8 @@ def test_wandb_keeps_one_run_over_restarts_and_logs_no_step_twice(tmp_path, capf
     assert tuple(capfd.readouterr()) == ("", line * 2)
     assert (first.run.id, first.run.name, first.run.project) == ("id-of-theirs", "first", "ours")
     assert second.run.id == first.run.id
+    described = [(run.tags, run.group, run.notes) for run in (first.run, second.run)]
+    assert described == [(("a b", "c"), "sweep", "why: <b>")] * 2
     histories = [history_rows(path) for path in offline(tmp_path)]
     assert [record["_step"] for history in histories for record in history] == [1, 2, 3, 4]
     assert histories[0][2]["val/loss"] == 2.6 and histories[0][2]["val/wiki/loss"] == 2.5

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
+from safetensors.torch import load_file
 
 from training import device as devices
+from training.config import CheckpointConfig
 from training.data.loader import Samples
 from training.engine import step
 from training.engine.evaluate import validation_figures
 from training.engine.loop import Events
 from training.engine.step import clip_gradients
 from training.errors import UserError
-from training.optim.optimizer import LossScale
+from training.optim.optimizer import LossScale, averages_in
 from training.train import train
 
 CPU = torch.device("cpu")
@@ -226,6 +229,14 @@ def test_a_run_is_saved_every_n_minutes(build_run):
         assert not events.after(run.state).save
 
 
+def test_every_nth_step_is_saved_and_kept(run, call):
+    folder = run(checkpoint={"every": 4, "keep": 1, "keep_every": 3, "keep_best": False})
+    names = ["step-00000003", "step-00000006", "step-00000008"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == names
+    assert call("checkpoints", "prune", str(folder), "--keep", "1").returncode == 0
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == names
+
+
 def test_the_best_evaluation_is_saved_at_once_and_kept(config, tmp_path):
     rising = {"type": "constant", "warmup_steps": 39}  # good at first, then far too high
     rising_config = config(
@@ -246,6 +257,35 @@ def test_the_best_evaluation_is_saved_at_once_and_kept(config, tmp_path):
     assert summary["val_loss"] == val_losses[40]
     kept = {path.name for path in (folder / "checkpoints").glob("step-*")}
     assert kept == {f"step-{best:08d}", "step-00000040"}
+    assert summary["model_step"] == 40
+
+
+@pytest.mark.parametrize("average", [None, {"decay": 0.5, "final": True}])
+def test_the_best_step_may_be_the_final_model(run, capsys, average):
+    """The learning rate rises until training diverges."""
+    folder = run(
+        steps=12,
+        optim={"learning_rate": 1.0, "average": average},
+        schedule={"type": "constant", "warmup_steps": 3},
+        eval={"every": 2, "tokens": 512},
+        checkpoint={"every": 1, "keep": 1, "final": "best"},
+        model={"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32},
+    )
+    summary = json.loads((folder / "summary.json").read_text())
+    best = summary["best_step"]
+    assert summary["model_step"] == best < 12
+    assert f"model       {folder}/model, of step {best}\n" in capsys.readouterr().out
+    checkpoint = folder / f"checkpoints/step-{best:08d}"
+    expected = load_file(checkpoint / "model.safetensors")
+    if average is not None and best > 4:
+        expected |= averages_in(load_file(checkpoint / "optimizer.safetensors"))
+    written = load_file(folder / "model/model.safetensors")
+    assert torch.equal(written["transformer.wpe.weight"], expected["wpe.weight"])
+
+
+def test_the_best_model_needs_the_best_checkpoint():
+    with pytest.raises(ValidationError, match="only with keep_best"):
+        CheckpointConfig(final="best", keep_best=False)
 
 
 def test_a_resumed_run_keeps_its_loss_scale(build_run):

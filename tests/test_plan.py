@@ -331,7 +331,7 @@ def test_likely_mistakes_cause_a_warning(changes, device, expected):
 
 def test_epochs_are_those_of_the_source_that_is_read_most(config):
     small = config(steps=100_000)
-    paths = small.data.sources[0].paths
+    paths = [path for source in small.data.sources for path in source.paths]
     weighted = [{"paths": [path], "weight": weight} for path, weight in zip(paths, (3.0, 0.5, 0.5), strict=True)]
     data = small.data.model_dump() | {"sources": weighted}
     small = Config.model_validate(small.model_dump() | {"data": data})

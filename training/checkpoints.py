@@ -2,7 +2,9 @@
 
     python -m training.checkpoints verify runs/NAME                reads every byte of every file
     python -m training.checkpoints list runs/NAME
-    python -m training.checkpoints prune runs/NAME [--keep 2]      also keeps the best and damaged checkpoints
+    python -m training.checkpoints prune runs/NAME [--keep 2]
+
+prune also keeps the best checkpoint, damaged ones, and those of checkpoint.keep_every.
 
 Exit status: 0 all intact, 1 a checkpoint is damaged, 2 wrong input, 130 interrupted.
 """
@@ -34,11 +36,12 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--keep: {args.keep} would leave no checkpoint; give 1 or more")
         with run_lock(Path(args.run)):
             newest = checkpoint.latest(folder, lambda problem: print_result(f"{problem}; the damaged one is kept"))
-            best = checkpoint.read_state(newest).get("best")
+            state = checkpoint.read_state(newest)
+            best = state.get("best")
             if best is not None and not (isinstance(best, dict) and type(best.get("step")) is int):
                 raise UserError(f"{newest / 'state.json'}: best: {best!r} has no step, so nothing is pruned")
             checkpoint.remove_leftovers(folder)
-            checkpoint.prune(folder, args.keep, best and best["step"], lambda path: not checkpoint.corruption(path))
+            checkpoint.prune(folder, args.keep, best and best["step"], keep_every_of(state), is_intact)
     n_damaged = 0
     for step, path in checkpoint.list_checkpoints(folder):
         try:
@@ -52,6 +55,22 @@ def main(argv: list[str] | None = None) -> int:
         n_damaged += problem is not None
         print_result(f"step {step:>10,}  {mib:>10,.1f} MiB  {problem or note}")
     return 1 if n_damaged else 0
+
+
+def is_intact(path: Path) -> bool:
+    """Return True if no byte of a checkpoint is damaged."""
+    from training import checkpoint
+
+    return checkpoint.corruption(path) is None
+
+
+def keep_every_of(state: dict) -> int | None:
+    """Return `checkpoint.keep_every` of a run's state; None if it is off, and in states of older versions."""
+    try:
+        value = state["config"]["checkpoint"]["keep_every"]
+    except (KeyError, TypeError):
+        return None
+    return value if type(value) is int and value > 0 else None
 
 
 if __name__ == "__main__":

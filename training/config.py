@@ -474,10 +474,18 @@ class CheckpointConfig(Section):
     every_minutes: float | None = option(10.0, "save every N minutes; null: not by time", unit="minutes", gt=0)
     keep: int = option(2, "number of newest checkpoints to keep", unit="checkpoints", ge=1)
     keep_best: bool = option(True, "also save and keep the checkpoint with the lowest validation loss (eval.best)")
+    keep_every: int | None = option(
+        None, "also save every N steps, and keep these checkpoints; null: none", unit="steps", ge=1
+    )
+    final: Literal["last", "best"] = option("last", "the step whose weights are the final model")
     background: bool = option(True, "write in the background from a copy in memory, while training continues")
     one_file_gib: float = option(
         8.0, "one file each for model and optimizer, up to this size of both", unit="GiB", ge=0
     )
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        if self.final == "best" and not self.keep_best:
+            yield "final", "the best checkpoint is there only with keep_best"
 
 
 class TaskConfig(Section):
@@ -584,6 +592,9 @@ class WandbConfig(Section):
 
     project: str | None = option(None, "W&B project; null: WANDB_PROJECT's, else training", min_length=1)
     entity: str | None = option(None, "W&B user or team; null: WANDB_ENTITY's, else your default", min_length=1)
+    group: str | None = option(None, "group of runs; null: WANDB_RUN_GROUP's, else none", min_length=1)
+    tags: ListOf[str] = option((), "tags; empty: WANDB_TAGS'")
+    notes: str | None = option(None, "notes; null: WANDB_NOTES'", min_length=1)
     mode: Literal["online", "offline", "disabled"] | None = option(
         None, "send while training, store on disk for `wandb sync`, or neither; null: WANDB_MODE's, else online"
     )

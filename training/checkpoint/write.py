@@ -87,7 +87,7 @@ class CheckpointWriter:
         self._work = self._pool.submit(allocate)
 
     def save(self, shards: Shards, state: dict, best_step: int | None) -> None:
-        """Start saving `folder`/step-N, unless it exists, then removing all but the `keep` newest and the best.
+        """Start saving `folder`/step-N, unless it exists, then removing all that `prune` does not keep.
 
         `shards` are all of "model" and "optimizer"; training may change them once this returns. Raises UserError if
         the previous save failed or, without `background`, if this one does.
@@ -175,7 +175,7 @@ class CheckpointWriter:
             fsync_path(partial)
             rename_durable(partial, target)
             try:
-                prune(self.folder, self.config.keep, best_step)
+                prune(self.folder, self.config.keep, best_step, self.config.keep_every)
             except OSError as error:  # harmless: one checkpoint too many
                 print_note(f"{error.filename}: {error.strerror}; an old checkpoint stays")
 
@@ -284,9 +284,18 @@ def remove_leftovers(folder: Path) -> None:
         remove(leftover)
 
 
-def prune(folder: Path, keep: int, best_step: int | None, is_intact: Callable[[Path], bool] = is_complete) -> None:
-    """Remove all intact checkpoints but the newest `keep` and the best. Damaged ones do not count, and stay."""
+def prune(
+    folder: Path,
+    keep: int,
+    best_step: int | None,
+    keep_every: int | None = None,
+    is_intact: Callable[[Path], bool] = is_complete,
+) -> None:
+    """Remove all intact checkpoints but the newest `keep`, the best and each `keep_every`-th step.
+
+    Damaged ones do not count, and stay.
+    """
     intact = [(step, path) for step, path in list_checkpoints(folder) if is_intact(path)]
     for step, path in intact[:-keep]:
-        if step != best_step:
+        if step != best_step and (keep_every is None or step % keep_every):
             remove(path.rename(folder / f".{path.name}.old"))

@@ -15,7 +15,7 @@ from training.data import Tokenizer
 from training.errors import UserError
 from training.kernels.choose import choose_kernels
 from training.model import GPT, kernel_requirements
-from training.optim.optimizer import AVERAGE
+from training.optim.optimizer import averages_in
 from training.terminal import print_note
 
 ATTEMPTS = 3  # to read the latest checkpoint: a run in training may remove it meanwhile
@@ -54,9 +54,8 @@ def load_run(run: str) -> LoadedRun:
     n_vocab = loaded.state.get("n_vocab") or config.model.vocab_size  # older versions: all rows are tokens
     if n_vocab not in range(1, config.model.vocab_size + 1):
         raise UserError(f"{path / 'state.json'}: n_vocab: {n_vocab!r} is no number of rows of the embedding")
-    tokenizer, suffix = Tokenizer.load(path.parent.parent / "tokenizer"), f"/{AVERAGE}"
-    averages = {key.removesuffix(suffix): tensor for key, tensor in loaded.optimizer.items() if key.endswith(suffix)}
-    return LoadedRun(config, loaded.model, tokenizer, step, data, n_vocab, averages)
+    tokenizer = Tokenizer.load(path.parent.parent / "tokenizer")
+    return LoadedRun(config, loaded.model, tokenizer, step, data, n_vocab, averages_in(loaded.optimizer))
 
 
 def mean_of_checkpoints(run: str, n: int) -> tuple[dict[str, Tensor], list[int]]:

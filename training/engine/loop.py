@@ -88,7 +88,8 @@ class Events:
             self.checkpoints.wait()  # raises the failure, on all ranks
         # No periodic save after a non-finite update: the cause may be bad weights, which would replace good ones.
         is_healthy = state.guard.consecutive == 0
-        save = is_last or received > 0 or (is_healthy and (is_late > 0 or _is_multiple(step, config.checkpoint.every)))
+        is_regular = any(_is_multiple(step, n) for n in (config.checkpoint.every, config.checkpoint.keep_every))
+        save = is_last or received > 0 or (is_healthy and (is_late > 0 or is_regular))
         if save:
             self.saved_at = time.monotonic()
         evaluate = is_last or _is_multiple(step, config.eval.every)

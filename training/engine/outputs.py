@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
+from training import checkpoint
 from training import device as devices
 from training.config import Config
 from training.data import Dataset
@@ -26,6 +27,7 @@ from training.logging.report import update_report
 from training.logging.rows import RunLog
 from training.logging.sinks import RunInfo, open_sinks
 from training.model.metrics import step_metrics
+from training.optim.optimizer import averages_in
 from training.options import cli
 from training.planning.report import describe_batch, describe_model
 from training.weights import hf
@@ -151,12 +153,27 @@ def finish(setup: Setup, dataset: Dataset, log: RunLog, phase: Phases) -> None:
 
 
 def final_weights(setup: Setup) -> dict[str, Tensor]:
-    """Return the full weights of the final model on the main rank: the trained or the averaged ones. Collective."""
-    averages = setup.optimizer.averages
-    if setup.config.optim.average is None or not setup.config.optim.average.final or not averages:
+    """Return the full weights of the final model on the main rank: the trained or the averaged ones. Collective.
+
+    They are those of the last step or, with `checkpoint.final: best`, read from the checkpoint of the best one.
+    """
+    average, averages, state = setup.config.optim.average, setup.optimizer.averages, setup.state
+    is_average = average is not None and average.final and bool(averages)
+    if setup.config.checkpoint.final == "best" and state.best is not None and state.best["step"] != state.step:
+        return best_weights(setup, is_average=is_average) if setup.model.world.is_main else {}
+    if not is_average:
         return setup.model.full_state_dict()
     with setup.model.with_weights(averages):  # copies: the model gets its own weights back
         return {name: tensor.clone() for name, tensor in setup.model.full_state_dict().items()}
+
+
+def best_weights(setup: Setup, *, is_average: bool) -> dict[str, Tensor]:
+    """Return the weights of the best checkpoint. Raises UserError if it is damaged."""
+    path = setup.config.run_dir / "checkpoints" / f"step-{setup.state.best['step']:08d}"
+    loaded = checkpoint.load(path)
+    if not is_average:
+        return loaded.model
+    return loaded.model | averages_in(loaded.optimizer)
 
 
 def summarize(setup: Setup, dataset: Dataset, log: RunLog) -> dict[str, Any]:
@@ -186,6 +203,7 @@ def summarize(setup: Setup, dataset: Dataset, log: RunLog) -> dict[str, Any]:
         "best_val_loss": best.get("val_loss"),
         "best_step": best.get("step"),
         "best_of": best.get("of"),
+        "model_step": best["step"] if best and config.checkpoint.final == "best" else state.step,
         "time_s": log.time_s,
         "tokens_per_s": row["tokens"] / log.time_s,
         "goodput": log.timer.goodput,

@@ -189,12 +189,13 @@ def closing(summary: dict) -> dict[str, str | list[str]]:
         fields = [field.removeprefix("val ") for field in console_fields(summary, "validation")]
         validation = f"{', '.join(fields)}; best {number(summary['best_val_loss'])} at step {summary['best_step']}"
         validation += f" ({summary['best_of']})" if summary["best_of"] else ""
+    of_step = "" if summary["model_step"] == summary["steps"] else f", of step {summary['model_step']}"
     tokens, speed = count(summary["tokens"]), count(summary["tokens_per_s"])
     facts = {
         "done": f"{summary['steps']} steps, {tokens} tokens in {clock(summary['time_s'])} ({speed} tokens/s)",
         "training": f"loss {number(summary['train_loss'])}",
         "validation": validation,
-        "model": summary["model_dir"],
+        "model": f"{summary['model_dir']}{of_step}",
         "time": as_text(summary["time"]),
         "advice": summary["advice"],
     }

@@ -149,7 +149,7 @@ def _init(wandb: Any, config: WandbConfig, run: RunInfo, run_id: str, folder: Pa
         raise UserError(f"{name}: {problem['input']!r}: {problem['msg']}") from error
     options = {"project": config.project or theirs.project or DEFAULT_PROJECT, "entity": config.entity, "id": run_id}
     options |= {"name": theirs.run_name or run.name, "resume": "allow", "config": run.config}
-    options["dir"] = str(folder)
+    options |= {"group": config.group, "tags": list(config.tags) or None, "notes": config.notes, "dir": str(folder)}
     options["settings"] = wandb.Settings(silent=True, console="off", finish_timeout=FINISH_TIMEOUT_S)
     try:
         started = wandb.init(mode=mode, **options)

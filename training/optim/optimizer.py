@@ -97,12 +97,12 @@ class Optimizer:
         An empty dict is valid: fp16 may have skipped every update so far. Averages are left out if this run has none,
         and begin later if the tensors have none.
         """
-        averages = {key.rpartition("/")[0]: key for key in tensors if key.endswith(f"/{AVERAGE}")}
+        averages = averages_in(tensors)
         if averages and self.average is not None:
             if mismatched := sorted(averages.keys() ^ self._owners.keys()):
                 raise KeyError(f"average of {mismatched[0]}")
-            self.averages = {name: tensors[averages[name]].to(p.device) for name, (_, p) in self._owners.items()}
-        tensors = {key: tensor for key, tensor in tensors.items() if key not in averages.values()}
+            self.averages = {name: averages[name].to(p.device) for name, (_, p) in self._owners.items()}
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(f"/{AVERAGE}")}
         expected = {
             f"{name}/{state_name}"
             for name, (optimizer, _) in self._owners.items()
@@ -114,6 +114,11 @@ class Optimizer:
             name, _, state_name = key.rpartition("/")
             optimizer, p = self._owners[name]
             optimizer.state[p][state_name] = tensor.to(p.device)  # fused AdamW keeps its step count on the device
+
+
+def averages_in(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the averaged weights by parameter's name in a state of `Optimizer.state_dict`; {} if there are none."""
+    return {key.removesuffix(f"/{AVERAGE}"): tensor for key, tensor in state.items() if key.endswith(f"/{AVERAGE}")}
 
 
 def state_bytes(config: OptimConfig, shapes: Mapping[str, torch.Size], kinds: Mapping[str, ParameterKind]) -> int:

@@ -267,7 +267,8 @@ def checkpoint_bytes(stats: ModelStats, config: Config) -> int:
 
 def n_checkpoints(config: Config) -> int:
     """Return the largest number of checkpoints on disk at once, which is reached while one is written."""
-    return config.checkpoint.keep + config.checkpoint.keep_best + 1
+    n_kept = config.steps // config.checkpoint.keep_every if config.checkpoint.keep_every is not None else 0
+    return config.checkpoint.keep + config.checkpoint.keep_best + n_kept + 1
 
 
 def check_memory(config: Config, world_size: int, available: int) -> None:
