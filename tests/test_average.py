@@ -92,7 +92,7 @@ def test_the_average_may_decide_the_best_step_and_be_the_final_model(run, capsys
 
 
 def test_without_an_average_none_can_be_best_or_exported(run, call, config):
-    with pytest.raises(UserError, match=r"eval\.best: no validation text has the name 'average'"):
+    with pytest.raises(UserError, match=r"eval\.best: average needs optim\.average"):
         train(config(eval={"best": "average"}))
     folder = run()
     done = call("export", "--run", str(folder), "--average", "ema")

@@ -796,6 +796,15 @@ def test_parts_that_do_not_fit_are_a_damaged_manifest(folder, harm):
         prepare(config_of(folder), quiet=True)
 
 
+def test_no_source_has_the_name_of_the_averaged_weights(tmp_path):
+    with pytest.raises(ValidationError, match="a source cannot have the name average"):
+        config_of(tmp_path, sources=[{"type": "stdlib", "name": "average"}])
+    (tmp_path / "average").mkdir()
+    (tmp_path / "average" / "a.txt").write_text("text")
+    (reader,) = build_readers(config_of(tmp_path, sources=[{"paths": [str(tmp_path / "average")]}]).sources)
+    assert reader.name == "average-2"
+
+
 def test_two_sources_of_one_name_are_refused(tmp_path):
     sources = [{"type": "stdlib", "name": "x"}, {"paths": ["a"], "name": "x"}]
     with pytest.raises(ValidationError, match="two sources have the name x"):

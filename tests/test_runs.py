@@ -1,6 +1,7 @@
 """Whole runs: their results do not depend on how they are executed, and they resume after any stop."""
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -273,6 +274,20 @@ def test_the_source_of_eval_best_decides_what_is_best(run, config, capsys):
     assert train(config(eval={"every": 2, "tokens": 512})) == 0
     line = "eval.best: all validation text, no longer email: the best step so far no longer counts"
     assert line in capsys.readouterr().err
+
+
+def test_a_best_checkpoint_that_is_gone_no_longer_counts(config, at_step, capsys):
+    options = {"eval": {"every": 2, "tokens": 512}, "checkpoint": {"every": None, "keep": 1, "final": "best"}}
+    at_step.send(5)
+    stopped = config(**options)
+    assert train(stopped) != 0
+    best = json.loads((stopped.run_dir / "checkpoints/step-00000005/state.json").read_text())["best"]["step"]
+    path = stopped.run_dir / "checkpoints" / f"step-{best:08d}"
+    shutil.rmtree(path)
+    assert train(stopped) == 0
+    line = f"{path}: the best checkpoint is not there: the best step so far no longer counts\n"
+    assert line in capsys.readouterr().err
+    assert json.loads((stopped.run_dir / "summary.json").read_text())["best_step"] > 5
 
 
 def test_generate_and_evaluate_work_on_a_run(finished, call, tmp_path):

@@ -147,20 +147,26 @@ def test_columns_of_any_name_and_templates(tmp_path):
     assert cloze[:3] == ("2 + 2 =", ("4",), 0)
 
 
-@pytest.mark.parametrize(
-    ("label", "answers", "number"),
-    [
-        (2, "abc", 2),
-        ("1", "abc", 1),
-        ("B", "xyz", 1),
-        ("c", "xyz", 2),
-        ("b", "abc", 1),
-        ("y", "xyz", 1),
-        ("2", "123", 1),
-    ],
-)
+LABELS = [
+    (2, "abc", 2),
+    ("1", "abc", 1),
+    ("B", "xyz", 1),
+    ("c", "xyz", 2),
+    ("y", "xyz", 1),
+    ("7", "789", 0),
+    ("b", "xb", 1),
+]
+
+
+@pytest.mark.parametrize(("label", "answers", "number"), LABELS)
 def test_a_label_is_a_number_a_letter_or_the_answers_text(label, answers, number):
     assert number_of(label, list(answers)) == number
+
+
+@pytest.mark.parametrize(("label", "answers"), [("1", "123"), ("a", "cba"), ("x", "xx")])
+def test_a_label_that_may_be_two_answers_is_an_error(label, answers):
+    with pytest.raises(ValueError, match="is more than one of the"):
+        number_of(label, list(answers))
 
 
 @pytest.mark.parametrize("label", [3, -1, "3", "d", "", None, True, 1.0, "long", [0]])
@@ -178,6 +184,8 @@ def test_solved_examples_come_before_each_item(tmp_path):
     assert contexts == [f"{solved}Question: g{i}\nAnswer:" for i in range(3)]
     with pytest.raises(UserError, match="3 solved examples, fewer than 4 shots"):
         read_items(task_of(**task, shots=4))
+    with pytest.raises(UserError, match="the solved examples are of the same file as the items"):
+        read_items(task_of(**task | {"examples": [str(tmp_path / "*s.jsonl")]}, shots=1))
 
 
 PIQA = {"goal": "g", "sol1": "a", "sol2": "b"}
@@ -187,7 +195,10 @@ WRONG = {
     "a wrong label": ("piqa", PIQA | {"label": 2}, "the label 2 is none of the 2 answers"),
     "a wrong key": ("arc", {"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "B"},
                     "answerKey 'B' is none of A"),
-    "no list": ("hellaswag", {"activity_label": "", "ctx_a": "", "ctx_b": "", "endings": 3}, "not iterable"),
+    "no list": ("hellaswag", {"activity_label": "", "ctx_a": "", "ctx_b": "", "endings": "[a]"}, "not a list of texts"),
+    "a null": ("piqa", PIQA | {"sol1": None, "label": 0}, "a template prints null, not text or a number"),
+    "a surrogate": ("piqa", PIQA | {"sol1": "\ud800", "label": 0}, "surrogates not allowed"),
+    "no choices": ("arc", {"question": "q", "answerKey": "A"}, "no column 'choices'; its columns are question, "),
     "an old form": ("hellaswag", {"ctx": "x", "label": 0}, "no column 'activity_label'; its columns are ctx, label"),
     "a number as text": ("cloze", {"text": 3}, "'int object' has no attribute 'split'"),
     "no object": ("cloze", [1], "a JSON list, not an object with columns"),
@@ -223,6 +234,9 @@ def test_files_that_are_no_items_are_one_line(tmp_path):
         ({"type": "piqa", "paths": ["a"], "dataset": "b"}, "set either paths or dataset"),
         ({"type": "piqa", "paths": ["a"], "shots": 2}, "2 shots need the files of the solved examples"),
         ({"type": "piqa", "paths": ["a"], "choices": ["sol1", "sol2"]}, "several entries are templates"),
+        ({"type": "piqa", "paths": ["a"], "examples": ["b"]}, "no effect without shots"),
+        ({"type": "piqa", "paths": ["a"], "split": "test"}, "no effect without dataset"),
+        ({"type": "piqa", "dataset": "a", "examples": ["b"], "shots": 1}, "no effect with dataset"),
     ],
 )
 def test_options_that_do_not_fit_are_an_error(options, message):
@@ -234,6 +248,9 @@ def test_a_template_reaches_no_python_object(tmp_path):
     path = str(write_rows(tmp_path / "rows.jsonl", [{"text": "a b"}]))
     with pytest.raises(UserError, match="not an item of cloze: access to attribute '__class__'"):
         read_items(task_of(type="cloze", paths=[path], prompt="{{ text.__class__.__mro__ }}"))
+    for prompt in ("{{ 1 / 0 }}", "{% for i in range(10**7) %}{% endfor %}", "{{ text.upper }}"):
+        with pytest.raises(UserError, match=r"line 1: not an item of cloze: "):
+            read_items(task_of(type="cloze", paths=[path], prompt=prompt))
     with pytest.raises(UserError, match=r"eval\.tasks: cloze: a template is no Jinja"):
         read_items(task_of(type="cloze", paths=[path], prompt="{{ text"))
 
@@ -285,7 +302,10 @@ def test_batches_change_no_score_and_stay_within_their_limits(monkeypatch):
         assert sorted(number for batch in batches for numbers in batch.values() for number in numbers) == [
             *range(len(answers))
         ]
-        assert all(len(batch) == 1 or scoring.fits(model, batch, answers) for batch in batches)
+        for batch in batches:
+            own = [answers[number] for numbers in batch.values() for number in numbers]
+            n_context, n_answer = (max(map(len, parts)) for parts in zip(*own, strict=True))
+            assert len(own) == 1 or scoring.fits(model, len(own), n_context, n_answer)
         lengths = [max(map(len, batch)) for batch in batches]
         assert all(a >= b for a, b in pairwise(lengths))
         assert torch.allclose(log_likelihoods(model, answers, ALONE), whole, rtol=0, atol=1e-5)
@@ -335,12 +355,13 @@ THEIR_TASKS = {
 SHOTS = 2
 
 
-def write_their_task(path: Path, kind: str, items: Path, shots: int = 0) -> Path:
-    """Write lm-eval's task with its items in a file, from which it also takes the first ones as solved examples."""
+def write_their_task(path: Path, kind: str, items: Path, examples: Path | None = None) -> Path:
+    """Write lm-eval's task with its items in a file, after the first SHOTS of `examples`."""
+    shots = 0 if examples is None else SHOTS
     path.write_text(
         f"include: {LM_EVAL}/lm_eval/tasks/{THEIR_TASKS[kind]}.yaml\n"
         f"task: our_{path.stem}\ntag: null\ndataset_path: json\ndataset_name: null\n"
-        f"dataset_kwargs: {{data_files: {{train: {items}, validation: {items}, test: {items}}}}}\n"
+        f"dataset_kwargs: {{data_files: {{train: {examples or items}, validation: {items}, test: {items}}}}}\n"
         f"num_fewshot: {shots}\nfewshot_split: train\nfewshot_config: {{sampler: first_n}}\n"
     )
     return path
@@ -351,9 +372,10 @@ def test_every_item_has_the_log_likelihood_and_the_result_of_lm_eval(run, files,
     folder = run(
         steps=40, model={"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 128}, optim={"learning_rate": 1e-2}
     )
+    examples = write_rows(tmp_path / "examples.jsonl", make_rows("piqa", 9)[::-1])
     solved = {**files, "shots": files["piqa"]}
     theirs = [write_their_task(tmp_path / f"{kind}.yaml", kind, path) for kind, path in files.items()]
-    theirs.append(write_their_task(tmp_path / "shots.yaml", "piqa", files["piqa"], SHOTS))
+    theirs.append(write_their_task(tmp_path / "shots.yaml", "piqa", files["piqa"], examples))
     out = tmp_path / "out.json"
     done = subprocess.run(
         [sys.executable, "tests/score_by_lm_eval.py", str(folder / "model"), str(out), "64", *map(str, theirs)],
@@ -365,7 +387,7 @@ def test_every_item_has_the_log_likelihood_and_the_result_of_lm_eval(run, files,
 
     options = {kind: {"type": kind, "paths": [str(path)]} for kind, path in files.items()}
     options["shots"] = {"type": "piqa", "name": "shots", "paths": [str(files["piqa"])], "shots": SHOTS}
-    options["shots"] |= {"examples": options["shots"]["paths"]}
+    options["shots"] |= {"examples": [str(examples)]}
     from training.engine.load_run import load_model
 
     model, loaded = load_model(str(folder), "cpu")

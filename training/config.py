@@ -10,9 +10,9 @@ implementations maps each variant to its code.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from training.section import ListOf, PathText, Section, one_of, option
 
@@ -216,6 +216,7 @@ class ModelConfig(Section):
 
 # --- data ------------------------------------------------------------------------------------------
 
+AVERAGE = "average"  # in `eval.best` and in the state of the optimizer: the averaged weights
 NAME_DOC = "name of its validation text in the logs; null: from its path"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 WEIGHT_DOC = "relative share of samples from this source; null (then in every source): in proportion to size"
@@ -316,6 +317,11 @@ class DataConfig(Section):
             if len({source.weight is None for source in sources}) > 1:
                 yield name, "give every source a weight, or none of them"
             chosen = [name for name in map(chosen_name, sources) if name is not None]
+            if AVERAGE in chosen:
+                yield (
+                    name,
+                    f"a source cannot have the name {AVERAGE}, which stands for the averaged weights (eval.best)",
+                )
             for repeated in sorted({each for each in chosen if chosen.count(each) > 1}):
                 yield name, f"two sources have the name {repeated}"
 
@@ -506,6 +512,13 @@ class TaskConfig(Section):
             yield "paths", "set either paths or dataset"
         elif self.shots and self.paths and not self.examples:
             yield "examples", f"{self.shots} shots need the files of the solved examples"
+        elif self.examples and not self.shots:
+            yield "examples", "no effect without shots"
+        elif self.examples and self.dataset is not None:
+            yield "examples", "no effect with dataset, whose examples_split has the solved examples"
+        for name in ("config", "split", "examples_split"):
+            if self.dataset is None and getattr(self, name) != type(self).model_fields[name].default:
+                yield name, "no effect without dataset"
 
 
 class ChoiceConfig(TaskConfig):
@@ -586,6 +599,11 @@ class EvalConfig(Section):
     temperature: float = option(0.8, "sampling temperature; 0: greedy", ge=0)
     top_k: int | None = option(50, "sample from the N likeliest tokens; null: from all", unit="tokens", ge=1)
 
+    def rules(self) -> Iterator[tuple[str, str]]:
+        chosen = [task.name for task in self.tasks if task.name is not None]
+        for repeated in sorted({name for name in chosen if chosen.count(name) > 1}):
+            yield "tasks", f"two tasks have the name {repeated}"
+
 
 class WandbConfig(Section):
     """Weights & Biases."""
@@ -593,8 +611,10 @@ class WandbConfig(Section):
     project: str | None = option(None, "W&B project; null: WANDB_PROJECT's, else training", min_length=1)
     entity: str | None = option(None, "W&B user or team; null: WANDB_ENTITY's, else your default", min_length=1)
     group: str | None = option(None, "group of runs; null: WANDB_RUN_GROUP's, else none", min_length=1)
-    tags: ListOf[str] = option((), "tags; empty: WANDB_TAGS'")
-    notes: str | None = option(None, "notes; null: WANDB_NOTES'", min_length=1)
+    tags: ListOf[Annotated[str, Field(min_length=1, max_length=64)]] = option(
+        (), "tags, of 1 to 64 characters; empty: those of WANDB_TAGS"
+    )
+    notes: str | None = option(None, "notes; null: those of WANDB_NOTES", min_length=1)
     mode: Literal["online", "offline", "disabled"] | None = option(
         None, "send while training, store on disk for `wandb sync`, or neither; null: WANDB_MODE's, else online"
     )

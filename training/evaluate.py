@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from training.engine.load_run import LoadedRun
     from training.model import GPT
 
-TASKS_HELP = f"""score tasks: TYPE=PATH with a TYPE of {", ".join(SHIPPED_TASKS)}, or a config with eval.tasks;
-default: the run's eval.tasks"""
+TASKS_HELP = f"""score tasks: TYPE=PATH with a TYPE of {", ".join(SHIPPED_TASKS)}, or the configuration of a run,
+such as my.yaml, for its eval.tasks; default: those of --run"""
 TEXT_COLUMNS = {"loss": ".4f", "perplexity": ".2f", "bits_per_byte": ".4f", "tokens": ",", "bytes": ","}  # formats
 TASK_COLUMNS = {"items": ",", "acc": ".4f", "stderr": ".4f", "acc_norm": ".4f", "chance": ".4f"}
 
@@ -74,7 +74,9 @@ def read_tasks(text: str) -> tuple[TaskConfig, ...]:
     if is_pair and name in SHIPPED_TASKS:
         return (SHIPPED_TASKS[name](paths=(cli.flag_path("--tasks", path),)),)
     if not text.endswith((".yaml", ".yml")):
-        raise UserError(f"--tasks {text}: neither {'=PATH, '.join(SHIPPED_TASKS)}=PATH nor a config such as tasks.yaml")
+        raise UserError(
+            f"--tasks {text}: neither {'=PATH, '.join(SHIPPED_TASKS)}=PATH nor the .yaml configuration of a run"
+        )
     if not (tasks := cli.load_config(cli.flag_path("--tasks", text)).eval.tasks):
         raise UserError(f"--tasks {text}: this config has no eval.tasks")
     return tasks

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-from jinja2 import StrictUndefined, TemplateError, UndefinedError
+from jinja2 import StrictUndefined, TemplateError, Undefined, UndefinedError
 from jinja2.sandbox import SandboxedEnvironment
 
 from training.config import ARCTask, ChoiceConfig, HellaSwagTask, HuggingFaceSource, TaskConfig
@@ -17,8 +17,17 @@ from training.data.text_files import Row, find_files, read_rows
 from training.errors import UserError
 
 SHOT_END = "\n\n"  # between a solved example and what follows
+
+
+def printed(value: Any) -> Any:
+    """Return a value that a template prints. Raises ValueError for null, and for anything but text and numbers."""
+    if not isinstance(value, Undefined | str | int | float):
+        raise ValueError(f"a template prints {'null' if value is None else type(value).__name__}, not text or a number")
+    return value
+
+
 # A template cannot reach Python's objects: a configuration that someone else wrote runs no code.
-TEMPLATES = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+TEMPLATES = SandboxedEnvironment(undefined=StrictUndefined, finalize=printed, keep_trailing_newline=True)
 
 
 class Item(NamedTuple):
@@ -36,11 +45,19 @@ def read_items(task: TaskConfig) -> list[Item]:
     shots = [make(*row) for row in islice(rows_of(task, task.examples, task.examples_split), task.shots)]
     if len(shots) < task.shots:
         raise UserError(f"{place_of(task)}: {len(shots)} solved examples, fewer than {task.shots} shots")
+    if task.shots and task.paths and is_same_file(task):
+        raise UserError(f"{place_of(task)}: the solved examples are of the same file as the items; give another one")
     solved = "".join(f"{item.context} {item.answers[item.label]}{SHOT_END}" for item in shots)
     items = [make(*row) for row in islice(rows_of(task, task.paths, task.split), task.limit)]
     if not items:
         raise UserError(f"{place_of(task)}: no items in there")
     return [item._replace(context=solved + item.context) for item in items]
+
+
+def is_same_file(task: TaskConfig) -> bool:
+    """Return True if a file has both items and solved examples: an item would follow its own answer."""
+    items, examples = ({path.resolve() for path in find_files(paths)[0]} for paths in (task.paths, task.examples))
+    return bool(items & examples)
 
 
 def place_of(task: TaskConfig) -> str:
@@ -74,8 +91,10 @@ def build_maker(task: TaskConfig) -> Callable[[str, Any], Item]:
             row = prepare(row)
             texts = [template.render(row) for template in templates] if column is None else list_in(row, column)
             label = number_of(column_in(row, task.label), texts) if is_choice else 0
-            return Item(prompt.render(row), tuple(texts), label, where)
-        except (TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            item = Item(prompt.render(row), tuple(texts), label, where)
+            "".join((item.context, *texts)).encode()  # raises UnicodeEncodeError, a ValueError, for a lone surrogate
+            return item
+        except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             there = f"; its columns are {', '.join(map(str, row)) or 'none'}"
             missing = isinstance(error, UndefinedError | KeyError)
             reason = f"no column {error}" if isinstance(error, KeyError) else str(error)
@@ -93,7 +112,7 @@ def column_in(row: dict, path: str) -> Any:
 
 
 def list_in(row: dict, path: str) -> list[str]:
-    """Return a column's list of texts. Raises ValueError for another value."""
+    """Return a column's list of texts. Raises KeyError without one, ValueError for another value."""
     texts = column_in(row, path)
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{path!r} is not a list of texts")
@@ -102,16 +121,18 @@ def list_in(row: dict, path: str) -> list[str]:
 
 def number_of(label: Any, answers: Sequence[str]) -> int:
     """Return the number of the right answer. Raises ValueError if the label names none, or several."""
-    if isinstance(label, str) and answers.count(label) == 1:
-        return answers.index(label)
-    number = label
-    if isinstance(label, str) and re.fullmatch(r"\d+", label):
-        number = int(label)
+    meant = {number for number, answer in enumerate(answers) if answer == label}
+    if type(label) is int:
+        meant.add(label)
+    elif isinstance(label, str) and re.fullmatch(r"[0-9]+", label):
+        meant.add(int(label))
     elif isinstance(label, str) and re.fullmatch("[A-Za-z]", label):
-        number = ord(label.upper()) - ord("A")
-    if type(number) is not int or not 0 <= number < len(answers):
-        raise ValueError(f"the label {label!r} is none of the {len(answers)} answers")
-    return number
+        meant.add(ord(label.upper()) - ord("A"))
+    meant &= set(range(len(answers)))
+    if len(meant) != 1:
+        which = "more than one" if meant else "none"
+        raise ValueError(f"the label {label!r} is {which} of the {len(answers)} answers")
+    return meant.pop()
 
 
 def prepare_hellaswag(row: dict) -> dict:
@@ -122,20 +143,22 @@ def prepare_hellaswag(row: dict) -> dict:
         return text.replace("  ", " ")
 
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return {**row, "query": clean(context), "endings": [clean(ending) for ending in row["endings"]]}
+    return {**row, "query": clean(context), "endings": [clean(ending) for ending in list_in(row, "endings")]}
 
 
 def prepare_arc(row: dict) -> dict:
     """Return the columns of ARC in one form: the hub's, or that of the files of its authors."""
-    question, choices = row["question"], row.get("choices")
+    question = row["question"]
     if isinstance(question, dict):
         question, choices = question["stem"], question["choices"]
+    else:
+        choices = row["choices"]
     if isinstance(choices, list):
         choices = {name: [choice[name] for choice in choices] for name in ("text", "label")}
     if row["answerKey"] not in choices["label"]:
         raise ValueError(f"answerKey {row['answerKey']!r} is none of {', '.join(choices['label'])}")
     label = choices["label"].index(row["answerKey"])
-    return {**row, "question": question, "choices": list(choices["text"]), "answerKey": label}
+    return {**row, "question": question, "choices": list_in(choices, "text"), "answerKey": label}
 
 
 PREPARE: dict[type[TaskConfig], Callable[[dict], dict]] = {HellaSwagTask: prepare_hellaswag, ARCTask: prepare_arc}

@@ -42,7 +42,7 @@ class Samples:
         for stream, windows in zip(split.streams, self.windows, strict=True):
             if not windows:
                 raise UserError(
-                    f"data: {stream.path.name} has {len(stream.tokens)} tokens, fewer than one window of"
+                    f"data: {stream.name or stream.path.name} has {len(stream.tokens)} tokens, fewer than one window of"
                     f" {2 if self.is_sequential else n_positions + 1}: give more text or a smaller model.n_positions"
                 )
         self.n_samples = int(self.windows.sum())

@@ -56,10 +56,10 @@ def describe_dataset(folder: Path, manifest: Manifest, tokenizer: Tokenizer, cor
     if "n_shared" not in manifest.model_fields_set:
         old = "prepared by an earlier version, which did not count separators in the text, nor text that is there twice"
         yield f"{old}; to count them, remove {folder}"
-    elif not val.parts and len(val_names) > 1:
+    if not val.parts and len(val_names) > 1:
         old = "prepared by an earlier version, which did not note the source of each validation document"
         yield f"{old}; for a validation loss of each source, remove {folder}"
-    elif missing := set(range(len(val_names))) - {part.source for part in val.parts}:
+    elif val.parts and (missing := set(range(len(val_names))) - {part.source for part in val.parts}):
         names = ", ".join(val_names[source] for source in sorted(missing))
         advice = "it is empty" if corpus.val_readers else "a larger data.val_fraction holds some out"
         yield f"no validation text, and so no validation loss of its own: {names}; {advice}"

@@ -7,7 +7,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any, Protocol
 
-from training.config import FilesSource, HuggingFaceSource, Section, SourceConfig, StdlibSource, chosen_name
+from training.config import AVERAGE, FilesSource, HuggingFaceSource, Section, SourceConfig, StdlibSource, chosen_name
 from training.data.chunks import Document, look_ahead, to_document
 from training.data.file_hashes import FileHashes
 from training.data.text_files import (
@@ -191,7 +191,7 @@ def build_reader(config: Section) -> Reader:
 def build_readers(sources: Sequence[SourceConfig]) -> list[Reader]:
     """Build the readers of all sources. A name that no option chose gets -2, -3, ... if another source has it."""
     readers = [build_reader(source) for source in sources]
-    taken = set(map(chosen_name, sources))
+    taken = {AVERAGE, *map(chosen_name, sources)}
     for source, reader in zip(sources, readers, strict=True):
         if chosen_name(source) is None:
             reader.name = free_name(reader.name, taken)

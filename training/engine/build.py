@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from training import device as devices
-from training.config import Config
+from training.config import AVERAGE, Config
 from training.data import Dataset, Loader, Samples
 from training.distributed.consistency import check_same
 from training.distributed.parallelize import parallelize
@@ -15,13 +15,13 @@ from training.distributed.world import World
 from training.engine.micro_batch import MicroBatch
 from training.engine.resume import ResumePoint, check_same_run, find_resume_point, prepare_run_dir
 from training.engine.state import TrainState, load_tensors
-from training.engine.tasks import Task, load_tasks
+from training.engine.tasks import Task, fingerprint, load_tasks
 from training.errors import UserError
 from training.kernels.choose import KernelChoice, choose_kernels
 from training.kernels.table import TABLES
 from training.model import GPT, kernel_requirements
 from training.model.stats import ModelStats, initial_value, model_stats
-from training.optim.optimizer import AVERAGE, LossScale, Optimizer
+from training.optim.optimizer import LossScale, Optimizer
 from training.planning.report import disk_shortage
 from training.terminal import print_note
 from training.weights.init_from import check_pretrained, load_weights, weights_sha256
@@ -61,6 +61,7 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
     check_same_run(config, dataset, resume, point)
     config = choose_best(config, dataset, world, state)
     tasks = load_tasks(config.eval.tasks, dataset.tokenizer, config.model.n_positions, quiet=not world.is_main)
+    check_same(world, {"eval.tasks": fingerprint(tasks)})
     state.n_vocab = count_tokens(config, dataset, point)
     kernels = agree_on_kernels(config, world, state.kernels)
     state.data, state.kernels = dataset.fingerprint, kernels.names
@@ -120,20 +121,27 @@ def resolve_precision_and_sizes(config: Config, dataset: Dataset, world: World, 
 
 
 def choose_best(config: Config, dataset: Dataset, world: World, state: TrainState) -> Config:
-    """Check `eval.best`, and print a line if a resumed run had another. The name of the only source becomes null.
+    """Check `eval.best` against the data and a resumed run's best step. The name of the only source becomes null.
 
-    Raises UserError if no source of validation text has the name.
+    Prints a line if that step no longer counts. Raises UserError if no source has the name. Collective.
     """
     best, names = config.eval.best, [stream.name for stream in dataset.val.streams]
-    if config.optim.average is not None:
-        names.append(AVERAGE)
-    if best is not None and best not in names:
-        remedy = f"there is {', '.join(filter(None, names))}"
+    if best == AVERAGE and config.optim.average is None:
+        raise UserError("eval.best: average needs optim.average, such as {decay: 0.999}")
+    if best not in (None, AVERAGE, *names):
+        remedy = f"there is {', '.join(names)}"
         if not any(names):
             remedy = f"an earlier version prepared it without names; remove {dataset.report['folder']}"
         raise UserError(f"eval.best: no validation text has the name {best!r}; {remedy}")
-    if len(dataset.val.streams) == 1 and best != AVERAGE:
+    if len(names) == 1 and best != AVERAGE:
         best = None
+    if state.best is not None and config.checkpoint.keep_best:
+        path = config.run_dir / "checkpoints" / f"step-{state.best['step']:08d}"
+        (is_missing,) = world.max_int(world.is_main and not path.exists())
+        if is_missing:  # it was never saved, or removed since
+            if world.is_main:
+                print_note(f"{path}: the best checkpoint is not there: the best step so far no longer counts")
+            state.best = None
     if world.is_main and state.best is not None and state.best.get("of") != best:
         old, new = (name or "all validation text" for name in (state.best.get("of"), best))
         print_note(f"eval.best: {new}, no longer {old}: the best step so far no longer counts")

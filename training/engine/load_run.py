@@ -63,6 +63,8 @@ def mean_of_checkpoints(run: str, n: int) -> tuple[dict[str, Tensor], list[int]]
 
     Raises UserError if fewer are there, or if one is damaged.
     """
+    if (Path(run) / checkpoint.MANIFEST).is_file():
+        raise UserError(f"--average {n}: {run} is one checkpoint; give --run the run's folder")
     there = checkpoint.list_checkpoints(Path(run) / "checkpoints")
     if len(there) < n:
         raise UserError(f"--average {n}: {run} has {len(there)} checkpoints; checkpoint.keep sets how many are kept")

@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from training import checkpoint
 from training import device as devices
+from training.checkpoint import Checkpoint
 from training.config import Config
 from training.data import Dataset
 from training.engine.build import Setup
@@ -30,6 +32,7 @@ from training.model.metrics import step_metrics
 from training.optim.optimizer import averages_in
 from training.options import cli
 from training.planning.report import describe_batch, describe_model
+from training.terminal import print_note
 from training.weights import hf
 
 
@@ -128,7 +131,7 @@ def finish(setup: Setup, dataset: Dataset, log: RunLog, phase: Phases) -> None:
     config, model, tokenizer, expert_tokens = setup.config, setup.model, dataset.tokenizer, None
     folder, is_main = config.run_dir, model.world.is_main
     with phase("checkpoint"):
-        weights = final_weights(setup)
+        weights, is_average = final_weights(setup)
     if setup.stats.top_ks and (is_main or model.mesh.has_collectives):
         with phase("evaluation"):
             model.reshard()
@@ -146,34 +149,37 @@ def finish(setup: Setup, dataset: Dataset, log: RunLog, phase: Phases) -> None:
             raise UserError(f"{folder / 'model'}: the model could not be written: {error}") from error
         if expert_tokens is not None:
             write_atomically(folder / "experts.json", json.dumps(expert_tokens) + "\n")
-    summary = summarize(setup, dataset, log)
+    summary = summarize(setup, dataset, log) | {"model_is_average": is_average}
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     update_report(log.info, log.history, summary, expert_tokens)
     log.close(summary)
 
 
-def final_weights(setup: Setup) -> dict[str, Tensor]:
-    """Return the full weights of the final model on the main rank: the trained or the averaged ones. Collective.
+def final_weights(setup: Setup) -> tuple[dict[str, Tensor], bool]:
+    """Return the full weights of the final model on the main rank, and True if they are averaged ones. Collective.
 
     They are those of the last step or, with `checkpoint.final: best`, read from the checkpoint of the best one.
     """
-    average, averages, state = setup.config.optim.average, setup.optimizer.averages, setup.state
-    is_average = average is not None and average.final and bool(averages)
+    model, average, state = setup.model, setup.config.optim.average, setup.state
+    wants_average = average is not None and average.final
     if setup.config.checkpoint.final == "best" and state.best is not None and state.best["step"] != state.step:
-        return best_weights(setup, is_average=is_average) if setup.model.world.is_main else {}
-    if not is_average:
-        return setup.model.full_state_dict()
-    with setup.model.with_weights(averages):  # copies: the model gets its own weights back
-        return {name: tensor.clone() for name, tensor in setup.model.full_state_dict().items()}
+        loaded = best_checkpoint(setup) if model.world.is_main else None
+        weights, averages = ({}, {}) if loaded is None else (loaded.model, averages_in(loaded.optimizer))
+        weights |= averages if wants_average else {}
+    else:
+        averages = setup.optimizer.averages
+        with model.with_weights(averages) if wants_average and averages else nullcontext():
+            weights = model.full_state_dict()
+            if wants_average:  # copies: the model gets its own weights back
+                weights = {name: tensor.clone() for name, tensor in weights.items()}
+    if wants_average and not averages and model.world.is_main:
+        print_note("optim.average: it had not begun at the step of the final model, which has the trained weights")
+    return weights, wants_average and bool(averages)
 
 
-def best_weights(setup: Setup, *, is_average: bool) -> dict[str, Tensor]:
-    """Return the weights of the best checkpoint. Raises UserError if it is damaged."""
-    path = setup.config.run_dir / "checkpoints" / f"step-{setup.state.best['step']:08d}"
-    loaded = checkpoint.load(path)
-    if not is_average:
-        return loaded.model
-    return loaded.model | averages_in(loaded.optimizer)
+def best_checkpoint(setup: Setup) -> Checkpoint:
+    """Read the best checkpoint. Raises UserError if it is damaged."""
+    return checkpoint.load(setup.config.run_dir / "checkpoints" / f"step-{setup.state.best['step']:08d}")
 
 
 def summarize(setup: Setup, dataset: Dataset, log: RunLog) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing_extensions import TypedDict  # typing's own lacks what pydantic need
 from training import checkpoint
 from training import device as devices
 from training.checkpoint import CheckpointWriter, TensorShard, WriterGroup
-from training.config import Config
+from training.config import AVERAGE, Config
 from training.distributed.sharded_model import ShardedModel
 from training.engine.guard import StepGuard
 from training.errors import UserError
@@ -19,7 +19,7 @@ from training.files import read_bytes
 from training.logging.history import span_of
 from training.logging.jsonl import nan_to_null
 from training.logging.rows import RunLog
-from training.optim.optimizer import AVERAGE, LossScale, Optimizer
+from training.optim.optimizer import LossScale, Optimizer
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Seconds = Annotated[float, Field(allow_inf_nan=False, ge=0)]

@@ -5,6 +5,7 @@ Batches depend on the items alone, not on the micro-batch or the number of ranks
 Shapes: B contexts, R answers, T tokens of a context, M tokens of an answer, V vocabulary.
 """
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -67,9 +68,11 @@ def load_tasks(
 ) -> list[Task]:
     """Read and encode the tasks; print a line for one whose contexts are cut. Raises UserError for a wrong item."""
     tasks: list[Task] = []
+    taken = {config.name for config in configs}
     for config in configs:
         items = read_items(config)
-        name = free_name(config.name or config.type, [task.name for task in tasks])
+        name = config.name or free_name(config.type, taken)
+        taken.add(name)
         whole = [[encode_answer(tokenizer, item, text) for text in item.answers] for item in items]
         cut = [[cut_context(each, n_positions, item) for each in of] for item, of in zip(items, whole, strict=True)]
         tasks.append(Task(name, config.type == "cloze", items, cut))
@@ -78,6 +81,15 @@ def load_tasks(
             longer = f"{n_cut:,} of {len(items):,} items are longer than the model's context of {n_positions:,} tokens"
             print_note(f"eval.tasks: {name}: {longer}; they are cut on the left")
     return tasks
+
+
+def fingerprint(tasks: Sequence[Task]) -> str:
+    """Return a hash of the tokens and labels of all items."""
+    sha256 = hashlib.sha256()
+    for task in tasks:
+        for item, answers in zip(task.items, task.answers, strict=True):
+            sha256.update(repr((task.name, item.label, [tuple(answer) for answer in answers])).encode())
+    return sha256.hexdigest()[:12]
 
 
 def encode_answer(tokenizer: Tokenizer, item: Item, text: str) -> Answer:
@@ -155,27 +167,32 @@ Batch = dict[tuple[int, ...], list[int]]  # the numbers of the answers after eac
 
 
 def make_batches(model: GPT, answers: Sequence[Answer]) -> Iterator[Batch]:
-    """Yield the answers by context, in batches of contexts of about one length, the longest first."""
+    """Yield the answers by context, in batches of contexts of about one length, the longest first.
+
+    A context with more answers than fit is read once for each part of them.
+    """
     by_context: Batch = {}
     for number, answer in enumerate(answers):
         by_context.setdefault(answer.context, []).append(number)
     batch: Batch = {}
+    n_rows = n_context = n_answer = 0  # of the batch: answers, and the largest numbers of tokens
     for context, numbers in sorted(by_context.items(), key=lambda pair: (-len(pair[0]), pair[0])):
-        wider = {**batch, context: numbers}
-        if batch and not fits(model, wider, answers):
-            yield batch
-            wider = {context: numbers}
-        batch = wider
+        for number in numbers:
+            longest = max(n_answer, len(answers[number].tokens))
+            if batch and not fits(model, n_rows + 1, n_context, longest):
+                yield batch
+                batch, n_rows, longest = {}, 0, len(answers[number].tokens)
+            n_context, n_answer = n_context if batch else len(context), longest
+            batch.setdefault(context, []).append(number)
+            n_rows += 1
     if batch:
         yield batch
 
 
-def fits(model: GPT, batch: Batch, answers: Sequence[Answer]) -> bool:
-    """Return True if the batch is within the limits of memory and of the model's context."""
-    rows = [answers[number] for numbers in batch.values() for number in numbers]
-    n_context, n_answer = (max(len(part) for part in parts) for parts in zip(*rows, strict=True))
+def fits(model: GPT, n_rows: int, n_context: int, n_answer: int) -> bool:
+    """Return True if so many answers, and contexts and answers of at most so many tokens, are within the limits."""
     n_keys = n_context - 1 + n_answer
-    is_small = len(rows) * n_keys <= BATCH_TOKENS and len(rows) * n_answer * model.n_vocab <= BATCH_LOGITS
+    is_small = n_rows * n_keys <= BATCH_TOKENS and n_rows * n_answer * model.n_vocab <= BATCH_LOGITS
     return is_small and n_keys <= model.config.n_positions
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from training.config import AdamWConfig, LionConfig, MuonConfig, OptimConfig
+from training.config import AVERAGE, AdamWConfig, LionConfig, MuonConfig, OptimConfig
 from training.optim.adamw import AdamW
 from training.optim.lion import Lion
 from training.optim.muon import Muon
@@ -22,9 +22,6 @@ OPTIMIZERS: dict[type[OptimConfig], dict[ParameterKind, type]] = {
     LionConfig: dict.fromkeys(PARAMETER_KINDS, Lion),
     MuonConfig: {"matrix": Muon} | dict.fromkeys(("embedding", "router", "vector"), AdamW),
 }
-
-
-AVERAGE = "average"  # name of the state of `Optimizer.averages`
 
 
 class Optimizer:
