@@ -135,7 +135,7 @@ def choose_best(config: Config, dataset: Dataset, world: World, state: TrainStat
         raise UserError(f"eval.best: no validation text has the name {best!r}; {remedy}")
     if len(names) == 1 and best != AVERAGE:
         best = None
-    if state.best is not None and config.checkpoint.keep_best:
+    if state.best is not None and config.checkpoint.final == "best":
         path = config.run_dir / "checkpoints" / f"step-{state.best['step']:08d}"
         (is_missing,) = world.max_int(world.is_main and not path.exists())
         if is_missing:  # it was never saved, or removed since
