@@ -262,7 +262,7 @@ DEFECTS = [
     Defect("padding counts as an answer", "engine/tasks.py", "nats_RM.where(is_answer_RM, 0.0)", "nats_RM",
            "tests/test_tasks.py -k plain_forward"),
     Defect("a batch is longer than the context", "engine/tasks.py", "is_small and n_keys <= model.config.n_positions",
-           "is_small", "tests/test_tasks.py -k plain_forward"),
+           "is_small", "tests/test_tasks.py -k long_answer"),
     Defect("ranks score the same batches", "engine/tasks.py", "batches[-1 if is_spare else first + world.rank]",
            "batches[-1 if is_spare else first]", "tests/test_tasks.py -k ranks_give"),
     Defect("a label's letter counts from 1", "data/items.py", 'ord(label.upper()) - ord("A")',

@@ -311,6 +311,15 @@ def test_batches_change_no_score_and_stay_within_their_limits(monkeypatch):
         assert torch.allclose(log_likelihoods(model, answers, ALONE), whole, rtol=0, atol=1e-5)
 
 
+def test_a_long_context_and_a_long_answer_are_not_in_one_batch():
+    """Each of them fits the model; padded to one another's length they would not."""
+    model = lively()
+    limit = model.config.n_positions
+    answers = [Answer((1,) * limit, (2,)), *(Answer((n,) * (limit - 4), (3, 4, 5, 6, 7)) for n in range(7))]
+    expected = torch.tensor([plain_log_likelihood(model, answer) for answer in answers], dtype=torch.float64)
+    assert torch.allclose(log_likelihoods(model, answers, ALONE), expected, rtol=0, atol=1e-4)
+
+
 def test_an_answers_tokens_are_those_of_the_whole_text():
     tokenizer = train_bpe(["the cat sat on the mat, the cats  sat\n\n on mats"] * 9, 300)
     for context, answer in (("the cat", "sat on"), ("the cat ", "sat"), ("x:\n\n", "cats"), ("", "the"), ("  ", "mat")):
