@@ -117,28 +117,23 @@ class HuggingFaceReader:
         return [options, [(p.relative_to(self.folder).as_posix(), hashes.sha256(p)) for p in walk(self.folder)]]
 
     def documents(self) -> Iterator[Document]:
-        name, column, row = self.config.name, self.config.text_column, 0
+        name, column = self.config.name, self.config.text_column
+        for where, row in self.rows():
+            if column not in row:
+                raise UserError(f"{name}: no column {column!r}; there are {', '.join(row)} (option text_column)")
+            yield to_document(to_text(row[column], column, where))
+
+    def rows(self) -> Iterator[Row]:
+        """Yield each row as plain data."""
+        name, numbers = self.config.name, count()
         try:
             for batch in self._load().iter(batch_size=256):
-                if column not in batch:
-                    raise UserError(f"{name}: no column {column!r}; there are {', '.join(batch)} (option text_column)")
-                for value in batch[column]:
-                    yield to_document(to_text(value, column, f"{name}: row {row}"))
-                    row += 1
+                for values in zip(*batch.values(), strict=True):
+                    yield f"{name}: row {next(numbers)}", dict(zip(batch, values, strict=True))
         except UserError:
             raise
         except Exception as error:
             raise UserError(f"{name}: cannot be read: {library_error(error.__cause__ or error)}") from None
-
-    def rows(self) -> Iterator[Row]:
-        """Yield each row as plain data."""
-        try:
-            for number, row in enumerate(self._load()):
-                yield f"{self.config.name}: row {number}", row
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"{self.config.name}: cannot be read: {library_error(error.__cause__ or error)}") from None
 
     def _load(self) -> Any:
         import datasets

@@ -151,23 +151,13 @@ def read_text(path: Path, _column: str) -> Iterator[Document]:
     yield Document(chunks(), is_dump=format_of(path) == ".txt")
 
 
-def read_jsonl(path: Path, column: str) -> Iterator[Document]:
-    """Yield a document for each line that is not blank."""
-    return (to_document(_text_of(row, column, where)) for where, row in jsonl_rows(path))
-
-
-def read_json(path: Path, column: str) -> Iterator[Document]:
-    """Yield a document for each object of an array, or for each line that is not blank."""
-    return (to_document(_text_of(row, column, where)) for where, row in json_rows(path))
-
-
-def jsonl_rows(path: Path) -> Iterator[Row]:
+def jsonl_rows(path: Path, _column: str | None = None) -> Iterator[Row]:
     """Yield the value of each line that is not blank."""
     with open_decompressed(path) as file:
         yield from _read_lines(file, path)
 
 
-def json_rows(path: Path) -> Iterator[Row]:
+def json_rows(path: Path, _column: str | None = None) -> Iterator[Row]:
     """Yield each value of an array, or that of each line that is not blank."""
     with open_decompressed(path) as file:
         if not file.peek().removeprefix(BOM).lstrip().startswith(b"["):
@@ -211,37 +201,22 @@ def _text_of(row: Any, column: str, where: str) -> str:
     return to_text(row[column], column, where)
 
 
-def read_parquet(path: Path, column: str) -> Iterator[Document]:
-    """Yield a document for each row."""
-    import pyarrow
-    from pyarrow import parquet
-
-    row = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                names = ", ".join(file.schema_arrow.names)
-                raise UserError(f"{path}: no column {column!r}; there are {names} (option text_column)")
-            for batch in file.iter_batches(batch_size=batch_rows(path, file.metadata, column), columns=[column]):
-                for value in batch.column(0):
-                    yield to_document(to_text(value.as_py(), column, f"{path}: row {row}"))
-                    row += 1
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path}: row {row}: cannot be read: {str(error).splitlines()[0]}") from None
-
-
-def parquet_rows(path: Path) -> Iterator[Row]:
-    """Yield each row with all of its columns."""
+def parquet_rows(path: Path, column: str | None = None) -> Iterator[Row]:
+    """Yield each row with all of its columns, or with one of them. Reads only these."""
     import pyarrow
     from pyarrow import parquet
 
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            size = min((batch_rows(path, file.metadata, column) for column in columns), default=1)
-            for batch in file.iter_batches(batch_size=size):
-                for row in batch.to_pylist():
+            names = file.schema_arrow.names
+            if column is not None and column not in names:
+                raise UserError(f"{path}: no column {column!r}; there are {', '.join(names)} (option text_column)")
+            columns = names if column is None else [column]
+            size = min((batch_rows(path, file.metadata, name) for name in columns), default=1)
+            for batch in file.iter_batches(batch_size=size, columns=columns):
+                for values in zip(*batch.columns, strict=True):
+                    row = {name: value.as_py() for name, value in zip(columns, values, strict=True)}
                     yield f"{path}: row {number}", row
                     number += 1
     except (OSError, ValueError, pyarrow.ArrowException) as error:
@@ -281,24 +256,30 @@ def to_text(value: Any, column: str, where: str) -> str:
     return value
 
 
+# Functions of (path, column). With a column they may leave out the others.
+ROWS = {".jsonl": jsonl_rows, ".parquet": parquet_rows, ".ndjson": jsonl_rows, ".json": json_rows}
+
+
+def read_column(path: Path, column: str) -> Iterator[Document]:
+    """Yield a document for each row of a file in one of ROWS."""
+    for where, row in ROWS[format_of(path)](path, column):
+        yield to_document(_text_of(row, column, where))
+
+
 FORMATS = {
     ".txt": read_text,
     ".md": read_text,
     ".py": read_text,
-    ".jsonl": read_jsonl,
-    ".parquet": read_parquet,
-    ".ndjson": read_jsonl,
-    ".json": read_json,
+    **dict.fromkeys(ROWS, read_column),
 }
 EXTENSIONS = ", ".join(FORMATS) + " (each but .parquet also with " + ", ".join(DECOMPRESSORS) + ")"
 
 
 def read_rows(path: Path) -> Iterator[Row]:
     """Yield the rows of a file as plain data. Raises UserError for a file without rows, or one that cannot be read."""
-    readers = {read_jsonl: jsonl_rows, read_json: json_rows, read_parquet: parquet_rows}
     if is_text_file(path):
         raise UserError(f"{path}: rows are in .jsonl, .ndjson, .json or .parquet files")
-    yield from readers[FORMATS[format_of(path)]](path)
+    yield from ROWS[format_of(path)](path)
 
 
 def read_documents(path: Path, column: str) -> Iterator[Document]:
