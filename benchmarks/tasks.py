@@ -71,8 +71,8 @@ def theirs(export: Path, items: Path, folder: Path, batch: int) -> tuple[float, 
     done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
-    found = json.loads((folder / "out.json").read_text())
-    return found["seconds"], [nats for item in found["answers"]["lines"] for nats, _ in item]
+    output = json.loads((folder / "out.json").read_text())
+    return output["seconds"], [nats for item in output["answers"]["lines"] for nats, _ in item]
 
 
 def main() -> int:

@@ -20,18 +20,18 @@ def main(export: str, out: str, batch: str, *tasks: str) -> None:
     logging.disable(logging.WARNING)
     model = HFLM(pretrained=export, device="cpu", dtype="float32", batch_size=int(batch), trust_remote_code=True)
     began = time.perf_counter()
-    found = lm_eval.simple_evaluate(model=model, tasks=list(tasks), log_samples=True, bootstrap_iters=0)
+    output = lm_eval.simple_evaluate(model=model, tasks=list(tasks), log_samples=True, bootstrap_iters=0)
     seconds = time.perf_counter() - began
     answers = {
         name: [
             [[float(nats), str(is_likeliest) == "True"] for ((nats, is_likeliest),) in sample["resps"]]
             for sample in sorted(samples, key=lambda sample: sample["doc_id"])
         ]
-        for name, samples in found["samples"].items()
+        for name, samples in output["samples"].items()
     }
     results = {
         name: {key.partition(",")[0]: value for key, value in values.items()}
-        for name, values in found["results"].items()
+        for name, values in output["results"].items()
     }
     Path(out).write_text(json.dumps({"results": results, "answers": answers, "seconds": seconds}))
 

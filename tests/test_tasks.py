@@ -22,7 +22,7 @@ from training.data.items import Item, number_of, read_items
 from training.data.tokenizer import build_byte_tokenizer, train_bpe
 from training.distributed.world import World
 from training.engine import tasks as scoring
-from training.engine.tasks import Answer, Score, encode_answer, load_tasks, log_likelihoods, score_of, task_row
+from training.engine.tasks import Answer, Score, encode_answers, load_tasks, log_likelihoods, score_of, task_row
 from training.errors import UserError
 from training.train import train
 
@@ -323,7 +323,7 @@ def test_a_long_context_and_a_long_answer_are_not_in_one_batch():
 def test_an_answers_tokens_are_those_of_the_whole_text():
     tokenizer = train_bpe(["the cat sat on the mat, the cats  sat\n\n on mats"] * 9, 300)
     for context, answer in (("the cat", "sat on"), ("the cat ", "sat"), ("x:\n\n", "cats"), ("", "the"), ("  ", "mat")):
-        encoded = encode_answer(tokenizer, Item(context, (answer,), 0), answer)
+        (encoded,) = encode_answers(tokenizer, Item(context, (answer,), 0))
         end = context[len(context.rstrip()) :]
         whole = [tokenizer.end_of_text] * (not context.strip()) + tokenizer.encode(f"{context} {answer}").tolist()
         assert [*encoded.context, *encoded.tokens] == whole
@@ -392,7 +392,7 @@ def test_every_item_has_the_log_likelihood_and_the_result_of_lm_eval(run, files,
         text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(out.read_text())
+    output = json.loads(out.read_text())
 
     options = {kind: {"type": kind, "paths": [str(path)]} for kind, path in files.items()}
     options["shots"] = {"type": "piqa", "name": "shots", "paths": [str(files["piqa"])], "shots": SHOTS}
@@ -403,13 +403,13 @@ def test_every_item_has_the_log_likelihood_and_the_result_of_lm_eval(run, files,
     tasks = load_tasks([task_of(**each) for each in options.values()], loaded.tokenizer, 128)
     answers = [answer for task in tasks for item in task.answers for answer in item]
     ours = log_likelihoods(model, answers, ALONE).tolist()
-    expected = [answer for kind in solved for item in found["answers"][f"our_{kind}"] for answer in item]
+    expected = [answer for kind in solved for item in output["answers"][f"our_{kind}"] for answer in item]
     assert len(ours) == len(expected) > 5 * N_ITEMS
     for (nats, is_likeliest), (their_nats, their_is_likeliest) in zip(ours, expected, strict=True):
         assert nats == pytest.approx(their_nats, abs=1e-3) and is_likeliest == their_is_likeliest
     scores = scoring.compute_scores(model, tasks, ALONE)
     for kind in solved:
-        results = found["results"][f"our_{kind}"]
+        results = output["results"][f"our_{kind}"]
         assert scores[kind].acc == pytest.approx(results["acc"], abs=1e-12)
         if scores[kind].acc_norm is not None:
             assert scores[kind].acc_norm == pytest.approx(results["acc_norm"], abs=1e-12)

@@ -41,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
             if best is not None and not (isinstance(best, dict) and type(best.get("step")) is int):
                 raise UserError(f"{newest / 'state.json'}: best: {best!r} has no step, so nothing is pruned")
             checkpoint.remove_leftovers(folder)
-            checkpoint.prune(folder, args.keep, best and best["step"], keep_every_of(state), is_intact)
+            kept = args.keep, best and best["step"], keep_every_of(state)
+            checkpoint.prune(folder, *kept, is_intact=lambda path: not checkpoint.corruption(path))
     n_damaged = 0
     for step, path in checkpoint.list_checkpoints(folder):
         try:
@@ -55,13 +56,6 @@ def main(argv: list[str] | None = None) -> int:
         n_damaged += problem is not None
         print_result(f"step {step:>10,}  {mib:>10,.1f} MiB  {problem or note}")
     return 1 if n_damaged else 0
-
-
-def is_intact(path: Path) -> bool:
-    """Return True if no byte of a checkpoint is damaged."""
-    from training import checkpoint
-
-    return checkpoint.corruption(path) is None
 
 
 def keep_every_of(state: dict) -> int | None:

@@ -19,6 +19,7 @@ from training.checkpoint.read import (
     quarantine,
     read_state,
     read_tensors,
+    step_path,
     tensor_shapes,
 )
 from training.checkpoint.write import SINGLE, CheckpointWriter, TensorShard, WriterGroup, prune, remove_leftovers

@@ -36,6 +36,11 @@ def load(path: Path, *, verify: bool = True) -> Checkpoint:
     return Checkpoint(read_tensors(path, "model"), read_tensors(path, "optimizer"), read_state(path))
 
 
+def step_path(folder: Path, step: int) -> Path:
+    """Return the path of a step's checkpoint in a folder of checkpoints."""
+    return folder / f"step-{step:08d}"
+
+
 def read_state(path: Path) -> dict:
     """Read the JSON state of a checkpoint that is known to be intact."""
     return json.loads(read_bytes(path / "state.json"))

@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from training.checkpoint.read import KINDS, MANIFEST, is_complete, list_checkpoints
+from training.checkpoint.read import KINDS, MANIFEST, is_complete, list_checkpoints, step_path
 from training.config import CheckpointConfig
 from training.errors import UserError, library_error
 from training.files import fsync_path, mkdir_durable, remove, rename_durable, set_aside
@@ -146,7 +146,7 @@ class CheckpointWriter:
 
     def _write(self, shards: Shards, state: dict, best_step: int | None) -> None:
         """Write from the thread in three steps; if one fails on any rank, the save ends on all of them."""
-        target = self.folder / f"step-{state['step']:08d}"
+        target = step_path(self.folder, state["step"])
         partial = self.folder / f".{target.name}.tmp"
         n_bytes = sum(s.shape.numel() * s.tensor.element_size() for kind in KINDS for s in shards[kind].values())
         one_file = n_bytes <= self.config.one_file_gib * 2**30

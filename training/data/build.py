@@ -54,6 +54,7 @@ def write_dataset(corpus: Corpus, folder: Path, key: str, quiet: bool) -> None:
     records = [writer.record(split) for (split, _), writer in writers.items()]
     check_splits(corpus, records)
     train, val = (labeled_documents(writers, split) for split in ("train", "val"))
+    shared = val.select(np.isin(val.hashes, train.hashes))
     manifest = Manifest(
         format=FORMAT_VERSION,
         key=key,
@@ -62,8 +63,8 @@ def write_dataset(corpus: Corpus, folder: Path, key: str, quiet: bool) -> None:
         separator=tokenizer.separator,
         tokenizer_sha256=hashlib.sha256((folder / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest(),
         **vars(counts),
-        n_shared=int(np.isin(val.hashes, train.hashes).sum()),
-        shared=count_shared(train, val),
+        n_shared=len(shared.hashes),
+        shared=count_by_source(train, shared),
         n_repeated=len(train.hashes) - len(np.unique(train.hashes)),
         streams=records,
     )
@@ -79,6 +80,10 @@ class LabeledDocuments(NamedTuple):
     hashes: np.ndarray
     sources: np.ndarray
 
+    def select(self, mask: np.ndarray) -> "LabeledDocuments":
+        """Return the documents where a mask (n_documents,) is True."""
+        return LabeledDocuments(self.hashes[mask], self.sources[mask])
+
 
 def labeled_documents(writers: Mapping[tuple[str, int], StreamWriter], split: str) -> LabeledDocuments:
     """Return the documents of a split."""
@@ -88,15 +93,16 @@ def labeled_documents(writers: Mapping[tuple[str, int], StreamWriter], split: st
     return LabeledDocuments(np.concatenate([w.document_hashes() for w in written]), np.repeat(sources, sizes))
 
 
-def count_shared(train: LabeledDocuments, val: LabeledDocuments) -> list[tuple[int, int, int]]:
-    """Return (source of validation text, source of training text, validation documents that are in both)."""
-    is_shared, is_both = np.isin(val.hashes, train.hashes), np.isin(train.hashes, val.hashes)
-    val = LabeledDocuments(val.hashes[is_shared], val.sources[is_shared])
-    train = LabeledDocuments(train.hashes[is_both], train.sources[is_both])
+def count_by_source(train: LabeledDocuments, shared: LabeledDocuments) -> list[tuple[int, int, int]]:
+    """Return (source of validation text, source of training text, validation documents that are in both).
+
+    `shared` are the validation documents that are also training documents.
+    """
+    train = train.select(np.isin(train.hashes, shared.hashes))
     pairs = []
-    for val_source, train_source in product(np.unique(val.sources), np.unique(train.sources)):
-        there = train.hashes[train.sources == train_source]
-        if n := int(np.isin(val.hashes[val.sources == val_source], there).sum()):
+    for val_source, train_source in product(np.unique(shared.sources), np.unique(train.sources)):
+        own = shared.hashes[shared.sources == val_source]
+        if n := int(np.isin(own, train.hashes[train.sources == train_source]).sum()):
             pairs.append((int(val_source), int(train_source), n))
     return pairs
 

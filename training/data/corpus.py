@@ -9,13 +9,7 @@ from training.config import DataConfig
 from training.data.chunks import Chunk, mark_blank, number_parts
 from training.data.file_hashes import FileHashes
 from training.data.shards import FORMAT_VERSION
-from training.data.sources import (
-    FilesReader,
-    Reader,
-    build_readers,
-    drop_repeated_files,
-    plain_bytes,
-)
+from training.data.sources import FilesReader, Reader, build_readers, drop_repeated_files, plain_bytes
 from training.data.text_files import format_of, is_text_file
 from training.data.tokenizer import END_OF_TEXT, tokenizer_identity
 from training.errors import UserError

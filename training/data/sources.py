@@ -186,14 +186,14 @@ def build_reader(config: Section) -> Reader:
 def build_readers(sources: Sequence[SourceConfig]) -> list[Reader]:
     """Build the readers of all sources. A name that no option chose gets -2, -3, ... if another source has it."""
     readers = [build_reader(source) for source in sources]
-    taken = {AVERAGE, *map(chosen_name, sources)}
+    used_names = {AVERAGE, *map(chosen_name, sources)}
     for source, reader in zip(sources, readers, strict=True):
         if chosen_name(source) is None:
-            reader.name = free_name(reader.name, taken)
-            taken.add(reader.name)
+            reader.name = free_name(reader.name, used_names)
+            used_names.add(reader.name)
     return readers
 
 
-def free_name(name: str, taken: Container[str | None]) -> str:
-    """Return the name, or with -2, -3, ... after it if it is taken."""
-    return next(each for each in chain([name], (f"{name}-{number}" for number in count(2))) if each not in taken)
+def free_name(name: str, used_names: Container[str | None]) -> str:
+    """Return the name, or with -2, -3, ... after it if it is in use."""
+    return next(each for each in chain([name], (f"{name}-{number}" for number in count(2))) if each not in used_names)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from training import device as devices
+from training.checkpoint import step_path
 from training.config import AVERAGE, Config
 from training.data import Dataset, Loader, Samples
 from training.distributed.consistency import check_same
@@ -136,7 +137,7 @@ def choose_best(config: Config, dataset: Dataset, world: World, state: TrainStat
     if len(names) == 1 and best != AVERAGE:
         best = None
     if state.best is not None and config.checkpoint.final == "best":
-        path = config.run_dir / "checkpoints" / f"step-{state.best['step']:08d}"
+        path = step_path(config.run_dir / "checkpoints", state.best["step"])
         (is_missing,) = world.max_int(world.is_main and not path.exists())
         if is_missing:  # it was never saved, or removed since
             if world.is_main:

@@ -179,7 +179,7 @@ def final_weights(setup: Setup) -> tuple[dict[str, Tensor], bool]:
 
 def best_checkpoint(setup: Setup) -> Checkpoint:
     """Read the best checkpoint. Raises UserError if it is damaged."""
-    return checkpoint.load(setup.config.run_dir / "checkpoints" / f"step-{setup.state.best['step']:08d}")
+    return checkpoint.load(checkpoint.step_path(setup.config.run_dir / "checkpoints", setup.state.best["step"]))
 
 
 def summarize(setup: Setup, dataset: Dataset, log: RunLog) -> dict[str, Any]:

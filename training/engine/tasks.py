@@ -68,12 +68,12 @@ def load_tasks(
 ) -> list[Task]:
     """Read and encode the tasks; print a line for one whose contexts are cut. Raises UserError for a wrong item."""
     tasks: list[Task] = []
-    taken = {config.name for config in configs}
+    used_names = {config.name for config in configs}
     for config in configs:
         items = read_items(config)
-        name = config.name or free_name(config.type, taken)
-        taken.add(name)
-        whole = [[encode_answer(tokenizer, item, text) for text in item.answers] for item in items]
+        name = config.name or free_name(config.type, used_names)
+        used_names.add(name)
+        whole = [encode_answers(tokenizer, item) for item in items]
         cut = [[cut_context(each, n_positions, item) for each in of] for item, of in zip(items, whole, strict=True)]
         tasks.append(Task(name, config.type == "cloze", items, cut))
         n_cut = sum(before != after for before, after in zip(whole, cut, strict=True))
@@ -92,18 +92,20 @@ def fingerprint(tasks: Sequence[Task]) -> str:
     return sha256.hexdigest()[:12]
 
 
-def encode_answer(tokenizer: Tokenizer, item: Item, text: str) -> Answer:
-    """Return the tokens of an answer: those of context and answer together, after those of the context.
+def encode_answers(tokenizer: Tokenizer, item: Item) -> list[Answer]:
+    """Return the tokens of each answer: those of context and answer together, after those of the context.
 
     White space at the end of the context belongs to the answer, as in training text. An empty context is one
     end-of-text token.
     """
     context = item.context.rstrip()
-    answer = f"{item.context[len(context) :]} {text}"
-    if not context:
-        return Answer((tokenizer.end_of_text,), tuple(tokenizer.encode(answer).tolist()))
-    ids, before = tokenizer.encode(context + answer).tolist(), tokenizer.encode(context).tolist()
-    return Answer(tuple(before), tuple(ids[len(before) :] or tokenizer.encode(answer).tolist()))
+    texts = [f"{item.context[len(context) :]} {text}" for text in item.answers]
+    context_ids = tuple(tokenizer.encode(context).tolist())
+    answers = []
+    for text in texts:
+        ids = tokenizer.encode(context + text).tolist()[len(context_ids) :]
+        answers.append(Answer(context_ids or (tokenizer.end_of_text,), tuple(ids or tokenizer.encode(text).tolist())))
+    return answers
 
 
 def cut_context(answer: Answer, n_positions: int, item: Item) -> Answer:
@@ -190,7 +192,7 @@ def make_batches(model: GPT, answers: Sequence[Answer]) -> Iterator[Batch]:
 
 
 def fits(model: GPT, n_rows: int, n_context: int, n_answer: int) -> bool:
-    """Return True if so many answers, and contexts and answers of at most so many tokens, are within the limits."""
+    """Return True if `n_rows` answers of up to `n_answer` tokens fit, after contexts of up to `n_context` tokens."""
     n_keys = n_context - 1 + n_answer
     is_small = n_rows * n_keys <= BATCH_TOKENS and n_rows * n_answer * model.n_vocab <= BATCH_LOGITS
     return is_small and n_keys <= model.config.n_positions

@@ -11,7 +11,7 @@ from training.logging.format import count, number, share
 from training.logging.phases import PHASES
 from training.terminal import print_text
 
-NAME = "NAME"
+NAME = "NAME"  # in a tag: stands for the name of a source or task
 LOAD_IMAGE = "router/load_layers_x_experts"  # tag of the expert load's heat map
 
 

@@ -80,11 +80,7 @@ def key_figures(history: History, known: dict) -> list[tuple[str, str]]:
     """Return the large numbers at the top as (text, label)."""
     if not history.spans:
         return []
-    figures = [
-        *_figures(history, known, "validation"),
-        *_figures(history, known, "tasks"),
-        *_figures(history, known, "step"),
-    ]
+    figures = [figure for group in ("validation", "tasks", "step") for figure in _figures(history, known, group)]
     if "parameters" in known:
         figures.append((count(known["parameters"]), "parameters"))
         if known.get("active_parameters") != known["parameters"]:

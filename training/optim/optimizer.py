@@ -39,7 +39,7 @@ class Optimizer:
         dtype: torch.dtype = torch.float32,
         full_shapes: FullShapes | None = None,
     ):
-        class_of_kind, self.average = OPTIMIZERS[type(config)], config.average
+        class_of_kind, self.average_config = OPTIMIZERS[type(config)], config.average
         self.averages: dict[str, Tensor] = {}  # of each parameter's weights, in its shape; {} before it begins
         names = {p: name for name, p in named_parameters}
         by_kind = {kind: [p for p, name in names.items() if kinds[name] == kind] for kind in PARAMETER_KINDS}
@@ -61,8 +61,8 @@ class Optimizer:
             group["lr"] = peak * lr_factor
         for optimizer in self.optimizers:
             optimizer.step()
-        if self.average is not None and is_averaged:
-            self._update_averages(self.average.decay)
+        if self.average_config is not None and is_averaged:
+            self._update_averages(self.average_config.decay)
 
     @torch.no_grad()
     def _update_averages(self, decay: float) -> None:
@@ -76,7 +76,7 @@ class Optimizer:
         """Return empty tensors as large as the state that later steps create; [] if all of it is there."""
         missing = [(optimizer, p) for optimizer, p in self._owners.values() if not optimizer.state.get(p)]
         tensors = [torch.empty_like(p) for optimizer, p in missing for _ in optimizer.state_names]
-        if self.average is not None and not self.averages:
+        if self.average_config is not None and not self.averages:
             tensors += [torch.empty_like(p) for _, p in self._owners.values()]
         return tensors
 
@@ -95,7 +95,7 @@ class Optimizer:
         and begin later if the tensors have none.
         """
         averages = averages_in(tensors)
-        if averages and self.average is not None:
+        if averages and self.average_config is not None:
             if mismatched := sorted(averages.keys() ^ self._owners.keys()):
                 raise KeyError(f"average of {mismatched[0]}")
             self.averages = {name: averages[name].to(p.device) for name, (_, p) in self._owners.items()}
