@@ -48,7 +48,7 @@ def row_of(step: int, n_layers: int) -> dict:
 
 def run_of(folder: Path, n_rows: int, n_layers: int) -> RunInfo:
     """Return a run whose checkpoint is at its last row."""
-    return RunInfo(folder, "log", {}, "", {}, n_rows, n_rows, 32_768, list(range(n_layers)), {})
+    return RunInfo(folder, "log", {}, "", {}, n_rows, n_rows, 32_768, list(range(n_layers)), {}, {})
 
 
 def measure(folder: Path, n_rows: int, n_layers: int) -> dict[str, list[float]]:

@@ -70,7 +70,7 @@ def options(tmp_path, cache):
             "schedule": {"warmup_steps": 2},
             "eval": {"every": 4, "tokens": 512, "prompts": ["def "], "sample_tokens": 4},
             "checkpoint": {"every": 3},
-            "logging": {"every": 2, "tensorboard": False},
+            "logging": {"every": 2, "tensorboard": False, "histogram_every": 4},
         }
         return options | changes
 

@@ -137,7 +137,7 @@ def test_flags_reach_into_defaults(write):
         ("learning_rate: 1", "1: learning_rate: unknown option; did you mean 'optim.learning_rate'?"),
         (
             "eval: {xyz: 1}",
-            "1: eval.xyz: unknown option; eval has every, tokens, best, tasks, tasks_every, prompts, sample_tokens, temperature, top_k",  # noqa: E501
+            "1: eval.xyz: unknown option; eval has every, tokens, best, patience, tasks, tasks_every, prompts, sample_tokens, temperature, top_k",  # noqa: E501
         ),
         ("steps: 2.5", "1: steps: 2.5 is not an integer >= 1"),
         ("steps: 5e5", "1: steps: 5e5 is not an integer >= 1; write 500000"),

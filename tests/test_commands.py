@@ -8,6 +8,7 @@ from training.errors import RestartNeeded, UserError
 from training.options import cli
 
 COMMANDS = ["train", "prepare", "evaluate", "generate", "export", "plan", "twin", "checkpoints"]
+COMMANDS += ["compare.__main__", "runs.__main__"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -27,5 +28,7 @@ def test_every_command_ends_with_one_line_and_an_exit_status(monkeypatch, capsys
 
     monkeypatch.setattr(cli, "parse_command_line", fail)
     monkeypatch.setattr(cli.Parser, "parse_args", fail)
-    assert importlib.import_module(f"training.{name}").main([]) == status
+    monkeypatch.setattr(cli.Parser, "parse_known_args", fail)
+    arguments = ["a.yaml"] if name.startswith("compare") else []
+    assert importlib.import_module(f"training.{name}").main(arguments) == status
     assert capsys.readouterr().err == line + "\n"

@@ -15,7 +15,8 @@ FLOORS = [
     {"model", "data", "distributed", "checkpoint"},
     {"weights", "planning", "logging"},
     {"engine", "session"},
-    {"train", "prepare", "evaluate", "generate", "export", "plan", "twin", "checkpoints"},
+    {"train", "prepare", "evaluate", "generate", "export", "plan", "twin", "checkpoints", "runs"},
+    {"compare"},
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -73,7 +73,7 @@ def run_in(folder: Path, start_step: int = 0, steps: int = 4) -> RunInfo:
     return RunInfo(
         dir=folder, name="tiny", config={"seed": 0, "model": {"n_layer": 2, "blocks": [{"repeat": 1}], "bias": None}},
         config_yaml="seed: 0\nmodel:\n  n_layer: 2\n", header={"device": "cpu", "parameters": "1.0k"},
-        start_step=start_step, steps=steps, tokens_per_step=32, moe_layers=[1, 3], facts={},
+        start_step=start_step, steps=steps, tokens_per_step=32, moe_layers=[1, 3], facts={}, hyperparameters={},
     )  # fmt: skip
 
 
@@ -521,15 +521,33 @@ def test_a_resumed_run_shows_each_step_once_in_tensorboard(tmp_path):
     assert [values[step] == 9.0 for step in (1, 2, 3, 4)] == [False, False, True, True]
 
 
+def test_the_cards_of_tensorboards_custom_scalars_come_by_importance(tmp_path):
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+
+    tensorboard(run_in(tmp_path)).close(SUMMARY)
+    layout = Layout.FromString(events(tmp_path).Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    titles = [category.title for category in layout.category]
+    assert (titles[0], titles[-1]) == ("Training", "Experts by layer")
+    assert [category.title for category in layout.category if category.closed] == [
+        "Time by phase", "By layer", "Experts by layer"
+    ]  # fmt: skip
+    patterns = [tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag]
+    assert patterns[0] == "^train/loss$"
+    layers = {"layers": {"grad_norm": [1.0, 2.0]}, "learning_rates": {"matrix": 1e-3}}
+    for tag in scalars(eval_row(4, "") | layers, [1, 3]):
+        assert sum(re.search(pattern, tag) is not None for pattern in patterns) == 1, tag
+
+
 def test_tensorboard_has_the_hyperparameters_of_a_run(tmp_path):
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-    tensorboard(run_in(tmp_path)).close(SUMMARY)
+    run = run_in(tmp_path)._replace(hyperparameters={"model.n_layer": 2, "model.blocks.0.repeat": 1})
+    tensorboard(run).close(SUMMARY)
     board = events(tmp_path)
     start = HParamsPluginData.FromString(board.SummaryMetadata("_hparams_/session_start_info").plugin_data.content)
     values = start.session_start_info.hparams
     assert values["model.n_layer"].number_value == 2
-    assert values["model.blocks"].string_value == '[{"repeat": 1}]'
+    assert values["model.blocks.0.repeat"].number_value == 1
     assert board.SummaryMetadata("_hparams_/session_end_info")
 
 
@@ -968,7 +986,7 @@ def test_every_sink_accepts_rows_without_most_keys(tmp_path):
 
 def keys_of(row: dict) -> set[str]:
     """Return the row's keys, with those of nested values as METRICS writes them."""
-    nested = {"router_layers", "val_sets", "tasks"}
+    nested = {"router_layers", "val_sets", "tasks", "layers"}
     return {f"{name}.{key}" for name in nested for key in row.get(name, ())} | row.keys() - nested
 
 

@@ -123,7 +123,9 @@ def history_of(rows: list[dict]) -> History:
 
 def report(folder: Path, rows: list[dict], summary: dict | None = None, experts: dict | None = None, **facts) -> Page:
     facts = {"header": {}, "steps": 40, "moe_layers": [1, 4], "config_yaml": ""} | facts
-    run = RunInfo(dir=folder, name="tiny", config={}, start_step=0, tokens_per_step=1, facts={}, **facts)
+    run = RunInfo(
+        dir=folder, name="tiny", config={}, start_step=0, tokens_per_step=1, facts={}, hyperparameters={}, **facts
+    )
     assert write_report(run, history_of(rows), summary, experts) == folder / "report.html"
     assert [path.name for path in folder.iterdir()] == ["report.html"]
     return Page(folder / "report.html")

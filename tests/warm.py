@@ -164,7 +164,8 @@ def serve() -> int:
     """Fork for every request, until stdin ends."""
     for module in PRELOAD:
         importlib.import_module(module)
-    importlib.import_module("training.logging.report")._template()  # compiled once
+    template = importlib.import_module("training.logging.template")
+    template.environment(template.HERE).get_template("report.html.j2")  # compiled once
     running: dict[int, Path] = {}
     while True:
         ready, _, _ = select.select([0], [], [], 0.01 if running else None)

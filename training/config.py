@@ -590,6 +590,9 @@ class EvalConfig(Section):
         "whose validation loss decides which step is best: the name of a source, `average` for the averaged weights; "
         "null: the loss over all sources",
     )
+    patience: int | None = option(
+        None, "stop after N evaluations without a lower loss (eval.best); null: never", unit="evaluations", ge=1
+    )
     tasks: ListOf[Task] = option((), "tasks to score: [{type: hellaswag, paths: [hellaswag_val.jsonl]}]")
     tasks_every: int | None = option(
         None, "score the tasks every N steps and at the end; null: at the end only", unit="steps", ge=1
@@ -603,6 +606,8 @@ class EvalConfig(Section):
         chosen = [task.name for task in self.tasks if task.name is not None]
         for repeated in sorted({name for name in chosen if chosen.count(name) > 1}):
             yield "tasks", f"two tasks have the name {repeated}"
+        if self.patience is not None and self.every is None:
+            yield "patience", "needs evaluations: set every"
 
 
 class WandbConfig(Section):
@@ -624,8 +629,12 @@ class LoggingConfig(Section):
     """Outputs in addition to metrics.jsonl, which is always written."""
 
     every: int = option(10, "print a console line and fetch metrics from the device every N steps", unit="steps", ge=1)
+    console: Literal["full", "brief"] = option("full", "brief: nothing but a line of progress every 10 seconds")
     tensorboard: bool = option(True, "write TensorBoard events")
-    histogram_every: int = option(100, "send images and histograms of expert load every N steps", unit="steps", ge=1)
+    histogram_every: int = option(
+        100, "measure norms and update sizes by layer, and draw the expert load, every N steps", unit="steps", ge=1
+    )
+    trace_at: ListOf[PositiveInt] = option((), "steps at which torch.profiler records a trace of the next 3 steps")
     wandb: WandbConfig | None = option(None, "log to Weights & Biases; null: off")
 
 
@@ -679,6 +688,8 @@ class Config(Section):
         is_inherited = self.init_from is not None and "n_positions" not in self.model.model_fields_set
         if not is_inherited and self.batch_tokens % self.model.n_positions:
             yield "batch_tokens", f"{self.batch_tokens} is not a multiple of model.n_positions {self.model.n_positions}"
+        if self.eval.patience is not None and not self.checkpoint.keep_best:
+            yield "eval.patience", "its final model is the best one, which is there only with checkpoint.keep_best"
         if self.upcycle_noise is not None and self.init_from is None:
             yield "upcycle_noise", "needs init_from, whose dense layers become experts"
 

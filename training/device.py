@@ -111,6 +111,17 @@ def available_memory_bytes(device: torch.device) -> int:
     return n_bytes // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def free_memory_bytes(device: torch.device) -> int:
+    """Return the memory that this process can still allocate, about."""
+    if device.type == "cuda":
+        return available_memory_bytes(device) - torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return available_memory_bytes(device) - torch.mps.current_allocated_memory()
+    statm = Path("/proc/self/statm")
+    resident = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+    return available_memory_bytes(device) - resident
+
+
 def keep_freed_memory(device: torch.device) -> None:
     """Make glibc keep freed memory for reuse, so that resident memory stays at its peak until `reset_peak_memory`.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from training.config import SHIPPED_TASKS, TaskConfig
 from training.errors import UserError, command
 from training.options import cli
-from training.terminal import print_result
+from training.terminal import aligned_table, print_result
 
 if TYPE_CHECKING:
     from training.data import Split
@@ -128,11 +128,7 @@ def table(step: int, rows: list[dict], columns: dict[str, str]) -> list[str]:
     """Return the rows as lines with a title: their names on the left, and the columns on the right."""
     titles = [f"step {step}", *(name.replace("bits_per_byte", "bits/byte") for name in columns)]
     cells = [titles, *([row["name"], *cells_of(row, columns)] for row in rows)]
-    first, *others = (max(map(len, column)) for column in zip(*cells, strict=True))
-    return [
-        "  ".join([f"{name:<{first}}", *(f"{cell:>{width}}" for cell, width in zip(figures, others, strict=True))])
-        for name, *figures in cells
-    ]
+    return aligned_table(cells)
 
 
 def cells_of(row: dict, columns: dict[str, str]) -> list[str]:

@@ -14,6 +14,7 @@ from typing import BinaryIO
 from training.errors import UserError
 from training.terminal import print_note
 
+LOCK_WAIT_S = 0.3  # `is_locked` holds the lock of a run that no process trains for a moment
 VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")
 
 
@@ -136,7 +137,7 @@ def run_lock(folder: Path) -> Iterator[Callable[[], None]]:
     lock = FileLock(real.with_name(f".{real.name}.lock"))
     try:
         mkdir_durable(real.parent)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=LOCK_WAIT_S)
     except Timeout:
         raise UserError(f"{folder}: another process is training this run; choose another --name") from None
     except OSError as error:
@@ -153,6 +154,21 @@ def run_lock(folder: Path) -> Iterator[Callable[[], None]]:
         yield check_lock
     finally:
         lock.release()
+
+
+def is_locked(folder: Path) -> bool:
+    """Return True if a process trains the run in this folder."""
+    from filelock import FileLock, Timeout
+
+    real = folder.resolve()
+    path = real.with_name(f".{real.name}.lock")
+    if not path.exists():
+        return False
+    try:
+        with FileLock(path, timeout=0):  # for a moment: `run_lock` waits longer
+            return False
+    except (Timeout, OSError):
+        return True
 
 
 def mkdir_durable(path: Path) -> None:

@@ -20,6 +20,7 @@ FLAGS = {
     "--resume": "auto: resume from the run's latest checkpoint (default); never: start over, moving the old run aside; "
     "PATH: start from the checkpoint or run at PATH"
 }
+PAUSED = -1  # status of `train` if its turn is over; no exit status
 
 
 @command
@@ -43,8 +44,8 @@ def resolve_resume(value: str | None) -> str:
     return value if value in ("auto", "never") else cli.flag_path("--resume", value)
 
 
-def train(config: Config, *, resume: str = "auto") -> int:
-    """Run the five steps of a run and return the exit status."""
+def train(config: Config, *, resume: str = "auto", turn_s: float | None = None) -> int:
+    """Run the five steps of a run and return the exit status. After `turn_s` seconds, save and return PAUSED."""
     started = time.perf_counter()
     with session(config, resume) as run, ExitStack() as stack:
         from training import engine  # imports torch, once the options are known to be good
@@ -60,13 +61,15 @@ def train(config: Config, *, resume: str = "auto") -> int:
         if config.parallel.compile:  # after open_log: TensorBoard's graph needs the uncompiled model
             stack.enter_context(engine.compiled(model))
         checkpoints = stack.enter_context(closing(engine.Checkpoints(config, model, optimizer, log)))
-        events = stack.enter_context(engine.Events(config, run.world, checkpoints))
+        events = stack.enter_context(engine.Events(config, run.world, checkpoints, turn_s))
         stack.enter_context(setup.micro_batch.restart_on_out_of_memory())
         phase = engine.Phases(log.timer, run.world)
+        tracer = stack.enter_context(engine.Tracer(config, run.world, log.timer))
 
         # 3. Train the model.
         log.start_clock()
-        while state.step < config.steps:
+        while not engine.is_over(state, config):
+            tracer.before(state.step + 1)
             metrics = engine.train_step(setup, phase)
             log.add(state.step, *metrics, state.guard.n_skipped)
             checkpoints.preallocate()
@@ -86,17 +89,15 @@ def train(config: Config, *, resume: str = "auto") -> int:
                 log.last_row |= engine.score_tasks(setup, phase)
             is_best = due.evaluate and state.update_best(log.last_row, config.eval.best, is_saved=due.save)
             if due.log:
-                log.write()
-            if due.evaluate and run.world.is_main:
-                engine.update_report(log.info, log.history)
-            if due.save or (is_best and config.checkpoint.keep_best):
+                log.write(with_report=due.evaluate)
+            if due.save or (is_best and config.checkpoint.keep_best) or engine.is_over(state, config):
                 with phase("checkpoint"):
                     checkpoints.save(state)
             if due.log:
                 log.start_clock()  # evaluations and saves do not count as training
-            if due.signal:
+            if due.signal or due.pause:
                 checkpoints.wait()
-                return engine.report_stop(due.signal, state, log, resume)
+                return engine.report_stop(due.signal, state, log, resume) if due.signal else PAUSED
 
         # 5. Save the final model and training metrics.
         with phase("checkpoint", "the end of the run"):

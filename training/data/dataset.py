@@ -32,7 +32,7 @@ from training.data.notes import (
     describe_separators,
 )
 from training.data.progress import show_progress
-from training.data.shards import Split, Stream, StreamWriter
+from training.data.shards import Manifest, Split, Stream, StreamWriter
 from training.data.sources import build_reader, drop_repeated_files
 from training.data.tokenizer import Tokenizer
 from training.errors import UserError
@@ -125,11 +125,17 @@ def open_dataset(folder: Path, corpus: Corpus, hashes: FileHashes) -> Dataset:
     val = shards.open_split(folder, manifest, "val", hashes)
     val = replace(val, streams=tuple(shards.split_by_source(*val.streams, manifest.validation, names["val"])))
     tokenizer = shards.open_tokenizer(folder, manifest)
-    parts = [manifest.tokenizer_sha256, *(record.sha256 for record in manifest.streams)]
-    new, old = (hashlib.sha256(" ".join(each).encode()).hexdigest() for each in (parts, [manifest.key, *parts]))
+    new, old = fingerprints(manifest)
     notes = list(describe_dataset(folder, manifest, tokenizer, corpus))
     report = {"folder": str(folder), "notes": notes}
     return Dataset(tokenizer, train, val, new, old, report)
+
+
+def fingerprints(manifest: Manifest) -> tuple[str, str]:
+    """Return the `fingerprint` and `old_fingerprint` of a dataset."""
+    parts = [manifest.tokenizer_sha256, *(record.sha256 for record in manifest.streams)]
+    new, old = (hashlib.sha256(" ".join(each).encode()).hexdigest() for each in (parts, [manifest.key, *parts]))
+    return new, old
 
 
 def print_notes(lines: Iterable[str]) -> None:

@@ -102,6 +102,26 @@ class ShardedModel:
         self.world.all_reduce_([sum_of_squares], name="the all-reduce of the gradient norm")
         return sum_of_squares.sqrt()
 
+    def norms_by_block(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the L2 norm over the tensors of each block, (n_layer,) on the device. Collective if they are split.
+
+        `tensors` are this rank's rows, in the shapes of `local_parameters`, by the names of parameters of blocks.
+        """
+        is_split = self.mesh.has_collectives
+        names = [name for name, tensor in tensors.items() if tensor.numel() and not (is_split and self._is_copy(name))]
+        squares = [[torch.zeros((), device=self.world.device)] for _ in self.model.blocks]
+        if names:
+            for name, norm in zip(names, _norms([tensors[name] for name in names]), strict=True):
+                squares[int(name.split(".")[1])].append(norm.square())
+        sum_L = torch.stack([torch.stack(of_block).sum() for of_block in squares])
+        if is_split:
+            self.world.all_reduce_([sum_L], name="the all-reduce of norms by block")
+        return sum_L.sqrt()
+
+    def _is_copy(self, name: str) -> bool:
+        """Return True if a lower rank holds the same rows."""
+        return not self.tensors[name].is_owner
+
     def zero_grad(self) -> None:
         """Drop all gradients."""
         for tensor in self._parameters:

@@ -1,5 +1,6 @@
 """Build a run's parts: the resolved configuration, model, optimizer, loader and state, new or from a checkpoint."""
 
+import gc
 import warnings
 from typing import NamedTuple
 
@@ -49,6 +50,8 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
     Raises UserError if the folder holds another run, the checkpoint does not fit, or memory or disk are too small.
     """
     world.set_activity("the start of the run", "untimed")
+    if not gc.get_freeze_count():  # in a second run of this process it would keep the first one's garbage
+        gc.freeze()  # each full collection would walk through the libraries' million objects, for 0.4 s
     check_same(world, {"data": dataset.fingerprint[:12]})
     if config.parallel.recompute == "none":
         devices.keep_freed_memory(world.device)

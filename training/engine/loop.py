@@ -49,14 +49,16 @@ class Due(NamedTuple):
     evaluate: bool
     tasks: bool
     save: bool
+    pause: bool  # the turn of this run is over: save, and let another one train
     signal: int  # the number of the signal that stops the run, or 0
 
 
 class Events:
     """The events after a step, by its number, the clock and signals. As a context manager it catches stop signals."""
 
-    def __init__(self, config: Config, world: World, checkpoints: Checkpoints):
+    def __init__(self, config: Config, world: World, checkpoints: Checkpoints, turn_s: float | None = None):
         self.config, self.world, self.checkpoints = config, world, checkpoints
+        self.turn_end = math.inf if turn_s is None else time.monotonic() + turn_s
         self.signal, self.received_at, self.saved_at = 0, 0.0, time.monotonic()
         self._handlers: dict[int, object] = {}
 
@@ -83,23 +85,38 @@ class Events:
         is_last, minutes = step == config.steps, config.checkpoint.every_minutes
         is_late = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
         has_failed = self.checkpoints.writer.failure is not None
-        received, is_late, has_failed = self.world.max_int(self.signal, is_late, has_failed)
+        is_over = time.monotonic() > self.turn_end and not is_last
+        received, is_late, has_failed, is_over = self.world.max_int(self.signal, is_late, has_failed, is_over)
         if has_failed:
             self.checkpoints.wait()  # raises the failure, on all ranks
         # No periodic save after a non-finite update: the cause may be bad weights, which would replace good ones.
         is_healthy = state.guard.consecutive == 0
         is_regular = any(_is_multiple(step, n) for n in (config.checkpoint.every, config.checkpoint.keep_every))
-        save = is_last or received > 0 or (is_healthy and (is_late > 0 or is_regular))
+        pause = is_healthy and is_over > 0
+        save = is_last or received > 0 or pause or (is_healthy and (is_late > 0 or is_regular))
         if save:
             self.saved_at = time.monotonic()
         evaluate = is_last or _is_multiple(step, config.eval.every)
         tasks = bool(config.eval.tasks) and (is_last or _is_multiple(step, config.eval.tasks_every))
         log = save or evaluate or tasks or state.guard.is_stuck or _is_multiple(step, config.logging.every)
-        return Due(log, evaluate, tasks, save, received)
+        return Due(log, evaluate, tasks, save, pause, received)
 
 
 def _is_multiple(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
+
+
+def is_over(state: TrainState, config: Config) -> bool:
+    """Return True after the last step, and if `eval.patience` is at its end: a function of the state alone."""
+    return state.step >= config.steps or is_out_of_patience(state, config)
+
+
+def is_out_of_patience(state: TrainState, config: Config) -> bool:
+    """Return True after an evaluation if the best one was `eval.patience` evaluations ago, or more."""
+    patience, every = config.eval.patience, config.eval.every
+    if patience is None or state.best is None or state.step % every:
+        return False
+    return state.step // every - state.best["step"] // every >= patience
 
 
 def check_finite(state: TrainState, log: RunLog) -> None:

@@ -18,7 +18,7 @@ from training.config import Config
 from training.data import Dataset
 from training.engine.build import Setup
 from training.engine.expert_tokens import measure_expert_tokens
-from training.engine.loop import Phases
+from training.engine.loop import Phases, is_out_of_patience
 from training.errors import UserError
 from training.files import atomic_folder, ensure_folder, mkdir_durable, write_atomically
 from training.logging.advice import advice, facts_from_history
@@ -31,9 +31,13 @@ from training.logging.sinks import RunInfo, open_sinks
 from training.model.metrics import step_metrics
 from training.optim.optimizer import averages_in
 from training.options import cli
+from training.options.schema import flatten_options
 from training.planning.report import describe_batch, describe_model
-from training.terminal import print_note
+from training.terminal import print_line, print_note
 from training.weights import hf
+
+VARIED = ("seed", "steps", "batch_tokens", "optim.", "schedule.", "model.n_")  # options, or the beginning of them
+UNVARIED = ("name", "out_dir", "checkpoint.", "logging.", "data.cache_dir")  # tell no runs apart
 
 
 def open_log(setup: Setup, dataset: Dataset, started: float) -> RunLog:
@@ -45,7 +49,8 @@ def open_log(setup: Setup, dataset: Dataset, started: float) -> RunLog:
     timer = PhaseTimer(world.device, started)
     timer.load_state_dict(state.phases)
     to_values, flops = partial(step_metrics, top_ks=setup.stats.top_ks), setup.stats.flops_per_token
-    log = RunLog(config, world, to_values, flops, timer, time_s=state.time_s, last_row=state.last_row)
+    rates = setup.optimizer.peak_learning_rates
+    log = RunLog(config, world, to_values, flops, timer, rates, time_s=state.time_s, last_row=state.last_row)
     if not world.is_main:
         return log
     folder = config.run_dir
@@ -103,6 +108,8 @@ def run_info(setup: Setup, dataset: Dataset) -> RunInfo:
         "tokens_per_step": config.batch_tokens,
         "n_parameters": stats.n_parameters,
         "n_active_parameters": stats.n_active_parameters,
+        "flops_per_token": stats.flops_per_token,
+        "data": state.data,
     }
     return RunInfo(
         dir=config.run_dir,
@@ -115,7 +122,19 @@ def run_info(setup: Setup, dataset: Dataset) -> RunInfo:
         tokens_per_step=config.batch_tokens,
         moe_layers=list(moe),
         facts=facts,
+        hyperparameters=hyperparameters(config),
     )
+
+
+def hyperparameters(config: Config) -> dict[str, Any]:
+    """Return the options that are not at their default and those that are often varied, with lists as JSON."""
+    changed = dict(flatten_options(config.model_dump(mode="json", exclude_defaults=True)))
+    options = flatten_options(config.model_dump(mode="json"))
+    return {
+        name: value if isinstance(value, bool | int | float | str) else json.dumps(value)
+        for name, value in options
+        if (name in changed and not name.startswith(UNVARIED)) or name.startswith(VARIED)
+    }
 
 
 def describe_average(config: Config) -> str:
@@ -150,6 +169,9 @@ def finish(setup: Setup, dataset: Dataset, log: RunLog, phase: Phases) -> None:
         if expert_tokens is not None:
             write_atomically(folder / "experts.json", json.dumps(expert_tokens) + "\n")
     summary = summarize(setup, dataset, log) | {"model_is_average": is_average}
+    if summary["stopped_early"]:
+        n, step = config.eval.patience, setup.state.step
+        print_line(f"eval.patience: no lower loss in {n} evaluations; stopped early at step {step:,}")
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     update_report(log.info, log.history, summary, expert_tokens)
     log.close(summary)
@@ -158,11 +180,12 @@ def finish(setup: Setup, dataset: Dataset, log: RunLog, phase: Phases) -> None:
 def final_weights(setup: Setup) -> tuple[dict[str, Tensor], bool]:
     """Return the full weights of the final model on the main rank, and True if they are averaged ones. Collective.
 
-    They are those of the last step or, with `checkpoint.final: best`, read from the checkpoint of the best one.
+    They are those of the last step or, with `checkpoint.final: best` or after `eval.patience` ended the run, read from
+    the checkpoint of the best one.
     """
     model, average, state = setup.model, setup.config.optim.average, setup.state
     wants_average = average is not None and average.final
-    if setup.config.checkpoint.final == "best" and state.best is not None and state.best["step"] != state.step:
+    if has_best_model(setup) and state.best["step"] != state.step:
         loaded = best_checkpoint(setup) if model.world.is_main else None
         weights, averages = ({}, {}) if loaded is None else (loaded.model, averages_in(loaded.optimizer))
         weights |= averages if wants_average else {}
@@ -175,6 +198,12 @@ def final_weights(setup: Setup) -> tuple[dict[str, Tensor], bool]:
     if wants_average and not averages and model.world.is_main:
         print_note("optim.average: it had not begun at the step of the final model, which has the trained weights")
     return weights, wants_average and bool(averages)
+
+
+def has_best_model(setup: Setup) -> bool:
+    """Return True if the final model is that of the best step."""
+    config, state = setup.config, setup.state
+    return state.best is not None and (config.checkpoint.final == "best" or is_out_of_patience(state, config))
 
 
 def best_checkpoint(setup: Setup) -> Checkpoint:
@@ -209,7 +238,8 @@ def summarize(setup: Setup, dataset: Dataset, log: RunLog) -> dict[str, Any]:
         "best_val_loss": best.get("val_loss"),
         "best_step": best.get("step"),
         "best_of": best.get("of"),
-        "model_step": best["step"] if best and config.checkpoint.final == "best" else state.step,
+        "model_step": best["step"] if has_best_model(setup) else state.step,
+        "stopped_early": is_out_of_patience(state, config) and state.step < config.steps,
         "time_s": log.time_s,
         "tokens_per_s": row["tokens"] / log.time_s,
         "goodput": log.timer.goodput,
@@ -221,7 +251,7 @@ def summarize(setup: Setup, dataset: Dataset, log: RunLog) -> dict[str, Any]:
         "next": [
             shlex.join([program("python"), "-m", "training.generate", "--run", folder, "--prompt", prompt]),
             shlex.join([program("python"), "-m", "training.evaluate", "--run", folder]),
-            shlex.join([program("tensorboard"), "--logdir", folder]),
+            shlex.join([program("tensorboard"), "--logdir", config.out_dir]),
         ],
     }
 

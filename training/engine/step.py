@@ -13,6 +13,7 @@ from training import device as devices
 from training.batch import Batch
 from training.distributed.sharded_model import ShardedModel
 from training.engine.build import Setup
+from training.engine.inspection import Inspection, residual_rms
 from training.engine.loop import Phases
 from training.engine.micro_batch import Metrics, forward_backward
 from training.optim.schedule import lr_factor
@@ -34,6 +35,8 @@ def train_step(setup: Setup, phase: Phases) -> tuple[Metrics, int]:
     with phase("communication"):
         batch = batch._replace(n_targets=world.sum_int(batch.n_local_targets))
 
+    is_inspected = (state.step + 1) % config.logging.histogram_every == 0
+    model.model.measures_residual = is_inspected
     sums = None
     while sums is None:
         with phase("compute"):
@@ -51,15 +54,20 @@ def train_step(setup: Setup, phase: Phases) -> tuple[Metrics, int]:
 
     with phase("optimizer"):
         grad_norm = model.grad_norm() / loss_scale
+        inspection = Inspection(model, loss_scale) if is_inspected else None
         updated = should_update(setup, sums["loss_sum"] / batch.n_targets, grad_norm)
         if updated:
             clip_gradients(model, grad_norm, config.optim.grad_clip, loss_scale)
             is_averaged = state.step >= config.schedule.warmup_steps
             setup.optimizer.step(lr_factor(config.schedule, state.step, config.steps), is_averaged=is_averaged)
         model.zero_grad()
-        metrics = model.model.finish_step(sums, updated)
+        model.model.measures_residual = False  # evaluations do not
+        square_L = sums.pop("residual_square", None)
+        metrics = model.model.finish_step(sums, updated) | {"grad_norm": grad_norm}
+        if inspection is not None:
+            metrics |= inspection.figures() | residual_rms(square_L, config.batch_tokens * config.model.n_embd)
     state.step += 1
-    return metrics | {"grad_norm": grad_norm}, batch.n_targets
+    return metrics, batch.n_targets
 
 
 def accumulate_gradients(setup: Setup, batch: Batch, loss_scale: float, activity: str) -> Metrics | None:

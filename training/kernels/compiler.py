@@ -57,3 +57,5 @@ def compiled(model: Compilable) -> Iterator[None]:
         lines = str(cause).splitlines()
         reason = next((line.strip() for line in lines if "error:" in line), library_error(cause))
         raise UserError(f"parallel.compile: the model does not compile here: {reason}; mend it, {REMEDY}") from error
+    finally:
+        torch._dynamo.reset()  # compiled code has a limit, which the next run of this process would reach

@@ -25,6 +25,7 @@ class Curve(NamedTuple):
     kind: str  # CSS class: raw, train, val, average or layer
     points: list[Point]
     shade: int = 0  # per cent between the color of the first layer, source or task and that of the last
+    band: Sequence[tuple[float, float, float]] = ()  # an area around the line: (x, low, high)
 
 
 def metric_charts(history: History, groups: Sequence[str], layer_names: Sequence[str] = ()) -> list[dict]:
@@ -68,33 +69,51 @@ def _shade(index: int, n: int) -> int:
     return 100 * index // max(n - 1, 1)
 
 
-def chart(spec: Chart, last: int, curves: list[Curve]) -> dict:
-    """Return the chart over steps 1 to `last` as plain data."""
+def chart(spec: Chart, last: float, curves: list[Curve], *, first: float = 1, x_name: str = "steps") -> dict:
+    """Return the chart over steps, or another quantity, as plain data.
+
+    The linear axis goes from 0 to `last`, the logarithmic one from `first` to `last`.
+    """
     values = [value for curve in curves for _, value in curve.points]
+    values += [value for curve in curves for _, *edges in curve.band for value in edges]
+    span = math.log(max(last / first, 2))
+    decades = range(math.ceil(math.log10(first)), math.floor(math.log10(last)) + 1)
     low, high = value_range(values, spikes=spec.spikes, zero=spec.zero)
     labeled = [curve for curve in curves if curve.label]
     axes: dict[str, tuple[Axis, list[float]]] = {  # step to position, 0 to 1; ticks
         "linear": (lambda step: step / last, ticks_between(0, last, 5)),
-        "log": (lambda step: math.log(step) / math.log(max(last, 2)), [10**n for n in range(len(str(last)))]),
+        "log": (lambda step: math.log(step / first) / span, [10.0**n for n in decades]),
     }
 
     def y(value: float) -> float:
         return HEIGHT * (1 - (value - low) / (high - low))
 
+    def is_shown(tick: float) -> bool:
+        return x_name != "steps" or tick == int(tick)
+
     return {
         "title": spec.title,
         "unit": spec.unit,
+        "x": x_name,
         "legend": labeled,
         "y_ticks": [{"at": 100 * y(tick) / HEIGHT, "text": tick_text(tick)} for tick in ticks_between(low, high, 6)],
         "scales": [
             {
                 "name": name,
-                "x_ticks": [{"at": 100 * x(tick), "text": tick_text(tick)} for tick in ticks if tick == int(tick)],
-                "paths": [{"kind": c.kind, "shade": c.shade, "d": path(c.points, x, y)} for c in curves],
+                "x_ticks": [{"at": 100 * x(tick), "text": tick_text(tick)} for tick in ticks if is_shown(tick)],
+                "paths": [
+                    *({"kind": f"band {c.kind}", "shade": c.shade, "d": area(c.band, x, y)} for c in curves if c.band),
+                    *({"kind": c.kind, "shade": c.shade, "d": path(c.points, x, y)} for c in curves),
+                ],
             }
             for name, (x, ticks) in axes.items()
         ],
-        "readings": {"last": last, "curves": [readings(curve, *(x for x, _ in axes.values())) for curve in labeled]},
+        "readings": {
+            "x": x_name,
+            "first": first,
+            "last": last,
+            "curves": [readings(curve, *(x for x, _ in axes.values())) for curve in labeled],
+        },
     }
 
 
@@ -114,6 +133,12 @@ def path(points: list[Point], x: Axis, y: Axis) -> str:
     if len(corners) == 1:
         corners.insert(0, (corners[0][0] - 15, corners[0][1]))
     return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in corners)
+
+
+def area(band: Sequence[tuple[float, float, float]], x: Axis, y: Axis) -> str:
+    """Return the SVG path of an area: along its upper edge, and back along the lower one."""
+    edge = [(WIDTH * x(at), y(high)) for at, _, high in band] + [(WIDTH * x(at), y(low)) for at, low, _ in band[::-1]]
+    return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in edge) + "Z"
 
 
 def thin(points: list[Point], x: Axis) -> list[Point]:

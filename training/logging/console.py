@@ -1,6 +1,7 @@
 """The console, on standard output: a live bar on a terminal, plain aligned lines elsewhere."""
 
 import re
+import time
 from collections import deque
 from typing import Any
 
@@ -12,6 +13,7 @@ from training.logging.sinks import RunInfo, Sink
 from training.terminal import is_terminal, print_line, printable, redirects, rich_console
 
 RECENT_STEPS = 50  # averaged for the ETA
+BRIEF_EVERY_S = 10.0
 MAX_SAMPLE_LINES, MAX_SAMPLE_CHARS = 24, 1600  # a screen; metrics.jsonl has the whole text
 BLANK_LINES = re.compile(r"\n([^\S\n]*\n){3,}")
 PATIENCE = 200  # steps until an expert counts as dead, and between two lines about a layer at least
@@ -19,6 +21,8 @@ PATIENCE = 200  # steps until an expert counts as dead, and between two lines ab
 
 def open_sink(run: RunInfo, config: LoggingConfig) -> Sink:
     """Open the live display if standard output is a terminal that can move its cursor, else plain lines."""
+    if config.console == "brief":
+        return BriefConsole(run, config.every)
     return (LiveConsole if is_terminal("stdout") else Console)(run, config.every)
 
 
@@ -81,6 +85,27 @@ class Console(Sink):
     def print_end(self, summary: dict | None) -> None:
         if summary is not None:
             print_lines("", *aligned(closing(summary)), *commands(summary))
+
+
+class BriefConsole(Console):
+    """A line of progress every BRIEF_EVERY_S seconds."""
+
+    def print_header(self) -> None:
+        self.printed_at = time.monotonic()
+
+    def print_step(self, row: dict) -> None:
+        if time.monotonic() - self.printed_at >= BRIEF_EVERY_S:
+            self.printed_at = time.monotonic()
+            super().print_event(row, "  ".join([*console_fields(row, "step")[:1], f"ETA {self.eta}"]))
+
+    def print_event(self, row: dict, text: str, _color: str = "") -> None:
+        """Print nothing: the report has the evaluations."""
+
+    def print_sample(self, sample: dict) -> None:
+        """Print nothing."""
+
+    def print_end(self, summary: dict | None) -> None:
+        """Print nothing."""
 
 
 class LiveConsole(Console):

@@ -30,6 +30,21 @@ def duration_text(seconds: float) -> str:
     return f"{rounded} {unit}" if rounded == "1" else f"{rounded} {unit}s"
 
 
+def bytes_text(n: int) -> str:
+    """Return a size in bytes: 512 B, 1.4 MiB, 2.0 GiB."""
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n} B"
+
+
+def age_text(seconds: float) -> str:
+    """Return how long ago something was: 3 days ago."""
+    if seconds < 2 * 86400:
+        return f"{duration_text(seconds)} ago"
+    return f"{seconds / 86400:.0f} days ago"
+
+
 def share(ratio: float | None) -> str:
     """Return a ratio in per cent; "unknown" for None."""
     return "unknown" if ratio is None else f"{100 * ratio:.1f} %"

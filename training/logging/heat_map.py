@@ -1,4 +1,9 @@
-"""Expert load of all MoE layers as an image, for TensorBoard and Weights & Biases."""
+"""Images: the expert load for TensorBoard and Weights & Biases, figures by layer for the report."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -8,6 +13,8 @@ from training.logging.format import layer_name
 CELL = 24  # pixels from one cell to the next, including the line between them
 LEFT, TOP = 64, 20  # pixels of the margins with the names of layers and experts
 PAPER, INK, NO_EXPERT = (255, 255, 255), (60, 60, 60), (127, 127, 127)
+RAMP = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis, from low to high
+MAX_COLUMNS = 300
 EMPTY, EVEN, DOUBLE = (33, 102, 172), (247, 247, 247), (178, 24, 43)  # no tokens, an even share, twice that or more
 
 
@@ -31,6 +38,35 @@ def draw_heat_map(load: dict[int, list[float]]) -> np.ndarray:
             left = LEFT + expert * CELL
             draw.rectangle((left, top, left + CELL - 2, top + CELL - 2), fill=fill)
     return np.asarray(image)
+
+
+def draw_layer_map(layers: Sequence[Mapping[int, float]]) -> dict[str, Any]:
+    """Draw figures by layer, each {step: value}, as a PNG of a row for each layer and a column for each step.
+
+    At most MAX_COLUMNS steps are drawn. Colors follow the logarithm, if all values are positive. Returns the image as
+    base64, the lowest and the highest value as text, and the first and last step.
+    """
+    steps = sorted(set().union(*layers))
+    steps = steps[(len(steps) - 1) % -(-len(steps) // MAX_COLUMNS) :: -(-len(steps) // MAX_COLUMNS)]
+    values = np.array([[layer.get(step, np.nan) for step in steps] for layer in layers])
+    low, high = np.nanmin(values), np.nanmax(values)
+    scaled = np.log(np.where(values > 0, values, np.nan)) if high > 0 else values
+    bottom, top = np.nanmin(scaled), np.nanmax(scaled)
+    share = (scaled - bottom) / max(top - bottom, 1e-9)
+    stops = np.linspace(0, 1, len(RAMP))
+    pixels = np.stack([np.interp(share, stops, channel) for channel in zip(*RAMP, strict=True)], -1)
+    alpha = np.where(np.isnan(share), 0, 255)[..., None]  # no value: transparent
+    image = Image.fromarray(np.concatenate([np.nan_to_num(pixels), alpha], -1).astype(np.uint8), "RGBA")
+    file = BytesIO()
+    image.save(file, "PNG")
+    return {
+        "png": base64.b64encode(file.getvalue()).decode(),
+        "low": f"{low:.3g}",
+        "high": f"{high:.3g}",
+        "first": steps[0],
+        "last": steps[-1],
+        "n_layers": len(layers),
+    }
 
 
 def _color(over_mean: float) -> tuple[int, int, int]:

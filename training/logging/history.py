@@ -93,9 +93,9 @@ def _numbers(row: dict) -> dict[str, int | float]:
         elif value is not None and key != "samples":
             others.append(key)
     for metric in METRICS:
-        if metric.of_layer is None and metric.key in others:
+        if metric.of_layer is None and not metric.of_name and metric.key in others:
             raise ValueError(f"{metric.key} is {row[metric.key]!r}")
-        if metric.of_layer is not None and metric.chart is not None:
+        if metric.of_layer is not None and (metric.chart is not None or metric.heat_map is not None):
             layers = enumerate(metric.layers(row))
             numbers |= {f"{metric.key}/{layer}": value for layer, value in layers if value is not None}
         if metric.of_name:

@@ -156,6 +156,18 @@ def read_rows(path: Path, after: int = 0) -> Iterator[dict]:
                 yield line.row
 
 
+def read_history(path: Path) -> History:
+    """Return the history of all rows, by curves.jsonl where it fits; an empty one if there is no file."""
+    if not path.is_file():
+        return History()
+    history = _read_curves(path.with_name("curves.jsonl"), path, path.stat().st_size)
+    start = history.spans[-1].end if history.spans else 0
+    for line in _lines(path, start):
+        if line.row is not None and line.row["step"] > history.last_step:
+            history.add(line.row, line.start + len(line.data))
+    return history
+
+
 def read_tail(path: Path) -> list[dict]:
     """Return the rows in the last TAIL_BYTES, without lines that cannot be read; [] if there is no file."""
     if not path.is_file():

@@ -44,12 +44,15 @@ class Metric(NamedTuple):
     key: str  # "router_layers.z_loss" stands for row["router_layers"]["z_loss"]
     doc: str  # meaning and unit, for training/README.md
     tag: str | None = None  # in TensorBoard and W&B; None: not a curve there
-    group: str = "step"  # step; validation, tasks: only after these; router: only with experts
+    # step; validation, tasks: only after these; router: only with experts; layers: every logging.histogram_every steps
+    group: str = "step"
     console: Callable[[Any], str] | None = None  # its field in the console, of constant width
     figure: Figure | None = None
     chart: Chart | None = None
     in_summary: bool = False  # summary.json repeats the last value
-    of_layer: Callable[[Any], float | None] | None = None  # if the value is a list over MoE layers: an element's number
+    # If the value is a list over MoE layers, or in the group "layers" over all layers: an element's number.
+    of_layer: Callable[[Any], float | None] | None = None
+    heat_map: str | None = None  # title of its heat map in the report, if it is a list over all layers
     of_name: bool = False  # the value is a dict by the name of a source or task; the tag has it for NAME
 
     def value(self, row: dict) -> Any:
@@ -59,7 +62,7 @@ class Metric(NamedTuple):
         return row
 
     def layers(self, row: dict) -> list[float | None]:
-        """Return a number for each MoE layer, [] if the row has none."""
+        """Return a number for each layer, [] if the row has none."""
         return [None if value is None else self.of_layer(value) for value in self.value(row) or ()]
 
 
@@ -156,6 +159,15 @@ METRICS = [
              of_layer=float)
       for figure, key in {"entropy": "expert_entropy", "z_loss": "router_z_loss", "bias_range": "router_bias_range",
                           "dropped": "dropped_share"}.items()),
+    Metric("learning_rates", "learning rate of each group of parameters, named by their kinds; this and the next four "
+           "every `logging.histogram_every` steps", f"train/learning_rate/{NAME}", "layers", of_name=True),
+    *(Metric(f"layers.{name}", doc, f"layers/{name}", "layers", of_layer=float, heat_map=title)
+      for name, title, doc in (
+          ("grad_norm", "Gradient norm", "norm of each layer's gradient, before clipping"),
+          ("weight_norm", "Weight norm", "norm of each layer's weights, before the update"),
+          ("update_ratio", "Update / weights", "norm of each layer's update over that of its weights; left out if "
+           "there is no memory for a copy of the weights"),
+          ("residual_rms", "Residual stream", "root mean square of the residual stream after each layer"))),
 ]
 # fmt: on
 
@@ -166,7 +178,8 @@ def scalars(row: dict, moe_layers: Sequence[int]) -> dict[str, float]:
     for metric in METRICS:
         if metric.of_layer is not None:
             by_layer = metric.layers(row)
-            for layer, value in zip(moe_layers, by_layer, strict=bool(by_layer)):
+            layers = range(len(by_layer)) if metric.group == "layers" else moe_layers
+            for layer, value in zip(layers, by_layer, strict=bool(by_layer)):
                 if value is not None:
                     values[layer_tag(metric.tag, layer)] = value
         elif metric.of_name:

@@ -1,21 +1,20 @@
 """report.html: the whole run on one page that opens from disk and needs no network."""
 
 import math
-from functools import cache
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from training.errors import UserError, library_error
 from training.files import write_atomically
 from training.logging.charts import metric_charts
-from training.logging.format import count, duration_text, layer_name, number, token_text
+from training.logging.format import count, duration_text, layer_name, number
+from training.logging.heat_map import draw_layer_map
 from training.logging.history import History
 from training.logging.metrics import METRICS
 from training.logging.phases import PHASES, goodput, phase_shares
 from training.logging.sinks import RunInfo
-from training.terminal import TEXT, print_note, printable
+from training.logging.template import HERE, render_page
+from training.terminal import print_note
 
 
 def write_report(run: RunInfo, history: History, summary: dict | None = None, experts: dict | None = None) -> Path:
@@ -29,13 +28,15 @@ def write_report(run: RunInfo, history: History, summary: dict | None = None, ex
     seconds = summary.get("time") or history.phase_seconds()
     evaluations = [history.first_evaluation, history.last_evaluation]
     try:
-        page = _template().render(
+        page = render_page(
+            HERE / "report.html.j2",
             name=run.name,
             summary_sentence=summary_sentence(history, newest, None if summary else run.steps),
             progress=history.last_step / run.steps if history.spans and not summary else None,
             key_figures=key_figures(history, newest | summary),
             charts=metric_charts(history, ("step", "validation", "tasks")),
             routing=routing(history, newest, run.moe_layers),
+            layer_maps=layer_maps(history),
             experts=experts,
             evaluations=[row for i, row in enumerate(evaluations) if row and row not in evaluations[:i]],
             phases=PHASES,
@@ -113,6 +114,16 @@ def routing(history: History, newest: dict, moe_layers: list[int]) -> dict[str, 
     }
 
 
+def layer_maps(history: History) -> list[dict]:
+    """Return the heat maps of the figures by layer, as images of a pixel for each layer and inspected step."""
+    maps = []
+    for metric in METRICS:
+        if metric.heat_map is not None and (names := history.names(metric.key)):
+            series = [{part.last[0]: part.last[1] for part in history.series(f"{metric.key}/{name}")} for name in names]
+            maps.append({"title": metric.heat_map, "meaning": metric.doc, **draw_layer_map(series)})
+    return maps
+
+
 def load_table(loads: list[list[list[float]]]) -> list[list[dict]]:
     """Return the mean of the loads, a list per MoE layer: each share as text, and per cent over or under even."""
     return [
@@ -124,18 +135,3 @@ def load_table(loads: list[list[list[float]]]) -> list[list[dict]]:
 def _load_cell(share: float, n_experts: int) -> dict:
     over = 100 * (share * n_experts - 1)
     return {"text": f"{100 * share:.1f}", "kind": "over" if over > 0 else "under", "by": min(round(abs(over)), 100)}
-
-
-@cache
-def _template() -> Any:
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=loader,
-        autoescape=True,
-        finalize=lambda value: printable(value, TEXT) if type(value) is str else value,  # a bidi override moves text
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {f.__name__: f for f in (duration_text, layer_name, token_text)}
-    return environment.get_template("report.html.j2")

@@ -13,6 +13,7 @@ from training.config import Config
 from training.distributed.world import World
 from training.logging.history import History
 from training.logging.phases import PhaseTimer
+from training.logging.report import update_report
 from training.logging.sinks import RunInfo, Sink
 from training.optim.schedule import lr_factor
 
@@ -26,6 +27,7 @@ class RunLog:
     step_metrics: Callable[[dict[str, Sequence[float]], int], dict[str, Any]]  # model.metrics.step_metrics
     flops_per_token: float  # of the whole model, forward and backward
     timer: PhaseTimer
+    peak_learning_rates: dict[str, float]  # by group of parameters
     info: RunInfo | None = None  # on the main rank, as the next two
     history: History | None = None  # of the written rows
     sinks: list[Sink] = field(default_factory=list)
@@ -61,11 +63,13 @@ class RunLog:
         self._pending.clear()
         self.last_row = self.rows[-1]
 
-    def write(self) -> None:
-        """Hand the fetched rows to all sinks."""
+    def write(self, *, with_report: bool = False) -> None:
+        """Hand the fetched rows to all sinks, and update the report if asked to."""
         rows, self.rows = self.rows, []
         for sink in self.sinks:
             sink.write(rows)
+        if with_report and self.info is not None:
+            update_report(self.info, self.history)
 
     def close(self, summary: dict | None = None) -> None:
         """Close all sinks; `summary` is None if the run stopped before its end."""
@@ -74,6 +78,9 @@ class RunLog:
 
     def _row(self, step: int, values: dict[str, list[float]], n_targets: int, n_skipped: int, step_s: float) -> dict:
         config = self.config
+        layers = {name.removeprefix("layers."): values.pop(name) for name in list(values) if name.startswith("layers.")}
+        factor = lr_factor(config.schedule, step - 1, config.steps)
+        rates = {name: peak * factor for name, peak in self.peak_learning_rates.items()}
         scalars = {name: values.pop(name)[0] for name in list(values) if "." not in name and name != "loss_sum"}
         tokens_per_s = config.batch_tokens / step_s
         peak = devices.peak_flops(self.world.device, config.precision)
@@ -81,8 +88,9 @@ class RunLog:
         return {
             "step": step,
             **self.step_metrics(values, n_targets),
-            "learning_rate": config.optim.learning_rate * lr_factor(config.schedule, step - 1, config.steps),
+            "learning_rate": config.optim.learning_rate * factor,
             **scalars,
+            **({"learning_rates": rates, "layers": layers} if layers else {}),
             "skipped_steps": n_skipped,
             "tokens": step * config.batch_tokens,
             "tokens_per_s": tokens_per_s,

@@ -33,6 +33,7 @@ class RunInfo(NamedTuple):
     tokens_per_step: int
     moe_layers: list[int]  # indices of the layers with experts
     facts: dict[str, Any]  # plain data for programs: device, world_size, ...
+    hyperparameters: dict[str, Any]  # the options of the config that tell runs apart, by dotted name
 
 
 class Sink:

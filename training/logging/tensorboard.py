@@ -1,6 +1,5 @@
 """TensorBoard: curves, expert load, samples, the configuration and the model's graph."""
 
-import json
 import os
 import re
 import socket
@@ -11,7 +10,11 @@ from typing import Any
 import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.custom_scalar import metadata
+from tensorboard.plugins.custom_scalar.layout_pb2 import Category, Layout, MultilineChartContent
+from tensorboard.plugins.custom_scalar.layout_pb2 import Chart as LayoutChart
 from tensorboard.summary.writer.record_writer import RecordWriter
+from tensorboard.util.tensor_util import make_tensor_proto
 from torch import nn
 from torch.utils.tensorboard.summary import histogram, hparams, image, text
 
@@ -19,10 +22,22 @@ from training.config import LoggingConfig
 from training.files import ensure_folder, write_errors_as_user_errors
 from training.logging.graph import trace_graph
 from training.logging.heat_map import draw_heat_map, should_draw
-from training.logging.metrics import LOAD_IMAGE, expert_load, layer_tag, scalars
+from training.logging.metrics import LOAD_IMAGE, METRICS, NAME, expert_load, layer_tag, scalars
 from training.logging.sinks import RunInfo, Sink
 from training.terminal import TEXT, printable
 
+CATEGORIES = {  # of the Custom Scalars tab, in order, by the first part of a tag
+    "train": "Training",
+    "val": "Validation",
+    "tasks": "Tasks",
+    "speed": "Speed",
+    "memory": "Memory",
+    "time": "Time by phase",
+    "router": "Experts",
+    "layers": "By layer",
+    "router_layers": "Experts by layer",
+}
+COLLAPSED = ("time", "layers", "router_layers")
 LOAD_BINS = [0.0, *np.geomspace(1e-4, 1.1, 99)]  # edges, of an expert's share; each is 10 % above the last
 
 
@@ -40,7 +55,8 @@ class TensorBoardSink(Sink):
         # without line breaks and with Markdown's markup characters escaped
         cells = [re.sub(r"[]\\`*_{}[<>()#+\-.!|]", r"\\\g<0>", printable(fact)) for fact in run.header.values()]
         header = "\n".join(f"| {label} | {cell} |" for label, cell in zip(run.header, cells, strict=True))
-        _, start, self.end = hparams(flat(run.config), {})
+        # Without an experiment's summary, TensorBoard shows the options of all runs and the last value of each curve.
+        _, start, self.end = hparams(run.hyperparameters, {})
         # torch's SummaryWriter writes in a thread, which prints a traceback if the disk is full.
         name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
         with write_errors_as_user_errors(self.path):
@@ -51,6 +67,7 @@ class TensorBoardSink(Sink):
             Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)),
             Event(step=purge_step, summary=text("config", _code_block(run.config_yaml))),
             Event(step=purge_step, summary=text("run", f"| | |\n|---|---|\n{header}")),
+            Event(step=purge_step, summary=custom_scalars(layout())),
             Event(summary=start),
         )
 
@@ -88,15 +105,28 @@ class TensorBoardSink(Sink):
             self.file.flush()
 
 
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the configuration as `section.option: value` for the HParams tab, with lists as JSON."""
-    options = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            options |= flat(value, f"{prefix}{key}.")
-        else:
-            options[prefix + key] = value if isinstance(value, bool | int | float | str) else json.dumps(value)
-    return options
+def custom_scalars(layout: Layout) -> Summary:
+    """Return the summary that gives the Custom Scalars tab its layout; TensorBoard's own function needs TensorFlow."""
+    tensor = make_tensor_proto(layout.SerializeToString())
+    value = {"tag": metadata.CONFIG_SUMMARY_TAG, "metadata": metadata.create_summary_metadata(), "tensor": tensor}
+    return Summary(value=[Summary.Value(**value)])
+
+
+def layout() -> Layout:
+    """Return the order of the Custom Scalars tab: the loss first, figures by layer last and collapsed.
+
+    TensorBoard sorts the cards of its other tabs by name.
+    """
+    categories: dict[str, Category] = {}
+    for prefix, title in CATEGORIES.items():
+        categories[prefix] = Category(title=title, closed=prefix in COLLAPSED)
+    for metric in METRICS:
+        if metric.tag is not None:
+            prefix, _, name = metric.tag.partition("/")
+            pattern = re.escape(metric.tag).replace(NAME, ".+") + ("/.+" if metric.of_layer is not None else "")
+            lines = MultilineChartContent(tag=[f"^{pattern}$"])
+            categories[prefix].chart.append(LayoutChart(title=name.replace("_", " "), multiline=lines))
+    return Layout(category=list(categories.values()))
 
 
 def _code_block(text: str) -> str:

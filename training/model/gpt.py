@@ -113,20 +113,26 @@ class GPT(nn.Module):
         # Runs on every device and supports all of this model's features.
         self.portable_attention = ATTENTION_BACKENDS["reference" if has_softcap else "sdpa"]
         self.attention = kernels.attention or self.portable_attention
+        self.measures_residual = False  # if True, `forward` adds "residual_square" (n_layer,) to its metrics
 
     def forward(self, batch: Batch, attention: AttentionBackend | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return (training loss, metrics) of a micro-batch on the model's device.
 
         The loss is the micro-batch's part of the global mean: its sum over tokens divided by `batch.n_targets`.
         Metrics are sums, to be added over micro-batches and ranks: "loss_sum" (nats, cross-entropy alone) and for every
-        MoE layer i "expert_count.i" (E,), "dropped.i", "confidence.i" and "z_loss.i". Router noise and expert
+        MoE layer i "expert_count.i" (E,), "dropped.i", "confidence.i" and "z_loss.i"; if `measures_residual`, also
+        "residual_square" (n_layer,), of the residual stream after each block. Router noise and expert
         capacity apply in training mode, if the batch has keys. `attention` replaces the model's back-end.
         """
         is_training = self.training and batch.key_B is not None
         context = FeedForwardContext(batch.n_targets, batch.key_B if is_training else None, is_training)
-        x_BTC, routings = self._hidden(batch.tokens_BT, batch.documents, context, attention or self.attention)
+        squares: list[Tensor] = []
+        backend = attention or self.attention
+        x_BTC, routings = self._hidden(batch.tokens_BT, batch.documents, context, backend, squares=squares)
         loss_sum = self.loss(x_BTC, self._head_weight(), batch.targets_BT)
         loss, metrics = loss_sum / batch.n_targets, {"loss_sum": loss_sum.detach()}
+        if squares:
+            metrics["residual_square"] = torch.stack(squares)
         for i, routing in routings.items():
             loss = loss + routing.aux_loss
             metrics[f"expert_count.{i}"] = routing.count_E
@@ -167,8 +173,12 @@ class GPT(nn.Module):
         context: FeedForwardContext,
         backend: AttentionBackend,
         cache: Cache | None = None,
+        squares: list[Tensor] | None = None,
     ) -> tuple[Tensor, dict[int, Routing]]:
-        """Return the head's input (B, T, C), and the routing of every MoE layer by its index. Extends the cache."""
+        """Return the head's input (B, T, C), and the routing of every MoE layer by its index. Extends the cache.
+
+        If `measures_residual`, extends `squares` by the residual stream's sum of squares after each block.
+        """
         n_tokens = n_keys = n_text = tokens_BT.shape[1]
         if cache is not None:
             if documents is not None:
@@ -192,6 +202,9 @@ class GPT(nn.Module):
             x_BTC, routing = call(x_BTC, attention.for_mixer(block.mixer), context.for_layer(i), layer_cache)
             if routing is not None:
                 routings[i] = routing
+            if squares is not None and self.measures_residual:
+                norm_BT = torch.linalg.vector_norm(x_BTC.detach(), dim=-1, dtype=torch.float32)
+                squares.append(norm_BT.square().sum())
         return self.norm_f(x_BTC), routings
 
     def _head_weight(self) -> Tensor:

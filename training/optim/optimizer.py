@@ -50,6 +50,12 @@ class Optimizer:
                 self.optimizers.append(optimizer_class(config, own, dtype=dtype, full_shapes=full_shapes))
         groups = [(optimizer, group) for optimizer in self.optimizers for group in optimizer.param_groups]
         self._peaks = [(group, group["lr"]) for _, group in groups]
+        # By the kinds of its parameters, such as "matrix+router".
+        self.peak_learning_rates = {
+            "+".join(dict.fromkeys(kinds[names[p]] for p in group["params"])): group["lr"]
+            for _, group in groups
+            if group["params"]
+        }
         self._owners = {names[p]: (optimizer, p) for optimizer, group in groups for p in group["params"]}
 
     def step(self, lr_factor: float, *, is_averaged: bool = False) -> None:

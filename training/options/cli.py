@@ -150,7 +150,7 @@ def parse_command_line(
     own = {"--config": "the run, a YAML file (required)", **flags}
     if "--help" in argv or "-h" in argv:
         _print_and_exit(_help(prog, doc, own) + "\n")
-    values, lines = _split(argv, own)
+    values, lines = split_flags(argv, own)
     own_values = {flag: values.pop(flag, None) for flag in own}
     print_config = values.pop("--print-config", None) is not None
     if own_values["--config"] is not None:
@@ -182,7 +182,7 @@ def _print_and_exit(text: str) -> NoReturn:
     raise SystemExit(0)
 
 
-def _split(argv: list[str], own: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+def split_flags(argv: list[str], own: dict[str, str]) -> tuple[dict[str, str], list[str]]:
     """Split `--flag value` and `--flag=value` into ({flag: value}, error lines)."""
     values: dict[str, str] = {}
     lines, repeated = [], set()

@@ -8,12 +8,15 @@ output is dropped. A command whose output is its result must not end as if it ha
 import errno
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 from training.terminal.printable import TEXT, printable
 
 NAMES = {"stdout": "standard output", "stderr": "standard error"}
 lost: dict[str, OSError] = {}  # the streams that no longer work, and why
+seen_notes: list[set[str]] = []  # the notes that were printed in each block of `each_note_once`
 
 
 class LostOutputError(OSError):
@@ -30,7 +33,21 @@ def print_line(line: str = "") -> None:
 
 def print_note(text: str, *, keep: str = "") -> None:
     """Print one line on standard error: an error, a warning, or progress beside a result. Characters in `keep` stay."""
+    if seen_notes:
+        if text in seen_notes[-1]:
+            return
+        seen_notes[-1].add(text)
     write("stderr", printable(text, keep) + "\n")
+
+
+@contextmanager
+def each_note_once() -> Iterator[None]:
+    """Print a note that comes again in this block only once: several runs of one process have the same ones."""
+    seen_notes.append(set())
+    try:
+        yield
+    finally:
+        seen_notes.pop()
 
 
 def print_result(line: str) -> None:

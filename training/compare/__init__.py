@@ -1,0 +1,1 @@
+"""Comparisons of runs with the same seeds: `python -m training.compare`."""

@@ -1,0 +1,148 @@
+"""The variants of a comparison: configurations, finished runs, values of `--vary`, dense twins."""
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from training.config import CHANGEABLE_ON_RESUME, Config, MoEConfig
+from training.errors import UserError
+from training.files import mkdir_durable, write_atomically, write_errors_as_user_errors
+from training.options import cli
+from training.options.schema import flatten_options
+from training.options.yaml import read_flag_value
+from training.twin import twin
+
+MAX_NAME = 80  # characters of the folder's name
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A configuration that is compared with others, over several seeds."""
+
+    label: str  # in the table
+    config: Config  # `seed`, `name` and `out_dir` are replaced for each run
+    finished: Mapping[int, Path] = field(default_factory=dict)  # folders of finished runs by seed
+
+    @property
+    def name(self) -> str:
+        """The label as part of a file's or run's name."""
+        return re.sub(r"[^A-Za-z0-9.-]+", "_", self.label).lstrip("._-")[:MAX_NAME] or "unnamed"
+
+    def folder(self, comparison: Path, seed: int) -> Path:
+        """Return the folder of a run."""
+        return self.finished.get(seed, comparison / f"{self.name}-seed-{seed}")
+
+    def with_steps(self, steps: int) -> "Variant":
+        return replace(self, config=self.config.model_copy(update={"steps": steps}))
+
+
+def read_settings(words: list[str]) -> dict[str, str]:
+    """Return `--option VALUE` words as {option: YAML text}. Raises UserError."""
+    values, lines = cli.split_flags(words, {})
+    if lines:
+        raise UserError(lines[0])
+    return {flag[2:]: value for flag, value in values.items()}
+
+
+def build_variants(
+    paths: Sequence[str], settings: Mapping[str, str], vary: Sequence[str], *, with_twins: bool
+) -> list[Variant]:
+    """Return the variants, the first one first. Raises UserError."""
+    values = [_values_of(text, settings) for text in vary]
+    variants: list[Variant] = []
+    for path in paths:
+        if Path(path).is_dir():
+            if settings or vary or with_twins:
+                raise UserError(f"{path}: a finished run has its options; give its config.yaml to train with others")
+            _add_run(variants, Path(path))
+            continue
+        for choice in itertools.product(*values):
+            config = cli.load_config(path, {**settings, **dict(choice)})
+            labels = [f"{option.rpartition('.')[2]}={text}" for option, text in choice]
+            if not labels or len(paths) > 1:
+                labels.insert(0, config.name)
+            label = ", ".join(labels)
+            variants.append(Variant(label, config))
+            if with_twins and any(isinstance(block.ffn, MoEConfig) for block in config.model.blocks):
+                variants.append(Variant(f"{label}, dense twin", twin(config)))
+    _check(variants, with_twins)
+    return variants
+
+
+def _values_of(text: str, settings: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return (option, YAML text) for each value of a `--vary`."""
+    option, _, values = text.partition("=")
+    node = read_flag_value(f"[{values}]", f"--vary {option}")
+    if node.syntax_error or not isinstance(node.value, list) or not node.value:
+        raise UserError(f"--vary {text}: not OPTION=VALUE,VALUE as in optim.learning_rate=1e-3,2e-3")
+    if option in settings or option == "seed":
+        raise UserError(f"--vary {option}: {'it is also set by a flag' if option in settings else 'use --seeds'}")
+    return [(option, json.dumps(child.plain()) if child.text is None else child.text) for child in node.value]
+
+
+def _add_run(variants: list[Variant], folder: Path) -> None:
+    """Add a finished run: to the variant that differs from it by the seed alone, else as a new one."""
+    if not (folder / "summary.json").is_file() or not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: no finished run, which has a summary.json; finish it with training.train")
+    config = cli.load_config(folder / "config.yaml")
+    for i, variant in enumerate(variants):
+        if variant.finished and not differing_options([variant.config, config]):
+            if config.seed in variant.finished:
+                raise UserError(f"{folder}: the same options and seed as {variant.finished[config.seed]}")
+            variants[i] = replace(variant, finished={**variant.finished, config.seed: folder})
+            return
+    variants.append(Variant(config.name, config, {config.seed: folder}))
+
+
+def _check(variants: list[Variant], with_twins: bool) -> None:
+    names = [variant.name for variant in variants]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two configurations have the name {name}; give one of them another name, with its `name`")
+    if len(variants) < 2:
+        remedy = "it has no experts, so it has no dense twin" if with_twins else "add a second one, --vary or --twin"
+        raise UserError(f"{names[0]} is the only configuration: {remedy}")
+
+
+def comparison_folder(variants: list[Variant], out: str | None) -> Path:
+    """Return the folder of a comparison: `out`, or a name made of the variants' names."""
+    if out is not None:
+        return Path(out)
+    name = "-vs-".join(variant.name for variant in variants)
+    if len(name) > MAX_NAME:
+        name = f"{variants[0].name[: MAX_NAME // 2]}-and-{len(variants) - 1}-more"
+    return Path(variants[0].config.out_dir, "compare", name)
+
+
+def store_variants(variants: Sequence[Variant], folder: Path) -> None:
+    """Write the configuration of each variant. Raises UserError if the folder holds other options of one."""
+    with write_errors_as_user_errors(folder):
+        mkdir_durable(folder)
+    for variant in variants:
+        path = folder / f"{variant.name}.yaml"
+        if path.is_file() and (changes := differing_options([cli.load_config(path), variant.config])):
+            lines = "; ".join(f"{option}: {old} -> {new}" for option, (old, new) in changes.items())
+            raise UserError(f"{path}: this comparison began with other options: {lines}; choose another --out")
+        write_atomically(path, cli.dump_config(variant.config))
+
+
+def differing_options(
+    configs: Iterable[Config], ignored: Iterable[str] = (*CHANGEABLE_ON_RESUME, "seed")
+) -> dict[str, list[Any]]:
+    """Return the options that differ, with each config's value: "" for an option that only other configs have.
+
+    By default the seed and the options that do not change what is computed are ignored.
+    """
+    flat = [dict(flatten_options(config.resolved().model_dump(mode="json"))) for config in configs]
+    options = dict.fromkeys(option for each in flat for option in each)
+    rows = {option: [each.get(option, "") for each in flat] for option in options}
+    return {
+        option: values
+        for option, values in rows.items()
+        if any(value != values[0] for value in values)
+        and not any(f"{option}.".startswith(f"{name}.") for name in ignored)
+    }
