@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("training.compare trains one run at a time in one process; start it without torchrun")
     variants = build_variants(args.runs, settings, args.vary, with_twins=args.twin)
-    folder = comparison_folder(variants, args.out)
+    folder = comparison_folder(variants, args.vary, args.out)
     seeds = seeds_of(variants, args.seeds)
     runner = Runner(folder, seeds, args.equal)
     try:

@@ -141,14 +141,17 @@ def compare_runs(
     metric: str | None,
     failures: Mapping[tuple[str, int], str],
 ) -> Comparison:
-    """Read the runs that are finished and compare them. Raises UserError if a variant has none."""
+    """Read the runs that are finished and compare them to the first variant that has one.
+
+    Raises UserError if there are none, or if one lacks the metric.
+    """
     summaries = {
         variant.label: {seed: summary for seed in seeds if (summary := _read_summary(variant.folder(folder, seed)))}
         for variant in variants
     }
-    for label, found in summaries.items():
-        if not found:
-            raise UserError(f"{label}: none of its runs finished")
+    variants = [variant for variant in variants if summaries[variant.label]]  # others are in `failures`
+    if not variants:
+        raise UserError(f"{folder}: no run finished")
     every = [summary for found in summaries.values() for summary in found.values()]
     notes = []
     if metric is None:
@@ -162,6 +165,7 @@ def compare_runs(
     runs = {
         label: tuple(_run(seed, summary, metric) for seed, summary in found.items())
         for label, found in summaries.items()
+        if found
     }
     baseline = {run.seed: run.value for run in runs[variants[0].label]}
     results = [
@@ -230,19 +234,8 @@ def table_lines(comparison: Comparison) -> list[str]:
 
 def table(comparison: Comparison) -> list[list[str]]:
     """Return the cells of the table with its titles, the best variant first."""
-    titles = [
-        comparison.info.label,
-        "seeds",
-        "mean",
-        "sd",
-        "difference",
-        "95 % interval",
-        "p",
-        "tokens",
-        "time",
-        "FLOPs",
-    ]
-    return [titles, *(_cells(result) for result in comparison.ranked)]
+    titles = ["seeds", "mean", "sd", "difference", "95 % interval", "p", "tokens", "time", "FLOPs"]
+    return [[comparison.info.label, *titles], *(_cells(result) for result in comparison.ranked)]
 
 
 def _cells(result: Result) -> list[str]:

@@ -108,14 +108,16 @@ def _check(variants: list[Variant], with_twins: bool) -> None:
         raise UserError(f"{names[0]} is the only configuration: {remedy}")
 
 
-def comparison_folder(variants: list[Variant], out: str | None) -> Path:
-    """Return the folder of a comparison: `out`, or a name made of the variants' names."""
+def comparison_folder(variants: list[Variant], vary: Sequence[str], out: str | None) -> Path:
+    """Return the folder of a comparison: `out`, or a name such as a-vs-b or a-by-learning_rate."""
     if out is not None:
         return Path(out)
-    name = "-vs-".join(variant.name for variant in variants)
+    names = list(dict.fromkeys(variant.config.name for variant in variants))
+    name = "-vs-".join(names)
     if len(name) > MAX_NAME:
-        name = f"{variants[0].name[: MAX_NAME // 2]}-and-{len(variants) - 1}-more"
-    return Path(variants[0].config.out_dir, "compare", name)
+        name = f"{names[0][: MAX_NAME // 2]}-and-{len(names) - 1}-more"
+    options = [text.partition("=")[0].rpartition(".")[2] for text in vary]
+    return Path(variants[0].config.out_dir, "compare", "-by-".join([name, *options]))
 
 
 def store_variants(variants: Sequence[Variant], folder: Path) -> None:

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sort", choices=list(SORTS), default="age", help="default: age, the latest one last")
     parser.add_argument("--state", choices=STATES, help="only runs in this state")
     parser.add_argument("--name", help="only runs whose name has this text, or matches it if it has a *")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--caches", action="store_true", help="list the cached text instead")
     parser.add_argument(
         "--remove_unused_caches", action="store_true", help="remove the cached text of no run in FOLDER"
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     key = SORTS[args.sort]
     runs.sort(key=lambda run: (key(run) is None, key(run)))
     if args.json:
-        print_result(json.dumps([run.as_json() for run in runs], indent=2))
+        print_result(json.dumps([run.as_json() for run in runs]))
     elif not runs:
         print_note(f"{folder}: no such run")
     else:
@@ -98,14 +98,21 @@ def show_caches(runs: list[RunEntry], as_json: bool, *, remove: bool) -> int:
     if remove:
         caches = [cache for cache in caches if not cache.runs and remove_cache(cache)]
     if as_json:
-        print_result(json.dumps([cache.as_json() for cache in caches], indent=2))
+        print_result(json.dumps([cache.as_json() for cache in caches]))
         return 0
-    rows = [[str(c.folder), count(c.n_tokens), bytes_text(c.bytes), ", ".join(c.runs) or "no run"] for c in caches]
+    rows = [[str(cache.folder), count(cache.n_tokens), bytes_text(cache.bytes), users(cache.runs)] for cache in caches]
     size = bytes_text(sum(cache.bytes for cache in caches))
     titles = ["removed" if remove else "cached text", "tokens", "size", "used by"]
     for line in aligned_table([titles, *rows, [f"{len(caches)} datasets", "", size, ""]]):
         print_result(line)
     return 0
+
+
+def users(names: list[str]) -> str:
+    """Return the name of a run, and how many there are beside it."""
+    if not names:
+        return "no run"
+    return names[-1] if len(names) == 1 else f"{names[-1]} and {len(names) - 1} more"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,307 @@
+"""Comparisons: paired seeds, equal tokens, time or FLOPs, runs that are used again, kills, and what is printed."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import rows, tensors, write_config
+from scipy.stats import ttest_rel
+
+from training.compare import runner
+from training.compare.page import comparison_charts
+from training.compare.results import Comparison, Result, Run, paired_difference, table_lines, verdict_lines
+from training.compare.variants import build_variants, differing_options
+from training.model.stats import model_stats
+from training.options import cli
+from training.train import train
+from training.twin import twin
+
+
+@pytest.fixture
+def write(options, tmp_path):
+    """Write a small configuration; return its path."""
+
+    def go(name: str = "small", **changes) -> str:
+        changes = {"name": name, "steps": 4, "eval": {"every": 2, "tokens": 256}} | changes
+        return str(write_config(tmp_path / f"{name}.yaml", options(**changes)))
+
+    return go
+
+
+@pytest.fixture
+def compare(call):
+    return lambda *arguments: call("compare.__main__", *map(str, arguments))
+
+
+def result_of(folder: Path) -> dict:
+    return json.loads((folder / "compare.json").read_text())
+
+
+def figures(folder: Path) -> list:
+    """Return what a comparison computed, without times."""
+    content = result_of(folder)
+    return [
+        (variant["name"], variant["mean"], variant["difference"], [run["value"] for run in variant["runs"]])
+        for variant in content["variants"]
+    ]
+
+
+def note_trained_runs(monkeypatch) -> list[str]:
+    """Return a list to which each call of `train` adds the name of its run."""
+    names = []
+    monkeypatch.setattr(runner, "train", lambda config, **kwargs: names.append(config.name) or train(config, **kwargs))
+    return names
+
+
+def steps_of(folder: Path) -> dict[int, dict]:
+    """Return the runs of a comparison by their number of steps."""
+    return {run["steps"]: run for variant in result_of(folder)["variants"] for run in variant["runs"]}
+
+
+def test_each_run_has_the_bits_of_the_same_run_alone_and_differences_are_paired(compare, write, tmp_path):
+    path = write()
+    done = compare(path, "--vary", "optim.learning_rate=1e-3,1e-2", "--seeds", 3)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs/compare/small-by-learning_rate"
+    alone = cli.load_config(path, {"optim.learning_rate": "1e-2", "seed": "1", "name": "alone"})
+    assert train(alone) == 0
+    run = folder / "learning_rate_1e-2-seed-1"
+    assert rows(run) == rows(alone.run_dir) and tensors(run, 4) == tensors(alone.run_dir, 4)
+
+    content = result_of(folder)
+    values = {variant["name"]: [run["value"] for run in variant["runs"]] for variant in content["variants"]}
+    first, second = values["learning_rate=1e-3"], values["learning_rate=1e-2"]
+    assert len(set(first)) == 3 and [run["seed"] for run in content["variants"][0]["runs"]] == [0, 1, 2]
+    test = ttest_rel(second, first)
+    (difference,) = [variant["difference"] for variant in content["variants"] if variant["difference"]]
+    assert difference["p"] == pytest.approx(test.pvalue) and difference["n_seeds"] == 3
+    assert (difference["low"], difference["high"]) == pytest.approx(tuple(test.confidence_interval(0.95)))
+    assert content["baseline"] == "learning_rate=1e-3" and content["test"] == "paired t test"
+    assert content["options"] == {"optim.learning_rate": {"learning_rate=1e-3": 0.001, "learning_rate=1e-2": 0.01}}
+    best = content["variants"][0]["name"]
+    assert best == min(values, key=lambda name: sum(values[name]))
+    lines = done.stdout.splitlines()
+    assert any(line.startswith(best) for line in lines) and str(folder / "compare.html") in lines[-1]
+    page = (folder / "compare.html").read_text()
+    assert "Validation loss by tokens" in page and "Validation loss by seconds" in page and "FLOPs" in page
+
+
+def test_finished_runs_are_used_again_and_seeds_can_be_added(compare, write, tmp_path, monkeypatch):
+    arguments = (write(), "--vary", "optim.learning_rate=1e-3,1e-2")
+    assert compare(*arguments, "--seeds", 1).returncode == 0
+    trained = note_trained_runs(monkeypatch)
+    assert compare(*arguments, "--seeds", 2).returncode == 0
+    assert [name[-1] for name in trained] == ["1", "1"]
+    assert result_of(tmp_path / "runs/compare/small-by-learning_rate")["variants"][0]["difference"] is not None
+
+
+def test_a_comparison_with_one_seed_says_that_it_may_be_noise(compare, write):
+    done = compare(write(), "--vary", "seed_of_nothing=1", "--seeds", 1)
+    assert done.returncode == 2
+    done = compare(write(), "--vary", "optim.learning_rate=1e-3,1e-2", "--seeds", 1)
+    assert "with one seed: it may be noise (--seeds 5)" in done.stdout
+
+
+def test_equal_tokens_and_flops_set_the_steps(compare, write, tmp_path):
+    path, folder = write(batch_tokens=256), tmp_path / "runs/compare"
+    assert compare(path, "--vary", "batch_tokens=256,512", "--seeds", 1).returncode == 0
+    runs = steps_of(folder / "small-by-batch_tokens")
+    assert sorted(runs) == [2, 4] and {run["tokens"] for run in runs.values()} == {1024}
+
+    done = compare(path, "--vary", "model.n_embd=16,32", "--equal", "flops", "--seeds", 1, "--steps", "40")
+    assert done.returncode == 0, done.stderr
+    by_steps = {steps: run["flops"] for steps, run in steps_of(folder / "small-by-n_embd").items()}
+    configs = [cli.load_config(path, {"model.n_embd": str(n), "model.vocab_size": "320"}) for n in (16, 32)]
+    costs = [model_stats(config.resolved().model).flops_per_token for config in configs]
+    few = min(by_steps)
+    assert few == round(40 * costs[0] / costs[1]) and by_steps[few] == pytest.approx(by_steps[40], rel=0.1)
+    assert f"{few} steps instead of 40, for the flops of n_embd=16" in done.stderr
+
+
+def test_runs_of_equal_time_take_turns_and_compute_the_same(compare, write, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "TURN_S", 0.0)  # a turn is a step
+    path, order = write(steps=3), note_trained_runs(monkeypatch)
+    assert compare(path, "--twin", "--equal", "time", "--seeds", 1).returncode == 0
+    folder = tmp_path / "runs/compare/small-vs-small-dense"
+    order = [name for name in order if name != "timing"]
+    assert order[:4] == ["small-seed-0", "small_dense_twin-seed-0"] * 2
+    assert not (folder / "timing").exists()
+    times = json.loads((folder / "step_times.json").read_text())
+    steps = result_of(folder)["variants"]
+    by_name = {variant["name"]: variant["runs"][0]["steps"] for variant in steps}
+    assert by_name["small"] == 3
+    assert by_name["small, dense twin"] == max(1, round(3 * times["small"] / times["small, dense twin"]))
+    alone = twin(cli.load_config(path, {"steps": str(by_name["small, dense twin"])}))
+    assert train(alone) == 0
+    assert rows(folder / "small_dense_twin-seed-0") == rows(alone.run_dir)
+
+    before = (folder / "step_times.json").read_text()
+    assert compare(path, "--twin", "--equal", "time", "--seeds", 1).returncode == 0
+    assert (folder / "step_times.json").read_text() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_comparison_goes_on(processes, compare, write, tmp_path, number):
+    path = write(steps=40, checkpoint={"every": 5})
+    arguments = (path, "--vary", "optim.learning_rate=1e-3,1e-2", "--seeds", "2")
+    folder = tmp_path / "runs/compare/small-by-learning_rate"
+    process = processes.start("training.compare.__main__:main", *arguments)
+    third = folder / "learning_rate_1e-2-seed-1" / "checkpoints" / "step-00000005"
+    until = time.monotonic() + 60
+    while not third.exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    process.signal(number)
+    done = process.wait()
+    assert done.returncode != 0 and not (folder / "compare.json").exists()
+    if number == signal.SIGTERM:
+        assert done.returncode == 128 + number and "the same command goes on" in done.stderr
+    assert compare(*arguments).returncode == 0
+    interrupted = figures(folder)
+    shutil.rmtree(folder)
+    assert compare(*arguments).returncode == 0
+    assert figures(folder) == interrupted
+
+
+def test_a_run_that_diverges_is_named_and_the_others_are_compared(compare, write, tmp_path):
+    done = compare(write(steps=30), "--vary", "optim.learning_rate=1e-3,1e12,1e-2", "--seeds", 2)
+    assert done.returncode == 1 and "the comparison goes on without this run" in done.stderr
+    content = result_of(tmp_path / "runs/compare/small-by-learning_rate")
+    assert {variant["name"] for variant in content["variants"]} == {"learning_rate=1e-3", "learning_rate=1e-2"}
+    assert [(each["name"], each["seed"]) for each in content["failures"]] == [
+        ("learning_rate=1e12", 0), ("learning_rate=1e12", 1)
+    ]  # fmt: skip
+    assert "learning_rate=1e12, seed 1: step " in done.stdout and "lower the learning rate" in done.stdout
+
+
+def test_finished_runs_that_differ_by_the_seed_alone_are_one_variant(compare, run, tmp_path):
+    folders = []
+    for name, seed, rate in (("a0", 0, 1e-3), ("a1", 1, 1e-3), ("b0", 0, 1e-2), ("b1", 1, 1e-2)):
+        changes = {"steps": 4, "seed": seed, "optim": {"learning_rate": rate}, "eval": {"every": 2, "tokens": 256}}
+        folders.append(str(run(name=name, **changes)))
+    out = tmp_path / "comparison"
+    done = compare(*folders, "--out", out)
+    assert done.returncode == 0, done.stderr
+    content = result_of(out)
+    assert {variant["name"]: len(variant["runs"]) for variant in content["variants"]} == {"a0": 2, "b0": 2}
+    assert sorted(path.name for path in out.iterdir()) == ["compare.html", "compare.json"]
+
+    twice = compare(folders[0], folders[0])
+    assert twice.returncode == 2 and "the same options and seed as" in twice.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ((), "name configurations or finished runs first"),
+        (("small.yaml",), "small is the only configuration: add a second one, --vary or --twin"),
+        (("dense.yaml", "--twin"), "dense is the only configuration: it has no experts, so it has no dense twin"),
+        (("small.yaml", "small.yaml"), "two configurations have the name small"),
+        (("small.yaml", "--vary", "optim.learning_rate"), "--vary optim.learning_rate: not OPTION=VALUE,VALUE"),
+        (("small.yaml", "--vary", "optim.learning_rat=1,2"), "did you mean 'optim.learning_rate'?"),
+        (("small.yaml", "--vary", "seed=1,2"), "--vary seed: use --seeds"),
+        (("small.yaml", "--vary", "steps=1,2", "--steps", "3"), "--vary steps: it is also set by a flag"),
+        (("small.yaml", "--vary", "steps=2,[", "--seeds", "2"), "not OPTION=VALUE,VALUE"),
+        (("small.yaml", "dense.yaml", "--seeds", "0"), "--seeds: 0 is less than 1"),
+        (("small.yaml", "dense.yaml", "--equal", "cost"), "--equal: invalid choice: 'cost'"),
+        (("small.yaml", "dense.yaml", "--step", "3"), "--step: unknown option"),
+        (("small.yaml", "dense.yaml", "--steps", "3", "more.yaml"), "more.yaml: not a flag"),
+        (("small.yaml", "none.yaml"), "none.yaml"),
+        (("small.yaml", "runs"), "runs: no finished run"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_wrong_input_is_one_line_and_trains_nothing(compare, write, tmp_path, monkeypatch, arguments, line):
+    write("small")
+    write("dense", model={"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32})
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    done = compare(*arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and line in done.stderr
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_another_comparison_is_not_overwritten(compare, write):
+    arguments = ("--vary", "optim.learning_rate=1e-3,1e-2", "--seeds", 1)
+    assert compare(write(), *arguments).returncode == 0
+    done = compare(write(batch_tokens=512), *arguments)
+    assert done.returncode == 2 and "batch_tokens: 256 -> 512; choose another --out" in done.stderr
+
+
+def run_of(seed: int, value: float, tokens: int = 100) -> Run:
+    return Run(seed, Path("r"), value, 10, tokens, 1.0, 1e9, "text")
+
+
+def test_a_difference_needs_shared_seeds_and_equal_runs_have_none():
+    baseline = {0: 1.0, 1: 2.0, 2: 3.0}
+    assert paired_difference([run_of(7, 1.0)], baseline) is None
+    assert paired_difference([run_of(1, 2.5)], baseline)[:2] == (1, 0.5)
+    equal = paired_difference([run_of(seed, value) for seed, value in baseline.items()], baseline)
+    assert equal == (3, 0.0, 0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(("metric", "word"), [("val_loss", "better"), ("tasks_mean", "worse")])
+def test_the_verdict_knows_which_direction_is_better(metric, word):
+    baseline = Result("a", tuple(run_of(seed, 1.0 + seed / 10) for seed in range(3)), None)
+    runs = tuple(run_of(seed, 0.5 + seed / 10 + seed / 1000) for seed in range(3))
+    difference = paired_difference(runs, {run.seed: run.value for run in baseline.runs})
+    comparison = Comparison(metric, "tokens", [baseline, Result("b", runs, difference)], {}, {}, [])
+    (line,) = verdict_lines(comparison)
+    assert line.startswith("b is 0.4990 ") and f" {word} than a (95 % interval" in line
+    best = "b" if word == "better" else "a"
+    assert table_lines(comparison)[1].startswith(best)
+
+
+def test_a_difference_within_noise_is_called_so():
+    baseline = Result("a", (run_of(0, 1.0), run_of(1, 1.1)), None)
+    runs = (run_of(0, 1.1), run_of(1, 1.0))
+    difference = paired_difference(runs, {0: 1.0, 1: 1.1})
+    comparison = Comparison("val_loss", "tokens", [baseline, Result("b", runs, difference)], {}, {}, [])
+    assert "no difference beyond noise" in verdict_lines(comparison)[0]
+
+
+def test_the_options_of_other_variants_are_empty_and_the_seed_is_none(write):
+    adamw, lion = (cli.load_config(write(), {"optim": f"{{type: {name}}}"}) for name in ("adamw", "lion"))
+    options = differing_options([adamw, lion.model_copy(update={"seed": 5})])
+    assert options["optim.type"] == ["adamw", "lion"] and options["optim.eps"][1] == ""
+    assert "seed" not in options and "name" not in options
+
+
+def test_a_comparison_of_other_tokenizers_uses_bits_per_byte(compare, write):
+    byte, bpe = ({"type": "byte"}, {"type": "bpe", "vocab_size": 300})
+    paths = [write("byte")]
+    config = cli.load_config(paths[0])
+    for name, tokenizer in (("bpe", bpe), ("byte", byte)):
+        data = config.data.model_dump(mode="json") | {"tokenizer": tokenizer}
+        paths.append(write(name, data=data))
+    done = compare(*paths[:2], "--seeds", 1)
+    assert done.returncode == 0, done.stderr
+    assert "bits per byte" in done.stdout and "different text or tokenizers" in done.stdout
+
+
+def test_grids_of_two_options_and_values_that_are_sections(write):
+    variants = build_variants(
+        [write()], {}, ["batch_tokens=256,512", "optim={type: lion},{type: adamw}"], with_twins=False
+    )
+    assert [variant.label for variant in variants] == [
+        'batch_tokens=256, optim={"type": "lion"}', 'batch_tokens=256, optim={"type": "adamw"}',
+        'batch_tokens=512, optim={"type": "lion"}', 'batch_tokens=512, optim={"type": "adamw"}',
+    ]  # fmt: skip
+    assert len({variant.name for variant in variants}) == 4
+    assert all(set(variant.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_.-") for variant in variants)
+
+
+def test_a_band_reaches_from_the_lowest_to_the_highest_seed(run, tmp_path):
+    folders = [run(name=f"s{seed}", seed=seed, steps=4, eval={"every": 2, "tokens": 256}) for seed in range(2)]
+    values = [[row["val_loss"] for row in rows(folder) if "val_loss" in row] for folder in folders]
+    runs = tuple(Run(seed, folder, values[seed][-1], 4, 1024, 1.0, 1e9, "x") for seed, folder in enumerate(folders))
+    charts = comparison_charts(Comparison("val_loss", "tokens", [Result("a", runs, None)], {}, {}, []))
+    assert [chart["title"] for chart in charts] == [f"Validation loss by {x}" for x in ("tokens", "seconds", "GFLOPs")]
+    (curve,) = charts[0]["readings"]["curves"]
+    means = [sum(pair) / 2 for pair in zip(*values, strict=True)]
+    assert curve["steps"] == (512.0, 1024.0) and curve["values"] == pytest.approx(means, rel=1e-3)
+    assert os.fspath(tmp_path)
