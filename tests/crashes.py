@@ -203,10 +203,10 @@ def main(arguments: list[str]) -> int:
     import torch
 
     from training.data import prepare
-    from training.logging.report import _template
+    from training.logging import template
 
     torch.set_num_threads(1)
-    _template()  # compiled once, for all trials
+    template.environment(template.HERE).get_template("report.html.j2")  # compiled once, for all trials
     config = cli.load_config(args.config).model_copy(update={"out_dir": str(args.folder / "runs")})
     prepare(config.data, quiet=True)
     reference = config.model_copy(update={"name": "reference"})

@@ -128,7 +128,8 @@ def are_independent(chosen: list[Mistake]) -> bool:
         short, long = sorted((one.at, other.at), key=len)
         same_place = one.at[:-1] == other.at[:-1]
         hides = "type" in (one.at[-1], other.at[-1]) or one.section is not other.section
-        if long[: len(short)] == short or (same_place and hides):
+        is_below = short[-1] == "type" and long[: len(short) - 1] == short[:-1]  # an unknown type has no options
+        if long[: len(short)] == short or (same_place and hides) or is_below:
             return False
     return True
 

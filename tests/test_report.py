@@ -21,7 +21,7 @@ from training.logging.report import load_table, write_report
 from training.logging.sinks import RunInfo
 from training.terminal import TEXT, printable
 
-VOID = {"meta", "input", "line", "path", "progress", "br"}
+VOID = {"meta", "input", "line", "path", "progress", "br", "img"}
 
 
 class Page(HTMLParser):
