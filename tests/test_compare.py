@@ -210,6 +210,7 @@ def test_finished_runs_that_differ_by_the_seed_alone_are_one_variant(compare, ru
         (("small.yaml", "dense.yaml", "--step", "3"), "--step: unknown option"),
         (("small.yaml", "dense.yaml", "--steps", "3", "more.yaml"), "more.yaml: not a flag"),
         (("small.yaml", "none.yaml"), "none.yaml"),
+        (("small.yaml", "--vary", "eval.tokens=256,512"), "eval.tokens: 256 and 512; losses over different text"),
         (("small.yaml", "runs"), "runs: no finished run"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

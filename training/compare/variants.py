@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from training.config import CHANGEABLE_ON_RESUME, Config, MoEConfig
+from training.config import CHANGEABLE_ON_RESUME, Config, EvalConfig, MoEConfig
 from training.errors import UserError
 from training.files import mkdir_durable, write_atomically, write_errors_as_user_errors
 from training.options import cli
@@ -17,6 +17,12 @@ from training.options.yaml import read_flag_value
 from training.twin import twin
 
 MAX_NAME = 80  # characters of the folder's name
+# Options that change neither what a run computes nor what its losses are measured on.
+NEUTRAL = (
+    "seed",
+    *(CHANGEABLE_ON_RESUME - {"eval"}),
+    *(f"eval.{name}" for name in EvalConfig.model_fields if name not in ("tokens", "patience")),
+)
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,10 @@ def _check(variants: list[Variant], with_twins: bool) -> None:
     if len(variants) < 2:
         remedy = "it has no experts, so it has no dense twin" if with_twins else "add a second one, --vary or --twin"
         raise UserError(f"{names[0]} is the only configuration: {remedy}")
+    for variant in variants[1:]:
+        first, other = variants[0].config.eval.tokens, variant.config.eval.tokens
+        if first != other:
+            raise UserError(f"eval.tokens: {first} and {other}; losses over different text cannot be compared")
 
 
 def comparison_folder(variants: list[Variant], vary: Sequence[str], out: str | None) -> Path:
@@ -132,12 +142,10 @@ def store_variants(variants: Sequence[Variant], folder: Path) -> None:
         write_atomically(path, cli.dump_config(variant.config))
 
 
-def differing_options(
-    configs: Iterable[Config], ignored: Iterable[str] = (*CHANGEABLE_ON_RESUME, "seed")
-) -> dict[str, list[Any]]:
+def differing_options(configs: Iterable[Config], ignored: Iterable[str] = NEUTRAL) -> dict[str, list[Any]]:
     """Return the options that differ, with each config's value: "" for an option that only other configs have.
 
-    By default the seed and the options that do not change what is computed are ignored.
+    The `ignored` options and sections are left out.
     """
     flat = [dict(flatten_options(config.resolved().model_dump(mode="json"))) for config in configs]
     options = dict.fromkeys(option for each in flat for option in each)

@@ -59,6 +59,7 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
         devices.release_freed_memory(world.device)
     # torch.compile suggests TF32 for the router's float32 matmuls; we want full precision.
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
+    devices.reset_peak_memory(world.device)  # of an earlier run in this process
     point = find_resume_point(config, resume, world)
     state = TrainState.new() if point is None else point.state
     config = resolve_precision_and_sizes(config, dataset, world, state)

@@ -4,14 +4,13 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from training.errors import UserError
 from training.files import is_locked, read_bytes
 from training.logging.jsonl import read_history
-from training.options import cli
 
 STATES = ("running", "finished", "stopped")
 MARK = "metrics.jsonl"  # a folder with this file is a run's
@@ -58,10 +57,6 @@ def read_run(path: Path, folder: Path) -> RunEntry:
     is_complete = summary.get("steps") == steps or summary.get("stopped_early", False)
     is_finished = steps is not None and is_complete and history.last_step == summary.get("steps")
     best = summary.get("best_val_loss") if is_finished else min((value for _, value in losses), default=None)
-    try:
-        cache_dir = cli.load_config(path / "config.yaml").data.cache_dir
-    except UserError:
-        cache_dir = None
     return RunEntry(
         name=path.relative_to(folder).as_posix() if path != folder else path.name,
         folder=path,
@@ -74,15 +69,19 @@ def read_run(path: Path, folder: Path) -> RunEntry:
         tokens_per_s=summary.get("tokens_per_s") if is_finished else newest.get("tokens_per_s"),
         bytes=disk_bytes(path),
         age_s=max(0.0, time.time() - (path / MARK).stat().st_mtime),
-        data=info.get("facts", {}).get("data") or state.get("data"),
-        cache_dir=cache_dir,
+        data=_at(info, "facts", "data") or state.get("data"),
+        cache_dir=_at(state, "config", "data", "cache_dir"),
     )
 
 
 def disk_bytes(folder: Path) -> int:
     """Return the size of all files in a folder; links are not followed."""
-    paths = (Path(path, name) for path, _, files in os.walk(folder) for name in files)
-    return sum(path.lstat().st_size for path in paths if os.path.lexists(path))
+    total = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # a run in training has just removed it
+                total += Path(path, name).lstat().st_size
+    return total
 
 
 def _latest_state(path: Path) -> dict[str, Any]:
@@ -97,3 +96,10 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _at(value: Any, *names: str) -> Any:
+    """Return what is in nested dicts at these names; None if there is nothing."""
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
