@@ -189,6 +189,9 @@ def test_finished_runs_that_differ_by_the_seed_alone_are_one_variant(compare, ru
     assert {variant["name"]: len(variant["runs"]) for variant in content["variants"]} == {"a0": 2, "b0": 2}
     assert sorted(path.name for path in out.iterdir()) == ["compare.html", "compare.json"]
 
+    done = compare(*folders[:3], "--out", out)  # nothing is trained: one seed is shared
+    assert done.returncode == 0 and "training" not in done.stdout
+    assert [variant["difference"]["n_seeds"] for variant in result_of(out)["variants"] if variant["difference"]] == [1]
     twice = compare(folders[0], folders[0])
     assert twice.returncode == 2 and "the same options and seed as" in twice.stderr
 

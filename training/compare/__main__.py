@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     seeds = seeds_of(variants, args.seeds)
     runner = Runner(folder, seeds, args.equal)
     try:
-        variants = runner.train_all(variants)
+        if has_runs_to_train(variants, args.seeds):
+            variants = runner.train_all(variants)
     except Stopped as error:
         print_note(f"{folder}: stopped; the same command goes on")
         return error.status
@@ -86,9 +87,14 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     return args, read_settings(others)
 
 
+def has_runs_to_train(variants: list[Variant], n_seeds: int | None) -> bool:
+    """Return False if all variants are finished runs and no number of seeds was given."""
+    return n_seeds is not None or not all(variant.finished for variant in variants)
+
+
 def seeds_of(variants: list[Variant], n_seeds: int | None) -> list[int]:
     """Return the seeds to compare: `n_seeds` of them, or those that the finished runs have."""
-    if n_seeds is None and all(variant.finished for variant in variants):
+    if not has_runs_to_train(variants, n_seeds):
         return sorted({seed for variant in variants for seed in variant.finished})
     first = min(variants[0].finished, default=variants[0].config.seed)
     return list(range(first, first + (n_seeds or 3)))
