@@ -1,7 +1,6 @@
 """Comparisons: paired seeds, equal tokens, time or FLOPs, runs that are used again, kills, and what is printed."""
 
 import json
-import os
 import shutil
 import signal
 import time
@@ -13,8 +12,10 @@ from scipy.stats import ttest_rel
 
 from training.compare import runner
 from training.compare.page import comparison_charts
-from training.compare.results import Comparison, Result, Run, paired_difference, table_lines, verdict_lines
+from training.compare.results import Comparison, RunResult, VariantResult, paired_difference
+from training.compare.text import table, verdict_lines
 from training.compare.variants import build_variants, differing_options
+from training.files import run_lock
 from training.model.stats import model_stats
 from training.options import cli
 from training.train import train
@@ -106,6 +107,38 @@ def test_a_comparison_with_one_seed_says_that_it_may_be_noise(compare, write):
     assert "with one seed: it may be noise (--seeds 5)" in done.stdout
 
 
+def test_the_seeds_of_finished_runs_are_kept_and_filled_up(compare, write, run, tmp_path):
+    folder = run(name="seven", seed=7, steps=4, eval={"every": 2, "tokens": 256})
+    done = compare(folder, write("other", steps=4, optim={"learning_rate": 1e-2}), "--seeds", 2)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "runs/compare/seven-vs-other"
+    assert "seeds 7, 8" in done.stdout
+    assert all([run["seed"] for run in variant["runs"]] == [7, 8] for variant in result_of(out)["variants"])
+    assert (out / "seven.yaml").exists() and (out / "seven-seed-8").exists() and not (out / "seven-seed-7").exists()
+
+
+def test_varied_steps_stay_as_they_are(compare, write, tmp_path):
+    assert compare(write(), "--vary", "steps=2,4", "--seeds", 1).returncode == 0
+    assert sorted(steps_of(tmp_path / "runs/compare/small-by-steps")) == [2, 4]
+
+
+def test_a_second_process_does_not_disturb_a_comparison(compare, write, tmp_path):
+    with run_lock(tmp_path / "out"):
+        done = compare(write(), "--vary", "steps=2,4", "--out", tmp_path / "out")
+    assert done.returncode == 2 and "choose another --out" in done.stderr
+
+
+def test_the_loss_of_a_run_is_that_of_its_final_model(compare, write, tmp_path):
+    options = ("--vary", "eval.patience=1,9", "--seeds", 1, "--optim.learning_rate", "0.3", "--steps", "40")
+    assert compare(write(checkpoint={"every": 5}), *options).returncode == 0
+    for variant in result_of(tmp_path / "runs/compare/small-by-patience")["variants"]:
+        (run,) = variant["runs"]
+        summary = json.loads((Path(run["folder"]) / "summary.json").read_text())
+        log = {row["step"]: row.get("val_loss") for row in rows(Path(run["folder"]))}
+        assert run["value"] == pytest.approx(log[summary["model_step"]])
+    assert summary["model_step"] <= summary["steps"]
+
+
 def test_equal_tokens_and_flops_set_the_steps(compare, write, tmp_path):
     path, folder = write(batch_tokens=256), tmp_path / "runs/compare"
     assert compare(path, "--vary", "batch_tokens=256,512", "--seeds", 1).returncode == 0
@@ -127,9 +160,9 @@ def test_runs_of_equal_time_take_turns_and_compute_the_same(compare, write, tmp_
     path, order = write(steps=3), note_trained_runs(monkeypatch)
     assert compare(path, "--twin", "--equal", "time", "--seeds", 1).returncode == 0
     folder = tmp_path / "runs/compare/small-vs-small-dense"
-    order = [name for name in order if name != "timing"]
+    order = [name for name in order if not name.startswith("timing")]
     assert order[:4] == ["small-seed-0", "small_dense_twin-seed-0"] * 2
-    assert not (folder / "timing").exists()
+    assert not list(folder.glob("*timing*"))
     times = json.loads((folder / "step_times.json").read_text())
     steps = result_of(folder)["variants"]
     by_name = {variant["name"]: variant["runs"][0]["steps"] for variant in steps}
@@ -144,37 +177,37 @@ def test_runs_of_equal_time_take_turns_and_compute_the_same(compare, write, tmp_
     assert (folder / "step_times.json").read_text() == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_comparison_goes_on(processes, compare, write, tmp_path, number):
-    path = write(steps=40, checkpoint={"every": 5})
-    arguments = (path, "--vary", "optim.learning_rate=1e-3,1e-2", "--seeds", "2")
+def test_a_killed_comparison_goes_on(processes, compare, write, tmp_path):
+    arguments = (write(steps=24, checkpoint={"every": 5}), "--vary", "optim.learning_rate=1e-3,1e-2", "--seeds", "2")
     folder = tmp_path / "runs/compare/small-by-learning_rate"
-    process = processes.start("training.compare.__main__:main", *arguments)
+    assert compare(*arguments).returncode == 0
+    uninterrupted = figures(folder)
     third = folder / "learning_rate_1e-2-seed-1" / "checkpoints" / "step-00000005"
-    until = time.monotonic() + 60
-    while not third.exists() and time.monotonic() < until:
-        time.sleep(0.01)
-    process.signal(number)
-    done = process.wait()
-    assert done.returncode != 0 and not (folder / "compare.json").exists()
-    if number == signal.SIGTERM:
-        assert done.returncode == 128 + number and "the same command goes on" in done.stderr
-    assert compare(*arguments).returncode == 0
-    interrupted = figures(folder)
-    shutil.rmtree(folder)
-    assert compare(*arguments).returncode == 0
-    assert figures(folder) == interrupted
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        shutil.rmtree(folder)
+        process = processes.start("training.compare.__main__:main", *arguments)
+        until = time.monotonic() + 60
+        while not third.exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        assert third.exists()
+        process.signal(number)
+        done = process.wait()
+        assert done.returncode != 0 and not (folder / "compare.json").exists()
+        if number == signal.SIGTERM:
+            assert done.returncode == 128 + number and "the same command resumes it" in done.stderr
+        assert compare(*arguments).returncode == 0
+        assert figures(folder) == uninterrupted
 
 
 def test_a_run_that_diverges_is_named_and_the_others_are_compared(compare, write, tmp_path):
     done = compare(write(steps=30), "--vary", "optim.learning_rate=1e-3,1e12,1e-2", "--seeds", 2)
-    assert done.returncode == 1 and "the comparison goes on without this run" in done.stderr
+    assert done.returncode == 1 and "the comparison continues without it" in done.stderr
     content = result_of(tmp_path / "runs/compare/small-by-learning_rate")
     assert {variant["name"] for variant in content["variants"]} == {"learning_rate=1e-3", "learning_rate=1e-2"}
     assert [(each["name"], each["seed"]) for each in content["failures"]] == [
         ("learning_rate=1e12", 0), ("learning_rate=1e12", 1)
     ]  # fmt: skip
-    assert "learning_rate=1e12, seed 1: step " in done.stdout and "lower the learning rate" in done.stdout
+    assert "learning_rate=1e12, seed 1, failed: step " in done.stdout and "lower the learning rate" in done.stdout
 
 
 def test_finished_runs_that_differ_by_the_seed_alone_are_one_variant(compare, run, tmp_path):
@@ -206,7 +239,13 @@ def test_finished_runs_that_differ_by_the_seed_alone_are_one_variant(compare, ru
         (("small.yaml", "--vary", "optim.learning_rate"), "--vary optim.learning_rate: not OPTION=VALUE,VALUE"),
         (("small.yaml", "--vary", "optim.learning_rat=1,2"), "did you mean 'optim.learning_rate'?"),
         (("small.yaml", "--vary", "seed=1,2"), "--vary seed: use --seeds"),
-        (("small.yaml", "--vary", "steps=1,2", "--steps", "3"), "--vary steps: it is also set by a flag"),
+        (("small.yaml", "--vary", "steps=1,2", "--steps", "3"), "--vary steps: steps is also set"),
+        (("small.yaml", "--vary", "steps=1,2", "--vary", "steps=3,4"), "--vary steps: steps is also set"),
+        (("small.yaml", "--vary", "model.n_embd=16,32", "--model", "{}"), "model is also set, and one would replace"),
+        (("small.yaml", "--vary", "steps=2,2"), "--vary steps=2,2: a value is there twice"),
+        (("small.yaml", "--vary", "steps=1,2", "--equal", "time"), "--equal time: it sets the steps"),
+        (("small.yaml", "dense.yaml", "--metric", "tasks_mean"), "--metric tasks_mean: small has no eval.tasks"),
+        (("small.yaml", "dense.yaml", "--metric", "averaged_val_loss"), "small has no optim.average"),
         (("small.yaml", "--vary", "steps=2,[", "--seeds", "2"), "not OPTION=VALUE,VALUE"),
         (("small.yaml", "dense.yaml", "--seeds", "0"), "--seeds: 0 is less than 1"),
         (("small.yaml", "dense.yaml", "--equal", "cost"), "--equal: invalid choice: 'cost'"),
@@ -236,35 +275,51 @@ def test_another_comparison_is_not_overwritten(compare, write):
     assert done.returncode == 2 and "batch_tokens: 256 -> 512; choose another --out" in done.stderr
 
 
-def run_of(seed: int, value: float, tokens: int = 100) -> Run:
-    return Run(seed, Path("r"), value, 10, tokens, 1.0, 1e9, "text")
+def run_of(seed: int, value: float, tokens: int = 100) -> RunResult:
+    return RunResult(seed, Path("r"), value, 10, tokens, 1.0, 1e9, "text")
 
 
-def test_a_difference_needs_shared_seeds_and_equal_runs_have_none():
-    baseline = {0: 1.0, 1: 2.0, 2: 3.0}
+def test_a_difference_needs_shared_seeds_and_some_spread():
+    baseline = {0: 0.4, 1: 0.7, 2: 0.2}
     assert paired_difference([run_of(7, 1.0)], baseline) is None
-    assert paired_difference([run_of(1, 2.5)], baseline)[:2] == (1, 0.5)
-    equal = paired_difference([run_of(seed, value) for seed, value in baseline.items()], baseline)
-    assert equal == (3, 0.0, 0.0, 0.0, 1.0)
+    assert paired_difference([run_of(1, 2.7)], baseline)[:2] == (1, 2.0)
+    for shift in (0.0, 0.1):  # equal up to rounding: a t test would be certain
+        runs = [run_of(seed, value + shift) for seed, value in baseline.items()]
+        assert paired_difference(runs, baseline) == (3, pytest.approx(shift), None, None, None)
+
+
+def test_a_variant_that_shares_no_seed_is_no_baseline():
+    results = [VariantResult(name, (run_of(seed, 1.0),), None) for seed, name in enumerate("ab")]
+    comparison = Comparison("val_loss", "tokens", results, {}, {}, [])
+    assert [row[4] for row in table(comparison)[1:]] == ["baseline", "no shared seed"]
+    assert verdict_lines(comparison) == ["b and a share no seed, so they are not compared."]
+
+
+def test_variants_are_ranked_by_their_paired_differences():
+    """b is better with each shared seed, though its mean over other seeds is higher."""
+    a = VariantResult("a", (run_of(0, 1.0), run_of(1, 5.0)), None)
+    runs = (run_of(1, 4.9), run_of(2, 9.0))
+    b = VariantResult("b", runs, paired_difference(runs, {0: 1.0, 1: 5.0}))
+    assert [result.label for result in Comparison("val_loss", "tokens", [a, b], {}, {}, []).ranked] == ["b", "a"]
 
 
 @pytest.mark.parametrize(("metric", "word"), [("val_loss", "better"), ("tasks_mean", "worse")])
 def test_the_verdict_knows_which_direction_is_better(metric, word):
-    baseline = Result("a", tuple(run_of(seed, 1.0 + seed / 10) for seed in range(3)), None)
+    baseline = VariantResult("a", tuple(run_of(seed, 1.0 + seed / 10) for seed in range(3)), None)
     runs = tuple(run_of(seed, 0.5 + seed / 10 + seed / 1000) for seed in range(3))
     difference = paired_difference(runs, {run.seed: run.value for run in baseline.runs})
-    comparison = Comparison(metric, "tokens", [baseline, Result("b", runs, difference)], {}, {}, [])
+    comparison = Comparison(metric, "tokens", [baseline, VariantResult("b", runs, difference)], {}, {}, [])
     (line,) = verdict_lines(comparison)
     assert line.startswith("b is 0.4990 ") and f" {word} than a (95 % interval" in line
     best = "b" if word == "better" else "a"
-    assert table_lines(comparison)[1].startswith(best)
+    assert table(comparison)[1][0] == best
 
 
 def test_a_difference_within_noise_is_called_so():
-    baseline = Result("a", (run_of(0, 1.0), run_of(1, 1.1)), None)
+    baseline = VariantResult("a", (run_of(0, 1.0), run_of(1, 1.1)), None)
     runs = (run_of(0, 1.1), run_of(1, 1.0))
     difference = paired_difference(runs, {0: 1.0, 1: 1.1})
-    comparison = Comparison("val_loss", "tokens", [baseline, Result("b", runs, difference)], {}, {}, [])
+    comparison = Comparison("val_loss", "tokens", [baseline, VariantResult("b", runs, difference)], {}, {}, [])
     assert "no difference beyond noise" in verdict_lines(comparison)[0]
 
 
@@ -276,20 +331,17 @@ def test_the_options_of_other_variants_are_empty_and_the_seed_is_none(write):
 
 
 def test_a_comparison_of_other_tokenizers_uses_bits_per_byte(compare, write):
-    byte, bpe = ({"type": "byte"}, {"type": "bpe", "vocab_size": 300})
     paths = [write("byte")]
-    config = cli.load_config(paths[0])
-    for name, tokenizer in (("bpe", bpe), ("byte", byte)):
-        data = config.data.model_dump(mode="json") | {"tokenizer": tokenizer}
-        paths.append(write(name, data=data))
-    done = compare(*paths[:2], "--seeds", 1)
+    data = cli.load_config(paths[0]).data.model_dump(mode="json") | {"tokenizer": {"type": "bpe", "vocab_size": 300}}
+    paths.append(write("bpe", data=data))
+    done = compare(*paths, "--seeds", 1)
     assert done.returncode == 0, done.stderr
     assert "bits per byte" in done.stdout and "different text or tokenizers" in done.stdout
 
 
 def test_grids_of_two_options_and_values_that_are_sections(write):
     variants = build_variants(
-        [write()], {}, ["batch_tokens=256,512", "optim={type: lion},{type: adamw}"], with_twins=False
+        [write()], {}, ["batch_tokens=256,512", "optim={type: lion},{type: adamw}"], with_twins=False, train_runs=False
     )
     assert [variant.label for variant in variants] == [
         'batch_tokens=256, optim={"type": "lion"}', 'batch_tokens=256, optim={"type": "adamw"}',
@@ -299,13 +351,13 @@ def test_grids_of_two_options_and_values_that_are_sections(write):
     assert all(set(variant.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_.-") for variant in variants)
 
 
-def test_a_band_reaches_from_the_lowest_to_the_highest_seed(run, tmp_path):
+def test_a_band_reaches_from_the_lowest_to_the_highest_seed(run):
     folders = [run(name=f"s{seed}", seed=seed, steps=4, eval={"every": 2, "tokens": 256}) for seed in range(2)]
     values = [[row["val_loss"] for row in rows(folder) if "val_loss" in row] for folder in folders]
-    runs = tuple(Run(seed, folder, values[seed][-1], 4, 1024, 1.0, 1e9, "x") for seed, folder in enumerate(folders))
-    charts = comparison_charts(Comparison("val_loss", "tokens", [Result("a", runs, None)], {}, {}, []))
+    facts = (4, 1024, 1.0, 1e9, "x")
+    runs = tuple(RunResult(seed, folder, values[seed][-1], *facts) for seed, folder in enumerate(folders))
+    charts = comparison_charts(Comparison("val_loss", "tokens", [VariantResult("a", runs, None)], {}, {}, []))
     assert [chart["title"] for chart in charts] == [f"Validation loss by {x}" for x in ("tokens", "seconds", "GFLOPs")]
     (curve,) = charts[0]["readings"]["curves"]
     means = [sum(pair) / 2 for pair in zip(*values, strict=True)]
     assert curve["steps"] == (512.0, 1024.0) and curve["values"] == pytest.approx(means, rel=1e-3)
-    assert os.fspath(tmp_path)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from training.compare.page import write_page
-from training.compare.results import Comparison, Difference, Result, Run
+from training.compare.results import Comparison, Difference, RunResult, VariantResult
 from training.logging.history import History
 from training.logging.jsonl import JSONLSink
 from training.logging.metrics import METRICS
@@ -105,13 +105,13 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     runs = {n: write_run(folder / f"run-{n}", n, HOSTILE) for n in (3, 100_000)}
     empty = write_run(folder / "empty", 0, "empty")
     compared = [
-        Run(seed, write_run(folder / f"{name}-{seed}", 3, name).dir, 3.0 + seed, 3, 98_304, 0.9, 1e15, "x")
+        RunResult(seed, write_run(folder / f"{name}-{seed}", 3, name).dir, 3.0 + seed, 3, 98_304, 0.9, 1e15, "x")
         for name in "ab"
         for seed in (0, 1)
     ]
     results = [
-        Result(HOSTILE, tuple(compared[:2]), None),
-        Result("b", tuple(compared[2:]), Difference(2, 0.1, -0.1, 0.3, 0.07)),
+        VariantResult(HOSTILE, tuple(compared[:2]), None),
+        VariantResult("b", tuple(compared[2:]), Difference(2, 0.1, -0.1, 0.3, 0.07)),
     ]
     options = {"optim.learning_rate": [1e-3, HOSTILE]}
     write_page(Comparison("val_loss", "tokens", results, options, {(HOSTILE, 2): HOSTILE}, []), folder)

@@ -1,7 +1,9 @@
 """`training.runs`: the runs of a folder, their states, and the caches that none of them needs."""
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,10 @@ def test_runs_are_listed_with_their_state_and_figures(list_runs, finished, at_st
         (("--sort", "loss", "--state", "finished"), ["small"]),
     ):
         assert sorted(entry["name"] for entry in as_json(list_runs(tmp_path / "runs", *flags, "--json"))) == names
+    orders = {"age": ("age_s", -1), "steps": ("step", 1), "best": ("best_val_loss", 1), "size": ("bytes", -1)}
+    for key, (field, sign) in orders.items():
+        values = [sign * entry[field] for entry in as_json(list_runs(tmp_path / "runs", "--sort", key, "--json"))]
+        assert values == sorted(values) and len(set(values)) > 1, key
 
 
 def test_a_folder_without_runs_and_a_missing_one(list_runs, tmp_path):
@@ -80,8 +86,14 @@ def test_only_caches_that_no_run_was_trained_on_are_removed(list_runs, call, opt
     used, unused = sorted(listed, key=lambda cache: not cache["runs"])
     assert used["runs"] == ["small"] and unused["runs"] == []
 
-    removed = as_json(list_runs(folder.parent, "--remove_unused_caches", "--json"))
+    assert as_json(list_runs(folder.parent, "--remove_caches_unused_for", 30, "--json")) == []
+    long_ago = time.time() - 40 * 86400
+    for cache in listed:
+        os.utime(Path(cache["folder"]) / "manifest.json", (long_ago, long_ago))
+    removed = as_json(list_runs(folder.parent, "--remove_caches_unused_for", 30, "--json"))
     assert [cache["folder"] for cache in removed] == [unused["folder"]]
     assert not Path(unused["folder"]).exists() and Path(used["folder"]).exists()
-    assert as_json(list_runs(folder.parent, "--caches", "--json")) == [used]
-    assert run(data=data) == folder  # it still resumes
+    (left,) = as_json(list_runs(folder.parent, "--caches", "--json"))
+    assert left["folder"] == used["folder"] and left["unused_s"] > 39 * 86400
+    assert run(data=data) == folder  # it still resumes, which counts as a use
+    assert as_json(list_runs(folder.parent, "--caches", "--json"))[0]["unused_s"] < 3600

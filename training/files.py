@@ -1,6 +1,7 @@
 """Durable, atomic files and folders, and the lock of a run's folder."""
 
 import errno
+import fcntl
 import itertools
 import os
 import re
@@ -126,8 +127,10 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def run_lock(folder: Path) -> Iterator[Callable[[], None]]:
+def run_lock(folder: Path, flag: str = "--name") -> Iterator[Callable[[], None]]:
     """Lock a run's folder until the block or the process ends. Raises UserError if another process holds the lock.
+
+    The error advises to choose another value of `flag`.
 
     Yields a function that raises UserError if the lock file was removed: another process may train the run now.
     """
@@ -139,9 +142,9 @@ def run_lock(folder: Path) -> Iterator[Callable[[], None]]:
         mkdir_durable(real.parent)
         lock.acquire(timeout=LOCK_WAIT_S)
     except Timeout:
-        raise UserError(f"{folder}: another process is training this run; choose another --name") from None
+        raise UserError(f"{folder}: another process is training this run; choose another {flag}") from None
     except OSError as error:
-        option = "--name" if error.errno == errno.ENAMETOOLONG else "--out_dir"
+        option = flag if error.errno == errno.ENAMETOOLONG else "--out_dir"
         raise UserError(f"{folder.parent}: {error.strerror or error}; choose another {option}") from error
     file = Path(lock.lock_file)
     inode = file.stat().st_ino
@@ -158,17 +161,15 @@ def run_lock(folder: Path) -> Iterator[Callable[[], None]]:
 
 def is_locked(folder: Path) -> bool:
     """Return True if a process trains the run in this folder."""
-    from filelock import FileLock, Timeout
-
     real = folder.resolve()
-    path = real.with_name(f".{real.name}.lock")
-    if not path.exists():
-        return False
     try:
-        with FileLock(path, timeout=0):  # for a moment: `run_lock` waits longer
-            return False
-    except (Timeout, OSError):
+        with real.with_name(f".{real.name}.lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for a moment: `run_lock` waits longer
+    except BlockingIOError:
         return True
+    except OSError:  # there is no lock, or it is another user's
+        pass
+    return False
 
 
 def mkdir_durable(path: Path) -> None:

@@ -68,5 +68,5 @@ def session(config: Config, resume: str) -> Iterator[Session]:
 
                 find_mode(config.logging.wandb)  # a wrong mode must not cost the run's folder its name
             for line in notices(config):
-                print_note(line)
+                print_note(line, once=True)
         yield Session(config, world, check_lock)

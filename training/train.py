@@ -69,8 +69,8 @@ def train(config: Config, *, resume: str = "auto", turn_s: float | None = None) 
         # 3. Train the model.
         log.start_clock()
         while not engine.is_over(state, config):
-            tracer.before(state.step + 1)
-            metrics = engine.train_step(setup, phase)
+            with tracer.step(state.step + 1):
+                metrics = engine.train_step(setup, phase)
             log.add(state.step, *metrics, state.guard.n_skipped)
             checkpoints.preallocate()
             with phase("communication"):
@@ -85,9 +85,9 @@ def train(config: Config, *, resume: str = "auto", turn_s: float | None = None) 
                     log.last_row |= engine.evaluate(setup, dataset.tokenizer)
                     engine.check_finite(state, log)
                     log.last_row |= engine.sample_texts(setup, dataset.tokenizer)
-            if due.tasks:
-                log.last_row |= engine.score_tasks(setup, phase)
             is_best = due.evaluate and state.update_best(log.last_row, config.eval.best, is_saved=due.save)
+            if due.tasks or engine.is_over(state, config):
+                log.last_row |= engine.score_tasks(setup, phase)
             if due.log:
                 log.write(with_report=due.evaluate)
             if due.save or (is_best and config.checkpoint.keep_best) or engine.is_over(state, config):

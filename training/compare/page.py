@@ -2,12 +2,15 @@
 
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from training.compare.results import Comparison, Result, Run, table, verdict_lines
+from training.compare.results import Comparison, RunResult
+from training.compare.text import table, verdict_lines
 from training.files import write_atomically
 from training.logging.charts import COLUMNS, Curve, chart
 from training.logging.jsonl import read_history
@@ -16,7 +19,17 @@ from training.logging.template import render_page
 
 SCALES = ((1e18, "EFLOPs"), (1e15, "PFLOPs"), (1e12, "TFLOPs"), (1e9, "GFLOPs"), (1.0, "FLOPs"))
 
-Track = list[tuple[float, float, float]]  # of a run, by evaluation: (tokens, seconds, metric)
+
+class Evaluation(NamedTuple):
+    """A point of a run's curve: the value, and what training took up to it."""
+
+    tokens: float
+    seconds: float
+    flops: float
+    value: float
+
+
+Track = dict[int, Evaluation]  # of a run, by step
 
 
 def write_page(comparison: Comparison, folder: Path) -> None:
@@ -31,7 +44,7 @@ def write_page(comparison: Comparison, folder: Path) -> None:
         Path(__file__).with_name("compare.html.j2"),
         name=folder.name,
         verdicts=verdict_lines(comparison),
-        metric=comparison.info.label,
+        metric=comparison.figure.label,
         equal=comparison.equal,
         charts=comparison_charts(comparison),
         titles=titles,
@@ -43,58 +56,57 @@ def write_page(comparison: Comparison, folder: Path) -> None:
     write_atomically(folder / "compare.html", page)
 
 
-def _link(run: Run, folder: Path) -> str:
+def _link(run: RunResult, folder: Path) -> str:
     """Return the relative path of a run's report, as a URL."""
     return Path(os.path.relpath(run.folder / "report.html", folder)).as_posix()
 
 
 def comparison_charts(comparison: Comparison) -> list[dict]:
-    """Return the curves of the metric against tokens, time and FLOPs, each with the range of its seeds."""
-    metric = comparison.info.curve
-    tracks = [[read_track(run, metric) for run in result.runs] for result in comparison.results]
+    """Return the curves of the figure against tokens, time and FLOPs, each with the range of its seeds."""
+    figure = comparison.figure
+    tracks = [[read_track(run, figure.curve) for run in result.runs] for result in comparison.results]
     flops = [result.average("flops") for result in comparison.results]
-    axes = {"tokens": lambda _, at: at[0], "seconds": lambda _, at: at[1]}
+    axes: dict[str, Callable[[Evaluation], float]] = {"tokens": attrgetter("tokens"), "seconds": attrgetter("seconds")}
     if None not in flops:
         size, unit = next(scale for scale in SCALES if max(flops) >= scale[0])
-        axes[unit] = lambda result, at: at[0] * _flops_per_token(result) / size
+        axes[unit] = lambda evaluation: evaluation.flops / size
     charts = []
-    for x_name, x_of in axes.items():
+    for x_name, x in axes.items():
+        shades = [100 * i // max(len(tracks) - 1, 1) for i in range(len(tracks))]
         curves = [
-            _curve(result, [[(x_of(result, at), at[2]) for at in track] for track in of_seeds], i, len(tracks))
-            for i, (result, of_seeds) in enumerate(zip(comparison.results, tracks, strict=True))
+            seed_curve(result.label, of_seeds, x, shade)
+            for result, of_seeds, shade in zip(comparison.results, tracks, shades, strict=True)
         ]
         if curves := [curve for curve in curves if curve.points]:
             ends = [curve.points[end][0] for curve in curves for end in (0, -1)]
-            spec = Chart(f"{comparison.info.label.capitalize()} by {x_name}", comparison.info.unit)
+            spec = Chart(f"{figure.label.capitalize()} by {x_name}", figure.unit)
             charts.append(chart(spec, max(ends), curves, first=min(ends), x_name=x_name))
     return charts
 
 
-def _flops_per_token(result: Result) -> float:
-    return result.average("flops") / result.average("tokens")
-
-
-def read_track(run: Run, metric: str) -> Track:
-    """Return a run's evaluations."""
+def read_track(run: RunResult, metric: str) -> Track:
+    """Return a run's evaluations; of a long run those that end a span of its history, the same ones for each seed."""
     history = read_history(run.folder / "metrics.jsonl")
-    points, times = history.points(metric), history.points("time_s")
-    if not points or not times:
-        return []
-    steps = [step for step, _ in points]
-    seconds = np.interp(steps, *zip(*times, strict=True)).tolist()
-    tokens_per_step = run.tokens / run.steps
-    return [(step * tokens_per_step, time, value) for (step, value), time in zip(points, seconds, strict=True)]
+    series, times = history.series(metric), history.points("time_s")
+    if not series or not times:
+        return {}
+    points = dict([series[0].first, *(part.last for part in series)])
+    seconds = np.interp(list(points), *zip(*times, strict=True)).tolist()
+    per_step, flops = run.tokens / run.steps, (run.flops or 0.0) / run.steps
+    return {
+        step: Evaluation(step * per_step, time, step * flops, value)
+        for (step, value), time in zip(points.items(), seconds, strict=True)
+    }
 
 
-def _curve(result: Result, of_seeds: Sequence[list[tuple[float, float]]], index: int, n: int) -> Curve:
-    """Return the mean over the seeds of the evaluations that all have, and the range from the lowest to the highest."""
-    n_points = min(len(points) for points in of_seeds)
-    stride = max(1, n_points // COLUMNS)
+def seed_curve(label: str, tracks: Sequence[Track], x: Callable[[Evaluation], float], shade: int) -> Curve:
+    """Return the mean over the seeds at the steps that all of them evaluated, and the range of the seeds."""
+    steps = sorted(set.intersection(*map(set, tracks)))
+    stride = max(1, len(steps) // COLUMNS)
     points, band = [], []
-    for at in range((n_points - 1) % stride, n_points, stride) if n_points else ():
-        x = statistics.fmean(each[at][0] for each in of_seeds)
-        values = [each[at][1] for each in of_seeds]
-        points.append((x, statistics.fmean(values)))
-        band.append((x, min(values), max(values)))
-    shade = 100 * index // max(n - 1, 1)
-    return Curve(result.label, "layer", points, shade, band if len(of_seeds) > 1 else ())
+    for step in steps[(len(steps) - 1) % stride :: stride]:
+        evaluations = [track[step] for track in tracks]
+        at, values = statistics.fmean(map(x, evaluations)), [evaluation.value for evaluation in evaluations]
+        points.append((at, statistics.fmean(values)))
+        band.append((at, min(values), max(values)))
+    return Curve(label, "layer", points, shade, band if len(tracks) > 1 else ())

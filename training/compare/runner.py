@@ -1,13 +1,16 @@
 """Train the runs of a comparison in this process, which imports the libraries and checks the data once."""
 
+import gc
 import json
+import os
 import statistics
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.compare.variants import Variant, store_variants
-from training.config import Config, EvalConfig
+from training.compare.results import read_summary
+from training.compare.variants import NEUTRAL, Variant, check_stored, store_variants
+from training.config import Config, ConstantSchedule, EvalConfig
 from training.errors import RestartNeeded, UserError
 from training.files import read_bytes, remove, write_atomically
 from training.logging.format import duration_text, number
@@ -39,12 +42,18 @@ class Runner:
         Every second seed trains the variants in reverse, so that a machine that slows down favors none of them. Raises
         Stopped after a signal.
         """
-        print_line(f"comparison in {self.folder}")
+        check_stored([variant for variant in variants if variant.is_trained], self.folder, (*NEUTRAL, "steps"))
+        print_line(f"comparison in {self.folder}, seeds {', '.join(map(str, self.seeds))}")
         with each_note_once():
             variants = self.equalize(variants)
-            store_variants([variant for variant in variants if not variant.finished], self.folder)
+            trained = [variant for variant in variants if variant.is_trained]
+            store_variants(trained, self.folder)
             for index, seed in enumerate(self.seeds):
-                pending = [variant for variant in variants if not is_finished(variant, seed, self.folder)]
+                pending = [
+                    variant
+                    for variant in trained
+                    if not is_finished(variant, seed, self.folder) and (variant.label, seed) not in self.failures
+                ]
                 self.train_seed(pending[:: -1 if index % 2 else 1], seed)
         return variants
 
@@ -54,31 +63,27 @@ class Runner:
         while pending:
             variant = pending.popleft()
             print_line(f"{variant.label}, seed {seed}: training")
+            # A turn compiles the model again, which takes long and counts as training.
+            has_turns = self.equal == "time" and pending and not variant.config.parallel.compile
             try:
-                status = self.train_run(variant, seed, TURN_S if self.equal == "time" and pending else None)
+                status = train_again(self.run_config(variant, seed), TURN_S if has_turns else None)
             except UserError as error:  # such as a learning rate at which the loss becomes NaN
-                self.failures[variant.label, seed] = str(error)
-                print_note(f"{variant.label}, seed {seed}: {error}; the comparison goes on without this run")
+                self.fail(variant, [seed], error)
                 continue
             if status == PAUSED:
                 pending.append(variant)
             elif status:
                 raise Stopped(status)
             else:
-                summary = json.loads(read_bytes(variant.folder(self.folder, seed) / "summary.json"))
+                summary = read_summary(variant.folder(self.folder, seed))
                 loss, time = number(summary["val_loss"]), duration_text(summary["time_s"])
                 print_line(f"{variant.label}, seed {seed}: val loss {loss} after {time}")
 
-    def train_run(self, variant: Variant, seed: int, turn_s: float | None) -> int:
-        """Train one run, for a turn or to its end; return the status of `train`. Raises UserError."""
-        for attempt in range(1, MAX_RESTARTS + 1):
-            try:
-                return train(self.run_config(variant, seed), turn_s=turn_s)
-            except RestartNeeded as error:
-                if attempt == MAX_RESTARTS:
-                    raise
-                print_note(f"{error}; starting it again")
-        raise AssertionError
+    def fail(self, variant: Variant, seeds: Sequence[int], error: UserError) -> None:
+        """Leave the runs of these seeds out."""
+        self.failures |= dict.fromkeys([(variant.label, seed) for seed in seeds], str(error))
+        runs = f"seed {seeds[0]}" if len(seeds) == 1 else "all seeds"
+        print_note(f"{variant.label}, {runs}: {error}; the comparison continues without it")
 
     def run_config(self, variant: Variant, seed: int) -> Config:
         """Return the configuration of one run: it keeps one checkpoint, beside the best one if that is its model."""
@@ -99,15 +104,15 @@ class Runner:
 
     def equalize(self, variants: Sequence[Variant]) -> list[Variant]:
         """Return the variants with as many steps as give them what the first one has: tokens, time or FLOPs."""
-        to_train = [variant for variant in variants if not variant.finished]
-        if not to_train:
+        if self.equal == "none":
             return list(variants)
         baseline = variants[0]
+        to_train = [variant for variant in variants if variant.is_trained and not variant.finished]
         costs = self.costs_of_a_step([baseline, *(variant for variant in to_train if variant is not baseline)])
-        total, equal = baseline.config.steps * costs[baseline.label], []
+        total, equal = steps_of(baseline) * costs.get(baseline.label, 0.0), []
         for variant in variants:
             steps = variant.config.steps
-            if variant.label in costs:
+            if total and variant in to_train and variant.label in costs:
                 steps = max(1, round(total / costs[variant.label]))
             if steps != variant.config.steps:
                 print_note(
@@ -118,46 +123,86 @@ class Runner:
         return equal
 
     def costs_of_a_step(self, variants: Sequence[Variant]) -> dict[str, float]:
-        """Return the tokens, seconds or FLOPs of a step by the variant's label."""
+        """Return the tokens, seconds or FLOPs of a step by the variant's label, without those that fail."""
         if self.equal == "tokens":
             return {variant.label: variant.config.batch_tokens for variant in variants}
         if self.equal == "flops":
             return {variant.label: flops_of_a_step(variant.config) for variant in variants}
-        path = self.folder / "step_times.json"  # measured once: a comparison that goes on must not change its steps
+        path = self.folder / "step_times.json"  # measured once: a comparison that is resumed must keep its steps
         stored = json.loads(read_bytes(path)) if path.is_file() else {}
         missing = [variant for variant in variants if variant.label not in stored]
         if missing:
             baseline = variants[0]
             measured = self.measure_steps([baseline, *(variant for variant in missing if variant is not baseline)])
-            scale = stored.get(baseline.label, measured[baseline.label]) / measured[baseline.label]
-            stored |= {variant.label: measured[variant.label] * scale for variant in missing}
-            write_atomically(path, json.dumps(stored, indent=2) + "\n")
+            if baseline.label in measured:
+                scale = stored.get(baseline.label, measured[baseline.label]) / measured[baseline.label]
+                stored |= {label: seconds * scale for label, seconds in measured.items() if label not in stored}
+                write_atomically(path, json.dumps(stored, indent=2) + "\n")
         return stored
 
     def measure_steps(self, variants: Sequence[Variant]) -> dict[str, float]:
-        """Return the median seconds of a step by label. The variants take turns."""
+        """Return the median seconds of a step by label, without variants that fail. The variants take turns."""
         times: dict[str, list[float]] = {variant.label: [] for variant in variants}
-        folder = self.folder / "timing"
-        for _ in range(TIMED_ROUNDS):
-            for variant in variants:
-                print_line(f"{variant.label}: measuring the time of a step")
-                remove(folder)
-                if status := train(timing_config(self.run_config(variant, variant.config.seed), folder)):
+        folder = self.folder / f"timing-{os.getpid()}"
+        for variant in list(variants) * TIMED_ROUNDS:
+            if variant.label not in times:
+                continue
+            print_line(f"{variant.label}: measuring the time of a step")
+            try:
+                if status := train_again(timing_config(self.run_config(variant, variant.config.seed), folder), None):
                     raise Stopped(status)
                 rows = (folder / "metrics.jsonl").read_text().splitlines()
                 times[variant.label] += [json.loads(row)["step_s"] for row in rows[TIMED_STEPS // 2 :]]
-        remove(folder)
+            except UserError as error:
+                del times[variant.label]
+                self.fail(variant, self.seeds, error)
+            finally:
+                remove(folder)
+                remove(folder.with_name(f".{folder.name}.lock"))
         return {label: statistics.median(seconds) for label, seconds in times.items()}
 
 
+def train_again(config: Config, turn_s: float | None) -> int:
+    """Train one run, for a turn or to its end, again after out-of-memory errors; return the status of `train`.
+
+    Raises UserError.
+    """
+    for attempt in range(1, MAX_RESTARTS + 1):
+        try:
+            return train(config, turn_s=turn_s)
+        except RestartNeeded as error:
+            if attempt == MAX_RESTARTS:
+                raise
+            print_note(f"{error}; starting it again")
+        finally:
+            free_memory()
+    raise AssertionError
+
+
+def free_memory() -> None:
+    """Free the model of the last run, which cycles of references keep."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def steps_of(variant: Variant) -> int:
+    """Return the steps of a variant; if a run of it is finished, those that it did: it may have stopped early."""
+    folder = next(iter(variant.finished.values()), None)
+    return variant.config.steps if folder is None else read_summary(folder)["steps"]
+
+
 def is_finished(variant: Variant, seed: int, folder: Path) -> bool:
-    """Return True if a run has its summary, which is written last, for this number of steps."""
+    """Return True if a run has its summary, for this number of steps."""
+    if seed in variant.finished:
+        return True
     try:
-        summary = json.loads(read_bytes(variant.folder(folder, seed) / "summary.json"))
-    except (OSError, ValueError):
+        summary = read_summary(variant.folder(folder, seed))
+    except UserError:
         return False
-    is_complete = summary.get("steps") == variant.config.steps or summary.get("stopped_early", False)
-    return seed in variant.finished or is_complete
+    return summary["steps"] == variant.config.steps or bool(summary.get("stopped_early"))
 
 
 def timing_config(config: Config, folder: Path) -> Config:
@@ -167,6 +212,7 @@ def timing_config(config: Config, folder: Path) -> Config:
             "name": folder.name,
             "out_dir": str(folder.parent),
             "steps": TIMED_STEPS,
+            "schedule": ConstantSchedule(warmup_steps=0),
             "eval": EvalConfig(every=None, tokens=1),
             "checkpoint": config.checkpoint.model_copy(update={"every": None, "every_minutes": None, "final": "last"}),
             "logging": config.logging.model_copy(update={"every": 1, "tensorboard": False, "wandb": None}),

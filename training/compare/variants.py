@@ -1,5 +1,6 @@
 """The variants of a comparison: configurations, finished runs, values of `--vary`, dense twins."""
 
+import hashlib
 import itertools
 import json
 import re
@@ -16,8 +17,8 @@ from training.options.schema import flatten_options
 from training.options.yaml import read_flag_value
 from training.twin import twin
 
-MAX_NAME = 80  # characters of the folder's name
-# Options that change neither what a run computes nor what its losses are measured on.
+MAX_NAME = 80  # characters of a variant in the name of a folder
+# Options that change neither what a run computes nor the text that its loss is measured on.
 NEUTRAL = (
     "seed",
     *(CHANGEABLE_ON_RESUME - {"eval"}),
@@ -32,11 +33,15 @@ class Variant:
     label: str  # in the table
     config: Config  # `seed`, `name` and `out_dir` are replaced for each run
     finished: Mapping[int, Path] = field(default_factory=dict)  # folders of finished runs by seed
+    is_trained: bool = True  # False: only its finished runs are compared
 
     @property
     def name(self) -> str:
-        """The label as part of a file's or run's name."""
-        return re.sub(r"[^A-Za-z0-9.-]+", "_", self.label).lstrip("._-")[:MAX_NAME] or "unnamed"
+        """The label as part of the name of a file or run."""
+        name = re.sub(r"[^A-Za-z0-9.-]+", "_", self.label).lstrip("._-") or "unnamed"
+        if len(name) <= MAX_NAME:
+            return name
+        return f"{name[: MAX_NAME - 9]}-{hashlib.sha256(self.label.encode()).hexdigest()[:8]}"
 
     def folder(self, comparison: Path, seed: int) -> Path:
         """Return the folder of a run."""
@@ -55,16 +60,20 @@ def read_settings(words: list[str]) -> dict[str, str]:
 
 
 def build_variants(
-    paths: Sequence[str], settings: Mapping[str, str], vary: Sequence[str], *, with_twins: bool
+    paths: Sequence[str], settings: Mapping[str, str], vary: Sequence[str], *, with_twins: bool, train_runs: bool
 ) -> list[Variant]:
-    """Return the variants, the first one first. Raises UserError."""
-    values = [_values_of(text, settings) for text in vary]
+    """Return the variants in the order of `paths`. Raises UserError.
+
+    `train_runs`: train more seeds of finished runs, too.
+    """
+    values = [read_values(text) for text in vary]
+    check_distinct([*settings, *(of_option[0][0] for of_option in values)])
     variants: list[Variant] = []
     for path in paths:
         if Path(path).is_dir():
             if settings or vary or with_twins:
                 raise UserError(f"{path}: a finished run has its options; give its config.yaml to train with others")
-            _add_run(variants, Path(path))
+            add_run(variants, Path(path), is_trained=train_runs)
             continue
         for choice in itertools.product(*values):
             config = cli.load_config(path, {**settings, **dict(choice)})
@@ -75,22 +84,33 @@ def build_variants(
             variants.append(Variant(label, config))
             if with_twins and any(isinstance(block.ffn, MoEConfig) for block in config.model.blocks):
                 variants.append(Variant(f"{label}, dense twin", twin(config)))
-    _check(variants, with_twins)
+    check_variants(variants, with_twins)
     return variants
 
 
-def _values_of(text: str, settings: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return (option, YAML text) for each value of a `--vary`."""
+def read_values(text: str) -> list[tuple[str, str]]:
+    """Return (option, YAML text) for each value of a `--vary`. Raises UserError."""
     option, _, values = text.partition("=")
     node = read_flag_value(f"[{values}]", f"--vary {option}")
     if node.syntax_error or not isinstance(node.value, list) or not node.value:
         raise UserError(f"--vary {text}: not OPTION=VALUE,VALUE as in optim.learning_rate=1e-3,2e-3")
-    if option in settings or option == "seed":
-        raise UserError(f"--vary {option}: {'it is also set by a flag' if option in settings else 'use --seeds'}")
-    return [(option, json.dumps(child.plain()) if child.text is None else child.text) for child in node.value]
+    if option == "seed":
+        raise UserError("--vary seed: use --seeds")
+    texts = [json.dumps(child.plain()) if child.text is None else child.text for child in node.value]
+    if len(set(texts)) < len(texts):
+        raise UserError(f"--vary {text}: a value is there twice")
+    return [(option, each) for each in texts]
 
 
-def _add_run(variants: list[Variant], folder: Path) -> None:
+def check_distinct(options: Sequence[str]) -> None:
+    """Raise UserError if an option is set twice, by itself or by a section around it."""
+    for one, other in itertools.combinations(options, 2):
+        short, long = sorted((one, other), key=len)
+        if f"{long}.".startswith(f"{short}."):
+            raise UserError(f"--vary {other}: {one} is also set, and one would replace the other")
+
+
+def add_run(variants: list[Variant], folder: Path, *, is_trained: bool) -> None:
     """Add a finished run: to the variant that differs from it by the seed alone, else as a new one."""
     if not (folder / "summary.json").is_file() or not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: no finished run, which has a summary.json; finish it with training.train")
@@ -101,15 +121,19 @@ def _add_run(variants: list[Variant], folder: Path) -> None:
                 raise UserError(f"{folder}: the same options and seed as {variant.finished[config.seed]}")
             variants[i] = replace(variant, finished={**variant.finished, config.seed: folder})
             return
-    variants.append(Variant(config.name, config, {config.seed: folder}))
+    is_taken = any(variant.label == config.name for variant in variants)
+    variants.append(Variant(str(folder) if is_taken else config.name, config, {config.seed: folder}, is_trained))
 
 
-def _check(variants: list[Variant], with_twins: bool) -> None:
+def check_variants(variants: list[Variant], with_twins: bool) -> None:
+    """Raise UserError if two variants have one name, if there is only one, or if they have different evaluations."""
     names = [variant.name for variant in variants]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"two configurations have the name {name}; give one of them another name, with its `name`")
+            raise UserError(f"two configurations have the name {name}; give one of them another `name`")
     if len(variants) < 2:
+        if len(variants[0].finished) > 1:
+            raise UserError("these runs differ by their seed alone; name a second configuration")
         remedy = "it has no experts, so it has no dense twin" if with_twins else "add a second one, --vary or --twin"
         raise UserError(f"{names[0]} is the only configuration: {remedy}")
     for variant in variants[1:]:
@@ -119,7 +143,7 @@ def _check(variants: list[Variant], with_twins: bool) -> None:
 
 
 def comparison_folder(variants: list[Variant], vary: Sequence[str], out: str | None) -> Path:
-    """Return the folder of a comparison: `out`, or a name such as a-vs-b or a-by-learning_rate."""
+    """Return the folder of a comparison: `out`, or one beside the first run, such as compare/a-by-learning_rate."""
     if out is not None:
         return Path(out)
     names = list(dict.fromkeys(variant.config.name for variant in variants))
@@ -127,19 +151,26 @@ def comparison_folder(variants: list[Variant], vary: Sequence[str], out: str | N
     if len(name) > MAX_NAME:
         name = f"{names[0][: MAX_NAME // 2]}-and-{len(names) - 1}-more"
     options = [text.partition("=")[0].rpartition(".")[2] for text in vary]
-    return Path(variants[0].config.out_dir, "compare", "-by-".join([name, *options]))
+    runs = next((folder.parent for folder in variants[0].finished.values()), Path(variants[0].config.out_dir))
+    return Path(runs, "compare", "-by-".join([name, *options]))
+
+
+def check_stored(variants: Sequence[Variant], folder: Path, ignored: Iterable[str] = NEUTRAL) -> None:
+    """Raise UserError if the folder holds other options of a variant."""
+    for variant in variants:
+        path = folder / f"{variant.name}.yaml"
+        if path.is_file() and (changes := differing_options([cli.load_config(path), variant.config], ignored)):
+            lines = "; ".join(f"{option}: {old} -> {new}" for option, (old, new) in changes.items())
+            raise UserError(f"{path}: this comparison began with other options: {lines}; choose another --out")
 
 
 def store_variants(variants: Sequence[Variant], folder: Path) -> None:
     """Write the configuration of each variant. Raises UserError if the folder holds other options of one."""
+    check_stored(variants, folder)
     with write_errors_as_user_errors(folder):
         mkdir_durable(folder)
     for variant in variants:
-        path = folder / f"{variant.name}.yaml"
-        if path.is_file() and (changes := differing_options([cli.load_config(path), variant.config])):
-            lines = "; ".join(f"{option}: {old} -> {new}" for option, (old, new) in changes.items())
-            raise UserError(f"{path}: this comparison began with other options: {lines}; choose another --out")
-        write_atomically(path, cli.dump_config(variant.config))
+        write_atomically(folder / f"{variant.name}.yaml", cli.dump_config(variant.config))
 
 
 def differing_options(configs: Iterable[Config], ignored: Iterable[str] = NEUTRAL) -> dict[str, list[Any]]:

@@ -6,6 +6,7 @@ its process. A killed build leaves only its `.partial` folder, which the next bu
 """
 
 import hashlib
+import os
 import shutil
 import time
 from collections.abc import Iterable, Sequence
@@ -32,7 +33,7 @@ from training.data.notes import (
     describe_separators,
 )
 from training.data.progress import show_progress
-from training.data.shards import Manifest, Split, Stream, StreamWriter
+from training.data.shards import MANIFEST_FILE, Manifest, Split, Stream, StreamWriter
 from training.data.sources import build_reader, drop_repeated_files
 from training.data.tokenizer import Tokenizer
 from training.errors import UserError
@@ -80,6 +81,8 @@ def prepare(config: DataConfig, *, quiet: bool = False) -> Dataset:
             hashes.on_read = progress.add
             dataset = open_dataset(folder, corpus, hashes)
         hashes.save()
+        with suppress(OSError):  # of another user
+            os.utime(folder / MANIFEST_FILE)  # when it was used last, for `training.runs`
     except OSError as error:  # from the cache's disk: readers of sources raise UserError
         raise UserError(f"{error.filename or cache}: cannot be written: {error.strerror or error}") from None
     dataset.report.update(is_cached=is_cached, seconds=time.perf_counter() - start)
@@ -141,7 +144,7 @@ def fingerprints(manifest: Manifest) -> tuple[str, str]:
 def print_notes(lines: Iterable[str]) -> None:
     """Print lines about the text on stderr."""
     for line in lines:
-        print_note(f"data: {line}")
+        print_note(f"data: {line}", once=True)
 
 
 def read_split(paths: Sequence[str], text_column: str, tokenizer: Tokenizer) -> Split:

@@ -50,16 +50,8 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
     Raises UserError if the folder holds another run, the checkpoint does not fit, or memory or disk are too small.
     """
     world.set_activity("the start of the run", "untimed")
-    if not gc.get_freeze_count():  # in a second run of this process it would keep the first one's garbage
-        gc.freeze()  # each full collection would walk through the libraries' million objects, for 0.4 s
+    prepare_process(config, world)
     check_same(world, {"data": dataset.fingerprint[:12]})
-    if config.parallel.recompute == "none":
-        devices.keep_freed_memory(world.device)
-    else:  # memory matters more than time
-        devices.release_freed_memory(world.device)
-    # torch.compile suggests TF32 for the router's float32 matmuls; we want full precision.
-    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
-    devices.reset_peak_memory(world.device)  # of an earlier run in this process
     point = find_resume_point(config, resume, world)
     state = TrainState.new() if point is None else point.state
     config = resolve_precision_and_sizes(config, dataset, world, state)
@@ -107,6 +99,19 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
     return Setup(config, model, stats, optimizer, loader, val, tasks, micro_batch, state, kernels)
 
 
+def prepare_process(config: Config, world: World) -> None:
+    """Set what holds for the whole process: memory that is kept, garbage collection, warnings."""
+    if not gc.get_freeze_count():  # in a second run of this process it would keep the first one's garbage
+        gc.freeze()  # each full collection would walk through the libraries' million objects, for 0.4 s
+    if config.parallel.recompute == "none":
+        devices.keep_freed_memory(world.device)
+    else:  # memory matters more than time
+        devices.release_freed_memory(world.device)
+    # torch.compile suggests TF32 for the router's float32 matmuls; we want full precision.
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
+    devices.reset_peak_memory(world.device)  # of an earlier run in this process
+
+
 def resolve_precision_and_sizes(config: Config, dataset: Dataset, world: World, state: TrainState) -> Config:
     """Replace `precision: auto` and every null that stands for a size. A run keeps the precision it started with.
 
@@ -140,7 +145,7 @@ def choose_best(config: Config, dataset: Dataset, world: World, state: TrainStat
         raise UserError(f"eval.best: no validation text has the name {best!r}; {remedy}")
     if len(names) == 1 and best != AVERAGE:
         best = None
-    if state.best is not None and config.checkpoint.final == "best":
+    if state.best is not None and (config.checkpoint.final == "best" or config.eval.patience is not None):
         path = step_path(config.run_dir / "checkpoints", state.best["step"])
         (is_missing,) = world.max_int(world.is_main and not path.exists())
         if is_missing:  # it was never saved, or removed since

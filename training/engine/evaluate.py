@@ -33,7 +33,9 @@ def evaluate(setup: Setup, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def score_tasks(setup: Setup, phase: Phases) -> dict[str, Any]:
-    """Return the metrics of the run's tasks. Collective."""
+    """Return the metrics of the run's tasks; {} if it has none. Collective."""
+    if not setup.tasks:
+        return {}
     with phase("evaluation"):
         row = task_row(compute_scores(setup.model.model, setup.tasks, setup.model.world))
         setup.model.reshard()

@@ -168,7 +168,9 @@ def finish(setup: Setup, dataset: Dataset, log: RunLog, phase: Phases) -> None:
             raise UserError(f"{folder / 'model'}: the model could not be written: {error}") from error
         if expert_tokens is not None:
             write_atomically(folder / "experts.json", json.dumps(expert_tokens) + "\n")
-    summary = summarize(setup, dataset, log) | {"model_is_average": is_average}
+    summary = summarize(setup, dataset, log)
+    final_loss = model_val_loss(log, summary["model_step"], is_average)
+    summary |= {"model_is_average": is_average, "model_val_loss": final_loss}
     if summary["stopped_early"]:
         n, step = config.eval.patience, setup.state.step
         print_line(f"eval.patience: no lower loss in {n} evaluations; stopped early at step {step:,}")
@@ -198,6 +200,12 @@ def final_weights(setup: Setup) -> tuple[dict[str, Tensor], bool]:
     if wants_average and not averages and model.world.is_main:
         print_note("optim.average: it had not begun at the step of the final model, which has the trained weights")
     return weights, wants_average and bool(averages)
+
+
+def model_val_loss(log: RunLog, step: int, is_average: bool) -> float | None:
+    """Return the validation loss of the final model; None if its step has none in the log."""
+    name = "averaged_val_loss" if is_average else "val_loss"
+    return dict(log.history.points(name)).get(step)
 
 
 def has_best_model(setup: Setup) -> bool:

@@ -1,10 +1,14 @@
 """Traces of a running job: `logging.trace_at`, or a file `trace` in the run's folder, which `touch` creates."""
 
+import math
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from training.config import Config
@@ -16,6 +20,7 @@ from training.terminal import print_line, print_note
 
 STEPS = 3  # that a trace records
 TOP_OPERATIONS = 5
+MAX_NAME = 60  # characters of an operation's
 
 
 class Tracer:
@@ -33,36 +38,41 @@ class Tracer:
     def __exit__(self, *_: object) -> None:
         self.finish()
 
-    def before(self, step: int) -> None:
-        """Begin a trace if one is due at this step, and end one that has all its steps."""
-        if not self.world.is_main:
-            return
-        if self.profile is not None and step >= self.first + STEPS:
-            self.finish()
-        if self.profile is None and (step in self.config.logging.trace_at or self._is_requested(step)):
+    @contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Begin a trace before this step if one is due, and end one after its last step."""
+        is_due = step in self.config.logging.trace_at or self._is_requested(step)
+        if self.world.is_main and self.profile is None and is_due:
             self._start(step)
+        yield
+        if self.profile is not None and step >= self.first + STEPS - 1:
+            self.finish()
 
     def _is_requested(self, step: int) -> bool:
-        """Return True if the file is there, and remove it. Looks once per `logging.every` steps."""
-        if (step - 1) % self.config.logging.every or not self.request.exists():
+        """Return True if the file is there, and remove it. Looks every `logging.every` steps."""
+        if not self.world.is_main or (step - 1) % self.config.logging.every or not self.request.exists():
             return False
-        self.request.unlink(missing_ok=True)
+        try:
+            self.request.unlink()
+        except OSError as error:  # it would be there again and again
+            print_note(f"{self.request}: {error.strerror}; no trace")
+            return False
         return True
 
     def _start(self, step: int) -> None:
         activities = [ProfilerActivity.CPU]
         if self.world.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-        self.timer.flush()
-        self.first, self.seconds, self.started = step, dict(self.timer.seconds), time.perf_counter()
         self.profile = profile(activities=activities)
         self.profile.start()
+        self.timer.flush()  # waits for the device
+        self.first, self.seconds, self.started = step, dict(self.timer.seconds), time.perf_counter()
 
     def finish(self) -> None:
         """End the trace, if one is running: write it and print its summary."""
         if self.profile is None:
             return
-        self.timer.flush()  # waits for the device
+        self.timer.flush()
         elapsed = time.perf_counter() - self.started
         phases = {phase: seconds - self.seconds[phase] for phase, seconds in self.timer.seconds.items()}
         trace, self.profile = self.profile, None
@@ -80,19 +90,29 @@ class Tracer:
 
 def summary_lines(trace: Any, path: Path, elapsed_s: float, phases: dict[str, float], *, on_cuda: bool) -> list[str]:
     """Return what a trace shows, in words."""
-    time_of = "self_device_time_total" if on_cuda else "self_cpu_time_total"
-    operations = [event for event in trace.key_averages() if getattr(event, time_of) > 0]
-    if on_cuda:  # operations on the host launch these
-        operations = [event for event in operations if event.device_type != torch.autograd.DeviceType.CPU]
-    operations.sort(key=lambda event: -getattr(event, time_of))
-    total = sum(getattr(event, time_of) for event in operations) / 1e6
-    shares_of = {event.key[:60]: getattr(event, time_of) / 1e6 / elapsed_s for event in operations[:TOP_OPERATIONS]}
-    top = ", ".join(f"{100 * share:.0f} % {name}" for name, share in shares_of.items())
-    busy, waits = ("the GPU", "waits") if on_cuda else ("the main thread", "is outside of operations")
+    device = DeviceType.CUDA if on_cuda else DeviceType.CPU
+    events = [event for event in trace.events() if event.device_type == device]
+    events = [event for event in events if not getattr(event, "is_user_annotation", False)]
+    time_of = "device_time_total" if on_cuda else "self_cpu_time_total"  # microseconds; a kernel has no parts
+    by_name: Counter[str] = Counter()
+    for event in events:
+        by_name[event.name[:MAX_NAME]] += getattr(event, time_of)
+    top = ", ".join(f"{us / elapsed_s / 1e4:.0f} % {name}" for name, us in by_name.most_common(TOP_OPERATIONS))
+    busy_s = covered([(event.time_range.start, event.time_range.end) for event in events]) / 1e6
+    busy, waits = ("the GPU", "waits") if on_cuda else ("the processor", "is outside of operations")
     shares = ", ".join(f"{100 * share:.0f} % {phase}" for phase, share in phase_shares(phases).items())
     return [
         f"trace: {path} (open it with https://ui.perfetto.dev)",
-        f"  time of the steps in {elapsed_s:.2f} s: {shares}",
+        f"  the steps took {elapsed_s:.2f} s: {shares}",
         f"  operations: {top}",
-        f"  {busy} {waits} {100 * max(0.0, 1 - total / elapsed_s):.0f} % of the time",
+        f"  {busy} {waits} {100 * max(0.0, 1 - busy_s / elapsed_s):.0f} % of the time",
     ]
+
+
+def covered(intervals: list[tuple[float, float]]) -> float:
+    """Return the length of the union of intervals."""
+    total, reached = 0.0, -math.inf
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total

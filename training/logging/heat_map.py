@@ -43,8 +43,8 @@ def draw_heat_map(load: dict[int, list[float]]) -> np.ndarray:
 def draw_layer_map(layers: Sequence[Mapping[int, float]]) -> dict[str, Any]:
     """Draw figures by layer, each {step: value}, as a PNG of a row for each layer and a column for each step.
 
-    At most MAX_COLUMNS steps are drawn. Colors follow the logarithm, if all values are positive. Returns the image as
-    base64, the lowest and the highest value as text, and the first and last step.
+    At most MAX_COLUMNS steps are drawn. Colors follow the logarithm; a value that is not positive is left out. Returns
+    the image as base64, the lowest and the highest value as text, and the first and last step.
     """
     steps = sorted(set().union(*layers))
     steps = steps[(len(steps) - 1) % -(-len(steps) // MAX_COLUMNS) :: -(-len(steps) // MAX_COLUMNS)]

@@ -118,8 +118,8 @@ def layer_maps(history: History) -> list[dict]:
     """Return the heat maps of the figures by layer, as images of a pixel for each layer and inspected step."""
     maps = []
     for metric in METRICS:
-        if metric.heat_map is not None and (names := history.names(metric.key)):
-            series = [{part.last[0]: part.last[1] for part in history.series(f"{metric.key}/{name}")} for name in names]
+        if metric.heat_map is not None and (layers := sorted(map(int, history.names(metric.key)))):
+            series = [dict(part.last for part in history.series(f"{metric.key}/{i}")) for i in range(layers[-1] + 1)]
             maps.append({"title": metric.heat_map, "meaning": metric.doc, **draw_layer_map(series)})
     return maps
 

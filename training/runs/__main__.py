@@ -4,7 +4,8 @@
     python -m training.runs runs/compare --sort best
     python -m training.runs --state stopped --name '*124m*' --json
     python -m training.runs --caches                        the cached text, and which runs it belongs to
-    python -m training.runs --remove_unused_caches          remove what none of these runs was trained on
+    python -m training.runs --remove_caches_unused_for 30   remove what none of them was trained on, and what no
+                                                            command has opened for 30 days
 
 A run that needs a removed cache again makes it again from its text.
 """
@@ -42,21 +43,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--caches", action="store_true", help="list the cached text instead")
     parser.add_argument(
-        "--remove_unused_caches", action="store_true", help="remove the cached text of no run in FOLDER"
+        "--remove_caches_unused_for",
+        type=int,
+        metavar="DAYS",
+        help="remove the cached text of no run in FOLDER that no command has opened for DAYS days",
     )
     args = parser.parse_args(argv)
     folder = Path(args.folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no folder; name the out_dir of your runs")
     runs = [read_run(path, folder) for path in find_runs(folder)]
-    if args.caches or args.remove_unused_caches:
-        return show_caches(runs, args.json, remove=args.remove_unused_caches)
+    if args.caches or args.remove_caches_unused_for is not None:
+        return show_caches(runs, args.json, args.remove_caches_unused_for)
     pattern = args.name if args.name is None or "*" in args.name else f"*{args.name}*"
     runs = [
         run for run in runs if args.state in (None, run.state) and (pattern is None or fnmatchcase(run.name, pattern))
     ]
     key = SORTS[args.sort]
-    runs.sort(key=lambda run: (key(run) is None, key(run)))
+    runs.sort(key=lambda run: (key(run) is None, key(run) or 0))
     if args.json:
         print_result(json.dumps([run.as_json() for run in runs]))
     elif not runs:
@@ -90,20 +94,23 @@ def total(runs: list[RunEntry]) -> list[str]:
     return [f"{len(runs)} runs", *[""] * 7, bytes_text(sum(run.bytes for run in runs)), ""]
 
 
-def show_caches(runs: list[RunEntry], as_json: bool, *, remove: bool) -> int:
-    """List the cached datasets, or remove those that no run uses; return the exit status."""
+def show_caches(runs: list[RunEntry], as_json: bool, remove_after_days: int | None) -> int:
+    """List the cached datasets, or remove those that no run needs and nobody has used since; return the exit status."""
     from training.runs.caches import find_caches, remove_cache
 
     caches = find_caches(runs)
-    if remove:
-        caches = [cache for cache in caches if not cache.runs and remove_cache(cache)]
+    if remove_after_days is not None:
+        unused = [cache for cache in caches if not cache.runs and cache.unused_s >= 86400 * remove_after_days]
+        caches = [cache for cache in unused if remove_cache(cache)]
     if as_json:
         print_result(json.dumps([cache.as_json() for cache in caches]))
         return 0
-    rows = [[str(cache.folder), count(cache.n_tokens), bytes_text(cache.bytes), users(cache.runs)] for cache in caches]
+    titles = ["cached text" if remove_after_days is None else "removed", "tokens", "size", "last used", "used by"]
+    rows = [
+        [str(c.folder), count(c.n_tokens), bytes_text(c.bytes), age_text(c.unused_s), users(c.runs)] for c in caches
+    ]
     size = bytes_text(sum(cache.bytes for cache in caches))
-    titles = ["removed" if remove else "cached text", "tokens", "size", "used by"]
-    for line in aligned_table([titles, *rows, [f"{len(caches)} datasets", "", size, ""]]):
+    for line in aligned_table([titles, *rows, [f"{len(caches)} datasets", "", size, "", ""]]):
         print_result(line)
     return 0
 

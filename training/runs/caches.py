@@ -1,6 +1,7 @@
 """The cached datasets, and which runs were trained on them."""
 
 import shutil
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ class CachedData:
     n_tokens: int
     bytes: int
     runs: list[str]  # names of those that were trained on it
+    unused_s: float  # since a command opened it
 
     def as_json(self) -> dict[str, Any]:
         """Return it as plain data."""
@@ -52,11 +54,13 @@ def _read_cache(folder: Path, runs: list[RunEntry]) -> CachedData | None:
         return None
     known = fingerprints(manifest)
     users = [run.name for run in runs if run.data in known]
-    return CachedData(folder, sum(record.n_tokens for record in manifest.streams), disk_bytes(folder), users)
+    unused_s = max(0.0, time.time() - (folder / MANIFEST_FILE).stat().st_mtime)
+    n_tokens = sum(record.n_tokens for record in manifest.streams)
+    return CachedData(folder, n_tokens, disk_bytes(folder), users, unused_s)
 
 
 def remove_cache(cache: CachedData) -> bool:
-    """Remove a dataset, unless a process holds its lock; return True if it is gone."""
+    """Remove a dataset, unless a process is building it; return True if it is gone."""
     try:
         with FileLock(f"{cache.folder}.lock", timeout=0):
             gone = cache.folder.with_suffix(".partial")  # the next build removes it if this process is killed

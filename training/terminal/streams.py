@@ -16,7 +16,7 @@ from training.terminal.printable import TEXT, printable
 
 NAMES = {"stdout": "standard output", "stderr": "standard error"}
 lost: dict[str, OSError] = {}  # the streams that no longer work, and why
-seen_notes: list[set[str]] = []  # the notes that were printed in each block of `each_note_once`
+seen_notes: list[set[str]] = []  # the notes `once` that were printed, for each block of `each_note_once`
 
 
 class LostOutputError(OSError):
@@ -31,9 +31,12 @@ def print_line(line: str = "") -> None:
         print_note(f"{NAMES['stdout']}: {lost['stdout'].strerror}; output is dropped from here on")
 
 
-def print_note(text: str, *, keep: str = "") -> None:
-    """Print one line on standard error: an error, a warning, or progress beside a result. Characters in `keep` stay."""
-    if seen_notes:
+def print_note(text: str, *, keep: str = "", once: bool = False) -> None:
+    """Print one line on standard error: an error, a warning, or progress beside a result. Characters in `keep` stay.
+
+    `once`: not again in a block of `each_note_once`.
+    """
+    if once and seen_notes:
         if text in seen_notes[-1]:
             return
         seen_notes[-1].add(text)
@@ -42,7 +45,7 @@ def print_note(text: str, *, keep: str = "") -> None:
 
 @contextmanager
 def each_note_once() -> Iterator[None]:
-    """Print a note that comes again in this block only once: several runs of one process have the same ones."""
+    """Print a note `once` in this block: runs of one process have the same notes about their options and text."""
     seen_notes.append(set())
     try:
         yield
