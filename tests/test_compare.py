@@ -157,7 +157,8 @@ def test_equal_tokens_and_flops_set_the_steps(compare, write, tmp_path):
 
 def test_runs_of_equal_time_take_turns_and_compute_the_same(compare, write, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "TURN_S", 0.0)  # a turn is a step
-    path, order = write(steps=3), note_trained_runs(monkeypatch)
+    schedule = {"type": "wsd", "warmup_steps": 1, "decay_steps": 50}  # shortened to fit the steps
+    path, order = write(steps=3, schedule=schedule), note_trained_runs(monkeypatch)
     assert compare(path, "--twin", "--equal", "time", "--seeds", 1).returncode == 0
     folder = tmp_path / "runs/compare/small-vs-small-dense"
     order = [name for name in order if not name.startswith("timing")]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from training.compare.results import read_summary
-from training.compare.variants import NEUTRAL, Variant, check_stored, store_variants
+from training.compare.variants import Variant, check_stored, store_variants
 from training.config import Config, ConstantSchedule, EvalConfig
 from training.errors import RestartNeeded, UserError
 from training.files import read_bytes, remove, write_atomically
@@ -42,7 +42,7 @@ class Runner:
         Every second seed trains the variants in reverse, so that a machine that slows down favors none of them. Raises
         Stopped after a signal.
         """
-        check_stored([variant for variant in variants if variant.is_trained], self.folder, (*NEUTRAL, "steps"))
+        check_stored([variant for variant in variants if variant.is_trained], self.folder, with_steps=False)
         print_line(f"comparison in {self.folder}, seeds {', '.join(map(str, self.seeds))}")
         with each_note_once():
             variants = self.equalize(variants)

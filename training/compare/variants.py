@@ -155,11 +155,16 @@ def comparison_folder(variants: list[Variant], vary: Sequence[str], out: str | N
     return Path(runs, "compare", "-by-".join([name, *options]))
 
 
-def check_stored(variants: Sequence[Variant], folder: Path, ignored: Iterable[str] = NEUTRAL) -> None:
-    """Raise UserError if the folder holds other options of a variant."""
+def check_stored(variants: Sequence[Variant], folder: Path, *, with_steps: bool = True) -> None:
+    """Raise UserError if the folder holds other options of a variant; `with_steps`: or another number of steps."""
     for variant in variants:
         path = folder / f"{variant.name}.yaml"
-        if path.is_file() and (changes := differing_options([cli.load_config(path), variant.config], ignored)):
+        if not path.is_file():
+            continue
+        stored = cli.load_config(path)
+        if not with_steps:  # on which a schedule that is resolved depends
+            stored = stored.model_copy(update={"steps": variant.config.steps})
+        if changes := differing_options([stored, variant.config]):
             lines = "; ".join(f"{option}: {old} -> {new}" for option, (old, new) in changes.items())
             raise UserError(f"{path}: this comparison began with other options: {lines}; choose another --out")
 

@@ -49,8 +49,10 @@ def draw_layer_map(layers: Sequence[Mapping[int, float]]) -> dict[str, Any]:
     steps = sorted(set().union(*layers))
     steps = steps[(len(steps) - 1) % -(-len(steps) // MAX_COLUMNS) :: -(-len(steps) // MAX_COLUMNS)]
     values = np.array([[layer.get(step, np.nan) for step in steps] for layer in layers])
+    if np.nanmax(values) > 0:
+        values = np.where(values > 0, values, np.nan)
     low, high = np.nanmin(values), np.nanmax(values)
-    scaled = np.log(np.where(values > 0, values, np.nan)) if high > 0 else values
+    scaled = np.log(values) if high > 0 else values
     bottom, top = np.nanmin(scaled), np.nanmax(scaled)
     share = (scaled - bottom) / max(top - bottom, 1e-9)
     stops = np.linspace(0, 1, len(RAMP))
