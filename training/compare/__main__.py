@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     """Return the command's arguments, and the settings of options as {option: YAML text}. Raises UserError."""
     parser = cli.Parser(prog="python -m training.compare", description=__doc__)
+    parser.usage = "%(prog)s CONFIG_OR_RUN ... [flags] [--section.option VALUE ...]"  # the first are taken off below
     parser.add_argument("--seeds", type=int, help=f"runs of each configuration (default {DEFAULT_SEEDS})")
     parser.add_argument(
         "--equal",
