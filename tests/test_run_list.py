@@ -89,7 +89,7 @@ def test_only_caches_that_no_run_was_trained_on_are_removed(list_runs, call, opt
     assert as_json(list_runs(folder.parent, "--remove_caches_unused_for", 30, "--json")) == []
     long_ago = time.time() - 40 * 86400
     for cache in listed:
-        os.utime(Path(cache["folder"]) / "manifest.json", (long_ago, long_ago))
+        os.utime(cache["folder"], (long_ago, long_ago))
     removed = as_json(list_runs(folder.parent, "--remove_caches_unused_for", 30, "--json"))
     assert [cache["folder"] for cache in removed] == [unused["folder"]]
     assert not Path(unused["folder"]).exists() and Path(used["folder"]).exists()

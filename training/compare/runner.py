@@ -175,17 +175,20 @@ def train_again(config: Config, turn_s: float | None) -> int:
                 raise
             print_note(f"{error}; starting it again")
         finally:
-            free_memory()
+            free_memory(config.parallel.device)
     raise AssertionError
 
 
-def free_memory() -> None:
-    """Free the model of the last run, which cycles of references keep."""
+def free_memory(device: str) -> None:
+    """Free the model of the last run, which cycles of references keep, and forget its peak."""
     import torch
+
+    from training.device import reset_peak_memory, select_device
 
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    reset_peak_memory(select_device(device))
 
 
 def steps_of(variant: Variant) -> int:

@@ -33,7 +33,7 @@ from training.data.notes import (
     describe_separators,
 )
 from training.data.progress import show_progress
-from training.data.shards import MANIFEST_FILE, Manifest, Split, Stream, StreamWriter
+from training.data.shards import Manifest, Split, Stream, StreamWriter
 from training.data.sources import build_reader, drop_repeated_files
 from training.data.tokenizer import Tokenizer
 from training.errors import UserError
@@ -82,7 +82,7 @@ def prepare(config: DataConfig, *, quiet: bool = False) -> Dataset:
             dataset = open_dataset(folder, corpus, hashes)
         hashes.save()
         with suppress(OSError):  # of another user
-            os.utime(folder / MANIFEST_FILE)  # when it was used last, for `training.runs`
+            os.utime(folder)  # when it was used last, for `training.runs`
     except OSError as error:  # from the cache's disk: readers of sources raise UserError
         raise UserError(f"{error.filename or cache}: cannot be written: {error.strerror or error}") from None
     dataset.report.update(is_cached=is_cached, seconds=time.perf_counter() - start)

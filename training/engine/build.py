@@ -109,7 +109,6 @@ def prepare_process(config: Config, world: World) -> None:
         devices.release_freed_memory(world.device)
     # torch.compile suggests TF32 for the router's float32 matmuls; we want full precision.
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
-    devices.reset_peak_memory(world.device)  # of an earlier run in this process
 
 
 def resolve_precision_and_sizes(config: Config, dataset: Dataset, world: World, state: TrainState) -> Config:

@@ -54,7 +54,7 @@ def _read_cache(folder: Path, runs: list[RunEntry]) -> CachedData | None:
         return None
     known = fingerprints(manifest)
     users = [run.name for run in runs if run.data in known]
-    unused_s = max(0.0, time.time() - (folder / MANIFEST_FILE).stat().st_mtime)
+    unused_s = max(0.0, time.time() - folder.stat().st_mtime)
     n_tokens = sum(record.n_tokens for record in manifest.streams)
     return CachedData(folder, n_tokens, disk_bytes(folder), users, unused_s)
 
