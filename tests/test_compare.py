@@ -15,6 +15,7 @@ from training.compare.page import comparison_charts
 from training.compare.results import Comparison, RunResult, VariantResult, paired_difference
 from training.compare.text import table, verdict_lines
 from training.compare.variants import build_variants, differing_options
+from training.errors import UserError
 from training.files import run_lock
 from training.model.stats import model_stats
 from training.options import cli
@@ -114,7 +115,11 @@ def test_the_seeds_of_finished_runs_are_kept_and_filled_up(compare, write, run, 
     out = tmp_path / "runs/compare/seven-vs-other"
     assert "seeds 7, 8" in done.stdout
     assert all([run["seed"] for run in variant["runs"]] == [7, 8] for variant in result_of(out)["variants"])
-    assert (out / "seven.yaml").exists() and (out / "seven-seed-8").exists() and not (out / "seven-seed-7").exists()
+    assert (
+        (out / "compare_variants/seven.yaml").exists()
+        and (out / "seven-seed-8").exists()
+        and not (out / "seven-seed-7").exists()
+    )
 
 
 def test_varied_steps_stay_as_they_are(compare, write, tmp_path):
@@ -174,6 +179,10 @@ def test_runs_of_equal_time_take_turns_and_compute_the_same(compare, write, tmp_
     assert rows(folder / "small_dense_twin-seed-0") == rows(alone.run_dir)
 
     before = (folder / "step_times.json").read_text()
+    (folder / "step_times.json").write_text('{"small": null}')
+    done = compare(path, "--twin", "--equal", "time", "--seeds", 1)
+    assert done.returncode == 2 and "step_times.json: damaged" in done.stderr
+    (folder / "step_times.json").write_text(before)
     assert compare(path, "--twin", "--equal", "time", "--seeds", 1).returncode == 0
     assert (folder / "step_times.json").read_text() == before
 
@@ -274,6 +283,75 @@ def test_another_comparison_is_not_overwritten(compare, write):
     assert compare(write(), *arguments).returncode == 0
     done = compare(write(batch_tokens=512), *arguments)
     assert done.returncode == 2 and "batch_tokens: 256 -> 512; choose another --out" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [("--checkpoint.final", "best"), ("--eval.best", "average"), ("--eval.every", "1")],
+    ids=lambda changes: changes[0],
+)
+def test_runs_with_another_final_model_are_not_used_again(compare, write, changes):
+    arguments = (write(optim={"average": {"decay": 0.9}}), "--vary", "optim.learning_rate=1e-3,1e-2", "--seeds", 1)
+    assert compare(*arguments).returncode == 0
+    done = compare(*arguments, *changes)
+    assert done.returncode == 2 and f"{changes[0][2:]}: " in done.stderr and "choose another --out" in done.stderr
+
+
+def test_another_run_in_the_folder_and_the_users_files_are_left_alone(compare, write, run, tmp_path):
+    paths = [write("a"), write("b", optim={"learning_rate": 1e-2})]
+    before = [Path(path).read_text() for path in paths]
+    run(name="a-seed-0", out_dir=str(tmp_path), steps=4)
+    done = compare(*paths, "--seeds", 1, "--out", tmp_path)
+    assert done.returncode == 2 and "a-seed-0: a run that this comparison did not train" in done.stderr
+    shutil.rmtree(tmp_path / "a-seed-0")
+    assert compare(*paths, "--seeds", 1, "--out", tmp_path).returncode == 0
+    assert [Path(path).read_text() for path in paths] == before
+
+
+def test_seeds_of_changed_text_are_not_averaged(compare, options, tmp_path):
+    text = tmp_path / "text.txt"
+    data = options()["data"] | {"sources": [{"paths": [str(text)]}]}
+    text.write_text("".join(f"{n} and {n} are {n + n}.\n" for n in range(900)))
+    path = str(write_config(tmp_path / "small.yaml", options(steps=4, data=data)))
+    arguments = (path, "--vary", "optim.learning_rate=1e-3,1e-2")
+    assert compare(*arguments, "--seeds", 1).returncode == 0
+    text.write_text("".join(f"{n} or {n} is {n}.\n" for n in range(900)))
+    done = compare(*arguments, "--seeds", 2)
+    assert done.returncode == 2 and "its runs have different text or tokenizers" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("summary.json", '{"steps": 4, "tokens": 1024, "time_s": "x", "val_loss": 2.0}'),
+        ("summary.json", '{"steps": 0, "tokens": 0, "time_s": 0.0, "val_loss": 2.0}'),
+        ("summary.json", '{"steps": 4, "tokens": 1024, "time_s": 1.0, "val_loss": Infinity}'),
+        ("summary.json", "[]"),
+        ("run.json", '{"facts": {"data": [1], "flops_per_token": "x"}}'),
+    ],
+)
+def test_damaged_files_of_a_finished_run_are_one_line(compare, run, tmp_path, name, content):
+    folders = [run(name=each, steps=4, optim={"learning_rate": rate}) for each, rate in (("a", 1e-3), ("b", 1e-2))]
+    (folders[1] / name).write_text(content)
+    done = compare(*folders, "--out", tmp_path / "out")
+    if name == "run.json":  # its FLOPs and text are unknown
+        assert done.returncode == 0
+    else:
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        assert str(folders[1]) in done.stderr and "summary.json" in done.stderr
+
+
+def test_names_of_other_values_differ_and_equal_values_are_refused(write):
+    variants = build_variants([write()], {}, ["init_from=ä,ö,p q,p_q"], with_twins=False, train_runs=False)
+    assert len({variant.name for variant in variants}) == 4
+    with pytest.raises(UserError, match="a value is there twice"):
+        build_variants([write()], {}, ["optim.learning_rate=1e-3,0.001"], with_twins=False, train_runs=False)
+
+
+def test_finished_runs_that_differ_by_a_kernel_are_variants(compare, run, tmp_path):
+    folders = [run(name=name, steps=4, micro_batch=size) for name, size in (("a", 4), ("b", 2))]
+    assert compare(*folders, "--out", tmp_path / "out").returncode == 0
+    assert result_of(tmp_path / "out")["options"] == {"micro_batch": {"a": 4, "b": 2}}
 
 
 def run_of(seed: int, value: float, tokens: int = 100) -> RunResult:

@@ -73,6 +73,10 @@ def test_damaged_files_of_a_run_do_not_stop_the_list(list_runs, finished):
     for name in ("summary.json", "run.json", "config.yaml"):
         (folder / name).write_text("{")
     (entry,) = as_json(list_runs(folder.parent, "--json"))
+    (folder / "summary.json").write_text('{"steps": 8, "best_val_loss": "y", "tokens_per_s": [1]}')
+    for key in ("best", "speed", "name"):
+        assert list_runs(folder.parent, "--sort", key).returncode == 0
+    assert list_runs(folder.parent, "--remove_caches_unused_for", -1).returncode == 2
     assert entry["step"] == 8 and entry["state"] == "stopped" and entry["steps"] is None
 
 

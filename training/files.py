@@ -144,7 +144,7 @@ def run_lock(folder: Path, flag: str = "--name") -> Iterator[Callable[[], None]]
     except Timeout:
         raise UserError(f"{folder}: another process is training this run; choose another {flag}") from None
     except OSError as error:
-        option = flag if error.errno == errno.ENAMETOOLONG else "--out_dir"
+        option = flag if flag != "--name" or error.errno == errno.ENAMETOOLONG else "--out_dir"
         raise UserError(f"{folder.parent}: {error.strerror or error}; choose another {option}") from error
     file = Path(lock.lock_file)
     inode = file.stat().st_ino

@@ -1,20 +1,22 @@
 """The result of a comparison: each variant's figures, and its paired difference to the baseline."""
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from training.compare.variants import Variant, differing_options
+from training.compare.variants import NEUTRAL, Variant, differing_options
 from training.errors import UserError
 from training.files import read_bytes
 
 TEST = "paired t test"
 CONFIDENCE = 0.95
 ROUNDING = 1e-9  # differences of a smaller relative spread are equal: a t test of them would be certain
-HIDDEN_OPTIONS = ("name", "out_dir", "seed", "logging", "checkpoint")  # they explain no difference
+# They explain no difference.
+HIDDEN_OPTIONS = ("name", "out_dir", "seed", "logging", *(name for name in NEUTRAL if name.startswith("checkpoint.")))
 
 
 class Figure(NamedTuple):
@@ -165,11 +167,18 @@ def compare_runs(
     compared = [variant for variant in variants if summaries[variant.label]]
     if not compared:
         raise UserError(f"{folder}: no run finished")
+    for label, by_seed in summaries.items():
+        if len({summary["data"] for summary in by_seed.values()} - {None}) > 1:
+            raise UserError(f"{label}: its runs have different text or tokenizers; choose another --out")
     notes = [] if compared[0] is variants[0] else [f"No run of {variants[0].label} finished: see {compared[0].label}."]
     texts = {summary["data"] for by_seed in summaries.values() for summary in by_seed.values()} - {None}
     if len(texts) > 1:
         name = name or "val_bits_per_byte"
         notes.append("The runs have different text or tokenizers: only bits per byte of equal validation text compare.")
+        if (n := compared[0].config.eval.tokens) is not None:
+            notes.append(
+                f"eval.tokens: {n:,} tokens of each tokenizer are not the same text; null evaluates all of it."
+            )
     name = name or "val_loss"
     runs = {
         label: tuple(run_result(seed, summary, name) for seed, summary in by_seed.items())
@@ -196,22 +205,32 @@ def read_summary(folder: Path) -> dict[str, Any]:
     path = folder / "summary.json"
     try:
         summary = json.loads(read_bytes(path))
-        steps, tokens, time_s = summary["steps"], summary["tokens"], summary["time_s"]
+        steps, tokens, time_s = (to_positive(summary[name]) for name in ("steps", "tokens", "time_s"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the summary of a finished run ({type(error).__name__})") from None
     try:
         facts = json.loads(read_bytes(folder / "run.json"))["facts"]
-        known = {"data": facts.get("data"), "flops_per_token": facts.get("flops_per_token")}
+        data, flops = facts.get("data"), facts.get("flops_per_token")
+        known = {"data": data if isinstance(data, str) else None, "flops_per_token": flops and to_positive(flops)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         known = {"data": None, "flops_per_token": None}
     return {**summary, "folder": folder, "steps": steps, "tokens": tokens, "time_s": time_s, **known}
 
 
+def to_positive(value: Any) -> float:
+    """Return a positive finite number. Raises ValueError for another value."""
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"{value!r} is not a positive number")
+    return value
+
+
 def run_result(seed: int, summary: dict[str, Any], name: str) -> RunResult:
     """Return a run with its figure. Raises UserError if it lacks it."""
     value, last, final = (summary.get(key) for key in (name, "val_loss", "model_val_loss"))
-    if type(value) not in (int, float):
+    if type(value) not in (int, float) or not math.isfinite(value):
         raise UserError(f"{summary['folder']}: its summary.json has no {name}; choose another --metric")
+    if not all(type(each) in (int, float) and math.isfinite(each) for each in (last, final)):
+        final = None  # of an older version
     if name in ("val_loss", "val_bits_per_byte") and final is not None and last:
         value *= final / last  # of the final model, which may be that of an earlier step, or an average
     flops = summary["flops_per_token"] and summary["flops_per_token"] * summary["tokens"]

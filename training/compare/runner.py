@@ -3,12 +3,13 @@
 import gc
 import json
 import os
+import re
 import statistics
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.compare.results import read_summary
+from training.compare.results import read_summary, to_positive
 from training.compare.variants import Variant, check_stored, store_variants
 from training.config import Config, ConstantSchedule, EvalConfig
 from training.errors import RestartNeeded, UserError
@@ -129,7 +130,7 @@ class Runner:
         if self.equal == "flops":
             return {variant.label: flops_of_a_step(variant.config) for variant in variants}
         path = self.folder / "step_times.json"  # measured once: a comparison that is resumed must keep its steps
-        stored = json.loads(read_bytes(path)) if path.is_file() else {}
+        stored = read_step_times(path)
         missing = [variant for variant in variants if variant.label not in stored]
         if missing:
             baseline = variants[0]
@@ -144,6 +145,9 @@ class Runner:
         """Return the median seconds of a step by label, without variants that fail. The variants take turns."""
         times: dict[str, list[float]] = {variant.label: [] for variant in variants}
         folder = self.folder / f"timing-{os.getpid()}"
+        for path in [*self.folder.glob("timing-*"), *self.folder.glob(".timing-*.lock")]:  # of a killed process
+            if re.fullmatch(r"\.?timing-\d+(\.lock)?", path.name):
+                remove(path)
         for variant in list(variants) * TIMED_ROUNDS:
             if variant.label not in times:
                 continue
@@ -160,6 +164,19 @@ class Runner:
                 remove(folder)
                 remove(folder.with_name(f".{folder.name}.lock"))
         return {label: statistics.median(seconds) for label, seconds in times.items()}
+
+
+def read_step_times(path: Path) -> dict[str, float]:
+    """Return the measured seconds of a step by label, {} before they are measured. Raises UserError if damaged."""
+    try:
+        stored = json.loads(read_bytes(path))
+        return {label: to_positive(seconds) for label, seconds in stored.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError):
+        raise UserError(
+            f"{path}: damaged, and the steps of this comparison follow from it; choose another --out"
+        ) from None
 
 
 def train_again(config: Config, turn_s: float | None) -> int:

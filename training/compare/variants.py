@@ -1,5 +1,6 @@
 """The variants of a comparison: configurations, finished runs, values of `--vary`, dense twins."""
 
+import glob
 import hashlib
 import itertools
 import json
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from training.config import CHANGEABLE_ON_RESUME, Config, EvalConfig, MoEConfig
+from training.config import CHANGEABLE_ON_RESUME, CheckpointConfig, Config, MoEConfig
 from training.errors import UserError
 from training.files import mkdir_durable, write_atomically, write_errors_as_user_errors
 from training.options import cli
@@ -18,11 +19,14 @@ from training.options.yaml import read_flag_value
 from training.twin import twin
 
 MAX_NAME = 80  # characters of a variant in the name of a folder
-# Options that change neither what a run computes nor the text that its loss is measured on.
+STORE = "compare_variants"  # folder of the variants' configurations: not where a user keeps files
+PLAIN_LABEL = re.compile(r"[\w.+=-]+(, [\w.+=-]+)*", re.ASCII)  # becomes a name that no other one becomes
+# Options that change neither a run's final model nor the figures that it is compared by.
 NEUTRAL = (
     "seed",
-    *(CHANGEABLE_ON_RESUME - {"eval"}),
-    *(f"eval.{name}" for name in EvalConfig.model_fields if name not in ("tokens", "patience")),
+    *(CHANGEABLE_ON_RESUME - {"eval", "checkpoint"}),
+    *(f"checkpoint.{name}" for name in CheckpointConfig.model_fields if name != "final"),
+    *(f"eval.{name}" for name in ("prompts", "sample_tokens", "temperature", "top_k")),
 )
 
 
@@ -39,9 +43,9 @@ class Variant:
     def name(self) -> str:
         """The label as part of the name of a file or run."""
         name = re.sub(r"[^A-Za-z0-9.-]+", "_", self.label).lstrip("._-") or "unnamed"
-        if len(name) <= MAX_NAME:
+        if len(name) <= MAX_NAME and PLAIN_LABEL.fullmatch(self.label.removesuffix(", dense twin")):
             return name
-        return f"{name[: MAX_NAME - 9]}-{hashlib.sha256(self.label.encode()).hexdigest()[:8]}"
+        return f"{name[: MAX_NAME - 9].rstrip('_')}-{hashlib.sha256(self.label.encode()).hexdigest()[:8]}"
 
     def folder(self, comparison: Path, seed: int) -> Path:
         """Return the folder of a run."""
@@ -97,7 +101,7 @@ def read_values(text: str) -> list[tuple[str, str]]:
     if option == "seed":
         raise UserError("--vary seed: use --seeds")
     texts = [json.dumps(child.plain()) if child.text is None else child.text for child in node.value]
-    if len(set(texts)) < len(texts):
+    if len({json.dumps(child.plain()) for child in node.value}) < len(texts):
         raise UserError(f"--vary {text}: a value is there twice")
     return [(option, each) for each in texts]
 
@@ -118,6 +122,8 @@ def add_run(variants: list[Variant], folder: Path, *, is_trained: bool) -> None:
     for i, variant in enumerate(variants):
         if variant.finished and not differing_options([variant.config, config]):
             if config.seed in variant.finished:
+                if differing_options([variant.config, config], ("name", "out_dir")):
+                    continue  # as with another kernel: a variant of its own
                 raise UserError(f"{folder}: the same options and seed as {variant.finished[config.seed]}")
             variants[i] = replace(variant, finished={**variant.finished, config.seed: folder})
             return
@@ -158,8 +164,10 @@ def comparison_folder(variants: list[Variant], vary: Sequence[str], out: str | N
 def check_stored(variants: Sequence[Variant], folder: Path, *, with_steps: bool = True) -> None:
     """Raise UserError if the folder holds other options of a variant; `with_steps`: or another number of steps."""
     for variant in variants:
-        path = folder / f"{variant.name}.yaml"
+        path = folder / STORE / f"{variant.name}.yaml"
         if not path.is_file():
+            for run in folder.glob(f"{glob.escape(variant.name)}-seed-*/metrics.jsonl"):
+                raise UserError(f"{run.parent}: a run that this comparison did not train; choose another --out")
             continue
         stored = cli.load_config(path)
         if not with_steps:  # on which a schedule that is resolved depends
@@ -173,9 +181,9 @@ def store_variants(variants: Sequence[Variant], folder: Path) -> None:
     """Write the configuration of each variant. Raises UserError if the folder holds other options of one."""
     check_stored(variants, folder)
     with write_errors_as_user_errors(folder):
-        mkdir_durable(folder)
+        mkdir_durable(folder / STORE)
     for variant in variants:
-        write_atomically(folder / f"{variant.name}.yaml", cli.dump_config(variant.config))
+        write_atomically(folder / STORE / f"{variant.name}.yaml", cli.dump_config(variant.config))
 
 
 def differing_options(configs: Iterable[Config], ignored: Iterable[str] = NEUTRAL) -> dict[str, list[Any]]:

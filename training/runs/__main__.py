@@ -49,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         help="remove the cached text of no run in FOLDER that no command has opened for DAYS days",
     )
     args = parser.parse_args(argv)
+    if args.remove_caches_unused_for is not None and args.remove_caches_unused_for < 0:
+        parser.error(f"--remove_caches_unused_for: {args.remove_caches_unused_for} is less than 0")
     folder = Path(args.folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no folder; name the out_dir of your runs")

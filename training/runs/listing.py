@@ -1,6 +1,7 @@
 """Find the runs of a folder, and read what their files say."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -53,10 +54,10 @@ def read_run(path: Path, folder: Path) -> RunEntry:
     summary, info, state = _read(path / "summary.json"), _read(path / "run.json"), _latest_state(path)
     history = read_history(path / MARK)
     newest, losses = history.newest(), history.points("val_loss")
-    steps = info.get("steps")
+    steps = _number(info, "steps")
     is_complete = summary.get("steps") == steps or summary.get("stopped_early", False)
     is_finished = steps is not None and is_complete and history.last_step == summary.get("steps")
-    best = summary.get("best_val_loss") if is_finished else min((value for _, value in losses), default=None)
+    best = _number(summary, "best_val_loss") if is_finished else min((value for _, value in losses), default=None)
     return RunEntry(
         name=path.relative_to(folder).as_posix() if path != folder else path.name,
         folder=path,
@@ -66,7 +67,7 @@ def read_run(path: Path, folder: Path) -> RunEntry:
         loss=newest.get("loss"),
         val_loss=newest.get("val_loss"),
         best_val_loss=best,
-        tokens_per_s=summary.get("tokens_per_s") if is_finished else newest.get("tokens_per_s"),
+        tokens_per_s=_number(summary, "tokens_per_s") if is_finished else newest.get("tokens_per_s"),
         bytes=disk_bytes(path),
         age_s=max(0.0, time.time() - (path / MARK).stat().st_mtime),
         data=_at(info, "facts", "data") or state.get("data"),
@@ -96,6 +97,12 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _number(content: dict[str, Any], name: str) -> Any:
+    """Return a number of a JSON object; None for another value."""
+    value = content.get(name)
+    return value if type(value) in (int, float) and math.isfinite(value) else None
 
 
 def _at(value: Any, *names: str) -> Any:
