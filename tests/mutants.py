@@ -505,7 +505,7 @@ def main(words: list[str]) -> int:
     survivors = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "data_cache", "__pycache__"))
+        shutil.copytree(ROOT, copy, ignore=_not_source)
         for defect in chosen:
             began = time.perf_counter()
             result = plant(copy, defect)
@@ -546,6 +546,12 @@ def plant(copy: Path, defect: Defect) -> str:
         return "caught"  # a hang fails too
     finally:
         path.write_text(text)
+
+
+def _not_source(folder: str, names: list[str]) -> set[str]:
+    """Return the names that a copy leaves out; training/runs is source, runs at the root is not."""
+    at_root = {".venv", ".git", "runs", "data_cache", "build"} if Path(folder) == ROOT else set()
+    return (at_root | {"__pycache__"}) & set(names)
 
 
 def _split(tests: str) -> list[str]:
