@@ -81,8 +81,8 @@ def test_without_memory_for_a_copy_the_update_ratio_is_left_out(build_run, monke
 def test_the_figures_of_two_ranks_are_those_of_one(processes, options, tmp_path):
     """In each layout: replicated, sharded, and experts split."""
     found = {}
-    for name, mesh, n_ranks in (("one", {}, 1), ("both", {}, 2),
-                                ("expert", {"shard": 2, "expert": 2}, 2)):  # fmt: skip
+    layouts = [("one", {}, 1), ("both", {}, 2), ("shard", {"shard": 2}, 2), ("expert", {"expert": 2}, 2)]
+    for name, mesh, n_ranks in layouts:
         changes = {"name": name, "micro_batch": 2, "steps": 2, "logging": LOGGING}
         config = Config.model_validate(options(**changes, parallel={"device": "cpu", "mesh": mesh}))
         path = write_config(tmp_path / f"{name}.yaml", config.model_dump(mode="json"))

@@ -108,7 +108,9 @@ def test_a_package_with_all_examples_trains_with_them_and_resumes(tmp_path):
 
 def contracts_of(folder: Path, pages: list[Path], without: Block | None = None) -> subprocess.CompletedProcess:
     """Apply examples to a copy of the repository, regenerate its files, and run the contract tests there."""
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "runs", "data_cache"))
+    shutil.copytree(ROOT / "training", folder / "training", ignore=shutil.ignore_patterns("__pycache__"))
+    others = shutil.ignore_patterns(".*", "__pycache__", "runs", "data_cache", "training")  # training/runs is source
+    shutil.copytree(ROOT, folder, ignore=others, dirs_exist_ok=True)
     for page in pages:
         for block in blocks(page):
             if block != without:
