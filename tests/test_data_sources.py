@@ -21,13 +21,13 @@ from pyarrow import parquet
 
 from training.config import FilesSource, HuggingFaceSource, SourceConfig, StdlibSource
 from training.data import chunks as text
-from training.data import text_files
+from training.data import row_files
 from training.data.chunks import WORD_START, split_into_chunks, to_document
 from training.data.corpus import is_held_out
 from training.data.decompress import open_decompressed
+from training.data.find_files import expand_glob
 from training.data.notes import describe_left_out
 from training.data.sources import READERS, build_reader
-from training.data.text_files import expand_glob
 from training.errors import UserError
 
 TEXTS = ["one\nline", "naïve 日本語 🙂", "third\r\n"]
@@ -145,6 +145,8 @@ def test_links_to_folders_are_followed_and_each_folder_is_read_once(tmp_path):
     for link, target in {"link": "../far", "again": "../far", "sub/loop": "..", "sub/self": "."}.items():
         (tmp_path / "near" / link).symlink_to(target)
     assert read(tmp_path / "near") == ["far", "near"]
+    _, line = describe_left_out([build_reader(FilesSource(paths=(str(tmp_path / "near"),)))])
+    assert line.startswith(f"{tmp_path}/near/link and 2 more: leads to a folder that is searched already")
     for pattern in ("near/**", "near/**/*.txt", "**/near/**/*.txt"):
         assert sorted(read(tmp_path / pattern)) == ["far", "near"]
 
@@ -183,8 +185,8 @@ def test_a_folder_below_that_cannot_be_read_is_an_error_that_names_it(pattern):
 def test_what_a_search_leaves_out_is_counted_by_kind(tmp_path):
     for name in (
         "a.txt",
-        "b.csv",
-        "c.csv",
+        "b.pdf",
+        "c.pdf",
         ".d.txt",
         "README",
         "e.json",
@@ -194,11 +196,11 @@ def test_what_a_search_leaves_out_is_counted_by_kind(tmp_path):
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("text")
-    kinds = "2 .csv files, 1 .gz file, 1 .json file, 1 file without an extension, 1 site-packages folder, 1 hidden file"
+    kinds = "2 .pdf files, 1 .gz file, 1 .json file, 1 file without an extension, 1 site-packages folder, 1 hidden file"
     for pattern in ("", "**"):
         (line,) = describe_left_out([build_reader(FilesSource(paths=(str(tmp_path / pattern),)))])
         left, _, advice = line.partition(": names must end in .txt")
-        assert left.startswith(f"{tmp_path / pattern}: left out 2 .csv files") and "\n" not in advice
+        assert left.startswith(f"{tmp_path / pattern}: left out 2 .pdf files") and "\n" not in advice
         if not pattern:  # a glob matches no hidden file
             assert sorted(left.split("left out ")[1].split(", ")) == sorted(kinds.split(", "))
     assert list(describe_left_out([build_reader(FilesSource(paths=(str(tmp_path / "a.txt"),)))])) == []
@@ -308,14 +310,14 @@ def test_parquet_that_would_fill_memory_is_an_error_before_it_is_read(tmp_path, 
     rows = pyarrow.table({"text": ["x" * 20_000] * 320})
     parquet.write_table(rows, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
     assert len(read(tmp_path / "a.parquet")) == 320
-    monkeypatch.setattr(text_files, "MAX_PAGE_BYTES", 2**20)
+    monkeypatch.setattr(row_files, "MAX_PAGE_BYTES", 2**20)
     with pytest.raises(UserError, match=r"a.parquet: row group 0: [\d,]{3,6} bytes unpack to 6,40\d,\d+, too many"):
         read(tmp_path / "a.parquet")
     entries = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 256, pyarrow.int32()), ["y" * 100_000])
     parquet.write_table(pyarrow.table({"text": entries}), tmp_path / "b.parquet", compression="zstd")
-    monkeypatch.setattr(text_files, "MAX_BATCH_BYTES", 250_000)  # two of the rows, each as long as the dictionary
+    monkeypatch.setattr(row_files, "MAX_BATCH_BYTES", 250_000)  # two of the rows, each as long as the dictionary
     metadata = parquet.read_metadata(tmp_path / "b.parquet")
-    assert text_files.batch_rows(tmp_path / "b.parquet", metadata, "text") == 2
+    assert row_files.batch_rows(tmp_path / "b.parquet", metadata, "text") == 2
     assert sum(map(len, read(tmp_path / "b.parquet"))) == 25_600_000
 
 
@@ -340,7 +342,7 @@ def test_an_error_says_why_a_path_has_no_files(tmp_path):
     for path, why in {
         "none.txt": "no such file or folder",
         "*.txt": rf"the glob matches no usable file \(names that end in {extensions}",
-        "": rf"no usable file in this folder: no name ends in {extensions}",
+        "": rf"no usable file in this folder \(there are 1 .bin file\): no name ends in {extensions}",
         "a.bin": rf"no usable file: its name does not end in {extensions}",
     }.items():
         with pytest.raises(UserError, match=why):

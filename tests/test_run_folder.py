@@ -18,7 +18,7 @@ from test_restart import flip_a_bit, names, wait_until
 from training import checkpoint
 from training import train as train_module
 from training.checkpoint.read import file_entry
-from training.data import text_files
+from training.data import row_files, text_files
 from training.data.file_hashes import FileHashes
 from training.errors import UserError
 from training.files import run_lock, write_atomically
@@ -382,7 +382,7 @@ def test_hashes_of_the_cache_that_were_edited_are_computed_again(tmp_path):
 
 
 def test_a_line_longer_than_any_document_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(row_files, "MAX_LINE_BYTES", 1000)
     path = tmp_path / "long.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "fine"}\n' + json.dumps({"text": "x" * 1000}).encode()))
     with pytest.raises(UserError, match=r"long.jsonl.gz: line 2 is longer than"):

@@ -231,7 +231,7 @@ class StdlibSource(Section):
 
 
 class FilesSource(Section):
-    """Files: .txt .md .py (a document each), .jsonl .ndjson .json .parquet (one a row); may be .gz .bz2 .xz .zst."""
+    """Files: .txt .md .py (a document each), .jsonl .ndjson .json .csv .tsv .parquet (one a row), also packed."""
 
     type: Literal["files"] = "files"
     name: str | None = option(None, NAME_DOC, pattern=NAME_PATTERN)
@@ -240,7 +240,9 @@ class FilesSource(Section):
         "files, folders (with all files below them) or globs; in a .txt, <|endoftext|> starts another document",
         min_length=1,
     )
-    text_column: str = option("text", "column of .jsonl, .json and .parquet files that holds the text")
+    text_column: str = option(
+        "text", "column of files of rows (.jsonl, .json, .csv, .tsv, .parquet) that holds the text"
+    )
     weight: float | None = option(None, WEIGHT_DOC, gt=0)
 
 
@@ -498,7 +500,9 @@ class TaskConfig(Section):
     """Options of every task: items whose answers get a log-likelihood, as in EleutherAI's lm-eval."""
 
     name: str | None = option(None, "name in the logs; null: the type", pattern=NAME_PATTERN)
-    paths: ListOf[PathText] = option((), "files with an item a row: .jsonl, .json, .ndjson or .parquet, also packed")
+    paths: ListOf[PathText] = option(
+        (), "files with an item a row: .jsonl .ndjson .json .csv .tsv .parquet, also packed"
+    )
     dataset: PathText | None = option(None, "instead of paths: a Hugging Face data set, on the hub or in a folder")
     config: str | None = option(None, "configuration (subset) of the data set; null: its default")
     split: str = option("validation", "split of the data set with the items")

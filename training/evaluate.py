@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_path("--run", required=True, help="folder of a run, finished or not, or of one of its checkpoints")
     parser.add_path("--data", nargs="+", metavar="PATH", help="files, folders or globs, a row each; default: the run's")
     parser.add_argument("--tasks", nargs="*", metavar="TASK", help=TASKS_HELP)
-    parser.add_argument("--text_column", default="text", help="column of .jsonl and .parquet (default %(default)s)")
+    parser.add_argument("--text_column", default="text", help="column of files of rows (default %(default)s)")
     parser.add_argument("--micro_batch", type=int, default=8, help="samples per forward (default %(default)s)")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")

@@ -12,8 +12,10 @@ from jinja2 import StrictUndefined, TemplateError, Undefined, UndefinedError
 from jinja2.sandbox import SandboxedEnvironment
 
 from training.config import ARCTask, ChoiceConfig, HellaSwagTask, HuggingFaceSource, TaskConfig
+from training.data.find_files import find_files
+from training.data.row_files import Row
 from training.data.sources import HuggingFaceReader
-from training.data.text_files import Row, find_files, read_rows
+from training.data.text_files import read_rows
 from training.errors import UserError
 
 SHOT_END = "\n\n"  # between a solved example and what follows

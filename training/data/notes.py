@@ -1,28 +1,25 @@
 """Lines about the data: files left out, repeated text, separators in the text, and normalization."""
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from training.data.corpus import Corpus
+from training.data.find_files import ENTERED, count_kinds
 from training.data.shards import Manifest
 from training.data.sources import FilesReader, Reader
 from training.data.text_files import EXTENSIONS
 from training.data.tokenizer import Tokenizer
-
-MAX_KINDS = 6  # of files, named in the line about what was left out
 
 
 def describe_left_out(readers: Iterable[Reader]) -> Iterator[str]:
     """Yield a line for each source whose folders and globs have files that are not read, counted by kind."""
     for reader in readers:
         if isinstance(reader, FilesReader) and reader.left_out:
-            counts = Counter(reader.left_out.values()).most_common()
-            kinds = [f"{n} {kind}{'' if n == 1 else 's'}" for kind, n in counts[:MAX_KINDS]]
-            if n := sum(n for _, n in counts[MAX_KINDS:]):
-                kinds.append(f"{n} of other kinds")
-            advice = f"names must end in {EXTENSIONS}; .json files must be named or match a glob"
-            yield f"{', '.join(reader.patterns)}: left out {', '.join(kinds)}: {advice}"
+            advice = f"names must end in {EXTENSIONS}; plain .json files must be named or match a glob"
+            yield f"{', '.join(reader.patterns)}: left out {count_kinds(reader.left_out.values())}: {advice}"
+            if loops := [path for path, kind in reader.left_out.items() if kind == ENTERED]:
+                more = f" and {len(loops) - 1:,} more" if len(loops) > 1 else ""
+                yield f"{loops[0]}{more}: leads to a folder that is searched already; its files are read once"
 
 
 def describe_repeated_files(repeated: Sequence[tuple[Path, Path]]) -> Iterator[str]:

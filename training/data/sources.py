@@ -10,18 +10,9 @@ from typing import Any, Protocol
 from training.config import AVERAGE, FilesSource, HuggingFaceSource, Section, SourceConfig, StdlibSource, chosen_name
 from training.data.chunks import Document, look_ahead, to_document
 from training.data.file_hashes import FileHashes
-from training.data.text_files import (
-    SKIPPED_FOLDERS,
-    Row,
-    find_files,
-    format_of,
-    is_plain_text,
-    is_text_file,
-    name_of_path,
-    read_documents,
-    to_text,
-    walk,
-)
+from training.data.find_files import SKIPPED_FOLDERS, find_files, name_of_path, walk
+from training.data.row_files import Row, has_column, list_names, to_text
+from training.data.text_files import format_of, is_plain_text, is_text_file, read_documents
 from training.errors import UserError, library_error
 
 
@@ -69,7 +60,7 @@ class FilesReader:
         self.name = config.name or name_of_path(config.paths[0])
         self.column = config.text_column
         self.patterns = config.paths
-        self.paths, self.left_out = find_files(config.paths)
+        self.paths, self.left_out = find_files(config.paths, lambda path: has_column(path, self.column))
 
     def documents(self) -> Iterator[Document]:
         for path, is_named in self.paths.items():
@@ -120,7 +111,7 @@ class HuggingFaceReader:
         name, column = self.config.name, self.config.text_column
         for where, row in self.rows():
             if column not in row:
-                raise UserError(f"{name}: no column {column!r}; there are {', '.join(row)} (option text_column)")
+                raise UserError(f"{name}: no column {column!r}; there are {list_names(row)} (option text_column)")
             yield to_document(to_text(row[column], column, where))
 
     def rows(self) -> Iterator[Row]:
