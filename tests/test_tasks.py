@@ -220,7 +220,7 @@ def test_files_that_are_no_items_are_one_line(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "cut.jsonl").write_text('{"text": "a b"')
     for name, message in {
-        "a.txt": "rows are in .jsonl, .ndjson, .json or .parquet files", "empty.jsonl": "no items in there",
+        "a.txt": "rows are in .jsonl, .ndjson, .json, .csv, .tsv or .parquet files", "empty.jsonl": "no items in there",
         "cut.jsonl": "line 1: not JSON", "no.jsonl": "no.jsonl",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=re.escape(message)):
