@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 import pytest
 import torch
 import warm
+from s3 import FAST, Proxy, S3Server
 from torch.utils.hooks import RemovableHandle
 
 from training.checkpoint import SINGLE, Checkpoint, CheckpointWriter, TensorShard
@@ -259,6 +260,26 @@ def poison_loss(model: torch.nn.Module, value: float) -> RemovableHandle:
 def at_step(monkeypatch) -> AtStep:
     """Do something at a step of `train`: stop, die, poison the loss, fill the disk."""
     return AtStep(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """A real S3 server: moto's process."""
+    server = S3Server(tmp_path_factory.mktemp("s3") / "log")
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """A proxy in front of the S3 server; this process uses it and gives up quickly."""
+    proxy = Proxy(s3_server)
+    for name, value in proxy.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("fsspec.config.conf", {"s3": json.loads(FAST)})
+    monkeypatch.setattr("s3fs.S3FileSystem.retries", 2)
+    yield proxy
+    proxy.close()
 
 
 @pytest.fixture(scope="session")

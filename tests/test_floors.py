@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "training"
 # From the ground up. Rooms on one floor do not import one another, except on the ground floor.
 FLOORS = [
-    {"terminal", "errors", "files", "section", "config"},
+    {"terminal", "errors", "files", "remote", "section", "config"},
     {"options", "device", "kernels", "optim"},
     {"batch"},
     {"model", "data", "distributed", "checkpoint"},
@@ -82,7 +82,9 @@ def test_only_one_room_imports_torch_distributed():
 
 def test_the_ground_floor_and_the_options_import_no_torch():
     paths = [path for path in FILES if room_of(path) in FLOORS[0] | {"options"}]
-    allowed = {"filelock", "pydantic", "pydantic_core", "rich", "ruamel", "training"} | set(sys.stdlib_module_names)
+    allowed = {"filelock", "fsspec", "pydantic", "pydantic_core", "rich", "ruamel", "training"} | set(
+        sys.stdlib_module_names
+    )
     others = {name.split(".")[0] for path in paths for name in imports_of(path)} - allowed
     assert not others
 
