@@ -85,7 +85,7 @@ def main() -> None:
             for title in ("12 equal blocks, compiled, first step", "again, from the cache"):
                 first_s = seconds_to_first_step(compiled, TORCHINDUCTOR_CACHE_DIR=f"{folder}/compiled")
                 print(f"{title}: {against(first_s, 40, least=False)} s", flush=True)
-        decay_steps = (args.steps - config.schedule.warmup_steps) // 2
+        decay_steps = (args.steps - config.schedule.fitted(args.steps).warmup_steps) // 2
         common += ["--steps", args.steps, "--schedule.decay_steps", decay_steps, "--eval.every", "null"]
         by_phase = shares([*common, "--checkpoint.every", args.every], Path(folder) / config.name)
         for phase, share in by_phase.items():

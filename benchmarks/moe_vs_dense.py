@@ -51,7 +51,7 @@ class Side:
 
 def shortened(config: Config, factor: float) -> Config:
     """Return the run with `factor` times fewer steps, and the schedule shortened in proportion."""
-    counts = {name: round(n / factor) for name, n in config.schedule if name.endswith("_steps")}
+    counts = {name: round(n / factor) for name, n in config.schedule if name.endswith("_steps") and n is not None}
     changes = {"steps": round(config.steps / factor), "name": f"{config.name}-short"}
     return config.model_copy(update=changes | {"schedule": config.schedule.model_copy(update=counts)})
 

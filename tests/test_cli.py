@@ -139,8 +139,8 @@ def test_flags_reach_into_defaults(write):
             "eval: {xyz: 1}",
             "1: eval.xyz: unknown option; eval has every, tokens, best, patience, tasks, tasks_every, prompts, sample_tokens, temperature, top_k",  # noqa: E501
         ),
-        ("steps: 2.5", "1: steps: 2.5 is not an integer >= 1"),
-        ("steps: 5e5", "1: steps: 5e5 is not an integer >= 1; write 500000"),
+        ("steps: 2.5", "1: steps: 2.5 is not an integer >= 1 or null"),
+        ("seed: 5e5", "1: seed: 5e5 is not an integer >= 0 and < 4294967296; write 500000"),
         ("seed: true", "1: seed: true is not an integer >= 0 and < 4294967296"),
         ("seed: -1", "1: seed: -1 is not an integer >= 0 and < 4294967296"),
         ("checkpoint: {every: 0}", "1: checkpoint.every: 0 is not an integer >= 1 or null"),
@@ -169,7 +169,7 @@ def test_flags_reach_into_defaults(write):
         ),
         (
             "schedule:\n  type: wsd",
-            "1: schedule.decay_steps: missing, and it has no default: length of the final decay",
+            "1: schedule.decay_steps: missing, and it has no default; set it, or decay",
         ),
         ("model:\n  n_head: 7", "2: model.n_head: 7 heads do not divide n_embd 768"),
         ("model: {blocks: [{ffn: {type: moe, top_k: 9}}]}", "1: model.blocks.0.ffn.top_k: 9 is more than n_experts 8"),
@@ -237,7 +237,7 @@ def test_a_flags_error_names_the_flag(write):
         "--optim.learning_rte: unknown option; did you mean 'optim.learning_rate'?"
     ]
     assert errors(path, optm__learning_rate="1")[0].endswith("did you mean 'optim.learning_rate'?")
-    assert errors(path, steps="x") == ["--steps: 'x' is not an integer >= 1"]
+    assert errors(path, steps="x") == ["--steps: 'x' is not an integer >= 1 or null"]
     assert errors(path, model__n_head="7") == ["--model.n_head: 7 heads do not divide n_embd 96"]
     assert errors(path, model__n_layer__x="7") == ["--model.n_layer.x: unknown option; model.n_layer has none below it"]
     assert errors(path, model__blocks="[{ffn: {typ: moe}}]") == [

@@ -19,8 +19,9 @@ from training.config import (
     MoEConfig,
     StdlibSource,
 )
+from training.optim.schedule import lr_factor
 from training.options.cli import dump_config, load_config
-from training.options.notices import notices
+from training.options.notices import notices, schedule_notices
 from training.options.schema import (
     all_groups,
     find_option,
@@ -30,7 +31,7 @@ from training.options.schema import (
 )
 from training.options.validate import describe_expected
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS, RECIPES = Path(__file__).parents[1] / "configs", ("plain", "speedrun")
 DATA = {"sources": [{"type": "stdlib"}]}
 OPTIONS = [
     pytest.param(
@@ -65,6 +66,7 @@ def test_every_default_is_valid(section):
     }
     if "dataset" in section.model_fields:  # a task needs it or paths
         least |= {"paths": ["items.jsonl"]}
+    least |= {names[0]: 1 for names, default in getattr(section, "alternatives", ()) if default is None}
     assert section.model_validate(defaults | least) == section.model_validate(least)
     assert section.__doc__
 
@@ -130,21 +132,31 @@ ONLY_LOSSES = "learns only from its auxiliary losses"
     ],
 )
 def test_a_notice_names_options_that_change_another_or_keep_a_part_from_learning(tree, notice):
-    lines = list(notices(Config.model_validate({"data": DATA} | tree)))
+    config = Config.model_validate({"data": DATA} | tree)
+    lines = [*notices(config), *schedule_notices(config)]
     assert any(re.search(notice, line) for line in lines)
     assert all(len(line) < 160 for line in lines)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+SHIPPED = [*sorted(CONFIGS.glob("*.yaml")), *(CONFIGS.parent / "recipes" / f"{name}.yaml" for name in RECIPES)]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_config_has_no_notice_and_trains_for_any_number_of_steps(path):
-    assert not list(notices(load_config(path)))
+    config = load_config(path)
+    assert not [*notices(config), *schedule_notices(config)]
     for steps in (1, 2, 3, 10, 11):
         config = load_config(path, {"steps": str(steps)})
-        changed = {line.split(":")[0] for line in notices(config)}
+        changed = {line.split(":")[0] for line in schedule_notices(config)}
         assert changed == {
-            f"schedule.{name}" for name, value in config.resolved().schedule if value != getattr(config.schedule, name)
+            f"schedule.{name}"
+            for name, value in config.schedule
+            if name.endswith("_steps") and value not in (None, getattr(config.resolved().schedule, name))
         }
-        assert changed
+        schedule = config.resolved().schedule
+        factors = [lr_factor(schedule, step, steps) for step in range(steps)]
+        assert max(factors) == 1.0 and (steps == 1 or factors[-1] == getattr(schedule, "final_ratio", factors[-1]))
+        assert sum(getattr(schedule, name, 0) for name in ("warmup_steps", "decay_steps")) <= steps
 
 
 def test_the_pattern_of_blocks_is_repeated_to_n_layer():

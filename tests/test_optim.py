@@ -153,6 +153,7 @@ def test_state_of_other_parameters_is_rejected_by_name(config_class):
 
 def schedule_options(config_class):
     required = {name: 40 for name, field in config_class.model_fields.items() if field.is_required()}
+    required |= {names[0]: 40 for names, default in config_class.alternatives if default is None}
     return config_class(warmup_steps=10, **required)
 
 

@@ -16,7 +16,7 @@ from training import checkpoint
 from training.data import prepare
 from training.data.tokenizer import build_byte_tokenizer
 from training.distributed.world import World
-from training.engine.build import resolve_precision_and_sizes
+from training.engine.build import resolve_precision, resolve_sizes
 from training.engine.resume import check_same_run, comparable, find_resume_point
 from training.errors import UserError
 from training.files import run_lock
@@ -74,8 +74,9 @@ def test_another_config_is_an_error_before_the_first_checkpoint_too(config, at_s
 def check_resume(config) -> None:
     """Raise UserError if these options may not resume the run, as a start would after preparing the data."""
     dataset, world = prepare(config.data, quiet=True), World(0, 1, torch.device("cpu"))
+    config, _ = resolve_sizes(config, dataset)
     point = find_resume_point(config, "auto", world)
-    check_same_run(resolve_precision_and_sizes(config, dataset, world, point.state), dataset, "auto", point)
+    check_same_run(resolve_precision(config, world, point.state), dataset, "auto", point)
 
 
 def test_the_same_text_at_another_path_or_spelling_resumes(config, options, tmp_path, monkeypatch):

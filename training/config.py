@@ -8,13 +8,15 @@ notebook or a test without a run.
 implementations maps each variant to its code.
 """
 
+import math
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt
 
-from training.section import ListOf, PathText, Section, one_of, option
+from training.section import Alternatives, Count, ListOf, PathText, Section, SectionWithAlternatives, one_of, option
 
 # --- model -----------------------------------------------------------------------------------------
 
@@ -378,16 +380,45 @@ class LionConfig(OptimConfig):
 Optim = one_of(AdamWConfig, MuonConfig, LionConfig)
 
 
-class ScheduleConfig(Section):
+class ScheduleConfig(SectionWithAlternatives):
     """Options of every learning-rate schedule."""
 
-    warmup_steps: int = option(100, "linear warm-up from zero; the update after it has the peak", unit="steps", ge=0)
+    alternatives = (Alternatives(("warmup_steps", "warmup"), 100),)
+    warmup_steps: int | None = option(
+        None,
+        "linear warm-up from zero; the update after it has the peak; null: `warmup`, or 100 without it",
+        unit="steps",
+        ge=0,
+    )
+    warmup: float | None = option(
+        None, "instead of warmup_steps: the warm-up as a share of the run, such as 0.02; null: warmup_steps", ge=0
+    )
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        yield from super().rules()
+        if self.warmup is not None and self.warmup >= 1:
+            yield "warmup", f"{self.warmup:g} is not a share of the run, below 1; write warmup_steps: {self.warmup:g}"
+
+    def in_steps(self, steps: int) -> Self:
+        """Return a copy for `steps` steps in which no length is a share of the run; shares round to whole steps."""
+        if self.warmup is None:
+            return self
+        return self.model_copy(update={"warmup": None, "warmup_steps": share_of(steps, self.warmup)})
 
     def fitted(self, steps: int) -> Self:
-        """Return a copy that fits into `steps` steps: a warm-up that does not takes the first half of them."""
-        if self.warmup_steps < steps:
-            return self
-        return self.model_copy(update={"warmup_steps": (steps - 1) // 2})
+        """Return a copy with lengths in steps that fits into `steps` steps.
+
+        A warm-up that does not fit takes the first half of them.
+        """
+        explicit = self.in_steps(steps)
+        if explicit.warmup_steps < steps:
+            return explicit
+        return explicit.model_copy(update={"warmup_steps": (steps - 1) // 2})
+
+
+def share_of(steps: int, share: float) -> int:
+    """Return a share of the steps, rounded; exactly half a step rounds up."""
+    return math.floor(Fraction(str(share)) * steps + Fraction(1, 2))
 
 
 class CosineSchedule(ScheduleConfig):
@@ -404,20 +435,41 @@ class LinearSchedule(CosineSchedule):
 
 
 class WSDSchedule(CosineSchedule):
-    """Linear warm-up, constant at the peak, then linear decay to final_ratio over the last `decay_steps`."""
+    """Linear warm-up, constant at the peak, then decay to final_ratio over the last `decay_steps`."""
 
+    alternatives = (*ScheduleConfig.alternatives, Alternatives(("decay_steps", "decay")))
     type: Literal["wsd"] = "wsd"
-    decay_steps: int = option(..., "length of the final decay", unit="steps", ge=1)
+    decay_steps: int | None = option(None, "length of the final decay; null: `decay`", unit="steps", ge=1)
+    decay: float | None = option(
+        None, "instead of decay_steps: the final decay as a share of the run, such as 0.2; null: decay_steps", gt=0
+    )
+    decay_shape: Literal["linear", "cosine", "1-sqrt"] = option(
+        "linear", "curve of the decay: a line, half a cosine, or 1 - sqrt(share of the decay) (arXiv:2405.18392)"
+    )
     final_ratio: float = option(0.0, "learning rate of the last update / peak; 0: it changes nothing", ge=0, le=1)
 
+    def rules(self) -> Iterator[tuple[str, str]]:
+        yield from super().rules()
+        if self.decay is not None and self.decay > 1:
+            yield "decay", f"{self.decay:g} is not a share of the run, at most 1; write decay_steps: {self.decay:g}"
+        elif None not in (self.warmup, self.decay) and Fraction(str(self.warmup)) + Fraction(str(self.decay)) > 1:
+            yield "decay", f"{self.decay:g} and warmup {self.warmup:g} are more than the run together; lower one"
+
+    def in_steps(self, steps: int) -> Self:
+        explicit = super().in_steps(steps)
+        if self.decay is None:
+            return explicit
+        return explicit.model_copy(update={"decay": None, "decay_steps": max(1, share_of(steps, self.decay))})
+
     def fitted(self, steps: int) -> Self:
-        """Return a copy that fits into `steps` steps: warm-up and decay are shortened alike."""
-        total = self.warmup_steps + self.decay_steps
+        """Return a copy with lengths in steps that fits into `steps` steps: both are shortened alike."""
+        explicit = self.in_steps(steps)
+        total = explicit.warmup_steps + explicit.decay_steps
         if total <= steps:
-            return self
-        warmup_steps = min(self.warmup_steps * steps // total, (steps - 1) // 2)
-        decay_steps = min(self.decay_steps, steps - warmup_steps)
-        return self.model_copy(update={"warmup_steps": warmup_steps, "decay_steps": decay_steps})
+            return explicit
+        warmup_steps = min(explicit.warmup_steps * steps // total, (steps - 1) // 2)
+        decay_steps = min(explicit.decay_steps, steps - warmup_steps)
+        return explicit.model_copy(update={"warmup_steps": warmup_steps, "decay_steps": decay_steps})
 
 
 class ConstantSchedule(ScheduleConfig):
@@ -642,13 +694,34 @@ class LoggingConfig(Section):
     wandb: WandbConfig | None = option(None, "log to Weights & Biases; null: off")
 
 
-class Config(Section):
+HORIZONS = ("steps", "tokens", "epochs", "tokens_per_parameter")
+
+
+class Config(SectionWithAlternatives):
     """All options of a run."""
 
+    alternatives = (Alternatives(HORIZONS, 1000),)
     name: str = option("gpt2", "name of the run and of its folder in out_dir", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     out_dir: PathText = option("runs", "folder of all runs", min_length=1)
     seed: int = option(0, "random seed of initial weights, data order and generated samples", ge=0, lt=2**32)
-    steps: int = option(1000, "total optimizer steps", unit="steps", ge=1)
+    steps: Count | None = option(
+        None,
+        "length of the run; null: tokens, epochs or tokens_per_parameter, or 1000 without them",
+        unit="steps",
+        ge=1,
+    )
+    tokens: Count | None = option(
+        None, "instead of steps: tokens to read, such as 1e9; rounds up to whole steps", unit="tokens", ge=1
+    )
+    epochs: float | None = option(
+        None,
+        "instead of steps: passes over the training text (with weights, over the source that is read most); rounds up",
+        unit="epochs",
+        gt=0,
+    )
+    tokens_per_parameter: float | None = option(
+        None, "instead of steps: tokens to read per active parameter, such as 20; rounds up to whole steps", gt=0
+    )
     batch_tokens: int = option(524_288, "tokens per optimizer step, over all processes", unit="tokens", ge=1, le=2**32)
     micro_batch: Literal["auto"] | PositiveInt = option(
         "auto", "samples per forward and backward; auto: as many as fit; changes only memory and speed", unit="samples"
@@ -683,12 +756,19 @@ class Config(Section):
         return Path(self.out_dir, self.name)
 
     def resolved(self) -> Self:
-        """Return a copy in which no null stands for another value of the model, and the schedule fits into `steps`."""
-        return self.model_copy(
-            update={"model": self.model.with_explicit_sizes(), "schedule": self.schedule.fitted(self.steps)}
-        )
+        """Return a copy in which no null stands for another value of the model, and the schedule fits into `steps`.
+
+        The schedule stays as it is if the steps are not known yet: `planning/horizon.py` resolves them.
+        """
+        schedule = self.schedule if self.steps is None else self.schedule.fitted(self.steps)
+        return self.model_copy(update={"model": self.model.with_explicit_sizes(), "schedule": schedule})
+
+    def with_steps(self, steps: int) -> Self:
+        """Return a copy of this length."""
+        return self.model_copy(update={**dict.fromkeys(HORIZONS), "steps": steps})
 
     def rules(self) -> Iterator[tuple[str, str]]:
+        yield from super().rules()
         is_inherited = self.init_from is not None and "n_positions" not in self.model.model_fields_set
         if not is_inherited and self.batch_tokens % self.model.n_positions:
             yield "batch_tokens", f"{self.batch_tokens} is not a multiple of model.n_positions {self.model.n_positions}"

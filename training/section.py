@@ -1,9 +1,9 @@
-"""The building blocks of `config.py`: `option`, `Section`, `one_of`, `ListOf`, `PathText`."""
+"""The building blocks of `config.py`: `option`, `Section`, `one_of`, `ListOf`, `PathText`, `Count`."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, TypeVar, Union
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, Union
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from training.files import expand_path
@@ -12,6 +12,13 @@ T = TypeVar("T")
 MAX_FLOAT32 = 3.4e38
 PathText = Annotated[str, AfterValidator(expand_path)]  # the config holds the expanded path
 ListOf = Annotated[tuple[T, ...], Field(strict=False)]  # a list in YAML, a tuple in the config
+
+
+def _to_integer(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Count = Annotated[int, BeforeValidator(_to_integer)]  # an integer that YAML may write as 1e9
 
 
 def option(default: Any, doc: str, *, unit: str | None = None, **limits: Any) -> Any:
@@ -42,6 +49,40 @@ class Section(BaseModel):
             text = "; ".join(f"{path}: {message}" for path, message in problems)
             raise PydanticCustomError("rules", "{text}", {"text": text, "problems": problems})
         return self
+
+
+class Alternatives(NamedTuple):
+    """Options of a section, exactly one of which is set: the others are null or empty."""
+
+    names: tuple[str, ...]
+    default: Any = None  # of the first one, if none is set; None: one of them is required
+
+
+class SectionWithAlternatives(Section):
+    """A section in which some options exclude each other. Subclasses extend `alternatives`."""
+
+    alternatives: ClassVar[tuple[Alternatives, ...]] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _set_defaults(cls, values: Any) -> Any:
+        for names, default in cls.alternatives if isinstance(values, dict) else ():
+            if default is not None and not any(is_set(values.get(name)) for name in names):
+                values = {**values, names[0]: default}
+        return values
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        for names, _ in self.alternatives:
+            chosen = [name for name in names if is_set(getattr(self, name))]
+            if len(chosen) > 1:
+                yield chosen[1], f"{chosen[0]} is also set; set one of {', '.join(names)}"
+            elif not chosen:
+                yield names[0], f"missing, and it has no default; set it, or {' or '.join(names[1:])}"
+
+
+def is_set(value: Any) -> bool:
+    """Return True if an alternative has a value: it is neither null nor an empty list."""
+    return value is not None and value != [] and value != ()
 
 
 def one_of(*variants: type[Section]) -> Any:

@@ -38,8 +38,11 @@ def main(argv: list[str] | None = None) -> int:
 def twin(config: Config) -> Config:
     """Return the run with each MoE layer replaced by a dense one, as wide as all experts of a token together.
 
-    Raises UserError if no layer has experts, or if `init_from` is set.
+    Raises UserError if no layer has experts, or if `init_from` or `tokens_per_parameter` is set.
     """
+    if config.tokens_per_parameter is not None:
+        remedy = "give tokens or steps, which training.plan prints"
+        raise UserError(f"tokens_per_parameter: the twin has other parameters, so it would read other tokens; {remedy}")
     if config.init_from is not None:
         raise UserError("init_from: a twin starts from its own initial weights; leave it out")
     if not any(isinstance(block.ffn, MoEConfig) for block in config.model.blocks):

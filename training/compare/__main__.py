@@ -22,6 +22,7 @@ from training.compare.results import FIGURES, compare_runs
 from training.compare.runner import Runner, Stopped
 from training.compare.text import table, verdict_lines
 from training.compare.variants import Variant, build_variants, comparison_folder, read_settings
+from training.config import HORIZONS
 from training.errors import UserError, command
 from training.files import mkdir_durable, run_lock, write_atomically
 from training.options import cli
@@ -91,11 +92,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     if len(args.vary) > 2:
         parser.error("--vary: at most two options at a time")
     settings = read_settings(others)
+    horizons = [option for text in args.vary if (option := text.partition("=")[0]) in HORIZONS]
     if args.equal is None:
         args.equal = "tokens"
-    elif args.equal != "none" and any(text.startswith("steps=") for text in args.vary):
-        parser.error(f"--equal {args.equal}: it sets the steps; leave it out to vary steps")
-    if any(text.startswith("steps=") for text in args.vary):
+    elif args.equal != "none" and horizons:
+        parser.error(f"--equal {args.equal}: it sets the steps; leave it out to vary {horizons[0]}")
+    if horizons:
         args.equal = "none"
     return args, settings
 

@@ -43,6 +43,7 @@ class Runner:
         Every second seed trains the variants in reverse, so that a machine that slows down favors none of them. Raises
         Stopped after a signal.
         """
+        variants = [variant.with_steps(steps_of_config(variant.config)) for variant in variants]
         check_stored([variant for variant in variants if variant.is_trained], self.folder, with_steps=False)
         print_line(f"comparison in {self.folder}, seeds {', '.join(map(str, self.seeds))}")
         with each_note_once():
@@ -242,15 +243,22 @@ def timing_config(config: Config, folder: Path) -> Config:
 
 def flops_of_a_step(config: Config) -> float:
     """Return the FLOPs of an update, forward and backward. Prepares the data, whose tokenizer sets the vocabulary."""
-    from training.data import prepare
-    from training.device import select_device
-    from training.distributed.world import World
-    from training.engine.build import resolve_precision_and_sizes
-    from training.engine.state import TrainState
     from training.model.stats import model_stats
+
+    config = resolve_run(config)
+    return config.batch_tokens * model_stats(config.model).flops_per_token
+
+
+def steps_of_config(config: Config) -> int:
+    """Return the length of a run in steps. Prepares the data if the length depends on it, or on the vocabulary."""
+    return config.steps if config.steps is not None else resolve_run(config).steps
+
+
+def resolve_run(config: Config) -> Config:
+    """Return the config with its sizes and steps. Prepares the data."""
+    from training.data import prepare
+    from training.engine.build import resolve_sizes
     from training.weights.init_from import resolve_init_from
 
-    world = World(0, 1, select_device(config.parallel.device))
     config = resolve_init_from(config, fresh=True)
-    config = resolve_precision_and_sizes(config, prepare(config.data), world, TrainState.new())
-    return config.batch_tokens * model_stats(config.model).flops_per_token
+    return resolve_sizes(config, prepare(config.data))[0]

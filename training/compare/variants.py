@@ -52,7 +52,7 @@ class Variant:
         return self.finished.get(seed, comparison / f"{self.name}-seed-{seed}")
 
     def with_steps(self, steps: int) -> "Variant":
-        return replace(self, config=self.config.model_copy(update={"steps": steps}))
+        return replace(self, config=self.config.with_steps(steps))
 
 
 def read_settings(words: list[str]) -> dict[str, str]:
@@ -171,7 +171,7 @@ def check_stored(variants: Sequence[Variant], folder: Path, *, with_steps: bool 
             continue
         stored = cli.load_config(path)
         if not with_steps:  # on which a schedule that is resolved depends
-            stored = stored.model_copy(update={"steps": variant.config.steps})
+            stored = stored.with_steps(variant.config.steps)
         if changes := differing_options([stored, variant.config]):
             lines = "; ".join(f"{option}: {old} -> {new}" for option, (old, new) in changes.items())
             raise UserError(f"{path}: this comparison began with other options: {lines}; choose another --out")

@@ -24,6 +24,8 @@ from training.kernels.table import TABLES
 from training.model import GPT, kernel_requirements
 from training.model.stats import ModelStats, initial_value, model_stats
 from training.optim.optimizer import LossScale, Optimizer
+from training.options.notices import schedule_notices
+from training.planning.horizon import epoch_samples, resolve_steps
 from training.planning.report import disk_shortage
 from training.terminal import print_note
 from training.weights.init_from import check_pretrained, load_weights, weights_sha256
@@ -52,9 +54,10 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
     world.set_activity("the start of the run", "untimed")
     prepare_process(config, world)
     check_same(world, {"data": dataset.fingerprint[:12]})
+    config, train = resolve_sizes(config, dataset)
     point = find_resume_point(config, resume, world)
     state = TrainState.new() if point is None else point.state
-    config = resolve_precision_and_sizes(config, dataset, world, state)
+    config = resolve_precision(config, world, state)
     check_same_run(config, dataset, resume, point)
     config = choose_best(config, dataset, world, state)
     tasks = load_tasks(config.eval.tasks, dataset.tokenizer, config.model.n_positions, quiet=not world.is_main)
@@ -73,9 +76,7 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
     model = parallelize(network, config.parallel, world, dtype)
     full_shapes = model.full_shapes() if world.size > 1 else None
     optimizer = Optimizer(config.optim, model.local_parameters(), stats.kinds, dtype, full_shapes)
-    end_of_text = dataset.tokenizer.end_of_text if config.model.isolate_documents else None
-    common = {"n_positions": config.model.n_positions, "end_of_text": end_of_text}
-    train, val = Samples(dataset.train, seed=config.seed, **common), Samples(dataset.val, seed=None, **common)
+    val = Samples(dataset.val, n_positions=config.model.n_positions, seed=None, end_of_text=train.end_of_text)
     n_samples = config.batch_tokens // config.model.n_positions
     loader = Loader(train, n_samples, world.local_range(n_samples))
 
@@ -111,10 +112,11 @@ def prepare_process(config: Config, world: World) -> None:
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
 
 
-def resolve_precision_and_sizes(config: Config, dataset: Dataset, world: World, state: TrainState) -> Config:
-    """Replace `precision: auto` and every null that stands for a size. A run keeps the precision it started with.
+def resolve_sizes(config: Config, dataset: Dataset) -> tuple[Config, Samples]:
+    """Replace every null that stands for a size, and the option that sets the length of the run by `steps`.
 
-    Raises UserError if model.vocab_size is too small for the tokenizer.
+    Also returns the training samples, on whose number `epochs` depends. Raises UserError if model.vocab_size is too
+    small for the tokenizer, or if there is less text than a sample.
     """
     size, vocab_size = dataset.tokenizer.vocab_size, config.model.vocab_size
     if vocab_size is not None and vocab_size < size:
@@ -122,11 +124,25 @@ def resolve_precision_and_sizes(config: Config, dataset: Dataset, world: World, 
         if config.init_from not in (None, getattr(config.data.tokenizer, "path", None)):
             use += ", or the tokenizer of init_from"
         raise UserError(f"model.vocab_size: {vocab_size} is less than the tokenizer's {size}; use {use}")
+    model = config.model.model_copy(update={"vocab_size": vocab_size or -(-size // 64) * 64})
+    end_of_text = dataset.tokenizer.end_of_text if model.isolate_documents else None
+    train = Samples(dataset.train, n_positions=model.n_positions, seed=config.seed, end_of_text=end_of_text)
+    samples_per_epoch = epoch_samples(train.windows.tolist(), dataset.train.weights)
+    return resolve_steps(config.model_copy(update={"model": model}), samples_per_epoch), train
+
+
+def resolve_precision(config: Config, world: World, state: TrainState) -> Config:
+    """Replace `precision: auto`, and lengths of the schedule that do not fit; the main rank prints which.
+
+    A run keeps the precision it started with.
+    """
     precision = devices.resolve_precision(config.precision, world.device)
     if config.precision == "auto":
         precision = state.config.get("precision", precision)
-    model = config.model.model_copy(update={"vocab_size": vocab_size or -(-size // 64) * 64})
-    return config.model_copy(update={"precision": precision, "model": model}).resolved()
+    if world.is_main:
+        for line in schedule_notices(config):
+            print_note(line, once=True)
+    return config.model_copy(update={"precision": precision}).resolved()
 
 
 def choose_best(config: Config, dataset: Dataset, world: World, state: TrainState) -> Config:

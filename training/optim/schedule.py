@@ -1,8 +1,8 @@
 """Learning-rate schedules: factors of the peak learning rate, as pure functions of the step.
 
-A schedule is a function of (config, step, steps), where step >= `warmup_steps` and `steps` is the run's length. Step
-`warmup_steps` has the peak. The last step, `steps` - 1, has `final_ratio`, as in nanoGPT; Transformers' schedules would
-reach it one step later.
+A schedule is a function of (config, step, steps), where step >= `warmup_steps` and `steps` is the run's length. The
+config is `fitted`: its lengths are steps. Step `warmup_steps` has the peak. The last step, `steps` - 1, has
+`final_ratio`, as in nanoGPT; Transformers' schedules would reach it one step later.
 """
 
 import math
@@ -48,9 +48,9 @@ def linear(config: LinearSchedule, step: int, steps: int) -> float:
 
 
 def wsd(config: WSDSchedule, step: int, steps: int) -> float:
-    """Return 1, then decay linearly to `final_ratio` over the last `decay_steps`."""
+    """Return 1, then decay to `final_ratio` over the last `decay_steps`."""
     last_at_peak = max(config.warmup_steps, steps - 1 - config.decay_steps)
-    return interpolate(config, 1 - decay_progress(step, last_at_peak, steps))
+    return interpolate(config, DECAY_SHAPES[config.decay_shape](decay_progress(step, last_at_peak, steps)))
 
 
 def constant(config: ConstantSchedule, step: int, steps: int) -> float:  # noqa: ARG001 (one signature)
@@ -60,6 +60,13 @@ def constant(config: ConstantSchedule, step: int, steps: int) -> float:  # noqa:
 def inverse_sqrt(config: InverseSqrtSchedule, step: int, steps: int) -> float:  # noqa: ARG001 (one signature)
     return math.sqrt((config.warmup_steps + 1) / (step + 1))
 
+
+# The remaining share of the decay, from 1 to 0, as functions of the progress, from 0 to 1.
+DECAY_SHAPES = {
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+    "1-sqrt": lambda progress: 1 - math.sqrt(progress),
+}
 
 SCHEDULES = {
     CosineSchedule: cosine,

@@ -25,7 +25,7 @@ from training.config import Config, Section
 from training.errors import UserError, exit_unless_first_local_rank
 from training.files import expand_path
 from training.options.schema import closest, explain_unknown, find_option, help_text, is_list, json_schema, sections_at
-from training.options.validate import validate
+from training.options.validate import settle_alternatives, validate
 from training.options.yaml import ConfigErrors, Node, Problem, read_file, read_flag_value, to_dotted, to_printable
 from training.terminal import LostOutputError, print_note, print_text
 
@@ -59,7 +59,8 @@ def flag_path(flag: str, text: str) -> str:
 def load_config(path: str | Path | None, overrides: Mapping[str, str] | None = None) -> Config:
     """Load a YAML file (None: an empty one), with overrides such as `{"optim.learning_rate": "3e-4"}`.
 
-    Overrides are YAML. A mapping without `type` is merged into the existing one; any other value replaces it.
+    Overrides are YAML. A mapping without `type` is merged into the existing one; any other value replaces it, and the
+    file's alternatives to it: `tokens` replaces `steps`.
     Raises ConfigErrors with one line for each error.
     """
     root, problems = (Node({}, "no file"), []) if path is None else read_file(path)
@@ -72,6 +73,7 @@ def load_config(path: str | Path | None, overrides: Mapping[str, str] | None = N
             message = _override(root, option, read_flag_value(overrides[name], f"--{name}"))
         if message:
             problems.append(Problem(f"--{name}", None, option, message))
+    problems += settle_alternatives(root)
     config, more = validate(root)
     if problems or more:
         known = {problem.path for problem in problems}

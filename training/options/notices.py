@@ -7,11 +7,7 @@ from training.config import BlockConfig, Config, ModelConfig, MoEConfig, OptimCo
 
 def notices(config: Config) -> Iterator[str]:
     """Yield one line for each, with the option's name, its effect and the way out."""
-    fitted, model = config.schedule.fitted(config.steps), config.model
-    for name in type(fitted).model_fields:
-        before, after = getattr(config.schedule, name), getattr(fitted, name)
-        if before != after:
-            yield f"schedule.{name}: {before} does not fit into steps {config.steps}; this run uses {after}"
+    model = config.model
     if model.logit_softcap is not None and model.logit_softcap < 5:
         yield f"model.logit_softcap: {model.logit_softcap:g} keeps probabilities nearly uniform; use 15 to 50"
     if model.n_positions == 1:
@@ -23,6 +19,18 @@ def notices(config: Config) -> Iterator[str]:
     for i, block in enumerate(model.blocks):
         for name, problem in _block_notices(block, model):
             yield f"model.blocks.{i}.{name}: {problem}"
+
+
+def schedule_notices(config: Config) -> Iterator[str]:
+    """Yield one line for each length in steps that does not fit into the run; `steps` is resolved.
+
+    A share of the run fits.
+    """
+    fitted = config.schedule.fitted(config.steps)
+    for name in ("warmup_steps", "decay_steps"):
+        before = getattr(config.schedule, name, None)
+        if before is not None and before != (after := getattr(fitted, name)):
+            yield f"schedule.{name}: {before} does not fit into steps {config.steps}; this run uses {after}"
 
 
 def _optim_notices(optim: OptimConfig) -> Iterator[tuple[str, str]]:

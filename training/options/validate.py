@@ -12,8 +12,9 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from training.config import Config, Section
-from training.options.schema import closest, explain_unknown, is_list, literals, sections, type_name
+from training.options.schema import all_groups, closest, explain_unknown, is_list, literals, sections, type_name
 from training.options.yaml import MAX_PROBLEMS, Node, OptionPath, Problem, to_printable
+from training.section import SectionWithAlternatives, is_set
 
 NOUNS = {bool: "true or false", int: "an integer", float: "a number", str: "text", NoneType: "null"}
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
@@ -34,6 +35,42 @@ def validate(root: Node) -> tuple[Config | None, list[Problem]]:
         if len(problems) == MAX_PROBLEMS:
             return None, [*problems.values(), Problem(root.origin, None, (), "and so on")]
     return None, list(problems.values())
+
+
+def settle_alternatives(root: Node) -> list[Problem]:
+    """Remove all but one of the alternatives that are set; a flag's replaces the file's. Return a problem for the rest.
+
+    The first of the file's, or of the flags', stays.
+    """
+    problems = []
+    for path, names in dict.fromkeys(
+        (group.path, names)
+        for group in all_groups()
+        if issubclass(group.section, SectionWithAlternatives)
+        for names, _ in group.section.alternatives
+    ):
+        section = _node_at(root, path)
+        if section is None or not isinstance(section.value, dict):
+            continue
+        chosen = {name: node for name in names if (node := section.child(name)) and is_set(node.plain())}
+        flags = {name: node for name, node in chosen.items() if node.line is None}
+        first, *others = sorted(flags or chosen, key=lambda name: chosen[name].line or 0) or [None]
+        for name in others:
+            node, kept = chosen[name], chosen[first]
+            where = f"on line {kept.line}" if kept.line else f"with {kept.origin}"
+            message = f"{first} is also set, {where}; set one of {', '.join(names)}"
+            problems.append(Problem(node.origin, node.line, (*path, name), message))
+        for name in chosen.keys() - {first}:
+            del section.value[name]
+    return problems
+
+
+def _node_at(root: Node, path: OptionPath) -> Node | None:
+    """Return the node at a path, None if it is not there."""
+    node: Node | None = root
+    for key in path:
+        node = node and node.child(key)
+    return node
 
 
 def _reset_to_text(root: Node, details: list[Any]) -> bool:
@@ -135,7 +172,8 @@ def describe_expected(annotation: Any, limits: Iterable[Any] = ()) -> str:
         parts = get_args(annotation)
         return " or ".join(describe_expected(part, () if part is NoneType else limits) for part in parts)
     if get_origin(annotation) is Annotated:
-        annotation, *limits = get_args(annotation)
+        annotation, *own = get_args(annotation)
+        limits = (*limits, *own)
     not_empty = any(hasattr(limit, "min_length") for limit in limits)
     if is_list(annotation):
         entries = "{...}, {...}" if sections(annotation) else "first, second"

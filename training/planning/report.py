@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from training.data.tokenizer import build_tokenizer
 from training.errors import UserError
 from training.model.stats import ModelStats, model_stats
 from training.optim.optimizer import state_bytes
+from training.planning.horizon import epoch_samples, resolve_steps
 from training.planning.memory import (
     HEADROOM,
     MemoryEstimate,
@@ -82,7 +84,9 @@ def build_plan(config: Config, device: TargetDevice, world_size: int) -> RunPlan
     if precision == "auto":
         precision = "bf16" if device.has_bf16 else "fp32"
     model = config.model.model_copy(update={"vocab_size": config.model.vocab_size or _vocab_size(config, manifest)})
-    config = config.model_copy(update={"precision": precision, "model": model}).resolved()
+    config = config.model_copy(update={"precision": precision, "model": model})
+    train_tokens = [stream.n_tokens for stream in manifest.streams if stream.split == "train"] if manifest else []
+    config = resolve_steps(config, _samples_per_epoch(config, train_tokens)).resolved()
     if (n_samples := config.batch_tokens // model.n_positions) < world_size:
         problem = f"{world_size} ranks are more than the {n_samples} samples of batch_tokens {config.batch_tokens}"
         raise UserError(f"--world: {problem}; raise batch_tokens")
@@ -95,9 +99,16 @@ def build_plan(config: Config, device: TargetDevice, world_size: int) -> RunPlan
         micro_batch = min(config.micro_batch, per_rank)
     memory = estimator.estimate(micro_batch)
     n_tokens = config.steps * config.batch_tokens
-    train_tokens = [stream.n_tokens for stream in manifest.streams if stream.split == "train"] if manifest else []
     sizes = estimator.stats, micro_batch, largest, memory
     return RunPlan(config, device, world_size, n_tokens, train_tokens, data_problem, *sizes)
+
+
+def _samples_per_epoch(config: Config, train_tokens: list[int]) -> Fraction | None:
+    """Return the number of samples in an epoch of the prepared data; None if there is none."""
+    if not train_tokens:
+        return None
+    weights = [source.weight for source in config.data.sources if source.weight]
+    return epoch_samples([max(1, (n - 1) // config.model.n_positions) for n in train_tokens], weights or None)
 
 
 class _QuickHashes(FileHashes):
