@@ -145,6 +145,8 @@ def config_with(chosen: list[Mistake]) -> dict:
         for key, following in zip(parents, mistake.at[1:], strict=True):
             empty = [{}] if isinstance(following, int) else {}
             node = node[key] if isinstance(key, int) else node.setdefault(key, empty)
+            if key == 0 and "sources" in str(parents[1]) and isinstance(following, str) and following != name:
+                node.setdefault("type", "stdlib")  # a section of a source, which has to be complete
         if kind := type_name(mistake.section):
             node["type"] = kind
         node |= {key: value for key, value in minimal_value(mistake.section).items() if key not in node}

@@ -21,6 +21,7 @@ from training import prepare as prepare_command
 from training.checkpoint import corruption
 from training.config import DataConfig
 from training.data import prepare, shards
+from training.data.row_files import FileOptions
 from training.data.text_files import read_documents
 from training.train import main as train_command
 
@@ -131,7 +132,7 @@ def test_unusual_but_valid_text_is_read_unchanged(tmp_path):
 
 def test_a_row_of_50_mb_is_read(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl({"text": "x" * LONG}))
-    (document,) = read_documents(tmp_path / "a.jsonl", "text")
+    (document,) = read_documents(tmp_path / "a.jsonl", FileOptions("text"))
     assert sum(map(len, document.chunks)) == LONG
 
 

@@ -525,7 +525,7 @@ def test_the_command_ends_with_status_2_for_bad_text(folder, capsys):
     (folder / "bad.txt").write_bytes(b"\xff")
     assert command.main(["--config", write_config(folder, str(folder / "bad.txt"))]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"error: {folder / 'bad.txt'}: byte 0 is not UTF-8 text (invalid start byte)"
+    assert last.startswith(f"error: {folder / 'bad.txt'}: byte 0 is not UTF-8 text (invalid start byte); set encoding")
 
 
 def test_preparing_imports_no_torch(folder):
@@ -675,8 +675,9 @@ def test_separators_elsewhere_are_ordinary_characters_and_counted(tmp_path):
     dataset = prepare(config_of(tmp_path, **options), quiet=True)
     assert texts(dataset, "train") == [text, text, text, "only </s>"]
     assert dataset.report["notes"][:2] == [
-        "<|endoftext|> in the text: 6, as ordinary characters; it separates documents in .txt files only",
-        "</s> in the text: 8, as ordinary characters; documents are separated by <|endoftext|>",
+        "<|endoftext|> in the text: 6, as ordinary characters; it separates documents in .txt files only, "
+        "or where split_on names it",
+        "</s> in the text: 8, as ordinary characters; documents are separated by <|endoftext|>; or name it as split_on",
     ]
 
 

@@ -386,4 +386,4 @@ def test_a_line_longer_than_any_document_is_an_error(tmp_path, monkeypatch):
     path = tmp_path / "long.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "fine"}\n' + json.dumps({"text": "x" * 1000}).encode()))
     with pytest.raises(UserError, match=r"long.jsonl.gz: line 2 is longer than"):
-        list(text_files.read_documents(path, "text"))
+        list(text_files.read_documents(path, row_files.FileOptions("text")))

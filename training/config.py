@@ -8,6 +8,7 @@ notebook or a test without a run.
 implementations maps each variant to its code.
 """
 
+import codecs
 import math
 from collections.abc import Iterator
 from fractions import Fraction
@@ -224,11 +225,53 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 WEIGHT_DOC = "relative share of samples from this source; null (then in every source): in proportion to size"
 
 
+# Python's names of codecs between text and bytes. Its other codecs, such as zip and rot13, are transforms.
+ENCODINGS = """
+    ascii big5 big5hkscs cp037 cp273 cp424 cp437 cp500 cp720 cp737 cp775 cp850 cp852 cp855 cp856 cp857 cp858 cp860 cp861
+    cp862 cp863 cp864 cp865 cp866 cp869 cp874 cp875 cp932 cp949 cp950 cp1006 cp1026 cp1125 cp1140 cp1250 cp1251 cp1252
+    cp1253 cp1254 cp1255 cp1256 cp1257 cp1258 euc_jp euc_jis_2004 euc_jisx0213 euc_kr gb2312 gbk gb18030 hz iso2022_jp
+    iso2022_jp_1 iso2022_jp_2 iso2022_jp_2004 iso2022_jp_3 iso2022_jp_ext iso2022_kr iso8859-1 iso8859-2 iso8859-3
+    iso8859-4 iso8859-5 iso8859-6 iso8859-7 iso8859-8 iso8859-9 iso8859-10 iso8859-11 iso8859-13 iso8859-14 iso8859-15
+    iso8859-16 johab koi8-r koi8-t koi8-u kz1048 mac-cyrillic mac-greek mac-iceland mac-latin2 mac-roman mac-turkish
+    ptcp154 shift_jis shift_jis_2004 shift_jisx0213 utf-32 utf-32-be utf-32-le utf-16 utf-16-be utf-16-le utf-7 utf-8
+"""
+SKIP_ENCODING = "skip"
+
+
+def canonical_encoding(name: str) -> str:
+    """Return Python's own name of a text encoding, or "skip". Raises ValueError for any other name."""
+    if name == SKIP_ENCODING:
+        return name
+    try:
+        canonical = codecs.lookup(name).name
+    except (LookupError, ValueError, UnicodeError):
+        canonical = ""
+    if canonical not in ENCODINGS.split():
+        raise ValueError(f"{name!r} is no text encoding that Python knows; try utf-16, cp1252 or latin-1, or skip")
+    return canonical
+
+
+class LimitConfig(Section):
+    """The first part of a source: whole documents, up to the one that reaches the limit."""
+
+    bytes: int | None = option(None, "bytes of text, in UTF-8", unit="bytes", ge=1)
+    documents: int | None = option(None, "documents that are not empty", unit="documents", ge=1)
+    tokens: int | None = option(None, "tokens, with the end-of-text token of each document", unit="tokens", ge=1)
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        if sum(value is not None for _, value in self) != 1:
+            yield "", "set exactly one of bytes, documents and tokens"
+
+
+LIMIT_DOC = "read only the first part: {bytes: N}, {documents: N} or {tokens: N}, exactly one; null: all"
+
+
 class StdlibSource(Section):
     """The source code of Python's standard library without its tests, about 11 MB; needs no download."""
 
     type: Literal["stdlib"] = "stdlib"
     name: str | None = option(None, "name of its validation text in the logs; null: stdlib", pattern=NAME_PATTERN)
+    limit: LimitConfig | None = option(None, LIMIT_DOC)
     weight: float | None = option(None, WEIGHT_DOC, gt=0)
 
 
@@ -242,10 +285,25 @@ class FilesSource(Section):
         "files, folders (with all files below them) or globs; in a .txt, <|endoftext|> starts another document",
         min_length=1,
     )
+    encoding: str = option(
+        "utf-8", "encoding of the text, such as cp1252 or utf-16; skip: leave out files that are not UTF-8"
+    )
+    split_on: str | None = option(
+        None,
+        "text between the documents of a .txt, .md or .py file; null: in a .txt <|endoftext|>, elsewhere nothing",
+        min_length=1,
+    )
     text_column: str = option(
         "text", "column of files of rows (.jsonl, .json, .csv, .tsv, .parquet) that holds the text"
     )
+    limit: LimitConfig | None = option(None, LIMIT_DOC)
     weight: float | None = option(None, WEIGHT_DOC, gt=0)
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        try:
+            canonical_encoding(self.encoding)
+        except ValueError as error:
+            yield "encoding", str(error)
 
 
 class HuggingFaceSource(Section):
@@ -257,6 +315,7 @@ class HuggingFaceSource(Section):
     split: str = option("train", "split of the data set to read")
     text_column: str = option("text", "column that holds the text")
     streaming: bool = option(False, "read while downloading, without storing the data set first")
+    limit: LimitConfig | None = option(None, LIMIT_DOC)
     weight: float | None = option(None, WEIGHT_DOC, gt=0)
 
 

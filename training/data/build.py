@@ -18,8 +18,8 @@ from training.data.chunks import Chunk
 from training.data.corpus import Corpus, hash_of
 from training.data.progress import show_progress
 from training.data.shards import FORMAT_VERSION, MANIFEST_FILE, Manifest, StreamRecord, StreamWriter
-from training.data.sources import no_text_error
-from training.data.tokenizer import END_OF_TEXT, OTHER_SEPARATORS, Tokenizer, build_tokenizer
+from training.data.sources import FilesReader, no_text_error
+from training.data.tokenizer import OTHER_SEPARATORS, Tokenizer, build_tokenizer
 from training.errors import UserError
 from training.files import fsync_path
 
@@ -32,6 +32,7 @@ class TextCounts:
 
     n_blank: int = 0
     n_borders: int = 0
+    n_not_utf8: int = 0
     as_text: Counter[str] = field(default_factory=Counter)
 
 
@@ -49,9 +50,10 @@ def write_dataset(corpus: Corpus, folder: Path, key: str, quiet: bool) -> None:
         for split, i in [*(("train", i) for i in range(corpus.n_streams)), ("val", 0)]:
             paths = (folder / f"{split}-{i}.{kind}" for kind in ("tokens", "documents"))
             writers[split, i] = StreamWriter(*(files.enter_context(path.open("wb")) for path in paths), tokenizer)
-        chunks = chain.from_iterable(corpus.chunks(tokenizer.separators))
+        chunks = chain.from_iterable(corpus.chunks(tokenizer))
         counts = write_streams(chunks, tokenizer, writers, corpus.config.workers, progress)
     records = [writer.record(split) for (split, _), writer in writers.items()]
+    counts.n_not_utf8 = count_not_utf8(corpus)
     check_splits(corpus, records)
     train, val = (labeled_documents(writers, split) for split in ("train", "val"))
     shared = val.select(np.isin(val.hashes, train.hashes))
@@ -72,6 +74,12 @@ def write_dataset(corpus: Corpus, folder: Path, key: str, quiet: bool) -> None:
     with show_progress("flushing the tokens to disk", quiet, only_if_slow=True):
         for path in [*folder.rglob("*"), folder]:
             fsync_path(path)
+
+
+def count_not_utf8(corpus: Corpus) -> int:
+    """Return the number of files that were left out because they are not UTF-8."""
+    readers = [r for r in corpus.train_readers + corpus.val_readers if isinstance(r, FilesReader)]
+    return sum(sum(reader.not_utf8.values()) for reader in readers)
 
 
 class LabeledDocuments(NamedTuple):
@@ -190,7 +198,7 @@ def advice_for_few_documents(corpus: Corpus) -> str:
     """Return what to change so that both splits get documents: the smallest fraction that holds out one of several."""
     if corpus.single_text_file is not None:
         return "give more text"
-    chunks = (chunk for chunk in chain.from_iterable(corpus.chunks((END_OF_TEXT,))) if chunk.starts_document)
+    chunks = (chunk for chunk in chain.from_iterable(corpus.chunks()) if chunk.starts_document)
     hashes = sorted({hash_of(chunk.text) for chunk in chunks if not chunk.is_blank_document})
     if len(hashes) < 2:
         return "give more documents, or the only one as a .txt file, whose end is then held out"

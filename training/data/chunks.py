@@ -5,7 +5,8 @@ start a new word. No token spans such a cut, so the chunks' tokens are the docum
 the next MAX_SEARCH_CHARS, the text is cut at CHUNK_CHARS, possibly inside a token.
 
 A dump, as nanoGPT's or TinyStories', is a .txt file of many documents with `<|endoftext|>` between them. There the
-separator is a border between documents. In other text (.md, .py, rows) it is ordinary characters.
+separator is a border between documents. In other text (.md, .py, rows) it is ordinary characters. A source's `split_on`
+replaces both rules.
 """
 
 import codecs
@@ -16,6 +17,13 @@ from operator import itemgetter
 from typing import BinaryIO, NamedTuple
 
 from training.errors import UserError
+
+
+class NotUTF8Error(UserError):
+    """Bytes that are not UTF-8 text."""
+
+
+ENCODING_ADVICE = "set encoding of the source to the right one, such as cp1252, or to skip to leave such files out"
 
 CHUNK_CHARS = 1 << 20
 MAX_SEARCH_CHARS = 1 << 16  # how far past CHUNK_CHARS to look for a place to cut
@@ -28,7 +36,8 @@ class Document(NamedTuple):
 
     chunks: Iterator[str]
     key: str | None = None  # decides whether the document is held out for validation; None: its first chunk does
-    is_dump: bool = False  # a separator in the text is a border between documents
+    is_dump: bool = False  # the tokenizer's separators in the text are borders between documents
+    split_on: str | None = None  # another text that is a border, instead of them
 
 
 class Chunk(NamedTuple):
@@ -72,8 +81,9 @@ def split_into_chunks(blocks: Iterable[str]) -> Iterator[str]:
 
 
 def number_parts(document: Document, separators: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """Yield (number of separators before the text, text), at least once. Only a dump has separators."""
-    if not document.is_dump:
+    """Yield (number of separators before the text, text), at least once. Only a dump has `separators`."""
+    separators = [document.split_on] if document.split_on else separators
+    if not document.is_dump and not document.split_on:
         yield from ((0, chunk) for chunk in document.chunks)
         return
     border, number = re.compile("|".join(map(re.escape, separators))), 0
@@ -120,10 +130,11 @@ def decode_utf8(file: BinaryIO, name: str) -> Iterator[str]:
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            raise UserError(f"{name}: byte {start + error.start} is not UTF-8 text ({error.reason})") from None
+            problem = f"byte {start + error.start} is not UTF-8 text ({error.reason})"
+            raise NotUTF8Error(f"{name}: {problem}; {ENCODING_ADVICE}") from None
         if "\0" in text:
             offset = start + len(text[: text.index("\0")].encode())
-            raise UserError(f"{name}: byte {offset} is NUL: this is not a UTF-8 text file")
+            raise NotUTF8Error(f"{name}: byte {offset} is NUL: this is not a UTF-8 text file; {ENCODING_ADVICE}")
         if n_read == 0:
             text = text.removeprefix("\ufeff")
         is_blank = is_blank and not text.strip()

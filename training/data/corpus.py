@@ -8,10 +8,18 @@ from itertools import zip_longest
 from training.config import DataConfig
 from training.data.chunks import Chunk, mark_blank, number_parts
 from training.data.file_hashes import FileHashes
+from training.data.limits import Budget, first_part
 from training.data.shards import FORMAT_VERSION
-from training.data.sources import FilesReader, Reader, build_readers, drop_repeated_files, plain_bytes
+from training.data.sources import (
+    FilesReader,
+    Reader,
+    build_readers,
+    drop_repeated_files,
+    identity_of,
+    plain_bytes,
+)
 from training.data.text_files import format_of, is_text_file
-from training.data.tokenizer import END_OF_TEXT, tokenizer_identity
+from training.data.tokenizer import END_OF_TEXT, Tokenizer, tokenizer_identity
 from training.errors import UserError
 
 DUMP_SUFFIX = "-documents"  # of a cache's folder whose .txt files were split into documents, which older ones were not
@@ -44,8 +52,15 @@ class Corpus:
         if len(readers) == 1 and isinstance(readers[0], FilesReader) and len(readers[0].paths) == 1:
             (path,) = readers[0].paths
             self.single_text_file = path if is_text_file(path) else None
-        paths = (path for reader in readers if isinstance(reader, FilesReader) for path in reader.paths)
-        self.has_dumps = any(format_of(path) == ".txt" for path in paths)
+        # Borders that sources name; None: a source without one has .txt files, which may be dumps.
+        borders = {
+            reader.options.split_on
+            for reader in readers
+            if isinstance(reader, FilesReader)
+            if reader.options.split_on or any(format_of(path) == ".txt" for path in reader.paths)
+        }
+        self.split_on = sorted(borders, key=str)
+        self.has_dumps = None in borders
 
     def cache_key(self, hashes: FileHashes) -> str:
         """Return a hash of everything that changes the tokens on disk. Of the weights, only their presence does.
@@ -54,8 +69,8 @@ class Corpus:
         """
         inputs = {
             "format": FORMAT_VERSION,
-            "sources": [reader.identity(hashes) for reader in self.train_readers],
-            "val_sources": [reader.identity(hashes) for reader in self.val_readers],
+            "sources": [identity_of(reader, hashes) for reader in self.train_readers],
+            "val_sources": [identity_of(reader, hashes) for reader in self.val_readers],
             "val_fraction": None if self.val_readers else self.config.val_fraction,
             "weighted": bool(self.weights),
             "tokenizer": tokenizer_identity(self.config.tokenizer, hashes),
@@ -67,40 +82,49 @@ class Corpus:
         readers = self.val_readers if split == "val" and self.val_readers else self.train_readers
         return [reader.name for reader in readers]
 
-    def chunks(self, separators: Sequence[str]) -> Iterator[Iterator[Chunk]]:
-        """Yield an iterator over the chunks of each source. `separators` stand between the documents of dumps."""
+    def chunks(self, tokenizer: Tokenizer | None = None) -> Iterator[Iterator[Chunk]]:
+        """Yield an iterator over the chunks of each source. The tokenizer's separators divide dumps; None: GPT-2's."""
+        separators = (END_OF_TEXT,) if tokenizer is None else tokenizer.separators
         if self.single_text_file is not None:
-            yield split_text(lambda: self._single_text(separators), self.config.val_fraction)
+            yield split_text(lambda: self._single_text(separators, tokenizer), self.config.val_fraction)
             return
         val_fraction = 0.0 if self.val_readers else self.config.val_fraction
         for i, reader in enumerate(self.train_readers):
-            yield split_documents(reader, i, i if self.weights else 0, val_fraction, separators)
+            budget = Budget(reader.limit, tokenizer)
+            yield split_documents(reader, i, i if self.weights else 0, val_fraction, separators, budget)
         for i, reader in enumerate(self.val_readers):
-            yield split_documents(reader, i, 0, 1.0, separators)
+            yield split_documents(reader, i, 0, 1.0, separators, Budget(reader.limit, tokenizer))
 
-    def _single_text(self, separators: Sequence[str]) -> Iterator[tuple[int, str]]:
+    def _single_text(self, separators: Sequence[str], tokenizer: Tokenizer | None) -> Iterator[tuple[int, str]]:
         """Yield (number of the document, text) of the single text file."""
-        return number_parts(next(self.train_readers[0].documents()), separators)
+        (reader,) = self.train_readers
+        return first_part(number_parts(next(reader.documents()), separators), Budget(reader.limit, tokenizer))
 
     def training_text(self) -> Iterator[str]:
         """Yield training text, one chunk of each source in turn, so that any prefix is a fair sample."""
-        for chunks in zip_longest(*self.chunks((END_OF_TEXT,))):
+        for chunks in zip_longest(*self.chunks()):
             yield from (chunk.text for chunk in chunks if chunk is not None and chunk.split == "train")
 
 
 def split_documents(
-    reader: Reader, source: int, stream: int, val_fraction: float, separators: Sequence[str]
+    reader: Reader, source: int, stream: int, val_fraction: float, separators: Sequence[str], budget: Budget
 ) -> Iterator[Chunk]:
-    """Yield the chunks of the documents of source number `source`; a blank one is one chunk.
+    """Yield the chunks of the documents of source number `source` until `budget` is spent; a blank one is one chunk.
 
     Training text goes to `stream`, a share `val_fraction` of the documents to the only stream of validation text.
     """
     for document in reader.documents():
         for number, text, starts, is_blank in mark_blank(number_parts(document, separators)):
+            if starts and budget.is_spent:
+                return
+            if not is_blank:
+                budget.spend(text, starts)
             if starts:
                 is_val = is_held_out(text if document.key is None else document.key, val_fraction)
                 split, index = ("val", 0) if is_val else ("train", stream)
             yield Chunk(text, split, source, index, starts, starts and number > 0, is_blank)
+        if budget.is_spent:  # before the next row is fetched
+            return
 
 
 def split_text(parts: Callable[[], Iterator[tuple[int, str]]], val_fraction: float) -> Iterator[Chunk]:

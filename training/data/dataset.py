@@ -25,6 +25,7 @@ from training.data import shards
 from training.data.build import write_dataset, write_streams
 from training.data.corpus import DUMP_SUFFIX, Corpus, split_documents
 from training.data.file_hashes import FileHashes
+from training.data.limits import Budget
 from training.data.notes import (
     describe_blank,
     describe_dataset,
@@ -157,7 +158,9 @@ def read_split(paths: Sequence[str], text_column: str, tokenizer: Tokenizer) -> 
     readers = [build_reader(FilesSource(paths=(path,), text_column=text_column)) for path in paths]
     names = dict(zip(readers, paths, strict=True))
     print_notes([*describe_left_out(readers), *describe_repeated_files(drop_repeated_files(readers))])
-    chunks = (split_documents(reader, i, 0, 1.0, tokenizer.separators) for i, reader in enumerate(readers))
+    chunks = (
+        split_documents(reader, i, 0, 1.0, tokenizer.separators, Budget(None, None)) for i, reader in enumerate(readers)
+    )
     counts = write_streams(chain.from_iterable(chunks), tokenizer, {("val", 0): writer}, None, len)
     if not writer.n_documents:
         raise UserError(f"{', '.join(paths)}: no text in there")

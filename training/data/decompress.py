@@ -1,10 +1,11 @@
-"""Decompressed bytes of .gz, .bz2, .xz and .zst files, read to their end or not at all.
+"""Decompressed bytes of .gz, .bz2, .xz and .zst files, read to their end or not at all, and text of other encodings.
 
 The standard library's `bz2.open` and `lzma.open` take damage in a later stream of a file for its end, and
 `zstandard`'s reader takes a cut frame for a whole one. Here both are errors.
 """
 
 import bz2
+import codecs
 import io
 import lzma
 import zlib
@@ -16,6 +17,7 @@ from typing import Any
 from training.errors import UserError
 
 BLOCK_BYTES = 2**12  # compressed bytes at a time, which unpack to 128 MiB at most (zstd: 4 bytes to 128 KiB)
+TRANSCODED_BYTES = 2**16
 MAX_ZSTD_WINDOW = 2**31  # of `zstd --long=31`, the largest that the tool writes
 
 
@@ -76,6 +78,44 @@ class DecompressedFile(io.RawIOBase):
             compressed = self.file.read(BLOCK_BYTES)
         self.stream = self.new_stream() if compressed else self.stream
         return compressed
+
+
+class TranscodedFile(io.RawIOBase):
+    """The text of a file in another encoding, as UTF-8 bytes. Raises UserError for bytes that are not in it."""
+
+    def __init__(self, path: Path, file: io.BufferedReader, encoding: str):
+        self.path, self.file, self.encoding = path, file, encoding
+        self.decoder = codecs.getincrementaldecoder(encoding)()
+        self.n_read, self.output, self.is_at_end = 0, memoryview(b""), False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.output and not self.is_at_end:
+            block = self.file.read(TRANSCODED_BYTES)
+            self.is_at_end = not block
+            start = self.n_read - len(self.decoder.getstate()[0])
+            try:
+                self.output = memoryview(self.decoder.decode(block, final=self.is_at_end).encode())
+            except UnicodeDecodeError as error:
+                reason = f"byte {start + error.start} is not {self.encoding} text ({error.reason})"
+                raise UserError(f"{self.path}: {reason}; check encoding of the source") from None
+            except UnicodeError as error:  # no byte order mark, or a lone surrogate
+                raise UserError(
+                    f"{self.path}: not {self.encoding} text ({error}); check encoding of the source"
+                ) from None
+            self.n_read += len(block)
+        n = min(len(buffer), len(self.output))
+        buffer[:n], self.output = self.output[:n], self.output[n:]
+        return n
+
+
+@contextmanager
+def open_utf8(path: Path, encoding: str) -> Iterator[io.BufferedReader]:
+    """Open a file's decompressed text as UTF-8 bytes, which are checked only if `encoding` is another one."""
+    with open_decompressed(path) as file:
+        yield file if encoding == "utf-8" else io.BufferedReader(TranscodedFile(path, file, encoding))
 
 
 @contextmanager

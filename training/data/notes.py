@@ -30,14 +30,24 @@ def describe_repeated_files(repeated: Sequence[tuple[Path, Path]]) -> Iterator[s
         yield f"paths to files that are listed before, left out: {len(repeated):,} (such as {path}, {kept}); {advice}"
 
 
-def describe_separators(n_borders: int, as_text: Mapping[str, int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield lines about the names of end-of-text tokens in the text."""
+def describe_separators(
+    n_borders: int, as_text: Mapping[str, int], tokenizer: Tokenizer, split_on: Sequence[str | None] = (None,)
+) -> Iterator[str]:
+    """Yield lines about borders between documents, and about names of end-of-text tokens that are none.
+
+    `split_on`: the borders that sources name, and None for .txt files of a source that names none.
+    """
     own = " and ".join(tokenizer.separators)
     if n_borders:
-        yield f"{own} in .txt files: {n_borders:,}, each a border between documents"
+        chosen = [repr(each) for each in split_on if each is not None]
+        names = [*([f"{' and '.join(chosen)} (split_on)"] if chosen else []), f"{own} in .txt files"]
+        names = names if None in split_on else names[:1]
+        yield f"{', '.join(names)}: {n_borders:,}, each a border between documents"
     for name, n in as_text.items():
         is_own = name in tokenizer.separators
-        reason = "it separates documents in .txt files only" if is_own else f"documents are separated by {own}"
+        where = ".txt files only" if not any(split_on) else ".txt files of sources without split_on only"
+        reason = f"it separates documents in {where}, or where split_on names it"
+        reason = reason if is_own else f"documents are separated by {own}; or name it as split_on"
         yield f"{name} in the text: {n:,}, as ordinary characters; {reason}"
 
 
@@ -61,7 +71,9 @@ def describe_dataset(folder: Path, manifest: Manifest, tokenizer: Tokenizer, cor
         advice = "it is empty" if corpus.val_readers else "a larger data.val_fraction holds some out"
         yield f"no validation text, and so no validation loss of its own: {names}; {advice}"
     yield from describe_blank(manifest.n_blank)
-    yield from describe_separators(manifest.n_borders, manifest.as_text, tokenizer)
+    if n := manifest.n_not_utf8:
+        yield f"files that are not UTF-8, left out (encoding: skip): {n:,}"
+    yield from describe_separators(manifest.n_borders, manifest.as_text, tokenizer, corpus.split_on)
     if n := manifest.n_shared:
         train_names = corpus.names("train")
         pairs = ", ".join(f"{each:,} of {val_names[i]} in {train_names[j]}" for i, j, each in manifest.shared)

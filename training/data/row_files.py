@@ -5,9 +5,10 @@ import io
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from training.data.decompress import open_decompressed
+from training.data.chunks import ENCODING_ADVICE
+from training.data.decompress import open_utf8
 from training.errors import UserError
 
 MAX_LINE_BYTES = 2**26  # of .jsonl and of a row of .csv, because a whole one is in memory
@@ -22,15 +23,23 @@ BOM = b"\xef\xbb\xbf"
 Row = tuple[str, Any]  # where it is, for errors, and its value
 
 
-def jsonl_rows(path: Path, _column: str | None = None) -> Iterator[Row]:
+class FileOptions(NamedTuple):
+    """How the files of a source are read."""
+
+    column: str | None = None  # of rows, which holds the text; None: all columns
+    encoding: str = "utf-8"
+    split_on: str | None = None  # between the documents of text files
+
+
+def jsonl_rows(path: Path, options: FileOptions) -> Iterator[Row]:
     """Yield the value of each line that is not blank."""
-    with open_decompressed(path) as file:
+    with open_utf8(path, options.encoding) as file:
         yield from _read_lines(file, path)
 
 
-def json_rows(path: Path, _column: str | None = None) -> Iterator[Row]:
+def json_rows(path: Path, options: FileOptions) -> Iterator[Row]:
     """Yield each value of an array, or that of each line that is not blank."""
-    with open_decompressed(path) as file:
+    with open_utf8(path, options.encoding) as file:
         if not file.peek().removeprefix(BOM).lstrip().startswith(b"["):
             yield from _read_lines(file, path)
             return
@@ -66,7 +75,8 @@ def _decode(data: bytes, where: str, part: str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: byte {error.start}{part} is not UTF-8 ({error.reason})") from None
+        problem = f"byte {error.start}{part} is not UTF-8 ({error.reason})"
+        raise UserError(f"{where}: {problem}; {ENCODING_ADVICE}") from None
 
 
 def text_of(row: Any, column: str, where: str) -> str:
@@ -83,12 +93,13 @@ def list_names(columns: Iterable[str]) -> str:
     return ", ".join([*names[:MAX_NAMES], *["..."] * (len(names) > MAX_NAMES)]) or "none"
 
 
-def csv_rows(path: Path, column: str | None = None) -> Iterator[Row]:
-    """Yield each row after the header row, as texts by column. Raises UserError if it lacks `column`.
+def csv_rows(path: Path, options: FileOptions) -> Iterator[Row]:
+    """Yield each row after the header row, as texts by column. Raises UserError if it lacks `options.column`.
 
     A quoted field may hold separators, line ends and doubled quotes. Rows count from 1, without the header.
     """
-    with open_decompressed(path) as file:
+    column = options.column
+    with open_utf8(path, options.encoding) as file:
         records = _read_records(file, path)
         where, names = next(records, (f"{path}: line 1", []))
         if names and column is not None and column not in names:
@@ -103,10 +114,10 @@ def csv_rows(path: Path, column: str | None = None) -> Iterator[Row]:
             yield place, dict(zip(names, fields, strict=True))
 
 
-def has_column(path: Path, column: str) -> bool:
-    """Return True if a .csv or .tsv file has a header row with this column."""
+def has_column(path: Path, options: FileOptions) -> bool:
+    """Return True if a .csv or .tsv file has a header row with `options.column`."""
     try:
-        next(csv_rows(path, column), None)
+        next(csv_rows(path, options), None)
     except UserError:
         return False
     return True
@@ -140,12 +151,12 @@ def _read_records(file: io.BufferedReader, path: Path) -> Iterator[tuple[str, li
             yield f"{path}: line {first}", fields
 
 
-def parquet_rows(path: Path, column: str | None = None) -> Iterator[Row]:
-    """Yield each row with all of its columns, or with one of them. Reads only these."""
+def parquet_rows(path: Path, options: FileOptions) -> Iterator[Row]:
+    """Yield each row with all of its columns, or with `options.column` only. Reads only these."""
     import pyarrow
     from pyarrow import parquet
 
-    number = 0
+    number, column = 0, options.column
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
@@ -195,7 +206,7 @@ def to_text(value: Any, column: str, where: str) -> str:
     return value
 
 
-# Functions of (path, column). With a column they may leave out the others.
+# Functions of (path, options). With `options.column` they may leave out the other columns.
 ROWS = {
     ".jsonl": jsonl_rows,
     ".parquet": parquet_rows,

@@ -7,12 +7,23 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any, Protocol
 
-from training.config import AVERAGE, FilesSource, HuggingFaceSource, Section, SourceConfig, StdlibSource, chosen_name
+from training.config import (
+    AVERAGE,
+    SKIP_ENCODING,
+    FilesSource,
+    HuggingFaceSource,
+    LimitConfig,
+    Section,
+    SourceConfig,
+    StdlibSource,
+    canonical_encoding,
+    chosen_name,
+)
 from training.data.chunks import Document, look_ahead, to_document
 from training.data.file_hashes import FileHashes
 from training.data.find_files import SKIPPED_FOLDERS, find_files, name_of_path, walk
-from training.data.row_files import Row, has_column, list_names, to_text
-from training.data.text_files import format_of, is_plain_text, is_text_file, read_documents
+from training.data.row_files import FileOptions, Row, has_column, list_names, to_text
+from training.data.text_files import format_of, is_plain_text, is_text_file, is_utf8, read_documents
 from training.errors import UserError, library_error
 
 
@@ -20,6 +31,7 @@ class Reader(Protocol):
     """A source of documents."""
 
     name: str  # in the logs, of letters, digits, `.`, `_` and `-`
+    limit: LimitConfig | None  # of the first part that is read; set by `build_reader`
 
     def documents(self) -> Iterator[Document]:
         """Yield every document, in an order that depends only on the source. Called more than once."""
@@ -47,7 +59,7 @@ class StdlibReader:
 
     def documents(self) -> Iterator[Document]:
         for name, path in self.modules.items():
-            yield from (document._replace(key=name) for document in read_documents(path, ""))
+            yield from (document._replace(key=name) for document in read_documents(path, FileOptions()))
 
     def identity(self, hashes: FileHashes) -> Any:
         return [(name, hashes.sha256(path)) for name, path in self.modules.items()]
@@ -58,23 +70,46 @@ class FilesReader:
 
     def __init__(self, config: FilesSource):
         self.name = config.name or name_of_path(config.paths[0])
-        self.column = config.text_column
+        encoding = canonical_encoding(config.encoding)
+        self.skips = encoding == SKIP_ENCODING
+        self.options = FileOptions(config.text_column, "utf-8" if self.skips else encoding, config.split_on)
         self.patterns = config.paths
-        self.paths, self.left_out = find_files(config.paths, lambda path: has_column(path, self.column))
+        self.paths, self.left_out = find_files(config.paths, lambda path: has_column(path, self.options))
+        self.not_utf8: dict[Path, bool] = {}  # of each file that `documents` has read, if it skips
+        if config.split_on and not any(map(is_text_file, self.paths)):
+            no_effect = (
+                "split_on has no effect: it separates documents of .txt, .md and .py files, and here are only rows"
+            )
+            raise UserError(f"{', '.join(config.paths)}: {no_effect}")
 
     def documents(self) -> Iterator[Document]:
         for path, is_named in self.paths.items():
+            if self.skips and self._is_not_utf8(path):
+                continue
             is_blank = is_named
-            for document in read_documents(path, self.column):
+            for document in read_documents(path, self.options):
                 if is_blank:
                     is_blank, chunks = look_ahead(document.chunks)
                     document = document._replace(chunks=chunks)
                 yield document
             if is_blank:
                 raise no_text_error(path)
+        if self.not_utf8 and all(map(self.not_utf8.get, self.paths)):
+            raise UserError(
+                f"{', '.join(self.patterns)}: no file is UTF-8; set encoding to the right one, such as cp1252"
+            )
+
+    def _is_not_utf8(self, path: Path) -> bool:
+        """Return True if a file is not UTF-8. It is read to its end the first time, before any of it is used."""
+        if path not in self.not_utf8:
+            self.not_utf8[path] = not is_utf8(path)
+        return self.not_utf8[path]
 
     def identity(self, hashes: FileHashes) -> Any:
-        return [self.column, [(format_of(path), hashes.sha256(path)) for path in self.paths]]
+        files = [(format_of(path), hashes.sha256(path)) for path in self.paths]
+        own = {"encoding": SKIP_ENCODING if self.skips else self.options.encoding, "split_on": self.options.split_on}
+        own = {name: value for name, value in own.items() if value not in ("utf-8", None)}
+        return [self.options.column, files, *([own] if own else [])]  # as it was before these options
 
 
 def plain_bytes(reader: Reader) -> int | None:
@@ -102,7 +137,7 @@ class HuggingFaceReader:
         self.name = name_of_path("-".join(filter(None, (config.name, config.config))))
 
     def identity(self, hashes: FileHashes) -> Any:
-        options = self.config.model_dump(exclude={"name", "weight", "streaming"})
+        options = self.config.model_dump(exclude={"name", "weight", "streaming", "limit"})
         if not self.folder.is_dir():
             return [self.config.name, options]
         return [options, [(p.relative_to(self.folder).as_posix(), hashes.sha256(p)) for p in walk(self.folder)]]
@@ -144,15 +179,17 @@ class HuggingFaceReader:
 def drop_repeated_files(readers: list[Reader]) -> list[tuple[Path, Path]]:
     """Keep the first of several paths to one file. Returns (dropped, kept) paths; drops readers without files left.
 
-    Paths differ by spelling, as links do. Rows of one file are other text in another column.
+    Paths differ by spelling, as links do. Rows of one file are other text in another column, and so is any file that
+    is read with other options.
     """
-    first: dict[tuple[int, int, str], tuple[FilesReader, Path]] = {}
+    first: dict[tuple, tuple[FilesReader, Path]] = {}
     repeated = []
     for reader in (reader for reader in readers if isinstance(reader, FilesReader)):
         for path, is_named in list(reader.paths.items()):
             with suppress(OSError):  # a link to nothing: reading it is an error that names it
                 status = path.stat()
-                key = status.st_dev, status.st_ino, "" if is_text_file(path) else reader.column
+                options = reader.options._replace(**{"column" if is_text_file(path) else "split_on": None})
+                key = status.st_dev, status.st_ino, options, reader.limit
                 keeper, kept = first.setdefault(key, (reader, path))
                 if (keeper, kept) != (reader, path):
                     keeper.paths[kept] |= is_named
@@ -171,7 +208,15 @@ READERS: dict[type[Section], type[Reader]] = {
 
 def build_reader(config: Section) -> Reader:
     """Build the reader of a source. Raises UserError if its files are missing."""
-    return READERS[type(config)](config)
+    reader = READERS[type(config)](config)
+    reader.limit = getattr(config, "limit", None)
+    return reader
+
+
+def identity_of(reader: Reader, hashes: FileHashes) -> Any:
+    """Return the reader's identity with its limit; without one as before there were limits."""
+    identity = reader.identity(hashes)
+    return identity if reader.limit is None else [identity, reader.limit.model_dump(exclude_none=True)]
 
 
 def build_readers(sources: Sequence[SourceConfig]) -> list[Reader]:

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from training.data.chunks import Document, decode_utf8, split_into_chunks, to_document
-from training.data.decompress import DECOMPRESSORS, open_decompressed
-from training.data.row_files import ROWS, Row, text_of
+from training.data.chunks import Document, NotUTF8Error, decode_utf8, split_into_chunks, to_document
+from training.data.decompress import DECOMPRESSORS, open_decompressed, open_utf8
+from training.data.row_files import ROWS, FileOptions, Row, text_of
 from training.errors import UserError
 
 
@@ -17,20 +17,20 @@ def format_of(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def read_text(path: Path, _column: str) -> Iterator[Document]:
-    """Yield a text file as one document. A .txt may be a dump of many."""
+def read_text(path: Path, options: FileOptions) -> Iterator[Document]:
+    """Yield a text file as one document. A .txt may be a dump of many, any file one with `options.split_on`."""
 
     def chunks() -> Iterator[str]:
-        with open_decompressed(path) as file:
+        with open_utf8(path, options.encoding) as file:
             yield from split_into_chunks(decode_utf8(file, str(path)))
 
-    yield Document(chunks(), is_dump=format_of(path) == ".txt")
+    yield Document(chunks(), is_dump=format_of(path) == ".txt", split_on=options.split_on)
 
 
-def read_column(path: Path, column: str) -> Iterator[Document]:
+def read_column(path: Path, options: FileOptions) -> Iterator[Document]:
     """Yield a document for each row of a file in one of ROWS."""
-    for where, row in ROWS[format_of(path)](path, column):
-        yield to_document(text_of(row, column, where))
+    for where, row in ROWS[format_of(path)](path, options):
+        yield to_document(text_of(row, options.column, where))
 
 
 FORMATS = {
@@ -46,12 +46,25 @@ def read_rows(path: Path) -> Iterator[Row]:
     """Yield the rows of a file as plain data. Raises UserError for a file without rows, or one that cannot be read."""
     if is_text_file(path):
         raise UserError(f"{path}: rows are in .jsonl, .ndjson, .json, .csv, .tsv or .parquet files")
-    yield from ROWS[format_of(path)](path)
+    yield from ROWS[format_of(path)](path, FileOptions())
 
 
-def read_documents(path: Path, column: str) -> Iterator[Document]:
+def read_documents(path: Path, options: FileOptions) -> Iterator[Document]:
     """Return the documents of a file in one of FORMATS."""
-    return FORMATS[format_of(path)](path, column)
+    return FORMATS[format_of(path)](path, options)
+
+
+def is_utf8(path: Path) -> bool:
+    """Return True if all of a file's text is UTF-8. Raises UserError if it cannot be read to its end."""
+    if format_of(path) == ".parquet":
+        return True
+    try:
+        with open_decompressed(path) as file:
+            for _ in decode_utf8(file, str(path)):
+                pass
+    except NotUTF8Error:
+        return False
+    return True
 
 
 def is_text_file(path: Path) -> bool:
