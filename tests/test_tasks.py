@@ -399,7 +399,8 @@ def test_every_item_has_the_log_likelihood_and_the_result_of_lm_eval(run, files,
     options["shots"] |= {"examples": [str(examples)]}
     from training.engine.load_run import load_model
 
-    model, loaded = load_model(str(folder), "cpu")
+    loaded = load_model(str(folder), "cpu")
+    model = loaded.model
     tasks = load_tasks([task_of(**each) for each in options.values()], loaded.tokenizer, 128)
     answers = [answer for task in tasks for item in task.answers for answer in item]
     ours = log_likelihoods(model, answers, ALONE).tolist()
@@ -478,7 +479,7 @@ def test_the_command_scores_named_files_and_the_tasks_of_a_config(finished, call
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--tasks"], "error: --tasks: the run's config has no eval.tasks; name some, such as arc=ARC-Easy-"),
+        (["--tasks"], "error: --tasks: --run has no eval.tasks of its own; name some, such as arc=ARC-Easy-"),
         (
             ["--tasks", "boolq=a"],
             "error: --tasks boolq=a: neither hellaswag=PATH, arc=PATH, piqa=PATH, cloze=PATH nor ",

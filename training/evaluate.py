@@ -3,6 +3,7 @@
 python -m training.evaluate --run runs/quickstart
 python -m training.evaluate --run runs/quickstart --data book.txt notes/ --json
 python -m training.evaluate --run runs/quickstart --tasks hellaswag=hellaswag_val.jsonl arc=ARC-Easy-Test.jsonl
+python -m training.evaluate --run openai-community/gpt2 --data book.txt
 """
 
 import json
@@ -16,8 +17,7 @@ from training.terminal import aligned_table, print_result
 
 if TYPE_CHECKING:
     from training.data import Split
-    from training.engine.load_run import LoadedRun
-    from training.model import GPT
+    from training.engine.load_run import LoadedModel
 
 TASKS_HELP = f"""score tasks: TYPE=PATH with a TYPE of {", ".join(SHIPPED_TASKS)}, or the configuration of a run,
 such as my.yaml, for its eval.tasks; default: those of --run"""
@@ -29,7 +29,7 @@ TASK_COLUMNS = {"items": ",", "acc": ".4f", "stderr": ".4f", "acc_norm": ".4f", 
 def main(argv: list[str] | None = None) -> int:
     """Run the command: print the figures of all of the text or items; `eval.tokens` has no effect."""
     parser = cli.Parser(prog="python -m training.evaluate", description=__doc__)
-    parser.add_path("--run", required=True, help="folder of a run, finished or not, or of one of its checkpoints")
+    parser.add_path("--run", required=True, help=cli.MODEL_HELP)
     parser.add_path("--data", nargs="+", metavar="PATH", help="files, folders or globs, a row each; default: the run's")
     parser.add_argument("--tasks", nargs="*", metavar="TASK", help=TASKS_HELP)
     parser.add_argument("--text_column", default="text", help="column of files of rows (default %(default)s)")
@@ -45,25 +45,29 @@ def main(argv: list[str] | None = None) -> int:
 
     from training.engine.load_run import load_model
 
-    model, run = load_model(args.run, args.device)
+    loaded = load_model(args.run, args.device)
     if args.tasks is None:
-        result, lines = text_losses(model, run, read_text(args.data, args.text_column, run, args.run), args.micro_batch)
+        split = read_text(args.data, args.text_column, loaded, args.run)
+        result, lines = text_losses(loaded, split, args.micro_batch)
     else:
-        result, lines = task_scores(model, run, named or run.config.eval.tasks)
+        own_tasks = () if loaded.run is None else loaded.run.config.eval.tasks
+        result, lines = task_scores(loaded, named or own_tasks)
     for line in [json.dumps(result)] if args.json else lines:
         print_result(line)
     return 0
 
 
-def read_text(paths: list[str] | None, text_column: str, run: "LoadedRun", name: str) -> "Split":
-    """Return the text at `paths`, or the run's validation text. Raises UserError if that has changed."""
+def read_text(paths: list[str] | None, text_column: str, loaded: "LoadedModel", name: str) -> "Split":
+    """Return the text at `paths`, or the validation text of the run. Raises UserError without one or if it changed."""
     from training.data import prepare
     from training.data.dataset import read_split
 
     if paths:
-        return read_split(paths, text_column, run.tokenizer)
-    dataset = prepare(run.config.data, quiet=True)
-    if not dataset.is_same_as(run.data):
+        return read_split(paths, text_column, loaded.tokenizer)
+    if loaded.run is None:
+        raise UserError(f"--run {name}: a model without a run's text; name text with --data, or items with --tasks")
+    dataset = prepare(loaded.run.config.data, quiet=True)
+    if not dataset.is_same_as(loaded.run.data):
         raise UserError(f"--run {name}: its text has changed since it was trained; name other text with --data")
     return dataset.val
 
@@ -82,15 +86,16 @@ def read_tasks(text: str) -> tuple[TaskConfig, ...]:
     return tasks
 
 
-def text_losses(model: "GPT", run: "LoadedRun", split: "Split", micro_batch: int) -> tuple[dict, list[str]]:
+def text_losses(loaded: "LoadedModel", split: "Split", micro_batch: int) -> tuple[dict, list[str]]:
     """Return the losses of a text by its parts and in total, as plain data and as lines."""
     from training.data import Samples
     from training.distributed.world import World
     from training.engine.evaluate import total, validation_losses
 
-    end_of_text = run.tokenizer.end_of_text if model.config.isolate_documents else None
+    model, tokenizer = loaded.model, loaded.tokenizer
+    end_of_text = tokenizer.end_of_text if model.config.isolate_documents else None
     samples = Samples(split, n_positions=model.config.n_positions, seed=None, end_of_text=end_of_text)
-    losses = validation_losses(model, samples, run.tokenizer, None, micro_batch, World(0, 1, model.wte.weight.device))
+    losses = validation_losses(model, samples, tokenizer, None, micro_batch, World(0, 1, model.wte.weight.device))
     rows = [
         {"name": stream.name, **losses[stream.name].figures(), "tokens": len(stream.tokens), "bytes": stream.n_bytes}
         for stream in split.streams
@@ -98,35 +103,36 @@ def text_losses(model: "GPT", run: "LoadedRun", split: "Split", micro_batch: int
     sums = {"name": "total", **total(losses.values()).figures(), "tokens": split.n_tokens, "bytes": split.n_bytes}
     loss, perplexity, bits, tokens, n_bytes = cells_of(sums, TEXT_COLUMNS)
     lines = [
-        f"step {run.step}: loss {loss}, perplexity {perplexity}, {bits} bits/byte over {tokens} tokens, {n_bytes} bytes"
+        f"{loaded.title}: loss {loss}, perplexity {perplexity}, {bits} bits/byte over {tokens} tokens, {n_bytes} bytes"
     ]
     if len(rows) > 1:
-        lines = table(run.step, [*rows, sums], TEXT_COLUMNS)
-    return {"step": run.step, "rows": rows, "total": sums}, lines
+        lines = table(loaded.title, [*rows, sums], TEXT_COLUMNS)
+    return {"step": loaded.run and loaded.run.step, "rows": rows, "total": sums}, lines
 
 
-def task_scores(model: "GPT", run: "LoadedRun", tasks: tuple[TaskConfig, ...]) -> tuple[dict, list[str]]:
+def task_scores(loaded: "LoadedModel", tasks: tuple[TaskConfig, ...]) -> tuple[dict, list[str]]:
     """Return the scores of tasks and their mean, as plain data and as lines. Raises UserError if there are none."""
     from training.distributed.world import World
     from training.engine.tasks import compute_scores, load_tasks, task_row
 
     if not tasks:
-        raise UserError("--tasks: the run's config has no eval.tasks; name some, such as arc=ARC-Easy-Test.jsonl")
-    loaded = load_tasks(tasks, run.tokenizer, model.config.n_positions)
-    scores = compute_scores(model, loaded, World(0, 1, model.wte.weight.device))
+        raise UserError("--tasks: --run has no eval.tasks of its own; name some, such as arc=ARC-Easy-Test.jsonl")
+    model = loaded.model
+    items = load_tasks(tasks, loaded.tokenizer, model.config.n_positions)
+    scores = compute_scores(model, items, World(0, 1, model.wte.weight.device))
     rows = [
         {"name": name, "items": score.n, "acc": score.acc, "stderr": score.stderr, "acc_norm": score.acc_norm}
         | {"chance": score.chance}
         for name, score in scores.items()
     ]
     mean = task_row(scores)["tasks_mean"]
-    lines = [*table(run.step, rows, TASK_COLUMNS), f"mean accuracy, centered (0: chance, 1: all right): {mean:.4f}"]
-    return {"step": run.step, "rows": rows, "mean": mean}, lines
+    lines = [*table(loaded.title, rows, TASK_COLUMNS), f"mean accuracy, centered (0: chance, 1: all right): {mean:.4f}"]
+    return {"step": loaded.run and loaded.run.step, "rows": rows, "mean": mean}, lines
 
 
-def table(step: int, rows: list[dict], columns: dict[str, str]) -> list[str]:
-    """Return the rows as lines with a title: their names on the left, and the columns on the right."""
-    titles = [f"step {step}", *(name.replace("bits_per_byte", "bits/byte") for name in columns)]
+def table(title: str, rows: list[dict], columns: dict[str, str]) -> list[str]:
+    """Return the rows as lines under the title: their names on the left, and the columns on the right."""
+    titles = [title, *(name.replace("bits_per_byte", "bits/byte") for name in columns)]
     cells = [titles, *([row["name"], *cells_of(row, columns)] for row in rows)]
     return aligned_table(cells)
 

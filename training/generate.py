@@ -2,6 +2,7 @@
 
 python -m training.generate --run runs/quickstart --prompt "def "
 python -m training.generate --run runs/quickstart --prompts prompts.txt --samples 4 --json > texts.jsonl
+python -m training.generate --run openai-community/gpt2 --prompt "Once upon a time"
 """
 
 import argparse
@@ -14,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from training.errors import UserError, command
-from training.options.cli import Parser
+from training.options.cli import MODEL_HELP, Parser
 from training.terminal import print_text
 
 print_exact = partial(print_text, is_exact=True)
@@ -38,7 +39,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Return the arguments, with the prompts read into `prompt`. Raises UserError."""
     parser = Parser(prog="python -m training.generate", description=__doc__)
     add = parser.add_argument
-    parser.add_path("--run", required=True, help="folder of a run, finished or not, or of one of its checkpoints")
+    parser.add_path("--run", required=True, help=MODEL_HELP)
     add("--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated; '' starts a document")
     prompts_help = "file with one prompt per line; in a .jsonl, the `prompt` of each object"
     parser.add_path("--prompts", metavar="FILE", help=prompts_help)
@@ -102,8 +103,8 @@ def generate(args: argparse.Namespace) -> None:
     from training.engine.load_run import load_model
     from training.model.generation import SamplingParams, continue_texts, encode_prompt
 
-    model, run = load_model(args.run, args.device)
-    prompts, limit = [encode_prompt(run.tokenizer, prompt) for prompt in args.prompt], model.config.n_positions
+    model, tokenizer, *_ = load_model(args.run, args.device)
+    prompts, limit = [encode_prompt(tokenizer, prompt) for prompt in args.prompt], model.config.n_positions
     for number, prompt in enumerate(prompts, 1):
         if len(prompt) > limit:
             raise UserError(
@@ -118,7 +119,7 @@ def generate(args: argparse.Namespace) -> None:
     while batch := list(itertools.islice(rows, args.micro_batch)):
         texts = continue_texts(
             model,
-            run.tokenizer,
+            tokenizer,
             [prompts[prompt] for prompt, _ in batch],
             args.tokens,
             seeds=[(args.seed, sample) for _, sample in batch],

@@ -1,4 +1,7 @@
-"""Load a trained model from the folder of a run, finished or not, for evaluation, generation and export."""
+"""Load a trained model for evaluation, generation and export: from the folder of a run, finished or not.
+
+`load_model` also opens a folder or hub name that `init_from` takes: an export, or a model of others such as GPT-2.
+"""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -12,11 +15,14 @@ from training import device as devices
 from training.checkpoint import Checkpoint
 from training.config import Config, ModelConfig, ParallelConfig
 from training.data import Tokenizer
+from training.data.tokenizer import from_files
 from training.errors import UserError
 from training.kernels.choose import choose_kernels
 from training.model import GPT, kernel_requirements
 from training.optim.optimizer import averages_in
 from training.terminal import print_note
+from training.weights import hf
+from training.weights.init_from import local_folder
 
 ATTEMPTS = 3  # to read the latest checkpoint: a run in training may remove it meanwhile
 
@@ -76,18 +82,54 @@ def mean_of_checkpoints(run: str, n: int) -> tuple[dict[str, Tensor], list[int]]
     return {name: mean.float() for name, mean in means.items()}, [step for step, _ in there[-n:]]
 
 
-def load_model(run: str, device_name: str = "auto") -> tuple[GPT, LoadedRun]:
-    """Return the model of `load_run` on its device, ready for inference, and the rest of the run."""
-    loaded = load_run(run)
-    config, device, dtype = (
-        loaded.config.model,
-        devices.select_device(device_name),
-        devices.DTYPES[loaded.config.precision],
-    )
+class LoadedModel(NamedTuple):
+    """A network ready for inference, with its tokenizer."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    title: str  # "step N" of a run; else the name of the folder
+    run: (
+        LoadedRun | None
+    )  # None: the model of an exported or downloaded folder, which has no options or text of its own
+
+
+def load_model(name: str, device_name: str = "auto") -> LoadedModel:
+    """Load the model of a run, a checkpoint, or a folder or hub name that `init_from` takes, on its device.
+
+    Raises UserError if it cannot be read.
+    """
+    run, device = None, devices.select_device(device_name)
+    if _is_run(Path(name)):
+        run = load_run(name)
+        config, weights, tokenizer, n_vocab = run.config.model, run.weights, run.tokenizer, run.n_vocab
+        title, dtype = f"step {run.step}", devices.DTYPES[run.config.precision]
+    else:
+        config, weights, tokenizer = read_pretrained(name)
+        title, dtype, n_vocab = name, torch.float32, config.vocab_size  # fp32: its figures equal Transformers'
     choice = choose_kernels(ParallelConfig(), kernel_requirements(config), device=device, dtype=dtype)
-    model = GPT(config, choice.kernels, dtype, loaded.n_vocab)
-    model.load_state_dict(loaded.weights)
-    return model.to(device).cast_for_inference(), loaded
+    model = GPT(config, choice.kernels, dtype, n_vocab)
+    model.load_state_dict(model.state_dict() | weights)
+    return LoadedModel(model.to(device).cast_for_inference(), tokenizer, title, run)
+
+
+def read_pretrained(name: str) -> tuple[ModelConfig, dict[str, Tensor], Tokenizer]:
+    """Return the model, float32 weights and tokenizer of a folder or hub name. Raises UserError if one is missing."""
+    folder = local_folder(name, ["*.json", "*.safetensors", "merges.txt"], "--run")
+    if not (folder / hf.CONFIG).is_file():
+        raise UserError(f"--run {name}: no run with a checkpoint, and no folder with a {hf.CONFIG} and weights")
+    architecture, config = hf.read_config(folder)
+    weights = hf.read_weights(folder, architecture, config)
+    tokenizer = from_files(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        problem = f"its tokenizer has {tokenizer.vocab_size:,} tokens, more than vocab_size {config.vocab_size:,}"
+        raise UserError(f"--run {name}: {problem} of {hf.CONFIG}; do they belong together?")
+    return config, weights, tokenizer
+
+
+def _is_run(folder: Path) -> bool:
+    """Return True for the folder of a run or of a checkpoint, damaged or not."""
+    has_checkpoints = (folder / "checkpoints").is_dir() and not (folder / hf.CONFIG).exists()
+    return has_checkpoints or (folder / checkpoint.MANIFEST).is_file()
 
 
 def _has_weights_of(config: ModelConfig, weights: dict[str, Tensor]) -> bool:

@@ -29,6 +29,9 @@ from training.options.validate import settle_alternatives, validate
 from training.options.yaml import ConfigErrors, Node, Problem, read_file, read_flag_value, to_dotted, to_printable
 from training.terminal import LostOutputError, print_note, print_text
 
+MODEL_HELP = """folder of a run, finished or not, or of one of its checkpoints; or an exported or Hugging Face folder,
+or a name on its hub, as init_from takes"""
+
 
 class Parser(argparse.ArgumentParser):
     """A parser for commands with few flags. Wrong arguments raise a UserError."""

@@ -165,28 +165,35 @@ def _samples(config: Config, dataset: Dataset, device: torch.device) -> Iterator
 
 
 def _folder(config: Config, patterns: list[str]) -> Path:
-    """Return the local folder, or a run's `model` folder, or the hub's files that match `patterns`, downloaded."""
-    name = config.init_from
+    """Return the folder of `init_from`, as `local_folder`."""
+    if Path(config.init_from).resolve().is_relative_to(config.run_dir.resolve()):
+        raise UserError(f"init_from {config.init_from}: a run cannot start from itself; choose another --name")
+    return local_folder(config.init_from, patterns, "init_from")
+
+
+def local_folder(name: str, patterns: list[str], option: str) -> Path:
+    """Return the local folder, or a run's `model` folder, or the hub's files that match `patterns`, downloaded.
+
+    Raises UserError that names the option if there is none.
+    """
     folder = Path(name)
-    if folder.resolve().is_relative_to(config.run_dir.resolve()):
-        raise UserError(f"init_from {name}: a run cannot start from itself; choose another --name")
     if folder.is_dir():
         if (folder / "config.json").exists() or not (folder / "config.yaml").exists():
             return folder
         if (folder / "model").is_dir():
             return folder / "model"
         raise UserError(
-            f"init_from {name}: this run is not finished and has no model; let it finish, or name the folder that "
+            f"{option} {name}: this run is not finished and has no model; let it finish, or name the folder that "
             f"`python -m training.export --run {name}` writes"
         )
     if folder.exists() or not HUB_NAME.fullmatch(name):
-        raise UserError(f"init_from {name}: no such folder")
+        raise UserError(f"{option} {name}: no such folder")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
-        where = f"init_from {name}: no such folder, and not loaded from the Hugging Face hub"
+        where = f"{option} {name}: no such folder, and not loaded from the Hugging Face hub"
         raise UserError(f"{where}: {library_error(error)}") from None
 
 

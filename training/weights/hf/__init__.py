@@ -5,6 +5,7 @@ A model that fits no architecture of Transformers keeps our names (`custom.py`).
 
 from training.weights.hf.model_folder import (
     ARCHITECTURES,
+    CONFIG,
     open_weights,
     read_config,
     read_weights,
