@@ -306,6 +306,9 @@ class FilesSource(Section):
             yield "encoding", str(error)
 
 
+AUTO_SPLIT = "auto"
+
+
 class HuggingFaceSource(Section):
     """A Hugging Face data set, from the hub or from a local folder."""
 
@@ -314,9 +317,20 @@ class HuggingFaceSource(Section):
     config: str | None = option(None, "configuration (subset) of the data set; null: its default")
     split: str = option("train", "split of the data set to read")
     text_column: str = option("text", "column that holds the text")
+    data_files: ListOf[str] = option((), "files of the folder or of the hub's data set, or globs; empty: all of them")
+    val_split: str | None = option(
+        AUTO_SPLIT,
+        "split that is the validation text, if there are no val_sources; auto: `validation`, if there is one; null: "
+        "documents are held out instead",
+        min_length=1,
+    )
     streaming: bool = option(False, "read while downloading, without storing the data set first")
     limit: LimitConfig | None = option(None, LIMIT_DOC)
     weight: float | None = option(None, WEIGHT_DOC, gt=0)
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        if self.val_split == self.split:
+            yield "val_split", f"{self.split!r} is also the split to train on"
 
 
 class BPETokenizer(Section):

@@ -65,6 +65,7 @@ def write_dataset(corpus: Corpus, folder: Path, key: str, quiet: bool) -> None:
         separator=tokenizer.separator,
         tokenizer_sha256=hashlib.sha256((folder / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest(),
         **vars(counts),
+        val_splits=sorted(corpus.own_validation.items()),
         n_shared=len(shared.hashes),
         shared=count_by_source(train, shared),
         n_repeated=len(train.hashes) - len(np.unique(train.hashes)),

@@ -4,14 +4,16 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
+from pathlib import Path
 
-from training.config import DataConfig
+from training.config import AUTO_SPLIT, DataConfig
 from training.data.chunks import Chunk, mark_blank, number_parts
 from training.data.file_hashes import FileHashes
 from training.data.limits import Budget, first_part
 from training.data.shards import FORMAT_VERSION
 from training.data.sources import (
     FilesReader,
+    HuggingFaceReader,
     Reader,
     build_readers,
     drop_repeated_files,
@@ -47,6 +49,7 @@ class Corpus:
         self.n_streams = len(self.weights) or 1
         sizes = [plain_bytes(reader) for reader in self.train_readers + self.val_readers]
         self.n_bytes = None if None in sizes else sum(sizes)  # of text; None: unknown before it is read
+        self.own_validation: dict[int, str] = {}  # by number of the source: the split that is its validation text
         self.single_text_file = None  # its end is held out, as it is one document
         readers = self.train_readers + self.val_readers
         if len(readers) == 1 and isinstance(readers[0], FilesReader) and len(readers[0].paths) == 1:
@@ -62,10 +65,11 @@ class Corpus:
         self.split_on = sorted(borders, key=str)
         self.has_dumps = None in borders
 
-    def cache_key(self, hashes: FileHashes) -> str:
+    def cache_key(self, hashes: FileHashes, *, with_splits: bool = False) -> str:
         """Return a hash of everything that changes the tokens on disk. Of the weights, only their presence does.
 
-        Older versions did not split dumps. The suffix keeps their cache from being used for text that may be one.
+        `with_splits`: as if validation splits of the sources were found. Older versions did not split dumps. The suffix
+        keeps their cache from being used for text that may be one.
         """
         inputs = {
             "format": FORMAT_VERSION,
@@ -75,24 +79,66 @@ class Corpus:
             "weighted": bool(self.weights),
             "tokenizer": tokenizer_identity(self.config.tokenizer, hashes),
         }
+        if self.own_validation or with_splits:
+            inputs["own_validation"] = self._val_splits()
         return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16] + DUMP_SUFFIX * self.has_dumps
+
+    def _val_splits(self) -> list[tuple[int, str]]:
+        """Return (number of the source, option `val_split`) for those that may have validation text of their own."""
+        readers = [] if self.val_readers else self.train_readers
+        options = [(i, r.config.val_split) for i, r in enumerate(readers) if isinstance(r, HuggingFaceReader)]
+        return [(i, split) for i, split in options if split is not None]
+
+    @property
+    def may_have_validation(self) -> bool:
+        """True if a source may have a validation split that is used."""
+        return bool(self._val_splits())
+
+    def folder_in(self, cache: Path, hashes: FileHashes) -> Path:
+        """Return the folder of the prepared text, which may not exist.
+
+        A data set is asked for its splits only if nothing is prepared yet. With `val_split: auto`, text with held-out
+        documents keeps the name that it had before validation splits were used, and is used if it is there.
+        """
+        if not (splits := self._val_splits()) or self.own_validation:
+            return cache / self.cache_key(hashes)
+        with_splits = cache / self.cache_key(hashes, with_splits=True)
+        is_chosen = any(split != AUTO_SPLIT for _, split in splits)
+        return with_splits if is_chosen or with_splits.exists() else cache / self.cache_key(hashes)
+
+    def find_own_validation(self) -> None:
+        """Find the validation splits of the sources, if there are no val_sources. Each split is read once."""
+        splits: dict[tuple, int] = {}
+        for i, _ in self._val_splits():
+            reader = self.train_readers[i]
+            if split := reader.validation_split():
+                config = reader.config
+                if splits.setdefault((config.name, config.config, config.data_files, split), i) == i:
+                    self.own_validation[i] = split
 
     def names(self, split: str) -> list[str]:
         """Return the name of each source of a split's text."""
         readers = self.val_readers if split == "val" and self.val_readers else self.train_readers
         return [reader.name for reader in readers]
 
-    def chunks(self, tokenizer: Tokenizer | None = None) -> Iterator[Iterator[Chunk]]:
-        """Yield an iterator over the chunks of each source. The tokenizer's separators divide dumps; None: GPT-2's."""
+    def chunks(self, tokenizer: Tokenizer | None = None, *, with_validation: bool = True) -> Iterator[Iterator[Chunk]]:
+        """Yield an iterator over the chunks of each source. The tokenizer's separators divide dumps; None: GPT-2's.
+
+        Without `with_validation`, text that is only for validation is not read.
+        """
         separators = (END_OF_TEXT,) if tokenizer is None else tokenizer.separators
         if self.single_text_file is not None:
             yield split_text(lambda: self._single_text(separators, tokenizer), self.config.val_fraction)
             return
         val_fraction = 0.0 if self.val_readers else self.config.val_fraction
         for i, reader in enumerate(self.train_readers):
-            budget = Budget(reader.limit, tokenizer)
-            yield split_documents(reader, i, i if self.weights else 0, val_fraction, separators, budget)
-        for i, reader in enumerate(self.val_readers):
+            budget, own_split = Budget(reader.limit, tokenizer), self.own_validation.get(i)
+            fraction = val_fraction if own_split is None else 0.0
+            yield split_documents(reader, i, i if self.weights else 0, fraction, separators, budget)
+            if own_split is not None and with_validation:
+                val_reader, budget = reader.validation_reader(own_split), Budget(reader.limit, tokenizer)
+                yield split_documents(val_reader, i, 0, 1.0, separators, budget)
+        for i, reader in enumerate(self.val_readers if with_validation else ()):
             yield split_documents(reader, i, 0, 1.0, separators, Budget(reader.limit, tokenizer))
 
     def _single_text(self, separators: Sequence[str], tokenizer: Tokenizer | None) -> Iterator[tuple[int, str]]:
@@ -102,7 +148,7 @@ class Corpus:
 
     def training_text(self) -> Iterator[str]:
         """Yield training text, one chunk of each source in turn, so that any prefix is a fair sample."""
-        for chunks in zip_longest(*self.chunks()):
+        for chunks in zip_longest(*self.chunks(with_validation=False)):
             yield from (chunk.text for chunk in chunks if chunk is not None and chunk.split == "train")
 
 

@@ -73,7 +73,10 @@ def prepare(config: DataConfig, *, quiet: bool = False) -> Dataset:
         hashes = FileHashes(cache / "digests.json")
         with show_progress("hashing the sources", quiet, only_if_slow=True) as progress:
             hashes.on_read = progress.add
-            folder = cache / corpus.cache_key(hashes)
+            folder = corpus.folder_in(cache, hashes)
+            if not folder.exists():
+                corpus.find_own_validation()
+                folder = corpus.folder_in(cache, hashes)
         if not (is_cached := folder.exists()):
             with lock_dataset(folder, quiet):
                 if not folder.exists():

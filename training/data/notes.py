@@ -70,6 +70,11 @@ def describe_dataset(folder: Path, manifest: Manifest, tokenizer: Tokenizer, cor
         names = ", ".join(val_names[source] for source in sorted(missing))
         advice = "it is empty" if corpus.val_readers else "a larger data.val_fraction holds some out"
         yield f"no validation text, and so no validation loss of its own: {names}; {advice}"
+    for source, split in manifest.val_splits:
+        yield f"{val_names[source]}: its split {split!r} is the validation text; no document is held out (val_split)"
+    if corpus.may_have_validation and "val_splits" not in manifest.model_fields_set:
+        old = "prepared by an earlier version, which held documents out and used no validation split of a data set"
+        yield f"{old}; to use one, remove {folder}"
     yield from describe_blank(manifest.n_blank)
     if n := manifest.n_not_utf8:
         yield f"files that are not UTF-8, left out (encoding: skip): {n:,}"

@@ -1,5 +1,7 @@
 """Readers of text: one class for each kind of source, and the table that maps a source's config to its reader."""
 
+import json
+import re
 import sysconfig
 from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from training.config import (
+    AUTO_SPLIT,
     AVERAGE,
     SKIP_ENCODING,
     FilesSource,
@@ -25,6 +28,8 @@ from training.data.find_files import SKIPPED_FOLDERS, find_files, name_of_path, 
 from training.data.row_files import FileOptions, Row, has_column, list_names, to_text
 from training.data.text_files import format_of, is_plain_text, is_text_file, is_utf8, read_documents
 from training.errors import UserError, library_error
+
+VALIDATION = "validation"  # the name that `datasets` gives to a split of files such as valid.csv and dev.csv
 
 
 class Reader(Protocol):
@@ -137,7 +142,8 @@ class HuggingFaceReader:
         self.name = name_of_path("-".join(filter(None, (config.name, config.config))))
 
     def identity(self, hashes: FileHashes) -> Any:
-        options = self.config.model_dump(exclude={"name", "weight", "streaming", "limit"})
+        newer = set() if self.config.data_files else {"data_files"}  # which older versions did not have
+        options = self.config.model_dump(exclude={"name", "weight", "streaming", "limit", "val_split"} | newer)
         if not self.folder.is_dir():
             return [self.config.name, options]
         return [options, [(p.relative_to(self.folder).as_posix(), hashes.sha256(p)) for p in walk(self.folder)]]
@@ -161,13 +167,54 @@ class HuggingFaceReader:
         except Exception as error:
             raise UserError(f"{name}: cannot be read: {library_error(error.__cause__ or error)}") from None
 
+    def validation_split(self) -> str | None:
+        """Return the name of the split that is its validation text; None if it has none. May ask the hub.
+
+        Raises UserError if there is no split of the name that was chosen, or the data set cannot be read.
+        """
+        wanted = self.config.val_split
+        if wanted != AUTO_SPLIT:
+            if wanted is not None and wanted not in (names := self._split_names()):
+                raise UserError(f"{self.config.name}: no split {wanted!r}; there are {', '.join(names)} (val_split)")
+            return wanted
+        is_trained_on = VALIDATION in re.split(r"\W", self.config.split)  # such as train+validation[:50%]
+        return None if is_trained_on or VALIDATION not in self._split_names() else VALIDATION
+
+    def validation_reader(self, split: str) -> "HuggingFaceReader":
+        """Return the reader of another split, which has the same limit."""
+        reader = HuggingFaceReader(self.config.model_copy(update={"split": split, "val_split": None}))
+        reader.limit = self.limit
+        return reader
+
+    def _split_names(self) -> list[str]:
+        import datasets
+
+        try:
+            if self._is_saved():
+                saved = self.folder / "dataset_dict.json"
+                return json.loads(saved.read_bytes())["splits"] if saved.is_file() else []
+            path, files = str(self.folder) if self.folder.is_dir() else self.config.name, self.config.data_files
+            return datasets.get_dataset_split_names(path, self.config.config, data_files=list(files) or None)
+        except Exception as error:
+            reason = library_error(error.__cause__ or error)
+            chosen = f" (data_files: {', '.join(self.config.data_files)})" if self.config.data_files else ""
+            raise UserError(f"{self.config.name}: its splits cannot be listed: {reason}{chosen}") from None
+
+    def _is_saved(self) -> bool:
+        """Return True for a folder that `save_to_disk` wrote."""
+        return any((self.folder / marker).is_file() for marker in ("state.json", "dataset_dict.json"))
+
     def _load(self) -> Any:
         import datasets
 
-        name, split = self.config.name, self.config.split
-        if not any((self.folder / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
+        name, split, files = self.config.name, self.config.split, list(self.config.data_files)
+        if not self._is_saved():
             path = str(self.folder) if self.folder.is_dir() else name
-            return datasets.load_dataset(path, self.config.config, split=split, streaming=self.config.streaming)
+            options = {"data_files": files} if files else {}
+            streaming = self.config.streaming
+            return datasets.load_dataset(path, self.config.config, split=split, streaming=streaming, **options)
+        if files:
+            raise UserError(f"{name}: data_files has no effect on a folder that `save_to_disk` wrote; use split")
         saved = datasets.load_from_disk(str(self.folder))
         if not isinstance(saved, datasets.DatasetDict):
             return saved

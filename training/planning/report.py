@@ -128,7 +128,7 @@ def _prepared_data(config: Config) -> tuple[Manifest | None, str]:
     """Return the manifest of the prepared data, or None and the reason why there is none, which may be ""."""
     cache = Path(config.data.cache_dir)
     try:
-        folder = cache / Corpus(config.data).cache_key(_QuickHashes(cache / "digests.json"))
+        folder = Corpus(config.data).folder_in(cache, _QuickHashes(cache / "digests.json"))
         return (read_manifest(folder) if folder.is_dir() else None), ""
     except UserError as error:  # a run is planned before its text is there
         return None, str(error)
