@@ -26,6 +26,7 @@ from training.kernels.interface import Kernels
 from training.kernels.table import EXPERT_KERNELS
 from training.model import GPT
 from training.model.stats import model_stats, parameter_kinds
+from training.optim.groups import freeze, match_groups
 from training.optim.optimizer import Optimizer
 from training.options import cli
 from training.plan import main, measured_tokens_per_s
@@ -36,6 +37,11 @@ from training.planning.walk import Peak, StorageTracker, walk
 ROOT = Path(__file__).parent.parent
 MOE = {"type": "moe", "n_experts": 4, "top_k": 2, "hidden": 64}
 SIZES = {"n_layer": 3, "n_head": 2, "n_embd": 32, "n_positions": 64, "vocab_size": 512}
+
+
+# Nothing before the second layer's feed-forward layer has a gradient.
+FROZEN = {"type": "muon", "groups": [{"match": "w?e.*", "freeze": True}, {"match": "blocks.0.*", "freeze": True},
+          {"match": "blocks.1.mixer.*", "freeze": True}, {"match": "blocks.2.*", "learning_rate": 1e-3}]}  # fmt: skip
 
 
 def config_of(model=None, **changes) -> Config:
@@ -53,8 +59,11 @@ def peak_of_real_tensors(config: Config, micro_batch: int) -> int:
     with tracker:
         model = GPT(config.model, Kernels(ATTENTION_BACKENDS["flash"], EXPERT_KERNELS["grouped"]))
         gc.collect()
+        kinds = parameter_kinds(model)
+        groups = match_groups(config.optim, kinds)
+        freeze(model, groups)
         sharded = parallelize(model, config.parallel, World(0, 1, torch.device("cpu")), torch.float32)
-        optimizer = Optimizer(config.optim, sharded.local_parameters(), parameter_kinds(model))
+        optimizer = Optimizer(config.optim, sharded.local_parameters(), kinds, groups=groups)
         for _ in range(2):
             for _ in range(config.batch_tokens // 64 // micro_batch):
                 tokens_BT = torch.randint(512, (micro_batch, 64))
@@ -81,6 +90,8 @@ def peak_of_real_tensors(config: Config, micro_batch: int) -> int:
         (config_of(parallel={"recompute": "selective"}), 8),
         (config_of({"blocks": [{"mixer": {"window": 16}}]}), 8),
         (config_of({"n_layer": 1}, batch_tokens=5120), 80),
+        (config_of({"n_embd": 128, "blocks": [{"ffn": MOE}, {}]}, optim=FROZEN), 4),
+        (config_of({"n_embd": 128}, optim=FROZEN | {"groups": [{"match": "blocks*", "freeze": True}]}), 2),
     ],
     ids=[
         "whole batch",
@@ -92,6 +103,8 @@ def peak_of_real_tensors(config: Config, micro_batch: int) -> int:
         "selective",
         "window",
         "five chunks of logits",
+        "frozen up to the second layer",
+        "frozen layers",
     ],
 )
 def test_fake_tensors_need_the_memory_of_real_ones(config, micro_batch):
@@ -166,6 +179,21 @@ def test_the_loss_on_a_gpu_overwrites_the_logits_unless_another_kernel_is_chosen
     assert total("cpu") == total("cpu", loss="chunked")
 
 
+def test_frozen_weights_have_no_gradient_and_no_optimizer_state_and_need_no_activations():
+    optim = {"type": "adamw", "average": {"decay": 0.9}}
+    whole = estimate(config_of(optim=optim), 8)
+    config = config_of(optim=optim | {"groups": [{"match": "blocks.[01].*", "freeze": True}]})
+    frozen, n = estimate(config, 8), 2 * (12 * 32 * 32 + 13 * 32)
+    assert frozen.weights == whole.weights
+    assert whole.save_copy - frozen.save_copy == pytest.approx(3 * 4 * n, abs=1000)  # and step counters
+    stats = model_stats(config.model)
+    kept = report.checkpoint_bytes(stats, config_of(optim=optim)) - report.checkpoint_bytes(stats, config)
+    assert kept == 3 * 4 * n
+    first = [{"match": "w?e.*", "freeze": True}, {"match": "blocks.[01].*", "freeze": True}]
+    from_layer_2 = estimate(config_of(optim=optim | {"groups": first}), 8)
+    assert from_layer_2.activations < 0.6 * whole.activations  # those of one layer of three, and temporary ones
+
+
 def test_a_mesh_divides_memory_and_the_worst_routing_sends_all_tokens_to_one_rank():
     model, batch = {"blocks": [{"ffn": MOE}], "n_embd": 128}, {"batch_tokens": 4096}
     whole = estimate(config_of(model, **batch), 8)
@@ -228,20 +256,26 @@ def test_every_shipped_config_is_planned_within_5_seconds(name, device, world, t
 
 
 @pytest.mark.parametrize(
-    ("model", "recompute"),
+    ("model", "recompute", "optim"),
     [
-        ({"blocks": [{"ffn": MOE, "repeat": 2}, {"mixer": {"window": 16}}], "n_layer": 5, "position": "rope"}, "none"),
-        ({"blocks": [{"mixer": {"type": "latent"}}], "isolate_documents": True, "position": "rope"}, "selective"),
+        (
+            {"blocks": [{"ffn": MOE, "repeat": 2}, {"mixer": {"window": 16}}], "n_layer": 5, "position": "rope"},
+            "none",
+            {},
+        ),
+        ({"blocks": [{"mixer": {"type": "latent"}}], "isolate_documents": True, "position": "rope"}, "selective", {}),
+        ({"n_layer": 6}, "none", FROZEN),
     ],
-    ids=["experts and windows", "packed documents"],
+    ids=["experts and windows", "packed documents", "frozen layers"],
 )
-def test_a_walk_of_each_kind_of_layer_stands_for_a_walk_of_all_layers(model, recompute):
-    config = config_of(model, parallel={"recompute": recompute}).resolved()
+def test_a_walk_of_each_kind_of_layer_stands_for_a_walk_of_all_layers(model, recompute, optim):
+    config = config_of(model, parallel={"recompute": recompute}, optim=optim).resolved()
     estimator = MemoryEstimator(config)
     assert len(estimator.blocks) < config.model.n_layer
     for micro_batch in (1, 5):
         peak = Peak(estimator.resident + Counter(gradients=estimator.gradients))
-        for part in walk(config, list(config.model.layers()), micro_batch, estimator.mesh, "cpu", 1).values():
+        layers = list(config.model.layers())
+        for part in walk(config, layers, micro_batch, estimator.mesh, "cpu", 1, estimator.frozen).values():
             peak.add(change for change in part if change[0] not in ("weights", "gradients"))
         memory = estimator.estimate(micro_batch)
         assert memory.total - memory.save_copy - memory.fragmentation - memory.process == pytest.approx(

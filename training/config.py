@@ -413,12 +413,39 @@ class AverageConfig(Section):
     final: bool = option(False, "the final model has the averaged weights")
 
 
+class ParameterGroup(Section):
+    """Parameters with options of their own, chosen by their names: those of the model's state_dict."""
+
+    match: str = option(
+        ...,
+        "pattern of names, as in blocks.*.ffn.router.*: * is any text, also with dots, ? a character, [01] one of "
+        "these; the first group that matches a parameter has it",
+        min_length=1,
+    )
+    learning_rate: float | None = option(
+        None, "peak learning rate, with muon of Muon's matrices, too; null: what they have without this group", gt=0
+    )
+    weight_decay: float | None = option(
+        None, "decoupled weight decay, also of biases, norms and embeddings; null: as without this group", ge=0
+    )
+    freeze: bool = option(False, "keep these weights as they are: no gradient, no optimizer state")
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        values = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
+        chosen = [name for name, value in values.items() if value is not None]
+        if self.freeze and chosen:
+            yield chosen[0], "no effect with freeze"
+        elif not self.freeze and not chosen:
+            yield "match", "this group changes nothing: set learning_rate, weight_decay or freeze"
+
+
 class OptimConfig(Section):
     """Options of every optimizer, which the training loop and the log read."""
 
     learning_rate: float = option(6e-4, "peak learning rate", gt=0)
     grad_clip: float | None = option(1.0, "largest global gradient norm; null: no clipping", gt=0)
     average: AverageConfig | None = option(None, "also keep and evaluate an average of the weights; null: off")
+    groups: ListOf[ParameterGroup] = option((), "parameters with another learning rate or weight decay, or frozen")
 
 
 class AdamWConfig(OptimConfig):

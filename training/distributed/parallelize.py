@@ -44,7 +44,8 @@ def _split_experts(experts: nn.Module, group: dist.ProcessGroup) -> None:
     """
     size, rank, local_forward = group.size(), group.rank(), experts.forward
     for name, parameter in experts.named_parameters():
-        setattr(experts, name, nn.Parameter(parameter.detach().chunk(size)[rank].clone()))
+        local = parameter.detach().chunk(size)[rank].clone()
+        setattr(experts, name, nn.Parameter(local, requires_grad=parameter.requires_grad))
 
     @torch.compiler.disable  # the number of received rows changes every step
     def forward(x_NC: Tensor, topk_ids_NK: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:  # noqa: ARG001

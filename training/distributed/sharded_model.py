@@ -57,7 +57,9 @@ class ShardedModel:
             rows_of_rank = [self.mesh.local_rows(shapes[name][0], rank, is_expert) for rank in range(n_ranks)]
             rows = rows_of_rank[self.world.rank]
             is_owner = rows_of_rank.index(rows) == self.world.rank
-            local = nn.Parameter(parameter.detach().to_local()) if hasattr(parameter, "to_local") else parameter
+            local = parameter
+            if hasattr(parameter, "to_local"):
+                local = nn.Parameter(parameter.detach().to_local(), requires_grad=parameter.requires_grad)
             yield ShardedTensor(name, parameter, local, shapes[name], rows, rows_of_rank, is_expert, is_owner)
         for name, buffer in self.model.named_buffers():
             rows = range(len(buffer))
@@ -136,7 +138,10 @@ class ShardedModel:
 
     @contextmanager
     def with_weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Compute with other `weights` of the local parameters, by name; afterwards both are bit for bit as before."""
+        """Compute with other `weights` of local parameters, by name; afterwards both are bit for bit as before.
+
+        Frozen parameters keep theirs: they have no average.
+        """
         self.reshard()
         self._exchange(weights)
         try:
@@ -147,8 +152,8 @@ class ShardedModel:
 
     @torch.no_grad()
     def _exchange(self, weights: Mapping[str, Tensor]) -> None:
-        for tensor in self._parameters:
-            rows, other = tensor.local_rows(), weights[tensor.name]
+        for name, other in weights.items():
+            rows = self.tensors[name].local_rows()
             kept = rows.clone()
             rows.copy_(other)
             other.copy_(kept)

@@ -23,6 +23,7 @@ from training.kernels.choose import KernelChoice, choose_kernels
 from training.kernels.table import TABLES
 from training.model import GPT, kernel_requirements
 from training.model.stats import ModelStats, initial_value, model_stats
+from training.optim.groups import freeze, match_groups
 from training.optim.optimizer import LossScale, Optimizer
 from training.options.notices import schedule_notices
 from training.planning.horizon import epoch_samples, resolve_steps
@@ -73,9 +74,11 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
     stats, dtype = model_stats(config.model), devices.DTYPES[config.precision]
     with torch.device("meta"):
         network = GPT(config.model, kernels.kernels, dtype, state.n_vocab)
+    groups = match_groups(config.optim, stats.kinds)
+    freeze(network, groups)
     model = parallelize(network, config.parallel, world, dtype)
     full_shapes = model.full_shapes() if world.size > 1 else None
-    optimizer = Optimizer(config.optim, model.local_parameters(), stats.kinds, dtype, full_shapes)
+    optimizer = Optimizer(config.optim, model.local_parameters(), stats.kinds, dtype, full_shapes, groups)
     val = Samples(dataset.val, n_positions=config.model.n_positions, seed=None, end_of_text=train.end_of_text)
     n_samples = config.batch_tokens // config.model.n_positions
     loader = Loader(train, n_samples, world.local_range(n_samples))

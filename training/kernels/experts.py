@@ -73,11 +73,21 @@ class _Projection(torch.autograd.Function):
         offsets_E, token_R, inverse_NK, x, *w_EOI = ctx.saved_tensors
         x_RI = x if token_R is None else x.index_select(0, token_R)
         grad_RO = [grad.contiguous() for grad in _join(ctx, grad_RO)]
-        grad_w = [ctx.outer(grad, x_RI, offsets_E) for grad in grad_RO]
+        needs_w = any(ctx.needs_input_grad[7:])  # not if the experts are frozen
+        grad_w = [ctx.outer(grad, x_RI, offsets_E) for grad in grad_RO] if needs_w else []
         pairs = zip(grad_RO, _join(ctx, w_EOI), strict=True)
         grad_x = (ctx.matmul(grad, w, offsets_E) for grad, w in pairs)  # one at a time in memory
         grad_x = [grad if token_R is None else _combine(grad, inverse_NK, None) for grad in grad_x]
-        return None, None, None, None, None, None, sum(grad_x[1:], grad_x[0]), *_split(ctx, grad_w)
+        return (
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            sum(grad_x[1:], grad_x[0]),
+            *(_split(ctx, grad_w) or [None] * len(w_EOI)),
+        )
 
 
 def _join(ctx: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -217,7 +217,10 @@ class UpProjection(torch.autograd.Function):
         grad_SC = None
         for grad, w in zip(grad_RF, w_EFC, strict=True):
             grad_SC, _ = _matmul(grad, w, offsets_E, to_R=order_R, base=grad_SC)
-        grad_w = [_grouped_outer(x_NC, grad, offsets_E, token_R, None, True) for grad in grad_RF]
+        grad_w = [
+            _grouped_outer(x_NC, grad, offsets_E, token_R, None, True) if needs_w else None
+            for grad, needs_w in zip(grad_RF, ctx.needs_input_grad[6:], strict=True)
+        ]
         return None, None, None, None, None, grad_SC.unflatten(0, (-1, ctx.top_k)).sum(dim=1), *grad_w
 
 
@@ -236,5 +239,7 @@ class DownProjection(torch.autograd.Function):
         token_R, inverse_NK, offsets_E, h_RF, w_ECF, weight_R = ctx.saved_tensors
         # The gradient of a weight is <grad, w h> = <grad w, h>, so w h need not be saved.
         grad_h_RF, dot_PR = _matmul(grad_NC, w_ECF, offsets_E, from_R=token_R, weight_R=weight_R, h_RO=h_RF)
-        grad_w_ECF = _grouped_outer(grad_NC, h_RF, offsets_E, token_R, weight_R, False)
+        grad_w_ECF = None
+        if ctx.needs_input_grad[6]:
+            grad_w_ECF = _grouped_outer(grad_NC, h_RF, offsets_E, token_R, weight_R, False)
         return None, None, None, None, None, grad_h_RF, grad_w_ECF, dot_PR.sum(dim=0).to(weight_R.dtype)[inverse_NK]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.config import MuonConfig
 from training.optim.parameters import FullShapes, ParametersByKind
@@ -55,17 +55,20 @@ class Muon(torch.optim.Optimizer):
         self, config: MuonConfig, parameters: ParametersByKind, dtype: torch.dtype, full_shapes: FullShapes | None
     ):
         matrices = parameters["matrix"]
-        super().__init__(matrices, {"lr": config.muon_learning_rate})
+        super().__init__(matrices, {"lr": config.muon_learning_rate, "weight_decay": config.weight_decay})
         self.config, self.dtype = config, dtype
         self.full_shapes = full_shapes or FullShapes({p: p.shape for p in matrices}, apply_locally)
 
     @torch.no_grad()
     def step(self) -> None:
-        (group,) = self.param_groups
-        lr, momentum = group["lr"], self.config.momentum
+        for group in self.param_groups:
+            self._step(**group)
+
+    def _step(self, params: list[nn.Parameter], lr: float, weight_decay: float, **_: object) -> None:
+        momentum = self.config.momentum
         function = partial(orthogonalize, steps=self.config.ns_steps, dtype=self.dtype)
         by_shape = defaultdict(list)
-        for p in group["params"]:
+        for p in params:
             if p.grad is not None:
                 by_shape[self.full_shapes.shapes[p][-2:]].append(p)
         for (n_rows, n_columns), parameters in by_shape.items():
@@ -78,5 +81,5 @@ class Muon(torch.optim.Optimizer):
             updates = self.full_shapes.apply_to_matrices(parameters, directions, function)
             scale = max(1, n_rows / n_columns) ** 0.5
             for p, update in zip(parameters, updates, strict=True):
-                p.mul_(1 - lr * self.config.weight_decay)
+                p.mul_(1 - lr * weight_decay)
                 p.add_(update, alpha=-lr * scale)

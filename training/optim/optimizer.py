@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from training.config import AVERAGE, AdamWConfig, LionConfig, MuonConfig, OptimConfig
 from training.optim.adamw import AdamW
+from training.optim.groups import Groups, frozen_names, match_groups, split_param_groups
 from training.optim.lion import Lion
 from training.optim.muon import Muon
 from training.optim.parameters import PARAMETER_KINDS, FullShapes, ParameterKind
@@ -28,7 +29,8 @@ class Optimizer:
     """All optimizers of a run behind one interface; their state is a dict of named tensors.
 
     `kinds` maps parameter names to kinds; `dtype` is for Muon's matmuls. If parameters are this rank's rows,
-    `full_shapes` describes the full parameters, and the optimizer state is sharded in the same way.
+    `full_shapes` describes the full parameters, and the optimizer state is sharded in the same way. `groups` has the
+    group of each parameter in one (`match_groups`); frozen parameters have no state.
     """
 
     def __init__(
@@ -38,25 +40,30 @@ class Optimizer:
         kinds: Mapping[str, ParameterKind],
         dtype: torch.dtype = torch.float32,
         full_shapes: FullShapes | None = None,
+        groups: Groups | None = None,
     ):
         class_of_kind, self.average_config = OPTIMIZERS[type(config)], config.average
         self.averages: dict[str, Tensor] = {}  # of each parameter's weights, in its shape; {} before it begins
-        names = {p: name for name, p in named_parameters}
+        groups = groups or {}
+        frozen = frozen_names(groups)
+        names = {p: name for name, p in named_parameters if name not in frozen}
         by_kind = {kind: [p for p, name in names.items() if kinds[name] == kind] for kind in PARAMETER_KINDS}
         self.optimizers = []
         for optimizer_class in dict.fromkeys(class_of_kind.values()):
             own = {kind: ps if class_of_kind[kind] is optimizer_class else [] for kind, ps in by_kind.items()}
             if any(own.values()):
                 self.optimizers.append(optimizer_class(config, own, dtype=dtype, full_shapes=full_shapes))
-        groups = [(optimizer, group) for optimizer in self.optimizers for group in optimizer.param_groups]
-        self._peaks = [(group, group["lr"]) for _, group in groups]
-        # By the kinds of its parameters, such as "matrix+router".
+        for optimizer in self.optimizers:
+            split_param_groups(optimizer, {p: groups[name] for p, name in names.items() if name in groups})
+        param_groups = [(optimizer, group) for optimizer in self.optimizers for group in optimizer.param_groups]
+        self._peaks = [(group, group["lr"]) for _, group in param_groups]
+        # By the pattern that sets it, or by the kinds of its parameters, such as "matrix+router".
         self.peak_learning_rates = {
-            "+".join(dict.fromkeys(kinds[names[p]] for p in group["params"])): group["lr"]
-            for _, group in groups
+            group.get("match") or "+".join(dict.fromkeys(kinds[names[p]] for p in group["params"])): group["lr"]
+            for _, group in param_groups
             if group["params"]
         }
-        self._owners = {names[p]: (optimizer, p) for optimizer, group in groups for p in group["params"]}
+        self._owners = {names[p]: (optimizer, p) for optimizer, group in param_groups for p in group["params"]}
 
     def step(self, lr_factor: float, *, is_averaged: bool = False) -> None:
         """Update every parameter at `lr_factor` times its peak learning rate.
@@ -125,10 +132,14 @@ def averages_in(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def state_bytes(config: OptimConfig, shapes: Mapping[str, torch.Size], kinds: Mapping[str, ParameterKind]) -> int:
-    """Return the bytes of the unsharded float32 optimizer state, without scalars."""
+    """Return the bytes of the unsharded float32 optimizer state, without scalars.
+
+    `kinds` has all parameters. Raises UserError if `config.groups` does not fit them.
+    """
     class_of_kind, n_averages = OPTIMIZERS[type(config)], int(config.average is not None)
     n_states = {kind: len(class_of_kind[kind].state_names) + n_averages for kind in set(kinds.values())}
-    return 4 * sum(shapes[name].numel() * n_states[kind] for name, kind in kinds.items())
+    frozen = frozen_names(match_groups(config, kinds))
+    return 4 * sum(shapes[name].numel() * n_states[kind] for name, kind in kinds.items() if name not in frozen)
 
 
 @dataclass

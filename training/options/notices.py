@@ -1,6 +1,7 @@
 """Lines about options that are allowed, but together change another option or keep a part from learning."""
 
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 
 from training.config import BlockConfig, Config, ModelConfig, MoEConfig, OptimConfig
 
@@ -14,6 +15,10 @@ def notices(config: Config) -> Iterator[str]:
         yield "model.n_positions: 1 lets a token see only itself, so queries and keys learn nothing; use 2 or more"
     for name, problem in _optim_notices(config.optim):
         yield f"optim.{name}: {problem}"
+    first = next((group for group in config.optim.groups if fnmatchcase("wte.weight", group.match)), None)
+    if first is not None and first.freeze and model.tie_head:
+        tied = "wte.weight is also the output projection (model.tie_head), which is frozen with it"
+        yield f"optim.groups: {tied}; set tie_head: false to train that one"
     if model.n_embd == 1:
         yield "model.n_embd: 1 leaves a norm no differences between channels, so nothing is learned; use 2 or more"
     for i, block in enumerate(model.blocks):
@@ -41,6 +46,9 @@ def _optim_notices(optim: OptimConfig) -> Iterator[tuple[str, str]]:
                 "weight_decay",
                 f"{decay:g} x {name} {peak:g} is 1 or more, which erases the weights; lower one of both",
             )
+    for i, group in enumerate(optim.groups):
+        if (group.learning_rate or 0.0) * (group.weight_decay or 0.0) >= 1:
+            yield f"groups.{i}.weight_decay", "times its learning rate is 1 or more, which erases the weights; lower it"
     if optim.grad_clip is not None and optim.grad_clip <= eps:
         yield "grad_clip", f"{optim.grad_clip:g} is not above eps {eps:g}, so updates vanish; raise grad_clip"
 

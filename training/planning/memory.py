@@ -17,6 +17,7 @@ from training.device import DTYPES
 from training.distributed.mesh import mesh_shape
 from training.distributed.world import BUCKET
 from training.model.stats import model_stats
+from training.optim.groups import frozen_names, match_groups
 from training.planning.walk import Change, LocalShape, Peak, walk, walk_optimizer
 
 HEADROOM = 0.9  # share of the memory that a step may use; fragmentation and other programs need the rest
@@ -61,6 +62,14 @@ def equal_parts(n_samples: int, fits: int, config: Config, device_type: str) -> 
     return math.ceil(n_samples / math.ceil(n_samples / fits))
 
 
+class LayerKind(NamedTuple):
+    """What the memory of a layer depends on."""
+
+    block: BlockConfig  # with repeat 1
+    frozen: frozenset[str]  # its frozen parameters, by their names in the layer
+    input_has_gradient: bool  # False: all before it is frozen, and no gradient is computed there
+
+
 class MemoryEstimator:
     """Estimates the memory of one of `world_size` devices, for any micro-batch.
 
@@ -71,28 +80,49 @@ class MemoryEstimator:
         self.config, self.device_type = config, device_type
         self.mesh = mesh = mesh_shape(config.parallel.mesh, world_size, config.model)
         self.max_samples = max_samples_per_rank(config, world_size)
-        layers = [block.model_copy(update={"repeat": 1}) for block in config.model.layers()]
-        self.blocks = [block for i, block in enumerate(layers) if block not in layers[:i]]
-        self.kind_of_layer = [self.blocks.index(block) for block in layers]
         self.stats = stats = model_stats(config.model)
-        local_shapes = Counter()
+        groups = match_groups(config.optim, stats.kinds)
+        self.frozen = frozen_names(groups)
+        layers = self._layer_kinds()
+        self.blocks = list(dict.fromkeys(layers))
+        self.kind_of_layer = [self.blocks.index(layer) for layer in layers]
+        local_shapes, n_weights = Counter(), 0
         for name, kind in stats.kinds.items():
             shape, is_expert = stats.shapes[name], mesh.expert > 1 and ".ffn.experts." in name
             n_rows = len(mesh.local_rows(shape[0], 0, is_expert))
-            local_shapes[kind, LocalShape(shape, torch.Size((n_rows, *shape[1:])))] += 1
-        self.gradients = 4 * sum(n * shape.local.numel() for (_, shape), n in local_shapes.items())
+            local = torch.Size((n_rows, *shape[1:]))
+            n_weights += local.numel()
+            if name not in self.frozen:
+                local_shapes[LocalShape(shape, local, kind, groups.get(name))] += 1
+        self.gradients = 4 * sum(n * shape.local.numel() for shape, n in local_shapes.items())
         state, self.optimizer = walk_optimizer(config, local_shapes, world_size)
         if mesh.shard == 1 and mesh.replicate > 1:  # the buffer of the all-reduce
             self.optimizer = max(self.optimizer, min(self.gradients, BUCKET))
         buffers = 4 * sum(shape.numel() for name, shape in stats.shapes.items() if name not in stats.kinds)
-        self.resident = Counter(weights=self.gradients + buffers, state=state, casts=self._gathered_bytes())
+        self.resident = Counter(weights=4 * n_weights + buffers, state=state, casts=self._gathered_bytes())
         self._walks: dict[tuple, dict[str, list[Change]]] = {}
+
+    def _layer_kinds(self) -> list[LayerKind]:
+        """Return the kind of each layer. A layer has a gradient at its input if anything before it is trained."""
+        of_layer: dict[str, list[str]] = {}  # parameters by "blocks.0", "blocks.1", ...; of the embeddings by ""
+        for name in self.stats.kinds:
+            before_blocks = name.startswith(("wte.", "wpe."))
+            key = "" if before_blocks else ".".join(name.split(".")[:2]) if name.startswith("blocks.") else "after"
+            of_layer.setdefault(key, []).append(name)
+        has_gradient, layers = any(name not in self.frozen for name in of_layer[""]), []
+        for i, block in enumerate(self.config.model.layers()):
+            names = of_layer[f"blocks.{i}"]
+            frozen = frozenset(name.removeprefix(f"blocks.{i}.") for name in names if name in self.frozen)
+            layers.append(LayerKind(block.model_copy(update={"repeat": 1}), frozen, has_gradient))
+            has_gradient = has_gradient or len(frozen) < len(names)
+        self.stream_has_gradient = has_gradient
+        return layers
 
     def _gathered_bytes(self) -> int:
         """Return the bytes of the weights and gradients that FSDP2 gathers beside this rank's rows.
 
         Embeddings, head and last norm: float32, from forward to backward. Blocks: the weights of two and the gradients
-        of one in the compute dtype, and two reduce-scatters in float32.
+        of one in the compute dtype, and two reduce-scatters in float32. Frozen weights count as trained ones.
         """
         if self.mesh.shard == 1:
             return 0
@@ -156,10 +186,10 @@ class MemoryEstimator:
         layers, ends = self._layers(n_samples, n_senders), self._walk([], n_samples, 1)
         inputs = [part for name, part in layers.items() if name.startswith("inputs")]
         forward = [layers[f"forward {kind}"] for kind in self.kind_of_layer]
-        backward = [layers[f"backward {kind}"] for kind in reversed(self.kind_of_layer)]
+        backward = [layers.get(f"backward {kind}", []) for kind in reversed(self.kind_of_layer)]
         accumulates = n_samples < self.max_samples  # gradients exist already; a micro-batch adds to them
         peak = Peak(self.resident + Counter(gradients=self.gradients if accumulates else 0))
-        for part in [*inputs, *forward, ends["head"], *backward, ends["embedding"]]:
+        for part in [*inputs, *forward, ends["head"], *backward, ends.get("embedding", [])]:
             peak.add(part, ignored="gradients" if accumulates else "")
         return peak.kinds
 
@@ -175,8 +205,11 @@ class MemoryEstimator:
             if name.startswith(("inputs", "forward", "backward"))
         }
 
-    def _walk(self, blocks: list[BlockConfig], n_samples: int, n_senders: int) -> dict[str, list[Change]]:
-        key = bool(blocks), n_samples, n_senders
+    def _walk(self, layers: list[LayerKind], n_samples: int, n_senders: int) -> dict[str, list[Change]]:
+        key = bool(layers), n_samples, n_senders
         if key not in self._walks:
-            self._walks[key] = walk(self.config, blocks, n_samples, self.mesh, self.device_type, n_senders)
+            frozen = {name for name in self.frozen if not name.startswith("blocks.")}
+            frozen |= {f"blocks.{i}.{name}" for i, layer in enumerate(layers) for name in layer.frozen}
+            where = self.mesh, self.device_type, n_senders, frozen, self.stream_has_gradient
+            self._walks[key] = walk(self.config, [layer.block for layer in layers], n_samples, *where)
         return self._walks[key]

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +16,7 @@ from training.data.shards import Manifest, read_manifest
 from training.data.tokenizer import build_tokenizer
 from training.errors import UserError
 from training.model.stats import ModelStats, model_stats
+from training.optim.groups import frozen_names, match_groups
 from training.optim.optimizer import state_bytes
 from training.planning.horizon import epoch_samples, resolve_steps
 from training.planning.memory import (
@@ -150,7 +152,7 @@ def _vocab_size(config: Config, manifest: Manifest | None) -> int:
 
 
 def describe_model(config: Config, stats: ModelStats) -> dict[str, str]:
-    """Return the lines "model" and "parameters" of a plan and of a run's header."""
+    """Return the lines "model", "parameters" and, if there are any, "groups" of a plan and of a run's header."""
     model, total, active = config.model, stats.n_parameters, stats.n_active_parameters
     moe = [block.ffn for block in model.layers() if block.ffn.type == "moe"]
     kinds = dict.fromkeys(
@@ -161,7 +163,23 @@ def describe_model(config: Config, stats: ModelStats) -> dict[str, str]:
         "model": f"{model.n_layer} layers, {experts}{model.n_head} heads, width {model.n_embd}, "
         f"context {model.n_positions}, vocabulary {model.vocab_size:,}",
         "parameters": f"{total:,}" + (f", {active:,} active per token" if active < total else ""),
+        **({"groups": describe_groups(config, stats)} if config.optim.groups else {}),
     }
+
+
+def describe_groups(config: Config, stats: ModelStats) -> str:
+    """Return the line about `optim.groups`: the parameters of each, and what it changes."""
+    n_of, texts = Counter(), []
+    for name, group in match_groups(config.optim, stats.kinds).items():
+        n_of[group] += stats.shapes[name].numel()
+    for group, n in n_of.items():
+        changes = "frozen" if group.freeze else ""
+        if group.learning_rate is not None:
+            changes = f"learning rate {group.learning_rate:g}"
+        if group.weight_decay is not None:
+            changes += f"{', ' if changes else ''}weight decay {group.weight_decay:g}"
+        texts.append(f"{group.match}: {n:,} parameters, {changes}")
+    return "; ".join(texts)
 
 
 def describe_batch(config: Config, micro_batch: int, n_ranks: int = 1) -> str:
@@ -289,10 +307,16 @@ def check_memory(config: Config, world_size: int, available: int) -> None:
     """
     stats = model_stats(config.model.model_copy(update={"vocab_size": config.model.vocab_size or 2}))
     n_shards = max(config.parallel.mesh.shard, config.parallel.mesh.expert)
-    state = (8 * stats.n_parameters + state_bytes(config.optim, stats.shapes, stats.kinds)) // n_shards
+    frozen = frozen_names(match_groups(config.optim, stats.kinds))
+    n_trained = stats.n_parameters - sum(stats.shapes[name].numel() for name in frozen)
+    state = 4 * (stats.n_parameters + n_trained) + state_bytes(config.optim, stats.shapes, stats.kinds)
     tokens = 16 * config.batch_tokens // world_size  # inputs and targets, int64
     for needed, what, remedy in (
-        (state, f"the {stats.n_parameters:,} parameters of model, their gradients and optimizer", "a smaller model"),
+        (
+            state // n_shards,
+            f"the {stats.n_parameters:,} parameters of model, their gradients and optimizer",
+            "a smaller model",
+        ),
         (tokens, f"batch_tokens {config.batch_tokens:,}", "fewer"),
     ):
         if needed > available:

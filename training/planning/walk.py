@@ -9,7 +9,7 @@ their parts for the layers of the model. For the same reason the loss runs on tw
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from training.batch import Batch
-from training.config import BlockConfig, Config, MeshConfig
+from training.config import BlockConfig, Config, MeshConfig, ParameterGroup
 from training.device import DTYPES
 from training.distributed.mesh import MeshShape
 from training.distributed.parallelize import parallelize
@@ -117,17 +117,22 @@ def walk(
     mesh: MeshShape,
     device_type: str,
     n_senders: int,
+    frozen: Collection[str] = (),
+    stream_has_gradient: bool = True,
 ) -> dict[str, list[Change]]:
     """Return the parts of forward and backward of a model with these blocks, in the order of time.
 
     "inputs" has embeddings, "inputs i" the masks that block i is the first to use; "forward i", "backward i" are those
     of block i; "head" has the last norm and the loss with their backward; "embedding" is its backward. `n_senders`: the
-    number of ranks that send all their rows to this rank's experts.
+    number of ranks that send all their rows to this rank's experts. `frozen`: names of parameters of this model. Parts
+    of backward that do not run for them are missing. `stream_has_gradient`: the last norm's input has a gradient.
     """
     model_config = config.model.model_copy(update={"blocks": blocks, "n_layer": len(blocks)})
     dtype = DTYPES[config.precision]
     with FakeTensorMode(), _without_cpu_paths(device_type), StorageTracker(mesh.shard > 1) as tracker:
         model = GPT(model_config, _kernels(config, device_type), dtype)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in frozen)
         for module in model.modules():
             if mesh.expert > 1 and isinstance(module, Experts):
                 _split_experts(module, mesh.expert, n_senders)
@@ -140,6 +145,8 @@ def walk(
             n_rows = len(parameter) * (mesh.expert if is_expert else 1)
             share = len(mesh.local_rows(n_rows, 0, is_expert)) / len(parameter)
             _count_parameter(parameter, share, tracker)
+        if stream_has_gradient:  # also in a walk without the blocks that give it one
+            model.norm_f.register_forward_pre_hook(_require_gradient)
         _mark_parts(model, tracker)
         tracker.begin("inputs")
         tokens_BT = torch.zeros(micro_batch, model_config.n_positions, dtype=torch.int64)
@@ -150,9 +157,14 @@ def walk(
         return tracker.parts
 
 
+def _require_gradient(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    inputs[0].requires_grad_()
+
+
 def _count_parameter(parameter: nn.Parameter, share: float, tracker: StorageTracker) -> None:
     tracker.count(parameter, "weights", share)
-    parameter.register_post_accumulate_grad_hook(lambda p: tracker.count(p.grad, "gradients", share))
+    if parameter.requires_grad:
+        parameter.register_post_accumulate_grad_hook(lambda p: tracker.count(p.grad, "gradients", share))
 
 
 def _mark_parts(model: GPT, tracker: StorageTracker) -> None:
@@ -162,7 +174,12 @@ def _mark_parts(model: GPT, tracker: StorageTracker) -> None:
         return lambda *_: tracker.begin(part)
 
     def begin_at_gradient(part: str) -> Callable:
-        return lambda _, inputs, out=None: (inputs if out is None else out)[0].register_hook(begin(part)) and None
+        def hook(_module: nn.Module, inputs: tuple, out: tuple | None = None) -> None:
+            tensor = (inputs if out is None else out)[0]
+            if tensor.requires_grad:  # else all before it is frozen
+                tensor.register_hook(begin(part))
+
+        return hook
 
     for i, block in enumerate(model.blocks):
         block.register_forward_pre_hook(begin(f"forward {i}"))
@@ -176,28 +193,31 @@ def _mark_parts(model: GPT, tracker: StorageTracker) -> None:
 
 
 class LocalShape(NamedTuple):
-    """The shape of a parameter, in full and of this rank's rows."""
+    """The shape of a parameter, in full and of this rank's rows; the kind and group that its optimizer is chosen by."""
 
     full: torch.Size
     local: torch.Size
+    kind: ParameterKind
+    group: ParameterGroup | None
 
 
-def walk_optimizer(config: Config, shapes: Counter[tuple[ParameterKind, LocalShape]], n_ranks: int) -> tuple[int, int]:
+def walk_optimizer(config: Config, shapes: Counter[LocalShape], n_ranks: int) -> tuple[int, int]:
     """Return (bytes of the optimizer state, peak bytes of temporary tensors) of a step on one of `n_ranks`.
 
-    `shapes` counts the parameters by kind and shape. Equal parameters are one stack of them here: they take the same
+    `shapes` counts the parameters that are trained. Equal parameters are one stack of them here: they take the same
     memory, and less time.
     """
     with FakeTensorMode(), StorageTracker() as tracker:
-        full_shapes, named, kinds = {}, {}, {}
-        for (kind, shape), n in shapes.items():
+        full_shapes, named, kinds, groups = {}, {}, {}, {}
+        for shape, n in shapes.items():
             name = str(len(named))
             named[name] = parameter = nn.Parameter(torch.empty(n, *shape.local))
-            kinds[name] = kind
+            kinds[name] = shape.kind
+            groups |= {} if shape.group is None else {name: shape.group}
             parameter.grad = torch.empty_like(parameter)
             full_shapes[parameter] = torch.Size((n, *shape.full))
         gather = FullShapes(full_shapes, partial(_gather_matrices, full_shapes, n_ranks)) if n_ranks > 1 else None
-        optimizer = Optimizer(config.optim, named.items(), kinds, DTYPES[config.precision], gather)
+        optimizer = Optimizer(config.optim, named.items(), kinds, DTYPES[config.precision], gather, groups)
         optimizer.step(1.0, is_averaged=True)  # creates the state
         tracker.begin("step")
         optimizer.step(1.0, is_averaged=True)
@@ -290,7 +310,8 @@ def _split_experts(experts: Experts, n_ranks: int, n_senders: int) -> None:
     """Keep one rank's experts; rows of `n_senders` ranks arrive. Copies take as much memory as the all-to-all."""
     compute = experts.forward
     for name, parameter in experts.named_parameters():
-        setattr(experts, name, nn.Parameter(parameter.detach().chunk(n_ranks)[0].clone()))
+        local = parameter.detach().chunk(n_ranks)[0].clone()
+        setattr(experts, name, nn.Parameter(local, requires_grad=parameter.requires_grad))
 
     def forward(x_NC: Tensor, topk_ids_NK: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:  # noqa: ARG001
         x_RC = permute(x_NC, dispatch)
