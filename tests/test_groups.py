@@ -18,7 +18,7 @@ from training.distributed.world import World
 from training.errors import UserError
 from training.kernels.experts import TORCH_EXPERTS, sort_by_expert
 from training.model import model_stats
-from training.optim.groups import match_groups
+from training.optim.groups import frozen_names, match_groups
 from training.optim.optimizer import OPTIMIZERS, Optimizer, state_bytes
 from training.options.notices import notices
 from training.train import train
@@ -111,6 +111,8 @@ def test_the_first_group_that_matches_has_a_parameter():
     assert matched["blocks.0.ffn.router.weight"].freeze and matched["blocks.2.ffn.router.weight"].learning_rate == 1.0
     assert "wte.weight" not in matched and set(matched) <= set(NAMES)
     assert match_groups(AdamWConfig(), NAMES) == {}
+    groups = match_groups(AdamWConfig(groups=[{"match": "blocks.1.*"}, {"match": "*", "freeze": True}]), NAMES)
+    assert set(NAMES) - frozen_names(groups) == {name for name in NAMES if name.startswith("blocks.1.")}
 
 
 @pytest.mark.parametrize(
@@ -142,14 +144,13 @@ def test_no_pattern_raises_anything_else(pattern):
 @pytest.mark.parametrize(
     ("group", "problem"),
     [
-        ({"match": "wte.*"}, "changes nothing: set learning_rate, weight_decay or freeze"),
         ({"match": "wte.*", "freeze": True, "learning_rate": 1.0}, "no effect with freeze"),
         ({"freeze": True}, "Field required"),
         ({"match": "", "freeze": True}, "at least 1 character"),
         ({"match": "wte.*", "learning_rate": 0.0}, "greater than 0"),
     ],
 )
-def test_a_group_without_effect_is_an_error(group, problem):
+def test_a_group_with_wrong_options_is_an_error(group, problem):
     with pytest.raises(ValidationError, match=problem):
         AdamWConfig(groups=[group])
 

@@ -435,8 +435,6 @@ class ParameterGroup(Section):
         chosen = [name for name, value in values.items() if value is not None]
         if self.freeze and chosen:
             yield chosen[0], "no effect with freeze"
-        elif not self.freeze and not chosen:
-            yield "match", "this group changes nothing: set learning_rate, weight_decay or freeze"
 
 
 class OptimConfig(Section):

@@ -173,12 +173,10 @@ def describe_groups(config: Config, stats: ModelStats) -> str:
     for name, group in match_groups(config.optim, stats.kinds).items():
         n_of[group] += stats.shapes[name].numel()
     for group, n in n_of.items():
-        changes = "frozen" if group.freeze else ""
-        if group.learning_rate is not None:
-            changes = f"learning rate {group.learning_rate:g}"
-        if group.weight_decay is not None:
-            changes += f"{', ' if changes else ''}weight decay {group.weight_decay:g}"
-        texts.append(f"{group.match}: {n:,} parameters, {changes}")
+        options = {"learning rate": group.learning_rate, "weight decay": group.weight_decay}
+        changes = ["frozen"] * group.freeze
+        changes += [f"{name} {value:g}" for name, value in options.items() if value is not None]
+        texts.append(f"{group.match}: {n:,} parameters, {', '.join(changes) or 'as without groups'}")
     return "; ".join(texts)
 
 
