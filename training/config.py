@@ -333,6 +333,28 @@ class HuggingFaceSource(Section):
             yield "val_split", f"{self.split!r} is also the split to train on"
 
 
+TokenDtype = Literal["uint8", "uint16", "int16", "uint32", "int32", "int64"]
+
+
+class TokensSource(Section):
+    """Tokens as they are: .bin of nanoGPT, llm.c and modded-nanogpt, .npy, Megatron-LM's .bin with .idx; not copied."""
+
+    type: Literal["tokens"] = "tokens"
+    name: str | None = option(None, NAME_DOC, pattern=NAME_PATTERN)
+    paths: ListOf[PathText] = option(
+        ...,
+        "files, folders or globs of .bin and .npy files; one after another in the order of their names",
+        min_length=1,
+    )
+    dtype: TokenDtype | None = option(
+        None, "integers of a .bin without a header, as nanoGPT's; null: as the header says, and uint16 without one"
+    )
+    end_of_text: int | None = option(
+        None, "id of the token between documents; null: data.tokenizer's end-of-text token", ge=0, lt=2**24
+    )
+    weight: float | None = option(None, WEIGHT_DOC, gt=0)
+
+
 class BPETokenizer(Section):
     """A byte-level BPE, trained on the training documents."""
 
@@ -368,7 +390,7 @@ class TiktokenTokenizer(Section):
     name: str = option(..., "name of the encoding, such as gpt2 or cl100k_base", min_length=1)
 
 
-SourceConfig = one_of(FilesSource, StdlibSource, HuggingFaceSource)
+SourceConfig = one_of(FilesSource, StdlibSource, HuggingFaceSource, TokensSource)
 TokenizerConfig = one_of(BPETokenizer, ByteTokenizer, FileTokenizer, HuggingFaceTokenizer, TiktokenTokenizer)
 
 
@@ -383,7 +405,10 @@ class DataConfig(Section):
     sources: ListOf[SourceConfig] = option(..., "training text: [{paths: [my.txt]}] or [{type: stdlib}]", min_length=1)
     val_sources: ListOf[SourceConfig] = option((), "validation text; empty: documents held out of `sources`")
     val_fraction: float = option(
-        0.02, "share of documents to hold out by hash (of one text file: its end); unused with val_sources", gt=0, lt=1
+        0.02,
+        "share of documents to hold out by hash (of a single text file or of tokens: the end); unused with val_sources",
+        gt=0,
+        lt=1,
     )
     tokenizer: TokenizerConfig = option(BPETokenizer(), "how text becomes tokens")
     cache_dir: PathText = option("data_cache", "folder for token shards, shared by all runs", min_length=1)
@@ -401,6 +426,13 @@ class DataConfig(Section):
                 )
             for repeated in sorted({each for each in chosen if chosen.count(each) > 1}):
                 yield name, f"two sources have the name {repeated}"
+        tokens = [source for source in (*self.sources, *self.val_sources) if isinstance(source, TokensSource)]
+        if tokens and isinstance(self.tokenizer, BPETokenizer):
+            example = "{type: tiktoken, name: gpt2}"
+            yield "tokenizer", f"bpe learns a new one, and token files need the one that made them, such as {example}"
+        ids = sorted({source.end_of_text for source in tokens if source.end_of_text is not None})
+        if len(ids) > 1:
+            yield "sources", f"token sources name the end_of_text {ids[0]} and {ids[1]}, and a run has one"
 
 
 # --- optimizer and schedule ------------------------------------------------------------------------

@@ -15,10 +15,20 @@ import numpy as np
 
 from training.config import BPETokenizer
 from training.data.chunks import Chunk
-from training.data.corpus import Corpus, hash_of
+from training.data.corpus import Corpus, StreamPlan, hash_of
+from training.data.file_hashes import FileHashes
 from training.data.progress import show_progress
-from training.data.shards import FORMAT_VERSION, MANIFEST_FILE, Manifest, StreamRecord, StreamWriter
+from training.data.shards import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    Manifest,
+    PartRecord,
+    StreamRecord,
+    StreamWriter,
+    TextSize,
+)
 from training.data.sources import FilesReader, no_text_error
+from training.data.token_source import scan, with_end_of_text
 from training.data.tokenizer import OTHER_SEPARATORS, Tokenizer, build_tokenizer
 from training.errors import UserError
 from training.files import fsync_path
@@ -39,20 +49,20 @@ class TextCounts:
 EncodedChunk = tuple[Chunk, np.ndarray]  # a chunk and its tokens
 
 
-def write_dataset(corpus: Corpus, folder: Path, key: str, quiet: bool) -> None:
+def write_dataset(corpus: Corpus, folder: Path, key: str, hashes: FileHashes, quiet: bool) -> None:
     """Write the tokenizer, the streams and, last, the manifest; flush all files to disk."""
     with show_progress("making the tokenizer", quiet, total=bytes_to_learn_from(corpus)) as progress:
         texts = progress.watch(corpus.training_text(), "making the tokenizer: all text is read, learning the merges")
-        build_tokenizer(corpus.config.tokenizer, texts).save(folder / "tokenizer")
+        tokenizer = build_tokenizer(corpus.config.tokenizer, texts)
+        with_end_of_text(tokenizer, corpus.end_of_text).save(folder / "tokenizer")
     tokenizer = Tokenizer.load(folder / "tokenizer")  # as readers will load it
-    with ExitStack() as files, show_progress("tokenizing", quiet, total=corpus.n_bytes) as progress:
-        writers = {}
-        for split, i in [*(("train", i) for i in range(corpus.n_streams)), ("val", 0)]:
-            paths = (folder / f"{split}-{i}.{kind}" for kind in ("tokens", "documents"))
-            writers[split, i] = StreamWriter(*(files.enter_context(path.open("wb")) for path in paths), tokenizer)
-        chunks = chain.from_iterable(corpus.chunks(tokenizer))
-        counts = write_streams(chunks, tokenizer, writers, corpus.config.workers, progress)
-    records = [writer.record(split) for (split, _), writer in writers.items()]
+    writers, counts = write_text(corpus, folder, tokenizer, quiet)
+    records = [
+        writers[plan.split, plan.index].record(plan.split)
+        if plan.source is None
+        else write_token_source(corpus, plan, folder, tokenizer, hashes, quiet)
+        for plan in corpus.streams()
+    ]
     counts.n_not_utf8 = count_not_utf8(corpus)
     check_splits(corpus, records)
     train, val = (labeled_documents(writers, split) for split in ("train", "val"))
@@ -69,6 +79,7 @@ def write_dataset(corpus: Corpus, folder: Path, key: str, quiet: bool) -> None:
         n_shared=len(shared.hashes),
         shared=count_by_source(train, shared),
         n_repeated=len(train.hashes) - len(np.unique(train.hashes)),
+        is_joined=not corpus.weights and sum(record.split == "train" for record in records) > 1,
         streams=records,
     )
     (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -81,6 +92,39 @@ def count_not_utf8(corpus: Corpus) -> int:
     """Return the number of files that were left out because they are not UTF-8."""
     readers = [r for r in corpus.train_readers + corpus.val_readers if isinstance(r, FilesReader)]
     return sum(sum(reader.not_utf8.values()) for reader in readers)
+
+
+def write_text(
+    corpus: Corpus, folder: Path, tokenizer: Tokenizer, quiet: bool
+) -> tuple[dict[tuple[str, int], StreamWriter], TextCounts]:
+    """Tokenize all text and write its streams. Returns their writers by split and index, and the counts."""
+    writers: dict[tuple[str, int], StreamWriter] = {}
+    if not corpus.has_text:
+        return writers, TextCounts()
+    with ExitStack() as files, show_progress("tokenizing", quiet, total=corpus.n_bytes) as progress:
+        for split, i, source in corpus.streams():
+            if source is None:
+                paths = (folder / f"{split}-{i}.{kind}" for kind in ("tokens", "documents"))
+                writers[split, i] = StreamWriter(*(files.enter_context(path.open("wb")) for path in paths), tokenizer)
+        chunks = chain.from_iterable(corpus.chunks(tokenizer))
+        return writers, write_streams(chunks, tokenizer, writers, corpus.config.workers, progress)
+
+
+def write_token_source(
+    corpus: Corpus, plan: StreamPlan, folder: Path, tokenizer: Tokenizer, hashes: FileHashes, quiet: bool
+) -> StreamRecord:
+    """Scan a stream of tokens, which stay where they are, and write where its documents start."""
+    reader, start, stop = corpus.token_range(plan, tokenizer.end_of_text)
+    files = [hashes.sha256(file.path) for file in reader.files]
+    n_bytes = (stop - start) * tokenizer.dtype.itemsize
+    with (
+        show_progress(f"scanning the tokens of {reader.name}", quiet, total=n_bytes) as progress,
+        (folder / f"{plan.split}-{plan.index}.documents").open("wb") as documents,
+    ):
+        counts = scan(reader, start, stop, tokenizer, documents, count_threads(corpus.config.workers), progress.add)
+    counts = counts._asdict()
+    part = PartRecord(source=plan.source, **{name: counts[name] for name in TextSize.model_fields if name in counts})
+    return StreamRecord(split=plan.split, parts=[part], files=files, start=start, **counts)
 
 
 class LabeledDocuments(NamedTuple):
@@ -99,7 +143,8 @@ def labeled_documents(writers: Mapping[tuple[str, int], StreamWriter], split: st
     written = [writer for (name, _), writer in writers.items() if name == split]
     parts = [(source, counts["n_documents"]) for writer in written for source, counts in writer.parts.items()]
     sources, sizes = np.array(parts, np.int64).reshape(-1, 2).T
-    return LabeledDocuments(np.concatenate([w.document_hashes() for w in written]), np.repeat(sources, sizes))
+    hashes = [np.zeros(0, np.uint64), *(writer.document_hashes() for writer in written)]
+    return LabeledDocuments(np.concatenate(hashes), np.repeat(sources, sizes))
 
 
 def count_by_source(train: LabeledDocuments, shared: LabeledDocuments) -> list[tuple[int, int, int]]:
@@ -145,8 +190,7 @@ def write_streams(
 
 def encode_chunks(chunks: Iterable[Chunk], tokenizer: Tokenizer, threads: int | None) -> Iterator[EncodedChunk]:
     """Yield each chunk with its tokens, in order. Holds a few batches in memory; threads None: one per core."""
-    if threads is None:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = count_threads(threads)
 
     def encode(batch: list[Chunk]) -> list[EncodedChunk]:
         return list(zip(batch, tokenizer.encode_batch([chunk.text for chunk in batch]), strict=True))
@@ -158,6 +202,13 @@ def encode_chunks(chunks: Iterable[Chunk], tokenizer: Tokenizer, threads: int | 
             encoded = pending.popleft().result()
             pending.extend(pool.submit(encode, batch) for batch in islice(batches, 1))
             yield from encoded
+
+
+def count_threads(threads: int | None) -> int:
+    """Return the number of threads; None: one per core."""
+    if threads is not None:
+        return threads
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def to_batches(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
@@ -174,8 +225,9 @@ def to_batches(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
 
 def check_splits(corpus: Corpus, records: Sequence[StreamRecord]) -> None:
     """Raise UserError if there is nothing to train on or nothing to validate on."""
-    *train, val = (record.n_documents for record in records)
-    config, n_documents = corpus.config, sum(train) + val
+    train, vals = ([record.n_documents for record in records if record.split == name] for name in ("train", "val"))
+    train = train if corpus.weights else [sum(train)]
+    config, val, n_documents = corpus.config, sum(vals), sum(train) + sum(vals)
     if n_documents == 0 and corpus.single_text_file is not None:
         raise no_text_error(corpus.single_text_file)
     counts = {"sources": sum(train), "val_sources": val} if config.val_sources else {"sources": n_documents}

@@ -5,8 +5,9 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
-from training.config import AUTO_SPLIT, DataConfig
+from training.config import AUTO_SPLIT, DataConfig, TokensSource
 from training.data.chunks import Chunk, mark_blank, number_parts
 from training.data.file_hashes import FileHashes
 from training.data.limits import Budget, first_part
@@ -21,10 +22,19 @@ from training.data.sources import (
     plain_bytes,
 )
 from training.data.text_files import format_of, is_text_file
+from training.data.token_source import TokensReader
 from training.data.tokenizer import END_OF_TEXT, Tokenizer, tokenizer_identity
 from training.errors import UserError
 
 DUMP_SUFFIX = "-documents"  # of a cache's folder whose .txt files were split into documents, which older ones were not
+
+
+class StreamPlan(NamedTuple):
+    """A stream to write: the `index`-th of its split. `source`: number of the token source that it is; None: text."""
+
+    split: str
+    index: int
+    source: int | None
 
 
 class Corpus:
@@ -32,7 +42,8 @@ class Corpus:
 
     Documents are held out for validation by a hash; a single text file is split near its end instead.
     Training text is one stream, or one stream for each source if sources have weights. Validation text is one stream,
-    in which each source has a part of its own.
+    in which each source has a part of its own. A source of token files has streams of its own, of which the end is held
+    out; without weights, they follow the stream of the text.
     A file that sources without weights list several times is read once; `repeated_files` has the other spellings.
     """
 
@@ -46,12 +57,15 @@ class Corpus:
         together = [[reader] for reader in self.train_readers] if self.weights else [self.train_readers]
         together.append(self.val_readers)
         self.repeated_files = [pair for readers in together for pair in drop_repeated_files(readers)]
-        self.n_streams = len(self.weights) or 1
-        sizes = [plain_bytes(reader) for reader in self.train_readers + self.val_readers]
+        readers = self.train_readers + self.val_readers
+        text_readers = [reader for reader in readers if not isinstance(reader, TokensReader)]
+        self.has_text = bool(text_readers)
+        tokens = [source for source in (*config.sources, *config.val_sources) if isinstance(source, TokensSource)]
+        self.end_of_text = next((each.end_of_text for each in tokens if each.end_of_text is not None), None)
+        sizes = [plain_bytes(reader) for reader in text_readers]
         self.n_bytes = None if None in sizes else sum(sizes)  # of text; None: unknown before it is read
         self.own_validation: dict[int, str] = {}  # by number of the source: the split that is its validation text
         self.single_text_file = None  # its end is held out, as it is one document
-        readers = self.train_readers + self.val_readers
         if len(readers) == 1 and isinstance(readers[0], FilesReader) and len(readers[0].paths) == 1:
             (path,) = readers[0].paths
             self.single_text_file = path if is_text_file(path) else None
@@ -116,10 +130,31 @@ class Corpus:
                 if splits.setdefault((config.name, config.config, config.data_files, split), i) == i:
                     self.own_validation[i] = split
 
+    def readers(self, split: str) -> list[Reader | TokensReader]:
+        """Return the readers of a split's sources."""
+        return self.val_readers if split == "val" and self.val_readers else self.train_readers
+
     def names(self, split: str) -> list[str]:
         """Return the name of each source of a split's text."""
-        readers = self.val_readers if split == "val" and self.val_readers else self.train_readers
-        return [reader.name for reader in readers]
+        return [reader.name for reader in self.readers(split)]
+
+    def streams(self) -> list[StreamPlan]:
+        """Return the streams of the dataset, in the order of the manifest."""
+        plans = []
+        for split in ("train", "val"):
+            tokens = [i if isinstance(reader, TokensReader) else None for i, reader in enumerate(self.readers(split))]
+            if split == "val" or not self.weights:  # the text of all sources is one stream
+                tokens = [None] * (None in tokens) + [i for i in tokens if i is not None]
+            plans += [StreamPlan(split, index, source) for index, source in enumerate(tokens)]
+        return plans
+
+    def token_range(self, plan: StreamPlan, end_of_text: int) -> tuple[TokensReader, int, int]:
+        """Return the source of a stream of tokens and the range of them that it has."""
+        reader = self.readers(plan.split)[plan.source]
+        if self.val_readers:
+            return reader, 0, reader.n_tokens
+        cut = reader.held_out_start(self.config.val_fraction, end_of_text)
+        return (reader, 0, cut) if plan.split == "train" else (reader, cut, reader.n_tokens)
 
     def chunks(self, tokenizer: Tokenizer | None = None, *, with_validation: bool = True) -> Iterator[Iterator[Chunk]]:
         """Yield an iterator over the chunks of each source. The tokenizer's separators divide dumps; None: GPT-2's.
@@ -132,6 +167,8 @@ class Corpus:
             return
         val_fraction = 0.0 if self.val_readers else self.config.val_fraction
         for i, reader in enumerate(self.train_readers):
+            if isinstance(reader, TokensReader):
+                continue
             budget, own_split = Budget(reader.limit, tokenizer), self.own_validation.get(i)
             fraction = val_fraction if own_split is None else 0.0
             yield split_documents(reader, i, i if self.weights else 0, fraction, separators, budget)
@@ -139,7 +176,8 @@ class Corpus:
                 val_reader, budget = reader.validation_reader(own_split), Budget(reader.limit, tokenizer)
                 yield split_documents(val_reader, i, 0, 1.0, separators, budget)
         for i, reader in enumerate(self.val_readers if with_validation else ()):
-            yield split_documents(reader, i, 0, 1.0, separators, Budget(reader.limit, tokenizer))
+            if not isinstance(reader, TokensReader):
+                yield split_documents(reader, i, 0, 1.0, separators, Budget(reader.limit, tokenizer))
 
     def _single_text(self, separators: Sequence[str], tokenizer: Tokenizer | None) -> Iterator[tuple[int, str]]:
         """Yield (number of the document, text) of the single text file."""

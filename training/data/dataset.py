@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from training.config import DataConfig, FilesSource
+from training.config import DataConfig, FilesSource, TokensSource
 from training.data import shards
-from training.data.build import write_dataset, write_streams
+from training.data.build import count_threads, write_dataset, write_streams
 from training.data.corpus import DUMP_SUFFIX, Corpus, split_documents
 from training.data.file_hashes import FileHashes
 from training.data.limits import Budget
@@ -32,10 +32,12 @@ from training.data.notes import (
     describe_left_out,
     describe_repeated_files,
     describe_separators,
+    describe_tokens,
 )
 from training.data.progress import show_progress
 from training.data.shards import Manifest, Split, Stream, StreamWriter
 from training.data.sources import build_reader, drop_repeated_files
+from training.data.token_source import TokensReader, is_token_path, scan
 from training.data.tokenizer import Tokenizer
 from training.errors import UserError
 from training.files import rename_durable
@@ -116,7 +118,7 @@ def build_dataset(corpus: Corpus, folder: Path, hashes: FileHashes, quiet: bool)
     partial.mkdir()
     try:
         key = folder.name.removesuffix(DUMP_SUFFIX)  # part of `old_fingerprint`, where older versions had no suffix
-        write_dataset(corpus, partial, key, quiet)
+        write_dataset(corpus, partial, key, hashes, quiet)
         if corpus.cache_key(hashes) != folder.name:
             raise UserError(f"{folder}: the sources changed while they were read; start again")
         rename_durable(partial, folder)
@@ -128,19 +130,21 @@ def open_dataset(folder: Path, corpus: Corpus, hashes: FileHashes) -> Dataset:
     """Map a complete dataset, which was built from this corpus. Raises UserError if it is damaged."""
     manifest, names = shards.read_manifest(folder), {split: corpus.names(split) for split in ("train", "val")}
     shards.check_sources(folder, manifest, *map(len, names.values()))
-    train = shards.open_split(folder, manifest, "train", hashes, corpus.weights)
-    val = shards.open_split(folder, manifest, "val", hashes)
-    val = replace(val, streams=tuple(shards.split_by_source(*val.streams, manifest.validation, names["val"])))
+    train = shards.open_split(folder, manifest, "train", hashes, corpus.weights, corpus.readers("train"))
+    val = shards.open_split(folder, manifest, "val", hashes, (), corpus.readers("val"))
+    val = replace(val, streams=tuple(shards.streams_by_source(val, manifest, names["val"])))
     tokenizer = shards.open_tokenizer(folder, manifest)
     new, old = fingerprints(manifest)
-    notes = list(describe_dataset(folder, manifest, tokenizer, corpus))
+    notes = [*describe_dataset(folder, manifest, tokenizer, corpus), *describe_tokens(manifest, tokenizer, corpus)]
     report = {"folder": str(folder), "notes": notes}
     return Dataset(tokenizer, train, val, new, old, report)
 
 
 def fingerprints(manifest: Manifest) -> tuple[str, str]:
     """Return the `fingerprint` and `old_fingerprint` of a dataset."""
-    parts = [manifest.tokenizer_sha256, *(record.sha256 for record in manifest.streams)]
+    parts = [manifest.tokenizer_sha256, *(record.sha256 for record in manifest.streams)] + [
+        "joined"
+    ] * manifest.is_joined
     new, old = (hashlib.sha256(" ".join(each).encode()).hexdigest() for each in (parts, [manifest.key, *parts]))
     return new, old
 
@@ -152,10 +156,28 @@ def print_notes(lines: Iterable[str]) -> None:
 
 
 def read_split(paths: Sequence[str], text_column: str, tokenizer: Tokenizer) -> Split:
-    """Tokenize files in memory, without a cache, as a stream for each path, and print notes.
+    """Read files without a cache, as a stream for each path, and print notes. Text is tokenized in memory.
 
     Raises UserError for no text.
     """
+    text_paths = [path for path in paths if not is_token_path(path)]
+    streams = read_texts(text_paths, text_column, tokenizer) if text_paths else []
+    streams += [read_tokens(path, tokenizer) for path in paths if is_token_path(path)]
+    return Split("val", tuple(sorted(streams, key=lambda stream: paths.index(stream.name))), None, tokenizer.vocab_size)
+
+
+def read_tokens(path: str, tokenizer: Tokenizer) -> Stream:
+    """Map and check the token files at a path."""
+    reader = TokensReader(TokensSource(paths=(path,)))
+    hashes, starts = FileHashes(None), BytesIO()
+    counts = scan(reader, 0, reader.n_tokens, tokenizer, starts, count_threads(None), lambda _: None)
+    tokens = reader.map([hashes.sha256(file.path) for file in reader.files], hashes)
+    print_notes(describe_left_out([reader]))
+    return Stream(reader.files[0].path, tokens, np.frombuffer(starts.getbuffer(), "<u8"), counts.n_bytes, name=path)
+
+
+def read_texts(paths: Sequence[str], text_column: str, tokenizer: Tokenizer) -> list[Stream]:
+    """Tokenize files in memory as a stream for each path. Raises UserError for no text."""
     tokens, starts = BytesIO(), BytesIO()
     writer = StreamWriter(tokens, starts, tokenizer)
     readers = [build_reader(FilesSource(paths=(path,), text_column=text_column)) for path in paths]
@@ -171,5 +193,4 @@ def read_split(paths: Sequence[str], text_column: str, tokenizer: Tokenizer) -> 
     arrays = np.frombuffer(tokens.getbuffer(), tokenizer.dtype), np.frombuffer(starts.getbuffer(), "<u8")
     record = writer.record("val")
     stream = Stream(Path(paths[0]), *arrays, record.n_bytes, record.token_bytes)
-    streams = shards.split_by_source(stream, record, [names[reader] for reader in readers])
-    return Split("val", tuple(streams), None, tokenizer.vocab_size)
+    return list(shards.split_by_source(stream, record, [names[reader] for reader in readers]))

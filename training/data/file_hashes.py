@@ -15,17 +15,29 @@ from training.files import read_bytes
 BLOCK_BYTES = 2**20
 
 
+def hash_file(path: Path, on_read: Callable[[int], object] = lambda _: None) -> str:
+    """Return the SHA-256 of a file's bytes, and call `on_read` with the size of each block. Raises OSError."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+            on_read(len(block))
+    return digest.hexdigest()
+
+
 class FileHashes:
     """SHA-256 of files, kept in `memo` by path, size and times of change. All are hashed again if it cannot be read."""
 
-    def __init__(self, memo: Path):
+    def __init__(self, memo: Path | None):
+        """Read the hashes in `memo`; None: keep them in this object only."""
         self.memo = memo
         self.has_changed = False
         self.on_read: Callable[[int], object] = lambda _: None  # called with the size of each block that is hashed
-        try:
+        self.entries: dict[str, list] = {}
+        if memo is None:
+            return
+        with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
             self.entries = {name: list(entry) for name, entry in json.loads(read_bytes(memo)).items()}
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-            self.entries = {}
 
     def sha256(self, path: Path) -> str:
         """Return the hash of a file's bytes. Raises UserError if it cannot be read."""
@@ -38,19 +50,15 @@ class FileHashes:
             *known, sha256 = self.entries.get(name) or [None]
             if known == version and re.fullmatch("[0-9a-f]{64}", str(sha256)):
                 return sha256
-            with path.open("rb") as file:
-                digest = hashlib.sha256()
-                while block := file.read(BLOCK_BYTES):
-                    digest.update(block)
-                    self.on_read(len(block))
+            sha256 = hash_file(path, self.on_read)
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-        self.entries[name], self.has_changed = [*version, digest.hexdigest()], True
-        return digest.hexdigest()
+        self.entries[name], self.has_changed = [*version, sha256], True
+        return sha256
 
     def save(self) -> None:
         """Replace the memo atomically. If the disk refuses, the next start hashes the files again."""
-        if self.has_changed:
+        if self.has_changed and self.memo is not None:
             temporary = self.memo.with_name(f"{self.memo.name}.{uuid.uuid4().hex}")
             with suppress(OSError):
                 try:

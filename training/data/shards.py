@@ -11,8 +11,9 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from pydantic import Field, ValidationError
@@ -20,6 +21,7 @@ from pydantic import Field, ValidationError
 from training.config import Section
 from training.data.chunks import Chunk
 from training.data.file_hashes import FileHashes
+from training.data.mapped_tokens import MappedTokens
 from training.data.tokenizer import END_OF_TEXT, Tokenizer, from_json
 from training.errors import UserError
 from training.files import open_file, read_bytes
@@ -50,6 +52,10 @@ class StreamRecord(TextSize):
     split: Literal["train", "val"]
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     parts: list[PartRecord] = Field([], description="by source, one after another; older manifests lack them")
+    # Of tokens in the files of a source, and then there is one part.
+    files: list[str] = Field([], description="SHA-256 of the source's files; none: the tokens are in this folder")
+    start: int = Field(0, ge=0, description="the source's token that is the stream's first")
+    is_separated: bool = Field(True, description="an end-of-text token is between its documents")
 
 
 class Manifest(Section):
@@ -70,23 +76,30 @@ class Manifest(Section):
     n_shared: int = Field(0, ge=0, description="validation documents that are also in the training text")
     shared: list[tuple[int, int, int]] = Field([], description="the same by source: validation, training, documents")
     n_repeated: int = Field(0, ge=0, description="training documents that equal an earlier one")
+    is_joined: bool = Field(False, description="the training streams are read as one, one after another")
     streams: list[StreamRecord]
 
+    def of_split(self, name: str) -> list[StreamRecord]:
+        """Return the streams of a split. Validation text has one, and one for each source of tokens."""
+        return [record for record in self.streams if record.split == name]
+
     @property
-    def validation(self) -> StreamRecord:
-        """The only stream of validation text."""
-        return next(record for record in self.streams if record.split == "val")
+    def train_tokens(self) -> list[int]:
+        """The tokens of each training stream, as a run reads them."""
+        n_tokens = [record.n_tokens for record in self.of_split("train")]
+        return [sum(n_tokens)] if self.is_joined else n_tokens
 
 
 @dataclass(frozen=True)
 class Stream:
     """Documents one after another: `tokens` (n_tokens,) and the start of each in `documents` (n_documents,).
 
-    `mapped` is the map of the tokens' file, which stays readable if the file is deleted; None: in memory.
+    `mapped` is the map of the tokens' file, which stays readable if the file is deleted; None: in memory, or the tokens
+    check their own files.
     """
 
     path: Path
-    tokens: np.ndarray
+    tokens: np.ndarray | MappedTokens
     documents: np.ndarray
     n_bytes: int  # of the text
     token_bytes: int | None = None  # of the tokens, if they are not the text's; older datasets lack it
@@ -195,23 +208,29 @@ def check_sources(folder: Path, manifest: Manifest, n_train: int, n_val: int) ->
         parts, last = record.parts, n_sources[record.split] - 1
         sums = [sum(getattr(part, name) for part in parts) for name in ("n_documents", "n_tokens", "n_bytes")]
         is_whole = not parts or sums == [record.n_documents, record.n_tokens, record.n_bytes]
+        is_whole = is_whole and (not record.files or len(parts) == 1)
         if not is_whole or any(part.source > last for part in parts):
             raise _damaged(folder / MANIFEST_FILE, f"the parts of its {record.split} text do not fit the sources")
     if any(not (0 <= val < n_val and 0 <= train < n_train) for val, train, _ in manifest.shared):
         raise _damaged(folder / MANIFEST_FILE, "the sources of documents that are there twice are none of the sources")
 
 
-def open_split(folder: Path, manifest: Manifest, name: str, hashes: FileHashes, weights: Sequence[float] = ()) -> Split:
+def open_split(
+    folder: Path, manifest: Manifest, name: str, hashes: FileHashes, weights: Sequence[float], readers: Sequence[Any]
+) -> Split:
     """Map the streams of one split. Raises UserError if they are not the ones that were written.
 
     Tokens are hashed each time in files up to HASH_AT_START_BYTES, else only after a file's size or times have changed.
+    `readers` are those of the split's sources, in whose files some tokens are.
     """
-    records = [record for record in manifest.streams if record.split == name]
     streams = []
-    for i, record in enumerate(records):
+    for i, record in enumerate(manifest.of_split(name)):
         path = folder / f"{name}-{i}.tokens"
-        tokens, mapped = _map_file(path, manifest.dtype, record.n_tokens)
         documents, _ = _map_file(path.with_suffix(".documents"), "<u8", record.n_documents)
+        if record.files:
+            streams.append(_open_token_files(folder, record, documents, readers, hashes))
+            continue
+        tokens, mapped = _map_file(path, manifest.dtype, record.n_tokens)
         is_short = tokens.nbytes <= HASH_AT_START_BYTES
         sha256 = hashlib.sha256(tokens.data).hexdigest() if is_short else hashes.sha256(path)
         if sha256 != record.sha256:
@@ -219,13 +238,40 @@ def open_split(folder: Path, manifest: Manifest, name: str, hashes: FileHashes, 
         if is_short and (largest := tokens.max(initial=0)) >= manifest.vocab_size:
             raise _damaged(path, f"token {largest} is not below the vocabulary's {manifest.vocab_size}")
         streams.append(Stream(path, tokens, documents, record.n_bytes, record.token_bytes, mapped))
+    if manifest.is_joined and name == "train":
+        streams = [join_streams(streams)]
     return Split(name, tuple(streams), tuple(weights) or None, manifest.vocab_size)
+
+
+def _open_token_files(
+    folder: Path, record: StreamRecord, documents: np.ndarray, readers: Sequence[Any], hashes: FileHashes
+) -> Stream:
+    reader = readers[record.parts[0].source]
+    stop = record.start + record.n_tokens
+    if len(getattr(reader, "files", ())) != len(record.files) or stop > reader.n_tokens:
+        raise _damaged(folder / MANIFEST_FILE, "its token files are not those of the sources")
+    tokens = reader.map(record.files, hashes).between(record.start, stop)
+    return Stream(reader.files[0].path, tokens, documents, record.n_bytes, name=reader.name)
+
+
+def join_streams(streams: Sequence[Stream]) -> Stream:
+    """Return streams one after another as one. `mapped` is that of the first, the only one whose file is ours."""
+    tokens, documents, start = [], [], 0
+    for stream in streams:
+        tokens += stream.tokens.parts if isinstance(stream.tokens, MappedTokens) else [(stream.tokens, None)]
+        documents.append(stream.documents + np.uint64(start))
+        start += len(stream.tokens)
+    n_bytes = sum(stream.n_bytes for stream in streams)
+    return replace(
+        streams[0], tokens=MappedTokens(tokens), documents=np.concatenate(documents), n_bytes=n_bytes, token_bytes=None
+    )
 
 
 def split_by_source(stream: Stream, record: StreamRecord, names: Sequence[str]) -> Iterator[Stream]:
     """Yield the part of each source as a stream with its name; the whole without one if the record has no parts."""
-    if not record.parts:
+    if not record.parts or record.files:
         yield stream
+        return
     token = document = 0
     for part in record.parts:
         yield replace(
@@ -237,6 +283,16 @@ def split_by_source(stream: Stream, record: StreamRecord, names: Sequence[str]) 
             name=names[part.source],
         )
         token, document = token_end, document_end
+
+
+def streams_by_source(split: Split, manifest: Manifest, names: Sequence[str]) -> list[Stream]:
+    """Return the streams of a split's sources in their order, each with its name; none of a source without text."""
+    streams = []
+    for stream, record in zip(split.streams, manifest.of_split(split.name), strict=True):
+        if record.n_documents:
+            sources = [part.source for part in record.parts] or [0]
+            streams += zip(sources, split_by_source(stream, record, names), strict=True)
+    return [stream for _, stream in sorted(streams, key=itemgetter(0))]
 
 
 def _map_file(path: Path, dtype: str, length: int) -> tuple[np.ndarray, mmap.mmap | None]:

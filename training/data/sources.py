@@ -19,6 +19,7 @@ from training.config import (
     Section,
     SourceConfig,
     StdlibSource,
+    TokensSource,
     canonical_encoding,
     chosen_name,
 )
@@ -27,6 +28,7 @@ from training.data.file_hashes import FileHashes
 from training.data.find_files import SKIPPED_FOLDERS, find_files, name_of_path, walk
 from training.data.row_files import FileOptions, Row, has_column, list_names, to_text
 from training.data.text_files import format_of, is_plain_text, is_text_file, is_utf8, read_documents
+from training.data.token_source import TokensReader
 from training.errors import UserError, library_error
 
 VALIDATION = "validation"  # the name that `datasets` gives to a split of files such as valid.csv and dev.csv
@@ -246,10 +248,11 @@ def drop_repeated_files(readers: list[Reader]) -> list[tuple[Path, Path]]:
     return repeated
 
 
-READERS: dict[type[Section], type[Reader]] = {
+READERS: dict[type[Section], type[Reader | TokensReader]] = {
     StdlibSource: StdlibReader,
     FilesSource: FilesReader,
     HuggingFaceSource: HuggingFaceReader,
+    TokensSource: TokensReader,
 }
 
 

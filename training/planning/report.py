@@ -87,7 +87,7 @@ def build_plan(config: Config, device: TargetDevice, world_size: int) -> RunPlan
         precision = "bf16" if device.has_bf16 else "fp32"
     model = config.model.model_copy(update={"vocab_size": config.model.vocab_size or _vocab_size(config, manifest)})
     config = config.model_copy(update={"precision": precision, "model": model})
-    train_tokens = [stream.n_tokens for stream in manifest.streams if stream.split == "train"] if manifest else []
+    train_tokens = manifest.train_tokens if manifest else []
     config = resolve_steps(config, _samples_per_epoch(config, train_tokens)).resolved()
     if (n_samples := config.batch_tokens // model.n_positions) < world_size:
         problem = f"{world_size} ranks are more than the {n_samples} samples of batch_tokens {config.batch_tokens}"
