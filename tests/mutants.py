@@ -614,6 +614,27 @@ DEFECTS = [
            "in kinds.items() if name not in frozen)", "in kinds.items())", "tests/test_plan.py -k frozen_weights"),
     Defect("a logarithmic axis begins too early", "logging/charts.py", "math.log(step / first) / span",
            "math.log(step / first / 10) / span", "tests/test_report.py -k frame"),
+    # answers only
+    Defect("prompts are learned", "data/dialogues.py", "        Piece(dialogue.prompt),",
+           "        Piece(dialogue.prompt, is_target=True),", "tests/test_answers.py -k completion_and_the_end"),
+    Defect("the end of a turn is not learned", "data/chat_template.py", "ranges.append((len(before), ends[-1]))",
+           "ranges.append((len(before), ends[-1] - 1))", "tests/test_answers.py -k assistants_turns"),
+    Defect("a message ends the turn", "data/chat_template.py",
+           '{name[0][:1]}{ESCAPE}{name[0][1:]}', '{name[0]}', "tests/test_answers.py -k special_tokens_name"),
+    Defect("targets are one place off", "data/packing.py", "self.stream.targets[start + 1 : start + length + 1]",
+           "self.stream.targets[start : start + length]", "tests/test_answers.py -k whole_dialogues"),
+    Defect("packed rows see each other", "data/packing.py", "starts_T[position] = True\n            position",
+           "position", "tests/test_answers.py -k tokens_alone"),
+    Defect("packs are too full", "data/packing.py", "has_pack[length:].argmax()", "has_pack[length - 1 :].argmax()",
+           "tests/test_answers.py -k one_pack"),
+    Defect("auxiliary losses are means over targets", "model/gpt.py", "batch.n_tokens or batch.n_targets",
+           "batch.n_targets", "tests/test_answers.py -k auxiliary"),
+    Defect("another template, the same dataset", "data/corpus.py", "if self.config.has_messages:", "if False:",
+           "tests/test_answers.py -k another_chat"),
+    Defect("targets are not checked", "data/shards.py", "if sha256 != record.targets_sha256:", "if False:",
+           "tests/test_answers.py -k damaged_targets"),
+    Defect("a long turn forgets the dialogue", "engine/chat.py", "dialogue = system + dialogue[n_system + 2 :]",
+           "dialogue = dialogue[n_system + 2 :]", "tests/test_answers.py -k newest_turns"),
 ]  # fmt: skip
 
 

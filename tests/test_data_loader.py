@@ -198,8 +198,8 @@ def test_nothing_is_random_in_an_evaluation():
 
 def test_a_prefetched_batch_is_read_once_and_belongs_to_its_step(monkeypatch):
     samples = Samples(split_of(331), n_positions=8, seed=5)
-    loader, n_reads, at = Loader(samples, 4, range(4)), [], Samples.at
-    monkeypatch.setattr(Samples, "at", lambda self, indices: n_reads.append(len(indices)) or at(self, indices))
+    loader, n_reads, read = Loader(samples, 4, range(4)), [], Samples.read
+    monkeypatch.setattr(Samples, "read", lambda self, indices: n_reads.append(len(indices)) or read(self, indices))
     expected = [samples.batch(4 * step + np.arange(4)).tokens_BT.tolist() for step in range(3)]
     n_reads.clear()
     loader.prefetch(1)
@@ -212,7 +212,7 @@ def test_a_prefetched_batch_is_read_once_and_belongs_to_its_step(monkeypatch):
 def test_a_lasting_prefetch_error_is_raised_by_the_step_that_needs_the_batch(monkeypatch):
     loader = Loader(Samples(split_of(331), n_positions=8, seed=5), 4, range(4))
     with monkeypatch.context() as patch:
-        patch.setattr(Samples, "at", failing)
+        patch.setattr(Samples, "read", failing)
         loader.prefetch(1)
         with pytest.raises(UserError, match="damaged"):
             loader.at(1)

@@ -25,6 +25,7 @@ from training.data import Samples, Tokenizer, build, prepare, progress, shards
 from training.data import dataset as dataset_module
 from training.data.corpus import Corpus
 from training.data.sources import build_readers
+from training.data.stream_writer import StreamWriter
 from training.data.tokenizer import build_byte_tokenizer, train_bpe
 from training.errors import UserError
 
@@ -451,7 +452,9 @@ def test_a_token_beyond_the_vocabulary_in_a_file_too_long_to_hash_is_an_error(fo
 def test_a_full_disk_is_reported_in_one_line(folder, monkeypatch):
     place = folder / "cache"
     with Path("/dev/full").open("wb", buffering=0) as full:
-        monkeypatch.setattr(build, "StreamWriter", lambda _tokens, *rest: shards.StreamWriter(full, *rest))
+        monkeypatch.setattr(
+            build, "StreamWriter", lambda tokenizer, **files: StreamWriter(tokenizer, **files | {"tokens": full})
+        )
         with pytest.raises(UserError, match=rf"^{place}: cannot be written: No space left on device$"):
             prepare(config_of(folder), quiet=True)
     assert datasets_in(place) == []

@@ -241,7 +241,7 @@ ALL = [(path.stem, device, world) for path, device, world in product(CONFIGS, DE
 def test_every_shipped_config_is_planned_within_5_seconds(name, device, world, tmp_path, capsys, monkeypatch):
     path = next(path for path in CONFIGS if path.stem == name)
     monkeypatch.chdir(tmp_path)
-    flags = ["--init_from", "null"] if name == "finetune_gpt2" else []  # GPT-2's sizes are the defaults
+    flags = ["--init_from", "null"] if name.startswith("finetune") else []  # GPT-2's sizes are the defaults
     config, before = cli.load_config(path), time.process_time()
     status = main(["--config", str(path), "--device", device, "--world", world, *flags])
     assert time.process_time() - before < 5

@@ -185,7 +185,10 @@ class ModelConfig(Section):
     bias: bool = option(True, "biases in linear layers and LayerNorm")
     tie_head: bool = option(True, "use the token embedding as the output projection")
     logit_softcap: float | None = option(None, "bound logits by softcap x tanh(logit / softcap); null: no bound", gt=0)
-    isolate_documents: bool = option(False, "documents in one sample do not attend to each other; positions restart")
+    isolate_documents: bool | None = option(
+        None,
+        "documents in one sample do not attend to each other; positions restart; null: if sources have answers",
+    )
     blocks: ListOf[BlockConfig] = option((BlockConfig(),), "blocks, repeated up to n_layer layers", min_length=1)
 
     def rules(self) -> Iterator[tuple[str, str]]:
@@ -275,7 +278,35 @@ class StdlibSource(Section):
     weight: float | None = option(None, WEIGHT_DOC, gt=0)
 
 
-class FilesSource(Section):
+class RowsConfig(Section):
+    """Options of every source with rows: the columns to read."""
+
+    text_column: str = option("text", "column of rows that holds the text")
+    prompt_column: str | None = option(
+        None, "column of prompts, with completion_column: a model learns the completions only", min_length=1
+    )
+    completion_column: str | None = option(None, "column of what follows each prompt", min_length=1)
+    messages_column: str | None = option(
+        None,
+        "column of dialogues, each a list of {role, content}: a model learns the assistant's turns only",
+        min_length=1,
+    )
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        if (self.prompt_column is None) != (self.completion_column is None):
+            yield "prompt_column", "prompt_column and completion_column go together"
+        if self.prompt_column is not None and self.messages_column is not None:
+            yield "messages_column", "set either messages_column, or prompt_column and completion_column"
+        if self.has_answers and self.text_column != "text":
+            yield "text_column", "has no effect beside prompt_column or messages_column"
+
+    @property
+    def has_answers(self) -> bool:
+        """True if the model learns only parts of each row: completions, or the assistant's turns."""
+        return self.prompt_column is not None or self.messages_column is not None
+
+
+class FilesSource(RowsConfig):
     """Files: .txt .md .py (a document each), .jsonl .ndjson .json .csv .tsv .parquet (one a row), also packed."""
 
     type: Literal["files"] = "files"
@@ -293,13 +324,13 @@ class FilesSource(Section):
         "text between the documents of a .txt, .md or .py file; null: in a .txt <|endoftext|>, elsewhere nothing",
         min_length=1,
     )
-    text_column: str = option(
-        "text", "column of files of rows (.jsonl, .json, .csv, .tsv, .parquet) that holds the text"
-    )
     limit: LimitConfig | None = option(None, LIMIT_DOC)
     weight: float | None = option(None, WEIGHT_DOC, gt=0)
 
     def rules(self) -> Iterator[tuple[str, str]]:
+        yield from super().rules()
+        if self.has_answers and self.split_on is not None:
+            yield "split_on", "has no effect on rows with answers"
         try:
             canonical_encoding(self.encoding)
         except ValueError as error:
@@ -309,14 +340,13 @@ class FilesSource(Section):
 AUTO_SPLIT = "auto"
 
 
-class HuggingFaceSource(Section):
+class HuggingFaceSource(RowsConfig):
     """A Hugging Face data set, from the hub or from a local folder."""
 
     type: Literal["huggingface"] = "huggingface"
     name: PathText = option(..., "name on the hub, or a folder written by `save_to_disk`", min_length=1)
     config: str | None = option(None, "configuration (subset) of the data set; null: its default")
     split: str = option("train", "split of the data set to read")
-    text_column: str = option("text", "column that holds the text")
     data_files: ListOf[str] = option((), "files of the folder or of the hub's data set, or globs; empty: all of them")
     val_split: str | None = option(
         AUTO_SPLIT,
@@ -329,6 +359,7 @@ class HuggingFaceSource(Section):
     weight: float | None = option(None, WEIGHT_DOC, gt=0)
 
     def rules(self) -> Iterator[tuple[str, str]]:
+        yield from super().rules()
         if self.val_split == self.split:
             yield "val_split", f"{self.split!r} is also the split to train on"
 
@@ -399,6 +430,11 @@ def chosen_name(source: SourceConfig) -> str | None:
     return None if isinstance(source, HuggingFaceSource) else source.name
 
 
+def has_answers(source: SourceConfig) -> bool:
+    """Return True if the model learns only the answers in a source's rows."""
+    return isinstance(source, RowsConfig) and source.has_answers
+
+
 class DataConfig(Section):
     """Text, tokenizer and held-out split. Text is tokenized once, into memory-mapped shards in `cache_dir`."""
 
@@ -411,10 +447,35 @@ class DataConfig(Section):
         lt=1,
     )
     tokenizer: TokenizerConfig = option(BPETokenizer(), "how text becomes tokens")
+    chat_template: PathText | None = option(
+        None,
+        "Jinja file that writes a dialogue as text; null: the template beside the tokenizer's files, else our own",
+        min_length=1,
+    )
+    too_long: Literal["cut", "leave_out"] = option(
+        "cut", "rows with answers that are longer than the context: cut their end off, or leave them out"
+    )
     cache_dir: PathText = option("data_cache", "folder for token shards, shared by all runs", min_length=1)
     workers: int | None = option(None, "threads that tokenize; null: one per core", unit="threads", ge=1, le=1024)
 
+    @property
+    def has_answers(self) -> bool:
+        """True if a source has answers, so that samples are packed from whole rows."""
+        return any(map(has_answers, (*self.sources, *self.val_sources)))
+
+    @property
+    def has_messages(self) -> bool:
+        """True if a source has dialogues, which a chat template writes."""
+        sources = (*self.sources, *self.val_sources)
+        return any(isinstance(source, RowsConfig) and source.messages_column is not None for source in sources)
+
     def rules(self) -> Iterator[tuple[str, str]]:
+        if self.chat_template is not None and not self.has_messages:
+            yield "chat_template", "has no effect without a source with messages_column"
+        if self.too_long != "cut" and not self.has_answers:
+            yield "too_long", "has no effect without a source with prompt_column or messages_column"
+        if len(set(map(has_answers, self.sources))) > 1 and any(source.weight is None for source in self.sources):
+            yield "sources", "give every source a weight, because some have answers (prompts, dialogues) and some text"
         for name, sources in (("sources", self.sources), ("val_sources", self.val_sources)):
             if len({source.weight is None for source in sources}) > 1:
                 yield name, "give every source a weight, or none of them"
@@ -885,13 +946,20 @@ class Config(SectionWithAlternatives):
         """The run's folder."""
         return Path(self.out_dir, self.name)
 
+    @property
+    def isolates_documents(self) -> bool:
+        """True if documents in one sample do not see each other."""
+        isolate = self.model.isolate_documents
+        return self.data.has_answers if isolate is None else isolate
+
     def resolved(self) -> Self:
         """Return a copy in which no null stands for another value of the model, and the schedule fits into `steps`.
 
         The schedule stays as it is if the steps are not known yet: `planning/horizon.py` resolves them.
         """
+        model = self.model.with_explicit_sizes().model_copy(update={"isolate_documents": self.isolates_documents})
         schedule = self.schedule if self.steps is None else self.schedule.fitted(self.steps)
-        return self.model_copy(update={"model": self.model.with_explicit_sizes(), "schedule": schedule})
+        return self.model_copy(update={"model": model, "schedule": schedule})
 
     def with_steps(self, steps: int) -> Self:
         """Return a copy of this length."""
@@ -902,6 +970,8 @@ class Config(SectionWithAlternatives):
         is_inherited = self.init_from is not None and "n_positions" not in self.model.model_fields_set
         if not is_inherited and self.batch_tokens % self.model.n_positions:
             yield "batch_tokens", f"{self.batch_tokens} is not a multiple of model.n_positions {self.model.n_positions}"
+        if self.data.has_answers and self.model.isolate_documents is False:
+            yield "model.isolate_documents", "sources with answers need true, because a sample holds several rows"
         if self.eval.patience is not None and not self.checkpoint.keep_best:
             yield "eval.patience", "its final model is the best one, which is there only with checkpoint.keep_best"
         if self.upcycle_noise is not None and self.init_from is None:

@@ -17,6 +17,8 @@ from training.terminal import aligned_table, print_result
 
 if TYPE_CHECKING:
     from training.data import Split
+    from training.data.shards import Stream
+    from training.engine.evaluate import Losses
     from training.engine.load_run import LoadedModel
 
 TASKS_HELP = f"""score tasks: TYPE=PATH with a TYPE of {", ".join(SHIPPED_TASKS)}, or the configuration of a run,
@@ -88,19 +90,20 @@ def read_tasks(text: str) -> tuple[TaskConfig, ...]:
 
 def text_losses(loaded: "LoadedModel", split: "Split", micro_batch: int) -> tuple[dict, list[str]]:
     """Return the losses of a text by its parts and in total, as plain data and as lines."""
-    from training.data import Samples
+    from training.data import build_samples
     from training.distributed.world import World
     from training.engine.evaluate import total, validation_losses
 
     model, tokenizer = loaded.model, loaded.tokenizer
-    end_of_text = tokenizer.end_of_text if model.config.isolate_documents else None
-    samples = Samples(split, n_positions=model.config.n_positions, seed=None, end_of_text=end_of_text)
+    too_long = "cut" if loaded.run is None else loaded.run.config.data.too_long
+    samples = build_samples(split, model.config, tokenizer, too_long=too_long)
     losses = validation_losses(model, samples, tokenizer, None, micro_batch, World(0, 1, model.wte.weight.device))
     rows = [
-        {"name": stream.name, **losses[stream.name].figures(), "tokens": len(stream.tokens), "bytes": stream.n_bytes}
+        {"name": stream.name, **losses[stream.name].figures(), **sizes(stream, losses[stream.name])}
         for stream in split.streams
     ]
-    sums = {"name": "total", **total(losses.values()).figures(), "tokens": split.n_tokens, "bytes": split.n_bytes}
+    all_sizes = {name: sum(row[name] for row in rows) for name in ("tokens", "bytes")}
+    sums = {"name": "total", **total(losses.values()).figures(), **all_sizes}
     loss, perplexity, bits, tokens, n_bytes = cells_of(sums, TEXT_COLUMNS)
     lines = [
         f"{loaded.title}: loss {loss}, perplexity {perplexity}, {bits} bits/byte over {tokens} tokens, {n_bytes} bytes"
@@ -108,6 +111,13 @@ def text_losses(loaded: "LoadedModel", split: "Split", micro_batch: int) -> tupl
     if len(rows) > 1:
         lines = table(loaded.title, [*rows, sums], TEXT_COLUMNS)
     return {"step": loaded.run and loaded.run.step, "rows": rows, "total": sums}, lines
+
+
+def sizes(stream: "Stream", losses: "Losses") -> dict[str, int]:
+    """Return the tokens and bytes of a text, or of its answers, if only they are learned."""
+    if stream.targets is not None:
+        return {"tokens": round(losses.n_targets), "bytes": round(losses.n_bytes)}
+    return {"tokens": len(stream.tokens), "bytes": stream.n_bytes}
 
 
 def task_scores(loaded: "LoadedModel", tasks: tuple[TaskConfig, ...]) -> tuple[dict, list[str]]:

@@ -44,6 +44,7 @@ def export(run: str, out: str | None, dtype_name: str, average: str | None = Non
         raise UserError(f"{target}: already exists; choose another --out")
     from safetensors import SafetensorError
 
+    from training.data.dialogues import end_tokens
     from training.device import DTYPES
     from training.engine.load_run import load_run, mean_of_checkpoints
     from training.model import GPT
@@ -64,7 +65,8 @@ def export(run: str, out: str | None, dtype_name: str, average: str | None = Non
     rounded.load_state_dict(hf.to_saved_dtype(weights, dtype))
     try:
         with atomic_folder(target) as partial:
-            options = {"n_vocab": loaded.n_vocab, "dtype": dtype}
+            ends = end_tokens(tokenizer) if loaded.config.data.has_messages else ()
+            options = {"n_vocab": loaded.n_vocab, "dtype": dtype, "end_tokens": ends}
             model_type = hf.write_model(partial, weights, config, tokenizer.end_of_text, **options)
             tokenizer.save(partial, config.n_positions)
             opened = check_export(partial, rounded, tokenizer.vocab_size)

@@ -3,6 +3,7 @@
 python -m training.generate --run runs/quickstart --prompt "def "
 python -m training.generate --run runs/quickstart --prompts prompts.txt --samples 4 --json > texts.jsonl
 python -m training.generate --run openai-community/gpt2 --prompt "Once upon a time"
+python -m training.generate --run runs/chat --chat
 """
 
 import argparse
@@ -13,10 +14,15 @@ import math
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from training.errors import UserError, command
 from training.options.cli import MODEL_HELP, Parser
-from training.terminal import print_text
+from training.terminal import each_note_once, print_text
+
+if TYPE_CHECKING:
+    from training.data import Tokenizer
+    from training.data.chat_template import Message
 
 print_exact = partial(print_text, is_exact=True)
 
@@ -43,6 +49,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated; '' starts a document")
     prompts_help = "file with one prompt per line; in a .jsonl, the `prompt` of each object"
     parser.add_path("--prompts", metavar="FILE", help=prompts_help)
+    add("--chat", action="store_true", help="prompts are a user's turns; without prompts: talk, a turn a line")
+    add("--system", metavar="TEXT", help="with --chat: instructions before the first turn")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     for name, (default, text, _, _) in NUMBERS.items():
         add(f"--{name}", type=type(default), default=default, help=f"{text} (default %(default)s)")
@@ -54,9 +62,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             raise UserError(f"--{name}: {getattr(args, name)} is not {allowed}")
     if "" in args.stop:
         raise UserError("--stop: '' matches everywhere; give the text to end before")
-    if (args.prompt is None) == (args.prompts is None):
-        raise UserError("give either --prompt or --prompts; --prompt '' starts a document")
+    if (args.prompt is not None and args.prompts is not None) or (args.prompt is args.prompts and not args.chat):
+        raise UserError("give either --prompt or --prompts; --prompt '' starts a document; --chat talks without either")
+    if args.system is not None and not args.chat:
+        raise UserError("--system: needs --chat")
     args.stop = [_valid_utf8(stop) for stop in args.stop]
+    if args.prompt is args.prompts:
+        return args
     args.prompt = read_prompts(Path(args.prompts)) if args.prompt is None else [_valid_utf8(p) for p in args.prompt]
     return args
 
@@ -100,22 +112,23 @@ def main(argv: list[str] | None = None) -> int:
 
 def generate(args: argparse.Namespace) -> None:
     """Write each prompt with its continuations to standard output; if there is only one text, token by token."""
+    from training.engine.chat import talk
     from training.engine.load_run import load_model
-    from training.model.generation import SamplingParams, continue_texts, encode_prompt
+    from training.model.generation import SamplingParams, continue_texts
 
-    model, tokenizer, *_ = load_model(args.run, args.device)
-    prompts, limit = [encode_prompt(tokenizer, prompt) for prompt in args.prompt], model.config.n_positions
-    for number, prompt in enumerate(prompts, 1):
-        if len(prompt) > limit:
-            raise UserError(
-                f"--prompt{'' if args.prompts is None else 's'}: prompt {number} is {len(prompt):,} tokens with the "
-                f"start-of-document token, more than the {limit:,} of the model's context; shorten it"
-            )
+    loaded = load_model(args.run, args.device)
+    model, tokenizer = loaded.model, loaded.tokenizer
     params = SamplingParams(args.temperature, args.top_k or None, args.top_p, args.min_p, args.repetition_penalty)
+    system = [] if args.system is None else [{"role": "system", "content": args.system}]
+    if args.prompt is None:
+        with each_note_once():
+            talk(loaded, system, args.tokens, seed=args.seed, params=params, stops=args.stop)
+        return
+    prompts, ends = encode_prompts(args, tokenizer, system, model.config.n_positions)
     rows = itertools.product(range(len(prompts)), range(args.samples))
     is_streamed = len(prompts) * args.samples == 1 and not args.json
     if is_streamed:
-        print_exact(args.prompt[0])
+        print_exact(args.prompt[0] + "\n" * args.chat)
     while batch := list(itertools.islice(rows, args.micro_batch)):
         texts = continue_texts(
             model,
@@ -125,6 +138,7 @@ def generate(args: argparse.Namespace) -> None:
             seeds=[(args.seed, sample) for _, sample in batch],
             params=params,
             stops=args.stop,
+            end_tokens=ends,
             on_text=print_exact if is_streamed else None,
         )
         for (prompt, sample), text in zip(batch, texts, strict=True):
@@ -137,7 +151,33 @@ def generate(args: argparse.Namespace) -> None:
             else:
                 numbers = (("prompt", prompt, len(args.prompt)), ("sample", sample, args.samples))
                 heading = ", ".join(f"{name} {number + 1} of {count}" for name, number, count in numbers if count > 1)
-                print_exact(f"--- {heading} ---\n{before}{text.text}\n\n")
+                between = "\n" * args.chat
+                print_exact(f"--- {heading} ---\n{before}{between}{text.text}\n\n")
+
+
+def encode_prompts(
+    args: argparse.Namespace, tokenizer: "Tokenizer", system: list["Message"], limit: int
+) -> tuple[list[list[int]], list[int]]:
+    """Return the tokens of each prompt, and the tokens besides the end-of-text token that end its continuation.
+
+    Raises UserError for a prompt longer than the context.
+    """
+    from training.data.dialogues import encode_turn, end_tokens
+    from training.model.generation import encode_prompt
+
+    if args.chat:
+        turns = ([*system, {"role": "user", "content": prompt}] for prompt in args.prompt)
+        prompts, ends = [encode_turn(tokenizer, turn) for turn in turns], end_tokens(tokenizer)
+    else:
+        prompts, ends = [encode_prompt(tokenizer, prompt) for prompt in args.prompt], []
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt) > limit:
+            raise UserError(
+                f"--prompt{'' if args.prompts is None else 's'}: prompt {number} is {len(prompt):,} tokens with the "
+                f"{'chat template' if args.chat else 'start-of-document token'}, more than the {limit:,} of the "
+                "model's context; shorten it"
+            )
+    return prompts, ends
 
 
 if __name__ == "__main__":

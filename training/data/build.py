@@ -14,8 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from training.config import BPETokenizer
+from training.data.chat_template import default_template
 from training.data.chunks import Chunk
-from training.data.corpus import Corpus, StreamPlan, hash_of
+from training.data.corpus import Corpus, StreamPlan, chat_template_source, hash_of
+from training.data.dialogues import EncodedText, encode_dialogue
 from training.data.file_hashes import FileHashes
 from training.data.progress import show_progress
 from training.data.shards import (
@@ -24,10 +26,10 @@ from training.data.shards import (
     Manifest,
     PartRecord,
     StreamRecord,
-    StreamWriter,
     TextSize,
 )
 from training.data.sources import FilesReader, no_text_error
+from training.data.stream_writer import StreamWriter
 from training.data.token_source import scan, with_end_of_text
 from training.data.tokenizer import OTHER_SEPARATORS, Tokenizer, build_tokenizer
 from training.errors import UserError
@@ -46,15 +48,19 @@ class TextCounts:
     as_text: Counter[str] = field(default_factory=Counter)
 
 
-EncodedChunk = tuple[Chunk, np.ndarray]  # a chunk and its tokens
+EncodedChunk = tuple[Chunk, EncodedText]
 
 
 def write_dataset(corpus: Corpus, folder: Path, key: str, hashes: FileHashes, quiet: bool) -> None:
     """Write the tokenizer, the streams and, last, the manifest; flush all files to disk."""
     with show_progress("making the tokenizer", quiet, total=bytes_to_learn_from(corpus)) as progress:
         texts = progress.watch(corpus.training_text(), "making the tokenizer: all text is read, learning the merges")
-        tokenizer = build_tokenizer(corpus.config.tokenizer, texts)
-        with_end_of_text(tokenizer, corpus.end_of_text).save(folder / "tokenizer")
+        tokenizer = with_end_of_text(build_tokenizer(corpus.config.tokenizer, texts), corpus.end_of_text)
+        if corpus.config.has_messages:
+            tokenizer.chat_template = (
+                chat_template_source(corpus.config) or tokenizer.chat_template or default_template()
+            )
+        tokenizer.save(folder / "tokenizer")
     tokenizer = Tokenizer.load(folder / "tokenizer")  # as readers will load it
     writers, counts = write_text(corpus, folder, tokenizer, quiet)
     records = [
@@ -104,8 +110,10 @@ def write_text(
     with ExitStack() as files, show_progress("tokenizing", quiet, total=corpus.n_bytes) as progress:
         for split, i, source in corpus.streams():
             if source is None:
-                paths = (folder / f"{split}-{i}.{kind}" for kind in ("tokens", "documents"))
-                writers[split, i] = StreamWriter(*(files.enter_context(path.open("wb")) for path in paths), tokenizer)
+                kinds = ["tokens", "documents"] + ["targets"] * corpus.has_targets(split, i)
+                paths = {kind: folder / f"{split}-{i}.{kind}" for kind in kinds}
+                opened = {kind: files.enter_context(path.open("wb")) for kind, path in paths.items()}
+                writers[split, i] = StreamWriter(tokenizer, **opened)
         chunks = chain.from_iterable(corpus.chunks(tokenizer))
         return writers, write_streams(chunks, tokenizer, writers, corpus.config.workers, progress)
 
@@ -177,12 +185,12 @@ def write_streams(
 ) -> TextCounts:
     """Tokenize and write all chunks; count blank documents, borders, and separators that are ordinary text."""
     counts, names = TextCounts(), dict.fromkeys(tokenizer.separators + OTHER_SEPARATORS)
-    for chunk, ids in encode_chunks(chunks, tokenizer, threads):
+    for chunk, encoded in encode_chunks(chunks, tokenizer, threads):
         counts.n_borders += chunk.follows_border
         if chunk.is_blank_document:
             counts.n_blank += 1
         else:
-            writers[chunk.split, chunk.stream].add(chunk, ids)
+            writers[chunk.split, chunk.stream].add(chunk, encoded)
             counts.as_text.update({name: n for name in names if (n := chunk.text.count(name))})
             advance(chunk.text)
     return counts
@@ -193,7 +201,14 @@ def encode_chunks(chunks: Iterable[Chunk], tokenizer: Tokenizer, threads: int | 
     threads = count_threads(threads)
 
     def encode(batch: list[Chunk]) -> list[EncodedChunk]:
-        return list(zip(batch, tokenizer.encode_batch([chunk.text for chunk in batch]), strict=True))
+        texts = [chunk for chunk in batch if chunk.dialogue is None or chunk.is_blank_document]
+        ids = dict(zip(map(id, texts), tokenizer.encode_batch([chunk.text for chunk in texts]), strict=True))
+        return [
+            (chunk, EncodedText(ids[id(chunk)], None, len(chunk.text.encode())))
+            if id(chunk) in ids
+            else (chunk, encode_dialogue(chunk.dialogue, tokenizer))
+            for chunk in batch
+        ]
 
     batches = to_batches(chunks)
     with ThreadPoolExecutor(threads) as pool:  # the tokenizers' native code releases the GIL

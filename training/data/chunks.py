@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, groupby
 from operator import itemgetter
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from training.errors import UserError
 
@@ -38,6 +38,7 @@ class Document(NamedTuple):
     key: str | None = None  # decides whether the document is held out for validation; None: its first chunk does
     is_dump: bool = False  # the tokenizer's separators in the text are borders between documents
     split_on: str | None = None  # another text that is a border, instead of them
+    dialogue: Any = None  # a `training.data.dialogues.Dialogue`, of which only the answers are learned
 
 
 class Chunk(NamedTuple):
@@ -49,7 +50,8 @@ class Chunk(NamedTuple):
     stream: int
     starts_document: bool
     follows_border: bool = False  # the document begins after a separator in the text
-    is_blank_document: bool = False  # the whole document is empty or white space
+    is_blank_document: bool = False  # the whole document is empty or white space, or has no answer
+    dialogue: Any = None  # as in `Document`
 
 
 def to_document(text: str) -> Document:

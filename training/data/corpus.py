@@ -7,7 +7,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-from training.config import AUTO_SPLIT, DataConfig, TokensSource
+from training.config import AUTO_SPLIT, DataConfig, FileTokenizer, HuggingFaceTokenizer, TokensSource, has_answers
+from training.data.chat_template import default_template, read_template
 from training.data.chunks import Chunk, mark_blank, number_parts
 from training.data.file_hashes import FileHashes
 from training.data.limits import Budget, first_part
@@ -23,7 +24,7 @@ from training.data.sources import (
 )
 from training.data.text_files import format_of, is_text_file
 from training.data.token_source import TokensReader
-from training.data.tokenizer import END_OF_TEXT, Tokenizer, tokenizer_identity
+from training.data.tokenizer import END_OF_TEXT, Tokenizer, from_files, tokenizer_identity
 from training.errors import UserError
 
 DUMP_SUFFIX = "-documents"  # of a cache's folder whose .txt files were split into documents, which older ones were not
@@ -93,6 +94,8 @@ class Corpus:
             "weighted": bool(self.weights),
             "tokenizer": tokenizer_identity(self.config.tokenizer, hashes),
         }
+        if self.config.has_messages:
+            inputs["chat_template"] = chat_template_source(self.config)
         if self.own_validation or with_splits:
             inputs["own_validation"] = self._val_splits()
         return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16] + DUMP_SUFFIX * self.has_dumps
@@ -133,6 +136,15 @@ class Corpus:
     def readers(self, split: str) -> list[Reader | TokensReader]:
         """Return the readers of a split's sources."""
         return self.val_readers if split == "val" and self.val_readers else self.train_readers
+
+    def has_targets(self, split: str, stream: int) -> bool:
+        """Return True if a stream has documents of which a model learns the answers only."""
+        sources = self.config.sources
+        if split == "val":
+            sources = self.config.val_sources or sources
+        elif self.weights:
+            sources = sources[stream : stream + 1]
+        return any(map(has_answers, sources))
 
     def names(self, split: str) -> list[str]:
         """Return the name of each source of a split's text."""
@@ -190,6 +202,15 @@ class Corpus:
             yield from (chunk.text for chunk in chunks if chunk is not None and chunk.split == "train")
 
 
+def chat_template_source(config: DataConfig) -> str | None:
+    """Return the chat template of `data.chat_template` or of the tokenizer's folder; None: not known before loading."""
+    if config.chat_template is not None:
+        return read_template(Path(config.chat_template))
+    if isinstance(config.tokenizer, FileTokenizer):
+        return from_files(Path(config.tokenizer.path)).chat_template or default_template()
+    return None if isinstance(config.tokenizer, HuggingFaceTokenizer) else default_template()
+
+
 def split_documents(
     reader: Reader, source: int, stream: int, val_fraction: float, separators: Sequence[str], budget: Budget
 ) -> Iterator[Chunk]:
@@ -198,6 +219,15 @@ def split_documents(
     Training text goes to `stream`, a share `val_fraction` of the documents to the only stream of validation text.
     """
     for document in reader.documents():
+        if (dialogue := document.dialogue) is not None:
+            split, index = ("val", 0) if is_held_out(dialogue.text, val_fraction) else ("train", stream)
+            is_blank = not dialogue.has_answer
+            yield Chunk(dialogue.text, split, source, index, True, is_blank_document=is_blank, dialogue=dialogue)
+            if not is_blank:
+                budget.spend(dialogue.text, True)
+            if budget.is_spent:
+                return
+            continue
         for number, text, starts, is_blank in mark_blank(number_parts(document, separators)):
             if starts and budget.is_spent:
                 return

@@ -35,8 +35,9 @@ from training.data.notes import (
     describe_tokens,
 )
 from training.data.progress import show_progress
-from training.data.shards import Manifest, Split, Stream, StreamWriter
+from training.data.shards import Manifest, Split, Stream
 from training.data.sources import build_reader, drop_repeated_files
+from training.data.stream_writer import StreamWriter
 from training.data.token_source import TokensReader, is_token_path, scan
 from training.data.tokenizer import Tokenizer
 from training.errors import UserError
@@ -145,6 +146,7 @@ def fingerprints(manifest: Manifest) -> tuple[str, str]:
     parts = [manifest.tokenizer_sha256, *(record.sha256 for record in manifest.streams)] + [
         "joined"
     ] * manifest.is_joined
+    parts += [record.targets_sha256 for record in manifest.streams if record.targets_sha256 is not None]
     new, old = (hashlib.sha256(" ".join(each).encode()).hexdigest() for each in (parts, [manifest.key, *parts]))
     return new, old
 
@@ -179,7 +181,7 @@ def read_tokens(path: str, tokenizer: Tokenizer) -> Stream:
 def read_texts(paths: Sequence[str], text_column: str, tokenizer: Tokenizer) -> list[Stream]:
     """Tokenize files in memory as a stream for each path. Raises UserError for no text."""
     tokens, starts = BytesIO(), BytesIO()
-    writer = StreamWriter(tokens, starts, tokenizer)
+    writer = StreamWriter(tokenizer, tokens, starts)
     readers = [build_reader(FilesSource(paths=(path,), text_column=text_column)) for path in paths]
     names = dict(zip(readers, paths, strict=True))
     print_notes([*describe_left_out(readers), *describe_repeated_files(drop_repeated_files(readers))])

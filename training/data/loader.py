@@ -7,13 +7,16 @@ has the same tokens on any number of ranks, in any micro-batch, after any restar
 Shape suffixes: B samples, T tokens of each (n_positions), S sources.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from training.config import ModelConfig
+from training.data.packing import PackedStream
 from training.data.shards import Split
+from training.data.tokenizer import Tokenizer
 from training.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,13 +35,29 @@ class Samples:
     weights, in whole samples; rounding does not add up over blocks. Then each source has its own epochs.
     Without a seed, for evaluation: every window once, in order; the last may be partly empty, with targets of -1.
     `end_of_text` is the token that starts documents; None: documents in a sample are not isolated from each other.
+    The samples of a stream with targets of its own are packs of whole documents in place of windows (`packing.py`).
     """
 
-    def __init__(self, split: Split, *, n_positions: int, seed: int | None, end_of_text: int | None = None):
+    def __init__(
+        self,
+        split: Split,
+        *,
+        n_positions: int,
+        seed: int | None,
+        end_of_text: int | None = None,
+        too_long: Literal["cut", "leave_out"] = "cut",
+    ):
         self.split, self.n_positions, self.seed, self.end_of_text = split, n_positions, seed, end_of_text
         self.is_sequential = seed is None
+        self.packed = {
+            number: PackedStream(stream, n_positions, too_long)
+            for number, stream in enumerate(split.streams)
+            if stream.targets is not None
+        }
         n_targets = np.array([max(len(stream.tokens) - 1, 0) for stream in split.streams])
         self.windows = (n_targets + (n_positions - 1 if self.is_sequential else 0)) // n_positions
+        for number, packed in self.packed.items():
+            self.windows[number] = packed.n_samples
         for stream, windows in zip(split.streams, self.windows, strict=True):
             if not windows:
                 raise UserError(
@@ -48,6 +67,12 @@ class Samples:
         self.n_samples = int(self.windows.sum())
         self.mixture = None if self.is_sequential or split.weights is None else Mixture(split.weights, seed)
 
+    def describe(self) -> Iterator[str]:
+        """Yield a line about each stream whose samples are packed."""
+        for number, packed in self.packed.items():
+            name = self.split.streams[number].name
+            yield f"{self.split.name}{name and f' ({name})'}: {packed.describe()}"
+
     def batch(self, indices: Sequence[int] | np.ndarray) -> "Batch":
         """Return the samples as a batch of torch tensors on the host; `key_B` is None without a seed."""
         import torch  # preparing data must not wait for this import
@@ -55,22 +80,43 @@ class Samples:
         from training.batch import Batch
 
         indices = np.asarray(indices, np.int64)
-        tokens_BT, targets_BT = map(torch.from_numpy, self.at(indices))
+        tokens_BT, targets_BT, starts_BT = self.read(indices)
         key_B = None if self.is_sequential else torch.from_numpy(self.random_keys(indices))
-        return Batch(tokens_BT, targets_BT, key_B, end_of_text=self.end_of_text)
+        return Batch(
+            torch.from_numpy(tokens_BT),
+            torch.from_numpy(targets_BT),
+            key_B,
+            end_of_text=self.end_of_text,
+            starts_BT=torch.from_numpy(starts_BT) if self.packed else None,
+        )
 
     def at(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (tokens_BT, targets_BT), both int64, of the samples with these indices."""
-        rows = np.full((len(indices), self.n_positions + 1), IGNORED_TARGET, np.int64)
-        for row, stream, window in zip(rows, *self.locate(np.asarray(indices, np.int64)), strict=True):
+        return self.read(np.asarray(indices, np.int64))[:2]
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return (tokens_BT, targets_BT, starts_BT) of samples: int64, int64, and True where a document starts.
+
+        Raises UserError for a token beyond the vocabulary.
+        """
+        shape = len(indices), self.n_positions
+        tokens_BT, targets_BT = np.zeros(shape, np.int64), np.full(shape, IGNORED_TARGET, np.int64)
+        starts_BT = np.zeros(shape, bool)
+        for row, (stream, window) in enumerate(zip(*self.locate(indices), strict=True)):
+            if stream in self.packed:
+                self.packed[stream].fill(window, tokens_BT[row], targets_BT[row], starts_BT[row])
+                continue
             start = window * self.n_positions
             tokens = self.split.streams[stream].window(start, start + self.n_positions + 1)
-            row[: len(tokens)] = tokens
-        if (largest := rows.max(initial=0)) >= (size := self.split.vocab_size):
+            tokens_BT[row, : len(tokens)] = tokens[: self.n_positions]
+            targets_BT[row, : len(tokens) - 1] = tokens[1:]
+            if self.packed and self.end_of_text is not None:
+                starts_BT[row] = tokens_BT[row] == self.end_of_text
+        largest = max(tokens_BT.max(initial=0), targets_BT.max(initial=0))
+        if largest >= (size := self.split.vocab_size):
             folder = self.split.streams[0].path.parent
             raise UserError(f"{folder}: token {largest} is not below the vocabulary's {size}")
-        # An empty position is never a target, so any valid token can stand there.
-        return np.maximum(rows[:, :-1], 0), np.ascontiguousarray(rows[:, 1:])
+        return tokens_BT, targets_BT, starts_BT
 
     def random_keys(self, indices: np.ndarray) -> np.ndarray:
         """Return a key for each sample's random numbers: int64 (B,), below 2^48."""
@@ -103,6 +149,19 @@ class Samples:
         return stream, permute_index(index, windows, permutation_key(self.seed, stream, epoch))
 
 
+def build_samples(
+    split: Split,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    *,
+    seed: int | None = None,
+    too_long: Literal["cut", "leave_out"] = "cut",
+) -> Samples:
+    """Build the samples of a split as a model reads them. Raises UserError if the text is too short."""
+    end_of_text = tokenizer.end_of_text if model.isolate_documents else None
+    return Samples(split, n_positions=model.n_positions, seed=seed, end_of_text=end_of_text, too_long=too_long)
+
+
 class Loader:
     """One rank's part, `local_range`, of every step's global batch of `batch_samples` samples."""
 
@@ -122,7 +181,8 @@ class Loader:
 
     def _read(self, step: int) -> "Batch":
         first = step * self.batch_samples
-        return self.samples.batch(first + np.arange(self.local_range.start, self.local_range.stop))
+        batch = self.samples.batch(first + np.arange(self.local_range.start, self.local_range.stop))
+        return batch._replace(n_tokens=self.batch_samples * self.samples.n_positions)
 
 
 class Mixture:

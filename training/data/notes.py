@@ -58,10 +58,10 @@ def describe_separators(
         yield f"{name} in the text: {n:,}, as ordinary characters; {reason}"
 
 
-def describe_blank(n: int) -> Iterator[str]:
-    """Yield a line if there are documents without text."""
+def describe_blank(n: int, has_answers: bool = False) -> Iterator[str]:
+    """Yield a line if there are documents without text, or rows without an answer."""
     if n:
-        yield f"empty documents, left out: {n:,}"
+        yield f"empty documents{' and rows without an answer' if has_answers else ''}, left out: {n:,}"
 
 
 def describe_dataset(folder: Path, manifest: Manifest, tokenizer: Tokenizer, corpus: Corpus) -> Iterator[str]:
@@ -83,7 +83,7 @@ def describe_dataset(folder: Path, manifest: Manifest, tokenizer: Tokenizer, cor
     if corpus.may_have_validation and "val_splits" not in manifest.model_fields_set:
         old = "prepared by an earlier version, which held documents out and used no validation split of a data set"
         yield f"{old}; to use one, remove {folder}"
-    yield from describe_blank(manifest.n_blank)
+    yield from describe_blank(manifest.n_blank, corpus.config.has_answers)
     if n := manifest.n_not_utf8:
         yield f"files that are not UTF-8, left out (encoding: skip): {n:,}"
     yield from describe_separators(manifest.n_borders, manifest.as_text, tokenizer, corpus.split_on)

@@ -80,11 +80,17 @@ def _decode(data: bytes, where: str, part: str) -> str:
 
 
 def text_of(row: Any, column: str, where: str) -> str:
+    """Return the text of a row's column. Raises UserError if there is none."""
+    return to_text(value_of(row, column, where), column, where)
+
+
+def value_of(row: Any, column: str, where: str, option: str = "text_column") -> Any:
+    """Return a row's value. Raises UserError if the row has no columns, or not this one."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: a JSON {type(row).__name__}, not an object with a {column!r}")
     if column not in row:
-        raise UserError(f"{where}: no column {column!r}; there are {list_names(row)} (option text_column)")
-    return to_text(row[column], column, where)
+        raise UserError(f"{where}: no column {column!r}; there are {list_names(row)} (option {option})")
+    return row[column]
 
 
 def list_names(columns: Iterable[str]) -> str:

@@ -1,28 +1,27 @@
 """Tokens on disk: raw little-endian integers, memory-mapped, and the manifest with their hashes.
 
 A dataset's folder holds `manifest.json`, `tokenizer/`, and for each stream of tokens `train-0.tokens` (uint16, or
-uint32 above 65,536 tokens) and `train-0.documents` (uint64: the position at which each document starts). Every
-document starts with the end-of-text token, so that its first token of text is a target, too.
+uint32 above 65,536 tokens) and `train-0.documents` (uint64: the position at which each document starts). A document of
+text starts with the end-of-text token, so that its first token of text is a target, too. A stream with rows whose
+answers alone are learned also has `train-0.targets` (bool: which tokens are learned).
 """
 
 import hashlib
 import mmap
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, ValidationError
 
 from training.config import Section
-from training.data.chunks import Chunk
 from training.data.file_hashes import FileHashes
 from training.data.mapped_tokens import MappedTokens
-from training.data.tokenizer import END_OF_TEXT, Tokenizer, from_json
+from training.data.tokenizer import END_OF_TEXT, Tokenizer, from_json, own_chat_template
 from training.errors import UserError
 from training.files import open_file, read_bytes
 
@@ -44,6 +43,7 @@ class PartRecord(TextSize):
     """The part of a stream that is from one source."""
 
     source: int = Field(ge=0, description="its number among the sources of training or of validation text")
+    has_answers: bool = Field(False, description="of its rows only the answers are learned")
 
 
 class StreamRecord(TextSize):
@@ -51,6 +51,8 @@ class StreamRecord(TextSize):
 
     split: Literal["train", "val"]
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    targets_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="of its targets, if it has a file")
+    n_targets: int | None = Field(None, ge=0, description="tokens that are learned, if not all are")
     parts: list[PartRecord] = Field([], description="by source, one after another; older manifests lack them")
     # Of tokens in the files of a source, and then there is one part.
     files: list[str] = Field([], description="SHA-256 of the source's files; none: the tokens are in this folder")
@@ -105,6 +107,7 @@ class Stream:
     token_bytes: int | None = None  # of the tokens, if they are not the text's; older datasets lack it
     mapped: mmap.mmap | None = None
     name: str = ""  # of its source, if it has only one
+    targets: np.ndarray | None = None  # bool (n_tokens,): True for tokens that are learned; None: all are
 
     def window(self, start: int, stop: int) -> np.ndarray:
         """Return the tokens [start, stop) as a view of the file. Copy them at once.
@@ -140,54 +143,6 @@ class Split:
     def n_bytes(self) -> int:
         """Bytes of the text."""
         return sum(stream.n_bytes for stream in self.streams)
-
-
-class StreamWriter:
-    """Writes the documents of one stream to two binary files: tokens, and where each document starts."""
-
-    def __init__(self, tokens: BinaryIO, documents: BinaryIO, tokenizer: Tokenizer):
-        self.tokens, self.documents, self.tokenizer = tokens, documents, tokenizer
-        self.n_documents = self.n_tokens = 0
-        self.parts: dict[int, Counter[str]] = {}  # by source: the counts of TextSize
-        self.sha256, self.document = hashlib.sha256(), hashlib.blake2b(digest_size=8)
-        self.earlier_documents = bytearray()  # 8 bytes for each
-
-    def add(self, chunk: Chunk, ids: np.ndarray) -> None:
-        """Write the tokens of a chunk. An end-of-text token comes before each document; sources come one by one."""
-        if (ids == self.tokenizer.end_of_text).any():
-            raise UserError("data.tokenizer: it gave an end-of-text token for ordinary text, so it cannot be used")
-        part = self.parts.setdefault(chunk.source, Counter())
-        part["n_bytes"] += len(chunk.text.encode())
-        part["token_bytes"] += int(self.tokenizer.token_bytes[ids].sum())
-        if chunk.starts_document:
-            self.documents.write(np.array([self.n_tokens], "<u8").tobytes())
-            if self.n_documents:
-                self.earlier_documents += self.document.digest()
-            self.document = hashlib.blake2b(digest_size=8)
-            self.n_documents += 1
-            part["n_documents"] += 1
-            ids = np.append(self.tokenizer.end_of_text, ids)
-        data = ids.astype(self.tokenizer.dtype).tobytes()
-        self.tokens.write(data)
-        self.sha256.update(data)
-        self.document.update(data)
-        self.n_tokens += len(ids)
-        part["n_tokens"] += len(ids)
-
-    def document_hashes(self) -> np.ndarray:
-        """Return a hash of each document, uint64 (n_documents,)."""
-        return np.frombuffer(self.earlier_documents + self.document.digest(), np.uint64)[: self.n_documents]
-
-    def record(self, split: str) -> StreamRecord:
-        """Return the stream's record for the manifest."""
-        parts = [PartRecord(source=source, **self._size(counts)) for source, counts in self.parts.items()]
-        total = self._size(sum(self.parts.values(), Counter()))
-        return StreamRecord(split=split, sha256=self.sha256.hexdigest(), parts=parts, **total)
-
-    def _size(self, counts: Counter[str]) -> dict[str, int | None]:
-        """Return the fields of a `TextSize`."""
-        same = {"token_bytes": None} if self.tokenizer.normalization is None else {}
-        return {name: counts[name] for name in TextSize.model_fields} | same
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -237,7 +192,8 @@ def open_split(
             raise _damaged(path, "its SHA-256 is not the one in the manifest")
         if is_short and (largest := tokens.max(initial=0)) >= manifest.vocab_size:
             raise _damaged(path, f"token {largest} is not below the vocabulary's {manifest.vocab_size}")
-        streams.append(Stream(path, tokens, documents, record.n_bytes, record.token_bytes, mapped))
+        targets = open_targets(path.with_suffix(".targets"), record, hashes)
+        streams.append(Stream(path, tokens, documents, record.n_bytes, record.token_bytes, mapped, targets=targets))
     if manifest.is_joined and name == "train":
         streams = [join_streams(streams)]
     return Split(name, tuple(streams), tuple(weights) or None, manifest.vocab_size)
@@ -267,6 +223,18 @@ def join_streams(streams: Sequence[Stream]) -> Stream:
     )
 
 
+def open_targets(path: Path, record: StreamRecord, hashes: FileHashes) -> np.ndarray | None:
+    """Map which tokens of a stream are learned; None: all. Raises UserError for other bytes than were written."""
+    if record.targets_sha256 is None:
+        return None
+    targets, _ = _map_file(path, "?", record.n_tokens)
+    is_short = targets.nbytes <= HASH_AT_START_BYTES
+    sha256 = hashlib.sha256(targets.data).hexdigest() if is_short else hashes.sha256(path)
+    if sha256 != record.targets_sha256:
+        raise _damaged(path, "its SHA-256 is not the one in the manifest")
+    return targets
+
+
 def split_by_source(stream: Stream, record: StreamRecord, names: Sequence[str]) -> Iterator[Stream]:
     """Yield the part of each source as a stream with its name; the whole without one if the record has no parts."""
     if not record.parts or record.files:
@@ -281,6 +249,7 @@ def split_by_source(stream: Stream, record: StreamRecord, names: Sequence[str]) 
             n_bytes=part.n_bytes,
             token_bytes=part.token_bytes,
             name=names[part.source],
+            targets=stream.targets[token:token_end] if part.has_answers else None,
         )
         token, document = token_end, document_end
 
@@ -318,7 +287,9 @@ def open_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
         raise _damaged(path, error.strerror) from None
     if sha256 != manifest.tokenizer_sha256:
         raise _damaged(path, "not the file that was written")
-    return from_json(path, manifest.separator)
+    tokenizer = from_json(path, manifest.separator)
+    tokenizer.chat_template = own_chat_template(path.parent)
+    return tokenizer
 
 
 def _damaged(path: Path, reason: str | None) -> UserError:

@@ -16,6 +16,7 @@ from training.config import (
     FilesSource,
     HuggingFaceSource,
     LimitConfig,
+    RowsConfig,
     Section,
     SourceConfig,
     StdlibSource,
@@ -24,14 +25,16 @@ from training.config import (
     chosen_name,
 )
 from training.data.chunks import Document, look_ahead, to_document
+from training.data.dialogues import to_dialogue
 from training.data.file_hashes import FileHashes
 from training.data.find_files import SKIPPED_FOLDERS, find_files, name_of_path, walk
 from training.data.row_files import FileOptions, Row, has_column, list_names, to_text
-from training.data.text_files import format_of, is_plain_text, is_text_file, is_utf8, read_documents
+from training.data.text_files import format_of, is_plain_text, is_text_file, is_utf8, read_documents, read_rows
 from training.data.token_source import TokensReader
 from training.errors import UserError, library_error
 
 VALIDATION = "validation"  # the name that `datasets` gives to a split of files such as valid.csv and dev.csv
+ANSWER_COLUMNS = {"prompt_column", "completion_column", "messages_column"}
 
 
 class Reader(Protocol):
@@ -77,9 +80,11 @@ class FilesReader:
 
     def __init__(self, config: FilesSource):
         self.name = config.name or name_of_path(config.paths[0])
+        self.config = config
         encoding = canonical_encoding(config.encoding)
         self.skips = encoding == SKIP_ENCODING
-        self.options = FileOptions(config.text_column, "utf-8" if self.skips else encoding, config.split_on)
+        column = config.messages_column or config.prompt_column or config.text_column
+        self.options = FileOptions(column, "utf-8" if self.skips else encoding, config.split_on)
         self.patterns = config.paths
         self.paths, self.left_out = find_files(config.paths, lambda path: has_column(path, self.options))
         self.not_utf8: dict[Path, bool] = {}  # of each file that `documents` has read, if it skips
@@ -94,10 +99,11 @@ class FilesReader:
             if self.skips and self._is_not_utf8(path):
                 continue
             is_blank = is_named
-            for document in read_documents(path, self.options):
-                if is_blank:
+            for document in self._documents(path):
+                if is_blank and document.dialogue is None:
                     is_blank, chunks = look_ahead(document.chunks)
                     document = document._replace(chunks=chunks)
+                is_blank = is_blank and document.dialogue is None
                 yield document
             if is_blank:
                 raise no_text_error(path)
@@ -112,11 +118,29 @@ class FilesReader:
             self.not_utf8[path] = not is_utf8(path)
         return self.not_utf8[path]
 
+    def _documents(self, path: Path) -> Iterator[Document]:
+        if self.config.has_answers:
+            rows = read_rows(path, self.options._replace(column=None))
+            return (to_answers(where, row, self.config) for where, row in rows)
+        return read_documents(path, self.options)
+
     def identity(self, hashes: FileHashes) -> Any:
         files = [(format_of(path), hashes.sha256(path)) for path in self.paths]
         own = {"encoding": SKIP_ENCODING if self.skips else self.options.encoding, "split_on": self.options.split_on}
         own = {name: value for name, value in own.items() if value not in ("utf-8", None)}
-        return [self.options.column, files, *([own] if own else [])]  # as it was before these options
+        columns = answer_columns(self.config) or self.options.column
+        return [columns, files, *([own] if own else [])]  # as it was before these options
+
+
+def to_answers(where: str, row: Any, config: RowsConfig) -> Document:
+    """Return a row as a document of which only the answers are learned. Raises UserError."""
+    return Document(iter(()), dialogue=to_dialogue(row, config, where))
+
+
+def answer_columns(config: RowsConfig) -> dict[str, str]:
+    """Return the columns with answers, by option; {} if there are none, as in the cache keys of older versions."""
+    columns = config.model_dump(include=ANSWER_COLUMNS)
+    return {name: column for name, column in columns.items() if column is not None}
 
 
 def plain_bytes(reader: Reader) -> int | None:
@@ -144,8 +168,10 @@ class HuggingFaceReader:
         self.name = name_of_path("-".join(filter(None, (config.name, config.config))))
 
     def identity(self, hashes: FileHashes) -> Any:
-        newer = set() if self.config.data_files else {"data_files"}  # which older versions did not have
-        options = self.config.model_dump(exclude={"name", "weight", "streaming", "limit", "val_split"} | newer)
+        names = ("type", "config", "split", "text_column")  # in the order of older versions' cache keys
+        options = {name: getattr(self.config, name) for name in names} | answer_columns(self.config)
+        if self.config.data_files:
+            options["data_files"] = self.config.data_files
         if not self.folder.is_dir():
             return [self.config.name, options]
         return [options, [(p.relative_to(self.folder).as_posix(), hashes.sha256(p)) for p in walk(self.folder)]]
@@ -153,6 +179,9 @@ class HuggingFaceReader:
     def documents(self) -> Iterator[Document]:
         name, column = self.config.name, self.config.text_column
         for where, row in self.rows():
+            if self.config.has_answers:
+                yield to_answers(where, row, self.config)
+                continue
             if column not in row:
                 raise UserError(f"{name}: no column {column!r}; there are {list_names(row)} (option text_column)")
             yield to_document(to_text(row[column], column, where))

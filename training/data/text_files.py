@@ -42,11 +42,11 @@ FORMATS = {
 EXTENSIONS = ", ".join(FORMATS) + " (each but .parquet also with " + ", ".join(DECOMPRESSORS) + ")"
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path, options: FileOptions | None = None) -> Iterator[Row]:
     """Yield the rows of a file as plain data. Raises UserError for a file without rows, or one that cannot be read."""
     if is_text_file(path):
         raise UserError(f"{path}: rows are in .jsonl, .ndjson, .json, .csv, .tsv or .parquet files")
-    yield from ROWS[format_of(path)](path, FileOptions())
+    yield from ROWS[format_of(path)](path, options or FileOptions())
 
 
 def read_documents(path: Path, options: FileOptions) -> Iterator[Document]:

@@ -16,6 +16,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from training.config import BPETokenizer, ByteTokenizer, FileTokenizer, HuggingFaceTokenizer, Section, TiktokenTokenizer
+from training.data.chat_template import ChatTemplate, read_template
 from training.data.file_hashes import FileHashes
 from training.data.lossless import PROBE, normalization, reason_lossy, token_sizes
 from training.data.progress import run_interruptibly
@@ -55,6 +56,7 @@ class Tokenizer:
         inner.model.dropout = None  # merges left out at random would make other tokens each time
         self.normalization = normalization(inner)
         self.end_of_text: int = inner.token_to_id(separator)
+        self.chat_template: str | None = None  # the source of a Jinja template
         self.vocab_size = len(self.token_bytes)
         self.dtype = np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
 
@@ -68,15 +70,30 @@ class Tokenizer:
         return np.array(self.inner.encode(text, add_special_tokens=False).ids, np.int64)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the tokens of each text, in `dtype`, faster than `encode`."""
+        """Return the tokens of each text, in `dtype`, faster than `encode`.
+
+        Raises UserError if one of them is the end-of-text token.
+        """
         if self._fast_encoder is not None:
-            return [self._fast_encoder(text).astype(self.dtype, copy=False) for text in texts]
-        encodings = self.inner.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, self.dtype) for encoding in encodings]
+            tokens = [self._fast_encoder(text).astype(self.dtype, copy=False) for text in texts]
+        else:
+            encodings = self.inner.encode_batch_fast(texts, add_special_tokens=False)
+            tokens = [np.array(encoding.ids, self.dtype) for encoding in encodings]
+        if any((ids == self.end_of_text).any() for ids in tokens):
+            raise UserError("data.tokenizer: it gave an end-of-text token for ordinary text, so it cannot be used")
+        return tokens
 
     @cached_property
     def _fast_encoder(self) -> Encoder | None:
         return build_fast_encoder(self.inner)
+
+    @cached_property
+    def dialogue_template(self) -> ChatTemplate:
+        """The chat template with this tokenizer's special tokens. Raises UserError if there is none."""
+        if self.chat_template is None:
+            raise UserError("no chat template: the model was not trained on dialogues (data.sources: messages_column)")
+        special = [token.content for token in self.inner.get_added_tokens_decoder().values() if token.special]
+        return ChatTemplate(self.chat_template, "the chat template", special, self.separator)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of tokens, with end-of-text tokens written out and U+FFFD for bytes that are not UTF-8."""
@@ -99,12 +116,16 @@ class Tokenizer:
             "padding_side": "left",
             **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), self.separator),
         }
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
         write_atomically(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """Load the tokenizer.json of a folder."""
-        return from_json(Path(folder) / "tokenizer.json")
+        """Load the tokenizer.json of a folder, and the chat template beside it."""
+        tokenizer = from_json(Path(folder) / "tokenizer.json")
+        tokenizer.chat_template = own_chat_template(Path(folder))
+        return tokenizer
 
 
 def from_json(path: Path, separator: str | None = None) -> Tokenizer:
@@ -149,6 +170,17 @@ def own_separator(folder: Path, inner: tokenizers.Tokenizer) -> str:
     if inner.token_to_id(END_OF_TEXT) is None:
         names += OTHER_SEPARATORS
     return next((name for name in names if name in known and inner.token_to_id(name) is not None), END_OF_TEXT)
+
+
+def own_chat_template(folder: Path) -> str | None:
+    """Return the chat template in the files of a tokenizer, if there is one. Raises UserError if it cannot be read."""
+    if (path := folder / "chat_template.jinja").is_file():
+        return read_template(path)
+    template = read_fields(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):  # several with names
+        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -230,7 +262,9 @@ def _file(config: FileTokenizer, _texts: Iterable[str]) -> Tokenizer:
 def from_files(path: Path) -> Tokenizer:
     """Load a tokenizer from a file or folder. Raises UserError if there is none."""
     files = tokenizer_files(path)
-    return from_json(*files) if len(files) == 1 else from_vocab_and_merges(*files)
+    tokenizer = from_json(*files) if len(files) == 1 else from_vocab_and_merges(*files)
+    tokenizer.chat_template = own_chat_template(files[0].parent)
+    return tokenizer
 
 
 def tokenizer_files(path: Path) -> list[Path]:

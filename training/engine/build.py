@@ -9,7 +9,7 @@ import torch
 from training import device as devices
 from training.checkpoint import step_path
 from training.config import AVERAGE, Config
-from training.data import Dataset, Loader, Samples
+from training.data import Dataset, Loader, Samples, build_samples
 from training.distributed.consistency import check_same
 from training.distributed.parallelize import parallelize
 from training.distributed.sharded_model import ShardedModel
@@ -79,7 +79,10 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
     model = parallelize(network, config.parallel, world, dtype)
     full_shapes = model.full_shapes() if world.size > 1 else None
     optimizer = Optimizer(config.optim, model.local_parameters(), stats.kinds, dtype, full_shapes, groups)
-    val = Samples(dataset.val, n_positions=config.model.n_positions, seed=None, end_of_text=train.end_of_text)
+    val = build_samples(dataset.val, config.model, dataset.tokenizer, too_long=config.data.too_long)
+    if world.is_main:
+        for line in [*train.describe(), *val.describe()]:
+            print_note(f"data: {line}", once=True)
     n_samples = config.batch_tokens // config.model.n_positions
     loader = Loader(train, n_samples, world.local_range(n_samples))
 
@@ -127,9 +130,10 @@ def resolve_sizes(config: Config, dataset: Dataset) -> tuple[Config, Samples]:
         if config.init_from not in (None, getattr(config.data.tokenizer, "path", None)):
             use += ", or the tokenizer of init_from"
         raise UserError(f"model.vocab_size: {vocab_size} is less than the tokenizer's {size}; use {use}")
-    model = config.model.model_copy(update={"vocab_size": vocab_size or -(-size // 64) * 64})
-    end_of_text = dataset.tokenizer.end_of_text if model.isolate_documents else None
-    train = Samples(dataset.train, n_positions=model.n_positions, seed=config.seed, end_of_text=end_of_text)
+    changes = {"vocab_size": vocab_size or -(-size // 64) * 64, "isolate_documents": config.isolates_documents}
+    model = config.model.model_copy(update=changes)
+    too_long = config.data.too_long
+    train = build_samples(dataset.train, model, dataset.tokenizer, seed=config.seed, too_long=too_long)
     samples_per_epoch = epoch_samples(train.windows.tolist(), dataset.train.weights)
     return resolve_steps(config.model_copy(update={"model": model}), samples_per_epoch), train
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from training.data import Samples, Tokenizer
+from training.data.dialogues import encode_user_turn, end_tokens
 from training.distributed.world import World
 from training.engine.build import Setup
 from training.engine.loop import Phases
@@ -45,19 +46,23 @@ def score_tasks(setup: Setup, phase: Phases) -> dict[str, Any]:
 def sample_texts(setup: Setup, tokenizer: Tokenizer) -> dict[str, list[dict[str, str]]]:
     """Return {"samples": a continuation of each of `eval.prompts`}; {} on ranks that do not sample.
 
-    A text depends only on weights, seed, step and prompt. Collective if forward contains collectives.
+    A text depends only on weights, seed, step and prompt. In a run on dialogues a prompt is a user's turn. Collective
+    if forward contains collectives.
     """
     config, model = setup.config, setup.model
     is_collective = model.mesh.has_collectives
     if not config.eval.prompts or not (model.world.is_main or is_collective):
         return {}
+    is_chat = config.data.has_messages
+    encode = encode_user_turn if is_chat else encode_prompt
     texts = continue_texts(
         model.model,
         tokenizer,
-        [encode_prompt(tokenizer, prompt) for prompt in config.eval.prompts],
+        [encode(tokenizer, prompt) for prompt in config.eval.prompts],
         config.eval.sample_tokens,
         seeds=[(config.seed, setup.state.step)] * len(config.eval.prompts),
         params=SamplingParams(config.eval.temperature, config.eval.top_k),
+        end_tokens=end_tokens(tokenizer) if is_chat else (),
         sync_tokens=model.world.broadcast_tensor if is_collective else None,
     )
     model.reshard()

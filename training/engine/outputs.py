@@ -16,6 +16,7 @@ from training import device as devices
 from training.checkpoint import Checkpoint
 from training.config import Config
 from training.data import Dataset
+from training.data.dialogues import end_tokens
 from training.engine.build import Setup
 from training.engine.expert_tokens import measure_expert_tokens
 from training.engine.loop import Phases, is_out_of_patience
@@ -67,8 +68,7 @@ def open_log(setup: Setup, dataset: Dataset, started: float) -> RunLog:
     log.history = jsonl_sink.history
     timer.add_lost_time(jsonl_sink.lost_s)
     if state.step == 0 and not setup.model.mesh.has_collectives:
-        batch = setup.loader.samples.batch([0])
-        batch = batch._replace(tokens_BT=batch.tokens_BT[:, :32], targets_BT=batch.targets_BT[:, :32])
+        batch = setup.loader.samples.batch([0]).cropped(32)
         for sink in log.sinks:
             sink.write_graph(setup.model.model, batch.to(world.device), setup.model.model.portable_attention)
     return log
@@ -161,8 +161,9 @@ def finish(setup: Setup, dataset: Dataset, log: RunLog, phase: Phases) -> None:
     with phase("checkpoint"):
         try:
             with atomic_folder(folder / "model") as unfinished:
-                n_vocab = setup.state.n_vocab
-                hf.write_model(unfinished, weights, config.model, tokenizer.end_of_text, n_vocab=n_vocab)
+                ends = end_tokens(tokenizer) if config.data.has_messages else ()
+                options = {"n_vocab": setup.state.n_vocab, "end_tokens": ends}
+                hf.write_model(unfinished, weights, config.model, tokenizer.end_of_text, **options)
                 tokenizer.save(unfinished, config.model.n_positions)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{folder / 'model'}: the model could not be written: {error}") from error
@@ -237,6 +238,7 @@ def summarize(setup: Setup, dataset: Dataset, log: RunLog) -> dict[str, Any]:
         vocab_size=dataset.tokenizer.vocab_size,
     )
     prompt = (*config.eval.prompts, "The ")[0].rstrip("\n")
+    prompted = ["--chat"] if config.data.has_messages else ["--prompt", prompt]
     return {
         "steps": state.step,
         "tokens": row["tokens"],
@@ -257,7 +259,7 @@ def summarize(setup: Setup, dataset: Dataset, log: RunLog) -> dict[str, Any]:
         "active_parameters": setup.stats.n_active_parameters,
         "model_dir": f"{folder}/model",
         "next": [
-            shlex.join([program("python"), "-m", "training.generate", "--run", folder, "--prompt", prompt]),
+            shlex.join([program("python"), "-m", "training.generate", "--run", folder, *prompted]),
             shlex.join([program("python"), "-m", "training.evaluate", "--run", folder]),
             shlex.join([program("tensorboard"), "--logdir", config.out_dir]),
         ],

@@ -1,6 +1,6 @@
 """Generation: sample tokens for several texts in one batch, decode them. Shapes: B texts, T tokens, V vocabulary."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -146,17 +146,24 @@ class Continuation:
     It holds complete characters only, and no beginning of a stop string. `tokenizer` is a `training.data.Tokenizer`.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), on_text: Callable[[str], object] | None = None):
+    def __init__(
+        self,
+        tokenizer: Any,
+        stops: Sequence[str] = (),
+        on_text: Callable[[str], object] | None = None,
+        end_tokens: Collection[int] = (),
+    ):
         self.tokenizer, self.stops, self.on_text = tokenizer, stops, on_text
+        self.end_tokens = {tokenizer.end_of_text, *end_tokens}
         self.text = ""
-        # "end": end of the document, "stop": a stop string, "length": the token limit; None: not finished
+        # "end": end of the document or the turn, "stop": a stop string, "length": the token limit; None: not finished
         self.finish_reason: Literal["end", "stop", "length"] | None = None
         self.pending: list[int] = []  # tokens of an incomplete character
         self.held_back = ""  # characters that may be the beginning of a stop string
 
     def add(self, token: int) -> bool:
         """Add the next token; return True if the text continues."""
-        if token == self.tokenizer.end_of_text:
+        if token in self.end_tokens:
             self.finish("end")
             return False
         self.pending.append(token)
@@ -200,13 +207,15 @@ def continue_texts(
     *,
     stops: Sequence[str] = (),
     on_text: Callable[[str], object] | None = None,
+    end_tokens: Collection[int] = (),
     **options: Any,
 ) -> list[Continuation]:
     """Return the finished continuation of each prompt (from `encode_prompt`). `on_text` receives text of all prompts.
 
+    A text ends at the end-of-text token, and at one of `end_tokens`.
     `sample` explains the other options: `seeds`, `params` and `sync_tokens`.
     """
-    texts = [Continuation(tokenizer, stops, on_text) for _ in prompts]
+    texts = [Continuation(tokenizer, stops, on_text, end_tokens) for _ in prompts]
     sample(model, prompts, n_tokens, lambda i, token: texts[i].add(token), n_vocab=tokenizer.vocab_size, **options)
     for text in texts:
         text.finish()

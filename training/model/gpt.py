@@ -125,7 +125,9 @@ class GPT(nn.Module):
         capacity apply in training mode, if the batch has keys. `attention` replaces the model's back-end.
         """
         is_training = self.training and batch.key_B is not None
-        context = FeedForwardContext(batch.n_targets, batch.key_B if is_training else None, is_training)
+        context = FeedForwardContext(
+            batch.n_tokens or batch.n_targets, batch.key_B if is_training else None, is_training
+        )
         squares: list[Tensor] = []
         backend = attention or self.attention
         x_BTC, routings = self._hidden(batch.tokens_BT, batch.documents, context, backend, squares=squares)
@@ -159,7 +161,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def routed_experts(self, tokens_BT: Tensor, documents: Documents | None = None) -> dict[int, Tensor]:
         """Return the experts of each token, int64 (B, T, K), by the index of the MoE layer."""
-        _, routings = self._hidden(tokens_BT, documents, FeedForwardContext(n_targets=1), self.attention)
+        _, routings = self._hidden(tokens_BT, documents, FeedForwardContext(n_tokens=1), self.attention)
         return {i: routing.topk_ids_NK.view(*tokens_BT.shape, -1) for i, routing in routings.items()}
 
     def new_cache(self, n_padding_B: Tensor | None = None) -> Cache:

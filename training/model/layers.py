@@ -19,7 +19,7 @@ from training.config import Activation, ModelConfig
 class FeedForwardContext(NamedTuple):
     """Facts about the batch for feed-forward layers. The default is for generation: no losses, no metrics."""
 
-    n_targets: int | None = None  # divides auxiliary losses; None: compute no losses and no routing metrics
+    n_tokens: int | None = None  # divides auxiliary losses; None: compute no losses and no routing metrics
     key_B: Tensor | None = None  # int64: one key per sample for random numbers; needed if is_training
     is_training: bool = False  # add noise and drop tokens beyond the experts' capacity
 

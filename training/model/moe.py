@@ -84,7 +84,7 @@ class MoE(nn.Module):
         self.register_buffer("load", torch.full((config.n_experts,), 1 / config.n_experts, dtype=torch.float32))
 
     def forward(self, x_BTC: Tensor, context: FeedForwardContext) -> tuple[Tensor, Routing | None]:
-        """Return (y_BTC, Routing); Routing is None if `context.n_targets` is."""
+        """Return (y_BTC, Routing); Routing is None if `context.n_tokens` is."""
         # x_NC first: the order decides in which order autograd adds the gradients of x, and so their last bits.
         config, x_NC, router_input_BTC = self.config, x_BTC.flatten(0, 1), x_BTC.float()
         if config.jitter and context.is_training:  # noise in 1 +- jitter
@@ -110,16 +110,16 @@ class MoE(nn.Module):
         y_BTC = self.experts(x_NC, topk_ids_NK, weight_NK, dispatch).view_as(x_BTC)
         if self.shared is not None:
             y_BTC = y_BTC + self.shared(x_BTC, context)[0]
-        if context.n_targets is None:
+        if context.n_tokens is None:
             return y_BTC, None
 
         share_NE = score_NE if config.scoring == "softmax" else score_NE / (score_NE.sum(-1, keepdim=True) + 1e-20)
         z_loss = logits_NE.logsumexp(dim=-1).square().sum()
-        aux_loss = config.z_loss_weight / context.n_targets * z_loss if config.z_loss_weight else z_loss.new_zeros(())
+        aux_loss = config.z_loss_weight / context.n_tokens * z_loss if config.z_loss_weight else z_loss.new_zeros(())
         if config.balance in ("switch", "both"):
             # arXiv:2101.03961 eq. 4, with the fractions of the previous update: the same for every micro-batch.
             switch = config.n_experts * (self.load * share_NE.sum(dim=0)).sum()
-            aux_loss = aux_loss + config.switch_weight / context.n_targets * switch
+            aux_loss = aux_loss + config.switch_weight / context.n_tokens * switch
         confidence = share_NE.detach().amax(dim=-1).sum()
         return y_BTC, Routing(topk_ids_NK, dispatch.count_E.float(), n_dropped, confidence, z_loss.detach(), aux_loss)
 

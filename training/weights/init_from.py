@@ -20,7 +20,7 @@ from torch import Tensor
 from training.batch import Batch
 from training.config import Config, ModelConfig
 from training.data import Dataset
-from training.data.loader import Samples
+from training.data.loader import build_samples
 from training.data.tokenizer import Tokenizer, read_fields
 from training.distributed.sharded_model import ShardedModel
 from training.distributed.world import World
@@ -154,14 +154,11 @@ def weights_sha256(config: Config) -> str:
 def _samples(config: Config, dataset: Dataset, device: torch.device) -> Iterator[Batch]:
     """Yield samples spread evenly over the validation set, cut to MAX_LENGTH tokens."""
     n_positions = config.model.n_positions
-    end_of_text = dataset.tokenizer.end_of_text if config.model.isolate_documents else None
-    samples = Samples(dataset.val, n_positions=n_positions, seed=None, end_of_text=end_of_text)
+    samples = build_samples(dataset.val, config.model, dataset.tokenizer, too_long=config.data.too_long)
     n_tokens = min(n_positions, MAX_LENGTH)
     n_samples = min(MAX_SAMPLES, MAX_TOKENS // n_tokens)
     for index in np.concatenate(samples.evenly_spaced(n_samples * n_positions))[:n_samples]:
-        batch = samples.batch([index])
-        tokens_BT, targets_BT = batch.tokens_BT[:, :n_tokens], batch.targets_BT[:, :n_tokens]
-        yield batch._replace(tokens_BT=tokens_BT, targets_BT=targets_BT).to(device)
+        yield samples.batch([index]).cropped(n_tokens).to(device)
 
 
 def _folder(config: Config, patterns: list[str]) -> Path:

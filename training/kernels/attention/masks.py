@@ -39,13 +39,17 @@ class Visibility(NamedTuple):
 
 def find_documents(tokens_BT: Tensor, end_of_text: int) -> Documents:
     """Return the documents: one starts at the start of each sample and at each end-of-text token."""
-    starts_BT = tokens_BT == end_of_text
+    return documents_from_starts(tokens_BT == end_of_text)
+
+
+def documents_from_starts(starts_BT: Tensor) -> Documents:
+    """Return the documents: one starts at the start of each sample and where `starts_BT`, bool, is True."""
     index_BT = starts_BT.cumsum(1)
-    starts_BT[:, 0] = True
-    position_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+    position_T = torch.arange(starts_BT.shape[1], device=starts_BT.device)
     start_BT = torch.where(starts_BT, position_T, 0).cummax(1).values
-    starts_D = starts_BT.flatten().nonzero().flatten()
-    cu_seqlens_D = torch.cat([starts_D, starts_D.new_tensor([tokens_BT.numel()])]).to(torch.int32)
+    is_first_T = position_T == 0
+    starts_D = (starts_BT | is_first_T).flatten().nonzero().flatten()
+    cu_seqlens_D = torch.cat([starts_D, starts_D.new_tensor([starts_BT.numel()])]).to(torch.int32)
     return Documents(index_BT, position_T - start_BT, cu_seqlens_D)
 
 

@@ -1,6 +1,7 @@
 """Reading and writing of a model's folder. No code of the folder runs; every error names the file."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,8 +177,11 @@ def write_model(
     *,
     n_vocab: int | None = None,
     dtype: torch.dtype = torch.float32,
+    end_tokens: Sequence[int] = (),
 ) -> str:
     """Write a model that opens with `AutoModelForCausalLM`; return the `model_type` that it is written as.
+
+    Its generation ends at `end_of_text` and at `end_tokens`, such as the end of a turn.
 
     Rows of the embedding from `n_vocab` on are padding, and are cut off; None: there are none. Raises OSError or
     SafetensorError if a file cannot be written.
@@ -192,7 +196,8 @@ def write_model(
     architecture = READABLE[model_type]
     ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     # Without a `max_length`, pipelines generate 256 tokens. The model does not read the last token, hence + 1.
-    generation = ids | {"pad_token_id": end_of_text, "max_length": config.n_positions + 1}
+    generation = ids | {"eos_token_id": sorted({end_of_text, *end_tokens}) if end_tokens else end_of_text}
+    generation |= {"pad_token_id": end_of_text, "max_length": config.n_positions + 1}
     hf = {"model_type": model_type, **architecture.to_hf(config), **ids, "dtype": str(dtype).removeprefix("torch.")}
     files = {CONFIG: hf, "generation_config.json": generation}
     texts = {name: json.dumps(fields, indent=2) + "\n" for name, fields in files.items()}
