@@ -405,6 +405,17 @@ DEFECTS = [
            "stream.documents", "tests/test_data_tokens.py -k mix"),
     Defect("a header's tokens are not counted", "data/token_files.py", "    if size != expected:\n", "    if False:\n",
            "tests/test_data_tokens.py -k one_line"),
+    Defect("a changed object is not noticed", "data/sources.py",
+           "return path.version if isinstance(path, RemoteFile) else", "return str(path.size) if isinstance(path, "
+           "RemoteFile) else", "tests/test_remote_sources.py -k changed_object"),
+    Defect("an object may change while it is read", "data/remote_files.py",
+           "if version_of(self._info()) != self.version:",
+           "if False:", "tests/test_remote_sources.py -k while_it_is_read"),
+    Defect("a server's error is a traceback", "data/remote_files.py",
+           "        with remote_errors(self.remote.url):\n            content", "        if True:\n            content",
+           "tests/test_remote_sources.py -k in_the_middle"),
+    Defect("a web server's failure is a missing file", "data/remote_files.py",
+           "raise error.__cause__ from None", "raise", "tests/test_remote_sources.py -k web_servers_errors"),
     # issue faults: log
     Defect("log: a damaged line past the checkpoint counts", "logging/jsonl.py", 'is_past = last >= start_step or',
            'is_past =', "tests/test_logging.py -k line_that_is_no_row"),

@@ -17,6 +17,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt
 
+from training.remote import check_scheme, is_url
 from training.section import Alternatives, Count, ListOf, PathText, Section, SectionWithAlternatives, one_of, option
 
 # --- model -----------------------------------------------------------------------------------------
@@ -313,7 +314,8 @@ class FilesSource(RowsConfig):
     name: str | None = option(None, NAME_DOC, pattern=NAME_PATTERN)
     paths: ListOf[PathText] = option(
         ...,
-        "files, folders (with all files below them) or globs; in a .txt, <|endoftext|> starts another document",
+        "files, folders (with all files below them) or globs, on a disk or at s3://, gs://, az://, hf:// or https://; "
+        "in a .txt, <|endoftext|> starts another document",
         min_length=1,
     )
     encoding: str = option(
@@ -331,6 +333,9 @@ class FilesSource(RowsConfig):
         yield from super().rules()
         if self.has_answers and self.split_on is not None:
             yield "split_on", "has no effect on rows with answers"
+        for problem in (check_scheme(path) for path in self.paths if is_url(path)):
+            if problem is not None:
+                yield "paths", problem
         try:
             canonical_encoding(self.encoding)
         except ValueError as error:

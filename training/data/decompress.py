@@ -125,5 +125,5 @@ def open_decompressed(path: Path) -> Iterator[io.BufferedReader]:
         with path.open("rb") as file:
             is_compressed = path.suffix.lower() in DECOMPRESSORS
             yield io.BufferedReader(DecompressedFile(path, file)) if is_compressed else file
-    except OSError as error:
+    except OSError as error:  # of a disk: remote files raise UserError
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None

@@ -1,4 +1,4 @@
-"""Find local text files by path, folder or glob."""
+"""Find text files by path, folder, glob or URL."""
 
 import glob
 import os
@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from training.data.remote_files import find_remote, hidden_part
 from training.data.text_files import EXTENSIONS, FORMATS, format_of
 from training.errors import UserError
+from training.remote import is_url
 
 BYTECODE = "__pycache__"  # compiled code, which nobody expects to be read
 SKIPPED_FOLDERS = frozenset({BYTECODE, "site-packages", "dist-packages"})
@@ -69,7 +71,9 @@ def find_files(
     left_out: LeftOut = {}
     for pattern in patterns:
         path = Path(pattern)
-        if path.is_file():
+        if is_url(pattern):
+            files |= _find_remote(pattern, left_out, is_wanted)
+        elif path.is_file():
             if format_of(path) not in FORMATS:
                 raise UserError(f"{path}: no usable file: its name does not end in {EXTENSIONS}")
             files[path] = True
@@ -93,6 +97,22 @@ def name_of_path(path: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", parts[-1] if parts else "")[:64].strip("-._") or "files"
 
 
+def _find_remote(url: str, left_out: LeftOut, is_wanted: Callable[[Path], bool]) -> dict[Path, bool]:
+    """Return the files at a URL, as `find_files` returns them."""
+    remote, is_one = find_remote(url)
+    is_folder = not (is_one or glob.has_magic(url))
+    kinds = {
+        file: (hidden_part(file.url, url, SKIPPED_FOLDERS) if is_folder else None)
+        or reason_left_out(file, is_folder, is_wanted)
+        for file in remote
+    }
+    if all(kinds.values()):
+        counts = count_kinds(kinds.values())
+        raise UserError(f"{url}: no usable file{f' (there are {counts})' * bool(kinds)}: no name ends in {EXTENSIONS}")
+    left_out |= {file: kind for file, kind in kinds.items() if kind}
+    return {file: is_one for file, kind in kinds.items() if not kind}
+
+
 def count_kinds(kinds: Iterable[str]) -> str:
     """Return "2 .pdf files, 1 hidden file" for the kinds of what is left out."""
     counts = Counter(kinds).most_common()
@@ -110,13 +130,20 @@ def search(path: Path, left_out: LeftOut, is_wanted: Callable[[Path], bool]) -> 
     for match in [path] if path.is_dir() else expand_glob(path):
         is_folder = match.is_dir()
         for file in walk(match, left_out=left_out) if is_folder else [match]:
-            name = format_of(file)
-            if is_folder and name in TABLES and not is_wanted(file):
-                left_out[file] = f"{name} file without the text_column"
-            elif name in FORMATS and not (is_folder and file.suffix.lower() == ONLY_BY_NAME):
-                yield file
+            if kind := reason_left_out(file, is_folder, is_wanted):
+                left_out[file] = kind
             else:
-                left_out[file] = f"{name} file" if name else "file without an extension"
+                yield file
+
+
+def reason_left_out(file: Path, is_folder: bool, is_wanted: Callable[[Path], bool]) -> str | None:
+    """Return the kind of a file that is not read; None if it is. `is_folder`: a search of its folder found it."""
+    name = format_of(file)
+    if is_folder and name in TABLES and not is_wanted(file):
+        return f"{name} file without the text_column"
+    if name in FORMATS and not (is_folder and file.suffix.lower() == ONLY_BY_NAME):
+        return None
+    return f"{name} file" if name else "file without an extension"
 
 
 def expand_glob(pattern: Path) -> Iterator[Path]:

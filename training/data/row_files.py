@@ -164,7 +164,7 @@ def parquet_rows(path: Path, options: FileOptions) -> Iterator[Row]:
 
     number, column = 0, options.column
     try:
-        with parquet.ParquetFile(path) as file:
+        with path.open("rb") as content, parquet.ParquetFile(content) as file:
             names = file.schema_arrow.names
             if column is not None and column not in names:
                 raise UserError(f"{path}: no column {column!r}; there are {list_names(names)} (option text_column)")

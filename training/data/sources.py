@@ -28,6 +28,7 @@ from training.data.chunks import Document, look_ahead, to_document
 from training.data.dialogues import to_dialogue
 from training.data.file_hashes import FileHashes
 from training.data.find_files import SKIPPED_FOLDERS, find_files, name_of_path, walk
+from training.data.remote_files import RemoteFile
 from training.data.row_files import FileOptions, Row, has_column, list_names, to_text
 from training.data.text_files import format_of, is_plain_text, is_text_file, is_utf8, read_documents, read_rows
 from training.data.token_source import TokensReader
@@ -76,7 +77,7 @@ class StdlibReader:
 
 
 class FilesReader:
-    """Local files. A file listed by its own path must contain text; files from folders and globs may be empty."""
+    """Files on a disk or at URLs. A file listed by its own path must contain text; others may be empty."""
 
     def __init__(self, config: FilesSource):
         self.name = config.name or name_of_path(config.paths[0])
@@ -125,7 +126,7 @@ class FilesReader:
         return read_documents(path, self.options)
 
     def identity(self, hashes: FileHashes) -> Any:
-        files = [(format_of(path), hashes.sha256(path)) for path in self.paths]
+        files = [(format_of(path), content_of(path, hashes)) for path in self.paths]
         own = {"encoding": SKIP_ENCODING if self.skips else self.options.encoding, "split_on": self.options.split_on}
         own = {name: value for name, value in own.items() if value not in ("utf-8", None)}
         columns = answer_columns(self.config) or self.options.column
@@ -141,6 +142,11 @@ def answer_columns(config: RowsConfig) -> dict[str, str]:
     """Return the columns with answers, by option; {} if there are none, as in the cache keys of older versions."""
     columns = config.model_dump(include=ANSWER_COLUMNS)
     return {name: column for name, column in columns.items() if column is not None}
+
+
+def content_of(path: Path | RemoteFile, hashes: FileHashes) -> str:
+    """Return what changes with a file's content: its hash, or what its server tells."""
+    return path.version if isinstance(path, RemoteFile) else hashes.sha256(path)
 
 
 def plain_bytes(reader: Reader) -> int | None:

@@ -123,7 +123,7 @@ def to_user_error(url: str, error: Exception) -> UserError:
     if isinstance(error, PermissionError) or names & NO_CREDENTIALS:
         remedy = CREDENTIALS.get(scheme, "check its permissions")
         return UserError(f"{url}: no access ({reason}); {remedy}")
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) or "NoSuchBucket" in names:
         return UserError(f"{url}: no such bucket, folder or file ({reason})")
     is_transient = isinstance(error, TimeoutError | ConnectionError) or names & TRANSIENT
     if is_transient or (isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS):
