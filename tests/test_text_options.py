@@ -213,7 +213,7 @@ def test_a_limit_stops_the_reading_of_a_data_set(tmp_path, monkeypatch):
     stream = datasets.IterableDataset.from_generator(generate)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_options: stream)
     for limit in ({"documents": 300}, {"bytes": 16_000}, {"tokens": 5000}):
-        source = {"type": "huggingface", "name": "far/away", "streaming": True, "limit": limit}
+        source = {"type": "huggingface", "name": "far/away", "streaming": True, "limit": limit, "val_split": None}
         config = config_of(tmp_path, source, tokenizer={"type": "bpe", "vocab_size": 400})
         dataset = prepare(config, quiet=True)
         assert max(rows) < 1024, limit
