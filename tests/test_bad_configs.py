@@ -90,6 +90,7 @@ def as_shown(text: str, value: Any) -> str:
 
 
 GROUPS = [(tuple(0 if key == "N" else key for key in group.path), group.section) for group in all_groups()]
+ALTERNATIVES = [(at, names) for at, section in GROUPS for names, _ in getattr(section, "alternatives", ())]
 NAMES = sorted({name for _, section in GROUPS for name in section.model_fields} - {"type"})
 
 
@@ -129,7 +130,11 @@ def are_independent(chosen: list[Mistake]) -> bool:
         same_place = one.at[:-1] == other.at[:-1]
         hides = "type" in (one.at[-1], other.at[-1]) or one.section is not other.section
         is_below = short[-1] == "type" and long[: len(short) - 1] == short[:-1]  # an unknown type has no options
-        if long[: len(short)] == short or (same_place and hides) or is_below:
+        are_alternatives = any(
+            {one.at[: len(place) + 1], other.at[: len(place) + 1]} <= {(*place, name) for name in names}
+            for place, names in ALTERNATIVES
+        )
+        if long[: len(short)] == short or (same_place and hides) or is_below or are_alternatives:
             return False
     return True
 

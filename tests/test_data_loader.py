@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from training.data.loader import MIXTURE_BLOCK, Loader, Mixture, Samples, feistel, permutation_key, permute_index
 from training.data.shards import Split, Stream
 from training.errors import UserError
+from training.optim.batch_schedule import BatchSchedule
 
 
 def split_of(*lengths: int, weights: tuple[float, ...] | None = None) -> Split:
@@ -185,7 +186,7 @@ def test_a_token_beyond_the_vocabulary_is_an_error_and_not_a_crash_on_the_device
 def test_a_rank_gets_its_part_of_the_batch_with_the_samples_keys():
     samples = Samples(split_of(331), n_positions=8, seed=5, end_of_text=300)
     indices = 3 * 16 + np.arange(4, 9)
-    batch = Loader(samples, 16, range(4, 9)).at(3)
+    batch = Loader(samples, BatchSchedule([(0, 16 * 8)]), lambda _: range(4, 9)).at(3)
     tokens, targets = samples.at(indices)
     assert (batch.tokens_BT.numpy() == tokens).all() and (batch.targets_BT.numpy() == targets).all()
     assert (batch.key_B.numpy() == samples.random_keys(indices)).all()
@@ -198,7 +199,7 @@ def test_nothing_is_random_in_an_evaluation():
 
 def test_a_prefetched_batch_is_read_once_and_belongs_to_its_step(monkeypatch):
     samples = Samples(split_of(331), n_positions=8, seed=5)
-    loader, n_reads, read = Loader(samples, 4, range(4)), [], Samples.read
+    loader, n_reads, read = Loader(samples, BatchSchedule([(0, 4 * 8)]), range), [], Samples.read
     monkeypatch.setattr(Samples, "read", lambda self, indices: n_reads.append(len(indices)) or read(self, indices))
     expected = [samples.batch(4 * step + np.arange(4)).tokens_BT.tolist() for step in range(3)]
     n_reads.clear()
@@ -210,7 +211,7 @@ def test_a_prefetched_batch_is_read_once_and_belongs_to_its_step(monkeypatch):
 
 
 def test_a_lasting_prefetch_error_is_raised_by_the_step_that_needs_the_batch(monkeypatch):
-    loader = Loader(Samples(split_of(331), n_positions=8, seed=5), 4, range(4))
+    loader = Loader(Samples(split_of(331), n_positions=8, seed=5), BatchSchedule([(0, 4 * 8)]), range)
     with monkeypatch.context() as patch:
         patch.setattr(Samples, "read", failing)
         loader.prefetch(1)

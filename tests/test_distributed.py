@@ -129,6 +129,23 @@ def test_results_do_not_depend_on_the_micro_batch(kind, micro_batch, steps, conf
     assert_same(ours, of_one(kind, steps), f"micro-batch {micro_batch}")
 
 
+def test_results_do_not_depend_on_ranks_if_batches_change(train_on_ranks, config):
+    """Batches of 4, 10 and 3 samples: a rank has more or fewer micro-batches, and some of them are empty."""
+    sizes = [(0, 4 * 32), (2 * 4 * 32, 10 * 32), (2 * 4 * 32 + 2 * 10 * 32, 3 * 32)]
+    staged = {"batch_schedule": [{"from_tokens": start, "batch_tokens": size} for start, size in sizes]}
+    staged["batch_tokens"] = None
+
+    def changes(name: str, micro_batch: int, mesh: dict) -> dict:
+        return changes_of("moe", name, micro_batch, mesh, 6) | staged
+
+    alone = train_alone(config(**changes("alone", 4, {})))
+    assert_same(train_alone(config(**changes("cut", 1, {}))), alone, "micro-batch 1")
+    layouts = [(2, {}), (2, {"shard": 2, "expert": 2})]
+    outcomes, _ = train_on_ranks(2, [changes(f"{i}", *layout) for i, layout in enumerate(layouts)])
+    for (_, mesh), ours in zip(layouts, outcomes, strict=True):
+        assert_same(ours, alone, f"2 ranks {mesh}")
+
+
 @pytest.mark.parametrize("steps", FEW_AND_MANY)
 @pytest.mark.parametrize("ranks", ["2", "4", pytest.param("4, others", marks=pytest.mark.soak)])
 def test_results_do_not_depend_on_ranks_and_layouts(ranks, steps, train_on_ranks, of_one):

@@ -85,6 +85,8 @@ def test_two_lengths_are_one_line_with_both_places(load):
     ("text", "line"),
     [
         ("tokens: 1.5", "my.yaml:3: tokens: 1.5 is not an integer >= 1 or null"),
+        ("tokens: []", "my.yaml:3: tokens: [] is not an integer >= 1 or null"),
+        ("schedule: {warmup_steps: {}}", "my.yaml:3: schedule.warmup_steps: {} is not an integer >= 0 or null"),
         ("tokens: 0", "my.yaml:3: tokens: 0 is not an integer >= 1 or null"),
         ("tokens: 1e30", "my.yaml:3: tokens: 1e+30 is more than an integer of 64 bits holds"),
         ("epochs: 0", "my.yaml:3: epochs: 0 is not a number > 0 or null"),

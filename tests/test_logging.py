@@ -38,6 +38,7 @@ from training.logging.jsonl import JSONLSink, read_rows
 from training.logging.metrics import LOAD_IMAGE, METRICS, readme_table, scalars
 from training.logging.phases import PHASES
 from training.logging.sinks import SINKS, RunInfo, open_sinks
+from training.optim.batch_schedule import BatchSchedule
 
 SUMMARY = {
     "steps": 4, "tokens": 128, "train_loss": 2.5, "val_loss": 2.6, "val_perplexity": 13.5, "val_bits_per_byte": 1.25,
@@ -73,7 +74,8 @@ def run_in(folder: Path, start_step: int = 0, steps: int = 4) -> RunInfo:
     return RunInfo(
         dir=folder, name="tiny", config={"seed": 0, "model": {"n_layer": 2, "blocks": [{"repeat": 1}], "bias": None}},
         config_yaml="seed: 0\nmodel:\n  n_layer: 2\n", header={"device": "cpu", "parameters": "1.0k"},
-        start_step=start_step, steps=steps, tokens_per_step=32, moe_layers=[1, 3], facts={}, hyperparameters={},
+        start_step=start_step, steps=steps, batches=BatchSchedule([(0, 32)]),
+        moe_layers=[1, 3], facts={}, hyperparameters={},
     )  # fmt: skip
 
 
@@ -348,6 +350,15 @@ def test_the_eta_follows_the_recent_steps(tmp_path, capsys):
     sink.write([row(step, step_s=60.0 if step <= 50 else 2.0) for step in range(1, 101)])
     etas = re.findall(r"ETA (\S+)", capsys.readouterr().out)
     assert (etas[0], etas[1], etas[-1]) == ("unknown", "16:39:00", "0:30:00")
+
+
+def test_the_eta_counts_tokens_if_batches_change(tmp_path, capsys):
+    info = run_in(tmp_path, steps=100)._replace(batches=BatchSchedule([(0, 10), (500, 40)]))  # 50 steps of each size
+    sink = open_sink(info, LoggingConfig(every=1))
+    sink.write([row(step, step_s=1.0) for step in range(1, 26)])
+    sink.write([row(step, step_s=4.0) for step in range(51, 101)])
+    etas = re.findall(r"ETA (\S+)", capsys.readouterr().out)
+    assert (etas[24], etas[-2], etas[-1]) == ("0:03:45", "0:00:04", "0:00:00")  # 25 x 10 and 50 x 40 tokens are left
 
 
 def test_training_continues_if_the_reader_of_its_output_is_gone(tmp_path):

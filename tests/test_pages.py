@@ -15,6 +15,7 @@ from training.logging.metrics import METRICS
 from training.logging.phases import PHASES
 from training.logging.report import write_report
 from training.logging.sinks import RunInfo
+from training.optim.batch_schedule import BatchSchedule
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 HOSTILE = "<script>window.harm = 1</script>\"' &amp; \u202e name-of-80-characters-without-any-blank-" + "x" * 30
@@ -73,7 +74,8 @@ def write_run(folder: Path, n_rows: int, name: str) -> RunInfo:
     folder.mkdir(parents=True)
     info = RunInfo(
         dir=folder, name=name, config={}, config_yaml=f"name: {HOSTILE}\n", header={"device": HOSTILE, "loss": "x"},
-        start_step=0, steps=n_rows, tokens_per_step=32_768, moe_layers=[0, 2], facts={}, hyperparameters={},
+        start_step=0, steps=n_rows, batches=BatchSchedule([(0, 32_768)]),
+        moe_layers=[0, 2], facts={}, hyperparameters={},
     )  # fmt: skip
     history = History()
     if n_rows < 1000:

@@ -19,6 +19,7 @@ from training.logging.metrics import Chart
 from training.logging.phases import PHASES
 from training.logging.report import load_table, write_report
 from training.logging.sinks import RunInfo
+from training.optim.batch_schedule import BatchSchedule
 from training.terminal import TEXT, printable
 
 VOID = {"meta", "input", "line", "path", "progress", "br", "img"}
@@ -124,7 +125,14 @@ def history_of(rows: list[dict]) -> History:
 def report(folder: Path, rows: list[dict], summary: dict | None = None, experts: dict | None = None, **facts) -> Page:
     facts = {"header": {}, "steps": 40, "moe_layers": [1, 4], "config_yaml": ""} | facts
     run = RunInfo(
-        dir=folder, name="tiny", config={}, start_step=0, tokens_per_step=1, facts={}, hyperparameters={}, **facts
+        dir=folder,
+        name="tiny",
+        config={},
+        start_step=0,
+        batches=BatchSchedule([(0, 1)]),
+        facts={},
+        hyperparameters={},
+        **facts,
     )
     assert write_report(run, history_of(rows), summary, experts) == folder / "report.html"
     assert [path.name for path in folder.iterdir()] == ["report.html"]

@@ -12,6 +12,7 @@ import codecs
 import math
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -890,13 +891,22 @@ class LoggingConfig(Section):
     wandb: WandbConfig | None = option(None, "log to Weights & Biases; null: off")
 
 
+class BatchStage(Section):
+    """The batch of the steps from a number of tokens on, up to the next stage."""
+
+    from_tokens: Count = option(
+        ..., "tokens read before the stage; rounds up to whole steps; 0 in the first stage", unit="tokens", ge=0
+    )
+    batch_tokens: int = option(..., "tokens per optimizer step, over all processes", unit="tokens", ge=1, le=2**32)
+
+
 HORIZONS = ("steps", "tokens", "epochs", "tokens_per_parameter")
 
 
 class Config(SectionWithAlternatives):
     """All options of a run."""
 
-    alternatives = (Alternatives(HORIZONS, 1000),)
+    alternatives = (Alternatives(HORIZONS, 1000), Alternatives(("batch_tokens", "batch_schedule"), 524_288))
     name: str = option("gpt2", "name of the run and of its folder in out_dir", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     out_dir: PathText = option("runs", "folder of all runs", min_length=1)
     seed: int = option(0, "random seed of initial weights, data order and generated samples", ge=0, lt=2**32)
@@ -918,7 +928,18 @@ class Config(SectionWithAlternatives):
     tokens_per_parameter: float | None = option(
         None, "instead of steps: tokens to read per active parameter, such as 20; rounds up to whole steps", gt=0
     )
-    batch_tokens: int = option(524_288, "tokens per optimizer step, over all processes", unit="tokens", ge=1, le=2**32)
+    batch_tokens: int | None = option(
+        None,
+        "tokens per optimizer step, over all processes; null: batch_schedule, or 524288 without it",
+        unit="tokens",
+        ge=1,
+        le=2**32,
+    )
+    batch_schedule: ListOf[BatchStage] = option(
+        (),
+        "instead of batch_tokens: [{from_tokens: 0, batch_tokens: 65536}, {from_tokens: 50e6, "
+        "batch_tokens: 262144}]; learning rates do not change with them",
+    )
     micro_batch: Literal["auto"] | PositiveInt = option(
         "auto", "samples per forward and backward; auto: as many as fit; changes only memory and speed", unit="samples"
     )
@@ -966,6 +987,13 @@ class Config(SectionWithAlternatives):
         schedule = self.schedule if self.steps is None else self.schedule.fitted(self.steps)
         return self.model_copy(update={"model": model, "schedule": schedule})
 
+    def _batches(self) -> Iterator[tuple[str, int]]:
+        """Yield (option, tokens) of each size of a batch."""
+        if self.batch_tokens is not None:
+            yield "batch_tokens", self.batch_tokens
+        for i, stage in enumerate(self.batch_schedule):
+            yield f"batch_schedule.{i}.batch_tokens", stage.batch_tokens
+
     def with_steps(self, steps: int) -> Self:
         """Return a copy of this length."""
         return self.model_copy(update={**dict.fromkeys(HORIZONS), "steps": steps})
@@ -973,8 +1001,18 @@ class Config(SectionWithAlternatives):
     def rules(self) -> Iterator[tuple[str, str]]:
         yield from super().rules()
         is_inherited = self.init_from is not None and "n_positions" not in self.model.model_fields_set
-        if not is_inherited and self.batch_tokens % self.model.n_positions:
-            yield "batch_tokens", f"{self.batch_tokens} is not a multiple of model.n_positions {self.model.n_positions}"
+        for name, batch_tokens in self._batches():
+            if not is_inherited and batch_tokens % self.model.n_positions:
+                yield name, f"{batch_tokens} is not a multiple of model.n_positions {self.model.n_positions}"
+        starts = [stage.from_tokens for stage in self.batch_schedule]
+        if starts and starts[0]:
+            yield "batch_schedule.0.from_tokens", f"{starts[0]} in the first stage; write 0"
+        for i, (before, start) in enumerate(pairwise(starts), start=1):
+            if start <= before:
+                yield (
+                    f"batch_schedule.{i}.from_tokens",
+                    f"{start} is not after {before}, where the stage before it starts",
+                )
         if self.data.has_answers and self.model.isolate_documents is False:
             yield "model.isolate_documents", "sources with answers need true, because a sample holds several rows"
         if self.eval.patience is not None and not self.checkpoint.keep_best:

@@ -66,7 +66,7 @@ def measured_tokens_per_s(config: Config, device: str, world_size: int) -> float
         measured = cli.load_config(folder / "config.yaml")
     except NO_SPEED:
         return None
-    options = ("model", "batch_tokens", "precision")
+    options = ("model", "batch_tokens", "batch_schedule", "precision")
     if not is_same_machine or any(getattr(measured, option) != getattr(config, option) for option in options):
         return None
     rows = (row for row in read_tail(folder / "metrics.jsonl") if row["step"] > 1 and row.get("tokens_per_s"))

@@ -63,26 +63,26 @@ class SectionWithAlternatives(Section):
 
     alternatives: ClassVar[tuple[Alternatives, ...]] = ()
 
+    @classmethod
+    def is_set(cls, name: str, value: Any) -> bool:
+        """Return True if an alternative has a value: it is neither null nor, where a list belongs, an empty one."""
+        return value is not None and not (cls.model_fields[name].default == () and value in ((), []))
+
     @model_validator(mode="before")
     @classmethod
     def _set_defaults(cls, values: Any) -> Any:
         for names, default in cls.alternatives if isinstance(values, dict) else ():
-            if default is not None and not any(is_set(values.get(name)) for name in names):
+            if default is not None and not any(cls.is_set(name, values.get(name)) for name in names):
                 values = {**values, names[0]: default}
         return values
 
     def rules(self) -> Iterator[tuple[str, str]]:
         for names, _ in self.alternatives:
-            chosen = [name for name in names if is_set(getattr(self, name))]
+            chosen = [name for name in names if self.is_set(name, getattr(self, name))]
             if len(chosen) > 1:
                 yield chosen[1], f"{chosen[0]} is also set; set one of {', '.join(names)}"
             elif not chosen:
                 yield names[0], f"missing, and it has no default; set it, or {' or '.join(names[1:])}"
-
-
-def is_set(value: Any) -> bool:
-    """Return True if an alternative has a value: it is neither null nor an empty list."""
-    return value is not None and value != [] and value != ()
 
 
 def one_of(*variants: type[Section]) -> Any:

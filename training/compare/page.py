@@ -92,10 +92,11 @@ def read_track(run: RunResult, metric: str) -> Track:
         return {}
     points = dict([series[0].first, *(part.last for part in series)])
     seconds = np.interp(list(points), *zip(*times, strict=True)).tolist()
-    per_step, flops = run.tokens / run.steps, (run.flops or 0.0) / run.steps
+    tokens = np.interp(list(points), *zip((0, 0), *history.points("tokens"), strict=True)).tolist()
+    flops_per_token = (run.flops or 0.0) / run.tokens
     return {
-        step: Evaluation(step * per_step, time, step * flops, value)
-        for (step, value), time in zip(points.items(), seconds, strict=True)
+        step: Evaluation(n_tokens, time, n_tokens * flops_per_token, value)
+        for (step, value), n_tokens, time in zip(points.items(), tokens, seconds, strict=True)
     }
 
 

@@ -15,6 +15,7 @@ from training.config import Config, ConstantSchedule, EvalConfig
 from training.errors import RestartNeeded, UserError
 from training.files import read_bytes, remove, write_atomically
 from training.logging.format import duration_text, number
+from training.optim.batch_schedule import BatchSchedule
 from training.terminal import each_note_once, print_line, print_note
 from training.train import PAUSED, train
 
@@ -110,12 +111,13 @@ class Runner:
             return list(variants)
         baseline = variants[0]
         to_train = [variant for variant in variants if variant.is_trained and not variant.finished]
-        costs = self.costs_of_a_step([baseline, *(variant for variant in to_train if variant is not baseline)])
-        total, equal = steps_of(baseline) * costs.get(baseline.label, 0.0), []
+        costs = self.costs_of_a_token([baseline, *(variant for variant in to_train if variant is not baseline)])
+        n_tokens = BatchSchedule.of(baseline.config).tokens(steps_of(baseline))
+        total, equal = n_tokens * costs.get(baseline.label, 0.0), []
         for variant in variants:
             steps = variant.config.steps
             if total and variant in to_train and variant.label in costs:
-                steps = max(1, round(total / costs[variant.label]))
+                steps = BatchSchedule.of(variant.config).nearest_steps(total / costs[variant.label])
             if steps != variant.config.steps:
                 print_note(
                     f"{variant.label}: {steps:,} steps instead of {variant.config.steps:,}, for the {self.equal} of "
@@ -124,12 +126,18 @@ class Runner:
             equal.append(variant.with_steps(steps))
         return equal
 
-    def costs_of_a_step(self, variants: Sequence[Variant]) -> dict[str, float]:
-        """Return the tokens, seconds or FLOPs of a step by the variant's label, without those that fail."""
+    def costs_of_a_token(self, variants: Sequence[Variant]) -> dict[str, float]:
+        """Return the tokens (1), seconds or FLOPs of a token by the variant's label, without those that fail."""
         if self.equal == "tokens":
-            return {variant.label: variant.config.batch_tokens for variant in variants}
+            return {variant.label: 1 for variant in variants}
         if self.equal == "flops":
-            return {variant.label: flops_of_a_step(variant.config) for variant in variants}
+            return {variant.label: flops_of_a_token(variant.config) for variant in variants}
+        times = self.times_of_a_step(variants)
+        timed = [variant for variant in variants if variant.label in times]
+        return {variant.label: times[variant.label] / first_batch(variant.config) for variant in timed}
+
+    def times_of_a_step(self, variants: Sequence[Variant]) -> dict[str, float]:
+        """Return the seconds of a step with the first batch by the variant's label, without those that fail."""
         path = self.folder / "step_times.json"  # measured once: a comparison that is resumed must keep its steps
         stored = read_step_times(path)
         missing = [variant for variant in variants if variant.label not in stored]
@@ -233,6 +241,8 @@ def timing_config(config: Config, folder: Path) -> Config:
             "name": folder.name,
             "out_dir": str(folder.parent),
             "steps": TIMED_STEPS,
+            "batch_tokens": first_batch(config),
+            "batch_schedule": (),
             "schedule": ConstantSchedule(warmup_steps=0),
             "eval": EvalConfig(every=None, tokens=1),
             "checkpoint": config.checkpoint.model_copy(update={"every": None, "every_minutes": None, "final": "last"}),
@@ -241,12 +251,16 @@ def timing_config(config: Config, folder: Path) -> Config:
     )
 
 
-def flops_of_a_step(config: Config) -> float:
-    """Return the FLOPs of an update, forward and backward. Prepares the data, whose tokenizer sets the vocabulary."""
+def first_batch(config: Config) -> int:
+    """Return the tokens of the first step."""
+    return BatchSchedule.of(config).batch_tokens(0)
+
+
+def flops_of_a_token(config: Config) -> float:
+    """Return its FLOPs, forward and backward. Prepares the data, whose tokenizer sets the vocabulary."""
     from training.model.stats import model_stats
 
-    config = resolve_run(config)
-    return config.batch_tokens * model_stats(config.model).flops_per_token
+    return model_stats(resolve_run(config).model).flops_per_token
 
 
 def steps_of_config(config: Config) -> int:

@@ -7,7 +7,7 @@ has the same tokens on any number of ranks, in any micro-batch, after any restar
 Shape suffixes: B samples, T tokens of each (n_positions), S sources.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
@@ -18,6 +18,7 @@ from training.data.packing import PackedStream
 from training.data.shards import Split
 from training.data.tokenizer import Tokenizer
 from training.errors import UserError
+from training.optim.batch_schedule import BatchSchedule
 
 if TYPE_CHECKING:
     from training.batch import Batch
@@ -163,10 +164,13 @@ def build_samples(
 
 
 class Loader:
-    """One rank's part, `local_range`, of every step's global batch of `batch_samples` samples."""
+    """One rank's part of every step's global batch, whose first sample follows the last one of the step before.
 
-    def __init__(self, samples: Samples, batch_samples: int, local_range: range):
-        self.samples, self.batch_samples, self.local_range = samples, batch_samples, local_range
+    `local_range(n)` is this rank's part of n samples.
+    """
+
+    def __init__(self, samples: Samples, batches: BatchSchedule, local_range: Callable[[int], range]):
+        self.samples, self.batches, self.local_range = samples, batches, local_range
         self._prefetched: tuple[int, Batch] | None = None
 
     def at(self, step: int) -> "Batch":
@@ -180,9 +184,9 @@ class Loader:
             self._prefetched = step, self._read(step)
 
     def _read(self, step: int) -> "Batch":
-        first = step * self.batch_samples
-        batch = self.samples.batch(first + np.arange(self.local_range.start, self.local_range.stop))
-        return batch._replace(n_tokens=self.batch_samples * self.samples.n_positions)
+        n_positions, n_tokens = self.samples.n_positions, self.batches.batch_tokens(step)
+        first, local = self.batches.tokens(step) // n_positions, self.local_range(n_tokens // n_positions)
+        return self.samples.batch(first + np.arange(local.start, local.stop))._replace(n_tokens=n_tokens)
 
 
 class Mixture:

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from training.config import Config, MeshConfig, ModelConfig
 from training.errors import UserError
+from training.optim.batch_schedule import BatchSchedule
 
 
 class MeshShape(NamedTuple):
@@ -42,9 +43,11 @@ class MeshShape(NamedTuple):
 
 def check_mesh(config: Config, n_ranks: int) -> None:
     """Raise UserError if the options do not fit the number of ranks."""
-    if (n_samples := config.batch_tokens // config.model.n_positions) < n_ranks:
-        problem = f"{config.batch_tokens} are {n_samples} samples, fewer than {n_ranks} processes"
-        raise UserError(f"batch_tokens: {problem}; raise batch_tokens or start fewer processes")
+    smallest = min(BatchSchedule.of(config).sizes())
+    if (n_samples := smallest // config.model.n_positions) < n_ranks:
+        option = "batch_schedule" if config.batch_tokens is None else "batch_tokens"
+        problem = f"{smallest} are {n_samples} samples, fewer than {n_ranks} processes"
+        raise UserError(f"{option}: {problem}; raise batch_tokens or start fewer processes")
     mesh_shape(config.parallel.mesh, n_ranks, config.model)
 
 

@@ -23,6 +23,7 @@ from training.kernels.choose import KernelChoice, choose_kernels
 from training.kernels.table import TABLES
 from training.model import GPT, kernel_requirements
 from training.model.stats import ModelStats, initial_value, model_stats
+from training.optim.batch_schedule import BatchSchedule
 from training.optim.groups import freeze, match_groups
 from training.optim.optimizer import LossScale, Optimizer
 from training.options.notices import schedule_notices
@@ -83,8 +84,7 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
     if world.is_main:
         for line in [*train.describe(), *val.describe()]:
             print_note(f"data: {line}", once=True)
-    n_samples = config.batch_tokens // config.model.n_positions
-    loader = Loader(train, n_samples, world.local_range(n_samples))
+    loader = Loader(train, BatchSchedule.of(config), world.local_range)
 
     if point is not None:
         load_tensors(point.path, model, optimizer)

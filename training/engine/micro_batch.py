@@ -23,8 +23,9 @@ from training.engine.state import KnownMicroBatch, TrainState
 from training.errors import RestartNeeded, UserError
 from training.files import read_bytes, write_atomically
 from training.model.moe import MoE
+from training.optim.batch_schedule import BatchSchedule
 from training.optim.optimizer import Optimizer
-from training.planning.memory import HEADROOM, equal_parts, max_samples_per_rank
+from training.planning.memory import HEADROOM, equal_parts, max_samples_per_rank, samples_per_rank
 from training.terminal import print_note
 
 FILE = "micro_batch.json"  # in the run's folder, read at the restart after an out-of-memory error
@@ -53,6 +54,7 @@ class MicroBatch:
 
     def __init__(self, config: Config, model: ShardedModel, state: TrainState, tokenizer: Tokenizer):
         self.config, self.model, self.state, self.tokenizer = config, model, state, tokenizer
+        self.batches = BatchSchedule.of(config)
         self.max_size = max_samples_per_rank(config, model.world.size)
         self.size = 1 if config.micro_batch == "auto" else min(config.micro_batch, self.max_size)
         self.n_out_of_memory = 0  # number of errors since the start
@@ -77,8 +79,13 @@ class MicroBatch:
         devices.reset_peak_memory(world.device)  # the run's peak shall not include the trials'
 
     def slices(self, n_samples: int) -> list[slice]:
-        """Return this rank's micro-batches. Collectives need equally many on every rank: the last may be empty."""
-        n_covered = self.max_size if self.model.mesh.has_collectives else n_samples
+        """Return this rank's micro-batches of the next step.
+
+        Collectives need equally many on every rank: the last may be empty.
+        """
+        n_covered = n_samples
+        if self.model.mesh.has_collectives:
+            n_covered = samples_per_rank(self.config, self.model.world.size, self.batches.batch_tokens(self.state.step))
         starts = range(0, n_covered, self.size)
         return [slice(min(start, n_samples), min(start + self.size, n_samples)) for start in starts]
 

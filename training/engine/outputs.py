@@ -77,6 +77,7 @@ def open_log(setup: Setup, dataset: Dataset, started: float) -> RunLog:
 def run_info(setup: Setup, dataset: Dataset) -> RunInfo:
     """Return what the sinks may show of a run, such as the lines at the top of the console's log and of the report."""
     config, stats, state, world = setup.config, setup.stats, setup.state, setup.model.world
+    batches = setup.loader.batches
     layers, kernels, device = config.model.layers(), setup.kernels.as_text(), devices.device_name(world.device)
     ranks = f", {world.size} processes: {setup.model.mesh}" if world.size > 1 else ""
     moe = {i: block.ffn for i, block in enumerate(layers) if block.ffn.type == "moe"}
@@ -95,7 +96,7 @@ def run_info(setup: Setup, dataset: Dataset) -> RunInfo:
             for name, split in (("train", dataset.train), ("val", dataset.val))
         ),
         "batch": describe_batch(config, setup.micro_batch.size),
-        "steps": f"{config.steps:,}, {config.steps * config.batch_tokens:,} tokens",
+        "steps": f"{config.steps:,}, {batches.tokens(config.steps):,} tokens",
         "average": describe_average(config),
         "initialized from": "" if state.step else config.init_from,
         "resuming from": f"step {state.step:,}" if state.step else "",
@@ -105,7 +106,7 @@ def run_info(setup: Setup, dataset: Dataset) -> RunInfo:
         "precision": config.precision,
         "world_size": world.size,
         "micro_batch": setup.micro_batch.size,
-        "tokens_per_step": config.batch_tokens,
+        "tokens_per_step": batches.constant,
         "n_parameters": stats.n_parameters,
         "n_active_parameters": stats.n_active_parameters,
         "flops_per_token": stats.flops_per_token,
@@ -119,7 +120,7 @@ def run_info(setup: Setup, dataset: Dataset) -> RunInfo:
         header={label: text for label, text in header.items() if text},
         start_step=state.step,
         steps=config.steps,
-        tokens_per_step=config.batch_tokens,
+        batches=batches,
         moe_layers=list(moe),
         facts=facts,
         hyperparameters=hyperparameters(config),

@@ -65,7 +65,9 @@ def train_step(setup: Setup, phase: Phases) -> tuple[Metrics, int]:
         square_L = sums.pop("residual_square", None)
         metrics = model.model.finish_step(sums, updated) | {"grad_norm": grad_norm}
         if inspection is not None:
-            metrics |= inspection.figures() | residual_rms(square_L, config.batch_tokens * config.model.n_embd)
+            metrics |= inspection.figures() | residual_rms(
+                square_L, loader.batches.batch_tokens(state.step) * config.model.n_embd
+            )
     state.step += 1
     return metrics, batch.n_targets
 

@@ -31,22 +31,24 @@ class Console(Sink):
 
     def __init__(self, run: RunInfo, every: int) -> None:
         self.run, self.every, self.step, self.is_closed = run, every, run.start_step, False
-        self.recent_s: deque[float] = deque(maxlen=RECENT_STEPS)
+        self.recent: deque[tuple[int, float]] = deque(maxlen=RECENT_STEPS)  # tokens and seconds of a step
         self.dead_experts = {layer: DeadExpertWatch(layer) for layer in run.moe_layers}
         self.print_header()
 
     @property
     def eta(self) -> str:
-        """The time left, from the mean duration of the last steps."""
-        if not self.recent_s:
+        """The time left, from the mean speed of the last steps."""
+        if not self.recent:
             return "unknown"
-        return clock((self.run.steps - self.step) * sum(self.recent_s) / len(self.recent_s))
+        n_tokens, seconds = map(sum, zip(*self.recent, strict=True))
+        tokens_left = self.run.batches.tokens(self.run.steps) - self.run.batches.tokens(self.step)
+        return clock(tokens_left * seconds / n_tokens)
 
     def write(self, rows: list[dict]) -> None:
         for row in rows:
             self.step = row["step"]
             if "step_s" in row:
-                self.recent_s.append(row["step_s"])
+                self.recent.append((self.run.batches.batch_tokens(self.step - 1), row["step_s"]))
             self.print_step(row)
             for layer, load_E in expert_load(row, self.run.moe_layers).items():
                 if line := self.dead_experts[layer].update(load_E):

@@ -32,7 +32,9 @@ def write_report(run: RunInfo, history: History, summary: dict | None = None, ex
             HERE / "report.html.j2",
             name=run.name,
             summary_sentence=summary_sentence(history, newest, None if summary else run.steps),
-            progress=history.last_step / run.steps if history.spans and not summary else None,
+            progress=run.batches.tokens(history.last_step) / run.batches.tokens(run.steps)
+            if history.spans and not summary
+            else None,
             key_figures=key_figures(history, newest | summary),
             charts=metric_charts(history, ("step", "validation", "tasks")),
             routing=routing(history, newest, run.moe_layers),

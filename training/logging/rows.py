@@ -15,6 +15,7 @@ from training.logging.history import History
 from training.logging.phases import PhaseTimer
 from training.logging.report import update_report
 from training.logging.sinks import RunInfo, Sink
+from training.optim.batch_schedule import BatchSchedule
 from training.optim.schedule import lr_factor
 
 
@@ -37,6 +38,9 @@ class RunLog:
     _pending: list[tuple[int, dict[str, Tensor], int, int]] = field(default_factory=list)  # arguments of `add`
     _clock: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.batches = BatchSchedule.of(self.config)
+
     def start_clock(self) -> None:
         """Count the time from now on as training. Call it before the first step, and after evaluations and saves."""
         self._clock = time.perf_counter()
@@ -55,11 +59,14 @@ class RunLog:
         numbers = iter(torch.cat([value.flatten().float() for value in tensors]).tolist())
         self.timer.enter("idle")
         now, n_steps = time.perf_counter(), len(self._pending)
-        step_s, self._clock = (now - self._clock) / n_steps, now
+        step_s, first = (now - self._clock) / n_steps, self._pending[0][0] - 1
+        n_tokens = self.batches.tokens(self._pending[-1][0]) - self.batches.tokens(first)
+        times = {"tokens_per_s": n_tokens / (now - self._clock), "step_s": step_s}
+        self._clock = now
         phase_times = self.timer.row_times(n_steps)
         for step, metrics, n_targets, n_skipped in self._pending:
             values = {name: [next(numbers) for _ in range(value.numel())] for name, value in metrics.items()}
-            self.rows.append(self._row(step, values, n_targets, n_skipped, step_s) | phase_times)
+            self.rows.append(self._row(step, values, n_targets, n_skipped, times) | phase_times)
         self._pending.clear()
         self.last_row = self.rows[-1]
 
@@ -76,15 +83,14 @@ class RunLog:
         while self.sinks:
             self.sinks.pop(0).close(summary)
 
-    def _row(self, step: int, values: dict[str, list[float]], n_targets: int, n_skipped: int, step_s: float) -> dict:
+    def _row(self, step: int, values: dict[str, list[float]], n_targets: int, n_skipped: int, times: dict) -> dict:
         config = self.config
         layers = {name.removeprefix("layers."): values.pop(name) for name in list(values) if name.startswith("layers.")}
         factor = lr_factor(config.schedule, step - 1, config.steps)
         rates = {name: peak * factor for name, peak in self.peak_learning_rates.items()}
         scalars = {name: values.pop(name)[0] for name in list(values) if "." not in name and name != "loss_sum"}
-        tokens_per_s = config.batch_tokens / step_s
         peak = devices.peak_flops(self.world.device, config.precision)
-        self.time_s += step_s
+        self.time_s += times["step_s"]
         return {
             "step": step,
             **self.step_metrics(values, n_targets),
@@ -92,10 +98,10 @@ class RunLog:
             **scalars,
             **({"learning_rates": rates, "layers": layers} if layers else {}),
             "skipped_steps": n_skipped,
-            "tokens": step * config.batch_tokens,
-            "tokens_per_s": tokens_per_s,
-            "mfu": peak and tokens_per_s * self.flops_per_token / (peak * self.world.size),
+            "tokens": self.batches.tokens(step),
+            "tokens_per_s": times["tokens_per_s"],
+            "mfu": peak and times["tokens_per_s"] * self.flops_per_token / (peak * self.world.size),
             "memory_gib": devices.peak_memory_gib(self.world.device),
-            "step_s": step_s,
+            "step_s": times["step_s"],
             "time_s": self.time_s,
         }

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from training.config import LoggingConfig
 from training.files import write_atomically
+from training.optim.batch_schedule import BatchSchedule
 
 # Modules of this folder, and if the options enable their sink. Each has `open_sink(run, config) -> Sink`.
 # metrics.jsonl comes first: it is the log of record. The console comes last: it prints once all others are open.
@@ -30,7 +31,7 @@ class RunInfo(NamedTuple):
     header: dict[str, str]  # label and text, in the order to show them
     start_step: int  # 0, or the step of the checkpoint that the run resumes from
     steps: int
-    tokens_per_step: int
+    batches: BatchSchedule
     moe_layers: list[int]  # indices of the layers with experts
     facts: dict[str, Any]  # plain data for programs: device, world_size, ...
     hyperparameters: dict[str, Any]  # the options of the config that tell runs apart, by dotted name
@@ -53,7 +54,9 @@ class Sink:
 def open_sinks(config: LoggingConfig, run: RunInfo) -> list[Sink]:
     """Write run.json and open the sinks that `config` enables. Raises UserError if one cannot work."""
     content = {
-        name: getattr(run, name) for name in ("name", "header", "facts", "steps", "tokens_per_step", "moe_layers")
+        **{name: getattr(run, name) for name in ("name", "header", "facts", "steps", "moe_layers")},
+        "tokens_per_step": run.batches.constant,
+        "tokens": run.batches.tokens(run.steps),
     }
     write_atomically(run.dir / "run.json", json.dumps(content, indent=2) + "\n")
     sinks: list[Sink] = []

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from training.config import Config, Section
 from training.options.schema import all_groups, closest, explain_unknown, is_list, literals, sections, type_name
 from training.options.yaml import MAX_PROBLEMS, Node, OptionPath, Problem, to_printable
-from training.section import SectionWithAlternatives, is_set
+from training.section import SectionWithAlternatives
 
 NOUNS = {bool: "true or false", int: "an integer", float: "a number", str: "text", NoneType: "null"}
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
@@ -43,16 +43,14 @@ def settle_alternatives(root: Node) -> list[Problem]:
     The first of the file's, or of the flags', stays.
     """
     problems = []
-    for path, names in dict.fromkeys(
-        (group.path, names)
-        for group in all_groups()
-        if issubclass(group.section, SectionWithAlternatives)
-        for names, _ in group.section.alternatives
-    ):
+    groups = [group for group in all_groups() if issubclass(group.section, SectionWithAlternatives)]
+    for (path, names), kind in {
+        (g.path, names): g.section for g in groups for names, _ in g.section.alternatives
+    }.items():
         section = _node_at(root, path)
         if section is None or not isinstance(section.value, dict):
             continue
-        chosen = {name: node for name in names if (node := section.child(name)) and is_set(node.plain())}
+        chosen = {name: node for name in names if (node := section.child(name)) and kind.is_set(name, node.plain())}
         flags = {name: node for name, node in chosen.items() if node.line is None}
         first, *others = sorted(flags or chosen, key=lambda name: chosen[name].line or 0) or [None]
         for name in others:

@@ -7,6 +7,7 @@ from fractions import Fraction
 from training.config import Config
 from training.errors import UserError
 from training.model.stats import model_stats
+from training.optim.batch_schedule import BatchSchedule
 
 
 def epoch_samples(windows: Sequence[int], weights: Sequence[float] | None) -> Fraction:
@@ -37,7 +38,7 @@ def resolve_steps(config: Config, samples_per_epoch: Fraction | None) -> Config:
     else:
         option = f"tokens_per_parameter: {config.tokens_per_parameter:g}"
         n_tokens = math.ceil(Fraction(str(config.tokens_per_parameter)) * model_stats(config.model).n_active_parameters)
-    steps = -(-n_tokens // config.batch_tokens)
+    steps = BatchSchedule.of(config).steps(n_tokens)
     if steps >= 2**63:
         raise UserError(f"{option} is {steps:.3g} steps, more than can be counted; lower it")
     return config.with_steps(steps)

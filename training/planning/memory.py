@@ -17,6 +17,7 @@ from training.device import DTYPES
 from training.distributed.mesh import mesh_shape
 from training.distributed.world import BUCKET
 from training.model.stats import model_stats
+from training.optim.batch_schedule import BatchSchedule
 from training.optim.groups import frozen_names, match_groups
 from training.planning.walk import Change, LocalShape, Peak, walk, walk_optimizer
 
@@ -51,8 +52,13 @@ class MemoryEstimate(NamedTuple):
 
 
 def max_samples_per_rank(config: Config, world_size: int) -> int:
-    """Return the samples of one step on the rank that has the most of them."""
-    return math.ceil(config.batch_tokens // config.model.n_positions / world_size)
+    """Return the samples of one step on the rank that has the most of them, in the stage with the largest batch."""
+    return samples_per_rank(config, world_size, max(BatchSchedule.of(config).sizes()))
+
+
+def samples_per_rank(config: Config, world_size: int, batch_tokens: int) -> int:
+    """Return the samples of a batch on the rank that has the most of them."""
+    return math.ceil(batch_tokens // config.model.n_positions / world_size)
 
 
 def equal_parts(n_samples: int, fits: int, config: Config, device_type: str) -> int:

@@ -16,6 +16,7 @@ from training.data.shards import Manifest, read_manifest
 from training.data.tokenizer import build_tokenizer
 from training.errors import UserError
 from training.model.stats import ModelStats, model_stats
+from training.optim.batch_schedule import BatchSchedule
 from training.optim.groups import frozen_names, match_groups
 from training.optim.optimizer import state_bytes
 from training.planning.horizon import epoch_samples, resolve_steps
@@ -89,8 +90,9 @@ def build_plan(config: Config, device: TargetDevice, world_size: int) -> RunPlan
     config = config.model_copy(update={"precision": precision, "model": model})
     train_tokens = manifest.train_tokens if manifest else []
     config = resolve_steps(config, _samples_per_epoch(config, train_tokens)).resolved()
-    if (n_samples := config.batch_tokens // model.n_positions) < world_size:
-        problem = f"{world_size} ranks are more than the {n_samples} samples of batch_tokens {config.batch_tokens}"
+    batches = BatchSchedule.of(config)
+    if (n_samples := (smallest := min(batches.sizes())) // model.n_positions) < world_size:
+        problem = f"{world_size} ranks are more than the {n_samples} samples of batch_tokens {smallest}"
         raise UserError(f"--world: {problem}; raise batch_tokens")
     per_rank = max_samples_per_rank(config, world_size)
     estimator = MemoryEstimator(config, world_size, device.type)
@@ -100,7 +102,7 @@ def build_plan(config: Config, device: TargetDevice, world_size: int) -> RunPlan
     else:
         micro_batch = min(config.micro_batch, per_rank)
     memory = estimator.estimate(micro_batch)
-    n_tokens = config.steps * config.batch_tokens
+    n_tokens = batches.tokens(config.steps)
     sizes = estimator.stats, micro_batch, largest, memory
     return RunPlan(config, device, world_size, n_tokens, train_tokens, data_problem, *sizes)
 
@@ -182,10 +184,13 @@ def describe_groups(config: Config, stats: ModelStats) -> str:
 
 def describe_batch(config: Config, micro_batch: int, n_ranks: int = 1) -> str:
     """Return the line "batch" of a plan and of a run's header."""
-    n_samples = config.batch_tokens // config.model.n_positions
-    per_rank = f", {-(-n_samples // n_ranks)} per rank" if n_ranks > 1 else ""
-    samples = f"{n_samples:,} samples x {config.model.n_positions}{per_rank}"
-    return f"{config.batch_tokens:,} tokens = {samples}, micro-batch {micro_batch}"
+    stages = []
+    for step, token, size in BatchSchedule.of(config).stages:
+        n_samples = size // config.model.n_positions
+        per_rank = f", {-(-n_samples // n_ranks)} per rank" if n_ranks > 1 else ""
+        start = f"from {token:,} tokens (step {step + 1:,}) " if step else ""
+        stages.append(f"{start}{size:,} tokens = {n_samples:,} samples x {config.model.n_positions}{per_rank}")
+    return f"{'; '.join(stages)}, micro-batch {micro_batch}"
 
 
 def report_lines(plan: RunPlan, mfu: float | None, measured: float | None) -> list[str]:
@@ -261,17 +266,17 @@ def _rounded(value: float) -> str:
 def warnings(plan: RunPlan) -> Iterator[str]:
     """Yield likely mistakes, each with what to change."""
     config, device = plan.config, plan.device
-    n_samples = config.batch_tokens // config.model.n_positions
     if not plan.largest_micro_batch:
         remedy = "parallel.recompute: full, parallel.mesh.shard over more devices, a smaller model.n_positions"
         yield f"not one sample fits into {device.n_bytes / 2**30:.1f} GiB: use {remedy}, or a smaller model"
     elif plan.micro_batch > plan.largest_micro_batch:
         yield f"micro_batch {plan.micro_batch} does not fit: use auto, or {plan.largest_micro_batch}"
-    if n_samples % plan.world_size:
-        yield f"{n_samples} samples do not divide among {plan.world_size} ranks: some wait at each step"
-    elif (per_rank := n_samples // plan.world_size) % plan.micro_batch:
-        multiple = f"no multiple of micro_batch {plan.micro_batch}"
-        yield f"a rank's {per_rank} samples are {multiple}: the last micro-batch of a step is smaller"
+    for n_samples in dict.fromkeys(size // config.model.n_positions for size in BatchSchedule.of(config).sizes()):
+        if n_samples % plan.world_size:
+            yield f"{n_samples} samples do not divide among {plan.world_size} ranks: some wait at each step"
+        elif (per_rank := n_samples // plan.world_size) > plan.micro_batch and per_rank % plan.micro_batch:
+            multiple = f"no multiple of micro_batch {plan.micro_batch}"
+            yield f"a rank's {per_rank} samples are {multiple}: the last micro-batch of a step is smaller"
     if config.precision == "bf16" and not device.has_bf16:
         other = "fp16" if device.type == "cuda" else "fp32"
         yield f"{device.name} has no matrix units for bf16: use precision {other}"
@@ -308,14 +313,15 @@ def check_memory(config: Config, world_size: int, available: int) -> None:
     frozen = frozen_names(match_groups(config.optim, stats.kinds))
     n_trained = stats.n_parameters - sum(stats.shapes[name].numel() for name in frozen)
     state = 4 * (stats.n_parameters + n_trained) + state_bytes(config.optim, stats.shapes, stats.kinds)
-    tokens = 16 * config.batch_tokens // world_size  # inputs and targets, int64
+    batch_tokens = max(BatchSchedule.of(config).sizes())
+    tokens = 16 * batch_tokens // world_size  # inputs and targets, int64
     for needed, what, remedy in (
         (
             state // n_shards,
             f"the {stats.n_parameters:,} parameters of model, their gradients and optimizer",
             "a smaller model",
         ),
-        (tokens, f"batch_tokens {config.batch_tokens:,}", "fewer"),
+        (tokens, f"batch_tokens {batch_tokens:,}", "fewer"),
     ):
         if needed > available:
             sizes = f"{needed / 2**30:,.1f} GiB per rank, and {available / 2**30:,.1f} GiB are here"
