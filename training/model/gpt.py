@@ -30,7 +30,16 @@ from training.model.cache import Cache, LayerCache
 from training.model.differential import DifferentialAttention
 from training.model.gated import GatedAttention
 from training.model.latent import LatentAttention
-from training.model.layers import Embedding, FeedForwardContext, Linear, build_norm
+from training.model.layers import (
+    EMBEDDING_DROPOUT,
+    FFN_DROPOUT,
+    MIXER_DROPOUT,
+    Embedding,
+    FeedForwardContext,
+    Linear,
+    build_norm,
+    dropout,
+)
 from training.model.mlp import MLP
 from training.model.moe import MoE, Routing, finish_step
 
@@ -52,13 +61,15 @@ class Block(nn.Module):
         self.mixer = MIXERS[type(block.mixer)](block.mixer, model)
         self.norm_2 = build_norm(model)
         self.ffn = FEED_FORWARDS[type(block.ffn)](block.ffn, model, kernels)
+        self.dropout = model.dropout
 
     def forward(
         self, x_BTC: Tensor, attention: AttentionContext, context: FeedForwardContext, cache: LayerCache | None
     ) -> tuple[Tensor, Routing | None]:
-        x_BTC = x_BTC + self.mixer(self.norm_1(x_BTC), attention, cache)
+        y_BTC = self.mixer(self.norm_1(x_BTC), attention, cache)
+        x_BTC = x_BTC + dropout(y_BTC, self.dropout, context, MIXER_DROPOUT)
         y_BTC, routing = self.ffn(self.norm_2(x_BTC), context)
-        return x_BTC + y_BTC, routing
+        return x_BTC + dropout(y_BTC, self.dropout, context, FFN_DROPOUT), routing
 
 
 class Loss(nn.Module):
@@ -121,7 +132,7 @@ class GPT(nn.Module):
         The loss is the micro-batch's part of the global mean: its sum over tokens divided by `batch.n_targets`.
         Metrics are sums, to be added over micro-batches and ranks: "loss_sum" (nats, cross-entropy alone) and for every
         MoE layer i "expert_count.i" (E,), "dropped.i", "confidence.i" and "z_loss.i"; if `measures_residual`, also
-        "residual_square" (n_layer,), of the residual stream after each block. Router noise and expert
+        "residual_square" (n_layer,), of the residual stream after each block. Dropout, router noise and expert
         capacity apply in training mode, if the batch has keys. `attention` replaces the model's back-end.
         """
         is_training = self.training and batch.key_B is not None
@@ -196,6 +207,7 @@ class GPT(nn.Module):
 
         x_BTC = self.wte(tokens_BT)
         x_BTC = (x_BTC if self.wpe is None else x_BTC + self.wpe(attention.position)).to(self.dtype)
+        x_BTC = dropout(x_BTC, self.config.dropout, context, EMBEDDING_DROPOUT)
         routings = {}
         for i, block in enumerate(self.blocks):
             # With a cache every call has a new length, for which a compiled block would recompile.

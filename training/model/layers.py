@@ -15,13 +15,17 @@ from torch.autograd.function import once_differentiable
 
 from training.config import Activation, ModelConfig
 
+# A sample's key is below 2^48; the number of a stream of random numbers is above it. Layer i adds i to its streams, and
+# a model has at most 10,000 layers: no two streams are the same.
+MIXER_DROPOUT, FFN_DROPOUT, EMBEDDING_DROPOUT = (n << 48 for n in (10_000, 20_000, 30_000))  # jitter: 0
+
 
 class FeedForwardContext(NamedTuple):
     """Facts about the batch for feed-forward layers. The default is for generation: no losses, no metrics."""
 
     n_tokens: int | None = None  # divides auxiliary losses; None: compute no losses and no routing metrics
     key_B: Tensor | None = None  # int64: one key per sample for random numbers; needed if is_training
-    is_training: bool = False  # add noise and drop tokens beyond the experts' capacity
+    is_training: bool = False  # add noise, apply dropout and drop tokens beyond the experts' capacity
 
     def for_layer(self, index: int) -> "FeedForwardContext":
         """Return the context with random keys that differ between layers."""
@@ -40,12 +44,33 @@ def uniform_from_keys(key_B: Tensor, n_tokens: int, width: int) -> Tensor:
 
     They are the same on every device, in every micro-batch, and when activation checkpointing recomputes the layer.
     """
-    position_TC = _hash(torch.arange(n_tokens * width, device=key_B.device)).view(n_tokens, width)
-    key_B = _hash(_hash(key_B >> 32) ^ key_B & _32_BITS)
-    return (_hash(key_B[:, None, None] ^ position_TC) >> 8).float() / 2**24
+    return (_random_bits(key_B, n_tokens, width) >> 8).float() / 2**24
+
+
+def dropout(x_BTC: Tensor, share: float, context: FeedForwardContext, stream: int) -> Tensor:
+    """Zero a share of the elements and divide the others by the rest of it, in training; else return `x_BTC` itself.
+
+    An element is a function of (sample key, layer, token, channel), as in `uniform_from_keys`. `stream` is one of the
+    constants above. The share is rounded to a multiple of 2^-16, for which half of a hash is enough: one hash decides
+    on two elements, the channels c and c + ceil(C / 2). The scale is that of the rounded share, so the mean is kept.
+    """
+    if not share or not context.is_training:
+        return x_BTC
+    n_tokens, width = x_BTC.shape[1:]
+    threshold = round(share * 2**16)
+    bits = _random_bits(context.key_B + stream, n_tokens, -(-width // 2))
+    is_dropped_BTC = torch.cat([bits & 0xFFFF, bits >> 16], dim=-1)[..., :width] < threshold
+    return (x_BTC * (2**16 / (2**16 - threshold))).masked_fill(is_dropped_BTC, 0.0)
 
 
 _32_BITS = 0xFFFFFFFF
+
+
+def _random_bits(key_B: Tensor, n_tokens: int, width: int) -> Tensor:
+    """Return hashes of (sample key, token, channel), 32 bits each, int64 (B, T, C)."""
+    position_TC = _hash(torch.arange(n_tokens * width, device=key_B.device)).view(n_tokens, width)
+    key_B = _hash(_hash(key_B >> 32) ^ key_B & _32_BITS)
+    return _hash(key_B[:, None, None] ^ position_TC)
 
 
 def _hash(x: Tensor) -> Tensor:

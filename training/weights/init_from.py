@@ -196,8 +196,8 @@ def local_folder(name: str, patterns: list[str], option: str) -> Path:
 
 def _merge(ours: ModelConfig, theirs: ModelConfig, where: str) -> ModelConfig:
     """Return their model with our options where they may differ. Raises UserError for other differences."""
-    changes: dict[str, Any] = {}
-    for name in sorted(ours.model_fields_set - {"blocks"}):
+    changes: dict[str, Any] = {"dropout": ours.dropout}  # of this training, and never inherited
+    for name in sorted(ours.model_fields_set - {"blocks", "dropout"}):
         value, known = getattr(ours, name), getattr(theirs, name)
         if value == known or (name == "vocab_size" and value is None):
             continue

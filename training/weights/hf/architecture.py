@@ -73,7 +73,7 @@ class Architecture:
 def computed_options(config: ModelConfig) -> dict[str, Any]:
     """Return every option that changes a logit, by its name, with explicit sizes."""
     unused = set() if config.position == "rope" else {"rope", "rope_theta"}
-    options = config.model_dump(exclude={"blocks", "isolate_documents"} | unused)
+    options = config.model_dump(exclude={"blocks", "isolate_documents", "dropout"} | unused)
     for i, block in enumerate(config.with_explicit_sizes().layers()):
         for part in ("mixer", "ffn"):
             values = {"type": ""} | getattr(block, part).model_dump(exclude=BALANCING | unused)

@@ -34,7 +34,8 @@ class GPT2Architecture(Architecture):
             "architectures": ["GPT2LMHeadModel"],
             **write_fields(config, MODEL),
             **write_fields(config.with_explicit_sizes().layers()[0].ffn, MLP),
-            **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
+            "attn_pdrop": 0.0,
+            **dict.fromkeys(("embd_pdrop", "resid_pdrop"), config.dropout),
         }
 
     def from_hf(self, hf: dict[str, Any]) -> dict[str, Any]:
