@@ -212,6 +212,19 @@ def prepared_tokenizer(folder: Path) -> Path:
     return Path(prepared(folder, tokens_at(folder / "any.bin")).report["folder"]) / "tokenizer" / "tokenizer.json"
 
 
+def test_tokens_and_answers_mix_with_weights(tmp_path):
+    write_raw(tmp_path / "a.bin", np.append(END, np.arange(2000) % 100))
+    lines = (json.dumps({"question": f"What is {i}?", "answer": f" {i}."}) + "\n" for i in range(200))
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    answers = ANSWERS | {"paths": [str(tmp_path / "a.jsonl")], "weight": 1}
+    dataset = prepared(tmp_path, tokens_at(tmp_path / "a.bin", weight=1), answers, val_fraction=0.2)
+    tokens, targets = Samples(dataset.train, n_positions=32, seed=0).at(range(1024))
+    is_raw = (tokens[:, 1:] == (tokens[:, :-1] + 1) % 100).mean(axis=1) > 0.9
+    assert is_raw.sum() == 512
+    assert (targets[is_raw] >= 0).all() and (targets[~is_raw] < 0).any(axis=1).all()
+    assert [stream.name for stream in dataset.val.streams] == ["a.bin", "a.jsonl"]
+
+
 # --- the cache, and files that change --------------------------------------------------------------
 
 
@@ -451,12 +464,16 @@ def test_a_bad_token_file_is_one_line(tmp_path, capsys, case):
     assert not list((tmp_path / "cache").glob("*/*"))
 
 
+ANSWERS = {"paths": ["a.jsonl"], "prompt_column": "question", "completion_column": "answer"}
+
+
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
         ({}, {"tokenizer": {"type": "bpe"}}, "token files need the one that made them"),
         ({"end_of_text": 3}, {"val_sources": [tokens_at(Path("a.bin"), end_of_text=4)]}, "the end_of_text 3 and 4"),
         ({"dtype": "float32"}, {}, "Input should be 'uint8', 'uint16'"),
+        ({}, {"sources": [tokens_at(Path("a.bin")), ANSWERS]}, "give every source a weight: token files and rows with"),
     ],
 )
 def test_options_that_do_not_fit_token_files_are_named(tmp_path, source, options, message):

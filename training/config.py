@@ -510,6 +510,9 @@ class DataConfig(Section):
         ids = sorted({source.end_of_text for source in tokens if source.end_of_text is not None})
         if len(ids) > 1:
             yield "sources", f"token sources name the end_of_text {ids[0]} and {ids[1]}, and a run has one"
+        types = {type(source) for source in self.sources if isinstance(source, TokensSource) or has_answers(source)}
+        if TokensSource in types and len(types) > 1 and all(source.weight is None for source in self.sources):
+            yield "sources", "give every source a weight: token files and rows with answers share no stream"
 
 
 # --- optimizer and schedule ------------------------------------------------------------------------

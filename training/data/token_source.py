@@ -176,7 +176,9 @@ def with_end_of_text(tokenizer: Tokenizer, id_: int | None) -> Tokenizer:
         problem = "is not in its vocabulary" if name is None else f"is the ordinary token {name!r}"
         own = f"{tokenizer.end_of_text} is {tokenizer.separator}"
         raise UserError(f"end_of_text: {id_} {problem}, and so cannot separate documents; data.tokenizer's own {own}")
-    return Tokenizer(tokenizer.inner, "data.tokenizer", name)
+    named = Tokenizer(tokenizer.inner, "data.tokenizer", name)
+    named.chat_template = tokenizer.chat_template
+    return named
 
 
 def is_token_path(path: str) -> bool:
