@@ -187,20 +187,16 @@ class ModelConfig(Section):
     bias: bool = option(True, "biases in linear layers and LayerNorm")
     tie_head: bool = option(True, "use the token embedding as the output projection")
     logit_softcap: float | None = option(None, "bound logits by softcap x tanh(logit / softcap); null: no bound", gt=0)
-<<<<<<< HEAD
-    isolate_documents: bool | None = option(
-        None,
-        "documents in one sample do not attend to each other; positions restart; null: if sources have answers",
-    )
-=======
     dropout: float = option(
         0.0,
         "in training, zero this share of the embeddings and of each sub-layer's output, and scale the rest up",
         ge=0,
         lt=1,
     )
-    isolate_documents: bool = option(False, "documents in one sample do not attend to each other; positions restart")
->>>>>>> eb913ce (Dropout of embeddings and sub-layers, keyed by sample, layer, token and channel; nanoGPT's character run as a config)
+    isolate_documents: bool | None = option(
+        None,
+        "documents in one sample do not attend to each other; positions restart; null: if sources have answers",
+    )
     blocks: ListOf[BlockConfig] = option((BlockConfig(),), "blocks, repeated up to n_layer layers", min_length=1)
 
     def rules(self) -> Iterator[tuple[str, str]]:
