@@ -571,8 +571,8 @@ DEFECTS = [
     Defect("W&B's project overrules the environment", "logging/wandb.py", "config.project or theirs.project or",
            "config.project or", "tests/test_logging.py -k keeps_one_run"),
     # issue faults: plan
-    Defect("each kind of layer counts once", "planning/memory.py", "for kind in reversed(self.kind_of_layer)",
-           "for kind in set(self.kind_of_layer)", "tests/test_plan.py -k walk_of"),
+    Defect("each kind of layer counts once", "planning/memory.py", "for kind in self.kind_of_layer]",
+           "for kind in set(self.kind_of_layer)]", "tests/test_plan.py -k walk_of"),
     Defect("every micro-batch takes the memory of one sample more", "planning/memory.py",
            "first + (n_samples - 1) * (second - first)", "first + n_samples * (second - first)",
            "tests/test_plan.py -k walk_of"),
