@@ -17,7 +17,8 @@ from training.data import prepare
 from training.data.tokenizer import build_byte_tokenizer
 from training.distributed.world import World
 from training.engine.build import resolve_precision, resolve_sizes
-from training.engine.resume import check_same_run, comparable, find_resume_point
+from training.engine.changes import comparable
+from training.engine.resume import check_same_run, find_resume_point
 from training.errors import UserError
 from training.files import run_lock
 from training.train import train

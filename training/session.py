@@ -28,7 +28,7 @@ def _no_check() -> None:
 
 
 @contextmanager
-def session(config: Config, resume: str) -> Iterator[Session]:
+def session(config: Config, resume: str, branch: str | None = None) -> Iterator[Session]:
     """Lock the run's folder, join the ranks and check that they agree; leave and unlock at the end.
 
     Raises UserError if another process trains this run, a rank is missing, or the ranks' options differ.
@@ -53,9 +53,10 @@ def session(config: Config, resume: str) -> Iterator[Session]:
         stack.push(world.close)
         if world.is_main and world.size > 1:
             check_lock = stack.enter_context(run_lock(config.run_dir))
-        check_same_options(world, config, resume, resolve_precision(config.precision, world.device))
+        flags = {"--resume": resume, "--branch": branch}
+        check_same_options(world, config, flags, resolve_precision(config.precision, world.device))
         world.set_activity("the preparation of data", "untimed")
-        config = resolve_init_from(config, fresh=resume == "never")
+        config = resolve_init_from(config, fresh=resume == "never", branch=branch)
         check_mesh(config, world.size)
         if config.parallel.compile:
             from training.kernels.compiler import check_compiler

@@ -2,8 +2,10 @@
 
     python -m training.train --config configs/quickstart.yaml
     python -m training.train --config my.yaml --optim.learning_rate 1e-3 --steps 2000
+    python -m training.train --config my.yaml --branch runs/my --name my-lower --optim.learning_rate 1e-4
 
-The run is written to out_dir/name. The same command, started again, resumes it.
+The run is written to out_dir/name. The same command, started again, resumes it. With more --steps a run goes on if each
+step that it did stays what it would have been; with other options a new one goes on from it, by --branch.
 """
 
 import os
@@ -12,13 +14,15 @@ import time
 from contextlib import ExitStack, closing
 
 from training.config import Config
-from training.errors import command
+from training.errors import UserError, command
 from training.options import cli
 from training.session import session
 
 FLAGS = {
     "--resume": "auto: resume from the run's latest checkpoint (default); never: start over, moving the old run aside; "
-    "PATH: start from the checkpoint or run at PATH"
+    "PATH: start from the checkpoint or run at PATH",
+    "--branch": "PATH: a new run, with its own --name, that goes on from the checkpoint or run at PATH with other "
+    "options, such as a learning rate or steps; its rows, TensorBoard and report show that run up to there",
 }
 PAUSED = -1  # status of `train` if its turn is over; no exit status
 
@@ -30,7 +34,10 @@ def main(argv: list[str] | None = None) -> int:
     config, flags = cli.parse_command_line(arguments, prog="python -m training.train", doc=__doc__, flags=FLAGS)
     # torch reads this at import. Hide C++ stack traces when a rank dies: our monitor prints one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL" if "WORLD_SIZE" in os.environ else "WARNING")
-    return train(config, resume=resolve_resume(flags["--resume"]))
+    branch, resume = flags["--branch"], resolve_resume(flags["--resume"])
+    if branch is not None and resume not in ("auto", "never"):
+        raise UserError("--branch: leave --resume out; a branch resumes from its own checkpoints once it has some")
+    return train(config, resume=resume, branch=branch and cli.flag_path("--branch", branch))
 
 
 def resolve_resume(value: str | None) -> str:
@@ -44,10 +51,10 @@ def resolve_resume(value: str | None) -> str:
     return value if value in ("auto", "never") else cli.flag_path("--resume", value)
 
 
-def train(config: Config, *, resume: str = "auto", turn_s: float | None = None) -> int:
+def train(config: Config, *, resume: str = "auto", branch: str | None = None, turn_s: float | None = None) -> int:
     """Run the five steps of a run and return the exit status. After `turn_s` seconds, save and return PAUSED."""
     started = time.perf_counter()
-    with session(config, resume) as run, ExitStack() as stack:
+    with session(config, resume, branch) as run, ExitStack() as stack:
         from training import engine  # imports torch, once the options are known to be good
         from training.data import prepare
 
@@ -55,7 +62,7 @@ def train(config: Config, *, resume: str = "auto", turn_s: float | None = None) 
         dataset = prepare(run.config.data, quiet=not run.world.is_main)
 
         # 2. Initialize the model and optimizer, or restore them from a checkpoint.
-        setup = engine.build(run.config, dataset, run.world, resume)
+        setup = engine.build(run.config, dataset, run.world, resume, branch)
         config, model, optimizer, state = setup.config, setup.model, setup.optimizer, setup.state
         log = stack.enter_context(closing(engine.open_log(setup, dataset, started)))
         if config.parallel.compile:  # after open_log: TensorBoard's graph needs the uncompiled model

@@ -17,7 +17,7 @@ PER_HOST = {"cache_dir", "workers"}  # options of `data` that may differ between
 N_LISTED = 3  # max differences named in the error
 
 
-def check_same_options(world: World, config: Config, resume: str, precision: str) -> None:
+def check_same_options(world: World, config: Config, flags: dict[str, str | None], precision: str) -> None:
     """Raise UserError if ranks differ in options, code, PyTorch version or resolved precision. Collective."""
     source = hashlib.sha256()
     package = Path(__file__).parents[1]
@@ -25,7 +25,7 @@ def check_same_options(world: World, config: Config, resume: str, precision: str
         source.update(str(path.relative_to(package)).encode() + path.read_bytes())
     options = dict(flatten_options(config.model_dump(mode="json", exclude={"data": PER_HOST})))
     versions = {"torch": torch.__version__, "the code of training": source.hexdigest()[:12]}
-    check_same(world, options | {"precision": precision, "--resume": resume} | versions)
+    check_same(world, options | {"precision": precision} | flags | versions)
 
 
 def check_same(world: World, values: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from training.distributed.consistency import check_same
 from training.distributed.parallelize import parallelize
 from training.distributed.sharded_model import ShardedModel
 from training.distributed.world import World
+from training.engine.branch import run_of, start_branch
 from training.engine.micro_batch import MicroBatch
 from training.engine.resume import ResumePoint, check_same_run, find_resume_point, prepare_run_dir
 from training.engine.state import TrainState, load_tensors
@@ -46,10 +48,11 @@ class Setup(NamedTuple):
     micro_batch: MicroBatch
     state: TrainState
     kernels: KernelChoice
+    parent: Path | None  # folder of the run that this one branches off from, at the start of a branch
 
 
-def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
-    """Build the parts of a run, from scratch or from the checkpoint that `resume` selects. Collective.
+def build(config: Config, dataset: Dataset, world: World, resume: str, branch: str | None = None) -> Setup:
+    """Build the parts of a run, from scratch or from the checkpoint that `resume` or `branch` selects. Collective.
 
     Raises UserError if the folder holds another run, the checkpoint does not fit, or memory or disk are too small.
     """
@@ -57,10 +60,14 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
     prepare_process(config, world)
     check_same(world, {"data": dataset.fingerprint[:12]})
     config, train = resolve_sizes(config, dataset)
-    point = find_resume_point(config, resume, world)
+    point = find_resume_point(config, resume, world, branch)
     state = TrainState.new() if point is None else point.state
     config = resolve_precision(config, world, state)
     check_same_run(config, dataset, resume, point)
+    parent = None
+    if point is not None and point.is_branch:
+        start_branch(config, dataset, point.path, state)
+        parent = run_of(point.path)
     config = choose_best(config, dataset, world, state)
     tasks = load_tasks(config.eval.tasks, dataset.tokenizer, config.model.n_positions, quiet=not world.is_main)
     check_same(world, {"eval.tasks": fingerprint(tasks)})
@@ -103,7 +110,7 @@ def build(config: Config, dataset: Dataset, world: World, resume: str) -> Setup:
     parallel = config.parallel.model_copy(update=chosen)
     config = config.model_copy(update={"micro_batch": micro_batch.size, "parallel": parallel})
     state.config = config.model_dump(mode="json")
-    return Setup(config, model, stats, optimizer, loader, val, tasks, micro_batch, state, kernels)
+    return Setup(config, model, stats, optimizer, loader, val, tasks, micro_batch, state, kernels, parent)
 
 
 def prepare_process(config: Config, world: World) -> None:

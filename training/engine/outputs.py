@@ -1,11 +1,8 @@
 """A run's outputs other than checkpoints: config.yaml, the logs, the final model, summary.json, the report."""
 
 import json
-import shlex
-import sys
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -17,13 +14,15 @@ from training.checkpoint import Checkpoint
 from training.config import Config
 from training.data import Dataset
 from training.data.dialogues import end_tokens
+from training.engine.branch import describe_lineage
 from training.engine.build import Setup
 from training.engine.expert_tokens import measure_expert_tokens
 from training.engine.loop import Phases, is_out_of_patience
+from training.engine.next_commands import next_commands
 from training.errors import UserError
-from training.files import atomic_folder, ensure_folder, mkdir_durable, write_atomically
+from training.files import atomic_folder, ensure_folder, mkdir_durable, write_atomically, write_errors_as_user_errors
 from training.logging.advice import advice, facts_from_history
-from training.logging.jsonl import nan_to_null
+from training.logging.jsonl import copy_rows, nan_to_null
 from training.logging.metrics import summary_values
 from training.logging.phases import PhaseTimer
 from training.logging.report import update_report
@@ -63,6 +62,9 @@ def open_log(setup: Setup, dataset: Dataset, started: float) -> RunLog:
     write_atomically(folder / "config.yaml", info.config_yaml)
     ensure_folder(folder / "tokenizer")
     dataset.tokenizer.save(folder / "tokenizer", config.model.n_positions)
+    if setup.parent is not None:
+        with write_errors_as_user_errors(folder):
+            copy_rows(setup.parent, folder, state.step)
     log.info, log.sinks = info, open_sinks(config.logging, info)
     jsonl_sink = log.sinks[0]  # metrics.jsonl
     log.history = jsonl_sink.history
@@ -99,7 +101,8 @@ def run_info(setup: Setup, dataset: Dataset) -> RunInfo:
         "steps": f"{config.steps:,}, {batches.tokens(config.steps):,} tokens",
         "average": describe_average(config),
         "initialized from": "" if state.step else config.init_from,
-        "resuming from": f"step {state.step:,}" if state.step else "",
+        "branched off from": describe_lineage(state.lineage),
+        "resuming from": f"step {state.step:,}" if state.step and setup.parent is None else "",
     }
     facts = {
         "device": device,
@@ -111,6 +114,7 @@ def run_info(setup: Setup, dataset: Dataset) -> RunInfo:
         "n_active_parameters": stats.n_active_parameters,
         "flops_per_token": stats.flops_per_token,
         "data": state.data,
+        "lineage": state.lineage,
     }
     return RunInfo(
         dir=config.run_dir,
@@ -124,6 +128,7 @@ def run_info(setup: Setup, dataset: Dataset) -> RunInfo:
         moe_layers=list(moe),
         facts=facts,
         hyperparameters=hyperparameters(config),
+        is_new_branch=setup.parent is not None,
     )
 
 
@@ -238,8 +243,6 @@ def summarize(setup: Setup, dataset: Dataset, log: RunLog) -> dict[str, Any]:
         n_skipped=state.guard.n_skipped,
         vocab_size=dataset.tokenizer.vocab_size,
     )
-    prompt = (*config.eval.prompts, "The ")[0].rstrip("\n")
-    prompted = ["--chat"] if config.data.has_messages else ["--prompt", prompt]
     return {
         "steps": state.step,
         "tokens": row["tokens"],
@@ -259,15 +262,6 @@ def summarize(setup: Setup, dataset: Dataset, log: RunLog) -> dict[str, Any]:
         "parameters": setup.stats.n_parameters,
         "active_parameters": setup.stats.n_active_parameters,
         "model_dir": f"{folder}/model",
-        "next": [
-            shlex.join([program("python"), "-m", "training.generate", "--run", folder, *prompted]),
-            shlex.join([program("python"), "-m", "training.evaluate", "--run", folder]),
-            shlex.join([program("tensorboard"), "--logdir", config.out_dir]),
-        ],
+        "lineage": state.lineage,
+        "next": next_commands(config, state),
     }
-
-
-def program(name: str) -> str:
-    """Return the shell's name for a program of this environment: .venv/bin/NAME below this folder, else NAME."""
-    path = Path(sys.executable).with_name(name)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else name

@@ -2,84 +2,121 @@
 
 A restart may change how a run is executed, never what it computes: `config.CHANGEABLE_ON_RESUME` lists the options
 that may differ. Other options may be written otherwise if they mean the same: paths to the same text, tokenizer or
-weights by their hashes, a pattern of the same layers, weights of the same proportions.
+weights by their hashes, a pattern of the same layers, weights of the same proportions. `steps` and the schedule may
+change where every finished step stays what it would have been (`longer.py`). Other options need a branch (`branch.py`).
 """
 
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from pydantic import ValidationError
+from typing import Literal, NamedTuple
 
 from training import checkpoint
-from training.config import CHANGEABLE_ON_RESUME, Config
+from training.config import Config
 from training.data import Dataset
-from training.data.loader import Mixture
 from training.distributed.world import World
+from training.engine.branch import check_own
+from training.engine.changes import changed_options
+from training.engine.longer import find_extension, parse_options
 from training.engine.state import TrainState
 from training.errors import UserError
 from training.files import rename_to_free_name, write_errors_as_user_errors
 from training.options import cli
-from training.options.schema import flatten_options
 from training.terminal import print_line
-from training.weights.hf.architecture import pattern
 from training.weights.init_from import weights_sha256
 
-ENDLESS = ("constant", "inverse_sqrt")  # schedules in which no step depends on `steps`
+
+class Location(NamedTuple):
+    """A checkpoint to start from."""
+
+    path: str
+    kind: Literal["own", "other", "branch"]  # of this run, or of another one
+    n_common: int | None = None  # steps that have the same learning rates as when the run did them; None: all
+    is_earlier: bool = False  # later checkpoints have begun a decay that these options do not have there
 
 
 class ResumePoint(NamedTuple):
     """The checkpoint that a run starts from."""
 
     path: Path
-    is_own: bool  # the run's own checkpoint, not another run's
+    location: Location
     state: TrainState  # without another run's best loss and kernels
 
+    @property
+    def is_own(self) -> bool:
+        """True for the run's own checkpoint."""
+        return self.location.kind == "own"
 
-def find_resume_point(config: Config, resume: str, world: World) -> ResumePoint | None:
+    @property
+    def is_branch(self) -> bool:
+        """True for the checkpoint of the run that this one branches off from."""
+        return self.location.kind == "branch"
+
+
+def find_resume_point(config: Config, resume: str, world: World, branch: str | None = None) -> ResumePoint | None:
     """Return the checkpoint to start from, found and verified by the main rank; None to start from scratch.
 
     `resume` is "auto", "never" or the path of a checkpoint or run. A checkpoint of this run takes the run back to it.
-    One of another run is used only until this run has checkpoints of its own. Changes no file. Raises UserError if no
-    checkpoint is intact, on the main rank only. Collective.
+    One of another run, also that of `branch`, is used only until this run has checkpoints of its own. Changes no file.
+    Raises UserError if no checkpoint is intact, on the main rank only. Collective.
     """
-    location = _find(config, resume) if world.is_main and resume != "never" else None
-    location = world.broadcast(location and (str(location[0]), location[1]))
+    location = _find(config, resume, branch) if world.is_main and (branch or resume != "never") else None
+    location = world.broadcast(location and tuple(location))
     if location is None:
         return None
-    path, is_own = Path(location[0]), location[1]
+    location = Location(*location)
+    path = Path(location.path)
     state = TrainState.load(path / "state.json")
-    if not is_own:
+    if location.kind == "other":
         state.best, state.kernels = None, {}
-    return ResumePoint(path, is_own, state)
+    return ResumePoint(path, location, state)
 
 
-def _find(config: Config, resume: str) -> tuple[Path, bool] | None:
-    """Return the path of the checkpoint to start from, and whether it is the run's own."""
+def _find(config: Config, resume: str, branch: str | None) -> Location | None:
+    """Return the checkpoint to start from."""
     folder, requested = config.run_dir / "checkpoints", None
-    if resume != "auto":
-        requested = Path(resume)
-        if (requested / "checkpoints").is_dir():
-            requested = checkpoint.latest(requested / "checkpoints", print_line) or requested
-        if not (requested / checkpoint.MANIFEST).is_file():
-            raise UserError(f"--resume {requested}: not auto, never, a checkpoint, or a run with a checkpoint")
-        if problem := checkpoint.corruption(requested):
-            raise UserError(problem)
+    if branch is not None and Path(branch).resolve().is_relative_to(config.run_dir.resolve()):
+        raise UserError(f"--branch {branch}: a run cannot branch off from itself; choose another --name")
+    if resume not in ("auto", "never"):
+        requested = _named_checkpoint(resume, "--resume", "auto, never, a checkpoint, or a run with a checkpoint")
         if requested.parent.resolve() == folder.resolve():
-            return requested, True
-    try:
-        own = checkpoint.latest(folder, print_line)
-    except UserError as error:
-        raise UserError(f"{error}; start over with --resume never") from error
-    if own is not None:
-        if requested is not None:
-            print_line(
-                f"{config.run_dir}: resuming from its own {own.name}; --resume {resume} only mattered at its start"
-            )
-        return own, True
-    if requested is not None and (step := checkpoint.read_state(requested)["step"]) >= config.steps:
-        raise UserError(f"--resume {resume}: it is at step {step}, and steps is {config.steps}; raise steps")
-    return None if requested is None else (requested, False)
+            return _own(requested, config, goes_back=False)
+    if resume != "never":
+        try:
+            own = checkpoint.latest(folder, print_line)
+        except UserError as error:
+            raise UserError(f"{error}; start over with --resume never") from error
+        if own is not None:
+            if branch is not None:
+                print_line(check_own(config, branch, own))
+            elif requested is not None:
+                only = f"--resume {resume} only mattered at its start"
+                print_line(f"{config.run_dir}: resuming from its own {own.name}; {only}")
+            return _own(own, config, goes_back=True)
+    if branch is not None:
+        requested = _named_checkpoint(branch, "--branch", "a checkpoint, or a run with a checkpoint")
+    if requested is None:
+        return None
+    if (step := checkpoint.read_state(requested)["step"]) >= config.steps:
+        flag = f"--resume {resume}" if branch is None else f"--branch {branch}"
+        raise UserError(f"{flag}: it is at step {step}, and steps is {config.steps}; raise steps")
+    return Location(str(requested), "other" if branch is None else "branch")
+
+
+def _own(path: Path, config: Config, *, goes_back: bool) -> Location:
+    """Return the run's own checkpoint, or with `goes_back` one before a decay that these options do not have there."""
+    extension = find_extension(path, config.resolved(), goes_back=goes_back)
+    return Location(str(extension.path), "own", extension.n_common, extension.is_earlier)
+
+
+def _named_checkpoint(name: str, flag: str, allowed: str) -> Path:
+    """Return the checkpoint at a path, or the latest one of the run there. Raises UserError if there is none."""
+    path = Path(name)
+    if (path / "checkpoints").is_dir():
+        path = checkpoint.latest(path / "checkpoints", print_line) or path
+    if not (path / checkpoint.MANIFEST).is_file():
+        raise UserError(f"{flag} {path}: not {allowed}")
+    if problem := checkpoint.corruption(path):
+        raise UserError(problem)
+    return path
 
 
 def prepare_run_dir(config: Config, resume: str, point: ResumePoint | None) -> None:
@@ -91,7 +128,13 @@ def prepare_run_dir(config: Config, resume: str, point: ResumePoint | None) -> N
             print_line(f"{folder}: moved the earlier run to {aside}")
         elif point is not None and point.is_own:
             checkpoint.remove_leftovers(folder / "checkpoints")
-            checkpoint.quarantine(point.path.parent, point.state.step, "damaged" if resume == "auto" else "undone")
+            is_wanted = resume != "auto" or point.location.is_earlier
+            checkpoint.quarantine(point.path.parent, point.state.step, "undone" if is_wanted else "damaged")
+            if point.location.is_earlier:
+                decay = f"its learning rate decayed from step {point.location.n_common + 1} on"
+                print_line(
+                    f"{folder}: {decay}; going on from {point.path.name}, before that; later ones are undone-..."
+                )
 
 
 def check_same_run(config: Config, dataset: Dataset, resume: str, point: ResumePoint | None) -> None:
@@ -100,7 +143,7 @@ def check_same_run(config: Config, dataset: Dataset, resume: str, point: ResumeP
     `config` is resolved. Compares a run that has rows, but no checkpoint, by its config.yaml.
     """
     rows, stored = config.run_dir / "metrics.jsonl", config.run_dir / "config.yaml"
-    ignored = set(CHANGEABLE_ON_RESUME)
+    ignored, reason = set(), ""
     if point is not None and point.is_own:
         old, has_same_data = point.state.config, dataset.is_same_as(point.state.data)
         if has_same_data:
@@ -108,39 +151,33 @@ def check_same_run(config: Config, dataset: Dataset, resume: str, point: ResumeP
         was_moved = config.init_from not in (None, old.get("init_from"))
         if was_moved and point.state.init_from_sha256 == weights_sha256(config):
             ignored.add("init_from")
-        if config.schedule.type in ENDLESS and config.steps > point.state.step:
-            ignored.add("steps")
-    elif point is None and resume != "never" and rows.exists() and rows.stat().st_size and stored.exists():
+        if not (reason := reason_not_to_extend(point, config)):
+            ignored |= {"steps", "schedule"}
+    elif (point is None or point.is_branch) and resume != "never" and rows.exists() and rows.stat().st_size:
         try:
             old, has_same_data = cli.load_config(stored).model_dump(mode="json"), True
-        except UserError:  # damaged: this run starts from its first step anyway
+        except UserError:  # missing or damaged: this run starts from its first step anyway
             return
     else:
         return
-    with suppress(ValidationError):  # of another version: compare the options as stored
-        old = comparable(Config.model_validate(old))
-    before, now = dict(flatten_options(old)), dict(flatten_options(comparable(config)))
-    changes = [
-        f"{key}: {before.get(key, 'unset')} -> {now.get(key, 'unset')}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{option}.") for option in ignored)
-    ]
-    if not changes and not has_same_data:
-        changes = ["data: the text or the tokenizer has changed"]
-    if changes:
+    changes = changed_options(parse_options(old) or old, config, ignored)
+    listed = [f"{key}: {before} -> {now}" for key, (before, now) in changes.items()]
+    if not listed and not has_same_data:
+        listed = ["data: the text or the tokenizer has changed"]
+    if listed:
+        if reason and (changes.keys() & {"steps"} or any(key.startswith("schedule.") for key in changes)):
+            listed.append(reason)
+            if changes.keys() & {"schedule.warmup_steps", "schedule.decay_steps"}:  # shares of the run grow with it
+                listed.append(f"{stored} has its warm-up and decay in steps")
         raise UserError(
-            f"{config.run_dir} holds a run with other options: {'; '.join(changes)}; choose another --name (with "
-            "--resume to start from this one's checkpoint), or --resume never to start over"
+            f"{config.run_dir} holds a run with other options: {'; '.join(listed)}; choose another --name (with "
+            f"--branch {config.run_dir} to go on from this one's checkpoint), or --resume never to start over"
         )
 
 
-def comparable(config: Config) -> dict[str, Any]:
-    """Return the options, so that options with the same meaning are equal."""
-    config = config.resolved()
-    options = config.model_dump(mode="json")
-    options["model"]["blocks"] = pattern([b.model_dump(mode="json", exclude={"repeat"}) for b in config.model.layers()])
-    if weights := [source.weight for source in config.data.sources if source.weight]:
-        options["proportions of data.sources"] = Mixture(weights, config.seed).share.tolist()
-    for source in options["data"]["sources"]:
-        source.pop("weight")
-    return options
+def reason_not_to_extend(point: ResumePoint, config: Config) -> str:
+    """Return why these steps and this schedule cannot take the run on from its checkpoint; "" if they can."""
+    step, n_common = point.state.step, point.location.n_common
+    if config.steps <= step and config.steps != point.state.config.get("steps"):
+        return f"it has reached step {step}"
+    return f"its learning rate was another one from step {n_common + 1} on" if n_common < step else ""

@@ -40,6 +40,15 @@ class KnownMicroBatch(TypedDict):
     recompute: Literal["none", "selective", "full"]
 
 
+class Ancestor(TypedDict):
+    """The checkpoint that a run branched off from, and the options that it changed there."""
+
+    run: str  # its folder
+    step: PositiveInt
+    checkpoint_sha256: str  # of its manifest.json, which has the SHA-256 of every file
+    changes: dict[str, list[Any]]  # option: [the parent's value, the branch's]
+
+
 class TrainState(BaseModel):
     """All of a run that is neither weights nor optimizer state: state.json. Old ones lack the fields with defaults."""
 
@@ -58,6 +67,7 @@ class TrainState(BaseModel):
     phases: dict[str, dict[str, Seconds]] = Field({}, alias="ledger")  # state of the phase timer
     kernels: dict[str, str] = {}  # chosen kernel by option
     micro_batches: dict[str, KnownMicroBatch] = Field({}, alias="micro_batch")  # by hardware key
+    lineage: list[Ancestor] = []  # of a branch, the oldest first
 
     @model_validator(mode="after")
     def _check_values(self) -> "TrainState":

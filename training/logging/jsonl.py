@@ -156,6 +156,22 @@ def read_rows(path: Path, after: int = 0) -> Iterator[dict]:
                 yield line.row
 
 
+def copy_rows(parent: Path, folder: Path, last_step: int) -> None:
+    """Copy the rows up to `last_step` of the run in folder `parent`, and its curves, in place of the folder's own."""
+    path = parent / "metrics.jsonl"
+    if not path.is_file():
+        return
+    end = _offset_of(path, last_step)
+    for line in _lines(path, end):
+        if line.row is not None and line.row["step"] > last_step:
+            break
+        if line.row is not None:
+            end = line.start + len(line.data)
+    write_atomically(folder / "metrics.jsonl", _read_ranges(path, [[0, end]]))
+    with suppress(OSError):  # without curves they are made again from the rows
+        write_atomically(folder / "curves.jsonl", [(parent / "curves.jsonl").read_bytes()])
+
+
 def read_history(path: Path) -> History:
     """Return the history of all rows, by curves.jsonl where it fits; an empty one if there is no file."""
     if not path.is_file():

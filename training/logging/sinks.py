@@ -35,6 +35,7 @@ class RunInfo(NamedTuple):
     moe_layers: list[int]  # indices of the layers with experts
     facts: dict[str, Any]  # plain data for programs: device, world_size, ...
     hyperparameters: dict[str, Any]  # the options of the config that tell runs apart, by dotted name
+    is_new_branch: bool = False  # metrics.jsonl has the rows of the run that this one branches off from
 
 
 class Sink:

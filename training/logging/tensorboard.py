@@ -22,6 +22,7 @@ from training.config import LoggingConfig
 from training.files import ensure_folder, write_errors_as_user_errors
 from training.logging.graph import trace_graph
 from training.logging.heat_map import draw_heat_map, should_draw
+from training.logging.jsonl import read_rows
 from training.logging.metrics import LOAD_IMAGE, METRICS, NAME, expert_load, layer_tag, scalars
 from training.logging.sinks import RunInfo, Sink
 from training.terminal import TEXT, printable
@@ -51,7 +52,7 @@ class TensorBoardSink(Sink):
     def __init__(self, run: RunInfo, histogram_every: int) -> None:
         self.histogram_every, self.steps, self.moe_layers = histogram_every, run.steps, run.moe_layers
         self.path = run.dir / "tensorboard"
-        purge_step = run.start_step + 1
+        purge_step = 1 if run.is_new_branch else run.start_step + 1
         # without line breaks and with Markdown's markup characters escaped
         cells = [re.sub(r"[]\\`*_{}[<>()#+\-.!|]", r"\\\g<0>", printable(fact)) for fact in run.header.values()]
         header = "\n".join(f"| {label} | {cell} |" for label, cell in zip(run.header, cells, strict=True))
@@ -70,6 +71,9 @@ class TensorBoardSink(Sink):
             Event(step=purge_step, summary=custom_scalars(layout())),
             Event(summary=start),
         )
+        if run.is_new_branch:  # a killed start may have left events of its own: they are purged
+            for row in read_rows(run.dir / "metrics.jsonl"):
+                self.write([row])
 
     def write(self, rows: list[dict]) -> None:
         for row in rows:

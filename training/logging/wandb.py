@@ -147,8 +147,9 @@ def _init(wandb: Any, config: WandbConfig, run: RunInfo, run_id: str, folder: Pa
         problem = error.errors()[0]
         name = f"WANDB_{problem['loc'][0]}".upper()
         raise UserError(f"{name}: {problem['input']!r}: {problem['msg']}") from error
+    lineage = {"lineage": run.facts["lineage"]} if run.facts.get("lineage") else {}
     options = {"project": config.project or theirs.project or DEFAULT_PROJECT, "entity": config.entity, "id": run_id}
-    options |= {"name": theirs.run_name or run.name, "resume": "allow", "config": run.config}
+    options |= {"name": theirs.run_name or run.name, "resume": "allow", "config": run.config | lineage}
     options |= {"group": config.group, "tags": list(config.tags) or None, "notes": config.notes, "dir": str(folder)}
     options["settings"] = wandb.Settings(silent=True, console="off", finish_timeout=FINISH_TIMEOUT_S)
     try:

@@ -36,21 +36,17 @@ MAX_SAMPLES, MAX_TOKENS, MAX_LENGTH = 16, 4096, 2048
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def resolve_init_from(config: Config, *, fresh: bool = False) -> Config:
+def resolve_init_from(config: Config, *, fresh: bool = False, branch: str | None = None) -> Config:
     """Return the options with the `model` section of `init_from`; unchanged without `init_from`.
 
     Reads config.json of the folder and, unless it is on the hub, the names and shapes of its tensors; if the run has
-    started and is not `fresh` (start over), its own config.yaml. Raises UserError for a folder that cannot be read and
-    for options that contradict it.
+    started and is not `fresh` (start over), its own config.yaml, and for a `branch` (path of a run or checkpoint) that
+    run's. Raises UserError for a folder that cannot be read and for options that contradict it.
     """
     if config.init_from is None:
         return config
-    saved, file = None, config.run_dir / "config.yaml"
-    if not fresh and file.is_file():
-        with suppress(UserError):  # damaged: the folder has the same options
-            saved = cli.load_config(file)
-    if saved is not None and saved.init_from == config.init_from:
-        model = _merge(config.model, saved.model, str(config.run_dir))
+    if (saved := _saved_config(config, fresh=fresh, branch=branch)) is not None:
+        model = _merge(config.model, saved.model, str(saved.run_dir))
     else:
         folder = _folder(config, ["*.json"])
         architecture, theirs = hf.read_config(folder)
@@ -63,6 +59,18 @@ def resolve_init_from(config: Config, *, fresh: bool = False) -> Config:
         return Config.model_validate(config.model_dump() | {"model": model.model_dump()})
     except ValidationError as error:
         raise UserError(f"init_from {config.init_from}: {hf.one_line(error)}") from None
+
+
+def _saved_config(config: Config, *, fresh: bool, branch: str | None) -> Config | None:
+    """Return the options of the started run, or of the one it branches off from, if their `init_from` is the same."""
+    folders = [] if fresh else [config.run_dir]
+    folders += [] if branch is None else [Path(branch), Path(branch).parent.parent]
+    for file in (folder / "config.yaml" for folder in folders):
+        if file.is_file():
+            with suppress(UserError):  # damaged: the folder of init_from has the same options
+                saved = cli.load_config(file)
+                return saved if saved.init_from == config.init_from else None
+    return None
 
 
 def check_pretrained(config: Config) -> ModelConfig:
