@@ -417,6 +417,10 @@ DEFECTS = [
            "tests/test_remote_sources.py -k in_the_middle"),
     Defect("a web server's failure is a missing file", "data/remote_files.py",
            "raise error.__cause__ from None", "raise", "tests/test_remote_sources.py -k web_servers_errors"),
+    Defect("compressed bytes are not counted", "data/decompress.py", "        self.on_read(n)\n", "",
+           "tests/test_data_prepare.py -k add_up_to_their_sizes"),
+    Defect("the time left is that which has passed", "data/progress.py", "(1 - self.share) / self.share", "* 1",
+           "tests/test_data_prepare.py -k time_left"),
     # issue faults: log
     Defect("log: a damaged line past the checkpoint counts", "logging/jsonl.py", 'is_past = last >= start_step or',
            'is_past =', "tests/test_logging.py -k line_that_is_no_row"),

@@ -13,8 +13,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 from filelock import FileLock
+from pyarrow import parquet
 from pydantic import ValidationError
 from tokenizers import normalizers
 
@@ -483,12 +485,49 @@ def test_a_long_stage_prints_a_line_at_times_and_knows_its_total(capsys, monkeyp
     assert capsys.readouterr().err == ""
 
 
+def test_progress_tells_share_speed_and_time_left_of_compressed_text_as_well():
+    stage = progress.Progress("reading", total_read=1000)
+    assert "MB/s" not in str(stage)
+    stage.add_read(250)
+    stage.add(5_000_000)
+    stage.start -= 10
+    assert str(stage).startswith("reading: 5.0 MB in 10.0 s, 25%, 0.5 MB/s, 0:00:30 left")
+    unknown = progress.Progress("reading", at_most=10_000_000)
+    unknown.add(5_000_000)
+    unknown.start -= 10
+    assert str(unknown).startswith("reading: 5.0 MB in 10.0 s, 0.5 MB/s") and "left" not in str(unknown)
+    early = progress.Progress("reading", total_read=1000, at_most=10_000_000)
+    early.add(5_000_000)
+    early.add_read(1)
+    assert ", 50%, " in str(early)
+
+
+@pytest.mark.parametrize("is_single", [True, False])
+def test_the_bytes_that_are_read_of_files_add_up_to_their_sizes(tmp_path, is_single):
+    (tmp_path / "text").mkdir()
+    rows = "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(5000)).encode()
+    (tmp_path / "text" / "a.txt.gz").write_bytes(gzip.compress(rows))
+    if not is_single:
+        (tmp_path / "text" / "b.jsonl").write_bytes(rows)
+        (tmp_path / "text" / "c.jsonl.gz").write_bytes(gzip.compress(rows))
+        (tmp_path / "text" / "d.csv").write_text("text\n" + "row\n" * 5000)
+        parquet.write_table(pyarrow.table({"text": ["row"] * 5000}), tmp_path / "text" / "e.parquet")
+    corpus, sizes = Corpus(config_of(tmp_path)), []
+    corpus.count_reads(sizes.append)
+    for chunks in corpus.chunks():
+        assert list(chunks)
+    n_stored = sum(path.stat().st_size for path in (tmp_path / "text").iterdir())
+    assert corpus.bytes_to_read == n_stored * (2 if is_single else 1)
+    assert corpus.bytes_to_read - 100 < sum(sizes) <= corpus.bytes_to_read  # rows of parquet are rounded
+
+
 def test_the_bytes_of_plain_text_are_known_before_it_is_read(folder):
     (folder / "text" / "rows.jsonl").rename(folder / "rows.jsonl")
     (folder / "text" / "a.txt").write_text("naïve " * 100)
     (folder / "text" / "b.py").write_text("pass")
     assert Corpus(config_of(folder)).n_bytes == 704
-    assert build.bytes_to_learn_from(Corpus(config_of(folder, tokenizer={"type": "bpe", "max_bytes": 500}))) == 500
+    corpus = Corpus(config_of(folder, tokenizer={"type": "bpe", "max_bytes": 500}))
+    assert build.sizes_to_learn_from(corpus)["total"] == 500
     assert Corpus(config_of(folder, val_sources=[{"paths": [str(folder / "rows.jsonl")]}])).n_bytes is None
 
 

@@ -53,7 +53,9 @@ EncodedChunk = tuple[Chunk, EncodedText]
 
 def write_dataset(corpus: Corpus, folder: Path, key: str, hashes: FileHashes, quiet: bool) -> None:
     """Write the tokenizer, the streams and, last, the manifest; flush all files to disk."""
-    with show_progress("making the tokenizer", quiet, total=bytes_to_learn_from(corpus)) as progress:
+    sizes = sizes_to_learn_from(corpus)
+    with show_progress("making the tokenizer", quiet, **sizes) as progress:
+        corpus.count_reads(progress.add_read)
         texts = progress.watch(corpus.training_text(), "making the tokenizer: all text is read, learning the merges")
         tokenizer = with_end_of_text(build_tokenizer(corpus.config.tokenizer, texts), corpus.end_of_text)
         if corpus.config.has_messages:
@@ -107,7 +109,9 @@ def write_text(
     writers: dict[tuple[str, int], StreamWriter] = {}
     if not corpus.has_text:
         return writers, TextCounts()
-    with ExitStack() as files, show_progress("tokenizing", quiet, total=corpus.n_bytes) as progress:
+    sizes = {"total": corpus.n_bytes, "total_read": corpus.bytes_to_read}
+    with ExitStack() as files, show_progress("tokenizing", quiet, **sizes) as progress:
+        corpus.count_reads(progress.add_read)
         for split, i, source in corpus.streams():
             if source is None:
                 kinds = ["tokens", "documents"] + ["targets"] * corpus.has_targets(split, i)
@@ -169,11 +173,13 @@ def count_by_source(train: LabeledDocuments, shared: LabeledDocuments) -> list[t
     return pairs
 
 
-def bytes_to_learn_from(corpus: Corpus) -> int | None:
-    """Return the bytes of text that a BPE is trained on; None if they are unknown, or none are needed."""
+def sizes_to_learn_from(corpus: Corpus) -> dict[str, int | None]:
+    """Return the sizes of the text that a BPE is trained on, as `Progress` takes them; none if no text is needed."""
     config = corpus.config.tokenizer
-    is_known = isinstance(config, BPETokenizer) and corpus.n_bytes is not None
-    return min(corpus.n_bytes, config.max_bytes) if is_known else None
+    if not isinstance(config, BPETokenizer):
+        return {}
+    total = None if corpus.n_bytes is None else min(corpus.n_bytes, config.max_bytes)
+    return {"total": total, "total_read": corpus.bytes_to_read, "at_most": config.max_bytes}
 
 
 def write_streams(

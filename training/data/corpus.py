@@ -17,10 +17,12 @@ from training.data.sources import (
     FilesReader,
     HuggingFaceReader,
     Reader,
+    StdlibReader,
     build_readers,
     drop_repeated_files,
     identity_of,
     plain_bytes,
+    stored_bytes,
 )
 from training.data.text_files import format_of, is_text_file
 from training.data.token_source import TokensReader
@@ -65,6 +67,8 @@ class Corpus:
         self.end_of_text = next((each.end_of_text for each in tokens if each.end_of_text is not None), None)
         sizes = [plain_bytes(reader) for reader in text_readers]
         self.n_bytes = None if None in sizes else sum(sizes)  # of text; None: unknown before it is read
+        sizes = [stored_bytes(reader) for reader in text_readers]
+        self.n_stored = None if None in sizes else sum(sizes)  # of files, before decompression; None: unknown
         self.own_validation: dict[int, str] = {}  # by number of the source: the split that is its validation text
         self.single_text_file = None  # its end is held out, as it is one document
         if len(readers) == 1 and isinstance(readers[0], FilesReader) and len(readers[0].paths) == 1:
@@ -167,6 +171,17 @@ class Corpus:
             return reader, 0, reader.n_tokens
         cut = reader.held_out_start(self.config.val_fraction, end_of_text)
         return (reader, 0, cut) if plan.split == "train" else (reader, cut, reader.n_tokens)
+
+    @property
+    def bytes_to_read(self) -> int | None:
+        """The bytes that `chunks` reads of files; None if unknown. A single text file is measured before it is read."""
+        return self.n_stored and self.n_stored * (1 + (self.single_text_file is not None))
+
+    def count_reads(self, on_read: Callable[[int], object]) -> None:
+        """Call `on_read` with the bytes that are read of files from here on."""
+        for reader in self.train_readers + self.val_readers:
+            if isinstance(reader, FilesReader | StdlibReader):
+                reader.options = reader.options._replace(on_read=on_read)
 
     def chunks(self, tokenizer: Tokenizer | None = None, *, with_validation: bool = True) -> Iterator[Iterator[Chunk]]:
         """Yield an iterator over the chunks of each source. The tokenizer's separators divide dumps; None: GPT-2's.

@@ -18,6 +18,7 @@ from training.errors import UserError
 
 BLOCK_BYTES = 2**12  # compressed bytes at a time, which unpack to 128 MiB at most (zstd: 4 bytes to 128 KiB)
 TRANSCODED_BYTES = 2**16
+COUNTED_BYTES = 2**17
 MAX_ZSTD_WINDOW = 2**31  # of `zstd --long=31`, the largest that the tool writes
 
 
@@ -34,6 +35,21 @@ DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     ".xz": lzma.LZMADecompressor,
     ".zst": _new_zstd_stream,
 }
+
+
+class CountedFile(io.RawIOBase):
+    """The bytes of a file, whose number is reported as they are read."""
+
+    def __init__(self, file: io.BufferedReader, on_read: Callable[[int], object]):
+        self.file, self.on_read = file, on_read
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        n = self.file.readinto(buffer)
+        self.on_read(n)
+        return n
 
 
 class DecompressedFile(io.RawIOBase):
@@ -112,17 +128,21 @@ class TranscodedFile(io.RawIOBase):
 
 
 @contextmanager
-def open_utf8(path: Path, encoding: str) -> Iterator[io.BufferedReader]:
+def open_utf8(path: Path, encoding: str, on_read: Callable[[int], object] | None = None) -> Iterator[io.BufferedReader]:
     """Open a file's decompressed text as UTF-8 bytes, which are checked only if `encoding` is another one."""
-    with open_decompressed(path) as file:
+    with open_decompressed(path, on_read) as file:
         yield file if encoding == "utf-8" else io.BufferedReader(TranscodedFile(path, file, encoding))
 
 
 @contextmanager
-def open_decompressed(path: Path) -> Iterator[io.BufferedReader]:
-    """Open a file's decompressed bytes. Raises UserError, also while they are read, if it cannot be read to its end."""
+def open_decompressed(path: Path, on_read: Callable[[int], object] | None = None) -> Iterator[io.BufferedReader]:
+    """Open a file's decompressed bytes. Raises UserError, also while they are read, if it cannot be read to its end.
+
+    `on_read` is called with the number of bytes that are read, before decompression.
+    """
     try:
         with path.open("rb") as file:
+            file = file if on_read is None else io.BufferedReader(CountedFile(file, on_read), COUNTED_BYTES)
             is_compressed = path.suffix.lower() in DECOMPRESSORS
             yield io.BufferedReader(DecompressedFile(path, file)) if is_compressed else file
     except OSError as error:  # of a disk: remote files raise UserError

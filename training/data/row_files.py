@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,17 +29,18 @@ class FileOptions(NamedTuple):
     column: str | None = None  # of rows, which holds the text; None: all columns
     encoding: str = "utf-8"
     split_on: str | None = None  # between the documents of text files
+    on_read: Callable[[int], object] | None = None  # called with the bytes that are read, before decompression
 
 
 def jsonl_rows(path: Path, options: FileOptions) -> Iterator[Row]:
     """Yield the value of each line that is not blank."""
-    with open_utf8(path, options.encoding) as file:
+    with open_utf8(path, options.encoding, options.on_read) as file:
         yield from _read_lines(file, path)
 
 
 def json_rows(path: Path, options: FileOptions) -> Iterator[Row]:
     """Yield each value of an array, or that of each line that is not blank."""
-    with open_utf8(path, options.encoding) as file:
+    with open_utf8(path, options.encoding, options.on_read) as file:
         if not file.peek().removeprefix(BOM).lstrip().startswith(b"["):
             yield from _read_lines(file, path)
             return
@@ -105,7 +106,7 @@ def csv_rows(path: Path, options: FileOptions) -> Iterator[Row]:
     A quoted field may hold separators, line ends and doubled quotes. Rows count from 1, without the header.
     """
     column = options.column
-    with open_utf8(path, options.encoding) as file:
+    with open_utf8(path, options.encoding, options.on_read) as file:
         records = _read_records(file, path)
         where, names = next(records, (f"{path}: line 1", []))
         if names and column is not None and column not in names:
@@ -171,6 +172,8 @@ def parquet_rows(path: Path, options: FileOptions) -> Iterator[Row]:
             columns = names if column is None else [column]
             size = min((batch_rows(path, file.metadata, name) for name in columns), default=1)
             for batch in file.iter_batches(batch_size=size, columns=columns):
+                if options.on_read is not None:
+                    options.on_read(path.stat().st_size * batch.num_rows // max(1, file.metadata.num_rows))
                 for values in zip(*batch.columns, strict=True):
                     row = {name: value.as_py() for name, value in zip(columns, values, strict=True)}
                     yield f"{path}: row {number}", row

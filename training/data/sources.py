@@ -59,6 +59,7 @@ class StdlibReader:
 
     def __init__(self, config: StdlibSource):
         self.name = config.name or "stdlib"
+        self.options = FileOptions()
         root = Path(sysconfig.get_path("stdlib"))
         self.modules = {
             path.relative_to(root).as_posix(): path
@@ -70,7 +71,7 @@ class StdlibReader:
 
     def documents(self) -> Iterator[Document]:
         for name, path in self.modules.items():
-            yield from (document._replace(key=name) for document in read_documents(path, FileOptions()))
+            yield from (document._replace(key=name) for document in read_documents(path, self.options))
 
     def identity(self, hashes: FileHashes) -> Any:
         return [(name, hashes.sha256(path)) for name, path in self.modules.items()]
@@ -147,6 +148,13 @@ def answer_columns(config: RowsConfig) -> dict[str, str]:
 def content_of(path: Path | RemoteFile, hashes: FileHashes) -> str:
     """Return what changes with a file's content: its hash, or what its server tells."""
     return path.version if isinstance(path, RemoteFile) else hashes.sha256(path)
+
+
+def stored_bytes(reader: Reader) -> int | None:
+    """Return the bytes of the files that a source reads, which may be compressed; None if they are unknown."""
+    paths = reader.paths if isinstance(reader, FilesReader) else getattr(reader, "modules", {}).values()
+    is_known = paths and reader.limit is None
+    return sum(path.stat().st_size for path in paths if path.exists()) if is_known else None
 
 
 def plain_bytes(reader: Reader) -> int | None:

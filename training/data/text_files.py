@@ -21,7 +21,7 @@ def read_text(path: Path, options: FileOptions) -> Iterator[Document]:
     """Yield a text file as one document. A .txt may be a dump of many, any file one with `options.split_on`."""
 
     def chunks() -> Iterator[str]:
-        with open_utf8(path, options.encoding) as file:
+        with open_utf8(path, options.encoding, options.on_read) as file:
             yield from split_into_chunks(decode_utf8(file, str(path)))
 
     yield Document(chunks(), is_dump=format_of(path) == ".txt", split_on=options.split_on)
