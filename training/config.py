@@ -262,16 +262,13 @@ def canonical_encoding(name: str) -> str:
     return canonical
 
 
-class LimitConfig(Section):
+class LimitConfig(SectionWithAlternatives):
     """The first part of a source: whole documents, up to the one that reaches the limit."""
 
+    alternatives = (Alternatives(("bytes", "documents", "tokens")),)
     bytes: int | None = option(None, "bytes of text, in UTF-8", unit="bytes", ge=1)
     documents: int | None = option(None, "documents that are not empty", unit="documents", ge=1)
     tokens: int | None = option(None, "tokens, with the end-of-text token of each document", unit="tokens", ge=1)
-
-    def rules(self) -> Iterator[tuple[str, str]]:
-        if sum(value is not None for _, value in self) != 1:
-            yield "", "set exactly one of bytes, documents and tokens"
 
 
 LIMIT_DOC = "read only the first part: {bytes: N}, {documents: N} or {tokens: N}, exactly one; null: all"
@@ -393,7 +390,7 @@ class TokensSource(Section):
         None, "integers of a .bin without a header, as nanoGPT's; null: as the header says, and uint16 without one"
     )
     end_of_text: int | None = option(
-        None, "id of the token between documents; null: data.tokenizer's end-of-text token", ge=0, lt=2**24
+        None, "id of the token between documents; null: data.tokenizer's end-of-text token", unit="id", ge=0, lt=2**24
     )
     weight: float | None = option(None, WEIGHT_DOC, gt=0)
 
