@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -67,11 +68,13 @@ class Proxy:
     def __init__(self, server: S3Server):
         self.server, self.requests = server, []
         self.fault: Callable[[int, str], str | float] = lambda _number, _request: ""
+        self.pid: Callable[[], int] = lambda: 0
         self.lock = threading.Lock()
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
 
             def log_message(self, *_: object) -> None:
                 """Print nothing."""
@@ -101,6 +104,7 @@ class Proxy:
             "AWS_SECRET_ACCESS_KEY": "b",
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_MAX_ATTEMPTS": "1",
             "FSSPEC_S3": FAST,
         }
 
@@ -126,7 +130,9 @@ class Proxy:
         connection.request(handler.command, handler.path, body, dict(handler.headers))
         reply = connection.getresponse()
         content = reply.read()
-        if fault == "lose":
+        if fault == "kill":
+            os.kill(self.pid(), signal.SIGKILL)
+        if fault in ("lose", "kill"):
             handler.close_connection = True
             handler.connection.shutdown(socket.SHUT_RDWR)
             return
@@ -139,17 +145,20 @@ class Proxy:
         handler.end_headers()
         handler.wfile.write(content)
 
-    def kill_at(self, number: int, pid: Callable[[], int], *, after: bool) -> None:
-        """Kill a process at its `number`-th request, before or `after` the server has done it."""
+    def kill(self, pid: Callable[[], int], at: int | str, *, is_done: bool) -> None:
+        """Kill a process at a request, by its number or pattern, before or after (`is_done`) the server has done it."""
+        killed = []
 
-        def fault(n: int, _request: str) -> str:
-            if n == number:
-                if not after:
+        def fault(number: int, request: str) -> str:
+            if not killed and (number == at if isinstance(at, int) else re.search(at, request)):
+                killed.append(request)
+                if not is_done:
                     os.kill(pid(), signal.SIGKILL)
-                return "lose" if after else "drop"
+                return "kill" if is_done else "drop"
             return ""
 
         self.fault = fault
+        self.pid = pid
 
     def reset(self) -> None:
         """Forward everything again, and count from 1."""

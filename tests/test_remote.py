@@ -16,7 +16,7 @@ pytest.importorskip("s3fs")
 
 @pytest.mark.usefixtures("s3")
 @pytest.mark.parametrize("place", ["s3", "path", "file"])
-def test_files_are_put_read_hashed_moved_and_removed(tmp_path, place):
+def test_files_are_put_read_hashed_copied_and_removed(tmp_path, place):
     url = {"s3": f"s3://{BUCKET}/some", "path": str(tmp_path / "there"), "file": f"file://{tmp_path}/there"}[place]
     folder, source = RemoteFolder(url + "/"), tmp_path / "source"
     source.write_bytes(b"content" * 1000)
@@ -30,7 +30,8 @@ def test_files_are_put_read_hashed_moved_and_removed(tmp_path, place):
     assert folder.sha256("a/b", 7001) is None and folder.sha256("nothing", 1) is None
     folder.fetch("a/b", tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == source.read_bytes()
-    folder.move("a/b", "d/e/f")
+    folder.copy("a/b", "d/e/f")
+    folder.remove("a/b")
     folder.remove("c")
     folder.remove("c")
     assert folder.names() == ["d/e/f"]

@@ -40,6 +40,7 @@ PRELOAD = [
     "torch.profiler._cupti_monitor",
     "huggingface_hub.serialization",
     "jinja2",
+    "s3fs",
 ]
 
 

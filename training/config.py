@@ -746,9 +746,18 @@ class CheckpointConfig(Section):
         8.0, "one file each for model and optimizer, up to this size of both", unit="GiB", ge=0
     )
 
+    copy_to: PathText | None = option(
+        None,
+        "folder of this run elsewhere, such as s3://bucket/run or a path on another disk: each checkpoint is copied "
+        "there, and a start without one goes on from there; null: none",
+        min_length=1,
+    )
+
     def rules(self) -> Iterator[tuple[str, str]]:
         if self.final == "best" and not self.keep_best:
             yield "final", "the best checkpoint is there only with keep_best"
+        if self.copy_to is not None and (problem := check_scheme(self.copy_to, is_written=True)):
+            yield "copy_to", problem
 
 
 class TaskConfig(Section):
@@ -1023,6 +1032,8 @@ class Config(SectionWithAlternatives):
             yield "model.isolate_documents", "sources with answers need true, because a sample holds several rows"
         if self.eval.patience is not None and not self.checkpoint.keep_best:
             yield "eval.patience", "its final model is the best one, which is there only with checkpoint.keep_best"
+        if self.checkpoint.copy_to is not None and Path(self.checkpoint.copy_to).absolute() == self.run_dir.absolute():
+            yield "checkpoint.copy_to", f"{self.checkpoint.copy_to} is the folder of this run; name another one"
         if self.upcycle_noise is not None and self.init_from is None:
             yield "upcycle_noise", "needs init_from, whose dense layers become experts"
 

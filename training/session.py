@@ -38,6 +38,7 @@ def session(config: Config, resume: str, branch: str | None = None) -> Iterator[
         if os.environ.get("WORLD_SIZE", "1") == "1":  # before the slow imports: a second process fails at once
             check_lock = stack.enter_context(run_lock(config.run_dir))
 
+        from training.checkpoint import check_copy_to
         from training.device import available_memory_bytes, resolve_precision, select_device
         from training.distributed.consistency import check_same_options
         from training.distributed.mesh import check_mesh
@@ -68,6 +69,7 @@ def session(config: Config, resume: str, branch: str | None = None) -> Iterator[
                 from training.logging.wandb import find_mode
 
                 find_mode(config.logging.wandb)  # a wrong mode must not cost the run's folder its name
+            check_copy_to(config.checkpoint)
             for line in notices(config):
                 print_note(line, once=True)
         yield Session(config, world, check_lock)

@@ -67,7 +67,7 @@ def train(config: Config, *, resume: str = "auto", branch: str | None = None, tu
         log = stack.enter_context(closing(engine.open_log(setup, dataset, started)))
         if config.parallel.compile:  # after open_log: TensorBoard's graph needs the uncompiled model
             stack.enter_context(engine.compiled(model))
-        checkpoints = stack.enter_context(closing(engine.Checkpoints(config, model, optimizer, log)))
+        checkpoints = stack.enter_context(closing(engine.Checkpoints(config, model, optimizer, log, setup.remote)))
         events = stack.enter_context(engine.Events(config, run.world, checkpoints, turn_s))
         stack.enter_context(setup.micro_batch.restart_on_out_of_memory())
         phase = engine.Phases(log.timer, run.world)
@@ -104,12 +104,12 @@ def train(config: Config, *, resume: str = "auto", branch: str | None = None, tu
                 log.start_clock()  # evaluations and saves do not count as training
             if due.signal or due.pause:
                 checkpoints.wait()
-                return engine.report_stop(due.signal, state, log, resume) if due.signal else PAUSED
+                return engine.report_stop(due.signal, checkpoints, state, log, resume) if due.signal else PAUSED
 
         # 5. Save the final model and training metrics.
         with phase("checkpoint", "the end of the run"):
             checkpoints.wait()
-        engine.finish(setup, dataset, log, phase)
+        engine.finish(setup, dataset, checkpoints, log, phase)
         return 0
 
 

@@ -8,6 +8,7 @@ A checkpoint is a folder `step-00000120` of safetensors and JSON files; its mani
 one file, or each rank's rows are in one and an index lists them: any number of ranks, on one file system, can read it.
 """
 
+from training.checkpoint.copier import STOP_S, Copier
 from training.checkpoint.read import (
     MANIFEST,
     Checkpoint,
@@ -22,4 +23,5 @@ from training.checkpoint.read import (
     step_path,
     tensor_shapes,
 )
+from training.checkpoint.remote_run import RemoteRun, check_copy_to, copy_to_errors
 from training.checkpoint.write import SINGLE, CheckpointWriter, TensorShard, WriterGroup, prune, remove_leftovers

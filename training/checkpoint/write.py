@@ -12,7 +12,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,7 +66,12 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path, group: WriterGroup, config: CheckpointConfig):
         self.folder, self.group, self.config = folder, group, config
+        self.on_saved: Callable[[], None] = lambda: None  # called by the main rank's writing thread
         self.is_preallocated = False
+        self._pruning = threading.Lock()
+        self._pinned: int | None = None  # the step of a checkpoint that another thread reads
+        self._best_step: int | None = None  # of the last save
+        self._has_saved = False
         # One thread for all saves, started now, while memory is free: Python hangs if a thread cannot start.
         self._pool = futures.ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._thread = self._pool.submit(threading.current_thread).result()
@@ -124,6 +129,28 @@ class CheckpointWriter:
         """Wait for the save in progress, whether it fails or not, and end the thread."""
         self._pool.shutdown()
 
+    @contextmanager
+    def pinned(self, step: int) -> Iterator[Path | None]:
+        """Keep a checkpoint from being pruned in the block; yields its path, None if it is gone. For another thread."""
+        path = step_path(self.folder, step)
+        with self._pruning:
+            self._pinned = step
+        try:
+            yield path if path.is_dir() else None
+        finally:
+            with self._pruning:
+                self._pinned = None
+            if self._has_saved:  # before, the best step is not known
+                self._prune()
+
+    def _prune(self) -> None:
+        """Remove all checkpoints but those to keep."""
+        try:
+            with self._pruning:
+                prune(self.folder, self.config.keep, self._best_step, self.config.keep_every, pinned=self._pinned)
+        except OSError as error:  # harmless: one checkpoint too many
+            print_note(f"{error.filename}: {error.strerror}; an old checkpoint stays")
+
     def _copy(self, kind: str, shards: dict[str, TensorShard]) -> dict[str, TensorShard]:
         """Copy the shards that this rank writes to host memory; keep only shape and dtype of the others."""
         copies = {}
@@ -174,10 +201,9 @@ class CheckpointWriter:
             write_bytes(partial / MANIFEST, [json.dumps(manifest, indent=1).encode()])
             fsync_path(partial)
             rename_durable(partial, target)
-            try:
-                prune(self.folder, self.config.keep, best_step, self.config.keep_every)
-            except OSError as error:  # harmless: one checkpoint too many
-                print_note(f"{error.filename}: {error.strerror}; an old checkpoint stays")
+            self._best_step, self._has_saved = best_step, True
+            self._prune()
+            self.on_saved()
 
         try:
             if self._on_all_ranks(create_folder)[0]:
@@ -290,12 +316,13 @@ def prune(
     best_step: int | None,
     keep_every: int | None = None,
     is_intact: Callable[[Path], bool] = is_complete,
+    pinned: int | None = None,
 ) -> None:
-    """Remove all intact checkpoints but the newest `keep`, the best and each `keep_every`-th step.
+    """Remove all intact checkpoints but the newest `keep`, the best, the `pinned` one and each `keep_every`-th step.
 
     Damaged ones do not count, and stay.
     """
     intact = [(step, path) for step, path in list_checkpoints(folder) if is_intact(path)]
     for step, path in intact[:-keep]:
-        if step != best_step and (keep_every is None or step % keep_every):
+        if step not in (best_step, pinned) and (keep_every is None or step % keep_every):
             remove(path.rename(folder / f".{path.name}.old"))

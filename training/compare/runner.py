@@ -100,7 +100,7 @@ class Runner:
                 "seed": seed,
                 "name": folder.name,
                 "out_dir": str(folder.parent),
-                "checkpoint": config.checkpoint.model_copy(update={"keep": 1, "keep_best": keep_best}),
+                "checkpoint": config.checkpoint.model_copy(update={"keep": 1, "keep_best": keep_best, "copy_to": None}),
                 "logging": config.logging.model_copy(update={"console": "brief", "wandb": wandb}),
             }
         )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from training import device as devices
-from training.checkpoint import step_path
+from training.checkpoint import RemoteRun, copy_to_errors, step_path
 from training.config import AVERAGE, Config
 from training.data import Dataset, Loader, Samples, build_samples
 from training.distributed.consistency import check_same
@@ -16,8 +16,10 @@ from training.distributed.parallelize import parallelize
 from training.distributed.sharded_model import ShardedModel
 from training.distributed.world import World
 from training.engine.branch import run_of, start_branch
+from training.engine.fetch import fetch_newest
+from training.engine.longer import is_plateau, n_common_steps, parse_options
 from training.engine.micro_batch import MicroBatch
-from training.engine.resume import ResumePoint, check_same_run, find_resume_point, prepare_run_dir
+from training.engine.resume import Location, ResumePoint, check_same_run, find_resume_point, prepare_run_dir
 from training.engine.state import TrainState, load_tensors
 from training.engine.tasks import Task, fingerprint, load_tasks
 from training.errors import UserError
@@ -49,6 +51,7 @@ class Setup(NamedTuple):
     state: TrainState
     kernels: KernelChoice
     parent: Path | None  # folder of the run that this one branches off from, at the start of a branch
+    remote: RemoteRun | None  # the run's copy, on the main rank
 
 
 def build(config: Config, dataset: Dataset, world: World, resume: str, branch: str | None = None) -> Setup:
@@ -60,14 +63,14 @@ def build(config: Config, dataset: Dataset, world: World, resume: str, branch: s
     prepare_process(config, world)
     check_same(world, {"data": dataset.fingerprint[:12]})
     config, train = resolve_sizes(config, dataset)
+    remote = open_copy(config, dataset, world, resume)
     point = find_resume_point(config, resume, world, branch)
     state = TrainState.new() if point is None else point.state
     config = resolve_precision(config, world, state)
     check_same_run(config, dataset, resume, point)
-    parent = None
-    if point is not None and point.is_branch:
+    parent = run_of(point.path) if point is not None and point.is_branch else None
+    if parent is not None:
         start_branch(config, dataset, point.path, state)
-        parent = run_of(point.path)
     config = choose_best(config, dataset, world, state)
     tasks = load_tasks(config.eval.tasks, dataset.tokenizer, config.model.n_positions, quiet=not world.is_main)
     check_same(world, {"eval.tasks": fingerprint(tasks)})
@@ -103,14 +106,36 @@ def build(config: Config, dataset: Dataset, world: World, resume: str, branch: s
     if world.is_main:
         if state.step < config.steps and (problem := disk_shortage(stats, config, fresh=resume == "never")):
             raise UserError(problem)
-        prepare_run_dir(config, resume, point)
+        prepare_run_dir(config, resume, point, remote)
     micro_batch = MicroBatch(config, model, state, dataset.tokenizer)
     micro_batch.choose(optimizer)
     chosen = {"device": world.device.type, "recompute": model.activation_checkpointing, **kernels.names}
     parallel = config.parallel.model_copy(update=chosen)
     config = config.model_copy(update={"micro_batch": micro_batch.size, "parallel": parallel})
     state.config = config.model_dump(mode="json")
-    return Setup(config, model, stats, optimizer, loader, val, tasks, micro_batch, state, kernels, parent)
+    return Setup(config, model, stats, optimizer, loader, val, tasks, micro_batch, state, kernels, parent, remote)
+
+
+def open_copy(config: Config, dataset: Dataset, world: World, resume: str) -> RemoteRun | None:
+    """Return the run's copy at `checkpoint.copy_to` on the main rank, whose newest checkpoint may now be in the folder.
+
+    None on other ranks, and without a copy. Raises UserError, on the main rank only, if it is of another run.
+    """
+    url = config.checkpoint.copy_to
+    if url is None or not world.is_main:
+        return None
+
+    def check(state: TrainState) -> None:
+        resolved = resolve_precision(config, world, state)
+        old = parse_options(state.config)
+        n_common = n_common_steps(old, resolved) if old is not None else 0
+        if old is not None and is_plateau(old, n_common):  # the run may go on from before its decay
+            n_common = state.step
+        location = Location(url, "own", n_common)
+        check_same_run(resolved, dataset, "auto", ResumePoint(Path(url), location, state), place=url)
+
+    with copy_to_errors():
+        return fetch_newest(config, resume, check)
 
 
 def prepare_process(config: Config, world: World) -> None:

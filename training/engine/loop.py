@@ -138,11 +138,16 @@ def check_finite(state: TrainState, log: RunLog) -> None:
     )
 
 
-def report_stop(number: int, state: TrainState, log: RunLog, resume: str) -> int:
-    """Close the log, print which signal stopped the run and how to resume it; return the exit status."""
+def report_stop(number: int, checkpoints: Checkpoints, state: TrainState, log: RunLog, resume: str) -> int:
+    """Close the log, print which signal stopped the run and how to resume it; return the exit status. Collective.
+
+    Waits for the copy of the checkpoint, for a limited time.
+    """
     log.close()
     if log.world.is_main:
         command = "the same command" if resume == "auto" else "the same command without --resume"
         name = signal.Signals(number).name
         print_line(f"stopped by {name}, saved after step {state.step}; {command} resumes it")
+    log.world.set_activity("the copy of the run", "untimed" if log.world.is_main else "timed")
+    checkpoints.finish_copy(is_finished=False)
     return 128 + number

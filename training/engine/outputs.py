@@ -19,6 +19,7 @@ from training.engine.build import Setup
 from training.engine.expert_tokens import measure_expert_tokens
 from training.engine.loop import Phases, is_out_of_patience
 from training.engine.next_commands import next_commands
+from training.engine.state import Checkpoints
 from training.errors import UserError
 from training.files import atomic_folder, ensure_folder, mkdir_durable, write_atomically, write_errors_as_user_errors
 from training.logging.advice import advice, facts_from_history
@@ -151,8 +152,11 @@ def describe_average(config: Config) -> str:
     return of_weights + "; the final model has it" * average.final
 
 
-def finish(setup: Setup, dataset: Dataset, log: RunLog, phase: Phases) -> None:
-    """Write the final model, experts.json, summary.json and the report; close the log. Raises UserError. Collective."""
+def finish(setup: Setup, dataset: Dataset, checkpoints: Checkpoints, log: RunLog, phase: Phases) -> None:
+    """Write the final model, experts.json, summary.json and the report; close the log and wait for the run's copy.
+
+    Raises UserError. Collective.
+    """
     config, model, tokenizer, expert_tokens = setup.config, setup.model, dataset.tokenizer, None
     folder, is_main = config.run_dir, model.world.is_main
     with phase("checkpoint"):
@@ -184,6 +188,7 @@ def finish(setup: Setup, dataset: Dataset, log: RunLog, phase: Phases) -> None:
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     update_report(log.info, log.history, summary, expert_tokens)
     log.close(summary)
+    checkpoints.finish_copy(is_finished=True)
 
 
 def final_weights(setup: Setup) -> tuple[dict[str, Tensor], bool]:

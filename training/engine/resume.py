@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from training import checkpoint
+from training.checkpoint import RemoteRun
 from training.config import Config
 from training.data import Dataset
 from training.distributed.world import World
@@ -119,8 +120,11 @@ def _named_checkpoint(name: str, flag: str, allowed: str) -> Path:
     return path
 
 
-def prepare_run_dir(config: Config, resume: str, point: ResumePoint | None) -> None:
-    """Prepare the run's folder, after all checks: move an old run, or checkpoints past the resume point, aside."""
+def prepare_run_dir(config: Config, resume: str, point: ResumePoint | None, remote: RemoteRun | None) -> None:
+    """Prepare the run's folder, after all checks: move an old run, or checkpoints past the resume point, aside.
+
+    Those in its copy, `remote`, as well.
+    """
     folder = config.run_dir
     with write_errors_as_user_errors(folder):
         if resume == "never" and folder.exists():
@@ -129,7 +133,11 @@ def prepare_run_dir(config: Config, resume: str, point: ResumePoint | None) -> N
         elif point is not None and point.is_own:
             checkpoint.remove_leftovers(folder / "checkpoints")
             is_wanted = resume != "auto" or point.location.is_earlier
-            checkpoint.quarantine(point.path.parent, point.state.step, "undone" if is_wanted else "damaged")
+            reason = "undone" if is_wanted else "damaged"
+            checkpoint.quarantine(point.path.parent, point.state.step, reason)
+            if remote is not None:
+                with checkpoint.copy_to_errors():
+                    remote.set_aside(point.state.step, reason)
             if point.location.is_earlier:
                 decay = f"its learning rate decayed from step {point.location.n_common + 1} on"
                 print_line(
@@ -137,10 +145,13 @@ def prepare_run_dir(config: Config, resume: str, point: ResumePoint | None) -> N
                 )
 
 
-def check_same_run(config: Config, dataset: Dataset, resume: str, point: ResumePoint | None) -> None:
+def check_same_run(
+    config: Config, dataset: Dataset, resume: str, point: ResumePoint | None, place: str | None = None
+) -> None:
     """Raise UserError with a list of the changed options or data that a restart may not change.
 
-    `config` is resolved. Compares a run that has rows, but no checkpoint, by its config.yaml.
+    `config` is resolved; `place` is where the run is, by default its folder. Compares a run that has rows, but no
+    checkpoint, by its config.yaml.
     """
     rows, stored = config.run_dir / "metrics.jsonl", config.run_dir / "config.yaml"
     ignored, reason = set(), ""
@@ -169,9 +180,12 @@ def check_same_run(config: Config, dataset: Dataset, resume: str, point: ResumeP
             listed.append(reason)
             if changes.keys() & {"schedule.warmup_steps", "schedule.decay_steps"}:  # shares of the run grow with it
                 listed.append(f"{stored} has its warm-up and decay in steps")
+        remedy = "--checkpoint.copy_to"
+        if place is None:
+            checkpoint_of = f"--branch {config.run_dir} to go on from this one's checkpoint"
+            remedy = f"--name (with {checkpoint_of}), or --resume never to start over"
         raise UserError(
-            f"{config.run_dir} holds a run with other options: {'; '.join(listed)}; choose another --name (with "
-            f"--branch {config.run_dir} to go on from this one's checkpoint), or --resume never to start over"
+            f"{place or config.run_dir} holds a run with other options: {'; '.join(listed)}; choose another {remedy}"
         )
 
 

@@ -10,7 +10,7 @@ from typing_extensions import TypedDict  # typing's own lacks what pydantic need
 
 from training import checkpoint
 from training import device as devices
-from training.checkpoint import CheckpointWriter, TensorShard, WriterGroup
+from training.checkpoint import STOP_S, CheckpointWriter, Copier, TensorShard, WriterGroup
 from training.config import AVERAGE, Config
 from training.distributed.sharded_model import ShardedModel
 from training.engine.guard import StepGuard
@@ -98,14 +98,19 @@ class TrainState(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> "TrainState":
-        """Read the state.json at `path`. Raises UserError for a missing key or a value of another type."""
+        """Read the state.json at `path`. Raises UserError as `parse`."""
+        return cls.parse(read_bytes(path), str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, source: str) -> "TrainState":
+        """Return a state.json's content. Raises UserError for a missing key or a value of another type."""
         try:
-            return cls.model_validate_json(read_bytes(path))
+            return cls.model_validate_json(content)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             problem = f"{key}: {first['msg']}" if key else first["msg"].removeprefix("Value error, ")
-            raise UserError(f"{path}: not the state of a run: {problem}; start over with --resume never") from error
+            raise UserError(f"{source}: not the state of a run: {problem}; start over with --resume never") from error
 
     def to_json(self) -> dict[str, Any]:
         """Return the contents of state.json."""
@@ -133,13 +138,25 @@ class TrainState(BaseModel):
 
 
 class Checkpoints:
-    """The checkpoints of a run: saved one at a time, in the background unless `checkpoint.background` is false."""
+    """The checkpoints of a run: saved one at a time, in the background unless `checkpoint.background` is false.
 
-    def __init__(self, config: Config, model: ShardedModel, optimizer: Optimizer, log: RunLog):
+    On the main rank they are also copied to `remote`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: ShardedModel,
+        optimizer: Optimizer,
+        log: RunLog,
+        remote: checkpoint.RemoteRun | None = None,
+    ):
         self.config, self.model, self.optimizer, self.log = config, model, optimizer, log
         world = model.world
         group = WriterGroup(world.rank, world.size, partial(world.gather, background=True))
         self.writer = CheckpointWriter(config.run_dir / "checkpoints", group, config.checkpoint)
+        keep_best = config.checkpoint.keep_best
+        self.copier = remote and Copier(config.run_dir, remote, self.writer, keep_best=keep_best)
 
     def preallocate(self) -> None:
         """Allocate the buffers of a save in the background, once the first step has created the optimizer state."""
@@ -157,9 +174,22 @@ class Checkpoints:
         """Wait for the save in progress. Raises UserError if it failed."""
         self.writer.wait()
 
+    def finish_copy(self, *, is_finished: bool) -> None:
+        """Wait for the copy of the newest checkpoint and say whether it is there; of a finished run, copy all of it.
+
+        The wait for a run that is not finished has a limit, and all ranks wait: a launcher may end all of them as soon
+        as one has stopped. Collective.
+        """
+        if self.copier is not None:
+            self.copier.finish(None if is_finished else STOP_S)
+        if not is_finished and self.config.checkpoint.copy_to is not None:
+            self.model.world.max_int(0)
+
     def close(self) -> None:
         """Wait for the save in progress, whether it fails or not."""
         self.writer.close()
+        if self.copier is not None:
+            self.copier.close()
 
     def _tensors(self) -> dict[str, dict[str, TensorShard]]:
         """Return this rank's part of every saved tensor, by kind and name."""

@@ -199,6 +199,8 @@ def report_lines(plan: RunPlan, mfu: float | None, measured: float | None) -> li
     ranks = f"{plan.world_size} x {device.name}" if plan.world_size > 1 else device.name
     flops, active = plan.stats.flops_per_token, plan.stats.n_active_parameters
     gib = checkpoint_bytes(plan.stats, config) / 2**30
+    url = config.checkpoint.copy_to
+    copies = "" if url is None else f"; each is sent to {url} and read back"
     per_rank, largest = max_samples_per_rank(config, plan.world_size), plan.largest_micro_batch
     fits = {0: "not one sample fits", per_rank: "all samples fit at once"}
     problem = f" ({plan.data_problem})" if plan.data_problem else ""
@@ -215,7 +217,7 @@ def report_lines(plan: RunPlan, mfu: float | None, measured: float | None) -> li
         "steps": f"{config.steps:,} = {plan.n_tokens:,} tokens, {_rounded(plan.n_tokens / active)} per "
         + ("active parameter" if active < plan.stats.n_parameters else "parameter"),
         "data": data,
-        "checkpoints": f"{gib:,.2f} GiB each, at most {n_checkpoints(config)} on disk at a time",
+        "checkpoints": f"{gib:,.2f} GiB each, at most {n_checkpoints(config)} on disk at a time{copies}",
         "time": _time(plan, mfu, measured),
         "memory": fits.get(largest, f"{largest} of a rank's {per_rank} samples fit at once"),
     }
@@ -300,7 +302,8 @@ def checkpoint_bytes(stats: ModelStats, config: Config) -> int:
 def n_checkpoints(config: Config) -> int:
     """Return the largest number of checkpoints on disk at once, which is reached while one is written."""
     n_kept = config.steps // config.checkpoint.keep_every if config.checkpoint.keep_every is not None else 0
-    return config.checkpoint.keep + config.checkpoint.keep_best + n_kept + 1
+    n_copied = config.checkpoint.copy_to is not None  # one stays while it is copied
+    return config.checkpoint.keep + config.checkpoint.keep_best + n_kept + n_copied + 1
 
 
 def check_memory(config: Config, world_size: int, available: int) -> None:

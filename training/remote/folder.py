@@ -93,13 +93,12 @@ class RemoteFolder:
             self.fs.get_file(self._at(name), str(target))
             fsync_path(target)
 
-    def move(self, name: str, new_name: str) -> None:
-        """Copy a file to another name and remove the old one."""
+    def copy(self, name: str, new_name: str) -> None:
+        """Copy a file to another name, at the server."""
         with remote_errors(self.url_of(name)):
             if self.is_local:
                 mkdir_durable(Path(self._at(new_name)).parent)
             self.fs.cp_file(self._at(name), self._at(new_name))
-        self.remove(name)
 
     def remove(self, name: str) -> None:
         """Remove a file, if it exists."""
