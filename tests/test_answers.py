@@ -33,6 +33,7 @@ from training.errors import UserError
 from training.model import GPT
 from training.model.generation import SamplingParams, continue_texts
 from training.model.stats import init_weights
+from training.options.cli import load_config
 from training.train import train
 from training.weights import hf
 
@@ -419,6 +420,16 @@ def test_a_run_on_answers_resumes_bit_for_bit(changes, config, run, at_step):
     assert [row.get("loss") for row in rows(parts.run_dir)] == [row.get("loss") for row in rows(whole)]
     ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (whole, parts.run_dir))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_answers_are_learned_from_any_pretrained_model(changes, config, tmp_path):
+    """An export with our own files says that its documents were not isolated; this run's are."""
+    dense = dense_model()
+    model = GPT(dense.config.model_copy(update={"position": "rope", "isolate_documents": False}))
+    hf.write_model(tmp_path / "base", init_weights(model, 0).state_dict(), model.config, 256)
+    started = config(**changes(name="tuned", init_from=str(tmp_path / "base"), model={"n_positions": 128}, steps=1))
+    assert train(started) == 0
+    assert load_config(started.run_dir / "config.yaml").model.isolate_documents is True
 
 
 def dense_model(n_positions: int = 256) -> GPT:

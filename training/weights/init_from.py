@@ -204,7 +204,9 @@ def local_folder(name: str, patterns: list[str], option: str) -> Path:
 
 def _merge(ours: ModelConfig, theirs: ModelConfig, where: str) -> ModelConfig:
     """Return their model with our options where they may differ. Raises UserError for other differences."""
-    changes: dict[str, Any] = {"dropout": ours.dropout}  # of this training, and never inherited
+    # Dropout is of this training, and never inherited. Weights do not depend on the isolation of documents, so a
+    # folder's `false` does not decide for rows with answers, which need it.
+    changes: dict[str, Any] = {"dropout": ours.dropout, "isolate_documents": theirs.isolate_documents or None}
     for name in sorted(ours.model_fields_set - {"blocks", "dropout"}):
         value, known = getattr(ours, name), getattr(theirs, name)
         if value == known or (name == "vocab_size" and value is None):
