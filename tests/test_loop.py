@@ -146,14 +146,14 @@ def reference_loss(model, tokens, targets) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_a_step_completes_if_the_next_batch_cannot_be_read(build_run, monkeypatch):
     """The loader prefetches it; the step that needs it reads it again and raises there."""
-    run, at = build_run(), Samples.at
+    run, read = build_run(), Samples.read
 
     def damaged(self, indices):
         if 8 in indices:  # the first sample of step 2
             raise UserError("damaged")
-        return at(self, indices)
+        return read(self, indices)
 
-    monkeypatch.setattr(Samples, "at", damaged)
+    monkeypatch.setattr(Samples, "read", damaged)
     run.train_step()
     assert run.state.step == 1
     with pytest.raises(UserError, match="damaged"):

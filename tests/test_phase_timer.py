@@ -105,18 +105,18 @@ def test_startup_is_one_phase_until_finish_startup():
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
 def test_the_phases_add_up_to_the_wall_clock_and_a_slow_disk_counts_as_data(train_timed, monkeypatch, device):
     """`train_timed` compares the sum with the wall clock."""
-    at, durations = Samples.at, []
+    read, durations = Samples.read, []
 
     def slow(samples, indices):
         begin = time.perf_counter()
         if not samples.is_sequential:  # training data
             time.sleep(SLOW_S)
-        tokens_and_targets = at(samples, indices)
+        tokens_and_targets = read(samples, indices)
         if not samples.is_sequential:
             durations.append(time.perf_counter() - begin)
         return tokens_and_targets
 
-    monkeypatch.setattr(Samples, "at", slow)
+    monkeypatch.setattr(Samples, "read", slow)
     log = train_timed(torch.device(device))  # evaluations after 4 and 8, saves after 3, 6 and 8
     seconds, waited = log.timer.seconds, sum(durations[3:])  # start-up reads for the graph and the first two steps
     beside = ("compute",) if device == "cuda" else ()  # a GPU computes meanwhile
