@@ -331,7 +331,8 @@ def test_samples_of_an_evaluation_do_not_depend_on_the_other_prompts():
         evaluation = EvalConfig(prompts=prompts, sample_tokens=20, temperature=2.0, top_k=None)
         one_rank = {"mesh": SimpleNamespace(has_collectives=False), "world": SimpleNamespace(is_main=True)}
         sharded = SimpleNamespace(model=model, reshard=lambda: None, **one_rank)
-        config, state = SimpleNamespace(eval=evaluation, seed=seed[0]), SimpleNamespace(step=seed[1])
+        data, state = SimpleNamespace(has_messages=False), SimpleNamespace(step=seed[1])
+        config = SimpleNamespace(eval=evaluation, seed=seed[0], data=data)
         return sample_texts(SimpleNamespace(config=config, model=sharded, state=state), BYTES)["samples"]
 
     both = drawn("def ", "a")
