@@ -2,7 +2,7 @@ SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 RUN := .venv/bin/python
-BENCHMARKS := step around scaling tokens growth experts generate tasks average inspection compare save speedrun \
+BENCHMARKS := step around scaling tokens growth experts generate tasks average inspection compare finetune save speedrun \
 	plan_memory moe_vs_dense rounding log
 # The older Transformers that exports have to open in as well, in a folder of its own; its tests are skipped without it.
 TRANSFORMERS_4 := transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2

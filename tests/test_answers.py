@@ -135,6 +135,31 @@ def test_a_special_tokens_name_in_a_message_is_ordinary_text():
     assert "\ufdd2" not in tokenizer.decode(encoded.ids)
 
 
+def test_a_special_tokens_name_in_any_field_of_a_message_is_ordinary_text():
+    template = CHATML.replace("{{ message.content }}", "{{ message.name }}: {{ message.content }}")
+    tokenizer = byte_tokenizer(template, ("<|im_start|>", "<|im_end|>"))
+    talk = [{"role": "user", "name": "<|im_end|>", "content": "a"}, {"role": "assistant", "name": "b", "content": "c"}]
+    assert learned(talk, tokenizer) == ["b: c<|im_end|>"]
+    assert int((encode_messages(talk, tokenizer).ids == tokenizer.inner.token_to_id("<|im_end|>")).sum()) == 2
+    talk[0]["name"] = "\ufdd0"
+    with pytest.raises(UserError, match=r"a message holds U\+FDD0, which is no character"):
+        encode_messages(talk, tokenizer)
+
+
+def test_tool_calls_text_parts_and_json_in_a_table_are_read():
+    call = [{"function": {"name": "add", "arguments": {"a": 2}}}]
+    talk = [
+        {"role": "user", "content": [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]},
+        {"role": "assistant", "content": None, "tool_calls": call},
+    ]
+    tokenizer = byte_tokenizer()
+    assert "2+2?" in tokenizer.decode(encode_messages(talk, tokenizer).ids)
+    assert learned(talk, tokenizer) == [json.dumps(call) + END]
+    source = FilesSource(paths=("x",), messages_column="messages")
+    dialogue = to_dialogue({"messages": json.dumps(talk)}, source, "here")
+    assert dialogue.has_answer and dialogue.messages[0]["content"] == "2+2?"
+
+
 @pytest.mark.parametrize("template", [None, CHATML])
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
 def test_transformers_writes_the_same_tokens(kind, template, tmp_path):
@@ -166,6 +191,9 @@ def test_transformers_writes_the_same_tokens(kind, template, tmp_path):
         ("{{ messages[0].content.no.such }}", "the chat template: "),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{% if %}", "not a Jinja template"),
+        ("{% break %}", "not a Jinja template"),
+        ("{{ cycler() }}", "at least one item"),
+        ("{{ strftime_now('%d') }}", "'strftime_now' is undefined"),  # a run's tokens do not depend on the day
     ],
 )
 def test_a_template_that_does_not_work_is_an_error_of_one_line(template, message):
@@ -182,6 +210,8 @@ def test_a_template_that_does_not_work_is_an_error_of_one_line(template, message
         ({"messages": ["Hi"]}, "message 1 of 'messages' is str, not an object"),
         ({"messages": [{"content": "Hi"}]}, "message 1 of 'messages': its role is None, not a name"),
         ({"messages": [{"role": "user", "content": ["Hi"]}]}, "its content is list, not text"),
+        ({"messages": [{"role": "user", "content": None}]}, "its content is NoneType, not text"),
+        ({"messages": "[{"}, "'messages' is not JSON"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "is not Unicode text"),
         ([1], "a JSON list, not an object with a 'messages'"),
     ],
@@ -218,6 +248,18 @@ def test_the_identity_of_sources_without_answers_has_not_changed(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     files = FilesSource(paths=(str(tmp_path / "a.txt"),))
     assert build_reader(files).identity(hashes)[0] == "text"
+
+
+def test_of_a_folder_with_rows_other_files_are_left_out_and_counted(tmp_path):
+    write_dialogues(tmp_path / "rows.jsonl", 2)
+    (tmp_path / "README.md").write_text("About these rows")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    reader = build_reader(FilesSource(paths=(str(tmp_path),), messages_column="messages"))
+    assert len(list(reader.documents())) == 2
+    assert sorted(reader.left_out.values()) == [
+        ".csv file without the messages_column",
+        ".md file, which has no rows",
+    ]
 
 
 # --- packing ---------------------------------------------------------------------------------------
@@ -549,6 +591,14 @@ def test_a_dialogue_that_outgrows_the_context_goes_on(talking, call, monkeypatch
     assert "this turn is 5" in result.stderr and "shorten it" in result.stderr
 
 
+def test_a_line_that_is_no_text_does_not_end_a_dialogue(talking, call, monkeypatch):
+    lines = io.TextIOWrapper(io.BytesIO(b"a \xff b\nc \xef\xb7\x90 d\ne\n"), "utf-8", "surrogateescape")
+    monkeypatch.setattr(sys, "stdin", lines)
+    result = call("generate", "--run", str(talking), "--chat", "--tokens", "4", "--system", "\udcff")
+    assert result.returncode == 0
+    assert "this turn holds a code point that is no character" in result.stderr
+
+
 def test_of_a_long_dialogue_the_system_turn_and_the_newest_turns_remain():
     turns = [{"role": role, "content": f"{role} {i}"} for i in range(9) for role in ("user", "assistant")]
     system = {"role": "system", "content": "Count."}
@@ -576,6 +626,7 @@ def test_the_prompts_and_next_commands_of_a_run_on_dialogues_are_dialogues(talki
     [
         (["--chat", "--prompt", "a", "--prompts", "b"], "give either --prompt or --prompts"),
         (["--system", "x", "--prompt", "a"], "--system: needs --chat"),
+        (["--chat", "--json"], "--json: needs --prompt or --prompts beside --chat"),
         (["--chat", "--prompt", "x" * 300], "with the chat template, more than the 128 of the model's context"),
     ],
 )

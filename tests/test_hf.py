@@ -19,6 +19,7 @@ from training.model import GPT, init_weights
 from training.weights import hf
 from training.weights.hf import gpt2, llama, model_folder
 from training.weights.hf.architecture import BALANCING, computed_options, first_difference, pattern
+from training.weights.hf.custom import CustomArchitecture
 from training.weights.hf.tables import ACTIVATIONS
 
 V4 = Path(sys.prefix, "transformers-4")  # the Makefile installs Transformers 4.57 there
@@ -595,12 +596,23 @@ def test_every_option_that_changes_a_logit_is_compared():
     ffns = [{"type": "mlp"}, {"type": "moe"}, {"type": "mlp"}]
     layers = [{"mixer": mixer, "ffn": ffn} for mixer, ffn in zip(mixers, ffns, strict=True)]
     config = ModelConfig.model_validate({"n_layer": 3, "position": "rope", "blocks": layers})
-    expected = set(ModelConfig.model_fields) - {"blocks", "isolate_documents"}
+    expected = set(ModelConfig.model_fields) - {"blocks", "isolate_documents", "dropout"}
     for i, block in enumerate(config.blocks):
         for part in ("mixer", "ffn"):
             fields = set(type(getattr(block, part)).model_fields) - BALANCING
             expected |= {f"{part}.{name} of layer {i}" for name in fields}
     assert computed_options(config).keys() == expected
+
+
+def test_an_export_of_an_earlier_version_opens():
+    """Its config.json lacks newer options."""
+    config = ModelConfig(n_layer=1, n_head=2, n_embd=16, n_positions=8, vocab_size=10, position="rope")
+    fields = CustomArchitecture().to_hf(config)
+    del fields["dropout"]
+    assert ModelConfig.model_validate(CustomArchitecture().from_hf(fields)) == config
+    del fields["rope_theta"]
+    with pytest.raises(UserError, match="rope_theta is missing"):
+        CustomArchitecture().from_hf(fields)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -394,6 +394,13 @@ class TokensSource(Section):
     )
     weight: float | None = option(None, WEIGHT_DOC, gt=0)
 
+    def rules(self) -> Iterator[tuple[str, str]]:
+        if remote := [path for path in self.paths if is_url(path)]:
+            yield (
+                "paths",
+                f"{remote[0]}: token files are mapped where they lie, so they must be on a disk; copy it there",
+            )
+
 
 class BPETokenizer(Section):
     """A byte-level BPE, trained on the training documents."""
@@ -748,8 +755,8 @@ class CheckpointConfig(Section):
 
     copy_to: PathText | None = option(
         None,
-        "folder of this run elsewhere, such as s3://bucket/run or a path on another disk: each checkpoint is copied "
-        "there, and a start without one goes on from there; null: none",
+        "place for a copy of each checkpoint, such as s3://bucket/run or a path on another disk; a start without "
+        "checkpoints goes on from there; null: none",
         min_length=1,
     )
 
@@ -1032,8 +1039,11 @@ class Config(SectionWithAlternatives):
             yield "model.isolate_documents", "sources with answers need true, because a sample holds several rows"
         if self.eval.patience is not None and not self.checkpoint.keep_best:
             yield "eval.patience", "its final model is the best one, which is there only with checkpoint.keep_best"
-        if self.checkpoint.copy_to is not None and Path(self.checkpoint.copy_to).absolute() == self.run_dir.absolute():
-            yield "checkpoint.copy_to", f"{self.checkpoint.copy_to} is the folder of this run; name another one"
+        if self.checkpoint.copy_to is not None and not is_url(self.checkpoint.copy_to):
+            place, run_dir = Path(self.checkpoint.copy_to).resolve(), self.run_dir.resolve()
+            if place == run_dir.parent or place.is_relative_to(run_dir):
+                what = "is out_dir" if place == run_dir.parent else "is in the folder of this run"
+                yield "checkpoint.copy_to", f"{self.checkpoint.copy_to} {what}; name another folder"
         if self.upcycle_noise is not None and self.init_from is None:
             yield "upcycle_noise", "needs init_from, whose dense layers become experts"
 

@@ -67,7 +67,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.system is not None and not args.chat:
         raise UserError("--system: needs --chat")
     args.stop = [_valid_utf8(stop) for stop in args.stop]
+    args.system = args.system and _valid_utf8(args.system)
     if args.prompt is args.prompts:
+        if args.json or args.samples != 1:
+            raise UserError(f"{'--json' if args.json else '--samples'}: needs --prompt or --prompts beside --chat")
         return args
     args.prompt = read_prompts(Path(args.prompts)) if args.prompt is None else [_valid_utf8(p) for p in args.prompt]
     return args

@@ -254,7 +254,10 @@ def check_splits(corpus: Corpus, records: Sequence[StreamRecord]) -> None:
     counts = {"sources": sum(train), "val_sources": val} if config.val_sources else {"sources": n_documents}
     for option, count in counts.items():
         if not count:
-            raise UserError(f"data.{option}: no text in them: every document is empty, or all white space")
+            reason = "no text in them: every document is empty, or all white space"
+            if corpus.config.has_answers:
+                reason = "no answer in them: no row has a completion, or a turn of role assistant, with text"
+            raise UserError(f"data.{option}: {reason}")
     fraction = f"of {n_documents} documents, with data.val_fraction {config.val_fraction}"
     if not val:
         raise UserError(

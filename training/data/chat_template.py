@@ -8,7 +8,6 @@ assistant's messages (with `add_generation_prompt`) for that message.
 import json
 import re
 from collections.abc import Iterator, Sequence
-from datetime import datetime
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -28,7 +27,9 @@ ASSISTANT = "assistant"
 # stand in a message, which so remain ordinary text.
 START, END, ESCAPE = "\ufdd0", "\ufdd1", "\ufdd2"
 RESERVED = re.compile(f"[{START}{END}{ESCAPE}]")
-TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+# A template is a program that someone else wrote: it may fail in any of these ways.
+TEMPLATE_ERRORS = (TemplateError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+TEMPLATE_ERRORS += (RuntimeError, MemoryError)
 
 
 class Piece(NamedTuple):
@@ -66,7 +67,8 @@ ENVIRONMENT = ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[_MarkAnswers, "jinja2.ext.loopcontrols"]
 )
 ENVIRONMENT.filters["tojson"] = _to_json
-ENVIRONMENT.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
+# Without `strftime_now`: with the date in them, the tokens of a run would be others tomorrow.
+ENVIRONMENT.globals["raise_exception"] = _raise
 
 
 class ChatTemplate:
@@ -95,10 +97,10 @@ class ChatTemplate:
     def end_of_turn(self) -> str:
         """The name of the special token that ends the assistant's turn. Raises UserError if none does."""
         messages = [{"role": "user", "content": "a"}, {"role": ASSISTANT, "content": "b"}]
-        last = [piece for piece in self.pieces(messages) if piece.is_target][-1]
-        if not last.is_special:
+        learned = [piece for piece in self.pieces(messages) if piece.is_target]
+        if not learned or not learned[-1].is_special:
             raise UserError(self._no_end("", messages[1]))
-        return last.text
+        return learned[-1].text
 
     def _targets(self, messages: Sequence[Message], where: str) -> tuple[str, list[tuple[int, int]]]:
         """Return (text, the range of each answer in it)."""
@@ -135,11 +137,17 @@ class ChatTemplate:
         except TEMPLATE_ERRORS as error:
             raise UserError(f"{_prefix(where)}{self.name}: {' '.join(str(error).split())}") from None
 
-    def _escape(self, message: Message, where: str) -> Message:
-        content = message["content"]
-        if match := RESERVED.search(content):
+    def _escape(self, value: Any, where: str) -> Any:
+        """Return a message, or a value in it, with ESCAPE inside special tokens' names."""
+        if isinstance(value, dict):
+            return {name: self._escape(item, where) for name, item in value.items()}
+        if isinstance(value, list):
+            return [self._escape(item, where) for item in value]
+        if not isinstance(value, str):
+            return value
+        if match := RESERVED.search(value):
             raise UserError(f"{_prefix(where)}a message holds U+{ord(match.group()):04X}, which is no character")
-        return {**message, "content": self.special.sub(lambda name: f"{name[0][:1]}{ESCAPE}{name[0][1:]}", content)}
+        return self.special.sub(lambda name: f"{name[0][:1]}{ESCAPE}{name[0][1:]}", value)
 
     def _split(self, text: str, is_target: bool) -> Iterator[Piece]:
         """Yield special tokens and the text between them."""
@@ -171,7 +179,7 @@ def compile_template(source: str, name: str) -> Template:
     """Return a template. Raises UserError, which names it, if it is none."""
     try:
         return ENVIRONMENT.from_string(source)
-    except TemplateError as error:
+    except TEMPLATE_ERRORS as error:
         raise UserError(f"{name}: not a Jinja template: {' '.join(str(error).split())}") from None
 
 

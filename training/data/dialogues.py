@@ -3,6 +3,7 @@
 A row becomes a document whose text has parts; `encode_dialogue` returns its tokens and which of them are targets.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -33,7 +34,8 @@ class Dialogue(NamedTuple):
     @property
     def has_answer(self) -> bool:
         """True if there is text to learn."""
-        return any(message["role"] == ASSISTANT and message["content"].strip() for message in self.messages)
+        answers = (message for message in self.messages if message["role"] == ASSISTANT)
+        return any(answer["content"].strip() or answer.get("tool_calls") for answer in answers)
 
 
 def to_dialogue(row: Any, config: RowsConfig, where: str) -> Dialogue:
@@ -49,7 +51,15 @@ def to_dialogue(row: Any, config: RowsConfig, where: str) -> Dialogue:
 
 
 def to_messages(value: Any, column: str, where: str) -> tuple[Message, ...]:
-    """Return a column's messages as {role, content, and other fields that are not null}. Raises UserError."""
+    """Return a column's messages as {role, content, and other fields that are not null}. Raises UserError.
+
+    A text, as in .csv files, is read as JSON.
+    """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: {column!r} is not JSON ({error})") from None
     if not isinstance(value, list):
         raise UserError(f"{where}: {column!r} is {type(value).__name__}, not a list of messages with role and content")
     messages = []
@@ -62,11 +72,22 @@ def to_messages(value: Any, column: str, where: str) -> tuple[Message, ...]:
         role = OTHER_ROLES.get(role, role) if isinstance(role, str) else role
         if not isinstance(role, str) or not ROLE.fullmatch(role):
             raise UserError(f"{place}: its {names[0]} is {role!r}, not a name such as user or assistant")
+        content = plain_content(content, message)
         if not isinstance(content, str):
             raise UserError(f"{place}: its {names[1]} is {type(content).__name__}, not text")
         others = {key: item for key, item in message.items() if key not in names and item is not None}
         messages.append({**others, "role": role, "content": to_text(content, names[1], place)})
     return tuple(messages)
+
+
+def plain_content(content: Any, message: Mapping[str, Any]) -> Any:
+    """Return the text of a list of text parts, and "" for null beside tool calls; else the content itself."""
+    if content is None and message.get("tool_calls"):
+        return ""
+    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+        texts = [part.get("text") for part in content]
+        return "".join(texts) if all(isinstance(text, str) for text in texts) else content
+    return content
 
 
 class EncodedText(NamedTuple):

@@ -60,24 +60,24 @@ def _raise_unreadable(error: OSError) -> NoReturn:
 
 
 def find_files(
-    patterns: Iterable[str], is_wanted: Callable[[Path], bool] = lambda _: True
+    patterns: Iterable[str], reason_unwanted: Callable[[Path], str | None] = lambda _: None
 ) -> tuple[dict[Path, bool], LeftOut]:
     """Return the files of paths, folders and globs, each once (True: by its own path), and what a search left out.
 
-    A search of a folder reads a table (.csv, .tsv) only if `is_wanted`. Raises UserError for a path, folder or glob
-    without a usable file.
+    A search of a folder leaves out what has a `reason_unwanted`, such as ".csv file without the text_column". Raises
+    UserError for a path, folder or glob without a usable file.
     """
     files: dict[Path, bool] = {}
     left_out: LeftOut = {}
     for pattern in patterns:
         path = Path(pattern)
         if is_url(pattern):
-            files |= _find_remote(pattern, left_out, is_wanted)
+            files |= _find_remote(pattern, left_out, reason_unwanted)
         elif path.is_file():
             if format_of(path) not in FORMATS:
                 raise UserError(f"{path}: no usable file: its name does not end in {EXTENSIONS}")
             files[path] = True
-        elif matches := sorted(search(path, left_out, is_wanted)):
+        elif matches := sorted(search(path, left_out, reason_unwanted)):
             files |= {match: False for match in matches if match not in files}
         elif path.is_dir():
             kinds = f" (there are {counts})" if (counts := count_kinds(left_out.values())) else ""
@@ -97,13 +97,13 @@ def name_of_path(path: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", parts[-1] if parts else "")[:64].strip("-._") or "files"
 
 
-def _find_remote(url: str, left_out: LeftOut, is_wanted: Callable[[Path], bool]) -> dict[Path, bool]:
+def _find_remote(url: str, left_out: LeftOut, reason_unwanted: Callable[[Path], str | None]) -> dict[Path, bool]:
     """Return the files at a URL, as `find_files` returns them."""
     remote, is_one = find_remote(url)
     is_folder = not (is_one or glob.has_magic(url))
     kinds = {
         file: (hidden_part(file.url, url, SKIPPED_FOLDERS) if is_folder else None)
-        or reason_left_out(file, is_folder, is_wanted)
+        or reason_left_out(file, is_folder, reason_unwanted)
         for file in remote
     }
     if all(kinds.values()):
@@ -123,26 +123,24 @@ def count_kinds(kinds: Iterable[str]) -> str:
     return ", ".join(parts)
 
 
-def search(path: Path, left_out: LeftOut, is_wanted: Callable[[Path], bool]) -> Iterator[Path]:
+def search(path: Path, left_out: LeftOut, reason_unwanted: Callable[[Path], str | None]) -> Iterator[Path]:
     """Yield the usable files below a folder, or those that a glob matches, also below folders that it matches."""
     if not path.is_dir():
         _check_listable(path)
     for match in [path] if path.is_dir() else expand_glob(path):
         is_folder = match.is_dir()
         for file in walk(match, left_out=left_out) if is_folder else [match]:
-            if kind := reason_left_out(file, is_folder, is_wanted):
+            if kind := reason_left_out(file, is_folder, reason_unwanted):
                 left_out[file] = kind
             else:
                 yield file
 
 
-def reason_left_out(file: Path, is_folder: bool, is_wanted: Callable[[Path], bool]) -> str | None:
+def reason_left_out(file: Path, is_folder: bool, reason_unwanted: Callable[[Path], str | None]) -> str | None:
     """Return the kind of a file that is not read; None if it is. `is_folder`: a search of its folder found it."""
     name = format_of(file)
-    if is_folder and name in TABLES and not is_wanted(file):
-        return f"{name} file without the text_column"
     if name in FORMATS and not (is_folder and file.suffix.lower() == ONLY_BY_NAME):
-        return None
+        return reason_unwanted(file) if is_folder else None
     return f"{name} file" if name else "file without an extension"
 
 

@@ -27,7 +27,7 @@ from training.config import (
 from training.data.chunks import Document, look_ahead, to_document
 from training.data.dialogues import to_dialogue
 from training.data.file_hashes import FileHashes
-from training.data.find_files import SKIPPED_FOLDERS, find_files, name_of_path, walk
+from training.data.find_files import SKIPPED_FOLDERS, TABLES, find_files, name_of_path, walk
 from training.data.remote_files import RemoteFile
 from training.data.row_files import FileOptions, Row, has_column, list_names, to_text
 from training.data.text_files import format_of, is_plain_text, is_text_file, is_utf8, read_documents, read_rows
@@ -88,7 +88,7 @@ class FilesReader:
         column = config.messages_column or config.prompt_column or config.text_column
         self.options = FileOptions(column, "utf-8" if self.skips else encoding, config.split_on)
         self.patterns = config.paths
-        self.paths, self.left_out = find_files(config.paths, lambda path: has_column(path, self.options))
+        self.paths, self.left_out = find_files(config.paths, self._reason_unwanted)
         self.not_utf8: dict[Path, bool] = {}  # of each file that `documents` has read, if it skips
         if config.split_on and not any(map(is_text_file, self.paths)):
             no_effect = (
@@ -119,6 +119,15 @@ class FilesReader:
         if path not in self.not_utf8:
             self.not_utf8[path] = not is_utf8(path)
         return self.not_utf8[path]
+
+    def _reason_unwanted(self, path: Path) -> str | None:
+        """Return why a file that a search found is not read; None if it is."""
+        if self.config.has_answers and is_text_file(path):
+            return f"{format_of(path)} file, which has no rows"
+        if format_of(path) in TABLES and not has_column(path, self.options):
+            names = ("messages_column", "prompt_column", "text_column")
+            return f"{format_of(path)} file without the {next(name for name in names if getattr(self.config, name))}"
+        return None
 
     def _documents(self, path: Path) -> Iterator[Document]:
         if self.config.has_answers:

@@ -5,6 +5,7 @@ lineage is in its checkpoints and in summary.json. Once it has a checkpoint of i
 """
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,16 @@ def run_of(path: Path) -> Path:
 def check_own(config: Config, branch: str, own: Path) -> str:
     """Return a line for a branch that resumes from its own checkpoint. Raises UserError for another run."""
     lineage = checkpoint.read_state(own).get("lineage")
-    parents = {Path(branch).resolve().name, run_of(Path(branch).resolve()).name}
-    if not lineage or Path(lineage[-1]["run"]).name not in parents:
+    if not is_branch_of(lineage, branch):
         holds = f"a branch of {lineage[-1]['run']}" if lineage else "a run that is no branch"
         raise UserError(f"--branch {branch}: {config.run_dir} holds {holds}; choose another --name")
     return f"{config.run_dir}: resuming from its own {own.name}; it branched off at step {lineage[-1]['step']}"
+
+
+def is_branch_of(lineage: Sequence[Mapping[str, Any]] | None, branch: str) -> bool:
+    """Return True if a run with this lineage branched off from the run or checkpoint at `branch`."""
+    parents = {Path(branch).resolve().name, run_of(Path(branch).resolve()).name}
+    return bool(lineage) and Path(lineage[-1]["run"]).name in parents
 
 
 def start_branch(config: Config, dataset: Dataset, path: Path, state: TrainState) -> None:
@@ -57,6 +63,10 @@ def start_branch(config: Config, dataset: Dataset, path: Path, state: TrainState
         listed = describe_changes({name: changes[name] for name in fixed})
         reason = "a branch keeps the model, the type of the optimizer and the batches before it"
         raise UserError(f"--branch {path}: {reason}, but {listed}; leave them as they are")
+    if frozen_patterns(old) != frozen_patterns(config):
+        raise UserError(
+            f"--branch {path}: a branch keeps which weights are frozen; leave freeze in optim.groups as it is"
+        )
     if (run / "tokenizer").is_dir() and not has_same_tokens(Tokenizer.load(run / "tokenizer"), dataset.tokenizer):
         raise UserError(
             f"--branch {path}: data.tokenizer gives other tokens than {run / 'tokenizer'}, which it learned"
@@ -70,6 +80,12 @@ def start_branch(config: Config, dataset: Dataset, path: Path, state: TrainState
         )
     )
     state.best = None  # its checkpoint is the parent's
+
+
+def frozen_patterns(config: Config) -> list[tuple[str, bool]]:
+    """Return the patterns of `optim.groups`, if some freeze weights, each with True if it does."""
+    patterns = [(group.match, group.freeze) for group in config.optim.groups]
+    return patterns if any(freeze for _, freeze in patterns) else []
 
 
 def is_fixed(name: str, keeps_position: bool) -> bool:

@@ -15,7 +15,7 @@ from training.distributed.consistency import check_same
 from training.distributed.parallelize import parallelize
 from training.distributed.sharded_model import ShardedModel
 from training.distributed.world import World
-from training.engine.branch import run_of, start_branch
+from training.engine.branch import is_branch_of, run_of, start_branch
 from training.engine.fetch import fetch_newest
 from training.engine.longer import is_plateau, n_common_steps, parse_options
 from training.engine.micro_batch import MicroBatch
@@ -63,7 +63,7 @@ def build(config: Config, dataset: Dataset, world: World, resume: str, branch: s
     prepare_process(config, world)
     check_same(world, {"data": dataset.fingerprint[:12]})
     config, train = resolve_sizes(config, dataset)
-    remote = open_copy(config, dataset, world, resume)
+    remote = open_copy(config, dataset, world, resume, branch)
     point = find_resume_point(config, resume, world, branch)
     state = TrainState.new() if point is None else point.state
     config = resolve_precision(config, world, state)
@@ -116,7 +116,9 @@ def build(config: Config, dataset: Dataset, world: World, resume: str, branch: s
     return Setup(config, model, stats, optimizer, loader, val, tasks, micro_batch, state, kernels, parent, remote)
 
 
-def open_copy(config: Config, dataset: Dataset, world: World, resume: str) -> RemoteRun | None:
+def open_copy(
+    config: Config, dataset: Dataset, world: World, resume: str, branch: str | None = None
+) -> RemoteRun | None:
     """Return the run's copy at `checkpoint.copy_to` on the main rank, whose newest checkpoint may now be in the folder.
 
     None on other ranks, and without a copy. Raises UserError, on the main rank only, if it is of another run.
@@ -126,6 +128,8 @@ def open_copy(config: Config, dataset: Dataset, world: World, resume: str) -> Re
         return None
 
     def check(state: TrainState) -> None:
+        if branch is not None and not is_branch_of(state.lineage, branch):
+            raise UserError(f"{url} holds another run than this branch; name a --checkpoint.copy_to of its own")
         resolved = resolve_precision(config, world, state)
         old = parse_options(state.config)
         n_common = n_common_steps(old, resolved) if old is not None else 0

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from training.data.chat_template import ASSISTANT, Message
+from training.data.chat_template import ASSISTANT, RESERVED, Message
 from training.data.dialogues import encode_turn, end_tokens
 from training.engine.load_run import LoadedModel
 from training.model.generation import continue_texts
@@ -27,6 +27,9 @@ def talk(loaded: LoadedModel, system: Sequence[Message], n_tokens: int, *, seed:
         if not line:
             dialogue = list(system)
             continue
+        if RESERVED.search(line):
+            print_note("this turn holds a code point that is no character; leave it out")
+            continue
         dialogue.append({"role": "user", "content": line})
         dialogue, prompt = fit_context(tokenizer, dialogue, len(system), model.config.n_positions)
         if not prompt:
@@ -42,7 +45,7 @@ def talk(loaded: LoadedModel, system: Sequence[Message], n_tokens: int, *, seed:
             **options,
         )
         print_exact("\n")
-        dialogue.append({"role": ASSISTANT, "content": answer.text})
+        dialogue.append({"role": ASSISTANT, "content": RESERVED.sub("", answer.text)})
 
 
 def user_lines() -> Iterator[str]:
@@ -54,7 +57,7 @@ def user_lines() -> Iterator[str]:
         line = sys.stdin.readline()
         if not line:
             return
-        yield line.rstrip("\r\n")
+        yield line.rstrip("\r\n").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def fit_context(

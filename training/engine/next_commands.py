@@ -33,7 +33,13 @@ def longer_arguments(config: Config, state: TrainState) -> list[str]:
     extension = find_extension(checkpoint.step_path(config.run_dir / "checkpoints", state.step), longer.resolved())
     if extension.is_earlier or extension.n_common >= state.step:
         return arguments
-    return [*arguments, "--branch", str(config.run_dir), "--name", free_name(config)]
+    arguments += ["--branch", str(config.run_dir), "--name", (name := free_name(config))]
+    if config.checkpoint.copy_to is not None:  # a branch needs a place of its own
+        arguments += [
+            "--checkpoint.copy_to",
+            f"{config.checkpoint.copy_to.rstrip('/').rpartition('/')[0] or '.'}/{name}",
+        ]
+    return arguments
 
 
 def free_name(config: Config) -> str:

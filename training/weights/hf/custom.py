@@ -19,6 +19,7 @@ from training.weights.hf.tables import Name, read
 MODEL_TYPE = "training_gpt"
 MODELING = f"modeling_{MODEL_TYPE}"
 CLASSES = {"AutoConfig": "TrainingGPTConfig", "AutoModelForCausalLM": "TrainingGPTForCausalLM"}
+NEWER = {"dropout"}  # options that exports of older versions lack; their defaults are what those computed
 ENTRY = "training.weights.hf.modeling"
 IMPORT = r"(?m)^( *)from (training\.[\w.]+) import"
 
@@ -95,10 +96,10 @@ class CustomArchitecture(Architecture):
         }
 
     def from_hf(self, hf: dict[str, Any]) -> dict[str, Any]:
-        if missing := [name for name in ModelConfig.model_fields if name not in hf]:
+        if missing := [name for name in ModelConfig.model_fields if name not in hf and name not in NEWER]:
             raise UserError(f"{missing[0]} is missing")
         read(hf, "n_layer", int)  # limits it
-        return {name: hf[name] for name in ModelConfig.model_fields}
+        return {name: hf[name] for name in ModelConfig.model_fields if name in hf}
 
     def names(self, config: ModelConfig) -> list[Name]:
         return [Name(f"gpt.{name}", (name,)) for name in model_stats(config).shapes]
@@ -132,5 +133,16 @@ def _source(module: str) -> str:
     text = Path(find_spec(module).origin).read_text(encoding="utf-8")
     if module == "training.config":
         text = re.sub(r"(?m)^from pydantic .*\n", "", text.partition("\n# --- data ---")[0])
-        text = text.replace(", Self\n", "\n").replace("-> Self:", '-> "Section":')  # Python 3.10 has no Self
+        text = text.replace("-> Self:", '-> "Section":')  # Python 3.10 has no Self
+        return without_unused_imports(text)
     return text
+
+
+def without_unused_imports(text: str) -> str:
+    """Return a module's source without the imported names that it does not use; each import is on one line."""
+
+    def used(line: re.Match[str]) -> str:
+        names = [name for name in line[2].split(", ") if len(re.findall(rf"\b{name}\b", text)) > 1]
+        return f"{line[1]}{', '.join(names)}\n" if names else ""
+
+    return re.sub(r"(?m)^(from [\w.]+ import )([\w, ]+)\n", used, text)
