@@ -46,11 +46,11 @@ def commands(text: str) -> list[list[str]]:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_every_torchrun_command_parses(monkeypatch):
     monkeypatch.chdir(ROOT)
-    (block,) = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
+    page = "".join(re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL))
     (sky,) = read_yaml("skypilot.yaml")
     *_, job = read_yaml("kubernetes.yaml")
     trainer = job["spec"]["trainer"]
-    torchrun_commands = [*commands(block), *commands(sky["run"]), trainer["command"] + trainer["args"]]
+    torchrun_commands = [*commands(page), *commands(sky["run"]), trainer["command"] + trainer["args"]]
     assert len(torchrun_commands) == 5
     for words in torchrun_commands:
         check_command(words)

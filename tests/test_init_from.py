@@ -75,7 +75,9 @@ def test_a_run_starts_from_the_weights_of_a_folder(run, folder, model_type):
     left = run(model={}, init_from=str(path), optim=STILL, steps=3)
     written, read = (hf.read_config(one)[1].with_explicit_sizes() for one in (left / "model", path))
     assert (written.isolate_documents or False) == (read.isolate_documents or False)  # null: the text has no answers
-    assert written.model_copy(update={"isolate_documents": read.isolate_documents}) == read  # all of its 259 rows belong to the model, though the tokenizer has 257 tokens
+    assert (
+        written.model_copy(update={"isolate_documents": read.isolate_documents}) == read
+    )  # all of its 259 rows belong to the model, though the tokenizer has 257 tokens
     ours, theirs = load_file(left / "model/model.safetensors"), load_file(path / "model.safetensors")
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():

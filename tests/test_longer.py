@@ -214,7 +214,11 @@ def test_what_cannot_branch_is_one_line(finished, config, options, tmp_path):
             {"data": data | {"tokenizer": {"type": "bpe", "vocab_size": 257}}},
             f"--branch {path}: data.tokenizer gives other tokens than {parent / 'tokenizer'}",
         ),
-        ({"steps": 6}, f"--branch {path}: it is at step 6, and steps is 6; raise steps"),
+        (
+            {"steps": 6},
+            f"--branch {path}: it is at step 6, and steps is 6; they count from its beginning, "
+            "so give more, such as --steps 12",
+        ),
         ({"name": "small"}, f"--branch {path}: a run cannot branch off from itself; choose another --name"),
     ):
         with pytest.raises(UserError) as error:

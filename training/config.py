@@ -266,9 +266,9 @@ class LimitConfig(SectionWithAlternatives):
     """The first part of a source: whole documents, up to the one that reaches the limit."""
 
     alternatives = (Alternatives(("bytes", "documents", "tokens")),)
-    bytes: int | None = option(None, "bytes of text, in UTF-8", unit="bytes", ge=1)
-    documents: int | None = option(None, "documents that are not empty", unit="documents", ge=1)
-    tokens: int | None = option(None, "tokens, with the end-of-text token of each document", unit="tokens", ge=1)
+    bytes: Count | None = option(None, "bytes of text, in UTF-8", unit="bytes", ge=1)
+    documents: Count | None = option(None, "documents that are not empty", unit="documents", ge=1)
+    tokens: Count | None = option(None, "tokens, with the end-of-text token of each document", unit="tokens", ge=1)
 
 
 LIMIT_DOC = "read only the first part: {bytes: N}, {documents: N} or {tokens: N}, exactly one; null: all"

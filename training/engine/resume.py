@@ -98,7 +98,8 @@ def _find(config: Config, resume: str, branch: str | None) -> Location | None:
         return None
     if (step := checkpoint.read_state(requested)["step"]) >= config.steps:
         flag = f"--resume {resume}" if branch is None else f"--branch {branch}"
-        raise UserError(f"{flag}: it is at step {step}, and steps is {config.steps}; raise steps")
+        more = f"they count from its beginning, so give more, such as --steps {2 * step}"
+        raise UserError(f"{flag}: it is at step {step}, and steps is {config.steps}; {more}")
     return Location(str(requested), "other" if branch is None else "branch")
 
 
