@@ -106,7 +106,8 @@ def waiting(monkeypatch):
 def lines_of(capsys) -> tuple[list[str], list[str]]:
     """Return the lines about the copy on standard output and standard error."""
     output = capsys.readouterr()
-    return tuple([line for line in text.splitlines() if "copy_to" in line] for text in output)
+    is_told = re.compile(r"(?!  ).*copy_to")  # not in the next commands, which are indented
+    return tuple([line for line in text.splitlines() if is_told.match(line)] for text in output)
 
 
 @pytest.mark.usefixtures("s3", "waiting")
@@ -418,7 +419,9 @@ def test_a_copy_that_cannot_work_is_found_before_anything_else(go, tmp_path):
     [
         ("hf://user/run", "'hf://user/run' is no URL of s3://, gs://, az://, abfs://, file://, and no path"),
         ("s3://", "'s3://' names no bucket or folder"),
-        ("{runs}/small", "is the folder of this run"),
+        ("{runs}/small", "is in the folder of this run"),
+        ("{runs}/small/checkpoints", "is in the folder of this run"),
+        ("{runs}", "is out_dir"),
     ],
 )
 def test_options_that_cannot_be_meant_are_errors(config, tmp_path, url, line):

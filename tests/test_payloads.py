@@ -192,7 +192,7 @@ def test_code_in_a_data_sets_folder_never_runs(processes, options, tmp_path):
     values["data"] = values["data"] | {"sources": [{"type": "huggingface", "name": str(folder)}]}
     done = processes.run("training.train:main", "--config", str(write_config(tmp_path / "a.yaml", values)))
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"error: {folder}: cannot be read: ")
+    assert done.stderr.splitlines()[-1].startswith(f"error: {folder}: its splits cannot be listed: ")
     assert not (tmp_path / "canary").exists()
 
 
