@@ -133,6 +133,9 @@ def test_a_special_tokens_name_in_a_message_is_ordinary_text():
     assert [int((encoded.ids == token).sum()) for token in special] == [2, 2, 0]
     assert learned(talk, tokenizer) == ["a <|im_end|> b<|im_end|>"]
     assert "\ufdd2" not in tokenizer.decode(encoded.ids)
+    prompt = encode_turn(tokenizer, talk[:1])
+    assert [prompt.count(token) for token in special] == [2, 1, 0]  # one more turn begins
+    assert prompt == encoded.ids[: len(prompt)].tolist()
 
 
 def test_a_special_tokens_name_in_any_field_of_a_message_is_ordinary_text():

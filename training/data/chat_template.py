@@ -91,7 +91,8 @@ class ChatTemplate:
 
     def prompt(self, messages: Sequence[Message]) -> list[Piece]:
         """Return the pieces up to where the assistant's next message begins. Raises UserError."""
-        return list(self._split(RESERVED.sub("", self._render(messages, "", is_prompt=True)), False))
+        text, _ = _without_marks(self._render(messages, "", is_prompt=True))
+        return list(self._split(text, False))
 
     @cached_property
     def end_of_turn(self) -> str:
