@@ -248,7 +248,7 @@ def test_a_template_reaches_no_python_object(tmp_path):
     path = str(write_rows(tmp_path / "rows.jsonl", [{"text": "a b"}]))
     with pytest.raises(UserError, match="not an item of cloze: access to attribute '__class__'"):
         read_items(task_of(type="cloze", paths=[path], prompt="{{ text.__class__.__mro__ }}"))
-    for prompt in ("{{ 1 / 0 }}", "{% for i in range(10**7) %}{% endfor %}", "{{ text.upper }}"):
+    for prompt in ("{{ 1 / 0 }}", "{% for i in range(10**7) %}{% endfor %}", "{{ text.upper }}", "{{ cycler() }}"):
         with pytest.raises(UserError, match=r"line 1: not an item of cloze: "):
             read_items(task_of(type="cloze", paths=[path], prompt=prompt))
     with pytest.raises(UserError, match=r"eval\.tasks: cloze: a template is no Jinja"):

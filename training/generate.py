@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from training.errors import UserError, command
 from training.options.cli import MODEL_HELP, Parser
-from training.terminal import each_note_once, print_text
+from training.terminal import each_note_once, print_text, valid_utf8
 
 if TYPE_CHECKING:
     from training.data import Tokenizer
@@ -66,19 +66,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("give either --prompt or --prompts; --prompt '' starts a document; --chat talks without either")
     if args.system is not None and not args.chat:
         raise UserError("--system: needs --chat")
-    args.stop = [_valid_utf8(stop) for stop in args.stop]
-    args.system = args.system and _valid_utf8(args.system)
+    args.stop = [valid_utf8(stop) for stop in args.stop]
+    args.system = args.system and valid_utf8(args.system)
     if args.prompt is args.prompts:
         if args.json or args.samples != 1:
             raise UserError(f"{'--json' if args.json else '--samples'}: needs --prompt or --prompts beside --chat")
         return args
-    args.prompt = read_prompts(Path(args.prompts)) if args.prompt is None else [_valid_utf8(p) for p in args.prompt]
+    args.prompt = read_prompts(Path(args.prompts)) if args.prompt is None else [valid_utf8(p) for p in args.prompt]
     return args
-
-
-def _valid_utf8(argument: str) -> str:
-    """Return a command-line argument with bytes that are not UTF-8 replaced."""
-    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def read_prompts(path: Path) -> list[str]:

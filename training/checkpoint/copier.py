@@ -7,7 +7,7 @@ failure is one line, and the next checkpoint tries again.
 import threading
 from pathlib import Path
 
-from training.checkpoint.read import is_complete, list_checkpoints, read_state
+from training.checkpoint.read import is_complete, is_kept_for_good, list_checkpoints, read_state
 from training.checkpoint.remote_run import LATE, RemoteRun, is_hidden
 from training.checkpoint.write import CheckpointWriter
 from training.errors import UserError, library_error
@@ -129,7 +129,7 @@ class Copier:
         if not steps or steps[-1] not in self.remote.verified:
             return steps[-1] if steps else None
         every, best = self.writer.config.keep_every, self._best_step(steps[-1])
-        kept = [step for step in steps if step == best or (every is not None and step % every == 0)]
+        kept = [step for step in steps if is_kept_for_good(step, best, every)]
         return next((step for step in reversed(kept) if step not in self.remote.complete), None)
 
     def _local_steps(self) -> list[int]:

@@ -151,6 +151,11 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(path.name[5:]), path) for path in paths)
 
 
+def is_kept_for_good(step: int, best_step: int | None, keep_every: int | None) -> bool:
+    """Return True for a checkpoint that newer ones never displace: the best, and each `keep_every`-th step."""
+    return step == best_step or (keep_every is not None and step % keep_every == 0)
+
+
 def latest(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """Return the newest intact checkpoint, None if the folder is empty. Calls `warn` for each newer, damaged one.
 

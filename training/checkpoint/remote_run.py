@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-from training.checkpoint.read import MALFORMED, MANIFEST, corruption, step_path
+from training.checkpoint.read import MALFORMED, MANIFEST, corruption, is_kept_for_good, step_path
 from training.config import CheckpointConfig
 from training.errors import RestartNeeded, UserError
 from training.files import fsync_path, mkdir_durable, remove, rename_durable, rename_to_free_name
@@ -84,8 +84,8 @@ class RemoteRun:
     def prune(self, keep: int, best_step: int | None, keep_every: int | None) -> None:
         """Remove what `checkpoint.prune` would remove on a disk, and what is incomplete before the newest."""
         complete = sorted(self.complete)
-        kept = set(complete[-keep:]) | {best_step}
-        kept |= {step for step in complete if keep_every is not None and step % keep_every == 0}
+        kept = {*complete[-keep:], best_step}
+        kept |= {step for step in complete if is_kept_for_good(step, best_step, keep_every)}
         for step in sorted(self.steps - kept):
             if complete and step < complete[-1]:
                 self.remove(step)

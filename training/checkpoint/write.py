@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from training.checkpoint.read import KINDS, MANIFEST, is_complete, list_checkpoints, step_path
+from training.checkpoint.read import KINDS, MANIFEST, is_complete, is_kept_for_good, list_checkpoints, step_path
 from training.config import CheckpointConfig
 from training.errors import UserError, library_error
 from training.files import fsync_path, mkdir_durable, remove, rename_durable, set_aside
@@ -324,5 +324,5 @@ def prune(
     """
     intact = [(step, path) for step, path in list_checkpoints(folder) if is_intact(path)]
     for step, path in intact[:-keep]:
-        if step not in (best_step, pinned) and (keep_every is None or step % keep_every):
+        if step != pinned and not is_kept_for_good(step, best_step, keep_every):
             remove(path.rename(folder / f".{path.name}.old"))

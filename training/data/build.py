@@ -207,12 +207,11 @@ def encode_chunks(chunks: Iterable[Chunk], tokenizer: Tokenizer, threads: int | 
     threads = count_threads(threads)
 
     def encode(batch: list[Chunk]) -> list[EncodedChunk]:
-        texts = [chunk for chunk in batch if chunk.dialogue is None or chunk.is_blank_document]
-        ids = dict(zip(map(id, texts), tokenizer.encode_batch([chunk.text for chunk in texts]), strict=True))
+        ids = iter(tokenizer.encode_batch([chunk.text for chunk in batch if not chunk.is_dialogue]))
         return [
-            (chunk, EncodedText(ids[id(chunk)], None, len(chunk.text.encode())))
-            if id(chunk) in ids
-            else (chunk, encode_dialogue(chunk.dialogue, tokenizer))
+            (chunk, encode_dialogue(chunk.dialogue, tokenizer))
+            if chunk.is_dialogue
+            else (chunk, EncodedText(next(ids), None, len(chunk.text.encode())))
             for chunk in batch
         ]
 

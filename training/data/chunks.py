@@ -53,6 +53,11 @@ class Chunk(NamedTuple):
     is_blank_document: bool = False  # the whole document is empty or white space, or has no answer
     dialogue: Any = None  # as in `Document`
 
+    @property
+    def is_dialogue(self) -> bool:
+        """True for a dialogue with something to learn; a blank one is counted and left out, as blank text is."""
+        return self.dialogue is not None and not self.is_blank_document
+
 
 def to_document(text: str) -> Document:
     """Return a document whose text is in memory."""

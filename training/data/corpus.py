@@ -26,7 +26,7 @@ from training.data.sources import (
 )
 from training.data.text_files import format_of, is_text_file
 from training.data.token_source import TokensReader
-from training.data.tokenizer import END_OF_TEXT, Tokenizer, from_files, tokenizer_identity
+from training.data.tokenizer import END_OF_TEXT, Tokenizer, own_chat_template, tokenizer_files, tokenizer_identity
 from training.errors import UserError
 
 DUMP_SUFFIX = "-documents"  # of a cache's folder whose .txt files were split into documents, which older ones were not
@@ -222,7 +222,8 @@ def chat_template_source(config: DataConfig) -> str | None:
     if config.chat_template is not None:
         return read_template(Path(config.chat_template))
     if isinstance(config.tokenizer, FileTokenizer):
-        return from_files(Path(config.tokenizer.path)).chat_template or default_template()
+        (file, *_) = tokenizer_files(Path(config.tokenizer.path))
+        return own_chat_template(file.parent) or default_template()
     return None if isinstance(config.tokenizer, HuggingFaceTokenizer) else default_template()
 
 

@@ -18,8 +18,6 @@ SKIPPED_FOLDERS = frozenset({BYTECODE, "site-packages", "dist-packages"})
 ONLY_BY_NAME = ".json"  # folders of code have .json files that hold no text; packed ones are data sets
 TABLES = (".csv", ".tsv")  # folders of code have those that hold no text as well
 ENTERED = "folder that is searched already"  # by a link: a loop, or a second way to it
-
-MAX_KINDS = 6  # of files, named in a line about what was left out
 MAX_KINDS = 6  # of files, named in a line about what was left out
 
 LeftOut = dict[Path, str]  # files and folders that a search did not use, and their kind

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-from jinja2 import StrictUndefined, TemplateError, Undefined, UndefinedError
+from jinja2 import StrictUndefined, Undefined, UndefinedError
 from jinja2.sandbox import SandboxedEnvironment
 
 from training.config import ARCTask, ChoiceConfig, HellaSwagTask, HuggingFaceSource, TaskConfig
+from training.data.chat_template import TEMPLATE_ERRORS
 from training.data.find_files import find_files
 from training.data.row_files import Row
 from training.data.sources import HuggingFaceReader
@@ -82,7 +83,7 @@ def build_maker(task: TaskConfig) -> Callable[[str, Any], Item]:
     answers = task.choices if is_choice else (task.answer,)
     try:
         prompt, *templates = map(TEMPLATES.from_string, (task.prompt, *answers))
-    except TemplateError as error:
+    except TEMPLATE_ERRORS as error:
         raise UserError(f"eval.tasks: {task.type}: a template is no Jinja: {error}") from None
     column = answers[0] if is_choice and "{" not in answers[0] else None
 
@@ -96,7 +97,7 @@ def build_maker(task: TaskConfig) -> Callable[[str, Any], Item]:
             item = Item(prompt.render(row), tuple(texts), label, where)
             "".join((item.context, *texts)).encode()  # raises UnicodeEncodeError, a ValueError, for a lone surrogate
             return item
-        except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        except TEMPLATE_ERRORS as error:
             there = f"; its columns are {', '.join(map(str, row)) or 'none'}"
             missing = isinstance(error, UndefinedError | KeyError)
             reason = f"no column {error}" if isinstance(error, KeyError) else str(error)

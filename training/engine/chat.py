@@ -9,7 +9,7 @@ from training.data.chat_template import ASSISTANT, RESERVED, Message
 from training.data.dialogues import encode_turn, end_tokens
 from training.engine.load_run import LoadedModel
 from training.model.generation import continue_texts
-from training.terminal import print_note, print_text
+from training.terminal import print_note, print_text, valid_utf8
 
 print_exact = partial(print_text, is_exact=True)
 
@@ -57,7 +57,7 @@ def user_lines() -> Iterator[str]:
         line = sys.stdin.readline()
         if not line:
             return
-        yield line.rstrip("\r\n").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        yield valid_utf8(line.rstrip("\r\n"))
 
 
 def fit_context(

@@ -1,7 +1,7 @@
 """The only package that prints: it escapes what a terminal would obey, and survives a closed, full or unread stream."""
 
 from training.terminal.libraries import messages_of_libraries
-from training.terminal.printable import TEXT, one_line, printable
+from training.terminal.printable import TEXT, one_line, printable, valid_utf8
 from training.terminal.rich_console import redirects, rich_console
 from training.terminal.streams import (
     LostOutputError,
@@ -29,4 +29,5 @@ __all__ = [
     "printable",
     "redirects",
     "rich_console",
+    "valid_utf8",
 ]

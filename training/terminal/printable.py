@@ -25,5 +25,10 @@ def one_line(text: str, limit: int = 500) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
+def valid_utf8(text: str) -> str:
+    """Return text from a shell or a stream with U+FFFD for bytes that are not UTF-8 (`surrogateescape`)."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode()
