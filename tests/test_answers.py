@@ -138,12 +138,15 @@ def test_a_special_tokens_name_in_a_message_is_ordinary_text():
     assert prompt == encoded.ids[: len(prompt)].tolist()
 
 
-def test_a_special_tokens_name_in_any_field_of_a_message_is_ordinary_text():
-    template = CHATML.replace("{{ message.content }}", "{{ message.name }}: {{ message.content }}")
+@pytest.mark.parametrize("name", ["message.name", "message.name | tojson(ensure_ascii=True) | replace('\"', '')"])
+def test_a_special_tokens_name_in_any_field_of_a_message_is_ordinary_text(name):
+    template = CHATML.replace("{{ message.content }}", f"{{{{ {name} }}}}: {{{{ message.content }}}}")
     tokenizer = byte_tokenizer(template, ("<|im_start|>", "<|im_end|>"))
     talk = [{"role": "user", "name": "<|im_end|>", "content": "a"}, {"role": "assistant", "name": "b", "content": "c"}]
     assert learned(talk, tokenizer) == ["b: c<|im_end|>"]
-    assert int((encode_messages(talk, tokenizer).ids == tokenizer.inner.token_to_id("<|im_end|>")).sum()) == 2
+    ids = encode_messages(talk, tokenizer).ids
+    assert int((ids == tokenizer.inner.token_to_id("<|im_end|>")).sum()) == 2
+    assert tokenizer.decode(ids).startswith("<|im_start|>user\n<|im_end|>: a<|im_end|>")
     talk[0]["name"] = "\ufdd0"
     with pytest.raises(UserError, match=r"a message holds U\+FDD0, which is no character"):
         encode_messages(talk, tokenizer)
@@ -163,7 +166,13 @@ def test_tool_calls_text_parts_and_json_in_a_table_are_read():
     assert dialogue.has_answer and dialogue.messages[0]["content"] == "2+2?"
 
 
-@pytest.mark.parametrize("template", [None, CHATML])
+def name_bos_token(folder: Path, token: str | dict) -> None:
+    """Write into a tokenizer's folder which token begins a text."""
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": token}))
+
+
+@pytest.mark.parametrize("template", [None, CHATML, "{{ bos_token }}" + CHATML])
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
 def test_transformers_writes_the_same_tokens(kind, template, tmp_path):
     import transformers
@@ -176,7 +185,10 @@ def test_transformers_writes_the_same_tokens(kind, template, tmp_path):
     tokenizer = Tokenizer(tokenizer.inner, "test")
     tokenizer.chat_template = template or default_template()
     tokenizer.save(tmp_path)
+    if template and "bos_token" in template:  # as Llama's has one
+        name_bos_token(tmp_path, {"content": "<|im_start|>"})
     again = Tokenizer.load(tmp_path)
+    again.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for talk in (TALK, TALK[1:3], [{"role": "user", "content": "What is the sum?"}]):
         ids = theirs.apply_chat_template(talk, return_dict=False)
@@ -400,6 +412,17 @@ def test_another_chat_template_makes_another_dataset(tmp_path):
         for options in ({}, {"chat_template": str(tmp_path / "other.jinja")}, {})
     ]
     assert folders[0] == folders[2] != folders[1]
+
+
+def test_another_first_token_of_dialogues_makes_another_dataset(tmp_path):
+    byte_tokenizer("{{ bos_token }}" + CHATML, ("<s>", "<|im_start|>", "<|im_end|>")).save(tmp_path / "model")
+    config = data_config(tmp_path, tokenizer={"type": "file", "path": str(tmp_path / "model")})
+    datasets = [prepare(config, quiet=True)]
+    name_bos_token(tmp_path / "model", "<s>")
+    datasets.append(prepare(config, quiet=True))
+    assert len({dataset.report["folder"] for dataset in datasets}) == 2
+    first = [dataset.tokenizer.decode(dataset.train.streams[0].tokens[:1]) for dataset in datasets]
+    assert first == [END, "<s>"]
 
 
 # --- training --------------------------------------------------------------------------------------

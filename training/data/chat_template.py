@@ -59,7 +59,8 @@ def _raise(message: str) -> NoReturn:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+    text = json.dumps(value, ensure_ascii=ensure_ascii, **options)
+    return text.replace(json.dumps(ESCAPE)[1:-1], ESCAPE)
 
 
 # A template cannot reach Python's objects, nor change its variables: a model's folder runs no code.
@@ -74,8 +75,8 @@ ENVIRONMENT.globals["raise_exception"] = _raise
 class ChatTemplate:
     """A template with the names of a tokenizer's special tokens. Raises UserError, which names it, if it is none."""
 
-    def __init__(self, source: str, name: str, special: Sequence[str], end_of_text: str):
-        self.name, self.end_of_text = name, end_of_text
+    def __init__(self, source: str, name: str, special: Sequence[str], bos_token: str, end_of_text: str):
+        self.name, self.bos_token, self.end_of_text = name, bos_token, end_of_text
         longest_first = sorted(special, key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, longest_first)))
         self.template = compile_template(source, name)
@@ -91,7 +92,7 @@ class ChatTemplate:
 
     def prompt(self, messages: Sequence[Message]) -> list[Piece]:
         """Return the pieces up to where the assistant's next message begins. Raises UserError."""
-        text, _ = _without_marks(self._render(messages, "", is_prompt=True))
+        text, _ = _without_marks(self._render(self._escape(messages, ""), "", is_prompt=True))
         return list(self._split(text, False))
 
     @cached_property
@@ -105,14 +106,15 @@ class ChatTemplate:
 
     def _targets(self, messages: Sequence[Message], where: str) -> tuple[str, list[tuple[int, int]]]:
         """Return (text, the range of each answer in it)."""
-        marked = self._render(messages, where)
+        escaped = self._escape(messages, where)
+        marked = self._render(escaped, where)
         if START in marked:
             return _without_marks(marked)
         ranges = []
         for i, message in enumerate(messages):
             if message["role"] == ASSISTANT:
-                before = self._render(messages[:i], where, is_prompt=True)
-                after = self._render(messages[: i + 1], where)
+                before = self._render(escaped[:i], where, is_prompt=True)
+                after = self._render(escaped[: i + 1], where)
                 if not (marked.startswith(after) and after.startswith(before)):
                     problem = f"{self.name} writes message {i + 1} otherwise if others follow"
                     raise UserError(f"{_prefix(where)}{problem}; mark the assistant's text by {{% generation %}}")
@@ -127,22 +129,22 @@ class ChatTemplate:
         return f"{_prefix(where)}{self.name} ends {turn} without a special token such as {self.end_of_text}; add one"
 
     def _render(self, messages: Sequence[Message], where: str, is_prompt: bool = False) -> str:
-        """Return the text of messages, with ESCAPE inside special tokens' names in them."""
+        """Return the text of escaped messages."""
         try:
             return self.template.render(
-                messages=[self._escape(message, where) for message in messages],
+                messages=messages,
                 add_generation_prompt=is_prompt,
-                bos_token=self.end_of_text,
+                bos_token=self.bos_token,
                 eos_token=self.end_of_text,
             )
         except TEMPLATE_ERRORS as error:
             raise UserError(f"{_prefix(where)}{self.name}: {' '.join(str(error).split())}") from None
 
     def _escape(self, value: Any, where: str) -> Any:
-        """Return a message, or a value in it, with ESCAPE inside special tokens' names."""
+        """Return messages, or a value in them, with ESCAPE inside special tokens' names."""
         if isinstance(value, dict):
             return {name: self._escape(item, where) for name, item in value.items()}
-        if isinstance(value, list):
+        if isinstance(value, list | tuple):
             return [self._escape(item, where) for item in value]
         if not isinstance(value, str):
             return value

@@ -7,7 +7,15 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-from training.config import AUTO_SPLIT, DataConfig, FileTokenizer, HuggingFaceTokenizer, TokensSource, has_answers
+from training.config import (
+    AUTO_SPLIT,
+    DataConfig,
+    FileTokenizer,
+    HuggingFaceTokenizer,
+    TokenizerConfig,
+    TokensSource,
+    has_answers,
+)
 from training.data.chat_template import default_template, read_template
 from training.data.chunks import Chunk, mark_blank, number_parts
 from training.data.file_hashes import FileHashes
@@ -26,7 +34,14 @@ from training.data.sources import (
 )
 from training.data.text_files import format_of, is_text_file
 from training.data.token_source import TokensReader
-from training.data.tokenizer import END_OF_TEXT, Tokenizer, own_chat_template, tokenizer_files, tokenizer_identity
+from training.data.tokenizer import (
+    END_OF_TEXT,
+    Tokenizer,
+    own_bos_token,
+    own_chat_template,
+    tokenizer_files,
+    tokenizer_identity,
+)
 from training.errors import UserError
 
 DUMP_SUFFIX = "-documents"  # of a cache's folder whose .txt files were split into documents, which older ones were not
@@ -100,6 +115,8 @@ class Corpus:
         }
         if self.config.has_messages:
             inputs["chat_template"] = chat_template_source(self.config)
+            if (bos_token := _bos_token(self.config.tokenizer)) is not None:
+                inputs["bos_token"] = bos_token
         if self.own_validation or with_splits:
             inputs["own_validation"] = self._val_splits()
         return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16] + DUMP_SUFFIX * self.has_dumps
@@ -225,6 +242,11 @@ def chat_template_source(config: DataConfig) -> str | None:
         (file, *_) = tokenizer_files(Path(config.tokenizer.path))
         return own_chat_template(file.parent) or default_template()
     return None if isinstance(config.tokenizer, HuggingFaceTokenizer) else default_template()
+
+
+def _bos_token(config: TokenizerConfig) -> str | None:
+    """Return the token that a tokenizer's folder names for the beginning of a dialogue, if it has a folder."""
+    return own_bos_token(tokenizer_files(Path(config.path))[0].parent) if isinstance(config, FileTokenizer) else None
 
 
 def split_documents(

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 from training.config import Section
 from training.data.file_hashes import FileHashes
 from training.data.mapped_tokens import MappedTokens
-from training.data.tokenizer import END_OF_TEXT, Tokenizer, from_json, own_chat_template
+from training.data.tokenizer import END_OF_TEXT, Tokenizer, from_json
 from training.errors import UserError
 from training.files import open_file, read_bytes
 
@@ -288,7 +288,7 @@ def open_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
     if sha256 != manifest.tokenizer_sha256:
         raise _damaged(path, "not the file that was written")
     tokenizer = from_json(path, manifest.separator)
-    tokenizer.chat_template = own_chat_template(path.parent)
+    tokenizer.read_chat_files(path.parent)
     return tokenizer
 
 

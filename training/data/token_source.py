@@ -177,7 +177,7 @@ def with_end_of_text(tokenizer: Tokenizer, id_: int | None) -> Tokenizer:
         own = f"{tokenizer.end_of_text} is {tokenizer.separator}"
         raise UserError(f"end_of_text: {id_} {problem}, and so cannot separate documents; data.tokenizer's own {own}")
     named = Tokenizer(tokenizer.inner, "data.tokenizer", name)
-    named.chat_template = tokenizer.chat_template
+    named.chat_template, named.bos_token = tokenizer.chat_template, tokenizer.bos_token
     return named
 
 

@@ -57,6 +57,7 @@ class Tokenizer:
         self.normalization = normalization(inner)
         self.end_of_text: int = inner.token_to_id(separator)
         self.chat_template: str | None = None  # the source of a Jinja template
+        self.bos_token = separator  # the name of the token that a chat template begins with, if it asks for one
         self.vocab_size = len(self.token_bytes)
         self.dtype = np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
 
@@ -93,7 +94,7 @@ class Tokenizer:
         if self.chat_template is None:
             raise UserError("no chat template: the model was not trained on dialogues (data.sources: messages_column)")
         special = [token.content for token in self.inner.get_added_tokens_decoder().values() if token.special]
-        return ChatTemplate(self.chat_template, "the chat template", special, self.separator)
+        return ChatTemplate(self.chat_template, "the chat template", special, self.bos_token, self.separator)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of tokens, with end-of-text tokens written out and U+FFFD for bytes that are not UTF-8."""
@@ -114,7 +115,8 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "model_max_length": n_positions,
             "padding_side": "left",
-            **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), self.separator),
+            "bos_token": self.bos_token,
+            **dict.fromkeys(("eos_token", "unk_token", "pad_token"), self.separator),
         }
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
@@ -122,10 +124,17 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """Load the tokenizer.json of a folder, and the chat template beside it."""
+        """Load the tokenizer.json of a folder, and what a chat needs from the files beside it."""
         tokenizer = from_json(Path(folder) / "tokenizer.json")
-        tokenizer.chat_template = own_chat_template(Path(folder))
+        tokenizer.read_chat_files(Path(folder))
         return tokenizer
+
+    def read_chat_files(self, folder: Path) -> None:
+        """Set the chat template and the token that it begins with as the files of a folder name them."""
+        self.chat_template = own_chat_template(folder)
+        bos_token = own_bos_token(folder)
+        if any(token.content == bos_token for token in self.inner.get_added_tokens_decoder().values()):
+            self.bos_token = bos_token
 
 
 def from_json(path: Path, separator: str | None = None) -> Tokenizer:
@@ -181,6 +190,12 @@ def own_chat_template(folder: Path) -> str | None:
         named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
         template = named.get("default")
     return template if isinstance(template, str) else None
+
+
+def own_bos_token(folder: Path) -> str | None:
+    """Return the token that the files of a tokenizer name as the beginning of a text. Raises UserError as above."""
+    name = read_fields(folder / "tokenizer_config.json").get("bos_token")
+    return name.get("content") if isinstance(name, dict) else name
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -263,7 +278,7 @@ def from_files(path: Path) -> Tokenizer:
     """Load a tokenizer from a file or folder. Raises UserError if there is none."""
     files = tokenizer_files(path)
     tokenizer = from_json(*files) if len(files) == 1 else from_vocab_and_merges(*files)
-    tokenizer.chat_template = own_chat_template(files[0].parent)
+    tokenizer.read_chat_files(files[0].parent)
     return tokenizer
 
 

@@ -1,7 +1,6 @@
 """A folder at a URL: put, read, hash, fetch and remove its files by relative names."""
 
 import hashlib
-import secrets
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -30,7 +29,8 @@ class RemoteFolder:
 
     def check_writable(self) -> None:
         """Write a small file, read it and remove it: wrong URLs, buckets and credentials are found at the start."""
-        name, content = f".write-test-{secrets.token_hex(4)}", b"written to check that checkpoint.copy_to works\n"
+        # One name for all starts: what a killed one has left there, the next one removes.
+        name, content = ".write-test", b"written to check that checkpoint.copy_to works\n"
         with remote_errors(self.url):
             self.write(name, content)
             if self.fs.cat_file(self._at(name)) != content:
