@@ -341,6 +341,15 @@ def test_samples_hold_whole_dialogues_and_targets_are_answers(tmp_path):
             assert found[tokenizer.decode(encoded.ids[:-1])] == encoded.ids[encoded.is_target].tolist()
 
 
+def test_a_limit_counts_rows_with_answers(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"p": "?", "c": answer}) + "\n" for answer in ("a", "", "b", "c", "d")))
+    source = {"paths": [str(path)], "prompt_column": "p", "completion_column": "c"}
+    config = data_config(tmp_path, sources=[source | {"limit": {"documents": 3}}], val_sources=[source])
+    train = Samples(prepare(config, quiet=True).train, n_positions=4, seed=1)
+    assert sorted(tokens[2] for tokens, _ in documents_of(train)) == list(b"abc")
+
+
 def test_each_epoch_has_every_pack_once_in_another_order(tmp_path):
     samples = Samples(prepare(data_config(tmp_path), quiet=True).train, n_positions=256, seed=1)
     tokens_BT, _ = samples.at(np.arange(3 * samples.n_samples))

@@ -400,6 +400,40 @@ def test_a_longer_run_elsewhere_goes_on_from_the_newest_of_both(copy_of_two, thr
     check_same(copy_of_two.run_dir, through)
 
 
+def test_a_run_in_its_decay_gets_more_steps_on_a_fresh_machine(config, waiting, tmp_path):  # noqa: ARG001
+    url = str(tmp_path / "disk/run")
+    options = SMALL | {"schedule": {"type": "wsd", "warmup_steps": 1, "decay_steps": 2}}
+    through = config(name="through", **options | {"steps": 10})
+    assert train(through) == 0
+    short = config(**options | {"checkpoint": {"every": 2, "keep": 9, "copy_to": url}})
+    assert train(short) == 0
+    shutil.rmtree(short.run_dir)
+    assert train(short.model_copy(update={"steps": 10})) == 0
+    assert tensors(short.run_dir, 10) == tensors(through.run_dir, 10)
+    assert rows(short.run_dir) == rows(through.run_dir)
+    check_copy(url, short.run_dir, [2, 4, 6, 8, 10])
+    assert "checkpoints/undone-0-step-00000006/manifest.json" in RemoteRun(url).folder.names()
+
+
+def test_a_branch_has_a_copy_of_its_own_from_which_it_goes_on_without_its_parent(copy_of_two, config, at_step):
+    url = f"{copy_of_two.checkpoint.copy_to}-branch"
+    options = SMALL | {"optim": {"learning_rate": 1e-3}, "steps": 10}
+    through = config(name="through-branch", **options)
+    assert train(through, branch=str(copy_of_two.run_dir)) == 0
+    branch = config(name="branch", **options | {"checkpoint": {"every": 2, "copy_to": url}})
+    at_step.die(8)
+    with pytest.raises(KeyboardInterrupt):
+        train(branch, branch=str(copy_of_two.run_dir))
+    at_step.clear()
+    shutil.rmtree(branch.run_dir)
+    shutil.rmtree(copy_of_two.run_dir)
+    assert train(branch, branch=str(copy_of_two.run_dir)) == 0
+    assert tensors(branch.run_dir, 10) == tensors(through.run_dir, 10)
+    assert rows(branch.run_dir) == rows(through.run_dir)
+    lineage = json.loads((branch.run_dir / "summary.json").read_text())["lineage"]
+    assert [parent["step"] for parent in lineage] == [5]
+
+
 def test_a_copy_that_cannot_work_is_found_before_anything_else(go, tmp_path):
     for url, env, status, line in (
         (f"s3://no-{BUCKET}/run", {}, 2, "no such bucket"),

@@ -54,7 +54,8 @@ EncodedChunk = tuple[Chunk, EncodedText]
 def write_dataset(corpus: Corpus, folder: Path, key: str, hashes: FileHashes, quiet: bool) -> None:
     """Write the tokenizer, the streams and, last, the manifest; flush all files to disk."""
     sizes = sizes_to_learn_from(corpus)
-    with show_progress("making the tokenizer", quiet, **sizes) as progress:
+    is_trained = isinstance(corpus.config.tokenizer, BPETokenizer)
+    with show_progress("making the tokenizer", quiet, only_if_slow=not is_trained, **sizes) as progress:
         corpus.count_reads(progress.add_read)
         texts = progress.watch(corpus.training_text(), "making the tokenizer: all text is read, learning the merges")
         tokenizer = with_end_of_text(build_tokenizer(corpus.config.tokenizer, texts), corpus.end_of_text)

@@ -127,16 +127,17 @@ def open_copy(
     if url is None or not world.is_main:
         return None
 
-    def check(state: TrainState) -> None:
+    def check(state: TrainState) -> int:
+        """Raise UserError if a state is another run's; return how many of its steps this run has in common with it."""
         if branch is not None and not is_branch_of(state.lineage, branch):
             raise UserError(f"{url} holds another run than this branch; name a --checkpoint.copy_to of its own")
         resolved = resolve_precision(config, world, state)
         old = parse_options(state.config)
         n_common = n_common_steps(old, resolved) if old is not None else 0
-        if old is not None and is_plateau(old, n_common):  # the run may go on from before its decay
-            n_common = state.step
-        location = Location(url, "own", n_common)
+        may_go_back = old is not None and is_plateau(old, n_common)  # the run may go on from before its decay
+        location = Location(url, "own", state.step if may_go_back else n_common)
         check_same_run(resolved, dataset, "auto", ResumePoint(Path(url), location, state), place=url)
+        return n_common
 
     with copy_to_errors():
         return fetch_newest(config, resume, check)

@@ -143,7 +143,7 @@ def learning(facts: Facts) -> Iterator[str]:
     """Yield advice about a loss that may be higher than it could be."""
     clipped, skipped, dead = facts.clipped_share, facts.n_skipped, facts.dead_experts
     if clipped > LIMITS["clipped"]:
-        remedy = "lower optim.learning_rate or raise schedule.warmup_steps"
+        remedy = "lower optim.learning_rate or use a longer warm-up (schedule.warmup or warmup_steps)"
         yield f"{clipped:.0%} of the steps were clipped to optim.grad_clip {facts.config.optim.grad_clip:g}; {remedy}"
     if skipped:
         reason = "skipped because the loss or gradient was not finite or spiked"

@@ -41,8 +41,12 @@ def _near(pattern: str, names: list[str]) -> str:
     """Return the names that are most like a pattern, as text; the layers of one name are one pattern."""
     if fnmatchcase("head.weight", pattern):
         return "the output projection is wte.weight here (model.tie_head)"
-    general = {re.sub(r"^blocks\.\d+\.", "blocks.*.", name): None for name in names}
-    by_lower = {name.lower(): name for name in general}
+    general = {re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in names}
+    # Also as patterns with as many parts as this one, so that `blcks.*` is near `blocks.*`.
+    n_parts = pattern.count(".")
+    beginnings = {".".join(parts[:n_parts]) for name in general if len(parts := name.split(".")) > n_parts + 1}
+    patterns = {f"{beginning}.*" for beginning in beginnings if beginning and not beginning.endswith("*")}
+    by_lower = {name.lower(): name for name in sorted(general | patterns)}
     nearest = difflib.get_close_matches(pattern.lower(), by_lower, n=3, cutoff=0)
     return f"the nearest names are {', '.join(by_lower[name] for name in nearest)}"
 
