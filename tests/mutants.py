@@ -691,7 +691,7 @@ DEFECTS = [
     Defect("dropout does not keep the mean", "model/layers.py", "(2**16 / (2**16 - threshold))", "1.0",
            "tests/test_dropout.py -k mean_kept"),
     Defect("dropout is the same for all samples", "model/layers.py", "_random_bits(context.key_B + stream,",
-           "_random_bits(context.key_B * 0 + stream,", "tests/test_dropout.py -k micro_batch"),
+           "_random_bits(context.key_B * 0 + stream,", "tests/test_dropout.py -k plain_hash"),
     Defect("two channels are dropped together", "model/layers.py", "[bits & 0xFFFF, bits >> 16]",
            "[bits & 0xFFFF, bits & 0xFFFF]", "tests/test_dropout.py -k independent"),
     Defect("evaluation drops", "model/gpt.py", "is_training = self.training and batch", "is_training = batch",

@@ -175,7 +175,7 @@ def test_tokens_epochs_and_tokens_per_parameter_round_up_to_whole_steps(config):
 
     assert [steps(tokens=n) for n in (1, 256, 257, 10**9)] == [1, 1, 2, -(-(10**9) // 256)]  # 8 samples of 32 tokens
     assert [steps(epoch_samples([n], None), epochs=1) for n in (8, 9, 80)] == [1, 2, 10]
-    assert steps(epoch_samples([300], None), epochs=0.1) == 4  # 30 samples: in floats, 0.1 x 300 is more
+    assert steps(epoch_samples([400], None), epochs=1.1) == 55  # 440 samples: in floats, 1.1 x 400 is more
     assert steps(epoch_samples([30, 100], [1, 3]), epochs=2) == 30  # 120 samples read the first source once
     stats = model_stats(sized(config()).model)
     assert stats.n_active_parameters < stats.n_parameters

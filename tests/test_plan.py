@@ -267,8 +267,13 @@ def test_every_shipped_config_is_planned_within_5_seconds(name, device, world, t
         ),
         ({"blocks": [{"mixer": {"type": "latent"}}], "isolate_documents": True, "position": "rope"}, "selective", {}),
         ({"n_layer": 6}, "none", FROZEN),
+        (
+            {"n_layer": 6},
+            "none",
+            {"groups": [{"match": "w?e.*", "freeze": True}, {"match": "blocks.[014].*", "freeze": True}]},
+        ),
     ],
-    ids=["experts and windows", "packed documents", "frozen layers"],
+    ids=["experts and windows", "packed documents", "frozen layers", "frozen layers before and after others"],
 )
 def test_a_walk_of_each_kind_of_layer_stands_for_a_walk_of_all_layers(model, recompute, optim):
     config = config_of(model, parallel={"recompute": recompute}, optim=optim).resolved()

@@ -154,7 +154,17 @@ def walk(
         key_B = torch.zeros(micro_batch, dtype=torch.int64)
         model(Batch(tokens_BT, tokens_BT, key_B, tokens_BT.numel(), documents=documents))[0].backward()
         tracker.begin("")
+        _count_releases_with_blocks(tracker.parts, len(blocks))
         return tracker.parts
+
+
+def _count_releases_with_blocks(parts: dict[str, list[Change]], n_blocks: int) -> None:
+    """Move what a block releases right after its hooks, such as its input if no backward needs it, to its own part."""
+    for i in range(n_blocks):
+        changes = parts[f"inputs {i + 1}"]
+        n_releases = next((n for n, (_, n_bytes) in enumerate(changes) if n_bytes > 0), len(changes))
+        parts[f"forward {i}"] += changes[:n_releases]
+        del changes[:n_releases]
 
 
 def _require_gradient(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
