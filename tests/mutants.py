@@ -305,7 +305,7 @@ DEFECTS = [
            "return _reason_of_added_tokens(inner, n_bytes)", "return None", "tests/test_data_tokenizer.py -k lossy"),
     Defect("any normalizer is allowed", "data/lossless.py", 'part["type"] not in EQUIVALENT', "False",
            "tests/test_data_tokenizer.py -k lossy"),
-    Defect("the model's end-of-text token is not read", "data/tokenizer.py",
+    Defect("the model's end-of-text token is not read", "data/tokenizer_config.py",
            "names.append(inner.id_to_token(id_))", "pass", "tests/test_init_from.py -k own_tokenizer"),
     Defect("the export names GPT-2's end-of-text token", "data/tokenizer.py",
            '"pad_token"), self.separator)', '"pad_token"), END_OF_TEXT)', "tests/test_init_from.py -k own_tokenizer"),

@@ -31,7 +31,8 @@ from training.data.shards import (
 from training.data.sources import FilesReader, no_text_error
 from training.data.stream_writer import StreamWriter
 from training.data.token_source import scan, with_end_of_text
-from training.data.tokenizer import OTHER_SEPARATORS, Tokenizer, build_tokenizer
+from training.data.tokenizer import Tokenizer, build_tokenizer
+from training.data.tokenizer_config import OTHER_SEPARATORS
 from training.errors import UserError
 from training.files import fsync_path
 

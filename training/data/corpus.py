@@ -34,14 +34,8 @@ from training.data.sources import (
 )
 from training.data.text_files import format_of, is_text_file
 from training.data.token_source import TokensReader
-from training.data.tokenizer import (
-    END_OF_TEXT,
-    Tokenizer,
-    own_bos_token,
-    own_chat_template,
-    tokenizer_files,
-    tokenizer_identity,
-)
+from training.data.tokenizer import Tokenizer, tokenizer_files, tokenizer_identity
+from training.data.tokenizer_config import END_OF_TEXT, own_bos_token, own_chat_template
 from training.errors import UserError
 
 DUMP_SUFFIX = "-documents"  # of a cache's folder whose .txt files were split into documents, which older ones were not

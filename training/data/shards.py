@@ -21,7 +21,8 @@ from pydantic import Field, ValidationError
 from training.config import Section
 from training.data.file_hashes import FileHashes
 from training.data.mapped_tokens import MappedTokens
-from training.data.tokenizer import END_OF_TEXT, Tokenizer, from_json
+from training.data.tokenizer import Tokenizer, from_json
+from training.data.tokenizer_config import END_OF_TEXT
 from training.errors import UserError
 from training.files import open_file, read_bytes
 

@@ -15,7 +15,8 @@ from training.data.file_hashes import FileHashes
 from training.data.find_files import name_of_path
 from training.data.mapped_tokens import MappedTokens, map_files
 from training.data.token_files import SUFFIXES, TokenFile, find_token_files, open_token_file
-from training.data.tokenizer import NAME, Tokenizer
+from training.data.tokenizer import Tokenizer
+from training.data.tokenizer_config import NAME
 from training.errors import UserError
 
 

@@ -21,7 +21,8 @@ from training.batch import Batch
 from training.config import Config, ModelConfig
 from training.data import Dataset
 from training.data.loader import build_samples
-from training.data.tokenizer import Tokenizer, read_fields
+from training.data.tokenizer import Tokenizer
+from training.data.tokenizer_config import read_fields
 from training.distributed.sharded_model import ShardedModel
 from training.distributed.world import World
 from training.errors import UserError, library_error
