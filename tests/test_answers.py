@@ -656,6 +656,31 @@ def test_the_prompts_and_next_commands_of_a_run_on_dialogues_are_dialogues(talki
     assert json.loads(result.stdout)["total"]["loss"] == pytest.approx(summary["val_loss"], rel=1e-4)
 
 
+def test_other_dialogues_are_evaluated_by_their_answers(talking, call, tmp_path):
+    path = write_dialogues(tmp_path / "other.jsonl", 7)
+    result = call("evaluate", "--run", str(talking), "--data", str(path), "--messages_column", "messages", "--json")
+    loaded, losses = load_model(str(talking)), []
+    for line in path.read_text().splitlines():
+        encoded = encode_messages(json.loads(line)["messages"], loaded.tokenizer)
+        ids = torch.from_numpy(encoded.ids.astype(int))
+        log_p_TV = loaded.model.logits(ids[None, :-1])[0].log_softmax(-1)
+        losses += (-log_p_TV[range(len(ids) - 1), ids[1:]])[torch.from_numpy(encoded.is_target[1:])].tolist()
+    (row,) = json.loads(result.stdout)["rows"]
+    assert row["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5) and row["tokens"] == len(losses)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--messages_column", "messages"], "--messages_column: has no effect without --data"),
+        (["--data", "x", "--prompt_column", "p"], "--prompt_column: prompt_column and completion_column go together"),
+    ],
+)
+def test_columns_that_do_not_go_together_are_one_line(arguments, message, call):
+    result = call("evaluate", "--run", "x", *arguments)
+    assert result.returncode == 2 and result.stderr == f"error: {message}\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -685,7 +685,7 @@ def test_separators_in_txt_files_are_document_borders(tmp_path, monkeypatch, cap
     assert texts(dataset, "val") == ["x", "y"]
     assert "empty documents, left out: 3" in dataset.report["notes"]
     assert dataset.train.n_bytes == len("".join(DUMP) + "other")
-    split = dataset_module.read_split([str(tmp_path / "[ab].txt")], "text", dataset.tokenizer)
+    split = dataset_module.read_split([str(tmp_path / "[ab].txt")], dataset.tokenizer)
     assert np.array_equal(split.streams[0].tokens, dataset.train.streams[0].tokens)
     assert "data: <|endoftext|> in .txt files: 4, " in capsys.readouterr().err
 
@@ -893,17 +893,17 @@ def test_bits_per_byte_count_the_texts_own_bytes_under_normalization(tmp_path, c
     assert (dataset.val.n_bytes, dataset.val.streams[0].token_bytes) == (30, 20)
     line = "data: the tokenizer's NFC makes 40 bytes of the text's 60; bits per byte count the text's own\n"
     assert line in capsys.readouterr().err
-    split = dataset_module.read_split([str(tmp_path / "a.jsonl")], "text", dataset.tokenizer)
+    split = dataset_module.read_split([str(tmp_path / "a.jsonl")], dataset.tokenizer)
     assert (split.n_bytes, split.streams[0].token_bytes) == (30, 20)
 
 
 def test_files_read_into_memory_equal_their_prepared_split(folder):
     sources = [{"paths": [str(folder / "text")]}]
     dataset = prepare(config_of(folder, val_sources=sources))
-    split = dataset_module.read_split([str(folder / "text")], "text", dataset.tokenizer)
+    split = dataset_module.read_split([str(folder / "text")], dataset.tokenizer)
     (ours,), (theirs,) = split.streams, dataset.val.streams
     assert np.array_equal(ours.tokens, theirs.tokens) and np.array_equal(ours.documents, theirs.documents)
     counts = ("n_documents", "n_tokens", "n_bytes", "vocab_size")
     assert all(getattr(split, name) == getattr(dataset.val, name) for name in counts)
     with pytest.raises(UserError, match=r"no\.jsonl"):
-        dataset_module.read_split([str(folder / "no.jsonl")], "text", dataset.tokenizer)
+        dataset_module.read_split([str(folder / "no.jsonl")], dataset.tokenizer)

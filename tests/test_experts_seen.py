@@ -113,7 +113,7 @@ def validation(folder: Path, isolate_documents: bool = False) -> Samples:
     for i in range(40):
         (folder / f"{i}.txt").write_text("the cat and the dog; naïve 日本\n\tthe end\n"[i % 7 : 19 + i])
     tokenizer = tokenizers.build_byte_tokenizer()
-    split = read_split([str(folder / "*.txt")], "text", tokenizer)
+    split = read_split([str(folder / "*.txt")], tokenizer)
     return Samples(split, n_positions=32, seed=None, end_of_text=tokenizer.end_of_text if isolate_documents else None)
 
 

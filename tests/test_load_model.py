@@ -51,7 +51,7 @@ def check_equals_transformers(call, folder: Path, text: Path) -> None:
     """Compare the greedy continuation and the loss over a text with those of Transformers."""
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = load_model(str(folder), "cpu").tokenizer
-    split, n_positions = read_split([str(text)], "text", tokenizer), theirs.config.max_position_embeddings
+    split, n_positions = read_split([str(text)], tokenizer), theirs.config.max_position_embeddings
     samples = Samples(split, n_positions=n_positions, seed=None)
     batch = samples.batch(range(samples.n_samples))
     with torch.no_grad():

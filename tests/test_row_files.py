@@ -139,5 +139,5 @@ def test_evaluation_and_tasks_read_tables(tmp_path):
     for name in ("a.csv", "b.tsv", "c.json.gz"):
         items = read_items(ClozeTask(paths=(str(tmp_path / name),)))
         assert [(item.context, item.answers) for item in items] == [("the cat", ("sat",)), ("on the", ("mat",))]
-        split = read_split([str(tmp_path / name)], "text", tokenizer)
+        split = read_split([str(tmp_path / name)], tokenizer)
         assert (split.n_documents, split.n_bytes) == (2, 21)

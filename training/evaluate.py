@@ -2,15 +2,18 @@
 
 python -m training.evaluate --run runs/quickstart
 python -m training.evaluate --run runs/quickstart --data book.txt notes/ --json
+python -m training.evaluate --run runs/finetune_chat --data dialogues.jsonl --messages_column messages
 python -m training.evaluate --run runs/quickstart --tasks hellaswag=hellaswag_val.jsonl arc=ARC-Easy-Test.jsonl
 python -m training.evaluate --run openai-community/gpt2 --data book.txt
 """
 
 import json
 import sys
+from argparse import Namespace
+from itertools import chain
 from typing import TYPE_CHECKING
 
-from training.config import SHIPPED_TASKS, TaskConfig
+from training.config import SHIPPED_TASKS, RowsConfig, TaskConfig
 from training.errors import UserError, command
 from training.options import cli
 from training.terminal import aligned_table, print_result
@@ -34,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_path("--run", required=True, help=cli.MODEL_HELP)
     parser.add_path("--data", nargs="+", metavar="PATH", help="files, folders or globs, a row each; default: the run's")
     parser.add_argument("--tasks", nargs="*", metavar="TASK", help=TASKS_HELP)
-    parser.add_argument("--text_column", default="text", help="column of files of rows (default %(default)s)")
+    for name, field in RowsConfig.model_fields.items():
+        parser.add_argument(f"--{name}", help=f"of --data: {field.description}")
     parser.add_argument("--micro_batch", type=int, default=8, help="samples per forward (default %(default)s)")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
@@ -43,13 +47,14 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--micro_batch: {args.micro_batch} is less than 1")
     if args.tasks is not None and args.data:
         parser.error("--tasks: leave --data out, or run two commands")
+    columns = read_columns(parser, args)
     named = [task for text in args.tasks or () for task in read_tasks(text)]
 
     from training.engine.load_run import load_model
 
     loaded = load_model(args.run, args.device)
     if args.tasks is None:
-        split = read_text(args.data, args.text_column, loaded, args.run)
+        split = read_text(args.data, columns, loaded, args.run)
         result, lines = text_losses(loaded, split, args.micro_batch)
     else:
         own_tasks = () if loaded.run is None else loaded.run.config.eval.tasks
@@ -59,13 +64,23 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def read_text(paths: list[str] | None, text_column: str, loaded: "LoadedModel", name: str) -> "Split":
+def read_columns(parser: cli.Parser, args: Namespace) -> RowsConfig:
+    """Return the columns of --data. Ends the program with a message if the options do not go together."""
+    named = {name: value for name in RowsConfig.model_fields if (value := getattr(args, name)) is not None}
+    columns = RowsConfig.model_construct(**named)
+    problems = ((name, "has no effect without --data") for name in named if not args.data)
+    for name, problem in chain(problems, columns.rules()):
+        parser.error(f"--{name}: {problem}")
+    return columns
+
+
+def read_text(paths: list[str] | None, columns: RowsConfig, loaded: "LoadedModel", name: str) -> "Split":
     """Return the text at `paths`, or the validation text of the run. Raises UserError without one or if it changed."""
     from training.data import prepare
     from training.data.dataset import read_split
 
     if paths:
-        return read_split(paths, text_column, loaded.tokenizer)
+        return read_split(paths, loaded.tokenizer, columns)
     if loaded.run is None:
         raise UserError(f"--run {name}: a model without a run's text; name text with --data, or items with --tasks")
     dataset = prepare(loaded.run.config.data, quiet=True)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from training.config import DataConfig, FilesSource, TokensSource
+from training.config import DataConfig, FilesSource, RowsConfig, TokensSource
 from training.data import shards
 from training.data.build import count_threads, write_dataset, write_streams
 from training.data.corpus import DUMP_SUFFIX, Corpus, split_documents
@@ -43,6 +43,8 @@ from training.data.tokenizer import Tokenizer
 from training.errors import UserError
 from training.files import rename_durable
 from training.terminal import print_note
+
+TEXT_ROWS = RowsConfig()  # rows with text in the column "text"
 
 
 @dataclass(frozen=True)
@@ -157,13 +159,13 @@ def print_notes(lines: Iterable[str]) -> None:
         print_note(f"data: {line}", once=True)
 
 
-def read_split(paths: Sequence[str], text_column: str, tokenizer: Tokenizer) -> Split:
+def read_split(paths: Sequence[str], tokenizer: Tokenizer, columns: RowsConfig = TEXT_ROWS) -> Split:
     """Read files without a cache, as a stream for each path, and print notes. Text is tokenized in memory.
 
     Raises UserError for no text.
     """
     text_paths = [path for path in paths if not is_token_path(path)]
-    streams = read_texts(text_paths, text_column, tokenizer) if text_paths else []
+    streams = read_texts(text_paths, tokenizer, columns) if text_paths else []
     streams += [read_tokens(path, tokenizer) for path in paths if is_token_path(path)]
     return Split("val", tuple(sorted(streams, key=lambda stream: paths.index(stream.name))), None, tokenizer.vocab_size)
 
@@ -178,11 +180,11 @@ def read_tokens(path: str, tokenizer: Tokenizer) -> Stream:
     return Stream(reader.files[0].path, tokens, np.frombuffer(starts.getbuffer(), "<u8"), counts.n_bytes, name=path)
 
 
-def read_texts(paths: Sequence[str], text_column: str, tokenizer: Tokenizer) -> list[Stream]:
+def read_texts(paths: Sequence[str], tokenizer: Tokenizer, columns: RowsConfig) -> list[Stream]:
     """Tokenize files in memory as a stream for each path. Raises UserError for no text."""
-    tokens, starts = BytesIO(), BytesIO()
-    writer = StreamWriter(tokenizer, tokens, starts)
-    readers = [build_reader(FilesSource(paths=(path,), text_column=text_column)) for path in paths]
+    tokens, starts, targets = BytesIO(), BytesIO(), BytesIO() if columns.has_answers else None
+    writer = StreamWriter(tokenizer, tokens, starts, targets)
+    readers = [build_reader(FilesSource(paths=(path,), **columns.model_dump())) for path in paths]
     names = dict(zip(readers, paths, strict=True))
     print_notes([*describe_left_out(readers), *describe_repeated_files(drop_repeated_files(readers))])
     chunks = (
@@ -195,4 +197,6 @@ def read_texts(paths: Sequence[str], text_column: str, tokenizer: Tokenizer) -> 
     arrays = np.frombuffer(tokens.getbuffer(), tokenizer.dtype), np.frombuffer(starts.getbuffer(), "<u8")
     record = writer.record("val")
     stream = Stream(Path(paths[0]), *arrays, record.n_bytes, record.token_bytes)
+    if targets is not None:
+        stream = replace(stream, targets=np.frombuffer(targets.getbuffer(), bool))
     return list(shards.split_by_source(stream, record, [names[reader] for reader in readers]))
