@@ -172,6 +172,53 @@ def name_bos_token(folder: Path, token: str | dict) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": token}))
 
 
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": "number", "b": "number"}}}]
+CALL = [{"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}]
+WITH_TOOLS = (
+    "{% if tools %}<|im_start|>tools {{ tools | tojson }}<|im_end|>{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WITH_CALL = [
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "", "tool_calls": CALL},
+    {"role": "tool", "content": "four it is"},
+    {"role": "assistant", "content": "4"},
+]
+
+
+def test_a_rows_tools_are_written_as_transformers_writes_them(tmp_path):
+    import transformers
+
+    tokenizer = byte_tokenizer(WITH_TOOLS, ("<|im_start|>", "<|im_end|>"))
+    tokenizer.save(tmp_path)
+    source = FilesSource(paths=("x",), messages_column="messages")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = theirs.apply_chat_template(WITH_CALL, tools=TOOLS, return_dict=False)
+    for tools in (TOOLS, json.dumps(TOOLS)):
+        encoded = encode_dialogue(to_dialogue({"messages": WITH_CALL, "tools": tools}, source, "here"), tokenizer)
+        assert encoded.ids.tolist() == ids and encoded.unwritten == ()
+    for tools in ("calculator", [1], {"name": "add"}):
+        with pytest.raises(UserError, match="here: 'tools' is not"):
+            to_dialogue({"messages": WITH_CALL, "tools": tools}, source, "here")
+
+
+def test_what_a_template_leaves_out_is_counted_and_calls_that_it_leaves_out_are_no_answers(tmp_path, capsys):
+    template = "{% for m in messages if m.role != 'tool' %}" + WITH_TOOLS.split("{% for m in messages %}")[1]
+    (tmp_path / "t.jinja").write_text(template.replace("{{ m.tool_calls | tojson }}", ""))
+    tokenizer = byte_tokenizer((tmp_path / "t.jinja").read_text(), ("<|im_start|>", "<|im_end|>"))
+    assert learned(WITH_CALL, tokenizer) == ["4<|im_end|>"]
+    tokenizer.save(tmp_path / "model")
+    path = tmp_path / "rows.jsonl"
+    path.write_text((json.dumps({"messages": WITH_CALL, "tools": TOOLS}) + "\n") * 3)
+    source = {"paths": [str(path)], "messages_column": "messages"}
+    tokenizer = {"type": "file", "path": str(tmp_path / "model")}
+    prepare(data_config(tmp_path, sources=[source], val_sources=[source], tokenizer=tokenizer))
+    parts = "6 lists of tools, 6 turns with tool_calls, 6 turns of role tool"
+    assert f"data: the chat template does not write: {parts}; use a data.chat_template" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("template", [None, CHATML, "{{ bos_token }}" + CHATML])
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
 def test_transformers_writes_the_same_tokens(kind, template, tmp_path):
@@ -666,6 +713,7 @@ def test_other_dialogues_are_evaluated_by_their_answers(talking, call, tmp_path)
         log_p_TV = loaded.model.logits(ids[None, :-1])[0].log_softmax(-1)
         losses += (-log_p_TV[range(len(ids) - 1), ids[1:]])[torch.from_numpy(encoded.is_target[1:])].tolist()
     (row,) = json.loads(result.stdout)["rows"]
+    assert "data: val (" in result.stderr and "7 rows with answers in" in result.stderr
     assert row["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5) and row["tokens"] == len(losses)
 
 
@@ -679,6 +727,13 @@ def test_other_dialogues_are_evaluated_by_their_answers(talking, call, tmp_path)
 def test_columns_that_do_not_go_together_are_one_line(arguments, message, call):
     result = call("evaluate", "--run", "x", *arguments)
     assert result.returncode == 2 and result.stderr == f"error: {message}\n"
+
+
+def test_token_files_have_no_columns(call, finished, tmp_path):
+    np.zeros(100, np.uint16).tofile(tmp_path / "a.bin")
+    result = call("evaluate", "--run", str(finished()), "--data", str(tmp_path / "a.bin"), "--text_column", "body")
+    message = f"error: {tmp_path / 'a.bin'}: token files have no columns; leave the names of columns out\n"
+    assert result.returncode == 2 and result.stderr == message
 
 
 @pytest.mark.parametrize(

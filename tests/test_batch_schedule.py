@@ -42,14 +42,14 @@ stages = st.lists(st.tuples(st.integers(1, 400), st.integers(1, 90)), min_size=1
 
 def test_a_stage_starts_at_a_whole_step():
     batches = BatchSchedule(STAGES)
-    assert batches.stages == [Stage(0, 0, 128), Stage(3, 384, 320), Stage(5, 1024, 64)]
+    assert batches.stages == [Stage(0, 0, 128, 0), Stage(3, 384, 320, 1), Stage(5, 1024, 64, 2)]
     assert [batches.batch_tokens(step) for step in range(7)] == SIZES
     assert [batches.tokens(steps) for steps in range(8)] == np.cumsum([0, *SIZES]).tolist()
     assert [batches.steps(n) for n in (1, 128, 129, 384, 385, 704, 705, 1024, 1025, 1088)] == [
         1, 1, 2, 3, 4, 4, 5, 5, 6, 6
     ]  # fmt: skip
     assert [batches.nearest_steps(n) for n in (1, 180, 200, 384, 1060)] == [1, 1, 2, 3, 6]
-    assert BatchSchedule([(0, 100), (50, 7), (90, 9)]).stages == [Stage(0, 0, 100), Stage(1, 100, 9)]
+    assert BatchSchedule([(0, 100), (50, 7), (90, 9)]).stages == [Stage(0, 0, 100, 0), Stage(1, 100, 9, 2)]
     assert (batches.constant, BatchSchedule([(0, 5)]).constant) == (None, 5)
 
 
@@ -147,12 +147,28 @@ def test_horizon_plan_and_header_count_the_stages(config, run, capsys, tmp_path)
     path.write_text(dump_config(config(name="plan", steps=7, **STAGED)))
     assert plan.main(["--config", str(path)]) == 0
     planned = capsys.readouterr().out
+    path.write_text(dump_config(config(name="plan", steps=3, schedule={"warmup_steps": 9}, **STAGED)))
+    assert plan.main(["--config", str(path)]) == 0
+    short = capsys.readouterr().err
+    assert (
+        "schedule.warmup_steps: 9 does not fit into steps 3; this run uses 1\nbatch_schedule.1: this run ends" in short
+    )
     assert batch in planned and re.search(r"^steps +7 = 1,152 tokens", planned, re.M)
     assert max_samples_per_rank(config(**STAGED), 2) == 5
     assert plan.main(["--config", str(path), "--world", "3"]) == 2
     assert "3 ranks are more than the 2 samples of batch_tokens 64" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"^batch_schedule: 64 are 2 samples, fewer than 3 processes"):
         check_mesh(config(**STAGED), 3)
+
+
+def test_a_stage_without_a_step_is_said(config):
+    sizes = [(0, 256), (10, 512), (20, 1024), (10**9, 2048)]
+    stages = [{"from_tokens": start, "batch_tokens": size} for start, size in sizes]
+    uneven = config(batch_schedule=stages, batch_tokens=None, steps=8)
+    assert list(BatchSchedule.of(uneven).describe_unused(uneven)) == [
+        "batch_schedule.1: no step has its size: the next stage starts with the same step",
+        "batch_schedule.3: this run ends before 1,000,000,000 tokens, where it starts",
+    ]
 
 
 def test_a_comparison_makes_runs_in_stages_equal(config, tmp_path):

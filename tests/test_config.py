@@ -127,6 +127,10 @@ ONLY_LOSSES = "learns only from its auxiliary losses"
         ({"optim": {"learning_rate": 10.0}}, "optim.weight_decay: 0.1 x learning_rate 10 is 1 or more"),
         ({"optim": {"type": "muon", "muon_learning_rate": 10.0}}, "weight_decay: 0.1 x muon_learning_rate 10 "),
         ({"optim": {"grad_clip": 1e-8}}, "optim.grad_clip: 1e-08 is not above eps 1e-08"),
+        (
+            {"data": {"sources": [{"paths": ["a.txt", "b.txt", "a.txt"]}]}},
+            "data.sources.0.paths: a.txt is listed more than once, but read once; to repeat text, list it in several",
+        ),
         ({"steps": 100}, "schedule.warmup_steps: 100 does not fit into steps 100; this run uses 49"),
         ({"steps": 9, "schedule": {"type": "wsd", "decay_steps": 8, "warmup_steps": 3}}, "decay_steps: 8 .* uses 7"),
     ],

@@ -381,7 +381,8 @@ def test_the_copy_of_another_run_is_never_overwritten(copy_of_two, config):
     before = {path: path.read_bytes() for path in Path(url).rglob("*") if path.is_file()}
     for name, changes, resume, line in (
         ("small", {}, "never", f"{url} holds checkpoints of a run, up to step 5, which --resume never would overwrite"),
-        ("other", {"seed": 1}, "auto", f"{url} holds a run with other options: seed: 0 -> 1; choose another --check"),
+        ("small", {"seed": 1}, "auto", f"{url} holds a run with other options: seed: 0 -> 1; choose another --check"),
+        ("other", {}, "auto", f"{url} holds the run small; name a --checkpoint.copy_to of its own, or go on with"),
     ):
         other = config(name=name, **SMALL | changes | {"checkpoint": {"every": 1, "copy_to": url}})
         with pytest.raises(UserError, match=f"^checkpoint.copy_to: {line}"):
@@ -453,6 +454,10 @@ def test_a_copy_that_cannot_work_is_found_before_anything_else(go, tmp_path):
     [
         ("hf://user/run", "'hf://user/run' is no URL of s3://, gs://, az://, abfs://, file://, and no path"),
         ("s3://", "'s3://' names no bucket or folder"),
+        ("s3:/bucket/run", "'s3:/bucket/run' is a path; did you mean s3://bucket/run?"),
+        ("gs//bucket/run", "'gs//bucket/run' is a path; did you mean gs://bucket/run?"),
+        ("s3:bucket/run", "'s3:bucket/run' is a path; did you mean s3://bucket/run?"),
+        ("S3://bucket/run", "'S3://bucket/run': write its scheme in small letters, s3://"),
         ("{runs}/small", "is in the folder of this run"),
         ("{runs}/small/checkpoints", "is in the folder of this run"),
         ("{runs}", "is out_dir"),

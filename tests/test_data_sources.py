@@ -206,6 +206,16 @@ def test_what_a_search_leaves_out_is_counted_by_kind(tmp_path):
     assert list(describe_left_out([build_reader(FilesSource(paths=(str(tmp_path / "a.txt"),)))])) == []
 
 
+def test_what_several_searches_leave_out_is_counted_once(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("sub/a.txt", "sub/b.pdf", "c.pdf"):
+        (tmp_path / name).write_text("text")
+    (tmp_path / "again").symlink_to(tmp_path)
+    paths = (str(tmp_path), str(tmp_path / "sub"), str(tmp_path / "again/sub"))
+    line, _ = describe_left_out([build_reader(FilesSource(paths=paths))])
+    assert "left out 2 .pdf files, 1 folder searched already: " in line
+
+
 def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path):
     (tmp_path / "a[1].txt").write_text("odd name")
     assert read(tmp_path / "a[1].txt") == ["odd name"]

@@ -455,6 +455,8 @@ def test_a_tokenizer_that_cannot_be_downloaded_is_an_error_that_names_it(monkeyp
         build_tokenizer(config.HuggingFaceTokenizer(name="nobody/nothing"), iter([]))
     with pytest.raises(UserError, match=r"^tiktoken encoding 'nothing' cannot be loaded: [^\n]+$"):
         build_tokenizer(config.TiktokenTokenizer(name="nothing"), iter([]))
+    with pytest.raises(UserError, match=rf"is a folder; for its tokenizer write {{type: file, path: {tmp_path}}}"):
+        build_tokenizer(config.HuggingFaceTokenizer(name=str(tmp_path)), iter([]))
 
 
 def test_the_identity_of_a_tokenizer_file_is_its_content(tmp_path):

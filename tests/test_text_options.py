@@ -132,6 +132,13 @@ def test_any_text_file_is_split_on_what_a_source_names(tmp_path, monkeypatch, na
             assert any(note.startswith(as_text) for note in dataset.report["notes"])
 
 
+def test_a_separator_that_is_nowhere_is_said(tmp_path):
+    (tmp_path / "a.txt").write_text("a\n===\nb")
+    source = {"paths": [str(tmp_path / "a.txt")], "split_on": "===\\n"}
+    dataset = prepare(config_of(tmp_path, source, val_sources=[source]), quiet=True)
+    assert dataset.report["notes"][0] == "'===\\\\n' (split_on): nowhere in the text, which is not split"
+
+
 def test_a_separator_in_md_and_rows_that_is_not_split_on_is_said(tmp_path):
     (tmp_path / "a.md").write_text("a<|endoftext|>b")
     jsonl(tmp_path / "b.jsonl", "c<|endoftext|>d")

@@ -337,9 +337,8 @@ class FilesSource(RowsConfig):
         yield from super().rules()
         if self.has_answers and self.split_on is not None:
             yield "split_on", "has no effect on rows with answers"
-        for problem in (check_scheme(path) for path in self.paths if is_url(path)):
-            if problem is not None:
-                yield "paths", problem
+        for problem in filter(None, map(check_scheme, self.paths)):
+            yield "paths", problem
         try:
             canonical_encoding(self.encoding)
         except ValueError as error:

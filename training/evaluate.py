@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from training.config import SHIPPED_TASKS, RowsConfig, TaskConfig
 from training.errors import UserError, command
 from training.options import cli
-from training.terminal import aligned_table, print_result
+from training.terminal import aligned_table, print_note, print_result
 
 if TYPE_CHECKING:
     from training.data import Split
@@ -112,6 +112,8 @@ def text_losses(loaded: "LoadedModel", split: "Split", micro_batch: int) -> tupl
     model, tokenizer = loaded.model, loaded.tokenizer
     too_long = "cut" if loaded.run is None else loaded.run.config.data.too_long
     samples = build_samples(split, model.config, tokenizer, too_long=too_long)
+    for line in samples.describe():
+        print_note(f"data: {line}")
     losses = validation_losses(model, samples, tokenizer, None, micro_batch, World(0, 1, model.wte.weight.device))
     rows = [
         {"name": stream.name, **losses[stream.name].figures(), **sizes(stream, losses[stream.name])}

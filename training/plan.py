@@ -14,7 +14,7 @@ from training.config import Config
 from training.errors import UserError, command
 from training.files import read_bytes
 from training.options import cli
-from training.terminal import print_result
+from training.terminal import print_note, print_result
 
 FLAGS = {
     "--world": "number of ranks, one device each (default 1)",
@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     device = find_device(flags["--device"], config)
     plan = build_plan(resolve_init_from(config), device, world_size)
     speed = measured_tokens_per_s(plan.config, device.name, world_size) if flags["--device"] is None else None
+    for line in plan.notes:
+        print_note(line)
     for line in report_lines(plan, mfu, speed):
         print_result(line)
     return 0

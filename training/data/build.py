@@ -47,6 +47,7 @@ class TextCounts:
     n_borders: int = 0
     n_not_utf8: int = 0
     as_text: Counter[str] = field(default_factory=Counter)
+    unwritten: Counter[str] = field(default_factory=Counter)
 
 
 EncodedChunk = tuple[Chunk, EncodedText]
@@ -199,6 +200,7 @@ def write_streams(
             counts.n_blank += 1
         else:
             writers[chunk.split, chunk.stream].add(chunk, encoded)
+            counts.unwritten.update(encoded.unwritten)
             counts.as_text.update({name: n for name in names if (n := chunk.text.count(name))})
             advance(chunk.text)
     return counts

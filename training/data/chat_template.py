@@ -22,6 +22,7 @@ from training.errors import UserError
 from training.files import read_bytes
 
 Message = dict[str, Any]  # role, content, and fields that only some templates read
+Tools = Sequence[dict[str, Any]]  # descriptions of functions, in the form that a template expects
 ASSISTANT = "assistant"
 # Code points that no text has (Unicode's noncharacters): around marked parts, and inside special tokens' names that
 # stand in a message, which so remain ordinary text.
@@ -81,9 +82,9 @@ class ChatTemplate:
         self.special = re.compile("|".join(map(re.escape, longest_first)))
         self.template = compile_template(source, name)
 
-    def pieces(self, messages: Sequence[Message], where: str = "") -> list[Piece]:
+    def pieces(self, messages: Sequence[Message], where: str = "", tools: Tools = ()) -> list[Piece]:
         """Return the pieces of a whole dialogue. Raises UserError, which begins with `where`."""
-        text, targets = self._targets(messages, where)
+        text, targets = self._targets(messages, where, tools)
         pieces, position = [], 0
         for start, end in targets:
             pieces += [*self._split(text[position:start], False), *self._split(text[start:end], True)]
@@ -104,35 +105,38 @@ class ChatTemplate:
             raise UserError(self._no_end("", messages[1]))
         return learned[-1].text
 
-    def _targets(self, messages: Sequence[Message], where: str) -> tuple[str, list[tuple[int, int]]]:
+    def _targets(self, messages: Sequence[Message], where: str, tools: Tools) -> tuple[str, list[tuple[int, int]]]:
         """Return (text, the range of each answer in it)."""
-        escaped = self._escape(messages, where)
-        marked = self._render(escaped, where)
+        escaped, tools = self._escape(messages, where), self._escape(tools, where)
+        marked = self._render(escaped, where, tools)
         if START in marked:
             return _without_marks(marked)
         ranges = []
         for i, message in enumerate(messages):
             if message["role"] == ASSISTANT:
-                before = self._render(escaped[:i], where, is_prompt=True)
-                after = self._render(escaped[: i + 1], where)
+                before = self._render(escaped[:i], where, tools, is_prompt=True)
+                after = self._render(escaped[: i + 1], where, tools)
                 if not (marked.startswith(after) and after.startswith(before)):
                     problem = f"{self.name} writes message {i + 1} otherwise if others follow"
                     raise UserError(f"{_prefix(where)}{problem}; mark the assistant's text by {{% generation %}}")
                 ends = [match.end() for match in self.special.finditer(after, len(before))]
                 if not ends:
                     raise UserError(self._no_end(where, message))
-                ranges.append((len(before), ends[-1]))
+                is_written = self.special.sub("", after[len(before) :]).strip() or not message.get("tool_calls")
+                if is_written:  # else the template leaves the calls out, and the answer would be nothing
+                    ranges.append((len(before), ends[-1]))
         return marked, ranges
 
     def _no_end(self, where: str, message: Message) -> str:
         turn = f"the turn of role {message['role']}"
         return f"{_prefix(where)}{self.name} ends {turn} without a special token such as {self.end_of_text}; add one"
 
-    def _render(self, messages: Sequence[Message], where: str, is_prompt: bool = False) -> str:
+    def _render(self, messages: Sequence[Message], where: str, tools: Tools = (), is_prompt: bool = False) -> str:
         """Return the text of escaped messages."""
         try:
             return self.template.render(
                 messages=messages,
+                tools=tools or None,
                 add_generation_prompt=is_prompt,
                 bos_token=self.bos_token,
                 eos_token=self.end_of_text,

@@ -108,7 +108,7 @@ class Corpus:
             "tokenizer": tokenizer_identity(self.config.tokenizer, hashes),
         }
         if self.config.has_messages:
-            inputs["chat_template"] = chat_template_source(self.config)
+            inputs |= {"chat_template": chat_template_source(self.config), "with_tools": True}
             if (bos_token := _bos_token(self.config.tokenizer)) is not None:
                 inputs["bos_token"] = bos_token
         if self.own_validation or with_splits:

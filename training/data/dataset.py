@@ -33,6 +33,7 @@ from training.data.notes import (
     describe_repeated_files,
     describe_separators,
     describe_tokens,
+    describe_unwritten,
 )
 from training.data.progress import show_progress
 from training.data.shards import Manifest, Split, Stream
@@ -165,6 +166,8 @@ def read_split(paths: Sequence[str], tokenizer: Tokenizer, columns: RowsConfig =
     Raises UserError for no text.
     """
     text_paths = [path for path in paths if not is_token_path(path)]
+    if columns != TEXT_ROWS and not text_paths:
+        raise UserError(f"{', '.join(paths)}: token files have no columns; leave the names of columns out")
     streams = read_texts(text_paths, tokenizer, columns) if text_paths else []
     streams += [read_tokens(path, tokenizer) for path in paths if is_token_path(path)]
     return Split("val", tuple(sorted(streams, key=lambda stream: paths.index(stream.name))), None, tokenizer.vocab_size)
@@ -192,8 +195,14 @@ def read_texts(paths: Sequence[str], tokenizer: Tokenizer, columns: RowsConfig) 
     )
     counts = write_streams(chain.from_iterable(chunks), tokenizer, {("val", 0): writer}, None, len)
     if not writer.n_documents:
-        raise UserError(f"{', '.join(paths)}: no text in there")
-    print_notes([*describe_blank(counts.n_blank), *describe_separators(counts.n_borders, counts.as_text, tokenizer)])
+        raise UserError(f"{', '.join(paths)}: no {'answer' if columns.has_answers else 'text'} in there")
+    print_notes(
+        [
+            *describe_blank(counts.n_blank, columns.has_answers),
+            *describe_unwritten(counts.unwritten),
+            *describe_separators(counts.n_borders, counts.as_text, tokenizer),
+        ]
+    )
     arrays = np.frombuffer(tokens.getbuffer(), tokenizer.dtype), np.frombuffer(starts.getbuffer(), "<u8")
     record = writer.record("val")
     stream = Stream(Path(paths[0]), *arrays, record.n_bytes, record.token_bytes)

@@ -5,13 +5,13 @@ A row becomes a document whose text has parts; `encode_dialogue` returns its tok
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from training.config import RowsConfig
-from training.data.chat_template import ASSISTANT, Message, Piece
+from training.data.chat_template import ASSISTANT, Message, Piece, Tools
 from training.data.row_files import to_text, value_of
 from training.errors import UserError
 
@@ -25,11 +25,13 @@ class Dialogue(NamedTuple):
     where: str  # for errors
     messages: tuple[Message, ...]
     prompt: str | None = None  # None: a chat template writes the messages
+    tools: Tools = ()  # that the assistant may call
 
     @property
     def text(self) -> str:
         """All text of the row."""
-        return "\n".join([self.prompt or "", *(message["content"] for message in self.messages)])
+        tools = [json.dumps(self.tools)] if self.tools else []
+        return "\n".join([self.prompt or "", *(message["content"] for message in self.messages), *tools])
 
     @property
     def has_answer(self) -> bool:
@@ -42,7 +44,7 @@ def to_dialogue(row: Any, config: RowsConfig, where: str) -> Dialogue:
     """Return the dialogue in a row's columns. Raises UserError if there is none."""
     if config.messages_column is not None:
         value = value_of(row, config.messages_column, where, "messages_column")
-        return Dialogue(where, to_messages(value, config.messages_column, where))
+        return Dialogue(where, to_messages(value, config.messages_column, where), tools=to_tools(row, where))
     columns = {"prompt_column": config.prompt_column, "completion_column": config.completion_column}
     prompt, completion = (
         to_text(value_of(row, column, where, option), column, where) for option, column in columns.items()
@@ -80,6 +82,21 @@ def to_messages(value: Any, column: str, where: str) -> tuple[Message, ...]:
     return tuple(messages)
 
 
+def to_tools(row: Mapping[str, Any], where: str) -> Tools:
+    """Return a row's `tools`, also if a text has them as JSON; () without any. Raises UserError if they are no list."""
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: 'tools' is not JSON ({error})") from None
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise UserError(
+            f"{where}: 'tools' is not a list of objects for a chat template; if it is something else, rename it"
+        )
+    return tuple(tools or ())
+
+
 def plain_content(content: Any, message: Mapping[str, Any]) -> Any:
     """Return the text of a list of text parts, and "" for null beside tool calls; else the content itself."""
     if content is None and message.get("tool_calls"):
@@ -96,6 +113,7 @@ class EncodedText(NamedTuple):
     ids: np.ndarray
     is_target: np.ndarray | None
     n_bytes: int  # of the text, before normalization
+    unwritten: tuple[str, ...] = ()  # kinds of what is in a dialogue, but not in its text
 
 
 def encode_dialogue(dialogue: Dialogue, tokenizer: Any) -> EncodedText:
@@ -105,7 +123,8 @@ def encode_dialogue(dialogue: Dialogue, tokenizer: Any) -> EncodedText:
     end-of-text tokens, of which the last is a target.
     """
     if dialogue.prompt is None:
-        return encode_pieces(tokenizer.dialogue_template.pieces(dialogue.messages, dialogue.where), tokenizer)
+        pieces = tokenizer.dialogue_template.pieces(dialogue.messages, dialogue.where, dialogue.tools)
+        return encode_pieces(pieces, tokenizer)._replace(unwritten=tuple(unwritten(dialogue, pieces)))
     pieces = [
         Piece(tokenizer.separator, is_special=True),
         Piece(dialogue.prompt),
@@ -113,6 +132,25 @@ def encode_dialogue(dialogue: Dialogue, tokenizer: Any) -> EncodedText:
         Piece(tokenizer.separator, is_target=True, is_special=True),
     ]
     return encode_pieces(pieces, tokenizer)
+
+
+def unwritten(dialogue: Dialogue, pieces: Sequence[Piece]) -> Iterator[str]:
+    """Yield the kind of each message, tool call and list of tools that is not in the text a template wrote."""
+    text = "".join(piece.text for piece in pieces)
+    if dialogue.tools and not any(name in text for name in names_of(dialogue.tools)):
+        yield "lists of tools"
+    for message in dialogue.messages:
+        if message["content"].strip() not in text:
+            yield f"turns of role {message['role']}"
+        calls = message.get("tool_calls") or ()
+        if calls and not any(name in text for name in names_of(calls)):
+            yield "turns with tool_calls"
+
+
+def names_of(tools: Any) -> list[str]:
+    """Return the names of functions in a list of tools, or of calls of them."""
+    functions = (tool.get("function", tool) for tool in tools if isinstance(tool, Mapping))
+    return [str(function["name"]) for function in functions if isinstance(function, Mapping) and "name" in function]
 
 
 def encode_turn(tokenizer: Any, messages: Sequence[Message]) -> list[int]:

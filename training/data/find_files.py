@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from training.data.remote_files import find_remote, hidden_part
+from training.data.remote_files import RemoteFile, find_remote, hidden_part
 from training.data.text_files import EXTENSIONS, FORMATS, format_of
 from training.errors import UserError
 from training.remote import is_url
@@ -17,7 +17,7 @@ BYTECODE = "__pycache__"  # compiled code, which nobody expects to be read
 SKIPPED_FOLDERS = frozenset({BYTECODE, "site-packages", "dist-packages"})
 ONLY_BY_NAME = ".json"  # folders of code have .json files that hold no text; packed ones are data sets
 TABLES = (".csv", ".tsv")  # folders of code have those that hold no text as well
-ENTERED = "folder that is searched already"  # by a link: a loop, or a second way to it
+ENTERED = "folder searched already"  # by a link: a loop, or a second way to it
 MAX_KINDS = 6  # of files, named in a line about what was left out
 
 LeftOut = dict[Path, str]  # files and folders that a search did not use, and their kind
@@ -86,7 +86,16 @@ def find_files(
             raise UserError(f"{pattern}: the glob matches no usable file (names that end in {EXTENSIONS})")
         else:
             raise UserError(f"{pattern}: no such file or folder")
-    return files, {path: kind for path, kind in left_out.items() if path not in files}
+    return files, drop_other_ways({path: kind for path, kind in left_out.items() if path not in files})
+
+
+def drop_other_ways(left_out: LeftOut) -> LeftOut:
+    """Return what was left out with one path to each file, also if several searches or links have met it."""
+    files: dict[str, tuple[Path, str]] = {}
+    for path, kind in left_out.items():
+        where = f"{path}" if isinstance(path, RemoteFile) or kind == ENTERED else os.path.realpath(path)
+        files.setdefault(where, (path, kind))
+    return dict(files.values())
 
 
 def name_of_path(path: str) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from training.data.corpus import Corpus
 from training.data.find_files import ENTERED, count_kinds
+from training.data.row_files import ROWS
 from training.data.shards import Manifest
 from training.data.sources import FilesReader, Reader
 from training.data.text_files import EXTENSIONS
@@ -21,6 +22,8 @@ def describe_left_out(readers: Iterable[Reader]) -> Iterator[str]:
     for reader in readers:
         if isinstance(reader, FilesReader | TokensReader) and reader.left_out:
             advice = f"names must end in {EXTENSIONS}; plain .json files must be named or match a glob"
+            if isinstance(reader, FilesReader) and reader.config.has_answers:
+                advice = f"files with rows end in {', '.join(ROWS)}"
             if isinstance(reader, TokensReader):
                 advice = f"token files end in {', '.join(SUFFIXES)} or .idx"
             yield f"{', '.join(reader.patterns)}: left out {count_kinds(reader.left_out.values())}: {advice}"
@@ -45,8 +48,10 @@ def describe_separators(
     `split_on`: the borders that sources name, and None for .txt files of a source that names none.
     """
     own = " and ".join(tokenizer.separators)
+    chosen = [repr(each) for each in split_on if each is not None]
+    if chosen and not n_borders:
+        yield f"{' and '.join(chosen)} (split_on): nowhere in the text, which is not split"
     if n_borders:
-        chosen = [repr(each) for each in split_on if each is not None]
         names = [*([f"{' and '.join(chosen)} (split_on)"] if chosen else []), f"{own} in .txt files"]
         names = names if None in split_on else names[:1]
         yield f"{', '.join(names)}: {n_borders:,}, each a border between documents"
@@ -62,6 +67,13 @@ def describe_blank(n: int, has_answers: bool = False) -> Iterator[str]:
     """Yield a line if there are documents without text, or rows without an answer."""
     if n:
         yield f"empty documents{' and rows without an answer' if has_answers else ''}, left out: {n:,}"
+
+
+def describe_unwritten(counts: Mapping[str, int]) -> Iterator[str]:
+    """Yield a line if a chat template leaves parts of dialogues out."""
+    if counts:
+        parts = ", ".join(f"{n:,} {kind}" for kind, n in counts.items())
+        yield f"the chat template does not write: {parts}; use a data.chat_template that does, or leave them out"
 
 
 def describe_dataset(folder: Path, manifest: Manifest, tokenizer: Tokenizer, corpus: Corpus) -> Iterator[str]:
@@ -84,6 +96,7 @@ def describe_dataset(folder: Path, manifest: Manifest, tokenizer: Tokenizer, cor
         old = "prepared by an earlier version, which held documents out and used no validation split of a data set"
         yield f"{old}; to use one, remove {folder}"
     yield from describe_blank(manifest.n_blank, corpus.config.has_answers)
+    yield from describe_unwritten(manifest.unwritten)
     if n := manifest.n_not_utf8:
         yield f"files that are not UTF-8, left out (encoding: skip): {n:,}"
     yield from describe_separators(manifest.n_borders, manifest.as_text, tokenizer, corpus.split_on)

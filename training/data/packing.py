@@ -35,8 +35,9 @@ class PackedStream:
             is_kept_D &= ~is_long_D
         self.n_left_out = int((~is_kept_D).sum())
         if not is_kept_D.any():
-            name = stream.name or stream.path.name
-            raise UserError(f"data: {name}: no answer fits into model.n_positions {n_positions}; use a larger one")
+            name = f"{stream.name}: " if stream.name else ""
+            other = " or data.too_long: cut" if self.n_long and too_long == "leave_out" else ""
+            raise UserError(f"data: {name}no answer fits into model.n_positions {n_positions}; use a larger one{other}")
         self.starts_D, self.lengths_D = starts_D[is_kept_D], (ends_D - starts_D)[is_kept_D] - 1
         packs = best_fit(self.lengths_D, n_positions)
         self.order_D, self.first_of_pack = packs.order_D, packs.first_of_pack

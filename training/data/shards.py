@@ -75,6 +75,7 @@ class Manifest(Section):
     n_borders: int = Field(0, ge=0, description="separators in dumps, which are borders between documents")
     n_not_utf8: int = Field(0, ge=0, description="files left out because they are not UTF-8 (encoding: skip)")
     as_text: dict[str, int] = Field({}, description="how often the name of a separator is ordinary text")
+    unwritten: dict[str, int] = Field({}, description="what the chat template does not write, by its kind")
     val_splits: list[tuple[int, str]] = Field([], description="(source, split) of validation text that sources bring")
     n_shared: int = Field(0, ge=0, description="validation documents that are also in the training text")
     shared: list[tuple[int, int, int]] = Field([], description="the same by source: validation, training, documents")

@@ -241,6 +241,10 @@ def tokenizer_files(path: Path) -> list[Path]:
 def _huggingface(config: HuggingFaceTokenizer, _texts: Iterable[str]) -> Tokenizer:
     from huggingface_hub import snapshot_download
 
+    if Path(config.name).is_dir():
+        raise UserError(
+            f"data.tokenizer: {config.name} is a folder; for its tokenizer write {{type: file, path: {config.name}}}"
+        )
     try:
         folder = snapshot_download(config.name, allow_patterns=["*.json", "merges.txt"])
     except Exception as error:

@@ -131,6 +131,10 @@ def open_copy(
         """Raise UserError if a state is another run's; return how many of its steps this run has in common with it."""
         if branch is not None and not is_branch_of(state.lineage, branch):
             raise UserError(f"{url} holds another run than this branch; name a --checkpoint.copy_to of its own")
+        if (name := state.config.get("name")) not in (None, config.name) and branch is None:
+            raise UserError(
+                f"{url} holds the run {name}; name a --checkpoint.copy_to of its own, or go on with --name {name}"
+            )
         resolved = resolve_precision(config, world, state)
         old = parse_options(state.config)
         n_common = n_common_steps(old, resolved) if old is not None else 0
@@ -184,7 +188,7 @@ def resolve_precision(config: Config, world: World, state: TrainState) -> Config
     if config.precision == "auto":
         precision = state.config.get("precision", precision)
     if world.is_main:
-        for line in schedule_notices(config):
+        for line in [*schedule_notices(config), *BatchSchedule.of(config).describe_unused(config)]:
             print_note(line, once=True)
     return config.model_copy(update={"precision": precision}).resolved()
 

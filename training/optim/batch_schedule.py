@@ -1,7 +1,7 @@
 """The number of tokens of each step's batch: constant, or in stages. Steps count from 0."""
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from training.config import Config
@@ -13,6 +13,7 @@ class Stage(NamedTuple):
     first_step: int
     first_token: int  # the number of tokens that earlier stages read
     batch_tokens: int
+    option: int  # its number in `batch_schedule`
 
 
 class BatchSchedule:
@@ -24,12 +25,12 @@ class BatchSchedule:
 
     def __init__(self, sizes: Iterable[tuple[int, int]]):
         self.stages: list[Stage] = []
-        for from_tokens, batch_tokens in sizes:
-            stage = Stage(0, 0, batch_tokens)
+        for option, (from_tokens, batch_tokens) in enumerate(sizes):
+            stage = Stage(0, 0, batch_tokens, option)
             if self.stages:
-                step, token, size = self.stages[-1]
+                step, token, size, _ = self.stages[-1]
                 n_steps = max(0, -(-(from_tokens - token) // size))
-                stage = Stage(step + n_steps, token + n_steps * size, batch_tokens)
+                stage = Stage(step + n_steps, token + n_steps * size, batch_tokens, option)
                 if not n_steps:
                     self.stages.pop()
             self.stages.append(stage)
@@ -59,6 +60,15 @@ class BatchSchedule:
         """Return the steps that read about `tokens` tokens: the nearest number, and at least 1."""
         stage = self.stages[bisect_right([stage.first_token for stage in self.stages], tokens) - 1]
         return max(1, stage.first_step + round((tokens - stage.first_token) / stage.batch_tokens))
+
+    def describe_unused(self, config: Config) -> Iterator[str]:
+        """Yield a line for each stage of `batch_schedule` that has no step; `steps` is resolved."""
+        first_step = {stage.option: stage.first_step for stage in self.stages}
+        for option, stage in enumerate(config.batch_schedule or ()):
+            if option not in first_step:
+                yield f"batch_schedule.{option}: no step has its size: the next stage starts with the same step"
+            elif first_step[option] >= config.steps:
+                yield f"batch_schedule.{option}: this run ends before {stage.from_tokens:,} tokens, where it starts"
 
     @property
     def constant(self) -> int | None:

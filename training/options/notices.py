@@ -21,6 +21,11 @@ def notices(config: Config) -> Iterator[str]:
         yield f"optim.groups: {tied}; set tie_head: false to train that one"
     if model.n_embd == 1:
         yield "model.n_embd: 1 leaves a norm no differences between channels, so nothing is learned; use 2 or more"
+    for i, source in enumerate(config.data.sources):
+        paths = getattr(source, "paths", ())
+        for path in sorted({path for path in paths if paths.count(path) > 1}):
+            advice = "to repeat text, list it in several sources and give each a weight"
+            yield f"data.sources.{i}.paths: {path} is listed more than once, but read once; {advice}"
     for i, block in enumerate(model.blocks):
         for name, problem in _block_notices(block, model):
             yield f"model.blocks.{i}.{name}: {problem}"

@@ -19,6 +19,7 @@ from training.model.stats import ModelStats, model_stats
 from training.optim.batch_schedule import BatchSchedule
 from training.optim.groups import frozen_names, match_groups
 from training.optim.optimizer import state_bytes
+from training.options.notices import schedule_notices
 from training.planning.horizon import epoch_samples, resolve_steps
 from training.planning.memory import (
     HEADROOM,
@@ -62,6 +63,7 @@ class RunPlan(NamedTuple):
     micro_batch: int
     largest_micro_batch: int  # that fits; 0: not one sample does
     memory: MemoryEstimate
+    notes: list[str]  # lines about lengths and stages that do not fit into the run
 
 
 def find_device(name: str | None, config: Config) -> TargetDevice:
@@ -89,8 +91,10 @@ def build_plan(config: Config, device: TargetDevice, world_size: int) -> RunPlan
     model = config.model.model_copy(update={"vocab_size": config.model.vocab_size or _vocab_size(config, manifest)})
     config = config.model_copy(update={"precision": precision, "model": model})
     train_tokens = manifest.train_tokens if manifest else []
-    config = resolve_steps(config, _samples_per_epoch(config, train_tokens)).resolved()
+    config = resolve_steps(config, _samples_per_epoch(config, train_tokens))
     batches = BatchSchedule.of(config)
+    notes = [*schedule_notices(config), *batches.describe_unused(config)]
+    config = config.resolved()
     if (n_samples := (smallest := min(batches.sizes())) // model.n_positions) < world_size:
         problem = f"{world_size} ranks are more than the {n_samples} samples of batch_tokens {smallest}"
         raise UserError(f"--world: {problem}; raise batch_tokens")
@@ -102,9 +106,8 @@ def build_plan(config: Config, device: TargetDevice, world_size: int) -> RunPlan
     else:
         micro_batch = min(config.micro_batch, per_rank)
     memory = estimator.estimate(micro_batch)
-    n_tokens = batches.tokens(config.steps)
     sizes = estimator.stats, micro_batch, largest, memory
-    return RunPlan(config, device, world_size, n_tokens, train_tokens, data_problem, *sizes)
+    return RunPlan(config, device, world_size, batches.tokens(config.steps), train_tokens, data_problem, *sizes, notes)
 
 
 def _samples_per_epoch(config: Config, train_tokens: list[int]) -> Fraction | None:
@@ -185,7 +188,7 @@ def describe_groups(config: Config, stats: ModelStats) -> str:
 def describe_batch(config: Config, micro_batch: int, n_ranks: int = 1) -> str:
     """Return the line "batch" of a plan and of a run's header."""
     stages = []
-    for step, token, size in BatchSchedule.of(config).stages:
+    for step, token, size, _ in BatchSchedule.of(config).stages:
         n_samples = size // config.model.n_positions
         per_rank = f", {-(-n_samples // n_ranks)} per rank" if n_ranks > 1 else ""
         start = f"from {token:,} tokens (step {step + 1:,}) " if step else ""
