@@ -123,8 +123,8 @@ def test_every_problem_has_a_line_with_its_figure():
         "speed: 31 % of the time was spent waiting for data; put data.cache_dir on a faster disk",
         "speed: 22 % of the time went into evaluation; raise eval.every or lower eval.tokens",
         "speed: MFU is 12 %; try parallel.compile or a larger micro_batch",
-        "learning: 63 % of the steps were clipped to optim.grad_clip 1; lower optim.learning_rate or raise "
-        "schedule.warmup_steps",
+        "learning: 63 % of the steps were clipped to optim.grad_clip 1; lower optim.learning_rate or use "
+        "a longer warm-up (schedule.warmup or warmup_steps)",
         "learning: 3 of 64 experts are dead; raise bias_rate or switch_weight of their layers, or use fewer experts",
     ]
 
