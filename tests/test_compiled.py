@@ -105,7 +105,13 @@ def test_blocks_compiled_by_inductor_compute_the_same(run, ffn):
 @pytest.mark.parametrize("ffn", FFN)
 def test_equal_blocks_are_compiled_once_without_a_graph_break(ffn, build_run):
     """One program each for training, evaluation, and the smaller last batch of an evaluation; none runs in Python."""
-    sizes = {"n_layer": 12, "n_head": 2, "n_embd": 16, "n_positions": 32, "blocks": [{"ffn": FFN[ffn]}]}
+    sizes = {
+        "n_layer": 12,
+        "n_head": 2,
+        "n_embd": 16,
+        "n_positions": 32,
+        "blocks": [{"ffn": FFN[ffn], "short_conv": 4}],
+    }
     run = build_run(model=sizes, parallel={"compile": True}, eval={"tokens": 32 * 7, "prompts": ["def "]})
     torch._dynamo.reset()
     counters.clear()

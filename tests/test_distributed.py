@@ -25,7 +25,10 @@ MOE = {
     "n_positions": 32,
     "isolate_documents": True,
     "blocks": [
-        {"ffn": {"type": "moe", "n_experts": 4, "hidden": 32, "jitter": 0.1, "balance": "both", "bias_rate": 0.01}},
+        {
+            "ffn": {"type": "moe", "n_experts": 4, "hidden": 32, "jitter": 0.1, "balance": "both", "bias_rate": 0.01},
+            "short_conv": 3,
+        },
         {"ffn": {"type": "moe", "n_experts": 4, "hidden": 16, "scoring": "sigmoid", "n_shared": 1, "gated": True}},
     ],
 }

@@ -36,7 +36,7 @@ CUSTOM = {
                 "mixer": LATENT,
                 "ffn": {"type": "moe", "n_experts": 4, "hidden": 32, "gated": True, "activation": "silu"},
             },
-            {"mixer": {"n_kv_head": 2, "softcap": 5.0, "rope": False}, "ffn": {"activation": "relu2"}},
+            {"mixer": {"n_kv_head": 2, "softcap": 5.0, "rope": False}, "ffn": {"activation": "relu2"}, "short_conv": 3},
         ],
     },
 }

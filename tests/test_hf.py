@@ -444,6 +444,7 @@ GPT2_UNSUPPORTED = [
     ({"blocks": [{}, {"ffn": {"type": "mlp", "hidden": 8}}]}, "ffn.hidden: 8"),
     ({"blocks": [{}, {"ffn": {"type": "mlp", "hidden": 3072}}]}, None),
     ({"blocks": [{"mixer": {"qk_norm": True}}]}, "mixer.qk_norm: True"),
+    ({"blocks": [{"short_conv": 4}]}, "short_conv: 4"),
     ({"blocks": [{"mixer": {"n_kv_head": 4}}]}, "mixer.n_kv_head: 4"),
     ({"blocks": [{"mixer": {"n_kv_head": 12, "head_dim": 64}}]}, None),
     ({"blocks": [{"mixer": {"head_dim": 32}}]}, "mixer.head_dim: 32"),

@@ -36,6 +36,7 @@ BLOCKS = {
     "squeezed latent": {"mixer": {"type": "latent", "kv_rank": 6, "q_rank": 5, "rope_dim": 2, "value_dim": 7}},
     "differential": {"mixer": {"type": "differential"}},
     "gated attention": {"mixer": {"type": "gated", "n_kv_head": 2}},
+    "short convolution": {"short_conv": 3, "ffn": {"type": "moe", "n_experts": 4, "hidden": 24}},
     "grouped differential": {"mixer": {"type": "differential", "n_kv_head": 2, "head_dim": 12, "qk_norm": True}},
 }
 WINDOWS = {
@@ -55,7 +56,11 @@ CASES = list(product(BLOCKS, STYLES))
 def build(block="mlp", style="gpt2", seed=0, **changes):
     sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 12, "vocab_size": 64}
     options = sizes | STYLES[style] | {"blocks": [(BLOCKS | WINDOWS)[block]]} | changes
-    return init_weights(GPT(ModelConfig.model_validate(options)), seed)
+    model = init_weights(GPT(ModelConfig.model_validate(options)), seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith("taps"):  # they begin as zeros, which have no effect
+            parameter.data.copy_(torch.linspace(-0.5, 0.5, parameter.numel()).view_as(parameter))
+    return model
 
 
 def tokens(batch=2, length=12, seed=0):

@@ -164,6 +164,13 @@ class BlockConfig(Section):
     repeat: int = option(1, "consecutive layers that this entry of the pattern stands for", unit="layers", ge=1)
     mixer: Mixer = option(AttentionConfig(), "layer that mixes tokens")
     ffn: FeedForward = option(MLPConfig(), "feed-forward layer, applied to each token separately")
+    short_conv: int | None = option(
+        None,
+        "add to the input of both layers, channel by channel, a weighted sum of the last N tokens; null: nothing",
+        unit="tokens",
+        ge=2,
+        le=64,
+    )
 
 
 class ModelConfig(Section):

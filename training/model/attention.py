@@ -24,6 +24,7 @@ class AttentionContext(NamedTuple):
     rotation_2TD: Tensor | None  # rotary table of the mixer's `rotary_dim`; None: no rotary positions
     mask: Any  # which keys each query sees, in the back-end's own form
     backend: AttentionBackend
+    position_BT: Tensor | None = None  # of each token in its document; None: no documents, or not isolated
 
     def attend(self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, spec: AttentionSpec) -> Tensor:
         """Return softmax(scale x q k) v over the visible keys, (B, H, T, E)."""
@@ -47,7 +48,8 @@ class AttentionContexts:
     def for_mixer(self, mixer: nn.Module) -> AttentionContext:
         """Return the context of a layer, by its `rotary_dim` and its window."""
         window = self.visibility._replace(window=mixer.spec.window).effective_window
-        return AttentionContext(self.rotation(mixer.rotary_dim), self.mask(window), self.backend)
+        position_BT = None if self.visibility.documents is None else self.position
+        return AttentionContext(self.rotation(mixer.rotary_dim), self.mask(window), self.backend, position_BT)
 
 
 class Attention(nn.Module):

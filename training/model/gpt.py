@@ -37,6 +37,7 @@ from training.model.layers import (
     Embedding,
     FeedForwardContext,
     Linear,
+    ShortConvolution,
     build_norm,
     dropout,
 )
@@ -58,6 +59,9 @@ class Block(nn.Module):
     def __init__(self, block: BlockConfig, model: ModelConfig, kernels: Kernels):
         super().__init__()
         self.norm_1 = build_norm(model)
+        self.conv_1, self.conv_2 = (
+            None if block.short_conv is None else ShortConvolution(model.n_embd, block.short_conv) for _ in range(2)
+        )
         self.mixer = MIXERS[type(block.mixer)](block.mixer, model)
         self.norm_2 = build_norm(model)
         self.ffn = FEED_FORWARDS[type(block.ffn)](block.ffn, model, kernels)
@@ -66,10 +70,20 @@ class Block(nn.Module):
     def forward(
         self, x_BTC: Tensor, attention: AttentionContext, context: FeedForwardContext, cache: LayerCache | None
     ) -> tuple[Tensor, Routing | None]:
-        y_BTC = self.mixer(self.norm_1(x_BTC), attention, cache)
-        x_BTC = x_BTC + dropout(y_BTC, self.dropout, context, MIXER_DROPOUT)
-        y_BTC, routing = self.ffn(self.norm_2(x_BTC), context)
+        h_BTC = self.norm_1(x_BTC)
+        if self.conv_1 is not None:
+            h_BTC = self.conv_1(h_BTC, attention.position_BT, cached(cache, "conv_1", h_BTC))
+        x_BTC = x_BTC + dropout(self.mixer(h_BTC, attention, cache), self.dropout, context, MIXER_DROPOUT)
+        h_BTC = self.norm_2(x_BTC)
+        if self.conv_2 is not None:
+            h_BTC = self.conv_2(h_BTC, attention.position_BT, cached(cache, "conv_2", h_BTC))
+        y_BTC, routing = self.ffn(h_BTC, context)
         return x_BTC + dropout(y_BTC, self.dropout, context, FFN_DROPOUT), routing
+
+
+def cached(cache: LayerCache | None, name: str, new: Tensor) -> Tensor:
+    """Return `new` after what the cache holds of earlier tokens, and append it there."""
+    return new if cache is None else cache.append(name, new)
 
 
 class Loss(nn.Module):

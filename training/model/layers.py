@@ -153,6 +153,29 @@ def build_norm(config: ModelConfig) -> nn.Module:
     return LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
 
 
+class ShortConvolution(nn.Module):
+    """Adds to a token's channels a weighted sum of them and of those of the tokens before it (arXiv:2512.17351).
+
+    It begins as the identity. It does not reach over the start of a document.
+    """
+
+    def __init__(self, width: int, n_tokens: int):
+        super().__init__()
+        self.taps = nn.Parameter(torch.zeros(n_tokens, width))
+
+    def forward(self, x_BTC: Tensor, position_BT: Tensor | None, x_BSC: Tensor) -> Tensor:
+        """Return y_BTC. `x_BSC` ends with `x_BTC`; before it are the inputs of earlier tokens, if there are any."""
+        taps, n_before = self.taps.to(x_BTC.dtype), x_BSC.shape[1] - x_BTC.shape[1]
+        y_BTC = torch.addcmul(x_BTC, x_BTC, taps[0])
+        for distance in range(1, len(taps)):
+            start, end = n_before - distance, max(0, x_BSC.shape[1] - distance)
+            earlier_BTC = F.pad(x_BSC[:, max(0, start) : end], (0, 0, min(x_BTC.shape[1], max(0, -start)), 0))
+            if position_BT is not None:
+                earlier_BTC = earlier_BTC * (position_BT >= distance).unsqueeze(-1)
+            y_BTC = torch.addcmul(y_BTC, earlier_BTC, taps[distance])
+        return y_BTC
+
+
 class _ReLU2(torch.autograd.Function):
     """max(x, 0)^2 with a backward of two operations instead of five."""
 

@@ -74,7 +74,7 @@ def parameter_kinds(model: nn.Module) -> dict[str, ParameterKind]:
 
 
 def _kind(name: str, n_dimensions: int) -> ParameterKind:
-    if n_dimensions < 2 or name.endswith("bias"):
+    if n_dimensions < 2 or name.endswith(("bias", "taps")):
         return "vector"
     if ".router." in name:
         return "router"
@@ -85,8 +85,8 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     """Return the initial value of an unsharded parameter or buffer, float32 on the CPU: GPT-2's, as in Transformers.
 
     Matrices and embeddings are normal with standard deviation 0.02; projections into the residual stream (`out`,
-    `down`) divide it by sqrt(2 n_layer). Biases are 0, norms 1. Each tensor has its own generator, keyed by seed and
-    name, so values do not depend on construction order, device or sharding.
+    `down`) divide it by sqrt(2 n_layer). Biases and taps are 0, norms 1. Each tensor has its own generator, keyed by
+    seed and name, so values do not depend on construction order, device or sharding.
     """
     if name.endswith(("selection_bias", "load")):
         return torch.full(shape, 0.0 if name.endswith("bias") else 1 / shape[0])
