@@ -17,6 +17,7 @@ from training.model.attention import AttentionContext
 from training.model.layers import RMSNorm, rotary_table, rotate
 from training.model.metrics import step_metrics
 from training.model.moe import MoE
+from training.model.stats import parameter_kinds
 
 BLOCKS = {
     "mlp": {},
@@ -190,6 +191,22 @@ def test_samples_of_a_batch_do_not_influence_each_other(block, style):
     together = model.logits(x)
     for row in range(3):
         torch.testing.assert_close(model.logits(x[row : row + 1])[0], together[row], rtol=1e-4, atol=1e-5)
+
+
+def test_the_taps_of_a_short_convolution_are_the_weighted_sum_of_the_last_tokens():
+    model, x_BTC = build("short convolution"), torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
+    conv = model.blocks[0].conv_1
+    expected = x_BTC.clone()
+    for t, back in product(range(9), range(3)):
+        if t >= back:
+            expected[:, t] += conv.taps[back] * x_BTC[:, t - back]
+    torch.testing.assert_close(conv(x_BTC, None, x_BTC), expected)
+    kinds = parameter_kinds(model)
+    assert {kinds[name] for name in kinds if name.endswith("taps")} == {"vector"}  # no Muon, no weight decay
+    fresh = init_weights(model, 0)
+    plain = build("moe")
+    plain.load_state_dict({name: value for name, value in fresh.state_dict().items() if "taps" not in name})
+    assert torch.equal(fresh.logits(tokens()), plain.logits(tokens()))  # without an effect at first
 
 
 @pytest.mark.parametrize(("block", "style"), list(product(WINDOWS, STYLES)))

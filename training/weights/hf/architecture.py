@@ -75,7 +75,8 @@ def computed_options(config: ModelConfig) -> dict[str, Any]:
     unused = set() if config.position == "rope" else {"rope", "rope_theta"}
     options = config.model_dump(exclude={"blocks", "isolate_documents", "dropout"} | unused)
     for i, block in enumerate(config.with_explicit_sizes().layers()):
-        options[f"short_conv of layer {i}"] = block.short_conv
+        own = block.model_dump(exclude={"repeat", "mixer", "ffn"})
+        options |= {f"{name} of layer {i}": value for name, value in own.items()}
         for part in ("mixer", "ffn"):
             values = {"type": ""} | getattr(block, part).model_dump(exclude=BALANCING | unused)
             options |= {f"{part}.{name} of layer {i}": value for name, value in values.items()}
