@@ -24,6 +24,8 @@ class NotUTF8Error(UserError):
 
 
 ENCODING_ADVICE = "set encoding of the source to the right one, such as cp1252, or to skip to leave such files out"
+UTF16_ADVICE = "if it is UTF-16, set encoding of the source to utf-16; else leave the file out"
+UTF16_STARTS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 CHUNK_CHARS = 1 << 20
 MAX_SEARCH_CHARS = 1 << 16  # how far past CHUNK_CHARS to look for a place to cut
@@ -138,10 +140,11 @@ def decode_utf8(file: BinaryIO, name: str) -> Iterator[str]:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             problem = f"byte {start + error.start} is not UTF-8 text ({error.reason})"
-            raise NotUTF8Error(f"{name}: {problem}; {ENCODING_ADVICE}") from None
+            advice = UTF16_ADVICE if n_read == 0 and block.startswith(UTF16_STARTS) else ENCODING_ADVICE
+            raise NotUTF8Error(f"{name}: {problem}; {advice}") from None
         if "\0" in text:
             offset = start + len(text[: text.index("\0")].encode())
-            raise NotUTF8Error(f"{name}: byte {offset} is NUL: this is not a UTF-8 text file; {ENCODING_ADVICE}")
+            raise NotUTF8Error(f"{name}: byte {offset} is NUL: this is not a UTF-8 text file; {UTF16_ADVICE}")
         if n_read == 0:
             text = text.removeprefix("\ufeff")
         is_blank = is_blank and not text.strip()
