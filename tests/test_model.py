@@ -14,7 +14,7 @@ from training.kernels.attention.masks import Visibility, find_documents
 from training.kernels.attention.table import ATTENTION_BACKENDS, DeviceInfo, auto_candidates, reason_unsupported
 from training.model import FEED_FORWARDS, GPT, MIXERS, init_weights, model_stats
 from training.model.attention import AttentionContext
-from training.model.layers import RMSNorm, rotary_table, rotate
+from training.model.layers import RMSNorm, _ShortConvolution, rotary_table, rotate
 from training.model.metrics import step_metrics
 from training.model.moe import MoE
 from training.model.stats import parameter_kinds
@@ -200,7 +200,14 @@ def test_the_taps_of_a_short_convolution_are_the_weighted_sum_of_the_last_tokens
     for t, back in product(range(9), range(3)):
         if t >= back:
             expected[:, t] += conv.taps[back] * x_BTC[:, t - back]
-    torch.testing.assert_close(conv(x_BTC, None, x_BTC), expected)
+    torch.testing.assert_close(conv(x_BTC, 9, None), expected)
+    inputs = (
+        x_BTC.double().requires_grad_(),
+        conv.taps.double(),
+        9,
+        torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3], [0, 0, *range(7)]]),
+    )
+    assert torch.autograd.gradcheck(_ShortConvolution.apply, inputs)
     kinds = parameter_kinds(model)
     assert {kinds[name] for name in kinds if name.endswith("taps")} == {"vector"}  # no Muon, no weight decay
     fresh = init_weights(model, 0)

@@ -72,11 +72,11 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Routing | None]:
         h_BTC = self.norm_1(x_BTC)
         if self.conv_1 is not None:
-            h_BTC = self.conv_1(h_BTC, attention.position_BT, cached(cache, "conv_1", h_BTC))
+            h_BTC = self.conv_1(cached(cache, "conv_1", h_BTC), h_BTC.shape[1], attention.position_BT)
         x_BTC = x_BTC + dropout(self.mixer(h_BTC, attention, cache), self.dropout, context, MIXER_DROPOUT)
         h_BTC = self.norm_2(x_BTC)
         if self.conv_2 is not None:
-            h_BTC = self.conv_2(h_BTC, attention.position_BT, cached(cache, "conv_2", h_BTC))
+            h_BTC = self.conv_2(cached(cache, "conv_2", h_BTC), h_BTC.shape[1], attention.position_BT)
         y_BTC, routing = self.ffn(h_BTC, context)
         return x_BTC + dropout(y_BTC, self.dropout, context, FFN_DROPOUT), routing
 

@@ -163,17 +163,42 @@ class ShortConvolution(nn.Module):
         super().__init__()
         self.taps = nn.Parameter(torch.zeros(n_tokens, width))
 
-    def forward(self, x_BTC: Tensor, position_BT: Tensor | None, x_BSC: Tensor) -> Tensor:
-        """Return y_BTC. `x_BSC` ends with `x_BTC`; before it are the inputs of earlier tokens, if there are any."""
-        taps, n_before = self.taps.to(x_BTC.dtype), x_BSC.shape[1] - x_BTC.shape[1]
-        y_BTC = torch.addcmul(x_BTC, x_BTC, taps[0])
-        for distance in range(1, len(taps)):
-            start, end = n_before - distance, max(0, x_BSC.shape[1] - distance)
-            earlier_BTC = F.pad(x_BSC[:, max(0, start) : end], (0, 0, min(x_BTC.shape[1], max(0, -start)), 0))
-            if position_BT is not None:
-                earlier_BTC = earlier_BTC * (position_BT >= distance).unsqueeze(-1)
-            y_BTC = torch.addcmul(y_BTC, earlier_BTC, taps[distance])
+    def forward(self, x_BSC: Tensor, n_new: int, position_BT: Tensor | None) -> Tensor:
+        """Return y_BTC of the last `n_new` tokens of `x_BSC`; before them are earlier ones, from a cache."""
+        return _ShortConvolution.apply(x_BSC, self.taps.to(x_BSC.dtype), n_new, position_BT)
+
+
+class _ShortConvolution(torch.autograd.Function):
+    """Shifted sums in place: PyTorch's own backward would make a copy of the whole input for each shift."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BSC: Tensor, taps_KC: Tensor, n_new: int, position_BT: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_BSC, taps_KC, position_BT)
+        y_BTC = x_BSC[:, -n_new:] * (1 + taps_KC[0])
+        for distance in range(1, min(len(taps_KC), x_BSC.shape[1])):
+            n = min(n_new, x_BSC.shape[1] - distance)  # tokens that have another so far before them
+            earlier = x_BSC[:, -n - distance : -distance]
+            y_BTC[:, -n:].addcmul_(within_document(earlier, position_BT, distance), taps_KC[distance])
         return y_BTC
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BTC: Tensor) -> tuple[Tensor | None, ...]:
+        x_BTC, taps_KC, position_BT = ctx.saved_tensors  # in training there is no cache
+        grad_x_BTC = grad_BTC * (1 + taps_KC[0])
+        grad_taps = [(grad_BTC * x_BTC).sum((0, 1))]
+        for distance in range(1, len(taps_KC)):
+            later = within_document(grad_BTC[:, distance:], position_BT, distance)
+            grad_x_BTC[:, :-distance].addcmul_(later, taps_KC[distance])
+            grad_taps.append((later * x_BTC[:, :-distance]).sum((0, 1)))
+        return grad_x_BTC, torch.stack(grad_taps), None, None
+
+
+def within_document(x_BNC: Tensor, position_BT: Tensor | None, distance: int) -> Tensor:
+    """Return values of the last N tokens; zeros where the token `distance` before is of another document."""
+    if position_BT is None:
+        return x_BNC
+    return x_BNC * (position_BT[:, -x_BNC.shape[1] :] >= distance).unsqueeze(-1)
 
 
 class _ReLU2(torch.autograd.Function):
