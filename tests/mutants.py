@@ -608,7 +608,7 @@ DEFECTS = [
     Defect("a twin reads other tokens", "twin.py", "if config.tokens_per_parameter is not None:", "if False:",
            "tests/test_horizon.py -k twin"),
     Defect("a schedule is shortened before the steps are known", "engine/build.py",
-           "for line in [*schedule_notices(config),", "for line in [",  "tests/test_horizon.py -k does_not_fit"),
+           "for line in length_notices(config):", "for line in ():",  "tests/test_horizon.py -k does_not_fit"),
     Defect("an unset variable is a folder's name", "files.py", "if not (replacement := os.environ.get(name)):",
            'if (replacement := os.environ.get(name, name)) == "":', "tests/test_cli.py -k path_option"),
     Defect("a flag's path is taken as written", "options/cli.py", "        return expand_path(text)",

@@ -113,7 +113,7 @@ class EncodedText(NamedTuple):
     ids: np.ndarray
     is_target: np.ndarray | None
     n_bytes: int  # of the text, before normalization
-    unwritten: tuple[str, ...] = ()  # kinds of what is in a dialogue, but not in its text
+    unwritten: tuple[str, ...] = ()  # kinds of parts that the template left out
 
 
 def encode_dialogue(dialogue: Dialogue, tokenizer: Any) -> EncodedText:

@@ -1,4 +1,4 @@
-"""What the files beside a tokenizer say of it: which token ends a text, which one begins it, and its chat template."""
+"""Reads the files beside a tokenizer: its end-of-text token, its first token, and its chat template."""
 
 import json
 import re

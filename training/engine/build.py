@@ -30,8 +30,7 @@ from training.model.stats import ModelStats, initial_value, model_stats
 from training.optim.batch_schedule import BatchSchedule
 from training.optim.groups import freeze, match_groups
 from training.optim.optimizer import LossScale, Optimizer
-from training.options.notices import schedule_notices
-from training.planning.horizon import epoch_samples, resolve_steps
+from training.planning.horizon import epoch_samples, length_notices, resolve_steps
 from training.planning.report import disk_shortage
 from training.terminal import print_note
 from training.weights.init_from import check_pretrained, load_weights, weights_sha256
@@ -188,7 +187,7 @@ def resolve_precision(config: Config, world: World, state: TrainState) -> Config
     if config.precision == "auto":
         precision = state.config.get("precision", precision)
     if world.is_main:
-        for line in [*schedule_notices(config), *BatchSchedule.of(config).describe_unused(config)]:
+        for line in length_notices(config):
             print_note(line, once=True)
     return config.model_copy(update={"precision": precision}).resolved()
 

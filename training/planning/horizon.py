@@ -8,6 +8,12 @@ from training.config import Config
 from training.errors import UserError
 from training.model.stats import model_stats
 from training.optim.batch_schedule import BatchSchedule
+from training.options.notices import schedule_notices
+
+
+def length_notices(config: Config) -> list[str]:
+    """Return the lines about lengths in steps, and stages of the batch, that do not fit; `steps` is resolved."""
+    return [*schedule_notices(config), *BatchSchedule.of(config).describe_unused(config)]
 
 
 def epoch_samples(windows: Sequence[int], weights: Sequence[float] | None) -> Fraction:

@@ -19,8 +19,7 @@ from training.model.stats import ModelStats, model_stats
 from training.optim.batch_schedule import BatchSchedule
 from training.optim.groups import frozen_names, match_groups
 from training.optim.optimizer import state_bytes
-from training.options.notices import schedule_notices
-from training.planning.horizon import epoch_samples, resolve_steps
+from training.planning.horizon import epoch_samples, length_notices, resolve_steps
 from training.planning.memory import (
     HEADROOM,
     MemoryEstimate,
@@ -93,8 +92,7 @@ def build_plan(config: Config, device: TargetDevice, world_size: int) -> RunPlan
     train_tokens = manifest.train_tokens if manifest else []
     config = resolve_steps(config, _samples_per_epoch(config, train_tokens))
     batches = BatchSchedule.of(config)
-    notes = [*schedule_notices(config), *batches.describe_unused(config)]
-    config = config.resolved()
+    notes, config = length_notices(config), config.resolved()
     if (n_samples := (smallest := min(batches.sizes())) // model.n_positions) < world_size:
         problem = f"{world_size} ranks are more than the {n_samples} samples of batch_tokens {smallest}"
         raise UserError(f"--world: {problem}; raise batch_tokens")

@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-NEARLY_URL = re.compile(
-    r"(s3|gs|gcs|az|abfs|hf|https?|file)(:/?|//)(?!/)(.+)", re.IGNORECASE
-)  # a slash or colon is missing
+# A slash or the colon is missing.
+NEARLY_URL = re.compile(r"(s3|gs|gcs|az|abfs|hf|https?|file)(:/?|//)(?!/)(.+)", re.IGNORECASE)
 PACKAGES = {  # by scheme; schemes of fsspec that run code or chain file systems are left out
     "s3": "s3fs",
     "gs": "gcsfs",
@@ -78,15 +77,15 @@ def scheme_of(url: str) -> str:
 
 def check_scheme(url: str, *, is_written: bool = False) -> str | None:
     """Return the problem of a URL whose scheme is unknown or, with `is_written`, cannot be written; else None."""
-    if not is_url(url) and (match := NEARLY_URL.fullmatch(url)):
+    scheme, is_path = scheme_of(url), not is_url(url)
+    if is_path and (match := NEARLY_URL.fullmatch(url)):
         return f"{url!r} is a path; did you mean {match[1].lower()}://{match[3]}? For a folder of this name, ./{url}"
     schemes = [scheme for scheme in PACKAGES if not is_written or scheme not in ("hf", "https", "http")]
-    scheme, is_known = scheme_of(url), url.startswith(f"{scheme_of(url)}://") or not is_url(url)
-    if scheme in schemes and not is_known:
+    if scheme in schemes and not is_path and not url.startswith(f"{scheme}://"):
         return f"{url!r}: write its scheme in small letters, {scheme}://"
     if scheme not in schemes or ("::" in url and "://" in url):
         return f"{url!r} is no URL of {', '.join(f'{scheme}://' for scheme in schemes)}, and no path"
-    if is_url(url) and not url.partition("://")[2].strip("/"):
+    if not is_path and not url.partition("://")[2].strip("/"):
         return f"{url!r} names no bucket or folder"
     return None
 
