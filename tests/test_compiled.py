@@ -110,6 +110,7 @@ def test_equal_blocks_are_compiled_once_without_a_graph_break(ffn, build_run):
         "n_head": 2,
         "n_embd": 16,
         "n_positions": 32,
+        "bigram_rows": 100,
         "blocks": [{"ffn": FFN[ffn], "short_conv": 4}],
     }
     run = build_run(model=sizes, parallel={"compile": True}, eval={"tokens": 32 * 7, "prompts": ["def "]})

@@ -24,6 +24,7 @@ MOE = {
     "n_embd": 32,
     "n_positions": 32,
     "isolate_documents": True,
+    "bigram_rows": 101,
     "blocks": [
         {
             "ffn": {"type": "moe", "n_experts": 4, "hidden": 32, "jitter": 0.1, "balance": "both", "bias_rate": 0.01},

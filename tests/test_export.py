@@ -31,6 +31,7 @@ CUSTOM = {
     "hybrid": {
         **MODERN,
         "logit_softcap": 20.0,
+        "bigram_rows": 50,
         "blocks": [
             {
                 "mixer": LATENT,

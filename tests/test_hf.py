@@ -453,6 +453,7 @@ GPT2_UNSUPPORTED = [
     ({"blocks": [{"mixer": {"type": "latent"}}]}, "mixer.type: latent"),
     ({"blocks": [{}, {"mixer": {"type": "differential"}}]}, "mixer.type: differential"),
     ({"logit_softcap": 30.0}, "logit_softcap: 30.0"),
+    ({"bigram_rows": 64}, "bigram_rows: 64"),
     ({"position": "rope"}, "position: rope"),
     ({"position": "none"}, "position: none"),
     ({"norm": "rmsnorm"}, "norm: rmsnorm"),
@@ -610,7 +611,7 @@ def test_an_export_of_an_earlier_version_opens():
     """Its config.json lacks newer options."""
     config = ModelConfig(n_layer=1, n_head=2, n_embd=16, n_positions=8, vocab_size=10, position="rope")
     fields = CustomArchitecture().to_hf(config)
-    del fields["dropout"], fields["blocks"][0]["short_conv"]
+    del fields["dropout"], fields["bigram_rows"], fields["blocks"][0]["short_conv"]
     assert ModelConfig.model_validate(CustomArchitecture().from_hf(fields)) == config
     del fields["rope_theta"]
     with pytest.raises(UserError, match="rope_theta is missing"):

@@ -36,7 +36,8 @@ MODELS = {
     "dots1": ROTARY | {"blocks": [{"mixer": NORMED, "ffn": GATED}, {"mixer": NORMED, "ffn": SIGMOID}]},
     "glm4_moe": ROTARY | {"blocks": [{"mixer": GROUPED, "ffn": SIGMOID}]},
     "deepseek_v3": ROTARY | {"norm_eps": 1e-6, "blocks": [{"mixer": LATENT, "ffn": SIGMOID}]},
-    "training_gpt": SMALL | {"blocks": [{"ffn": {"type": "moe", "n_experts": 4, "hidden": 24}}]},
+    "training_gpt": SMALL
+    | {"bigram_rows": 100, "blocks": [{"ffn": {"type": "moe", "n_experts": 4, "hidden": 24}, "short_conv": 3}]},
 }
 STILL = {"type": "adamw", "learning_rate": 1e-30}  # changes no float32 weight
 
@@ -249,6 +250,32 @@ def test_document_isolation_and_balance_are_the_users_choice(config, folder):
         torch.testing.assert_close(
             initial_model(config(model=model_options, init_from=str(path))).logits(tokens()), model.logits(tokens())
         )
+
+
+def test_parts_that_begin_as_zeros_may_be_added_and_are_kept(config, folder):
+    new = {"bigram_rows": 50, "blocks": [{"short_conv": 4}, {}]}
+    model, path = folder()
+    started = initial_model(config(model=new, init_from=str(path)))
+    assert started.bigram is not None and started.blocks[0].conv_1 is not None and started.blocks[1].conv_1 is None
+    assert torch.equal(started.logits(tokens()), model.logits(tokens()))
+    model, path = folder("training_gpt")
+    for model_options in (
+        {},
+        {"blocks": [{"ffn": {"type": "moe"}}]},
+        {"bigram_rows": 100, "blocks": model.config.blocks},
+    ):
+        again = initial_model(config(model=model_options, init_from=str(path)))
+        assert torch.equal(again.logits(tokens()), model.logits(tokens()))
+    for model_options, words in [
+        ({"bigram_rows": 99}, f"model.bigram_rows: 99 is given, but {path} has 100"),
+        ({"blocks": [{"ffn": {"type": "moe"}, "short_conv": 4}]}, f"short_conv of layer 0 is 4, but {path} has 3"),
+        (
+            {"blocks": [{"ffn": {"type": "moe"}, "short_conv": None}]},
+            f"short_conv of layer 0 is None, but {path} has 3",
+        ),
+    ]:
+        with pytest.raises(UserError, match=re.escape(words)):
+            init_from.resolve_init_from(config(model=model_options, init_from=str(path)))
 
 
 def test_rules_between_options_hold_for_the_folders_sizes(config, folder):

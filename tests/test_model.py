@@ -14,7 +14,7 @@ from training.kernels.attention.masks import Visibility, find_documents
 from training.kernels.attention.table import ATTENTION_BACKENDS, DeviceInfo, auto_candidates, reason_unsupported
 from training.model import FEED_FORWARDS, GPT, MIXERS, init_weights, model_stats
 from training.model.attention import AttentionContext
-from training.model.layers import RMSNorm, _ShortConvolution, rotary_table, rotate
+from training.model.layers import BigramEmbedding, RMSNorm, _ShortConvolution, rotary_table, rotate
 from training.model.metrics import step_metrics
 from training.model.moe import MoE
 from training.model.stats import parameter_kinds
@@ -49,7 +49,7 @@ WINDOWS = {
 STYLES = {
     "gpt2": {},
     "modern": {"position": "rope", "norm": "rmsnorm", "bias": False, "tie_head": False},
-    "capped": {"position": "none", "logit_softcap": 3.0},
+    "capped": {"position": "none", "logit_softcap": 3.0, "bigram_rows": 37},
 }
 CASES = list(product(BLOCKS, STYLES))
 
@@ -59,7 +59,7 @@ def build(block="mlp", style="gpt2", seed=0, **changes):
     options = sizes | STYLES[style] | {"blocks": [(BLOCKS | WINDOWS)[block]]} | changes
     model = init_weights(GPT(ModelConfig.model_validate(options)), seed)
     for name, parameter in model.named_parameters():
-        if name.endswith("taps"):  # they begin as zeros, which have no effect
+        if name.endswith("taps") or name == "bigram.weight":  # they begin as zeros, which have no effect
             parameter.data.copy_(torch.linspace(-0.5, 0.5, parameter.numel()).view_as(parameter))
     return model
 
@@ -214,6 +214,22 @@ def test_the_taps_of_a_short_convolution_are_the_weighted_sum_of_the_last_tokens
     plain = build("moe")
     plain.load_state_dict({name: value for name, value in fresh.state_dict().items() if "taps" not in name})
     assert torch.equal(fresh.logits(tokens()), plain.logits(tokens()))  # without an effect at first
+
+
+def test_an_embedding_of_pairs_depends_on_the_token_before_in_the_same_document():
+    table = BigramEmbedding(1000, 2)
+    table.weight.data[:, 0] = torch.arange(1000.0)
+
+    def rows(x, position=None):
+        return table(torch.tensor([x]), len(x), position)[0, :, 0]
+
+    first, second, third = rows([5, 7, 5])
+    assert len({first.item(), second.item(), third.item()}) == 3  # nothing and 5, 5 and 7, 7 and 5
+    assert torch.equal(rows([7, 5, 7, 5, 7, 5])[1:], torch.stack([third, second] * 3)[:5])
+    assert rows([5, 7, 5], torch.tensor([[0, 1, 0]])).tolist() == [first, second, first]  # two documents
+    pairs = table(torch.cartesian_prod(torch.arange(40), torch.arange(40)), 1, None)[:, 0, 0]
+    assert 780 < len(pairs.unique()) < 820  # 1600 pairs in 1000 rows: 1000 x (1 - exp(-1.6)) = 798
+    assert not init_weights(build(style="capped"), 0).bigram.weight.any()  # without an effect at first
 
 
 @pytest.mark.parametrize(("block", "style"), list(product(WINDOWS, STYLES)))

@@ -91,6 +91,7 @@ def peak_of_real_tensors(config: Config, micro_batch: int) -> int:
         (config_of({"blocks": [{"mixer": {"window": 16}}]}), 8),
         (config_of({"n_layer": 1}, batch_tokens=5120), 80),
         (config_of({"n_embd": 64, "dropout": 0.2}), 8),
+        (config_of({"n_embd": 128, "bigram_rows": 4000}), 8),
         (config_of({"n_embd": 128, "blocks": [{"ffn": MOE}, {}]}, optim=FROZEN), 4),
         (config_of({"n_embd": 128}, optim=FROZEN | {"groups": [{"match": "blocks*", "freeze": True}]}), 2),
     ],
@@ -105,6 +106,7 @@ def peak_of_real_tensors(config: Config, micro_batch: int) -> int:
         "window",
         "five chunks of logits",
         "dropout",
+        "pairs",
         "frozen up to the second layer",
         "frozen layers",
     ],
@@ -194,6 +196,8 @@ def test_frozen_weights_have_no_gradient_and_no_optimizer_state_and_need_no_acti
     first = [{"match": "w?e.*", "freeze": True}, {"match": "blocks.[01].*", "freeze": True}]
     from_layer_2 = estimate(config_of(optim=optim | {"groups": first}), 8)
     assert from_layer_2.activations < 0.6 * whole.activations  # those of one layer of three, and temporary ones
+    with_pairs = estimate(config_of({"bigram_rows": 100}, optim=optim | {"groups": first}), 8)
+    assert with_pairs.activations > 0.7 * whole.activations  # gradients pass frozen layers to the table of pairs
 
 
 def test_a_mesh_divides_memory_and_the_worst_routing_sends_all_tokens_to_one_rank():

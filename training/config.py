@@ -187,6 +187,13 @@ class ModelConfig(Section):
         unit="tokens",
         ge=2,
     )
+    bigram_rows: int | None = option(
+        None,
+        "rows of a table that adds an embedding of a token and the one before it, found by their hash; null: no table",
+        unit="rows",
+        ge=1,
+        le=2**32,
+    )
     position: Literal["learned", "rope", "none"] = option("learned", "learned (GPT-2) or rotary embedding, or none")
     rope_theta: float = option(10000.0, "base of the rotary frequencies, if position is rope", gt=0)
     norm: Literal["layernorm", "rmsnorm"] = option("layernorm", "normalization before each sub-layer and the head")

@@ -41,6 +41,7 @@ class AttentionContexts:
         if visibility.documents is not None:
             position = visibility.documents.position_BT
         self.position = position  # (T,), or (B, T) with documents
+        self.position_BT = None if visibility.documents is None else position
         # No reference to `self`: a reference cycle would keep the masks alive after the forward pass.
         self.rotation = functools.cache(lambda width: rotary_table(position, width, rope_theta) if width else None)
         self.mask = functools.cache(lambda window: backend.build_mask(visibility._replace(window=window)))
@@ -48,8 +49,7 @@ class AttentionContexts:
     def for_mixer(self, mixer: nn.Module) -> AttentionContext:
         """Return the context of a layer, by its `rotary_dim` and its window."""
         window = self.visibility._replace(window=mixer.spec.window).effective_window
-        position_BT = None if self.visibility.documents is None else self.position
-        return AttentionContext(self.rotation(mixer.rotary_dim), self.mask(window), self.backend, position_BT)
+        return AttentionContext(self.rotation(mixer.rotary_dim), self.mask(window), self.backend, self.position_BT)
 
 
 class Attention(nn.Module):

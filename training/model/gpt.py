@@ -34,6 +34,7 @@ from training.model.layers import (
     EMBEDDING_DROPOUT,
     FFN_DROPOUT,
     MIXER_DROPOUT,
+    BigramEmbedding,
     Embedding,
     FeedForwardContext,
     Linear,
@@ -129,6 +130,7 @@ class GPT(nn.Module):
         self.config, self.dtype, self.n_vocab = config, dtype, n_vocab or config.vocab_size
         self.wte = Embedding(config.vocab_size, config.n_embd)
         self.wpe = Embedding(config.n_positions, config.n_embd) if config.position == "learned" else None
+        self.bigram = None if config.bigram_rows is None else BigramEmbedding(config.bigram_rows, config.n_embd)
         self.blocks = nn.ModuleList(Block(block, config, kernels) for block in config.layers())
         self.norm_f = build_norm(config)
         self.head = None if config.tie_head else Linear(config.n_embd, config.vocab_size, bias=False)
@@ -219,8 +221,7 @@ class GPT(nn.Module):
         visibility = Visibility(n_tokens, n_keys, tokens_BT.device, documents=documents, dtype=self.dtype)
         attention = AttentionContexts(visibility, backend, self.config.rope_theta)
 
-        x_BTC = self.wte(tokens_BT)
-        x_BTC = (x_BTC if self.wpe is None else x_BTC + self.wpe(attention.position)).to(self.dtype)
+        x_BTC = self._embed(tokens_BT, attention, cache)
         x_BTC = dropout(x_BTC, self.config.dropout, context, EMBEDDING_DROPOUT)
         routings = {}
         for i, block in enumerate(self.blocks):
@@ -235,6 +236,14 @@ class GPT(nn.Module):
                 squares.append(norm_BT.square().sum())
         return self.norm_f(x_BTC), routings
 
+    def _embed(self, tokens_BT: Tensor, attention: AttentionContexts, cache: Cache | None) -> Tensor:
+        """Return the sum of the embeddings of tokens, pairs and positions, (B, T, C) in `dtype`."""
+        x_BTC = self.wte(tokens_BT)
+        if self.bigram is not None:
+            tokens_BS1 = cached(cache and cache.layers[0], "tokens", tokens_BT.unsqueeze(-1))
+            x_BTC = x_BTC + self.bigram(tokens_BS1.squeeze(-1), tokens_BT.shape[1], attention.position_BT)
+        return (x_BTC if self.wpe is None else x_BTC + self.wpe(attention.position)).to(self.dtype)
+
     def _head_weight(self) -> Tensor:
         return (self.head or self.wte).weight if self.cast_head is None else self.cast_head
 
@@ -246,7 +255,7 @@ class GPT(nn.Module):
         self.requires_grad_(False)
         self.cast_head = self._head_weight().detach().to(self.dtype)  # detached: a plain tensor, not a parameter
         for name, parameter in self.named_parameters():
-            if name not in ("wte.weight", "wpe.weight") and ".router." not in name:
+            if name not in ("wte.weight", "wpe.weight", "bigram.weight") and ".router." not in name:
                 parameter.data = parameter.data.to(self.dtype)
         return self
 

@@ -87,6 +87,25 @@ class Embedding(nn.Embedding):
         pass  # PyTorch's initializers load torch._dynamo on the meta device, and take time elsewhere
 
 
+class BigramEmbedding(nn.Module):
+    """An embedding of each token and the one before it, from a table whose row is their hash. It begins as zeros.
+
+    Pairs may share a row. The first token of a document has none before it.
+    """
+
+    def __init__(self, n_rows: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(n_rows, width))
+
+    def forward(self, tokens_BS: Tensor, n_new: int, position_BT: Tensor | None) -> Tensor:
+        """Return float32 (B, T, C) of the last `n_new` tokens of `tokens_BS`; before them are earlier ones."""
+        before_BT = F.pad(tokens_BS, (1, 0), value=-1)[:, -n_new - 1 : -1]
+        if position_BT is not None:
+            before_BT = before_BT.masked_fill(position_BT == 0, -1)
+        row_BT = _hash(_hash(before_BT + 1) ^ tokens_BS[:, -n_new:]) % len(self.weight)
+        return F.embedding(row_BT, self.weight)
+
+
 class Linear(nn.Linear):
     """`nn.Linear` that computes in the dtype of its input, without initial values."""
 

@@ -37,7 +37,8 @@ def model_stats(config: ModelConfig) -> ModelStats:
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         sizes = f"n_embd {config.n_embd}, n_positions {config.n_positions}, vocab_size {config.vocab_size}, blocks"
         raise UserError(f"model: one of its tensors has more than 2^63 bytes; lower one of {sizes}") from error
-    total, idle = sum(p.numel() for p in model.parameters()), 0.0
+    total = sum(p.numel() for p in model.parameters())
+    idle = 0.0 if model.bigram is None else float(config.n_embd * (config.bigram_rows - 1))
     for moe in _moe_layers(model):
         idle += sum(p.numel() for p in moe.experts.parameters()) * (1 - moe.config.top_k / moe.config.n_experts)
     return ModelStats(
@@ -85,11 +86,13 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     """Return the initial value of an unsharded parameter or buffer, float32 on the CPU: GPT-2's, as in Transformers.
 
     Matrices and embeddings are normal with standard deviation 0.02; projections into the residual stream (`out`,
-    `down`) divide it by sqrt(2 n_layer). Biases and taps are 0, norms 1. Each tensor has its own generator, keyed by
-    seed and name, so values do not depend on construction order, device or sharding.
+    `down`) divide it by sqrt(2 n_layer). Biases, taps and the table of pairs are 0, norms 1. Each tensor has its own
+    generator, keyed by seed and name, so values do not depend on construction order, device or sharding.
     """
     if name.endswith(("selection_bias", "load")):
         return torch.full(shape, 0.0 if name.endswith("bias") else 1 / shape[0])
+    if name.startswith("bigram."):
+        return torch.zeros(shape)
     if _kind(name, len(shape)) == "vector":
         return torch.full(shape, 1.0 if name.endswith("weight") else 0.0)
     into_residual = name.removesuffix(".weight").endswith((".out", ".down"))

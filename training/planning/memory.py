@@ -112,7 +112,7 @@ class MemoryEstimator:
         """Return the kind of each layer. A layer has a gradient at its input if anything before it is trained."""
         of_layer: dict[str, list[str]] = {}  # parameters by "blocks.0", "blocks.1", ...; of the embeddings by ""
         for name in self.stats.kinds:
-            before_blocks = name.startswith(("wte.", "wpe."))
+            before_blocks = name.startswith(("wte.", "wpe.", "bigram."))
             key = "" if before_blocks else ".".join(name.split(".")[:2]) if name.startswith("blocks.") else "after"
             of_layer.setdefault(key, []).append(name)
         has_gradient, layers = any(name not in self.frozen for name in of_layer[""]), []

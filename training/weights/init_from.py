@@ -1,8 +1,9 @@
 """The model that `init_from` names: the sizes and the weights that a run starts from.
 
 Options of the `model` section may repeat the folder's. They may differ only if the model still computes the same at the
-start: a shorter context, more rows for the vocabulary, packing of documents, balancing of experts, and experts in place
-of a dense layer (`upcycle.py`). A run that has started no longer needs the folder.
+start: a shorter context, more rows for the vocabulary, packing of documents, balancing of experts, parts that begin as
+zeros (`bigram_rows`, `short_conv`), and experts in place of a dense layer (`upcycle.py`). A run that has started no
+longer needs the folder.
 """
 
 import hashlib
@@ -213,7 +214,8 @@ def _merge(ours: ModelConfig, theirs: ModelConfig, where: str) -> ModelConfig:
         if value == known or (name == "vocab_size" and value is None):
             continue
         is_cropped, is_padded = name == "n_positions" and value < known, name == "vocab_size" and value > known
-        if not (is_cropped or is_padded or name == "isolate_documents"):
+        is_new = name == "bigram_rows" and known is None  # begins as zeros
+        if not (is_cropped or is_padded or is_new or name == "isolate_documents"):
             raise UserError(f"model.{name}: {value} is given, but {where} has {known}; leave it out")
         changes[name] = value
     if "blocks" in ours.model_fields_set:
@@ -236,9 +238,13 @@ def _merge_blocks(ours: ModelConfig, theirs: ModelConfig, where: str) -> Iterato
                     raise UserError(
                         f"model.blocks: {part}.{name} of layer {i} is {value}, but {where} has {other}; leave it out"
                     )
+        short_conv = block.short_conv if "short_conv" in block.model_fields_set else known.short_conv
+        if short_conv != known.short_conv and known.short_conv is not None:  # one that is new begins as zeros
+            problem = f"short_conv of layer {i} is {short_conv}, but {where} has {known.short_conv}; leave it out"
+            raise UserError(f"model.blocks: {problem}")
         if is_upcycled:
             ffn = upcycle.resolve_experts(block.ffn, known.ffn, theirs.n_embd, i, where).model_dump()
         else:
             balancing = {name: getattr(block.ffn, name) for name in block.ffn.model_fields_set & BALANCING}
             ffn = known_block.ffn.model_dump() | balancing
-        yield {"mixer": known_block.mixer.model_dump(), "ffn": ffn}
+        yield known_block.model_dump(exclude={"repeat"}) | {"ffn": ffn, "short_conv": short_conv}
