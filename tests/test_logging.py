@@ -72,7 +72,11 @@ def eval_row(step: int, text: str = "f(x):\n\treturn x") -> dict:
 
 def run_in(folder: Path, start_step: int = 0, steps: int = 4) -> RunInfo:
     return RunInfo(
-        dir=folder, name="tiny", config={"seed": 0, "model": {"n_layer": 2, "blocks": [{"repeat": 1}], "bias": None}},
+        dir=folder, name="tiny",
+        config={
+            "seed": 0, "model": {"n_layer": 2, "blocks": [{"repeat": 1}], "bias": None},
+            "data": {"sources": [{"type": "files", "paths": ["a.txt"]}]},
+        },
         config_yaml="seed: 0\nmodel:\n  n_layer: 2\n", header={"device": "cpu", "parameters": "1.0k"},
         start_step=start_step, steps=steps, batches=BatchSchedule([(0, 32)]),
         moe_layers=[1, 3], facts={}, hyperparameters={},

@@ -73,7 +73,8 @@ def write_run(folder: Path, n_rows: int, name: str) -> RunInfo:
     """Write a run's rows and its report."""
     folder.mkdir(parents=True)
     info = RunInfo(
-        dir=folder, name=name, config={}, config_yaml=f"name: {HOSTILE}\n", header={"device": HOSTILE, "loss": "x"},
+        dir=folder, name=name, config={"data": {"sources": [{"type": "stdlib"}]}}, config_yaml=f"name: {HOSTILE}\n",
+        header={"device": HOSTILE, "loss": "x"},
         start_step=0, steps=n_rows, batches=BatchSchedule([(0, 32_768)]),
         moe_layers=[0, 2], facts={}, hyperparameters={},
     )  # fmt: skip

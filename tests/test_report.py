@@ -17,6 +17,7 @@ from training.logging.format import MAX_TOKEN_CHARS, duration_text, token_text
 from training.logging.history import MAX_SPANS, History
 from training.logging.metrics import Chart
 from training.logging.phases import PHASES
+from training.logging.python_code import is_python
 from training.logging.report import load_table, write_report
 from training.logging.sinks import RunInfo
 from training.optim.batch_schedule import BatchSchedule
@@ -123,11 +124,11 @@ def history_of(rows: list[dict]) -> History:
 
 
 def report(folder: Path, rows: list[dict], summary: dict | None = None, experts: dict | None = None, **facts) -> Page:
-    facts = {"header": {}, "steps": 40, "moe_layers": [1, 4], "config_yaml": ""} | facts
+    config = {"data": {"sources": [{"type": "files", "paths": ["a.txt"]}]}}
+    facts = {"header": {}, "steps": 40, "moe_layers": [1, 4], "config": config, "config_yaml": ""} | facts
     run = RunInfo(
         dir=folder,
         name="tiny",
-        config={},
         start_step=0,
         batches=BatchSchedule([(0, 1)]),
         facts={},
@@ -254,6 +255,42 @@ def test_a_sample_stays_text(tmp_path):
     assert "".join(page.of("pre")) == printable(text, TEXT)
     assert len(page.of("script")) == 1
     assert page.values("img", "src") == []
+
+
+SOURCES = [
+    ([{"type": "stdlib"}], "1 of 2 parse as Python, up to their last whole line"),
+    ([{"type": "stdlib"}, {"type": "files", "paths": ["a.py", "b/*.py"]}], "1 of 2 parse as Python, up to their"),
+    ([{"type": "stdlib"}, {"type": "files", "paths": ["a.py", "b.txt"]}], None),
+    ([{"type": "huggingface", "name": "some/code"}], None),
+]
+
+
+@pytest.mark.parametrize(("sources", "words"), SOURCES)
+def test_the_page_of_a_run_on_source_code_counts_the_samples_that_parse(tmp_path, sources, words):
+    samples = [{"prompt": "def ", "text": "f(x):\n    return x +"}, {"prompt": "def ", "text": "f(:\n    pass\n"}]
+    page = report(tmp_path, [row(1) | validation() | {"samples": samples}], config={"data": {"sources": sources}})
+    lines = [text for text in page.of("p") if "parse" in text]
+    assert len(lines) == (words is not None) and all(line.startswith(words) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("def f(a):\n    return a\nx = ", True),  # the last line breaks off
+        ("class A:\n    def f(", True),  # a block without a body yet
+        ('import os\n"""an open string\n', True),
+        ("f(a,\n  b,\n", True),  # an open bracket
+        ("", True),
+        ("def f(:\n    pass\n", False),
+        ("x = 1\n  y = 2\n", False),
+        ("a\x00b\n", False),
+        ("(" * 100_000 + "\n", False),
+        ("The sun rose.\n", False),
+    ],
+    ids=range(10),
+)
+def test_whole_lines_of_python_parse_though_they_break_off(text, expected):
+    assert is_python(text) == expected
 
 
 def test_the_page_fetches_nothing(tmp_path):

@@ -12,6 +12,7 @@ from training.logging.heat_map import draw_layer_map
 from training.logging.history import History
 from training.logging.metrics import METRICS
 from training.logging.phases import PHASES, goodput, phase_shares
+from training.logging.python_code import parsed_line
 from training.logging.sinks import RunInfo
 from training.logging.template import HERE, render_page
 from training.terminal import print_note
@@ -40,7 +41,11 @@ def write_report(run: RunInfo, history: History, summary: dict | None = None, ex
             routing=routing(history, newest, run.moe_layers),
             layer_maps=layer_maps(history),
             experts=experts,
-            evaluations=[row for i, row in enumerate(evaluations) if row and row not in evaluations[:i]],
+            evaluations=[
+                row | {"parsed": parsed_line(run.config["data"], row["samples"])}
+                for i, row in enumerate(evaluations)
+                if row and row not in evaluations[:i]
+            ],
             phases=PHASES,
             seconds=seconds,
             shares=phase_shares(seconds),
