@@ -209,7 +209,9 @@ def test_the_taps_of_a_short_convolution_are_the_weighted_sum_of_the_last_tokens
     )
     assert torch.autograd.gradcheck(_ShortConvolution.apply, inputs)
     kinds = parameter_kinds(model)
-    assert {kinds[name] for name in kinds if name.endswith("taps")} == {"vector"}  # no Muon, no weight decay
+    assert {kinds[name] for name in kinds if name.endswith("taps")} == {
+        "embedding"
+    }  # at its rate; no Muon, no weight decay
     fresh = init_weights(model, 0)
     plain = build("moe")
     plain.load_state_dict({name: value for name, value in fresh.state_dict().items() if "taps" not in name})
@@ -229,7 +231,9 @@ def test_an_embedding_of_pairs_depends_on_the_token_before_in_the_same_document(
     assert rows([5, 7, 5], torch.tensor([[0, 1, 0]])).tolist() == [first, second, first]  # two documents
     pairs = table(torch.cartesian_prod(torch.arange(40), torch.arange(40)), 1, None)[:, 0, 0]
     assert 780 < len(pairs.unique()) < 820  # 1600 pairs in 1000 rows: 1000 x (1 - exp(-1.6)) = 798
-    assert not init_weights(build(style="capped"), 0).bigram.weight.any()  # without an effect at first
+    fresh = init_weights(build(style="capped"), 0)
+    assert not fresh.bigram.weight.any()  # without an effect at first
+    assert parameter_kinds(fresh)["bigram.weight"] == "vector"  # at the low rate, without weight decay
 
 
 @pytest.mark.parametrize(("block", "style"), list(product(WINDOWS, STYLES)))

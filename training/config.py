@@ -575,7 +575,9 @@ class AdamWConfig(OptimConfig):
     """AdamW for all parameters; weight decay on matrices only (not on biases, norms and embeddings)."""
 
     type: Literal["adamw"] = "adamw"
-    embedding_learning_rate: float | None = option(None, "peak for embeddings and head; null: learning_rate", gt=0)
+    embedding_learning_rate: float | None = option(
+        None, "peak for embeddings, head and short_conv; null: learning_rate", gt=0
+    )
     beta1: float = option(0.9, "decay of the gradient's running mean", ge=0, lt=1)
     beta2: float = option(0.95, "decay of the squared gradient's running mean", ge=0, lt=1)
     eps: float = option(1e-8, "added to the denominator", gt=0)

@@ -75,7 +75,10 @@ def parameter_kinds(model: nn.Module) -> dict[str, ParameterKind]:
 
 
 def _kind(name: str, n_dimensions: int) -> ParameterKind:
-    if n_dimensions < 2 or name.endswith(("bias", "taps")):
+    if name.endswith("taps"):  # they learn best at the high rate of embeddings (docs/learning.md)
+        return "embedding"
+    # A pair is rare, and Adam takes large steps for a row that is rarely read: pairs learn best at a low rate.
+    if n_dimensions < 2 or name.endswith("bias") or name == "bigram.weight":
         return "vector"
     if ".router." in name:
         return "router"
@@ -91,7 +94,7 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     """
     if name.endswith(("selection_bias", "load")):
         return torch.full(shape, 0.0 if name.endswith("bias") else 1 / shape[0])
-    if name.startswith("bigram."):
+    if name.endswith("taps") or name == "bigram.weight":
         return torch.zeros(shape)
     if _kind(name, len(shape)) == "vector":
         return torch.full(shape, 1.0 if name.endswith("weight") else 0.0)

@@ -6,7 +6,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-# A matrix may be a stack of matrices: experts are (E, out, in). A vector is a bias or a normalization's weight.
+# A matrix may be a stack of matrices: experts are (E, out, in). Vectors are biases, weights of normalizations, and what
+# learns as they do. `model.stats.parameter_kinds` decides.
 ParameterKind = Literal["matrix", "embedding", "router", "vector"]
 PARAMETER_KINDS: tuple[ParameterKind, ...] = get_args(ParameterKind)
 
