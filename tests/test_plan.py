@@ -232,12 +232,13 @@ def test_memory_is_almost_linear_and_the_largest_micro_batch_is_the_last_that_fi
     assert MemoryEstimator(config_of(batch_tokens=4096), 16).largest_micro_batch(2 * limit) == 4
 
 
-CONFIGS = [*sorted((ROOT / "configs").glob("*.yaml")), *(ROOT / "recipes" / f"{n}.yaml" for n in ("plain", "speedrun"))]
+RECIPES = [ROOT / "recipes" / f"{name}.yaml" for name in ("plain", "speedrun", "gpt2_124m", "gpt2_moe")]
+CONFIGS = {f"{path.parent.name}/{path.stem}": path for path in [*sorted((ROOT / "configs").glob("*.yaml")), *RECIPES]}
 DEVICES = ["cpu", *GPUS]
 WORLDS = ["1", "64"]
-SOME = [(path.stem, *which) for path, which in zip(CONFIGS, cycle([("cpu", "1"), ("h100", "64")]), strict=False)]
-SOME += [("gpt2_124m", "cpu", "1")]
-ALL = [(path.stem, device, world) for path, device, world in product(CONFIGS, DEVICES, WORLDS)]
+SOME = [(name, *which) for name, which in zip(CONFIGS, cycle([("cpu", "1"), ("h100", "64")]), strict=False)]
+SOME += [("configs/gpt2_124m", "cpu", "1")]
+ALL = list(product(CONFIGS, DEVICES, WORLDS))
 
 
 @pytest.mark.parametrize(
@@ -245,9 +246,9 @@ ALL = [(path.stem, device, world) for path, device, world in product(CONFIGS, DE
     [*SOME, *(pytest.param(*which, marks=pytest.mark.soak) for which in ALL if which not in SOME)],
 )
 def test_every_shipped_config_is_planned_within_5_seconds(name, device, world, tmp_path, capsys, monkeypatch):
-    path = next(path for path in CONFIGS if path.stem == name)
+    path = CONFIGS[name]
     monkeypatch.chdir(tmp_path)
-    flags = ["--init_from", "null"] if name.startswith("finetune") else []  # GPT-2's sizes are the defaults
+    flags = ["--init_from", "null"] if "finetune" in name else []  # GPT-2's sizes are the defaults
     config, before = cli.load_config(path), time.process_time()
     status = main(["--config", str(path), "--device", device, "--world", world, *flags])
     assert time.process_time() - before < 5
