@@ -200,14 +200,17 @@ class MemoryEstimator:
         return peak.kinds
 
     def _layers(self, n_samples: int, n_senders: int) -> dict[str, list[Change]]:
-        """Return the parts of the blocks. Each change is linear in the samples, so two walks show all sizes."""
-        one, two = (self._walk(self.blocks, n, n_senders) for n in (1, 2))
+        """Return the parts of the blocks. Each change is linear in the samples, so two walks show all sizes.
+
+        A single sample has a walk of its own: some operations copy a transposed tensor of several samples only.
+        """
+        two, three = (self._walk(self.blocks, n, n_senders) for n in ((1, 1) if n_samples == 1 else (2, 3)))
         return {
             name: [
-                (kind, first + (n_samples - 1) * (second - first))
-                for (kind, first), (_, second) in zip(changes, two[name], strict=True)
+                (kind, second + (n_samples - 2) * (third - second))
+                for (kind, second), (_, third) in zip(changes, three[name], strict=True)
             ]
-            for name, changes in one.items()
+            for name, changes in two.items()
             if name.startswith(("inputs", "forward", "backward"))
         }
 
