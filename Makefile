@@ -3,7 +3,7 @@ SHELL := bash
 PYTHON ?= python3
 RUN := .venv/bin/python
 BENCHMARKS := step around scaling tokens growth experts generate tasks average inspection compare finetune save speedrun \
-	plan_memory moe_vs_dense rounding log
+	plan_memory moe_vs_dense rounding log bound
 # The older Transformers that exports have to open in as well, in a folder of its own; its tests are skipped without it.
 TRANSFORMERS_4 := transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
 # lm-eval, against which task scores are tested: as well.

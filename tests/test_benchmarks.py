@@ -1,6 +1,7 @@
 """The benchmarks run, at sizes too small for meaningful figures."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,17 @@ def test_moe_vs_dense_trains_a_moe_and_its_twin_in_turns(output_of, tmp_path):
     assert "\nseed 0\n" in output and "\nseed 1\n" in output and "2 seeds, 95 % interval" in output
     assert "its share of the FLOPs: 0.4" in output and "its share of the time: " in output
     assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.soak
+def test_bound_compares_a_step_with_its_matrix_products(output_of, tmp_path):
+    config = small(HERE.parent / "configs" / "quickstart.yaml", tmp_path, 8)
+    output = output_of("bound.py", "--config", config, "--rounds", 1, "--cache_dir", tmp_path / "cache")
+    for name in ("dense", "experts"):
+        (line,) = (line for line in output.splitlines() if line.startswith(f"{name}: a step takes "))
+        step, alone = (float(n) for n in re.findall(r"([\d.]+) ms", line))
+        assert 0 < alone < step
+    assert output.count("  their ratio: ") == 2 and "mm " not in output  # every product counts as one
 
 
 @pytest.mark.soak
@@ -107,7 +119,8 @@ def small(recipe: Path, folder: Path, steps: int) -> Path:
     (folder / "text.txt").write_text("".join(f"{n} and {n} are {n + n}.\n" for n in range(30000)))
     config |= {"steps": steps, "batch_tokens": 1024}
     config["eval"]["every"] = 4
-    config["schedule"]["warmup_steps"] = 2
+    if "warmup" not in config["schedule"]:  # a share of the run
+        config["schedule"]["warmup_steps"] = 2
     if "decay_steps" in config["schedule"]:
         config["schedule"]["decay_steps"] = steps // 2
     config["data"]["sources"] = [{"paths": [str(folder / "text.txt")]}]
