@@ -3,7 +3,7 @@ SHELL := bash
 PYTHON ?= python3
 RUN := .venv/bin/python
 BENCHMARKS := step around scaling tokens growth experts generate tasks average inspection compare finetune save speedrun \
-	plan_memory moe_vs_dense rounding log bound
+	plan_memory moe_vs_dense rounding log bound ladder
 # The older Transformers that exports have to open in as well, in a folder of its own; its tests are skipped without it.
 TRANSFORMERS_4 := transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
 # lm-eval, against which task scores are tested: as well.
@@ -45,6 +45,7 @@ experts_flags = --plot build/bench/experts_memory.png
 speedrun_flags = --plot build/bench/speedrun.png
 growth_flags = --plot build/bench/growth.png
 moe_vs_dense_flags = --plot build/bench/moe_vs_dense.png
+ladder_flags = --plot build/bench/ladder.png
 
 bench-%: .venv/installed
 	@test -z "$$(git status --porcelain)" || { echo "commit your changes first: a result names its commit" >&2; exit 2; }

@@ -65,6 +65,19 @@ def test_bound_compares_a_step_with_its_matrix_products(output_of, tmp_path):
 
 
 @pytest.mark.soak
+def test_ladder_finds_the_best_rate_of_each_width(output_of, tmp_path):
+    pytest.importorskip("matplotlib")
+    arguments = ("--widths", 32, 64, "--steps", 2, "--cache_dir", tmp_path / "cache", "--plot", tmp_path / "it.png")
+    lines = [line for line in output_of("ladder.py", *arguments).splitlines() if line.startswith("width ")]
+    rates = ("muon_learning_rate", "embedding_learning_rate")
+    assert [tuple(line.split()[1:3]) for line in lines] == [(width, rate) for width in ("32", "64") for rate in rates]
+    for line in lines:
+        losses = {rate: float(loss) for rate, loss in re.findall(r"([\d.]+): ([\d.]+)", line)}
+        assert len(losses) == 4 and line.endswith(f"lowest at {min(losses, key=losses.get)}")
+    assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.soak
 def test_log_measures_a_start_and_a_report(output_of):
     lines = output_of("log.py", "--rows", 100, "--layers", 2).splitlines()
     assert lines[1].startswith("      100 rows, 0 MiB: ")
