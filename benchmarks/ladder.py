@@ -3,7 +3,7 @@
     python benchmarks/ladder.py --plot benchmarks/results/ladder.png | tee benchmarks/results/ladder.txt
 
 The recipe's blocks in four layers of heads of 64 channels, on the standard library. At each width, Muon's rate varies,
-and then the rate of the embeddings, with Muon's in the middle of the list. A rate transfers if the lowest loss is at
+and then the rate of the embeddings, with the recipe's of Muon. A rate transfers if the lowest loss is at
 the same one for all widths.
 """
 

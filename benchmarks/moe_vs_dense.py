@@ -1,8 +1,8 @@
-"""Measure how soon a Mixture of Experts has reached the final loss of its dense twin: FLOPs and time.
+"""Measure whether a Mixture of Experts ends as low as its dense twin with half of the FLOPs, and in less time.
 
     cd benchmarks && python moe_vs_dense.py --plot results/moe_vs_dense.png | tee results/moe_vs_dense.txt
 
-The twin (`training.twin`) trains for as many steps as take twice the FLOPs of the experts' run. The two take turns with
+The twin (`training.twin`) trains with twice the FLOPs of the experts' run. The two take turns with
 each seed (race.py). The bars: with half of the FLOPs and in 0.8 of the time, the experts' loss is as low.
 """
 
@@ -26,7 +26,7 @@ FLOPS, TIME = 0.5, 0.8  # the bars
 
 
 def longer_twin(config: Config) -> Config:
-    """Return the dense twin with so many steps that the experts' run takes at most FLOPS of its FLOPs.
+    """Return the dense twin, with steps of which the experts' run takes at most FLOPS of the FLOPs.
 
     The lengths of the schedule should be shares of the run.
     """

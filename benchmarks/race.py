@@ -1,4 +1,4 @@
-"""Two runs that take turns over several seeds: how soon one has reached the final loss of the other."""
+"""Two runs that take turns over several seeds: whether the shorter one ends as low as the longer one."""
 
 import dataclasses
 import statistics
@@ -37,18 +37,19 @@ class Side:
         return self.curve[-1][2]
 
     def tokens(self, n_steps: int) -> int:
-        """Return the tokens read in so many steps."""
+        """Return the tokens that these steps read."""
         return n_steps * self.run.config.batch_tokens
 
     def flops(self, n_steps: int) -> float:
-        """Return the FLOPs of forward and backward in so many steps."""
+        """Return the FLOPs of forward and backward in these steps."""
         return float(self.tokens(n_steps) * self.run.stats.flops_per_token)
 
     def step(self) -> None:
         """Train a step, and evaluate if it is due."""
         run, config = self.run, self.run.config
         self.step_s.append(seconds_of(run.step, run.setup.model.world.device))
-        if run.n_steps % config.eval.every == 0 or run.n_steps == config.steps:
+        is_due = config.eval.every is not None and run.n_steps % config.eval.every == 0
+        if is_due or run.n_steps == config.steps:
             loss = run.validation_loss()
             self.curve.append((run.n_steps, sum(self.step_s), loss))
             print(f"  {self.name:12} step {run.n_steps:5}/{config.steps}  loss {loss:.4f}", flush=True)
@@ -88,27 +89,37 @@ def race(configs: tuple[Config, Config], seeds: int, device: torch.device) -> li
 
 
 def report(pairs: list[tuple[Side, Side]], most_flops: float | None, most_time: float) -> None:
-    """Print what each run took, and of the second side the shares of the first's FLOPs and time, beside the bars."""
-    from scipy.stats import ttest_1samp
+    """Print what each run took, and of the second side the shares of the first's FLOPs and time, beside the bars.
 
+    A bar is met only if the second side ends as low with every seed.
+    """
     flops, times, differences = [], [], []
     for first, second in pairs:
         print(f"seed {first.run.config.seed}\n  {first.summary()}\n  {second.summary()}")
         flops.append(second.flops(second.run.n_steps) / first.flops(first.run.n_steps))
         times.append(sum(second.step_s) / sum(first.step_s))
         differences.append(second.loss - first.loss)
-    one, two = (side.name for side in pairs[0])
-    mean = statistics.fmean(differences)
-    line = f"final loss of {two} less that of {one}: {mean:+.4f}"
-    if len(pairs) > 1:
-        low, high = ttest_1samp(differences, 0.0).confidence_interval(0.95)
-        line += f", {len(pairs)} seeds, 95 % interval {low:+.4f} to {high:+.4f}"
-    reached = sum(difference <= 0 for difference in differences)
-    print(f"{line}; as low with {reached} of {len(pairs)} seeds")
-    if most_flops is not None:
-        print(f"its share of the FLOPs: {against(statistics.fmean(flops), most_flops, least=False)}")
-    spread = f"{min(times):.3f} to {max(times):.3f}"
-    print(f"its share of the time: {against(statistics.fmean(times), most_time, least=False)}, by seed {spread}")
+    n_reached = sum(difference <= 0 for difference in differences)
+    first, second = (side.name for side in pairs[0])
+    print(f"final loss of {second} less that of {first}: {mean_and_interval(differences)}")
+    print(f"as low with {n_reached} of {len(pairs)} seeds")
+    for name, shares, bar in (("FLOPs", flops, most_flops), ("time", times, most_time)):
+        if bar is not None and n_reached == len(pairs):
+            print(f"its share of the {name}: {against(statistics.fmean(shares), bar, least=False)}")
+        elif bar is not None:
+            print(f"its share of the {name}: {statistics.fmean(shares):.4g} (MISSED, as it is not as low)")
+    print(f"its share of the time by seed: {min(times):.3f} to {max(times):.3f}")
+
+
+def mean_and_interval(values: list[float]) -> str:
+    """Return the mean, with its 95 % interval if there are several values."""
+    from scipy.stats import ttest_1samp
+
+    mean = f"{statistics.fmean(values):+.4f}"
+    if len(values) == 1:
+        return mean
+    low, high = ttest_1samp(values, 0.0).confidence_interval(0.95)
+    return f"{mean}, {len(values)} seeds, 95 % interval {low:+.4f} to {high:+.4f}"
 
 
 def draw(pairs: list[tuple[Side, Side]], path: Path) -> None:

@@ -146,6 +146,19 @@ def modeling(tmp_path_factory):
         yield importlib.import_module(f"{folder.name}.modeling_training_gpt")
 
 
+def test_a_fresh_model_of_the_python_files_begins_with_zeros_where_ours_does(modeling):
+    config = ModelConfig.model_validate(SIZES | CUSTOM["hybrid"])
+    fields = custom.CustomArchitecture().to_hf(config)
+    fields = {name: value for name, value in fields.items() if name != "architectures"}
+    model = modeling.TrainingGPTForCausalLM(modeling.TrainingGPTConfig(**fields))
+    theirs = {name.removeprefix("gpt.") for name, parameter in model.named_parameters() if not parameter.any()}
+    ours = init_weights(GPT(config), 0)
+    assert theirs == {name for name, parameter in ours.named_parameters() if not parameter.any()}
+    assert any("taps" in name for name in theirs) and "bigram.weight" in theirs
+    tokens = torch.arange(20).view(2, 10)
+    assert torch.equal(model(tokens.int()).logits, model(tokens).logits)
+
+
 @pytest.mark.parametrize("block", BLOCKS | WINDOWS)
 def test_the_python_files_compute_every_kind_of_block(modeling, block):
     ours, x = build(block, "modern"), torch.arange(24).view(2, 12)

@@ -132,9 +132,11 @@ def test_texts_of_one_prompt_differ_only_by_their_seeds():
     assert max(max(tokens) for tokens in new) < 50
 
 
-@pytest.mark.parametrize("block", ["mlp", "latent", "window"])
-def test_a_replaced_row_of_the_cache_equals_a_new_sample(block):
-    model = lively(block, "modern")
+@pytest.mark.parametrize(
+    ("block", "style"), [("mlp", "modern"), ("latent", "modern"), ("window", "modern"), ("short convolution", "capped")]
+)
+def test_a_replaced_row_of_the_cache_equals_a_new_sample(block, style):
+    model = lively(block, style)
     x = torch.randint(0, 64, (3, 14), generator=torch.Generator().manual_seed(0))
     cache, read = model.new_cache(torch.tensor([2, 4, 0])), model.new_cache()
     model.logits(x[:, :10], cache)

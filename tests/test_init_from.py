@@ -278,6 +278,15 @@ def test_parts_that_begin_as_zeros_may_be_added_and_are_kept(config, folder):
             init_from.resolve_init_from(config(model=model_options, init_from=str(path)))
 
 
+def test_experts_and_parts_that_begin_as_zeros_may_come_together(run, folder):
+    _, path = folder()
+    block = {"ffn": {"type": "moe", "n_experts": 4, "top_k": 2, "hidden": 32}, "short_conv": 3}
+    left = run(model={"bigram_rows": 50, "blocks": [block]}, init_from=str(path), optim=STILL, steps=1)
+    _, config = hf.read_config(left / "model")
+    assert config.bigram_rows == 50 and {layer.short_conv for layer in config.layers()} == {3}
+    assert {layer.ffn.type for layer in config.layers()} == {"moe"}
+
+
 def test_rules_between_options_hold_for_the_folders_sizes(config, folder):
     _, path = folder(n_positions=24)
     with pytest.raises(UserError, match=r"batch_tokens: 256 is not a multiple of model.n_positions 24$"):

@@ -229,6 +229,7 @@ def test_an_embedding_of_pairs_depends_on_the_token_before_in_the_same_document(
     assert len({first.item(), second.item(), third.item()}) == 3  # nothing and 5, 5 and 7, 7 and 5
     assert torch.equal(rows([7, 5, 7, 5, 7, 5])[1:], torch.stack([third, second] * 3)[:5])
     assert rows([5, 7, 5], torch.tensor([[0, 1, 0]])).tolist() == [first, second, first]  # two documents
+    assert torch.equal(table(torch.tensor([[5, 7, 5]], dtype=torch.int32), 3, None)[0, :, 0], rows([5, 7, 5]))
     pairs = table(torch.cartesian_prod(torch.arange(40), torch.arange(40)), 1, None)[:, 0, 0]
     assert 780 < len(pairs.unique()) < 820  # 1600 pairs in 1000 rows: 1000 x (1 - exp(-1.6)) = 798
     fresh = init_weights(build(style="capped"), 0)

@@ -280,14 +280,18 @@ def test_the_page_of_a_run_on_source_code_counts_the_samples_that_parse(tmp_path
         ("class A:\n    def f(", True),  # a block without a body yet
         ('import os\n"""an open string\n', True),
         ("f(a,\n  b,\n", True),  # an open bracket
-        ("", True),
+        ("x = 1 + \\\n", True),  # a line that goes on
+        ("", False),
+        ("x = 1", False),  # no whole line
+        ("x = 1\nreturn x is 1\n", True),  # wrong, but not in its form; a compiler would warn
+        ("x = '\\d'\n", True),  # with a warning
         ("def f(:\n    pass\n", False),
         ("x = 1\n  y = 2\n", False),
         ("a\x00b\n", False),
         ("(" * 100_000 + "\n", False),
         ("The sun rose.\n", False),
     ],
-    ids=range(10),
+    ids=range(14),
 )
 def test_whole_lines_of_python_parse_though_they_break_off(text, expected):
     assert is_python(text) == expected

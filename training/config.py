@@ -189,7 +189,7 @@ class ModelConfig(Section):
     )
     bigram_rows: int | None = option(
         None,
-        "rows of a table that adds an embedding of a token and the one before it, found by their hash; null: no table",
+        "rows of a table of embeddings of pairs: a token and the one before it; a hash chooses the row; null: none",
         unit="rows",
         ge=1,
         le=2**32,
@@ -576,7 +576,7 @@ class AdamWConfig(OptimConfig):
 
     type: Literal["adamw"] = "adamw"
     embedding_learning_rate: float | None = option(
-        None, "peak for embeddings, head and short_conv; null: learning_rate", gt=0
+        None, "peak for embeddings (not bigram_rows), head and short_conv; null: learning_rate", gt=0
     )
     beta1: float = option(0.9, "decay of the gradient's running mean", ge=0, lt=1)
     beta2: float = option(0.95, "decay of the squared gradient's running mean", ge=0, lt=1)

@@ -1,7 +1,12 @@
-"""Whether a sample is Python: a line for the report of a run on source code."""
+"""How many samples of a run on Python's source code parse: a line of the report."""
 
+import ast
 import codeop
+import warnings
 from typing import Any
+
+# The tree only, so that no name is resolved and nothing is compiled; code that breaks off is an error of its own.
+FLAGS = ast.PyCF_ONLY_AST | codeop.PyCF_ALLOW_INCOMPLETE_INPUT
 
 
 def parsed_line(data: dict[str, Any], samples: list[dict[str, str]]) -> str | None:
@@ -13,15 +18,19 @@ def parsed_line(data: dict[str, Any], samples: list[dict[str, str]]) -> str | No
 
 
 def is_source_code(source: dict[str, Any]) -> bool:
-    """Return True for the standard library and for files that all end in .py."""
-    return source["type"] == "stdlib" or all(path.endswith(".py") for path in source.get("paths") or [""])
+    """Return True for the standard library, and for files that all end in .py. A folder may hold other files."""
+    is_files = source["type"] == "files" and all(path.endswith(".py") for path in source["paths"])
+    return is_files or source["type"] == "stdlib"
 
 
 def is_python(text: str) -> bool:
-    """Return True if the whole lines of the text are Python that may go on. Compiles the text and runs nothing."""
-    lines, _, _ = text.rpartition("\n")
+    """Return True if the whole lines of the text, at least one, are Python that may go on. Runs nothing."""
+    lines, newline, _ = text.rpartition("\n")
     try:
-        codeop.compile_command(lines + "\n", symbol="exec")  # None, and no error, for code that breaks off
-    except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError):
+        with warnings.catch_warnings(action="ignore"):  # such as those about invalid escapes
+            compile(lines + newline, "<sample>", "exec", FLAGS)
+    except SyntaxError as error:
+        return "incomplete input" in str(error)
+    except (ValueError, OverflowError, RecursionError, MemoryError):
         return False
-    return True
+    return newline != ""

@@ -37,11 +37,11 @@ class AttentionContexts:
     def __init__(self, visibility: Visibility, backend: AttentionBackend, rope_theta: float):
         self.visibility, self.backend = visibility, backend
         start = visibility.n_keys - visibility.n_queries
-        position = torch.arange(start, visibility.n_keys, device=visibility.device)
-        if visibility.documents is not None:
-            position = visibility.documents.position_BT
+        self.position_BT = None if visibility.documents is None else visibility.documents.position_BT
+        position = self.position_BT
+        if position is None:
+            position = torch.arange(start, visibility.n_keys, device=visibility.device)
         self.position = position  # (T,), or (B, T) with documents
-        self.position_BT = None if visibility.documents is None else position
         # No reference to `self`: a reference cycle would keep the masks alive after the forward pass.
         self.rotation = functools.cache(lambda width: rotary_table(position, width, rope_theta) if width else None)
         self.mask = functools.cache(lambda window: backend.build_mask(visibility._replace(window=window)))

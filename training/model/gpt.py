@@ -45,6 +45,7 @@ from training.model.layers import (
 from training.model.mlp import MLP
 from training.model.moe import MoE, Routing, finish_step
 
+EMBEDDINGS = ("wte.", "wpe.", "bigram.")  # how the names of the parameters before the blocks begin
 MIXERS = {
     AttentionConfig: Attention,
     LatentConfig: LatentAttention,
@@ -255,7 +256,7 @@ class GPT(nn.Module):
         self.requires_grad_(False)
         self.cast_head = self._head_weight().detach().to(self.dtype)  # detached: a plain tensor, not a parameter
         for name, parameter in self.named_parameters():
-            if name not in ("wte.weight", "wpe.weight", "bigram.weight") and ".router." not in name:
+            if not name.startswith(EMBEDDINGS) and ".router." not in name:
                 parameter.data = parameter.data.to(self.dtype)
         return self
 

@@ -99,10 +99,11 @@ class BigramEmbedding(nn.Module):
 
     def forward(self, tokens_BS: Tensor, n_new: int, position_BT: Tensor | None) -> Tensor:
         """Return float32 (B, T, C) of the last `n_new` tokens of `tokens_BS`; before them are earlier ones."""
-        before_BT = F.pad(tokens_BS, (1, 0), value=-1)[:, -n_new - 1 : -1]
+        recent_BS = tokens_BS[:, -n_new - 1 :].long()  # the hash needs 64 bits
+        before_BT = F.pad(recent_BS, (1, 0), value=-1)[:, -n_new - 1 : -1]
         if position_BT is not None:
             before_BT = before_BT.masked_fill(position_BT == 0, -1)
-        row_BT = _hash(_hash(before_BT + 1) ^ tokens_BS[:, -n_new:]) % len(self.weight)
+        row_BT = _hash(_hash(before_BT + 1) ^ recent_BS[:, -n_new:]) % len(self.weight)
         return F.embedding(row_BT, self.weight)
 
 

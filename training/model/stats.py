@@ -35,7 +35,8 @@ def model_stats(config: ModelConfig) -> ModelStats:
         with torch.device("meta"):
             model = GPT(config)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-        sizes = f"n_embd {config.n_embd}, n_positions {config.n_positions}, vocab_size {config.vocab_size}, blocks"
+        sizes = f"n_embd {config.n_embd}, n_positions {config.n_positions}, vocab_size {config.vocab_size}"
+        sizes += ", blocks" if config.bigram_rows is None else f", bigram_rows {config.bigram_rows}, blocks"
         raise UserError(f"model: one of its tensors has more than 2^63 bytes; lower one of {sizes}") from error
     total = sum(p.numel() for p in model.parameters())
     idle = 0.0 if model.bigram is None else float(config.n_embd * (config.bigram_rows - 1))

@@ -16,6 +16,7 @@ from training.config import BlockConfig, Config
 from training.device import DTYPES
 from training.distributed.mesh import mesh_shape
 from training.distributed.world import BUCKET
+from training.model.gpt import EMBEDDINGS
 from training.model.stats import model_stats
 from training.optim.batch_schedule import BatchSchedule
 from training.optim.groups import frozen_names, match_groups
@@ -112,7 +113,7 @@ class MemoryEstimator:
         """Return the kind of each layer. A layer has a gradient at its input if anything before it is trained."""
         of_layer: dict[str, list[str]] = {}  # parameters by "blocks.0", "blocks.1", ...; of the embeddings by ""
         for name in self.stats.kinds:
-            before_blocks = name.startswith(("wte.", "wpe.", "bigram."))
+            before_blocks = name.startswith(EMBEDDINGS)
             key = "" if before_blocks else ".".join(name.split(".")[:2]) if name.startswith("blocks.") else "after"
             of_layer.setdefault(key, []).append(name)
         has_gradient, layers = any(name not in self.frozen for name in of_layer[""]), []
@@ -200,11 +201,14 @@ class MemoryEstimator:
         return peak.kinds
 
     def _layers(self, n_samples: int, n_senders: int) -> dict[str, list[Change]]:
-        """Return the parts of the blocks. Each change is linear in the samples, so two walks show all sizes.
+        """Return the parts of the blocks.
 
-        A single sample has a walk of its own: some operations copy a transposed tensor of several samples only.
+        Each change is linear in the samples from two on, so two walks show all sizes. A single sample has a walk of its
+        own, because some operations copy a transposed tensor only if it has several samples.
         """
-        two, three = (self._walk(self.blocks, n, n_senders) for n in ((1, 1) if n_samples == 1 else (2, 3)))
+        if n_samples == 1:
+            return self._walk(self.blocks, 1, n_senders)
+        two, three = (self._walk(self.blocks, n, n_senders) for n in (2, 3))
         return {
             name: [
                 (kind, second + (n_samples - 2) * (third - second))

@@ -19,10 +19,8 @@ from training.weights.hf.tables import Name, read
 MODEL_TYPE = "training_gpt"
 MODELING = f"modeling_{MODEL_TYPE}"
 CLASSES = {"AutoConfig": "TrainingGPTConfig", "AutoModelForCausalLM": "TrainingGPTForCausalLM"}
-NEWER = {
-    "dropout",
-    "bigram_rows",
-}  # options that exports of older versions lack; their defaults are what those computed
+# Options that exports of older versions lack; their defaults are what those computed.
+NEWER = {"dropout", "bigram_rows"}
 ENTRY = "training.weights.hf.modeling"
 IMPORT = r"(?m)^( *)from (training\.[\w.]+) import"
 

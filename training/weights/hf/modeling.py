@@ -16,6 +16,7 @@ from training.kernels.experts import PORTABLE
 from training.kernels.interface import Kernels
 from training.model.cache import Cache
 from training.model.gpt import FEED_FORWARDS, GPT, MIXERS
+from training.model.layers import BigramEmbedding, ShortConvolution
 
 OPTIONS = ModelConfig().model_dump(mode="json")  # every option of the network and its default
 KINDS = {kind().type: kind for kind in (*MIXERS, *FEED_FORWARDS)}
@@ -79,7 +80,9 @@ class TrainingGPTForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """Set GPT-2's initial weights, for a model that is not loaded."""
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim > 1 and not name.endswith("bias"):
+            if isinstance(module, BigramEmbedding | ShortConvolution):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim > 1 and not name.endswith("bias"):
                 nn.init.normal_(parameter, std=0.02)
             else:
                 nn.init.constant_(parameter, 1.0 if name == "weight" and "Norm" in type(module).__name__ else 0.0)
