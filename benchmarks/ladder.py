@@ -2,15 +2,17 @@
 
     python benchmarks/ladder.py --plot benchmarks/results/ladder.png | tee benchmarks/results/ladder.txt
 
-The recipe's blocks in four layers of heads of 64 channels, on the standard library. At each width, Muon's rate varies,
-and then the rate of the embeddings, with the recipe's of Muon. A rate transfers if the lowest loss is at
-the same one for all widths.
+The recipe's blocks in four layers of heads of 64 channels, on the standard library. At each width Muon's rate varies,
+and then the rate of the embeddings. The other one is 0.01. The best rate is the minimum of a parabola through the
+lowest loss and its neighbors, over the logarithm of the rate. The rule is the power of the width that fits best, and
+gives the rates of the recipe, which is 768 wide.
 """
 
 import argparse
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from common import header
 from training_run import TrainingRun
@@ -34,6 +36,9 @@ SMALL = {
     "eval.every": "null",
     "eval.tokens": 65536,
     "checkpoint.every": "null",
+    "optim.muon_learning_rate": 0.01,
+    "optim.embedding_learning_rate": 0.01,
+    "optim.learning_rate": 0.003,
     "logging.tensorboard": "false",
 }
 
@@ -67,8 +72,23 @@ def main() -> None:
             best = rates[found.index(min(found))]
             line = "  ".join(f"{rate:g}: {loss:.3f}" for rate, loss in zip(rates, found, strict=True))
             print(f"width {width:4}  {option.removeprefix('optim.'):24} {line}   lowest at {best:g}", flush=True)
+    for option, of_width in losses.items():
+        best = [best_rate(RATES[option], found) for found in of_width.values()]
+        power, log_factor = np.polyfit(np.log(list(of_width)), np.log(best), 1)
+        rates = ", ".join(f"{width}: {rate:.4f}" for width, rate in zip(of_width, best, strict=True))
+        name, at_768 = option.removeprefix("optim."), np.exp(log_factor) * 768**power
+        print(f"{name}: best {rates}; as width to the power of {power:.2f}, {at_768:.4f} at 768")
     if args.plot:
         draw(losses, args.plot)
+
+
+def best_rate(rates: tuple[float, ...], losses: list[float]) -> float:
+    """Return the rate at the minimum of a parabola, or the one with the lowest loss if the three have no minimum."""
+    lowest = losses.index(min(losses))
+    middle = min(max(lowest, 1), len(rates) - 2)
+    around = slice(middle - 1, middle + 2)
+    square, linear, _ = np.polyfit(np.log(rates[around]), losses[around], 2)
+    return float(np.exp(-linear / (2 * square))) if square > 0 else rates[lowest]
 
 
 def draw(losses: dict[str, dict[int, list[float]]], path: Path) -> None:
@@ -82,7 +102,7 @@ def draw(losses: dict[str, dict[int, list[float]]], path: Path) -> None:
     for panel, (option, of_width) in zip(panels, losses.items(), strict=True):
         for shade, (width, found) in enumerate(of_width.items(), start=1):
             over = [loss - min(found) for loss in found]
-            color = str(0.8 - 0.8 * shade / len(of_width))
+            color = f"{0.8 * (1 - shade / len(of_width)):.2f}"  # darker with the width
             panel.plot(RATES[option], over, marker="o", color=color, label=f"width {width}")
         panel.set(xscale="log", xlabel=option.removeprefix("optim."))
         panel.set_xticks(RATES[option], [f"{rate:g}" for rate in RATES[option]], minor=False)

@@ -68,12 +68,14 @@ def test_bound_compares_a_step_with_its_matrix_products(output_of, tmp_path):
 def test_ladder_finds_the_best_rate_of_each_width(output_of, tmp_path):
     pytest.importorskip("matplotlib")
     arguments = ("--widths", 32, 64, "--steps", 2, "--cache_dir", tmp_path / "cache", "--plot", tmp_path / "it.png")
-    lines = [line for line in output_of("ladder.py", *arguments).splitlines() if line.startswith("width ")]
+    output = output_of("ladder.py", *arguments)
+    lines = [line for line in output.splitlines() if line.startswith("width ")]
     rates = ("muon_learning_rate", "embedding_learning_rate")
     assert [tuple(line.split()[1:3]) for line in lines] == [(width, rate) for width in ("32", "64") for rate in rates]
     for line in lines:
         losses = {rate: float(loss) for rate, loss in re.findall(r"([\d.]+): ([\d.]+)", line)}
         assert len(losses) == 4 and losses[line.rpartition("lowest at ")[2]] == min(losses.values())
+    assert output.count("; as width to the power of ") == 2
     assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -60,7 +60,8 @@ def build(block="mlp", style="gpt2", seed=0, **changes):
     model = init_weights(GPT(ModelConfig.model_validate(options)), seed)
     for name, parameter in model.named_parameters():
         if name.endswith("taps") or name == "bigram.weight":  # they begin as zeros, which have no effect
-            parameter.data.copy_(torch.linspace(-0.5, 0.5, parameter.numel()).view_as(parameter))
+            largest = 0.5 if name.endswith("taps") else 0.05  # embeddings have a standard deviation of 0.02
+            parameter.data.copy_(torch.linspace(-largest, largest, parameter.numel()).view_as(parameter))
     return model
 
 
