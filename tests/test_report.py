@@ -1,5 +1,6 @@
 """The report is one page that opens from disk; the tests parse it and look up its content."""
 
+import ast
 import json
 import math
 import re
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training.errors import UserError
+from training.logging import python_code
 from training.logging.charts import COLUMNS, READINGS, Curve, chart, smooth, thin, tick_text, ticks_between, value_range
 from training.logging.format import MAX_TOKEN_CHARS, duration_text, token_text
 from training.logging.history import MAX_SPANS, History
@@ -295,6 +297,13 @@ def test_the_page_of_a_run_on_source_code_counts_the_samples_that_parse(tmp_path
 )
 def test_whole_lines_of_python_parse_though_they_break_off(text, expected):
     assert is_python(text) == expected
+
+
+def test_a_sample_is_parsed_to_a_tree_that_nothing_executes(monkeypatch):
+    monkeypatch.setattr(python_code, "compile", lambda *args: trees.append(compile(*args)), raising=False)
+    trees = []
+    assert is_python("import os\n")
+    assert isinstance(trees[0], ast.Module)
 
 
 def test_the_page_fetches_nothing(tmp_path):
