@@ -10,6 +10,7 @@ gives the rates of the recipe, which is 768 wide.
 
 import argparse
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,9 @@ from training_run import TrainingRun
 from training.options import cli
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "gpt2_124m.yaml"
-RATES = {
-    "optim.muon_learning_rate": (0.005, 0.01, 0.02, 0.04),
-    "optim.embedding_learning_rate": (0.005, 0.01, 0.02, 0.04),
-}
+OPTIONS = ("muon_learning_rate", "embedding_learning_rate")
+RATES = (0.005, 0.01, 0.02, 0.04)
+Curves = dict[str, dict[int, list[float]]]  # losses at each rate, by option and width
 SMALL = {
     "model.n_layer": 4,
     "model.n_positions": 128,
@@ -61,37 +61,40 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw the losses into this PNG")
     args = parser.parse_args()
     print(header(torch.device("cpu")), flush=True)
-    losses: dict[str, dict[int, list[float]]] = {option: {} for option in RATES}
-    for width in args.widths:
-        shape = {"model.n_embd": width, "model.n_head": max(1, width // 64), "data.cache_dir": args.cache_dir}
-        hidden = f"{{type: mlp, hidden: {width * 8 // 3 // 16 * 16}, activation: silu, gated: true}}"
-        shape["model.blocks"] = f"[{{mixer: {{type: attention, qk_norm: true}}, ffn: {hidden}}}]"
-        for option, rates in RATES.items():
-            found = [loss_of(shape | {"steps": args.steps, option: rate}) for rate in rates]
-            losses[option][width] = found
-            best = rates[found.index(min(found))]
-            line = "  ".join(f"{rate:g}: {loss:.3f}" for rate, loss in zip(rates, found, strict=True))
-            print(f"width {width:4}  {option.removeprefix('optim.'):24} {line}   lowest at {best:g}", flush=True)
-    for option, of_width in losses.items():
-        best = [best_rate(RATES[option], found) for found in of_width.values()]
-        power, log_factor = np.polyfit(np.log(list(of_width)), np.log(best), 1)
-        rates = ", ".join(f"{width}: {rate:.4f}" for width, rate in zip(of_width, best, strict=True))
-        name, at_768 = option.removeprefix("optim."), np.exp(log_factor) * 768**power
-        print(f"{name}: best {rates}; as width to the power of {power:.2f}, {at_768:.4f} at 768")
+    curves: Curves = {option: {} for option in OPTIONS}
+    for width, option in product(args.widths, OPTIONS):
+        shape = shape_of(width) | {"steps": args.steps, "data.cache_dir": args.cache_dir}
+        losses = curves[option][width] = [loss_of(shape | {f"optim.{option}": rate}) for rate in RATES]
+        line = "  ".join(f"{rate:g}: {loss:.3f}" for rate, loss in zip(RATES, losses, strict=True))
+        lowest = RATES[losses.index(min(losses))]
+        print(f"width {width:4}  {option:24} {line}   lowest at {lowest:g}", flush=True)
+    for option, by_width in curves.items():
+        best = list(map(best_rate, by_width.values()))
+        power, log_factor = np.polyfit(np.log(list(by_width)), np.log(best), 1)
+        rates = ", ".join(f"{width}: {rate:.4f}" for width, rate in zip(by_width, best, strict=True))
+        at_768 = np.exp(log_factor) * 768**power
+        print(f"{option}: best {rates}; as width to the power of {power:.2f}, {at_768:.4f} at 768")
     if args.plot:
-        draw(losses, args.plot)
+        draw(curves, args.plot)
 
 
-def best_rate(rates: tuple[float, ...], losses: list[float]) -> float:
+def shape_of(width: int) -> dict[str, object]:
+    """Return the options of the recipe's model at another width."""
+    mlp = f"{{type: mlp, hidden: {width * 8 // 3 // 16 * 16}, activation: silu, gated: true}}"
+    blocks = f"[{{mixer: {{type: attention, qk_norm: true}}, ffn: {mlp}}}]"
+    return {"model.n_embd": width, "model.n_head": max(1, width // 64), "model.blocks": blocks}
+
+
+def best_rate(losses: list[float]) -> float:
     """Return the rate at the minimum of a parabola, or the one with the lowest loss if the three have no minimum."""
     lowest = losses.index(min(losses))
-    middle = min(max(lowest, 1), len(rates) - 2)
+    middle = min(max(lowest, 1), len(RATES) - 2)
     around = slice(middle - 1, middle + 2)
-    square, linear, _ = np.polyfit(np.log(rates[around]), losses[around], 2)
-    return float(np.exp(-linear / (2 * square))) if square > 0 else rates[lowest]
+    square, linear, _ = np.polyfit(np.log(RATES[around]), losses[around], 2)
+    return float(np.exp(-linear / (2 * square))) if square > 0 else RATES[lowest]
 
 
-def draw(losses: dict[str, dict[int, list[float]]], path: Path) -> None:
+def draw(curves: Curves, path: Path) -> None:
     """Draw the loss over its lowest, by rate, with a line for each width."""
     import matplotlib
 
@@ -99,13 +102,13 @@ def draw(losses: dict[str, dict[int, list[float]]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
-    for panel, (option, of_width) in zip(panels, losses.items(), strict=True):
-        for shade, (width, found) in enumerate(of_width.items(), start=1):
-            over = [loss - min(found) for loss in found]
-            color = f"{0.8 * (1 - shade / len(of_width)):.2f}"  # darker with the width
-            panel.plot(RATES[option], over, marker="o", color=color, label=f"width {width}")
-        panel.set(xscale="log", xlabel=option.removeprefix("optim."))
-        panel.set_xticks(RATES[option], [f"{rate:g}" for rate in RATES[option]], minor=False)
+    for panel, (option, by_width) in zip(panels, curves.items(), strict=True):
+        for shade, (width, losses) in enumerate(by_width.items(), start=1):
+            over_lowest = [loss - min(losses) for loss in losses]
+            color = f"{0.8 * (1 - shade / len(by_width)):.2f}"  # darker with the width
+            panel.plot(RATES, over_lowest, marker="o", color=color, label=f"width {width}")
+        panel.set(xscale="log", xlabel=option)
+        panel.set_xticks(RATES, [f"{rate:g}" for rate in RATES], minor=False)
         panel.minorticks_off()
         panel.grid(alpha=0.25)
     panels[0].set_ylabel("validation loss over the lowest of the width")

@@ -14,11 +14,9 @@ from common import header
 from race import draw, race, report
 
 from training import device as devices
+from training.compare.runner import flops_of_a_token
 from training.config import Config
-from training.data import prepare
-from training.engine.build import resolve_sizes
 from training.errors import UserError
-from training.model import model_stats
 from training.options import cli
 from training.twin import describe_twin, twin
 
@@ -30,9 +28,8 @@ def longer_twin(config: Config) -> Config:
 
     The lengths of the schedule should be shares of the run.
     """
-    config, _ = resolve_sizes(config, prepare(config.data))
     dense = twin(config)
-    flops, theirs = (model_stats(one.model).flops_per_token for one in (config, dense))
+    flops, theirs = map(flops_of_a_token, (config, dense))
     return dense.model_copy(update={"steps": math.ceil(config.steps * flops / theirs / FLOPS)})
 
 

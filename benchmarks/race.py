@@ -10,7 +10,9 @@ import torch
 from common import against, seconds_of
 from training_run import TrainingRun
 
+from training.compare.results import RunResult, paired_difference
 from training.config import Config
+from training.optim.batch_schedule import BatchSchedule
 
 COLORS = ("#666666", "#1f66b0")
 
@@ -38,7 +40,7 @@ class Side:
 
     def tokens(self, n_steps: int) -> int:
         """Return the tokens that these steps read."""
-        return n_steps * self.run.config.batch_tokens
+        return BatchSchedule.of(self.run.config).tokens(n_steps)
 
     def flops(self, n_steps: int) -> float:
         """Return the FLOPs of forward and backward in these steps."""
@@ -54,13 +56,19 @@ class Side:
             self.curve.append((run.n_steps, sum(self.step_s), loss))
             print(f"  {self.name:12} step {run.n_steps:5}/{config.steps}  loss {loss:.4f}", flush=True)
 
+    def result(self) -> RunResult:
+        """Return the final loss and what it took."""
+        config, (steps, seconds, loss) = self.run.config, self.curve[-1]
+        return RunResult(
+            config.seed, config.run_dir, loss, steps, self.tokens(steps), seconds, self.flops(steps), data=None
+        )
+
     def summary(self) -> str:
-        """Return the final loss and what it took, on a line."""
-        steps, seconds, loss = self.curve[-1]
-        stats = self.run.stats
+        """Return the result on a line."""
+        result, stats = self.result(), self.run.stats
         return (
-            f"{self.name:12} loss {loss:.4f} after {steps} steps, {self.tokens(steps) / 1e6:.2f}M tokens, "
-            f"{self.flops(steps) / 1e12:.2f} TFLOP, {seconds:.1f} s; "
+            f"{self.name:12} loss {result.value:.4f} after {result.steps} steps, {result.tokens / 1e6:.2f}M tokens, "
+            f"{result.flops / 1e12:.2f} TFLOP, {result.time_s:.1f} s; "
             f"{stats.n_parameters:,} parameters, {stats.n_active_parameters:,} active"
         )
 
@@ -93,33 +101,23 @@ def report(pairs: list[tuple[Side, Side]], most_flops: float | None, most_time: 
 
     A bar is met only if the second side ends as low with every seed.
     """
-    flops, times, differences = [], [], []
     for first, second in pairs:
         print(f"seed {first.run.config.seed}\n  {first.summary()}\n  {second.summary()}")
-        flops.append(second.flops(second.run.n_steps) / first.flops(first.run.n_steps))
-        times.append(sum(second.step_s) / sum(first.step_s))
-        differences.append(second.loss - first.loss)
-    n_reached = sum(difference <= 0 for difference in differences)
+    results = [(first.result(), second.result()) for first, second in pairs]
     first, second = (side.name for side in pairs[0])
-    print(f"final loss of {second} less that of {first}: {mean_and_interval(differences)}")
-    print(f"as low with {n_reached} of {len(pairs)} seeds")
+    difference = paired_difference([new for _, new in results], {old.seed: old.value for old, _ in results})
+    line = f"final loss of {second} less that of {first}: {difference.mean:+.4f}"
+    if difference.low is not None:
+        line += f", {difference.n_seeds} seeds, 95 % interval {difference.low:+.4f} to {difference.high:+.4f}"
+    n_reached = sum(new.value <= old.value for old, new in results)
+    print(f"{line}\nas low with {n_reached} of {len(pairs)} seeds")
+    flops, times = [new.flops / old.flops for old, new in results], [new.time_s / old.time_s for old, new in results]
     for name, shares, bar in (("FLOPs", flops, most_flops), ("time", times, most_time)):
         if bar is not None and n_reached == len(pairs):
             print(f"its share of the {name}: {against(statistics.fmean(shares), bar, least=False)}")
         elif bar is not None:
             print(f"its share of the {name}: {statistics.fmean(shares):.4g} (MISSED, as it is not as low)")
     print(f"its share of the time by seed: {min(times):.3f} to {max(times):.3f}")
-
-
-def mean_and_interval(values: list[float]) -> str:
-    """Return the mean, with its 95 % interval if there are several values."""
-    from scipy.stats import ttest_1samp
-
-    mean = f"{statistics.fmean(values):+.4f}"
-    if len(values) == 1:
-        return mean
-    low, high = ttest_1samp(values, 0.0).confidence_interval(0.95)
-    return f"{mean}, {len(values)} seeds, 95 % interval {low:+.4f} to {high:+.4f}"
 
 
 def draw(pairs: list[tuple[Side, Side]], path: Path) -> None:
@@ -133,7 +131,7 @@ def draw(pairs: list[tuple[Side, Side]], path: Path) -> None:
     for sides, color in zip(zip(*pairs, strict=True), COLORS, strict=True):
         steps, seconds, losses = np.array([side.curve for side in sides]).transpose(2, 0, 1)  # (seed, evaluation) each
         mean = losses.mean(0)
-        tokens, flops = ([count(n) for n in steps[0]] for count in (sides[0].tokens, sides[0].flops))
+        tokens, flops = ([count(int(n)) for n in steps[0]] for count in (sides[0].tokens, sides[0].flops))
         for panel, x in zip(panels, (np.divide(tokens, 1e6), np.divide(flops, 1e12), seconds.mean(0)), strict=True):
             panel.plot(x, mean, color=color, label=f"{sides[0].name}: {mean[-1]:.3f}")
             panel.plot(x[-1], mean[-1], "o", color=color)
