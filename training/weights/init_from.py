@@ -35,6 +35,7 @@ from training.weights.hf.architecture import BALANCING, pattern
 
 # Limits for checking an upcycled model: samples, tokens in all, tokens of a sample (float64 scores need memory).
 MAX_SAMPLES, MAX_TOKENS, MAX_LENGTH = 16, 4096, 2048
+BEGIN_AS_ZEROS = {"bigram_rows", "short_conv"}  # options of parts that a run may add, as they change nothing at first
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -214,7 +215,7 @@ def _merge(ours: ModelConfig, theirs: ModelConfig, where: str) -> ModelConfig:
         if value == known or (name == "vocab_size" and value is None):
             continue
         is_cropped, is_padded = name == "n_positions" and value < known, name == "vocab_size" and value > known
-        is_new = name == "bigram_rows" and known is None  # begins as zeros
+        is_new = name in BEGIN_AS_ZEROS and known is None
         if not (is_cropped or is_padded or is_new or name == "isolate_documents"):
             raise UserError(f"model.{name}: {value} is given, but {where} has {known}; leave it out")
         changes[name] = value
@@ -238,13 +239,15 @@ def _merge_blocks(ours: ModelConfig, theirs: ModelConfig, where: str) -> Iterato
                     raise UserError(
                         f"model.blocks: {part}.{name} of layer {i} is {value}, but {where} has {other}; leave it out"
                     )
-        short_conv = block.short_conv if "short_conv" in block.model_fields_set else known.short_conv
-        if short_conv != known.short_conv and known.short_conv is not None:  # one that is new begins as zeros
-            problem = f"short_conv of layer {i} is {short_conv}, but {where} has {known.short_conv}; leave it out"
-            raise UserError(f"model.blocks: {problem}")
+        own = known.model_dump(exclude={"repeat", "mixer", "ffn"})
+        for name in sorted(block.model_fields_set & own.keys()):
+            value, other = getattr(block, name), own[name]
+            if value != other and not (name in BEGIN_AS_ZEROS and other is None):
+                raise UserError(f"model.blocks: {name} of layer {i} is {value}, but {where} has {other}; leave it out")
+            own[name] = value
         if is_upcycled:
             ffn = upcycle.resolve_experts(block.ffn, known.ffn, theirs.n_embd, i, where).model_dump()
         else:
             balancing = {name: getattr(block.ffn, name) for name in block.ffn.model_fields_set & BALANCING}
             ffn = known_block.ffn.model_dump() | balancing
-        yield known_block.model_dump(exclude={"repeat"}) | {"ffn": ffn, "short_conv": short_conv}
+        yield own | {"mixer": known_block.mixer.model_dump(), "ffn": ffn}
