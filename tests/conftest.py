@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from training.distributed.world import World
 
 ROOT = Path(__file__).parent.parent
+RECIPES = [ROOT / "recipes" / f"{name}.yaml" for name in ("plain", "speedrun", "gpt2_124m", "gpt2_moe")]
+# Every shipped configuration of a run, by folder and name.
+SHIPPED = {f"{path.parent.name}/{path.stem}": path for path in [*sorted((ROOT / "configs").glob("*.yaml")), *RECIPES]}
 MOE = {"type": "moe", "n_experts": 4, "hidden": 32}
 TIME_FIELDS = {"tokens_per_s", "mfu", "memory_gib", "step_s", "time_s", *(f"time_{phase}" for phase in PHASES)}
 

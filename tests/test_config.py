@@ -2,11 +2,10 @@
 
 import json
 import re
-from pathlib import Path
 from typing import get_args
 
 import pytest
-from conftest import minimal_value
+from conftest import ROOT, SHIPPED, minimal_value
 from pydantic import ValidationError
 
 from training.config import (
@@ -31,7 +30,7 @@ from training.options.schema import (
 )
 from training.options.validate import describe_expected
 
-CONFIGS, RECIPES = Path(__file__).parents[1] / "configs", ("plain", "speedrun", "gpt2_124m", "gpt2_moe")
+CONFIGS = ROOT / "configs"
 DATA = {"sources": [{"type": "stdlib"}]}
 OPTIONS = [
     pytest.param(
@@ -142,10 +141,7 @@ def test_a_notice_names_options_that_change_another_or_keep_a_part_from_learning
     assert all(len(line) < 160 for line in lines)
 
 
-SHIPPED = [*sorted(CONFIGS.glob("*.yaml")), *(CONFIGS.parent / "recipes" / f"{name}.yaml" for name in RECIPES)]
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("path", SHIPPED.values(), ids=SHIPPED)
 def test_every_shipped_config_has_no_notice_and_trains_for_any_number_of_steps(path):
     config = load_config(path)
     assert not [*notices(config), *schedule_notices(config)]

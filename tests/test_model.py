@@ -209,10 +209,8 @@ def test_the_taps_of_a_short_convolution_are_the_weighted_sum_of_the_last_tokens
         torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3], [0, 0, *range(7)]]),
     )
     assert torch.autograd.gradcheck(_ShortConvolution.apply, inputs)
-    kinds = parameter_kinds(model)
-    assert {kinds[name] for name in kinds if name.endswith("taps")} == {
-        "embedding"
-    }  # at its rate; no Muon, no weight decay
+    # At the rate of embeddings, without Muon and weight decay.
+    assert {kind for name, kind in parameter_kinds(model).items() if name.endswith("taps")} == {"embedding"}
     fresh = init_weights(model, 0)
     plain = build("moe")
     plain.load_state_dict({name: value for name, value in fresh.state_dict().items() if "taps" not in name})

@@ -1,11 +1,11 @@
-"""How many samples of a run on Python's source code parse: a line of the report."""
+"""Counts the samples that parse as Python, for the report of a run on source code."""
 
 import ast
 import codeop
 import warnings
 from typing import Any
 
-# The tree only, so that no name is resolved and nothing is compiled; code that breaks off is an error of its own.
+# Stop at the tree: nothing is compiled. Report code that breaks off as "incomplete input", not as invalid.
 FLAGS = ast.PyCF_ONLY_AST | codeop.PyCF_ALLOW_INCOMPLETE_INPUT
 
 

@@ -203,8 +203,8 @@ class MemoryEstimator:
     def _layers(self, n_samples: int, n_senders: int) -> dict[str, list[Change]]:
         """Return the parts of the blocks.
 
-        Each change is linear in the samples from two on, so two walks show all sizes. A single sample has a walk of its
-        own, because some operations copy a transposed tensor only if it has several samples.
+        Each change is linear in the samples from two on, so two walks show all sizes. A single sample is walked
+        separately, because some operations copy a transposed tensor only if it has several samples.
         """
         if n_samples == 1:
             return self._walk(self.blocks, 1, n_senders)
